@@ -1,0 +1,330 @@
+//! The serial console of a machine: what the guest wrote, and what it is told.
+//!
+//! A [`Console`] belongs to the instance, not to the machine: it outlives a reboot. The machine gets
+//! its [`ConsolePort`] with its specification. Output is kept as EC2 keeps it, the last 64 KiB
+//! (`GetConsoleOutput`).
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use event_listener::{Event, Listener};
+
+/// How many bytes of output are kept: the last 64 KiB.
+pub const OUTPUT_KEPT: usize = 64 * 1024;
+
+/// How many bytes of input wait for a guest that does not read them.
+pub const INPUT_KEPT: usize = 64 * 1024;
+
+type Notifier = Arc<dyn Fn() + Send + Sync>;
+
+#[derive(Default)]
+struct State {
+    output: VecDeque<u8>,
+    /// Output bytes ever written; `written - output.len()` have been forgotten.
+    written: u64,
+    input: VecDeque<u8>,
+    notifier: Option<Notifier>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    output_grew: Event,
+    input_shrank: Event,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A handle for whoever sits at the console. Cheap to clone; any number read at once, each at its
+/// own pace.
+///
+/// ```
+/// use std::time::{Duration, Instant};
+/// use instance_core::console::Console;
+///
+/// let console = Console::new();
+/// console.port().write_output(b"login: ");
+/// let deadline = Instant::now() + Duration::from_secs(1);
+/// console.reader().wait_for("login:", deadline)?;
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Clone, Default)]
+pub struct Console(Arc<Shared>);
+
+impl Console {
+    /// A console that nothing has been written to.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The side of the machine.
+    pub fn port(&self) -> ConsolePort {
+        ConsolePort(self.0.clone())
+    }
+
+    /// The last 64 KiB that the guest wrote.
+    pub fn output(&self) -> Vec<u8> {
+        self.0.lock().output.iter().copied().collect()
+    }
+
+    /// How many bytes the guest has ever written.
+    pub fn written(&self) -> u64 {
+        self.0.lock().written
+    }
+
+    /// A reader that begins with the oldest output still kept.
+    pub fn reader(&self) -> ConsoleReader {
+        ConsoleReader { shared: self.0.clone(), position: 0 }
+    }
+
+    /// A reader that begins with what the guest writes from now on.
+    pub fn reader_from_now(&self) -> ConsoleReader {
+        ConsoleReader { shared: self.0.clone(), position: self.written() }
+    }
+
+    /// Types `bytes` at the guest, waiting while [`INPUT_KEPT`] bytes stand unread.
+    ///
+    /// # Errors
+    ///
+    /// [`TimedOut`](io::ErrorKind::TimedOut) if the guest did not take them by the deadline; part of
+    /// them may then have been typed.
+    pub fn write_all(&self, mut bytes: &[u8], deadline: Instant) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let room_made = self.0.input_shrank.listen();
+            let (taken, notifier) = {
+                let mut state = self.0.lock();
+                let taken = bytes.len().min(INPUT_KEPT - state.input.len());
+                state.input.extend(&bytes[..taken]);
+                (taken, state.notifier.clone())
+            };
+            bytes = &bytes[taken..];
+            if taken > 0 {
+                if let Some(notify) = notifier {
+                    notify();
+                }
+            } else if room_made.wait_deadline(deadline).is_none() {
+                return Err(timed_out("the guest does not read its console"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Console {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Console").field("written", &self.written()).finish_non_exhaustive()
+    }
+}
+
+/// The machine's side of a console: its serial port writes output here and reads input here.
+#[derive(Clone)]
+pub struct ConsolePort(Arc<Shared>);
+
+impl ConsolePort {
+    /// What the guest wrote. Never blocks: what nobody reads is forgotten, oldest first.
+    pub fn write_output(&self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        {
+            let mut state = self.0.lock();
+            state.written += bytes.len() as u64;
+            state.output.extend(bytes);
+            let surplus = state.output.len().saturating_sub(OUTPUT_KEPT);
+            state.output.drain(..surplus);
+        }
+        self.0.output_grew.notify(usize::MAX);
+    }
+
+    /// Takes up to `buf.len()` bytes of waiting input without blocking; returns how many.
+    pub fn read_input(&self, buf: &mut [u8]) -> usize {
+        let taken = {
+            let mut state = self.0.lock();
+            let taken = buf.len().min(state.input.len());
+            for (to, from) in buf.iter_mut().zip(state.input.drain(..taken)) {
+                *to = from;
+            }
+            taken
+        };
+        if taken > 0 {
+            self.0.input_shrank.notify(usize::MAX);
+        }
+        taken
+    }
+
+    /// How many bytes of input are waiting.
+    pub fn input_waiting(&self) -> usize {
+        self.0.lock().input.len()
+    }
+
+    /// Has `notify` called, in the thread that types, whenever there is new input. A machine sets it
+    /// when it starts and takes it back (`None`) when it ends; it must be quick and must not block.
+    pub fn set_input_notifier(&self, notify: Option<Arc<dyn Fn() + Send + Sync>>) {
+        self.0.lock().notifier = notify;
+    }
+}
+
+impl fmt::Debug for ConsolePort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConsolePort").finish_non_exhaustive()
+    }
+}
+
+/// Reads a console's output from some point on.
+#[derive(Clone)]
+pub struct ConsoleReader {
+    shared: Arc<Shared>,
+    position: u64,
+}
+
+impl ConsoleReader {
+    /// What has been written since the last call, without blocking. Output that was forgotten before
+    /// it was read is skipped.
+    pub fn read_new(&mut self) -> Vec<u8> {
+        let state = self.shared.lock();
+        let oldest = state.written - state.output.len() as u64;
+        let from = (self.position.max(oldest) - oldest) as usize;
+        self.position = state.written;
+        state.output.iter().skip(from).copied().collect()
+    }
+
+    /// Waits until there is new output and returns it.
+    ///
+    /// # Errors
+    ///
+    /// [`TimedOut`](io::ErrorKind::TimedOut) if there was none by the deadline.
+    pub fn read(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
+        loop {
+            let grew = self.shared.output_grew.listen();
+            let new = self.read_new();
+            if !new.is_empty() {
+                return Ok(new);
+            }
+            if grew.wait_deadline(deadline).is_none() {
+                return Err(timed_out("the guest wrote nothing"));
+            }
+        }
+    }
+
+    /// Waits until the guest has written `text`; returns everything up to and with it. What follows
+    /// it is left for the next read.
+    ///
+    /// # Errors
+    ///
+    /// [`TimedOut`](io::ErrorKind::TimedOut) if it had not come by the deadline, with the last line
+    /// that had.
+    pub fn wait_for(&mut self, text: &str, deadline: Instant) -> io::Result<Vec<u8>> {
+        let mut seen = Vec::new();
+        loop {
+            // A match may straddle two reads, so search again from just before the new bytes.
+            let from = seen.len().saturating_sub(text.len());
+            match self.read(deadline) {
+                Ok(new) => seen.extend(new),
+                Err(_) => {
+                    let text_seen = String::from_utf8_lossy(&seen);
+                    let last = text_seen.lines().rfind(|l| !l.trim().is_empty()).unwrap_or("").trim();
+                    return Err(timed_out(&format!(
+                        "waiting for {text:?}; the console's last line is {last:?}"
+                    )));
+                }
+            }
+            if let Some(at) = find(&seen[from..], text.as_bytes()) {
+                let end = from + at + text.len();
+                self.position -= (seen.len() - end) as u64;
+                seen.truncate(end);
+                return Ok(seen);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for ConsoleReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConsoleReader").field("position", &self.position).finish_non_exhaustive()
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    if needle.is_empty() {
+        return Some(0);
+    }
+    haystack.windows(needle.len()).position(|w| w == needle)
+}
+
+fn timed_out(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, what.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(20)
+    }
+
+    #[test]
+    fn output_is_kept_to_the_last_64_kib() {
+        let console = Console::new();
+        console.port().write_output(&vec![b'a'; OUTPUT_KEPT]);
+        console.port().write_output(b"tail");
+        let kept = console.output();
+        assert_eq!(kept.len(), OUTPUT_KEPT);
+        assert!(kept.ends_with(b"atail"));
+        assert_eq!(console.written(), OUTPUT_KEPT as u64 + 4);
+    }
+
+    #[test]
+    fn a_text_is_found_across_two_writes_and_what_follows_is_left() {
+        let console = Console::new();
+        let port = console.port();
+        let mut reader = console.reader();
+        let thread = std::thread::spawn(move || {
+            port.write_output(b"booting... rea");
+            port.write_output(b"dy# more");
+        });
+        let deadline = Instant::now() + Duration::from_secs(10);
+        assert_eq!(reader.wait_for("ready#", deadline).unwrap(), b"booting... ready#");
+        thread.join().unwrap();
+        assert_eq!(reader.read_new(), b" more");
+    }
+
+    #[test]
+    fn waiting_in_vain_names_the_last_line() {
+        let console = Console::new();
+        console.port().write_output(b"Linux\nKernel panic\n\n");
+        let err = console.reader().wait_for("ready", soon()).unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::TimedOut);
+        assert!(err.to_string().contains("Kernel panic"), "{err}");
+    }
+
+    #[test]
+    fn input_that_nobody_reads_is_bounded() {
+        let console = Console::new();
+        console.write_all(&vec![0; INPUT_KEPT], soon()).unwrap();
+        assert_eq!(console.write_all(b"x", soon()).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let mut buf = [0; 100];
+        assert_eq!(console.port().read_input(&mut buf), 100);
+        console.write_all(b"x", soon()).unwrap();
+        assert_eq!(console.port().input_waiting(), INPUT_KEPT - 99);
+    }
+
+    #[test]
+    fn readers_do_not_disturb_each_other() {
+        let console = Console::new();
+        let (mut one, mut two) = (console.reader(), console.reader());
+        console.port().write_output(b"ab");
+        assert_eq!(one.read_new(), b"ab");
+        assert_eq!(one.read_new(), b"");
+        assert_eq!(two.read_new(), b"ab");
+        assert_eq!(console.reader_from_now().read_new(), b"");
+    }
+}

@@ -1,0 +1,396 @@
+//! The contract between a region and a hypervisor.
+//!
+//! A [`Hypervisor`] says what it can do and makes [`Machine`]s from [`MachineSpec`]s. Disks arrive
+//! as [`Disk`] handles, kernels as open [`BootFile`]s, the console as a [`ConsolePort`]: a
+//! hypervisor looks up no file by name and knows no region.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::num::NonZeroU32;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
+use storage_block::Disk;
+
+use crate::console::ConsolePort;
+use crate::watch::Watch;
+
+/// Makes machines.
+///
+/// # Contract
+///
+/// - Every method may be called from any thread at any time.
+/// - [`create`](Self::create) checks the whole specification against
+///   [`capabilities`](Self::capabilities) before it takes anything; when it fails it has given back
+///   everything it took.
+/// - Nothing process-wide is touched: no signal handler, no exit, no global.
+pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
+    /// What it can do, on this host, now.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Makes a machine, not started.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) for what it cannot do,
+    /// [`Boot`](MachineErrorKind::Boot) for a kernel that it cannot load,
+    /// [`Host`](MachineErrorKind::Host) for what the host refused.
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError>;
+}
+
+/// A hypervisor that is known, when the program is compiled, to run images of architecture `A`.
+///
+/// A hypervisor crate implements it for each architecture that its type promises; every hypervisor
+/// takes [`AnyArch`], and `dyn Hypervisor` takes all of them, checked when an instance is launched.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not run images of architecture `{A}`",
+    label = "this image's architecture is not one that the region's hypervisor runs"
+)]
+pub trait Runs<A>: Hypervisor {}
+
+impl<H: Hypervisor + ?Sized> Runs<AnyArch> for H {}
+impl Runs<X86> for dyn Hypervisor {}
+impl Runs<X86_64> for dyn Hypervisor {}
+impl Runs<Arm64> for dyn Hypervisor {}
+
+/// A virtual machine. Dropping it ends it at once and gives back all that it held: threads, child
+/// processes, memory, descriptors, files.
+///
+/// # Contract
+///
+/// - Every method may be called from any thread; none waits for the guest.
+/// - The state moves only as [`MachineState`] says, and each change is published.
+/// - A guest's reset ends the machine with [`ExitCause::Reset`]. Whoever owns it then makes a new
+///   one, because what the root disk boots may have changed.
+/// - When the machine has exited, no write of its guest is under way any more: its disks are as they
+///   will stay. The guest's writes that it did not flush need not be durable.
+pub trait Machine: fmt::Debug + Send + Sync {
+    /// The state, to look at and to wait for.
+    fn state(&self) -> Watch<MachineState>;
+
+    /// Runs the guest: `Created` → `Running`.
+    ///
+    /// # Errors
+    ///
+    /// [`WrongState`](MachineErrorKind::WrongState), or what the host refused.
+    fn start(&self) -> Result<(), MachineError>;
+
+    /// Stops the guest's processors and lets its disk requests under way end: when this returns,
+    /// its disks do not change until [`resume`](Self::resume). `Running` → `Paused`.
+    ///
+    /// # Errors
+    ///
+    /// [`WrongState`](MachineErrorKind::WrongState), or what the host refused.
+    fn pause(&self) -> Result<(), MachineError>;
+
+    /// Lets the guest go on: `Paused` → `Running`.
+    ///
+    /// # Errors
+    ///
+    /// [`WrongState`](MachineErrorKind::WrongState), or what the host refused.
+    fn resume(&self) -> Result<(), MachineError>;
+
+    /// Presses the power button. The guest may obey, late or never.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where
+    /// [`power_button`](Capabilities::power_button) is false,
+    /// [`WrongState`](MachineErrorKind::WrongState) unless the machine is running.
+    fn power_button(&self) -> Result<(), MachineError>;
+
+    /// Ends the machine at once, whatever its guest does: `Exited(Killed)`. Does nothing to one that
+    /// has exited. When it returns, the guest runs no more.
+    fn kill(&self);
+}
+
+/// Where a machine is in its life.
+///
+/// ```text
+/// Created ──start──▶ Running ◀──pause/resume──▶ Paused
+///    │                  │                          │
+///    └──kill────────────┴── the guest, or kill ────┴──▶ Exited(cause)
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MachineState {
+    /// Made, not started.
+    Created,
+    /// The guest runs.
+    Running,
+    /// The guest's processors stand still.
+    Paused,
+    /// It has ended, and will not start again.
+    Exited(ExitCause),
+}
+
+impl MachineState {
+    /// Why the machine ended, if it has.
+    pub fn exit_cause(&self) -> Option<&ExitCause> {
+        match self {
+            Self::Exited(cause) => Some(cause),
+            _ => None,
+        }
+    }
+}
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExitCause {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest reset itself: a reboot.
+    Reset,
+    /// The guest crashed the (virtual) processor, for example by a triple fault.
+    Crash(String),
+    /// [`Machine::kill`], or the machine's handle was dropped.
+    Killed,
+    /// The hypervisor or the host failed.
+    HostFailure(String),
+}
+
+impl fmt::Display for ExitCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest powered off"),
+            Self::Reset => f.write_str("the guest rebooted"),
+            Self::Crash(how) => write!(f, "the guest crashed: {how}"),
+            Self::Killed => f.write_str("the machine was killed"),
+            Self::HostFailure(how) => write!(f, "the host failed: {how}"),
+        }
+    }
+}
+
+/// What a hypervisor can do on this host.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// Its name, such as `kvm`.
+    pub name: &'static str,
+    /// The architectures whose machines it makes.
+    pub architectures: Vec<Architecture>,
+    /// The most vCPUs of one machine.
+    pub max_vcpus: u32,
+    /// The most memory of one machine, in MiB.
+    pub max_memory_mib: u64,
+    /// Whether guest code runs on the processor itself.
+    pub execution: Execution,
+    /// Whether [`Machine::power_button`] works.
+    pub power_button: bool,
+}
+
+impl Capabilities {
+    /// Capabilities of a hypervisor called `name` that makes machines of these architectures.
+    pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
+        Self { name, architectures, max_vcpus: 1, max_memory_mib: 1 << 20, execution, power_button: false }
+    }
+}
+
+/// How guest code runs.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Execution {
+    /// On the processor, at its speed.
+    Hardware {
+        /// What was measured, in words, such as `guest kernel code: 2.9 G instructions/s`.
+        measured: String,
+    },
+    /// By an emulator or interpreter.
+    Emulated {
+        /// What was measured or known, in words.
+        measured: String,
+    },
+}
+
+impl Execution {
+    /// Whether guest code runs on the processor itself.
+    pub fn is_hardware(&self) -> bool {
+        matches!(self, Self::Hardware { .. })
+    }
+}
+
+/// Everything a machine is made from.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct MachineSpec {
+    /// A name for threads, logs and errors, such as the instance id.
+    pub name: String,
+    /// The architecture of the machine.
+    pub architecture: Architecture,
+    /// How many virtual processors.
+    pub vcpus: NonZeroU32,
+    /// How much memory, in MiB.
+    pub memory_mib: NonZeroU32,
+    /// What it boots.
+    pub boot: Boot,
+    /// Its disks, in the order in which the guest finds them; the first is the root disk.
+    pub disks: Vec<DiskSpec>,
+    /// The machine's side of its serial console.
+    pub console: ConsolePort,
+    /// A directory of the machine's own for sockets and the like. Empty at the start, removed by the
+    /// owner after the end.
+    pub runtime_dir: PathBuf,
+}
+
+impl MachineSpec {
+    /// A machine with one vCPU and 128 MiB, without disks, with the temporary directory as its
+    /// runtime directory.
+    pub fn new(
+        name: impl Into<String>,
+        architecture: Architecture,
+        boot: Boot,
+        console: ConsolePort,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            architecture,
+            vcpus: NonZeroU32::MIN,
+            memory_mib: NonZeroU32::MIN.saturating_add(127),
+            boot,
+            disks: Vec::new(),
+            console,
+            runtime_dir: std::env::temp_dir(),
+        }
+    }
+}
+
+/// A kernel, loaded directly: there is no firmware.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Boot {
+    /// An unpacked kernel: an ELF file with a PVH note or a 64-bit entry (x86), an `Image` (ARM).
+    pub kernel: BootFile,
+    /// The initial RAM disk.
+    pub initrd: Option<BootFile>,
+    /// The kernel's command line. The hypervisor appends to it what its devices need.
+    pub command_line: String,
+}
+
+impl Boot {
+    /// Boots `kernel` with this command line.
+    pub fn new(kernel: BootFile, initrd: Option<BootFile>, command_line: impl Into<String>) -> Self {
+        Self { kernel, initrd, command_line: command_line.into() }
+    }
+}
+
+/// A file to boot, open for reading and never changed. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct BootFile(Arc<File>, u64);
+
+impl BootFile {
+    /// The file as it is now; whoever hands it over promises that it does not change.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says of its length.
+    pub fn new(file: File) -> io::Result<Self> {
+        let len = file.metadata()?.len();
+        Ok(Self(Arc::new(file), len))
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.1
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.1 == 0
+    }
+
+    /// The open file. Its position means nothing: read with an offset.
+    pub fn file(&self) -> &File {
+        &self.0
+    }
+
+    /// All its bytes.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn read(&self) -> io::Result<Vec<u8>> {
+        let len = usize::try_from(self.1).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        let mut bytes = vec![0; len];
+        self.0.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+}
+
+/// A disk of a machine.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct DiskSpec {
+    /// The bytes.
+    pub disk: Disk,
+    /// The serial number that the guest reads, at most 20 bytes (virtio 1.2, 5.2.6.1).
+    pub serial: String,
+}
+
+impl DiskSpec {
+    /// A disk with a serial number.
+    pub fn new(disk: Disk, serial: impl Into<String>) -> Self {
+        Self { disk, serial: serial.into() }
+    }
+}
+
+/// What kind of failure a [`MachineError`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MachineErrorKind {
+    /// This hypervisor, or this host, cannot do that.
+    Unsupported,
+    /// The machine's state does not allow it.
+    WrongState,
+    /// The kernel or initrd cannot be loaded.
+    Boot,
+    /// A program or device that the hypervisor needs is missing; the text says what to install.
+    Missing,
+    /// The host refused or failed.
+    Host,
+}
+
+/// A hypervisor's failure: its kind, what it happened to, and what caused it.
+#[derive(Debug)]
+pub struct MachineError {
+    kind: MachineErrorKind,
+    context: String,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl MachineError {
+    /// An error of `kind` about what `context` says.
+    pub fn new(kind: MachineErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// The same with its cause.
+    pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// That the machine is in `state`, in which it cannot `action`.
+    pub fn wrong_state(action: &str, state: &MachineState) -> Self {
+        Self::new(MachineErrorKind::WrongState, format!("cannot {action} a machine that is {state:?}"))
+    }
+
+    /// The kind of failure.
+    pub fn kind(&self) -> MachineErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for MachineError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)
+    }
+}
+
+impl std::error::Error for MachineError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|e| e as _)
+    }
+}

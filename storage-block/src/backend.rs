@@ -1,0 +1,165 @@
+//! The contract between whoever stores blocks and whoever reads and writes them.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::{Error, Result};
+
+/// A fixed number of bytes that can be read and written at any offset.
+///
+/// Users never call a backend: they hold a [`Disk`], which checks every request once, so that a
+/// backend may rely on what is said here.
+///
+/// # Contract
+///
+/// - `offset + len` of every request lies within [`size`](Self::size); `len` is not zero.
+/// - Write, discard and write-zeroes never reach a backend whose [`read_only`](Self::read_only) is
+///   true.
+/// - Requests come from any thread, several at once. Where two overlap in time and in bytes, each
+///   byte ends as one of them wrote it.
+/// - A write may be lost in a crash until a [`flush`](Self::flush) that began after it returned has
+///   returned `Ok`. No write outside a request's range is ever visible.
+/// - After an error the bytes of that request are undefined, those of others are not.
+pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
+    /// The size in bytes; a multiple of [`SECTOR`]. It does not change while the backend lives.
+    fn size(&self) -> u64;
+
+    /// Whether requests that change bytes are refused.
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    /// Fills `buf` with the bytes at `offset`.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Writes `buf` at `offset`.
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+
+    /// Returns when every write that has returned is durable.
+    fn flush(&self) -> Result<()>;
+
+    /// Says that nobody needs these bytes; they read as zeroes from now on.
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.write_zeroes(offset, len)
+    }
+
+    /// Makes the range read as zeroes.
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()>;
+}
+
+/// The unit in which sizes are counted: a disk's size is a multiple of 512 bytes.
+pub const SECTOR: u64 = 512;
+
+/// A handle to a disk. Cheap to clone; all clones are the same disk, which is closed with the last.
+///
+/// Every request is checked here, once: one that leaves the disk, or that would change a read-only
+/// one, is an error and reaches no backend.
+///
+/// ```
+/// use storage_block::MemoryDisk;
+///
+/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
+/// disk.write_at(b"hello", 4096)?;
+/// let mut buf = [0; 5];
+/// disk.read_at(&mut buf, 4096)?;
+/// assert_eq!(&buf, b"hello");
+/// assert!(disk.read_at(&mut buf, 1 << 20).is_err());
+/// # Ok::<(), storage_block::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Disk(Arc<dyn BlockBackend>);
+
+impl Disk {
+    /// A handle to a backend.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) if the backend's size is not a multiple of
+    /// [`SECTOR`].
+    pub fn new(backend: impl BlockBackend) -> Result<Self> {
+        let size = backend.size();
+        if size % SECTOR != 0 {
+            return Err(Error::invalid_size(size, "is not a multiple of 512 bytes"));
+        }
+        Ok(Self::from_backend(backend))
+    }
+
+    /// For the backends of this crate, whose constructors have checked the size.
+    pub(crate) fn from_backend(backend: impl BlockBackend) -> Self {
+        Self(Arc::new(backend))
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    /// Whether the disk can only be read.
+    pub fn read_only(&self) -> bool {
+        self.0.read_only()
+    }
+
+    /// Fills `buf` with the bytes at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfBounds`](crate::ErrorKind::OutOfBounds), or what the backend met.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.check(offset, buf.len() as u64)?;
+        if buf.is_empty() { Ok(()) } else { self.0.read_at(buf, offset) }
+    }
+
+    /// Writes `buf` at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfBounds`](crate::ErrorKind::OutOfBounds), [`ReadOnly`](crate::ErrorKind::ReadOnly), or
+    /// what the backend met.
+    pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.check_change(offset, buf.len() as u64)?;
+        if buf.is_empty() { Ok(()) } else { self.0.write_at(buf, offset) }
+    }
+
+    /// Returns when every write that has returned is durable.
+    ///
+    /// # Errors
+    ///
+    /// What the backend met; the writes may then be lost.
+    pub fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+
+    /// Says that nobody needs these bytes; they read as zeroes from now on.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_at`](Self::write_at).
+    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_change(offset, len)?;
+        if len == 0 { Ok(()) } else { self.0.discard(offset, len) }
+    }
+
+    /// Makes the range read as zeroes.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_at`](Self::write_at).
+    pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_change(offset, len)?;
+        if len == 0 { Ok(()) } else { self.0.write_zeroes(offset, len) }
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(Error::out_of_bounds(offset, len, self.size())),
+        }
+    }
+
+    fn check_change(&self, offset: u64, len: u64) -> Result<()> {
+        if self.read_only() {
+            return Err(Error::read_only());
+        }
+        self.check(offset, len)
+    }
+}

@@ -1,0 +1,84 @@
+//! What can go wrong with blocks.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+/// A result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What kind of failure an [`Error`] is; this is what a program matches on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A request left the disk.
+    OutOfBounds,
+    /// A request would have changed what can only be read.
+    ReadOnly,
+    /// A size that no disk can have.
+    InvalidSize,
+    /// The file system has no space left; nothing that was acknowledged is lost.
+    NoSpace,
+    /// No snapshot or volume of that name.
+    NotFound,
+    /// Bytes on disk are not what their digest, checksum or format says.
+    Corrupt,
+    /// Another process, or another handle of this one, has it open.
+    InUse,
+    /// Any other failure of the operating system.
+    Io,
+}
+
+/// A failure: its kind, what it happened to, and what caused it.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    context: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind` about what `context` says.
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The operating system's error, with what was being done. A full file system or quota becomes
+    /// [`ErrorKind::NoSpace`].
+    pub fn io(source: std::io::Error, context: impl Into<String>) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+            _ => ErrorKind::Io,
+        };
+        Self { kind, context: context.into(), source: Some(Box::new(source)) }
+    }
+
+    pub(crate) fn out_of_bounds(offset: u64, len: u64, size: u64) -> Self {
+        let context = format!("{len} bytes at offset {offset} leave a disk of {size} bytes");
+        Self::new(ErrorKind::OutOfBounds, context)
+    }
+
+    pub(crate) fn read_only() -> Self {
+        Self::new(ErrorKind::ReadOnly, "the disk is read-only")
+    }
+
+    pub(crate) fn invalid_size(size: u64, why: &str) -> Self {
+        Self::new(ErrorKind::InvalidSize, format!("a size of {size} bytes {why}"))
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|e| e as _)
+    }
+}
