@@ -2,4 +2,8 @@
 
 pub mod console;
 pub mod machine;
+mod state;
+pub mod testing;
 pub mod watch;
+
+pub use state::{InstanceState, Transition};

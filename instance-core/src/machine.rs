@@ -187,6 +187,33 @@ impl Capabilities {
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self { name, architectures, max_vcpus: 1, max_memory_mib: 1 << 20, execution, power_button: false }
     }
+
+    /// Whether a machine can be made to this specification, as far as that can be told from the
+    /// numbers alone. Every hypervisor begins [`Hypervisor::create`] with it.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported), with what was asked and what is possible.
+    pub fn check(&self, spec: &MachineSpec) -> Result<(), MachineError> {
+        let unsupported = |what: String| Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        let name = self.name;
+        if !self.architectures.contains(&spec.architecture) {
+            let runs: Vec<&str> = self.architectures.iter().map(|a| a.as_str()).collect();
+            let (asked, runs) = (spec.architecture, runs.join(", "));
+            return unsupported(format!("{name} cannot run {asked} on this host; it runs {runs}"));
+        }
+        if spec.vcpus.get() > self.max_vcpus {
+            let (asked, most) = (spec.vcpus, self.max_vcpus);
+            return unsupported(format!("{name} cannot give a machine {asked} vCPUs; the most is {most}"));
+        }
+        if u64::from(spec.memory_mib.get()) > self.max_memory_mib {
+            let (asked, most) = (spec.memory_mib, self.max_memory_mib);
+            return unsupported(format!(
+                "{name} cannot give a machine {asked} MiB of memory; the most is {most}"
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// How guest code runs.

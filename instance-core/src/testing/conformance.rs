@@ -1,0 +1,506 @@
+//! What every hypervisor has to do, as tests.
+//!
+//! The suite boots a small guest that obeys one-line commands on its serial console, and compares
+//! what it answers and how its machine ends with what the [`Machine`] contract says. Whoever
+//! implements [`Hypervisor`] brings such a guest and calls [`TestBed::run`]; it panics at the first
+//! check that fails, naming it.
+//!
+//! # The guest
+//!
+//! It prints `GUEST READY` when it is up. Then it answers each line with one line:
+//!
+//! | command | answer |
+//! |---|---|
+//! | `ping WORD` | `pong WORD` |
+//! | `cpus`, `memory`, `disks` | `cpus N`, `memory MIB` (within a fifth), `disks N` |
+//! | `size D`, `serial D` | `size BYTES`, `serial TEXT` of disk `D`, counted from 0 |
+//! | `read D S` | `data TEXT`: sector `S` up to its first zero byte, from the disk itself |
+//! | `write D S WORD` | `wrote`, after sector `S` holds `WORD` and zeroes |
+//! | `flush D` | `flushed` |
+//! | any of these that the disk refuses | `error` |
+//! | `poweroff`, `reboot`, `crash` | none: it does so (`unsupported` if it cannot crash) |
+//! | `spin` | `spinning`, and never again anything |
+
+use std::num::NonZeroU32;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use ami_core::Architecture;
+use storage_block::{BlockBackend, Disk, Error, ErrorKind, MemoryDisk, Result as BlockResult};
+
+use crate::console::{Console, ConsoleReader};
+use crate::machine::{
+    Boot, BootFile, DiskSpec, ExitCause, Hypervisor, Machine, MachineErrorKind, MachineSpec, MachineState,
+};
+
+/// A hypervisor under test, and the guest it is tested with.
+///
+/// The checks count the process's threads and descriptors, so run it alone in its process: one
+/// `#[test]` in a file of its own.
+#[derive(Debug)]
+pub struct TestBed<'a> {
+    /// The hypervisor.
+    pub hypervisor: &'a dyn Hypervisor,
+    /// The guest.
+    pub boot: Boot,
+    /// The guest's architecture.
+    pub architecture: Architecture,
+    /// An architecture that the hypervisor does not run.
+    pub foreign_architecture: Architecture,
+    /// How long the guest may take to come up or to answer.
+    pub patience: Duration,
+    /// Within what time a guest that spins must be dead after [`Machine::kill`].
+    pub kill_within: Duration,
+    /// How many vCPUs the multiprocessor check asks for.
+    pub vcpus: u32,
+    /// The memory of each machine, in MiB.
+    pub memory_mib: u32,
+}
+
+type Check = (&'static str, fn(&TestBed<'_>));
+
+const CHECKS: &[Check] = &[
+    ("refuses what it cannot do", refuses_what_it_cannot_do),
+    ("refuses a kernel that is none", refuses_a_kernel_that_is_none),
+    ("walks the states of its life", walks_the_states_of_its_life),
+    ("talks on the console", talks_on_the_console),
+    ("shows the guest its hardware", shows_the_guest_its_hardware),
+    ("reads and writes disks", reads_and_writes_disks),
+    ("flushes when the guest does", flushes_when_the_guest_does),
+    ("tells the guest of a disk that fails", tells_the_guest_of_a_disk_that_fails),
+    ("refuses writes to a read-only disk", refuses_writes_to_a_read_only_disk),
+    ("sees a power-off", sees_a_power_off),
+    ("sees a reboot", sees_a_reboot),
+    ("sees a crash", sees_a_crash),
+    ("kills a guest that spins", kills_a_guest_that_spins),
+    ("stands still while paused", stands_still_while_paused),
+    ("delivers the power button", delivers_the_power_button),
+    ("runs two machines side by side", runs_two_machines_side_by_side),
+    ("gives everything back", gives_everything_back),
+];
+
+impl TestBed<'_> {
+    /// Runs every check, in order, naming each on standard output.
+    ///
+    /// # Panics
+    ///
+    /// At the first check that fails.
+    pub fn run(&self) {
+        for (name, check) in CHECKS {
+            let begun = Instant::now();
+            println!("{}: {name} ...", self.hypervisor.capabilities().name);
+            check(self);
+            println!("{}: {name} ... ok ({:.1?})", self.hypervisor.capabilities().name, begun.elapsed());
+        }
+    }
+
+    fn spec(&self, console: &Console, disks: Vec<DiskSpec>, runtime_dir: &Path) -> MachineSpec {
+        let mut spec = MachineSpec::new("conformance", self.architecture, self.boot.clone(), console.port());
+        spec.memory_mib = NonZeroU32::new(self.memory_mib).expect("the test bed gives memory");
+        spec.disks = disks;
+        spec.runtime_dir = runtime_dir.to_owned();
+        spec
+    }
+
+    /// A guest that is up, with these disks.
+    fn up(&self, disks: Vec<DiskSpec>) -> Guest {
+        self.up_with(disks, |_| ())
+    }
+
+    fn up_with(&self, disks: Vec<DiskSpec>, change: impl FnOnce(&mut MachineSpec)) -> Guest {
+        let runtime_dir = tempfile::tempdir().expect("a temporary directory");
+        let console = Console::new();
+        let mut spec = self.spec(&console, disks, runtime_dir.path());
+        change(&mut spec);
+        let machine = self.hypervisor.create(spec).expect("the machine is made");
+        machine.start().expect("the machine starts");
+        let reader = console.reader();
+        let mut guest = Guest { machine, console, reader, patience: self.patience, runtime_dir };
+        guest.hear("GUEST READY");
+        guest.hear("\n");
+        guest
+    }
+}
+
+/// A guest under test.
+struct Guest {
+    // Dropped before the directory it uses.
+    machine: Box<dyn Machine>,
+    console: Console,
+    reader: ConsoleReader,
+    patience: Duration,
+    runtime_dir: tempfile::TempDir,
+}
+
+impl Guest {
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.patience
+    }
+
+    fn tell(&self, line: &str) {
+        self.console.write_all(format!("{line}\n").as_bytes(), self.deadline()).expect("the guest reads");
+    }
+
+    fn hear(&mut self, text: &str) -> String {
+        let heard = self.reader.wait_for(text, self.deadline());
+        let state = self.machine.state().get();
+        let heard = heard.unwrap_or_else(|e| panic!("{e}; the machine is {state:?}"));
+        String::from_utf8_lossy(&heard).into_owned()
+    }
+
+    /// Sends a command and returns the answer that begins with `kind`, without that word.
+    fn ask(&mut self, line: &str, kind: &str) -> String {
+        self.tell(line);
+        loop {
+            let heard = self.hear("\n");
+            let heard = heard.trim();
+            // A terminal may echo the command before the answer.
+            match heard.strip_prefix(kind) {
+                Some(rest) if heard != line => return rest.trim().to_owned(),
+                _ => {}
+            }
+        }
+    }
+
+    #[track_caller]
+    fn expect_answer(&mut self, line: &str, answer: &str) {
+        let kind = answer.split(' ').next().unwrap_or_default();
+        let rest = answer[kind.len()..].trim();
+        assert_eq!(self.ask(line, kind), rest, "the answer to {line:?}");
+    }
+
+    #[track_caller]
+    fn expect_exit(&self) -> ExitCause {
+        let state = self.machine.state().wait(self.deadline(), |s| s.exit_cause().is_some());
+        match state {
+            Ok(MachineState::Exited(cause)) => cause,
+            other => panic!("the machine did not end: {other:?}"),
+        }
+    }
+}
+
+fn disk(sectors: u64) -> Disk {
+    MemoryDisk::new(sectors * 512).expect("a whole number of sectors").into_disk()
+}
+
+fn sector_of(word: &str) -> Vec<u8> {
+    let mut bytes = word.as_bytes().to_vec();
+    bytes.resize(512, 0);
+    bytes
+}
+
+fn word_at(disk: &Disk, sector: u64) -> String {
+    let mut bytes = [0; 512];
+    disk.read_at(&mut bytes, sector * 512).expect("the disk can be read");
+    String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned()
+}
+
+fn refuses_what_it_cannot_do(bed: &TestBed<'_>) {
+    let can = bed.hypervisor.capabilities();
+    let changes: [(&str, &dyn Fn(&mut MachineSpec)); 3] = [
+        ("architecture", &|spec| spec.architecture = bed.foreign_architecture),
+        ("vCPUs", &|spec| spec.vcpus = NonZeroU32::new(can.max_vcpus + 1).expect("more than none")),
+        ("memory", &|spec| spec.memory_mib = NonZeroU32::MAX),
+    ];
+    for (what, change) in changes {
+        let mut spec = bed.spec(&Console::new(), Vec::new(), &std::env::temp_dir());
+        change(&mut spec);
+        let refused = bed.hypervisor.create(spec).expect_err(what);
+        assert_eq!(refused.kind(), MachineErrorKind::Unsupported, "{what}: {refused}");
+    }
+}
+
+fn refuses_a_kernel_that_is_none(bed: &TestBed<'_>) {
+    use std::io::Write;
+    for bytes in [&b""[..], b"not a kernel", &[0; 4096]] {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        file.write_all(bytes).expect("it can be written");
+        let mut spec = bed.spec(&Console::new(), Vec::new(), &std::env::temp_dir());
+        spec.boot.kernel = BootFile::new(file).expect("it has a length");
+        let refused = bed.hypervisor.create(spec).expect_err("a kernel of no format");
+        assert_eq!(refused.kind(), MachineErrorKind::Boot, "{refused}");
+    }
+}
+
+fn walks_the_states_of_its_life(bed: &TestBed<'_>) {
+    let runtime_dir = tempfile::tempdir().expect("a temporary directory");
+    let console = Console::new();
+    let machine = bed.hypervisor.create(bed.spec(&console, Vec::new(), runtime_dir.path())).expect("made");
+    let state = machine.state();
+    let wrong = |done: Result<(), crate::machine::MachineError>| {
+        let refused = done.expect_err("not in this state");
+        assert_eq!(refused.kind(), MachineErrorKind::WrongState, "{refused}");
+    };
+
+    assert_eq!(state.get(), MachineState::Created);
+    wrong(machine.pause());
+    wrong(machine.resume());
+    machine.start().expect("starts");
+    assert_eq!(state.get(), MachineState::Running);
+    wrong(machine.start());
+    wrong(machine.resume());
+    machine.pause().expect("pauses");
+    assert_eq!(state.get(), MachineState::Paused);
+    wrong(machine.pause());
+    machine.resume().expect("resumes");
+    assert_eq!(state.get(), MachineState::Running);
+    machine.kill();
+    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
+    machine.kill();
+    wrong(machine.start());
+    wrong(machine.pause());
+    drop(machine);
+
+    // One that never started ends as well, and tells its watchers.
+    let machine = bed.hypervisor.create(bed.spec(&console, Vec::new(), runtime_dir.path())).expect("made");
+    let state = machine.state();
+    drop(machine);
+    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
+}
+
+fn talks_on_the_console(bed: &TestBed<'_>) {
+    let mut guest = bed.up(Vec::new());
+    guest.expect_answer("ping hello", "pong hello");
+    // Longer than any serial port's FIFO.
+    let long = "0123456789".repeat(20);
+    guest.expect_answer(&format!("ping {long}"), &format!("pong {long}"));
+    for n in 0..20 {
+        guest.expect_answer(&format!("ping {n}"), &format!("pong {n}"));
+    }
+}
+
+fn shows_the_guest_its_hardware(bed: &TestBed<'_>) {
+    let disks =
+        vec![DiskSpec::new(disk(2048), "vol-first"), DiskSpec::new(disk(4096), "vol-0123456789abcdef")];
+    let mut guest = bed.up_with(disks, |spec| {
+        spec.vcpus = NonZeroU32::new(bed.vcpus).expect("the test bed gives vCPUs");
+    });
+    guest.expect_answer("cpus", &format!("cpus {}", bed.vcpus));
+    let seen: u32 = guest.ask("memory", "memory").parse().expect("a number");
+    let given = bed.memory_mib;
+    assert!(seen <= given && seen >= given - given / 5, "{seen} of {given} MiB are seen");
+    guest.expect_answer("disks", "disks 2");
+    guest.expect_answer("size 0", "size 1048576");
+    guest.expect_answer("size 1", "size 2097152");
+    guest.expect_answer("serial 0", "serial vol-first");
+    guest.expect_answer("serial 1", "serial vol-0123456789abcdef");
+}
+
+fn reads_and_writes_disks(bed: &TestBed<'_>) {
+    let (first, second) = (disk(2048), disk(2048));
+    for sector in [0, 1, 2047] {
+        first.write_at(&sector_of(&format!("host{sector}")), sector * 512).expect("written");
+    }
+    let mut guest =
+        bed.up(vec![DiskSpec::new(first.clone(), "first"), DiskSpec::new(second.clone(), "second")]);
+    for sector in [0, 1, 2047] {
+        guest.expect_answer(&format!("read 0 {sector}"), &format!("data host{sector}"));
+        guest.expect_answer(&format!("read 1 {sector}"), "data");
+        guest.expect_answer(&format!("write 1 {sector} guest{sector}"), "wrote");
+        guest.expect_answer(&format!("read 1 {sector}"), &format!("data guest{sector}"));
+        assert_eq!(word_at(&second, sector), format!("guest{sector}"));
+        assert_eq!(word_at(&first, sector), format!("host{sector}"), "the other disk is untouched");
+    }
+    assert_eq!(word_at(&second, 2), "", "the neighbouring sector is untouched");
+}
+
+/// A disk that counts flushes, fails when told to, and can be read-only.
+#[derive(Debug)]
+struct Probe {
+    inner: Disk,
+    read_only: bool,
+    log: Arc<ProbeLog>,
+}
+
+#[derive(Debug, Default)]
+struct ProbeLog {
+    flushes: AtomicU64,
+    fail: AtomicBool,
+}
+
+impl Probe {
+    fn disk(read_only: bool) -> (DiskSpec, Arc<ProbeLog>, Disk) {
+        let (inner, log) = (disk(2048), Arc::<ProbeLog>::default());
+        let probe = Probe { inner: inner.clone(), read_only, log: log.clone() };
+        (DiskSpec::new(Disk::new(probe).expect("a whole number of sectors"), "probe"), log, inner)
+    }
+
+    fn check(&self) -> BlockResult<()> {
+        match self.log.fail.load(Ordering::SeqCst) {
+            true => Err(Error::new(ErrorKind::Io, "the probe was told to fail")),
+            false => Ok(()),
+        }
+    }
+}
+
+impl BlockBackend for Probe {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> BlockResult<()> {
+        self.check()?;
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> BlockResult<()> {
+        self.check()?;
+        self.inner.write_at(buf, offset)
+    }
+
+    fn flush(&self) -> BlockResult<()> {
+        self.log.flushes.fetch_add(1, Ordering::SeqCst);
+        self.check()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> BlockResult<()> {
+        self.check()?;
+        self.inner.write_zeroes(offset, len)
+    }
+}
+
+fn flushes_when_the_guest_does(bed: &TestBed<'_>) {
+    let (spec, log, _) = Probe::disk(false);
+    let mut guest = bed.up(vec![spec]);
+    guest.expect_answer("write 0 7 durable", "wrote");
+    let before = log.flushes.load(Ordering::SeqCst);
+    guest.expect_answer("flush 0", "flushed");
+    assert!(log.flushes.load(Ordering::SeqCst) > before, "the guest's flush did not reach the disk");
+}
+
+fn tells_the_guest_of_a_disk_that_fails(bed: &TestBed<'_>) {
+    let (spec, log, _) = Probe::disk(false);
+    let mut guest = bed.up(vec![spec]);
+    log.fail.store(true, Ordering::SeqCst);
+    guest.expect_answer("read 0 100", "error");
+    guest.expect_answer("write 0 100 x", "error");
+    log.fail.store(false, Ordering::SeqCst);
+    guest.expect_answer("write 0 100 again", "wrote");
+    guest.expect_answer("read 0 100", "data again");
+}
+
+fn refuses_writes_to_a_read_only_disk(bed: &TestBed<'_>) {
+    let (spec, _, inner) = Probe::disk(true);
+    inner.write_at(&sector_of("kept"), 0).expect("written");
+    let mut guest = bed.up(vec![spec]);
+    guest.expect_answer("read 0 0", "data kept");
+    guest.expect_answer("write 0 0 gone", "error");
+    guest.expect_answer("read 0 0", "data kept");
+    assert_eq!(word_at(&inner, 0), "kept");
+}
+
+fn sees_a_power_off(bed: &TestBed<'_>) {
+    let guest = bed.up(Vec::new());
+    guest.tell("poweroff");
+    assert_eq!(guest.expect_exit(), ExitCause::PowerOff);
+}
+
+fn sees_a_reboot(bed: &TestBed<'_>) {
+    let guest = bed.up(Vec::new());
+    guest.tell("reboot");
+    assert_eq!(guest.expect_exit(), ExitCause::Reset);
+}
+
+fn sees_a_crash(bed: &TestBed<'_>) {
+    let mut guest = bed.up(Vec::new());
+    guest.tell("crash");
+    let end = guest.machine.state().wait(guest.deadline(), |s| {
+        s.exit_cause().is_some() || String::from_utf8_lossy(&guest.console.output()).contains("unsupported")
+    });
+    match end {
+        Ok(MachineState::Exited(cause)) => assert!(matches!(cause, ExitCause::Crash(_)), "{cause:?}"),
+        _ => {
+            guest.hear("unsupported");
+            println!("the guest cannot crash its processor: not checked");
+        }
+    }
+}
+
+fn kills_a_guest_that_spins(bed: &TestBed<'_>) {
+    let mut guest = bed.up(Vec::new());
+    guest.tell("spin");
+    guest.hear("spinning");
+    let begun = Instant::now();
+    guest.machine.kill();
+    let took = begun.elapsed();
+    assert_eq!(guest.machine.state().get(), MachineState::Exited(ExitCause::Killed));
+    assert!(took <= bed.kill_within, "killing took {took:?}");
+}
+
+fn stands_still_while_paused(bed: &TestBed<'_>) {
+    let (first, second) = (disk(2048), disk(2048));
+    let mut guest = bed.up(vec![DiskSpec::new(first.clone(), "first"), DiskSpec::new(second, "second")]);
+    guest.machine.pause().expect("pauses");
+    let before = guest.console.written();
+    guest.tell("write 0 1 late");
+    // Long enough for a guest that is not paused to have answered many times over.
+    assert!(guest.reader.read(Instant::now() + Duration::from_millis(300)).is_err(), "a paused guest spoke");
+    assert_eq!(guest.console.written(), before);
+    assert_eq!(word_at(&first, 1), "", "a paused guest wrote to its disk");
+    guest.machine.resume().expect("resumes");
+    guest.hear("wrote");
+    assert_eq!(word_at(&first, 1), "late");
+}
+
+fn delivers_the_power_button(bed: &TestBed<'_>) {
+    let guest = bed.up(Vec::new());
+    let pressed = guest.machine.power_button();
+    if bed.hypervisor.capabilities().power_button {
+        pressed.expect("pressed");
+        assert_eq!(guest.expect_exit(), ExitCause::PowerOff);
+    } else {
+        assert_eq!(pressed.expect_err("it has none").kind(), MachineErrorKind::Unsupported);
+    }
+}
+
+fn runs_two_machines_side_by_side(bed: &TestBed<'_>) {
+    let (one_disk, two_disk) = (disk(2048), disk(2048));
+    let mut one = bed.up(vec![DiskSpec::new(one_disk.clone(), "one")]);
+    let mut two = bed.up(vec![DiskSpec::new(two_disk.clone(), "two")]);
+    one.expect_answer("write 0 0 one", "wrote");
+    two.expect_answer("write 0 0 two", "wrote");
+    one.expect_answer("read 0 0", "data one");
+    drop(one);
+    two.expect_answer("read 0 0", "data two");
+    assert_eq!((word_at(&one_disk, 0), word_at(&two_disk, 0)), ("one".to_owned(), "two".to_owned()));
+}
+
+fn gives_everything_back(bed: &TestBed<'_>) {
+    // The first machine may load what the process then keeps, such as the thread-local storage of libraries.
+    drop(bed.up(Vec::new()));
+    let before = Held::now();
+    let (spec, log, inner) = Probe::disk(false);
+    let guest = bed.up(vec![spec]);
+    let Guest { machine, console, runtime_dir, .. } = guest;
+    drop(machine);
+    assert_eq!(Arc::strong_count(&log), 1, "the machine still holds its disk");
+    let left: Vec<_> = std::fs::read_dir(runtime_dir.path()).expect("it is there").collect();
+    assert!(left.is_empty(), "the machine left files: {left:?}");
+    drop((console, inner, runtime_dir));
+    assert_eq!(Held::now(), before, "threads, descriptors or children are left");
+}
+
+/// What this process holds.
+#[derive(Debug, PartialEq)]
+struct Held {
+    threads: usize,
+    descriptors: usize,
+    children: String,
+}
+
+impl Held {
+    fn now() -> Self {
+        let count = |dir| std::fs::read_dir(dir).expect("Linux's /proc").count();
+        let children = std::fs::read_dir("/proc/self/task")
+            .expect("Linux's /proc")
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok())
+            .collect();
+        Self { threads: count("/proc/self/task"), descriptors: count("/proc/self/fd"), children }
+    }
+}

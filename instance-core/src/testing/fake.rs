@@ -1,0 +1,354 @@
+//! A hypervisor without a virtual machine.
+//!
+//! Its machines speak the conformance guest's protocol themselves (see
+//! [`conformance`](super::conformance)), on real disks and a real console, so that a region and
+//! everything above it can be tested without a kernel.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use ami_core::{Architecture, Arm64, X86, X86_64};
+use storage_block::SECTOR;
+
+use crate::console::ConsolePort;
+use crate::machine::{
+    Boot, BootFile, Capabilities, DiskSpec, Execution, ExitCause, Hypervisor, Machine, MachineError,
+    MachineErrorKind, MachineSpec, MachineState, Runs,
+};
+use crate::watch::{Publisher, Watch};
+
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
+
+/// A kernel that [`FakeHypervisor`] takes for one: an ELF header's first bytes and `text`.
+///
+/// # Errors
+///
+/// What the operating system says when the temporary file is made.
+pub fn fake_kernel(text: &str) -> io::Result<BootFile> {
+    use std::io::Write;
+    let mut file = tempfile::tempfile()?;
+    file.write_all(&ELF_MAGIC)?;
+    file.write_all(text.as_bytes())?;
+    BootFile::new(file)
+}
+
+/// Makes machines that run no guest code.
+///
+/// ```
+/// use std::time::{Duration, Instant};
+/// use instance_core::console::Console;
+/// use instance_core::machine::{Boot, Hypervisor, MachineSpec};
+/// use instance_core::testing::{FakeHypervisor, fake_kernel};
+///
+/// let console = Console::new();
+/// let boot = Boot::new(fake_kernel("")?, None, "");
+/// let spec = MachineSpec::new("demo", ami_core::Architecture::X86_64, boot, console.port());
+/// let machine = FakeHypervisor::new().create(spec)?;
+/// machine.start()?;
+/// console.reader().wait_for("GUEST READY", Instant::now() + Duration::from_secs(10))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct FakeHypervisor {
+    architectures: Vec<Architecture>,
+    fail_next: Arc<AtomicBool>,
+}
+
+impl FakeHypervisor {
+    /// One that claims to run 64-bit x86.
+    pub fn new() -> Self {
+        Self::with_architectures(vec![Architecture::X86_64])
+    }
+
+    /// One that claims to run these.
+    pub fn with_architectures(architectures: Vec<Architecture>) -> Self {
+        Self { architectures, fail_next: Arc::default() }
+    }
+
+    /// Makes the next [`create`](Hypervisor::create) fail as if the host had refused.
+    pub fn fail_next_create(&self) {
+        self.fail_next.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Default for FakeHypervisor {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Runs<X86> for FakeHypervisor {}
+impl Runs<X86_64> for FakeHypervisor {}
+impl Runs<Arm64> for FakeHypervisor {}
+
+impl Hypervisor for FakeHypervisor {
+    fn capabilities(&self) -> Capabilities {
+        let execution = Execution::Emulated { measured: "no guest code runs".to_owned() };
+        let mut capabilities = Capabilities::new("fake", self.architectures.clone(), execution);
+        capabilities.max_vcpus = 64;
+        capabilities.power_button = true;
+        capabilities
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        self.capabilities().check(&spec)?;
+        if self.fail_next.swap(false, Ordering::SeqCst) {
+            return Err(MachineError::new(MachineErrorKind::Host, "the fake host was told to refuse"));
+        }
+        check_kernel(&spec.boot)?;
+        Ok(Box::new(FakeMachine::new(spec)))
+    }
+}
+
+fn check_kernel(boot: &Boot) -> Result<(), MachineError> {
+    let kernel = boot
+        .kernel
+        .read()
+        .map_err(|e| MachineError::new(MachineErrorKind::Boot, "cannot read the kernel").with_source(e))?;
+    if kernel.starts_with(&ELF_MAGIC) {
+        Ok(())
+    } else {
+        Err(MachineError::new(MachineErrorKind::Boot, "the kernel is not an ELF file"))
+    }
+}
+
+/// What wakes the machine's thread.
+#[derive(Debug, Default)]
+struct Signals {
+    waiting: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Signals {
+    fn raise(&self) {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*waiting {
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        *waiting = false;
+    }
+}
+
+#[derive(Debug)]
+struct FakeMachine {
+    state: Arc<Publisher<MachineState>>,
+    signals: Arc<Signals>,
+    power_button: Arc<AtomicBool>,
+    console: ConsolePort,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Held by the guest while it serves a command, so that pausing waits for it.
+    busy: Arc<Mutex<()>>,
+    /// What the thread is made from, until it is.
+    spec: Mutex<Option<MachineSpec>>,
+}
+
+impl FakeMachine {
+    fn new(spec: MachineSpec) -> Self {
+        Self {
+            state: Arc::new(Publisher::new(MachineState::Created)),
+            signals: Arc::default(),
+            power_button: Arc::default(),
+            console: spec.console.clone(),
+            thread: Mutex::new(None),
+            busy: Arc::default(),
+            spec: Mutex::new(Some(spec)),
+        }
+    }
+
+    fn go(&self, action: &str, from: MachineState, to: MachineState) -> Result<(), MachineError> {
+        if self.state.update(|s| {
+            *s == from && {
+                *s = to;
+                true
+            }
+        }) {
+            self.signals.raise();
+            Ok(())
+        } else {
+            Err(MachineError::wrong_state(action, &self.state.get()))
+        }
+    }
+}
+
+impl Machine for FakeMachine {
+    fn state(&self) -> Watch<MachineState> {
+        self.state.watch()
+    }
+
+    fn start(&self) -> Result<(), MachineError> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let spec = self.spec.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(spec) = spec else {
+            return Err(MachineError::wrong_state("start", &self.state.get()));
+        };
+        self.go("start", MachineState::Created, MachineState::Running)?;
+        let signals = self.signals.clone();
+        self.console.set_input_notifier(Some(Arc::new(move || signals.raise())));
+        let guest = FakeGuest {
+            state: self.state.clone(),
+            signals: self.signals.clone(),
+            power_button: self.power_button.clone(),
+            busy: self.busy.clone(),
+            console: spec.console,
+            disks: spec.disks,
+            vcpus: spec.vcpus.get(),
+            memory_mib: spec.memory_mib.get(),
+        };
+        let spawned = std::thread::Builder::new().name("fake-machine".to_owned()).spawn(move || guest.run());
+        *thread = Some(spawned.map_err(|e| {
+            MachineError::new(MachineErrorKind::Host, "cannot start the machine's thread").with_source(e)
+        })?);
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<(), MachineError> {
+        let _idle = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        self.go("pause", MachineState::Running, MachineState::Paused)
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        self.go("resume", MachineState::Paused, MachineState::Running)
+    }
+
+    fn power_button(&self) -> Result<(), MachineError> {
+        if self.state.get() != MachineState::Running {
+            return Err(MachineError::wrong_state("press the power button of", &self.state.get()));
+        }
+        self.power_button.store(true, Ordering::SeqCst);
+        self.signals.raise();
+        Ok(())
+    }
+
+    fn kill(&self) {
+        exit(&self.state, ExitCause::Killed);
+        self.signals.raise();
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A guest that panicked has nothing left to end.
+            let _ = thread.join();
+        }
+        self.spec.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.console.set_input_notifier(None);
+    }
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn exit(state: &Publisher<MachineState>, cause: ExitCause) {
+    state.update(|s| {
+        let alive = s.exit_cause().is_none();
+        if alive {
+            *s = MachineState::Exited(cause);
+        }
+        alive
+    });
+}
+
+struct FakeGuest {
+    state: Arc<Publisher<MachineState>>,
+    signals: Arc<Signals>,
+    power_button: Arc<AtomicBool>,
+    busy: Arc<Mutex<()>>,
+    console: ConsolePort,
+    disks: Vec<DiskSpec>,
+    vcpus: u32,
+    memory_mib: u32,
+}
+
+impl FakeGuest {
+    fn run(self) {
+        self.console.write_output(b"GUEST READY\n");
+        let mut line = Vec::new();
+        loop {
+            match self.state.get() {
+                MachineState::Exited(_) => return,
+                MachineState::Running if self.power_button.load(Ordering::SeqCst) => {
+                    return exit(&self.state, ExitCause::PowerOff);
+                }
+                MachineState::Running if self.serve(&mut line) => {}
+                _ => self.signals.wait(),
+            }
+        }
+    }
+
+    /// Handles one byte of input; says whether there was one.
+    fn serve(&self, line: &mut Vec<u8>) -> bool {
+        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state.get() != MachineState::Running {
+            return true;
+        }
+        let mut byte = [0];
+        if self.console.read_input(&mut byte) == 0 {
+            return false;
+        }
+        if !matches!(byte, [b'\n' | b'\r']) {
+            line.push(byte[0]);
+        } else if !line.is_empty() {
+            let text = String::from_utf8_lossy(&std::mem::take(line)).into_owned();
+            if let Some(answer) = self.answer(&text) {
+                self.console.write_output(format!("{answer}\n").as_bytes());
+            }
+        }
+        true
+    }
+
+    fn answer(&self, line: &str) -> Option<String> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let answer = match words[..] {
+            ["ping", word] => format!("pong {word}"),
+            ["cpus"] => format!("cpus {}", self.vcpus),
+            ["memory"] => format!("memory {}", self.memory_mib),
+            ["disks"] => format!("disks {}", self.disks.len()),
+            ["size", d] => self.on(d, |disk| Ok(format!("size {}", disk.disk.size()))),
+            ["serial", d] => self.on(d, |disk| Ok(format!("serial {}", disk.serial))),
+            ["read", d, s] => self.on(d, |disk| read(disk, s)),
+            ["write", d, s, word] => self.on(d, |disk| write(disk, s, word)),
+            ["flush", d] => self.on(d, |disk| disk.disk.flush().map(|()| "flushed".to_owned())),
+            ["poweroff"] => return self.end(ExitCause::PowerOff),
+            ["reboot"] => return self.end(ExitCause::Reset),
+            ["crash"] => return self.end(ExitCause::Crash("the fake guest was told to".to_owned())),
+            ["spin"] => "spinning".to_owned(),
+            _ => "unknown".to_owned(),
+        };
+        Some(answer)
+    }
+
+    fn end(&self, cause: ExitCause) -> Option<String> {
+        exit(&self.state, cause);
+        None
+    }
+
+    fn on(&self, index: &str, act: impl FnOnce(&DiskSpec) -> storage_block::Result<String>) -> String {
+        let disk = index.parse().ok().and_then(|i: usize| self.disks.get(i));
+        disk.and_then(|d| act(d).ok()).unwrap_or_else(|| "error".to_owned())
+    }
+}
+
+fn read(disk: &DiskSpec, sector: &str) -> storage_block::Result<String> {
+    let mut bytes = [0; SECTOR as usize];
+    disk.disk.read_at(&mut bytes, offset(sector))?;
+    let word = bytes.split(|b| *b == 0).next().unwrap_or_default();
+    Ok(format!("data {}", String::from_utf8_lossy(word)))
+}
+
+fn write(disk: &DiskSpec, sector: &str, word: &str) -> storage_block::Result<String> {
+    let mut bytes = word.as_bytes().to_vec();
+    bytes.resize(SECTOR as usize, 0);
+    disk.disk.write_at(&bytes, offset(sector))?;
+    Ok("wrote".to_owned())
+}
+
+/// The byte offset of a sector; one that is no number lies outside every disk.
+fn offset(sector: &str) -> u64 {
+    sector.parse::<u64>().ok().and_then(|s| s.checked_mul(SECTOR)).unwrap_or(u64::MAX)
+}
