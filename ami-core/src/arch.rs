@@ -10,6 +10,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::quote;
+
 /// A processor architecture, under the name that EC2 gives it.
 ///
 /// ```
@@ -53,7 +55,7 @@ impl fmt::Display for Architecture {
 
 /// A name that is no architecture of EC2's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not an architecture; use i386, x86_64 or arm64")]
+#[error("{} is not an architecture; use i386, x86_64 or arm64", quote(.0))]
 pub struct UnknownArchitecture(String);
 
 impl FromStr for Architecture {

@@ -8,6 +8,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::quote;
+
 /// A text that is no id of the kind asked for.
 ///
 /// ```
@@ -18,7 +20,7 @@ use serde::{Deserialize, Serialize};
 /// assert!("i-0123456789abcdef0".parse::<InstanceId>().is_ok());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not an id of the form {prefix}-0123456789abcdef0")]
+#[error("{} is not an id of the form {prefix}-0123456789abcdef0", quote(.text))]
 pub struct MalformedId {
     text: String,
     prefix: &'static str,
@@ -28,6 +30,24 @@ impl MalformedId {
     /// The prefix of the kind of id that was expected, such as `ami`.
     pub fn prefix(&self) -> &'static str {
         self.prefix
+    }
+
+    /// The code of EC2's error, such as `InvalidAMIID.Malformed`.
+    pub fn code(&self) -> &'static str {
+        match self.prefix {
+            AmiId::PREFIX => "InvalidAMIID.Malformed",
+            InstanceId::PREFIX => "InvalidInstanceID.Malformed",
+            ReservationId::PREFIX => "InvalidReservationID.Malformed",
+            VolumeId::PREFIX => "InvalidVolumeID.Malformed",
+            SnapshotId::PREFIX => "InvalidSnapshotID.Malformed",
+            NetworkInterfaceId::PREFIX => "InvalidNetworkInterfaceId.Malformed",
+            SecurityGroupId::PREFIX => "InvalidGroupId.Malformed",
+            SecurityGroupRuleId::PREFIX => "InvalidSecurityGroupRuleId.Malformed",
+            RouteTableId::PREFIX => "InvalidRouteTableId.Malformed",
+            DhcpOptionsId::PREFIX => "InvalidDhcpOptionsId.Malformed",
+            LaunchTemplateId::PREFIX => "InvalidLaunchTemplateId.Malformed",
+            _ => "InvalidParameterValue",
+        }
     }
 }
 

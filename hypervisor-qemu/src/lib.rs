@@ -1,1 +1,238 @@
-//! To come.
+//! Virtual machines as QEMU child processes: the [`Hypervisor`] for hosts without KVM.
+//!
+//! [`Qemu`] makes machines of 64-bit x86. Each is one `qemu-system-x86_64` of type `q35`: a kernel
+//! loaded directly (PVH), virtio disks on PCI, one serial port, and little else.
+//!
+//! ```no_run
+//! use std::{fs::File, time::{Duration, Instant}};
+//! use ami_core::Architecture;
+//! use hypervisor_qemu::Qemu;
+//! use instance_core::{console::Console, machine::{Boot, BootFile, Hypervisor, MachineSpec}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let kernel = BootFile::new(File::open("vmlinux")?)?;
+//! let console = Console::new();
+//! let boot = Boot::new(kernel, None, "console=ttyS0");
+//! let machine = Qemu::find()?.create(MachineSpec::new("i-1", Architecture::X86_64, boot, console.port()))?;
+//! machine.start()?;
+//! console.reader().wait_for("Linux version", Instant::now() + Duration::from_secs(10))?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # How it works
+//!
+//! - **One thread a machine** starts the child, listens to it and reaps it, besides those that serve
+//!   its disks over NBD. The control channel (QMP) and the console are socket pairs, kernel and initrd
+//!   are descriptors that the child inherits: nothing is copied, and nothing lies in the runtime
+//!   directory while the machine runs.
+//! - **The child dies with this process**, whatever ends it, `kill -9` included.
+//! - **Execution.** [`Accelerator::Tcg`] is the default: it runs everywhere, at roughly a tenth of the
+//!   processor's speed or less. Whether `/dev/kvm` runs guest kernels at hardware speed cannot be told by
+//!   looking at it, so [`Accelerator::Kvm`] is used only if asked for.
+//!
+//! # How machines end
+//!
+//! A guest's power-off and reset are told apart by QEMU. A triple fault, which QEMU reports as a reset,
+//! is told from one by TCG's log and becomes [`Crash`]; under KVM it cannot be, and is a [`Reset`]. A
+//! guest that reboots *by* a triple fault, Linux with `reboot=t`, has crashed in these terms. A kernel that panics
+//! does what its command line says (`panic=-1`: a reset) or stands still.
+//!
+//! # Errors and trust
+//!
+//! Errors are [`MachineError`]s; a QEMU that ends unasked is [`HostFailure`] with its status and the last
+//! lines it wrote. The guest and the child are not trusted: what they send is bounded, and the child
+//! runs under QEMU's own system-call filter with no descriptors but its own. The program that is run is
+//! trusted, as is whoever can write to it or to the runtime directory.
+//!
+//! # What it leaves out
+//!
+//! Networks, hot-plugging, saving and restoring, firmware, other architectures.
+//!
+//! [`Crash`]: instance_core::machine::ExitCause::Crash
+//! [`Reset`]: instance_core::machine::ExitCause::Reset
+//! [`HostFailure`]: instance_core::machine::ExitCause::HostFailure
+
+mod arguments;
+mod child;
+mod disks;
+mod exit;
+mod machine;
+mod probe;
+mod qmp;
+mod shared;
+mod supervisor;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use ami_core::{Architecture, X86_64};
+use instance_core::machine::{
+    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
+};
+
+use crate::machine::{QemuMachine, START_WITHIN};
+
+/// How many disks fit: a PCI bus has 32 addresses, two of which are the chipset's.
+const MAX_DISKS: usize = 30;
+
+/// How many vCPUs fit: APIC ids have 8 bits without x2APIC, which TCG does not have.
+const MAX_VCPUS: u32 = 255;
+
+/// The length of a virtio block device's serial number.
+const MAX_SERIAL: usize = 20;
+
+/// What runs guest code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Accelerator {
+    /// QEMU's translator. Works everywhere, slowly.
+    #[default]
+    Tcg,
+    /// The kernel's KVM, through `/dev/kvm`. Where it is missing, no machine can be made.
+    Kvm,
+}
+
+/// A QEMU on this host.
+///
+/// ```no_run
+/// use hypervisor_qemu::{Accelerator, Qemu};
+///
+/// let qemu = Qemu::find()?.acceleration(Accelerator::Kvm);
+/// println!("QEMU {}.{}", qemu.version().0, qemu.version().1);
+/// # Ok::<(), instance_core::machine::MachineError>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    program: PathBuf,
+    version: (u32, u32),
+    accelerator: Accelerator,
+    sandbox: bool,
+    start_within: Duration,
+}
+
+impl Qemu {
+    /// The `qemu-system-x86_64` in `PATH`.
+    ///
+    /// # Errors
+    ///
+    /// [`Missing`](MachineErrorKind::Missing) if there is none, or one before 6.2; else as
+    /// [`with_binary`](Self::with_binary).
+    pub fn find() -> Result<Self, MachineError> {
+        Self::with_binary(probe::find(std::env::var_os("PATH").as_deref())?)
+    }
+
+    /// The QEMU at `program`, which is run once to tell its version.
+    ///
+    /// # Errors
+    ///
+    /// [`Missing`](MachineErrorKind::Missing) if it is not there or older than 6.2,
+    /// [`Host`](MachineErrorKind::Host) if it does not run, or is no QEMU.
+    pub fn with_binary(program: impl Into<PathBuf>) -> Result<Self, MachineError> {
+        let program = program.into();
+        let version = probe::version(&program, Instant::now() + START_WITHIN)?;
+        Ok(Self {
+            program,
+            version,
+            accelerator: Accelerator::default(),
+            sandbox: true,
+            start_within: START_WITHIN,
+        })
+    }
+
+    /// Runs guests by `accelerator`.
+    pub fn acceleration(mut self, accelerator: Accelerator) -> Self {
+        self.accelerator = accelerator;
+        self
+    }
+
+    /// Whether QEMU filters its own system calls (`-sandbox`); it does unless this says otherwise. For
+    /// a QEMU built without seccomp.
+    pub fn sandbox(mut self, on: bool) -> Self {
+        self.sandbox = on;
+        self
+    }
+
+    /// How long a QEMU may take from its start until it takes commands: 30 seconds unless this says
+    /// otherwise.
+    pub fn start_within(mut self, limit: Duration) -> Self {
+        self.start_within = limit;
+        self
+    }
+
+    /// Its version, major and minor.
+    pub fn version(&self) -> (u32, u32) {
+        self.version
+    }
+
+    /// Checks all that can be told without QEMU.
+    fn check(&self, spec: &MachineSpec) -> Result<(), MachineError> {
+        let can = self.capabilities();
+        let unsupported = |what: String| Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        if !can.architectures.contains(&spec.architecture) {
+            return unsupported(format!("this QEMU does not run {} machines", spec.architecture));
+        }
+        if spec.vcpus.get() > can.max_vcpus {
+            return unsupported(format!("{} vCPUs are more than {}", spec.vcpus, can.max_vcpus));
+        }
+        if u64::from(spec.memory_mib.get()) > can.max_memory_mib {
+            return unsupported(format!("{} MiB are more than {}", spec.memory_mib, can.max_memory_mib));
+        }
+        if spec.disks.len() > MAX_DISKS {
+            return unsupported(format!("{} disks are more than {MAX_DISKS}", spec.disks.len()));
+        }
+        let serials = spec.disks.iter().map(|disk| &disk.serial);
+        if let Some(serial) = serials.clone().find(|s| s.len() > MAX_SERIAL || s.contains('\0')) {
+            return unsupported(format!("{serial:?} is no serial number of at most {MAX_SERIAL} bytes"));
+        }
+        if spec.name.contains('\0') || spec.boot.command_line.contains('\0') {
+            return unsupported("a zero byte in a name or command line".to_owned());
+        }
+        check_kernel(spec)
+    }
+}
+
+/// Refuses what is no ELF file for x86; the rest QEMU says.
+fn check_kernel(spec: &MachineSpec) -> Result<(), MachineError> {
+    use std::os::unix::fs::FileExt;
+    let not_loadable = |why: &str| MachineError::new(MachineErrorKind::Boot, format!("the kernel {why}"));
+    let mut header = [0; 20];
+    match spec.boot.kernel.file().read_exact_at(&mut header, 0) {
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            return Err(not_loadable("is shorter than any ELF file"));
+        }
+        Err(e) => return Err(not_loadable("cannot be read").with_source(e)),
+        Ok(()) => {}
+    }
+    // The machine numbers are those of i386 and x86-64; QEMU enters both in 32-bit mode (PVH).
+    match (&header[..4], u16::from_le_bytes([header[18], header[19]])) {
+        (b"\x7fELF", 3 | 62) => Ok(()),
+        (b"\x7fELF", other) => Err(not_loadable(&format!("is an ELF file for machine {other}, not x86"))),
+        _ => Err(not_loadable("is not an ELF file")),
+    }
+}
+
+impl Hypervisor for Qemu {
+    fn capabilities(&self) -> Capabilities {
+        let (major, minor) = self.version;
+        let execution = match self.accelerator {
+            Accelerator::Tcg => {
+                Execution::Emulated { measured: format!("QEMU {major}.{minor} translates guest code (TCG)") }
+            }
+            Accelerator::Kvm => Execution::Hardware {
+                measured: format!("not measured: QEMU {major}.{minor} was told to use KVM"),
+            },
+        };
+        let mut can = Capabilities::new("qemu", vec![Architecture::X86_64], execution);
+        can.max_vcpus = MAX_VCPUS;
+        can.power_button = true;
+        can
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        self.check(&spec)?;
+        Ok(Box::new(QemuMachine::create(self, spec)?))
+    }
+}
+
+impl Runs<X86_64> for Qemu {}

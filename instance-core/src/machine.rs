@@ -44,17 +44,28 @@ pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
 /// A hypervisor that is known, when the program is compiled, to run images of architecture `A`.
 ///
 /// A hypervisor crate implements it for each architecture that its type promises; every hypervisor
-/// takes [`AnyArch`], and `dyn Hypervisor` takes all of them, checked when an instance is launched.
+/// takes [`AnyArch`], and `Box<dyn Hypervisor>` takes all of them, checked when an instance is
+/// launched.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not run images of architecture `{A}`",
     label = "this image's architecture is not one that the region's hypervisor runs"
 )]
 pub trait Runs<A>: Hypervisor {}
 
-impl<H: Hypervisor + ?Sized> Runs<AnyArch> for H {}
-impl Runs<X86> for dyn Hypervisor {}
-impl Runs<X86_64> for dyn Hypervisor {}
-impl Runs<Arm64> for dyn Hypervisor {}
+impl<H: Hypervisor> Runs<AnyArch> for H {}
+impl Runs<X86> for Box<dyn Hypervisor> {}
+impl Runs<X86_64> for Box<dyn Hypervisor> {}
+impl Runs<Arm64> for Box<dyn Hypervisor> {}
+
+impl Hypervisor for Box<dyn Hypervisor> {
+    fn capabilities(&self) -> Capabilities {
+        self.as_ref().capabilities()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        self.as_ref().create(spec)
+    }
+}
 
 /// A virtual machine. Dropping it ends it at once and gives back all that it held: threads, child
 /// processes, memory, descriptors, files.

@@ -1,6 +1,7 @@
 //! The contract between whoever stores blocks and whoever reads and writes them.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::{Error, Result};
@@ -45,6 +46,13 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
 
     /// Makes the range read as zeroes.
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// The next range, at or after `offset`, that may hold anything but zeroes; `None` when only
+    /// zeroes follow. What is left out must read as zeroes; what is in may do so too.
+    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        let size = self.size();
+        Ok((offset < size).then_some(offset..size))
+    }
 }
 
 /// The unit in which sizes are counted: a disk's size is a multiple of 512 bytes.
@@ -147,6 +155,21 @@ impl Disk {
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.check_change(offset, len)?;
         if len == 0 { Ok(()) } else { self.0.write_zeroes(offset, len) }
+    }
+
+    /// The next range, at or after `offset`, that may hold anything but zeroes; `None` when only
+    /// zeroes follow. The range is never empty and lies within the disk.
+    ///
+    /// # Errors
+    ///
+    /// What the backend met.
+    pub fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        let size = self.size();
+        if offset >= size {
+            return Ok(None);
+        }
+        let range = self.0.next_data(offset)?.map(|found| found.start.max(offset)..found.end.min(size));
+        Ok(range.filter(|found| found.start < found.end))
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<()> {

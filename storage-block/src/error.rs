@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::path::Path;
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -24,6 +25,8 @@ pub enum ErrorKind {
     Corrupt,
     /// Another process, or another handle of this one, has it open.
     InUse,
+    /// Something of that name is there already.
+    AlreadyExists,
     /// Any other failure of the operating system.
     Io,
 }
@@ -48,13 +51,20 @@ impl Error {
     }
 
     /// The operating system's error, with what was being done. A full file system or quota becomes
-    /// [`ErrorKind::NoSpace`].
+    /// [`ErrorKind::NoSpace`], a missing file [`ErrorKind::NotFound`].
     pub fn io(source: std::io::Error, context: impl Into<String>) -> Self {
         let kind = match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+            std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+            std::io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
             _ => ErrorKind::Io,
         };
         Self { kind, context: context.into(), source: Some(Box::new(source)) }
+    }
+
+    /// A file whose bytes are not what its format says.
+    pub(crate) fn corrupt(path: &Path, why: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Corrupt, format!("{}: {why}", path.display()))
     }
 
     pub(crate) fn out_of_bounds(offset: u64, len: u64, size: u64) -> Self {

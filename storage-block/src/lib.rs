@@ -1,9 +1,83 @@
-//! Block storage for machine images.
+//! Block storage for machine images: immutable snapshots, and volumes that begin as one.
+//!
+//! A [`Store`] keeps [`Snapshot`]s: disks cut into chunks of 64 KiB, each stored once under its SHA-256 digest. A
+//! [`Volume`] begins as a snapshot, in the same time however large that is, and keeps what is written
+//! to it in a file of its own. A snapshot of a volume stores the chunks that have changed. Whatever can be read and
+//! written is a [`Disk`], and [`nbd::Server`] gives any disk to another process.
+//!
+//! ```
+//! use storage_block::{RawFile, Store, Volume};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let dir = dir.path();
+//! # RawFile::create(dir.join("debian.raw"), 1 << 30)?;
+//! let store = Store::open(dir.join("store"))?;
+//! let image = RawFile::open(dir.join("debian.raw"), true)?.into_disk();
+//! let (snapshot, _) = store.import(&image, &mut |_| ())?;
+//!
+//! let volume = Volume::create(&dir.join("vol-1"), Some(&snapshot), 8 << 30)?;
+//! volume.disk().write_at(b"mine alone", 4096)?;
+//! let (next, stats) = volume.snapshot(&store)?;
+//! assert_ne!(next.digest(), snapshot.digest());
+//! assert_eq!(stats.changed_bytes, 4096);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Input and output
+//!
+//! Every call does its work on the thread that makes it, with `pread` and `pwrite`; only the NBD server has
+//! threads. Handles are cheap to clone, may be used from any thread, and close with their last clone. A read never goes
+//! through more than one snapshot, however many came before it.
+//!
+//! What a function says is durable survives a crash of the process and of the machine; what a disk was
+//! told to write survives from the next [`Disk::flush`] on. The format of every file, and which operation
+//! synchronises what, is in `docs/storage-format.md`.
+//!
+//! # Errors
+//!
+//! [`Error`] has a [`kind`](Error::kind), says what it happened to, and has the operating system's error as its
+//! source. A file system that is full is [`ErrorKind::NoSpace`]: what had been begun is taken back and
+//! everything else is as it was. A damaged file is [`ErrorKind::Corrupt`], with the file's name and what is wrong.
+//!
+//! # Trust
+//!
+//! Disk contents, offsets and lengths, NBD clients and damaged files are not trusted. That nobody else
+//! changes the files of a store or a volume is: a lock keeps a second owner out, and not a stranger.
+//! Content is checked against its digest when it is imported, when manifests are read and by
+//! [`Snapshot::verify`], and not on each read of a chunk.
+//!
+//! # Left out
+//!
+//! Compression, encryption, other image formats, asynchronous input and output, and stores that several hosts share.
 
 mod backend;
 mod error;
+mod format;
+mod freeze;
+mod import;
+mod log;
+mod map;
 mod memory;
+pub mod nbd;
+mod pack;
+mod raw;
+mod session;
+mod snapshot;
+mod store;
+mod sweep;
+pub mod testing;
+mod volume;
 
+pub use ami_core::Digest;
 pub use backend::{BlockBackend, Disk, SECTOR};
 pub use error::{Error, ErrorKind, Result};
+pub use import::{Progress, SnapshotStats};
 pub use memory::MemoryDisk;
+pub use raw::RawFile;
+pub use snapshot::Snapshot;
+pub use store::Store;
+pub use sweep::Reclaimed;
+pub use volume::Volume;
+
+#[cfg(test)]
+mod tests;

@@ -1,2 +1,47 @@
-//! Tasks.
-fn main() {}
+//! The workspace's own tools: `cargo xtask COMMAND`.
+//!
+//! | command | what it does |
+//! |---|---|
+//! | `guest` | makes the Linux guests that examples, tests and benchmarks boot |
+//! | `lab`   | runs a command in a virtual machine that has a true `/dev/kvm`, on any host |
+//!
+//! `cargo xtask COMMAND --help` says the rest. What a command makes it keeps under `target/`; what it
+//! needs from the host's distribution it names, and installs only where it runs as root.
+//!
+//! Adding a command: a module with a `clap::Args` struct and a `run` function, one variant of
+//! [`Command`], one line in [`main`].
+
+mod deb;
+mod digest;
+mod guest;
+mod prerequisites;
+mod process;
+mod progress;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The workspace's own tools")]
+struct Xtask {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make the Linux guests that examples, tests and benchmarks boot
+    Guest(guest::GuestArgs),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Xtask::parse().command {
+        Command::Guest(args) => guest::run(&args),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,120 @@
+//! How an image boots.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Digest;
+use crate::error::{Error, ErrorKind, invalid_value, words};
+
+words! {
+    /// The firmware that an image wants, in EC2's words.
+    BootMode, "boot mode" {
+        /// BIOS.
+        LegacyBios = "legacy-bios",
+        /// UEFI.
+        Uefi = "uefi",
+        /// UEFI where the machine has it, else BIOS.
+        UefiPreferred = "uefi-preferred",
+    }
+}
+
+/// Where the kernel comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum BootSource {
+    /// The boot loader entries on the root volume name it.
+    RootVolume,
+    /// The image carries it beside the root volume.
+    Direct {
+        /// The content of the kernel.
+        kernel: Digest,
+        /// The content of the initial RAM disk.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        initrd: Option<Digest>,
+        /// The kernel's command line: at most [`Boot::MAX_COMMAND_LINE`] bytes in one line.
+        command_line: String,
+    },
+}
+
+/// How an image boots: where its kernel comes from, and through which firmware.
+///
+/// An absent boot mode means that the image asks for no firmware: the kernel is loaded directly. That
+/// is the only way of a [`BootSource::Direct`], which therefore takes no boot mode.
+///
+/// ```
+/// use ami_core::{Boot, BootMode, BootSource};
+///
+/// let boot = Boot::root_volume().mode(BootMode::Uefi);
+/// assert_eq!(boot.source(), &BootSource::RootVolume);
+/// assert_eq!(boot.boot_mode(), Some(BootMode::Uefi));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Boot {
+    source: BootSource,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mode: Option<BootMode>,
+}
+
+impl Boot {
+    /// The longest command line of a kernel in bytes: what x86 kernels read.
+    pub const MAX_COMMAND_LINE: usize = 2048;
+
+    /// Boots what the root volume's boot loader entries name.
+    pub fn root_volume() -> Self {
+        BootSource::RootVolume.into()
+    }
+
+    /// Boots `kernel`, which the image carries beside the root volume.
+    pub fn direct(kernel: Digest, initrd: Option<Digest>, command_line: impl Into<String>) -> Self {
+        BootSource::Direct { kernel, initrd, command_line: command_line.into() }.into()
+    }
+
+    /// The same, through the firmware `mode`.
+    #[must_use]
+    pub fn mode(mut self, mode: BootMode) -> Self {
+        self.mode = Some(mode);
+        self
+    }
+
+    /// Where the kernel comes from.
+    pub fn source(&self) -> &BootSource {
+        &self.source
+    }
+
+    /// The firmware that the image wants, or `None` if it asks for none.
+    pub fn boot_mode(&self) -> Option<BootMode> {
+        self.mode
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        let BootSource::Direct { command_line, .. } = &self.source else { return Ok(()) };
+        if let Some(mode) = self.mode {
+            let message =
+                format!("a kernel that is loaded directly passes no firmware, so not {mode} either");
+            return Err(Error::new(ErrorKind::InvalidParameterCombination, message));
+        }
+        if command_line.len() > Self::MAX_COMMAND_LINE {
+            let (len, max) = (command_line.len(), Self::MAX_COMMAND_LINE);
+            return Err(invalid_value(format!(
+                "the kernel command line has {len} bytes, at most {max} can be"
+            )));
+        }
+        if command_line.contains(['\0', '\n', '\r']) {
+            return Err(invalid_value("the kernel command line has a NUL or a line break in it"));
+        }
+        Ok(())
+    }
+}
+
+impl From<BootSource> for Boot {
+    fn from(source: BootSource) -> Self {
+        Self { source, mode: None }
+    }
+}
+
+impl Default for Boot {
+    fn default() -> Self {
+        Self::root_volume()
+    }
+}

@@ -1,0 +1,150 @@
+//! The builder of images.
+
+use std::marker::PhantomData;
+
+use crate::error::{Error, ErrorKind};
+use crate::manifest::Content;
+use crate::{
+    AccountId, Ami, Arch, Architecture, BlockDeviceMapping, Boot, Digest, Manifest, OperatingSystem,
+    RegionName, Software, Timestamp, VirtualizationType,
+};
+
+/// Describes an image step by step. No step fails; [`build`](Self::build) checks everything.
+///
+/// ```
+/// use ami_core::{Ami, BlockDeviceMapping, Digest, OperatingSystem, Software, X86_64};
+///
+/// let ami = Ami::<X86_64>::builder("web-server")
+///     .operating_system(OperatingSystem::linux("debian", "12"))
+///     .root_device("/dev/xvda")
+///     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"the root volume"), 8))
+///     .software(Software::new("nginx", "1.22.1-9"))
+///     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+/// assert_eq!(ami.name(), "web-server");
+/// # Ok::<(), ami_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "a builder makes an image only when built"]
+pub struct AmiBuilder<A: Arch> {
+    architecture: Option<Architecture>,
+    name: String,
+    created: Option<Timestamp>,
+    operating_system: Option<OperatingSystem>,
+    root_device: String,
+    block_devices: Vec<BlockDeviceMapping>,
+    boot: Boot,
+    software: Vec<Software>,
+    parent: Option<Digest>,
+    arch: PhantomData<A>,
+}
+
+impl<A: Arch> AmiBuilder<A> {
+    pub(crate) fn new(architecture: Option<Architecture>, name: String) -> Self {
+        Self {
+            architecture,
+            name,
+            created: None,
+            operating_system: None,
+            root_device: String::new(),
+            block_devices: Vec::new(),
+            boot: Boot::default(),
+            software: Vec::new(),
+            parent: None,
+            arch: PhantomData,
+        }
+    }
+
+    /// The operating system on the image.
+    pub fn operating_system(mut self, os: OperatingSystem) -> Self {
+        self.operating_system = Some(os);
+        self
+    }
+
+    /// The name of the root device, which must be mapped to a volume.
+    pub fn root_device(mut self, name: impl Into<String>) -> Self {
+        self.root_device = name.into();
+        self
+    }
+
+    /// Adds a disk.
+    pub fn block_device(mut self, mapping: BlockDeviceMapping) -> Self {
+        self.block_devices.push(mapping);
+        self
+    }
+
+    /// Adds disks.
+    pub fn block_devices(mut self, mappings: impl IntoIterator<Item = BlockDeviceMapping>) -> Self {
+        self.block_devices.extend(mappings);
+        self
+    }
+
+    /// How the image boots; from its root volume unless this says otherwise.
+    pub fn boot(mut self, boot: impl Into<Boot>) -> Self {
+        self.boot = boot.into();
+        self
+    }
+
+    /// Adds a piece of software to the list of what is installed.
+    pub fn software(mut self, software: Software) -> Self {
+        self.software.push(software);
+        self
+    }
+
+    /// Adds pieces of software to the list of what is installed.
+    pub fn software_list(mut self, software: impl IntoIterator<Item = Software>) -> Self {
+        self.software.extend(software);
+        self
+    }
+
+    /// The digest of the image from which this one was made.
+    pub fn parent(mut self, parent: Digest) -> Self {
+        self.parent = Some(parent);
+        self
+    }
+
+    /// When the image was made; the moment of [`build`](Self::build) unless this says otherwise.
+    pub fn created(mut self, created: Timestamp) -> Self {
+        self.created = Some(created);
+        self
+    }
+
+    /// Makes the image, in a region and for an owner.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::MalformedName`], and those of [`build_manifest`](Self::build_manifest).
+    pub fn build(mut self, region: &RegionName, owner: &AccountId) -> Result<Ami<A>, Error> {
+        let name = std::mem::take(&mut self.name);
+        let created = self.created.unwrap_or_else(Timestamp::now);
+        let manifest = self.build_manifest()?;
+        Ami::assemble(region.clone(), *owner, name, created, manifest)
+    }
+
+    /// Makes the manifest alone.
+    ///
+    /// # Errors
+    ///
+    /// - [`ErrorKind::MissingParameter`] without a root device, or without an architecture;
+    /// - [`ErrorKind::InvalidBlockDeviceMapping`] for a device name that is none, a device mapped twice,
+    ///   a size that the volume type does not have, or a root device that is not mapped to a volume
+    ///   that can boot;
+    /// - [`ErrorKind::InvalidParameterValue`] and [`ErrorKind::InvalidParameterCombination`] for
+    ///   what else is wrong;
+    /// - [`ErrorKind::InvalidManifest`] if all of it is too long.
+    pub fn build_manifest(self) -> Result<Manifest, Error> {
+        let Some(architecture) = self.architecture else {
+            return Err(Error::new(ErrorKind::MissingParameter, "the image has no architecture"));
+        };
+        Manifest::new(Content {
+            format: Manifest::FORMAT,
+            architecture,
+            operating_system: self.operating_system,
+            virtualization_type: VirtualizationType::Hvm,
+            root_device_name: self.root_device,
+            block_device_mappings: self.block_devices,
+            boot: self.boot,
+            software: self.software,
+            parent: self.parent,
+        })
+    }
+}

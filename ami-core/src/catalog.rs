@@ -1,0 +1,181 @@
+//! The catalog: where a region keeps the records of its images.
+
+use std::collections::BTreeMap;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::error::Error;
+use crate::{AmiId, Image, ImageState, Query};
+
+/// Where the records of images are kept.
+///
+/// # Contract
+///
+/// - A method that returned `Ok` has happened, and every later call on any thread sees it. One that
+///   returned an error has changed nothing.
+/// - The records come validated: an [`Image`] cannot be an invalid one. The catalog checks only what
+///   concerns several records: ids and names.
+/// - Within one region and owner, no two images have the same name. Images that are deregistered do not
+///   count.
+/// - Who may do what is the caller's to decide, by [`Image::may_launch`] and [`Query::visible_to`].
+/// - Any thread may call at any time.
+///
+/// [`testing::catalog_conformance`](crate::testing::catalog_conformance) checks an implementation.
+pub trait Catalog: Send + Sync {
+    /// The image `id`.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](crate::ErrorKind::NotFound).
+    fn get(&self, id: &AmiId) -> Result<Image, Error>;
+
+    /// What [`Query::select`] makes of all images.
+    ///
+    /// # Errors
+    ///
+    /// Only those of the catalog's own storage.
+    fn list(&self, query: &Query) -> Result<Vec<Image>, Error>;
+
+    /// Adds an image.
+    ///
+    /// # Errors
+    ///
+    /// [`DuplicateName`](crate::ErrorKind::DuplicateName) if the owner has an image of that name in that
+    /// region, or if the very image is there already.
+    fn put(&self, image: Image) -> Result<(), Error>;
+
+    /// Replaces the record `current` by `next`, if it is still the one that is kept.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](crate::ErrorKind::NotFound), [`Conflict`](crate::ErrorKind::Conflict) if another
+    /// record is kept, [`InvalidParameterValue`](crate::ErrorKind::InvalidParameterValue) if `next` is
+    /// of another image, and [`DuplicateName`](crate::ErrorKind::DuplicateName) if a deregistered image
+    /// would come back under a name that is taken.
+    fn update(&self, current: &Image, next: Image) -> Result<(), Error>;
+
+    /// Removes an image, and gives its last record.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](crate::ErrorKind::NotFound).
+    fn remove(&self, id: &AmiId) -> Result<Image, Error>;
+}
+
+/// What can be done with every [`Catalog`].
+pub trait CatalogExt: Catalog {
+    /// Changes the record of an image, again with the new one if someone else changed it meanwhile, and
+    /// gives the record as it is kept then.
+    ///
+    /// # Errors
+    ///
+    /// Those of `change`, and those of the catalog.
+    fn modify(
+        &self,
+        id: &AmiId,
+        mut change: impl FnMut(&mut Image) -> Result<(), Error>,
+    ) -> Result<Image, Error> {
+        loop {
+            let current = self.get(id)?;
+            let mut next = current.clone();
+            change(&mut next)?;
+            match self.update(&current, next.clone()) {
+                Ok(()) => return Ok(next),
+                Err(err) if err.kind() == crate::ErrorKind::Conflict => {}
+                Err(err) => return Err(err),
+            }
+        }
+    }
+}
+
+impl<C: Catalog + ?Sized> CatalogExt for C {}
+
+/// A catalog in memory.
+///
+/// ```
+/// use ami_core::{Ami, BlockDeviceMapping, Catalog, Digest, Image, MemoryCatalog, Query, X86_64};
+///
+/// let catalog = MemoryCatalog::new();
+/// let ami = Ami::<X86_64>::builder("web")
+///     .root_device("/dev/xvda")
+///     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+///     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+/// catalog.put(Image::new(ami.clone()))?;
+/// assert_eq!(catalog.get(&ami.id())?.ami(), &ami);
+/// assert_eq!(catalog.list(&Query::all())?.len(), 1);
+/// # Ok::<(), ami_core::Error>(())
+/// ```
+#[derive(Debug, Default)]
+pub struct MemoryCatalog {
+    images: RwLock<BTreeMap<AmiId, Image>>,
+}
+
+impl MemoryCatalog {
+    /// A catalog without images.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    // Every change under the lock is a single call to the map, so that a panicking thread leaves it
+    // whole and its poison means nothing.
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<AmiId, Image>> {
+        self.images.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<AmiId, Image>> {
+        self.images.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Catalog for MemoryCatalog {
+    fn get(&self, id: &AmiId) -> Result<Image, Error> {
+        self.read().get(id).cloned().ok_or_else(|| Error::not_found(id))
+    }
+
+    fn list(&self, query: &Query) -> Result<Vec<Image>, Error> {
+        Ok(query.select(self.read().values()))
+    }
+
+    fn put(&self, image: Image) -> Result<(), Error> {
+        let mut images = self.write();
+        if images.contains_key(&image.id()) {
+            let ami = image.ami();
+            return Err(Error::duplicate_name(ami.name(), ami.owner(), &ami.id()));
+        }
+        check_name_is_free(&images, &image)?;
+        images.insert(image.id(), image);
+        Ok(())
+    }
+
+    fn update(&self, current: &Image, next: Image) -> Result<(), Error> {
+        let mut images = self.write();
+        let id = current.id();
+        let Some(kept) = images.get(&id) else { return Err(Error::not_found(&id)) };
+        if next.ami() != current.ami() {
+            let message = format!("the record of {id} cannot be replaced by one of {}", next.id());
+            return Err(Error::new(crate::ErrorKind::InvalidParameterValue, message));
+        }
+        if kept != current {
+            return Err(Error::conflict(&id));
+        }
+        check_name_is_free(&images, &next)?;
+        images.insert(id, next);
+        Ok(())
+    }
+
+    fn remove(&self, id: &AmiId) -> Result<Image, Error> {
+        self.write().remove(id).ok_or_else(|| Error::not_found(id))
+    }
+}
+
+fn check_name_is_free(images: &BTreeMap<AmiId, Image>, image: &Image) -> Result<(), Error> {
+    let key =
+        |image: &Image| (*image.ami().owner(), image.ami().region().clone(), image.ami().name().to_owned());
+    let holds = |image: &Image| image.state() != ImageState::Deregistered;
+    let wanted = key(image);
+    let holder =
+        images.values().find(|other| other.id() != image.id() && holds(other) && key(other) == wanted);
+    match holder.filter(|_| holds(image)) {
+        Some(holder) => Err(Error::duplicate_name(image.ami().name(), image.ami().owner(), &holder.id())),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,416 @@
+//! The record of an image: the immutable [`AnyAmi`], and the attributes that its owner can change.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::{Error, ErrorKind, check_text, invalid_value, words};
+use crate::{AccountId, AmiId, AnyAmi, RegionName, Tags, Timestamp};
+
+words! {
+    /// The state of an image.
+    ///
+    /// | From | To |
+    /// |---|---|
+    /// | pending | available, transient, failed, error, invalid, deregistered |
+    /// | transient | pending, available, failed, error, invalid, deregistered |
+    /// | available | disabled, invalid, deregistered |
+    /// | disabled | available, deregistered |
+    /// | invalid, failed, error | deregistered |
+    /// | deregistered | nothing |
+    ImageState, "state of an image" {
+        /// Being made.
+        Pending = "pending",
+        /// Ready to be launched.
+        Available = "available",
+        /// Its content is no longer whole.
+        Invalid = "invalid",
+        /// Given up: no instance can be launched any more, those that run are untouched.
+        Deregistered = "deregistered",
+        /// Its making has met an obstacle that may pass.
+        Transient = "transient",
+        /// It could not be made.
+        Failed = "failed",
+        /// It could not be made because of an error of the service.
+        Error = "error",
+        /// Set aside by its owner: hidden from everybody else, and not to be launched.
+        Disabled = "disabled",
+    }
+}
+
+impl ImageState {
+    /// Whether an image in this state can come into the state `next`.
+    pub const fn can_become(self, next: Self) -> bool {
+        use ImageState::{Available, Deregistered, Disabled, Error, Failed, Invalid, Pending, Transient};
+        match self {
+            Pending => matches!(next, Available | Transient | Failed | Error | Invalid | Deregistered),
+            Transient => matches!(next, Pending | Available | Failed | Error | Invalid | Deregistered),
+            Available => matches!(next, Disabled | Invalid | Deregistered),
+            Disabled => matches!(next, Available | Deregistered),
+            Invalid | Failed | Error => matches!(next, Deregistered),
+            Deregistered => false,
+        }
+    }
+}
+
+words! {
+    /// A name that EC2 gives to a group of accounts that publish images.
+    OwnerAlias, "owner alias" {
+        /// Amazon itself.
+        Amazon = "amazon",
+        /// AWS Backup.
+        AwsBackupVault = "aws-backup-vault",
+        /// The sellers of the AWS Marketplace.
+        AwsMarketplace = "aws-marketplace",
+    }
+}
+
+words! {
+    /// Where an image stands in the view of an account, as EC2's console sorts them.
+    Category, "category of images" {
+        /// Published by Amazon.
+        QuickStart = "quick-start",
+        /// Offered on the AWS Marketplace.
+        Marketplace = "marketplace",
+        /// The account's own.
+        MyAmis = "my-amis",
+        /// Another account's, shared with this one by name.
+        Shared = "shared",
+        /// Another account's, shared with everybody.
+        Community = "community",
+    }
+}
+
+words! {
+    /// The kind of a product code.
+    ProductCodeKind, "kind of product code" {
+        /// DevPay.
+        Devpay = "devpay",
+        /// AWS Marketplace.
+        Marketplace = "marketplace",
+    }
+}
+
+/// The code of a product whose use is billed with the image.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProductCode {
+    /// The code.
+    pub id: String,
+    /// Its kind.
+    pub kind: ProductCodeKind,
+}
+
+/// Who beside the owner may launch an image.
+///
+/// ```
+/// use ami_core::{AccountId, LaunchPermissions};
+///
+/// let friend: AccountId = "210987654321".parse()?;
+/// let mut permissions = LaunchPermissions::private();
+/// permissions.add(friend);
+/// assert!(permissions.allows(&friend));
+/// assert!(!permissions.is_public());
+/// # Ok::<(), ami_core::Error>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchPermissions {
+    public: bool,
+    accounts: BTreeSet<AccountId>,
+}
+
+impl LaunchPermissions {
+    /// Nobody.
+    pub fn private() -> Self {
+        Self::default()
+    }
+
+    /// Everybody.
+    pub fn public() -> Self {
+        Self { public: true, accounts: BTreeSet::new() }
+    }
+
+    /// Lets everybody launch, or only the accounts that were added.
+    pub fn set_public(&mut self, public: bool) {
+        self.public = public;
+    }
+
+    /// Lets an account launch; gives whether that is new.
+    pub fn add(&mut self, account: AccountId) -> bool {
+        self.accounts.insert(account)
+    }
+
+    /// Takes an account's permission back; gives whether it had one.
+    pub fn remove(&mut self, account: &AccountId) -> bool {
+        self.accounts.remove(account)
+    }
+
+    /// Whether everybody may launch.
+    pub fn is_public(&self) -> bool {
+        self.public
+    }
+
+    /// The accounts that were added.
+    pub fn accounts(&self) -> impl ExactSizeIterator<Item = &AccountId> {
+        self.accounts.iter()
+    }
+
+    /// Whether `account` may launch, be it as one of everybody.
+    pub fn allows(&self, account: &AccountId) -> bool {
+        self.public || self.accounts.contains(account)
+    }
+}
+
+/// An image as its region describes it: what never changes, and the attributes that do.
+///
+/// ```
+/// use ami_core::{Ami, BlockDeviceMapping, Digest, Image, ImageState, LaunchPermissions, X86_64};
+///
+/// let (region, owner, friend) = ("us-east-1".parse()?, "123456789012".parse()?, "210987654321".parse()?);
+/// let ami = Ami::<X86_64>::builder("web")
+///     .root_device("/dev/xvda")
+///     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+///     .build(&region, &owner)?;
+/// let mut image = Image::new(ami);
+/// assert!(image.may_launch(&owner) && !image.may_launch(&friend));
+/// *image.launch_permissions_mut() = LaunchPermissions::public();
+/// assert!(image.may_launch(&friend));
+/// image.set_state(ImageState::Disabled)?;
+/// assert!(!image.may_launch(&owner));
+/// # Ok::<(), ami_core::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Image {
+    ami: AnyAmi,
+    state: ImageState,
+    launch_permissions: LaunchPermissions,
+    tags: Tags,
+    #[serde(default, skip_serializing_if = "String::is_empty", deserialize_with = "read_description")]
+    description: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    deprecation: Option<Timestamp>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    owner_alias: Option<OwnerAlias>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    product_codes: BTreeSet<ProductCode>,
+}
+
+impl Image {
+    /// The longest description in characters.
+    pub const MAX_DESCRIPTION: usize = 255;
+
+    /// The record of an image that is available: private, without tags or description.
+    pub fn new(ami: impl Into<AnyAmi>) -> Self {
+        Self {
+            ami: ami.into(),
+            state: ImageState::Available,
+            launch_permissions: LaunchPermissions::private(),
+            tags: Tags::new(),
+            description: String::new(),
+            deprecation: None,
+            owner_alias: None,
+            product_codes: BTreeSet::new(),
+        }
+    }
+
+    /// The record of an image that is still being made.
+    pub fn pending(ami: impl Into<AnyAmi>) -> Self {
+        Self { state: ImageState::Pending, ..Self::new(ami) }
+    }
+
+    /// The record of a copy of this image, made by the account `caller` for itself. Neither
+    /// permissions nor tags are copied; the description is.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`check_launch`](Self::check_launch), since who may not launch may not copy;
+    /// [`ErrorKind::AuthFailure`] for another account's image that carries a product code; and
+    /// [`ErrorKind::MalformedName`].
+    pub fn copy_to(&self, caller: &AccountId, region: &RegionName, name: &str) -> Result<Self, Error> {
+        self.check_launch(caller)?;
+        if !self.product_codes.is_empty() && caller != self.ami.owner() {
+            let message =
+                format!("the image {} has a product code and cannot be copied by {caller}", self.id());
+            return Err(Error::new(ErrorKind::AuthFailure, message));
+        }
+        let ami = self.ami.copy_to(region, caller, name)?;
+        let product_codes = self.product_codes.clone();
+        Ok(Self { description: self.description.clone(), product_codes, ..Self::pending(ami) })
+    }
+
+    /// The image itself.
+    pub fn ami(&self) -> &AnyAmi {
+        &self.ami
+    }
+
+    /// The id of the image.
+    pub fn id(&self) -> AmiId {
+        self.ami.id()
+    }
+
+    /// The state.
+    pub fn state(&self) -> ImageState {
+        self.state
+    }
+
+    /// Brings the image into another state.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::IncorrectState`] where [`ImageState::can_become`] says no.
+    pub fn set_state(&mut self, next: ImageState) -> Result<(), Error> {
+        if !self.state.can_become(next) {
+            let message = format!("the image {} is {} and cannot become {next}", self.id(), self.state);
+            return Err(Error::new(ErrorKind::IncorrectState, message));
+        }
+        self.state = next;
+        Ok(())
+    }
+
+    /// Who beside the owner may launch the image.
+    pub fn launch_permissions(&self) -> &LaunchPermissions {
+        &self.launch_permissions
+    }
+
+    /// Who beside the owner may launch the image, to change it.
+    pub fn launch_permissions_mut(&mut self) -> &mut LaunchPermissions {
+        &mut self.launch_permissions
+    }
+
+    /// The tags.
+    pub fn tags(&self) -> &Tags {
+        &self.tags
+    }
+
+    /// The tags, to change them.
+    pub fn tags_mut(&mut self) -> &mut Tags {
+        &mut self.tags
+    }
+
+    /// The description; empty if there is none.
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// Sets the description.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameterValue`] if it is longer than
+    /// [`MAX_DESCRIPTION`](Self::MAX_DESCRIPTION).
+    pub fn set_description(&mut self, description: impl Into<String>) -> Result<(), Error> {
+        self.description = check_description(description.into())?;
+        Ok(())
+    }
+
+    /// When the image becomes, or became, deprecated.
+    pub fn deprecation(&self) -> Option<Timestamp> {
+        self.deprecation
+    }
+
+    /// Deprecates the image from a point in time on, or not.
+    pub fn set_deprecation(&mut self, from: Option<Timestamp>) {
+        self.deprecation = from;
+    }
+
+    /// Whether the image is deprecated at the moment `now`. It can be launched all the same.
+    pub fn is_deprecated(&self, now: Timestamp) -> bool {
+        self.deprecation.is_some_and(|from| from <= now)
+    }
+
+    /// The group of publishers that the owner belongs to.
+    pub fn owner_alias(&self) -> Option<OwnerAlias> {
+        self.owner_alias
+    }
+
+    /// Sets the group of publishers that the owner belongs to.
+    pub fn set_owner_alias(&mut self, alias: Option<OwnerAlias>) {
+        self.owner_alias = alias;
+    }
+
+    /// The product codes.
+    pub fn product_codes(&self) -> impl ExactSizeIterator<Item = &ProductCode> {
+        self.product_codes.iter()
+    }
+
+    /// Adds a product code. It cannot be taken away again.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameterValue`] for a code that is empty, long or unprintable.
+    pub fn add_product_code(&mut self, code: ProductCode) -> Result<(), Error> {
+        check_text("product code", &code.id, 255)?;
+        self.product_codes.insert(code);
+        Ok(())
+    }
+
+    /// Whether `account` sees the image in a list. The owner always does; others do while it is
+    /// available and they may launch it. See also [`is_deprecated`](Self::is_deprecated).
+    pub fn is_visible_to(&self, account: &AccountId) -> bool {
+        self.ami.owner() == account
+            || self.state == ImageState::Available && self.launch_permissions.allows(account)
+    }
+
+    /// Whether `account` may launch the image now.
+    pub fn may_launch(&self, account: &AccountId) -> bool {
+        self.check_launch(account).is_ok()
+    }
+
+    /// Whether `account` may launch the image now, and if not, why.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AuthFailure`] without permission, [`ErrorKind::Unavailable`] if the image is in
+    /// another state than available. An account without permission does not learn the state.
+    pub fn check_launch(&self, account: &AccountId) -> Result<(), Error> {
+        if self.ami.owner() != account && !self.launch_permissions.allows(account) {
+            let message = format!("account {account} has no permission for the image {}", self.id());
+            return Err(Error::new(ErrorKind::AuthFailure, message));
+        }
+        if self.state != ImageState::Available {
+            let message = format!("the image {} is {}", self.id(), self.state);
+            return Err(Error::new(ErrorKind::Unavailable, message));
+        }
+        Ok(())
+    }
+
+    /// Where the image stands in the view of `viewer`, or `None` if they do not see it.
+    ///
+    /// | Category | Which images |
+    /// |---|---|
+    /// | My AMIs | the viewer owns it |
+    /// | Quick Start | the owner alias is `amazon` |
+    /// | Marketplace | the owner alias is `aws-marketplace` |
+    /// | Shared | the viewer is named in the launch permissions |
+    /// | Community | it is public |
+    ///
+    /// The first row that fits decides.
+    pub fn category(&self, viewer: &AccountId) -> Option<Category> {
+        if !self.is_visible_to(viewer) {
+            return None;
+        }
+        Some(match self.owner_alias {
+            _ if self.ami.owner() == viewer => Category::MyAmis,
+            Some(OwnerAlias::Amazon) => Category::QuickStart,
+            Some(OwnerAlias::AwsMarketplace) => Category::Marketplace,
+            _ if self.launch_permissions.accounts.contains(viewer) => Category::Shared,
+            _ => Category::Community,
+        })
+    }
+}
+
+fn check_description(description: String) -> Result<String, Error> {
+    if description.chars().count() > Image::MAX_DESCRIPTION {
+        return Err(invalid_value(format!(
+            "the description has more than {} characters",
+            Image::MAX_DESCRIPTION
+        )));
+    }
+    Ok(description)
+}
+
+fn read_description<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    check_description(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}

@@ -1,0 +1,97 @@
+//! What is installed on an image: its operating system and the software on it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, check_text, words};
+
+words! {
+    /// The family of an operating system.
+    OsFamily, "family of operating systems" {
+        /// Linux.
+        Linux = "linux",
+        /// A BSD.
+        Bsd = "bsd",
+        /// Windows.
+        Windows = "windows",
+        /// Anything else, such as a unikernel or a test program without an operating system.
+        Other = "other",
+    }
+}
+
+/// The operating system of an image, such as Debian 12.
+///
+/// ```
+/// use ami_core::{OperatingSystem, OsFamily};
+///
+/// let os = OperatingSystem::linux("debian", "12");
+/// assert_eq!((os.family(), os.name(), os.version()), (OsFamily::Linux, "debian", "12"));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperatingSystem {
+    family: OsFamily,
+    name: String,
+    version: String,
+}
+
+impl OperatingSystem {
+    /// An operating system; name and version as `ID` and `VERSION_ID` of os-release(5) give them.
+    pub fn new(family: OsFamily, name: impl Into<String>, version: impl Into<String>) -> Self {
+        Self { family, name: name.into(), version: version.into() }
+    }
+
+    /// A Linux distribution.
+    pub fn linux(name: impl Into<String>, version: impl Into<String>) -> Self {
+        Self::new(OsFamily::Linux, name, version)
+    }
+
+    /// The family.
+    pub fn family(&self) -> OsFamily {
+        self.family
+    }
+
+    /// The name, such as `debian`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The version, such as `12`.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        check_text("name of the operating system", &self.name, 128)?;
+        check_text("version of the operating system", &self.version, 128)
+    }
+}
+
+/// A piece of software on an image: a package and its version.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Software {
+    name: String,
+    version: String,
+}
+
+impl Software {
+    /// The software `name` in `version`.
+    pub fn new(name: impl Into<String>, version: impl Into<String>) -> Self {
+        Self { name: name.into(), version: version.into() }
+    }
+
+    /// The name, such as `openssh-server`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The version, such as `1:9.2p1-2+deb12u3`.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        check_text("name of the software", &self.name, 255)?;
+        check_text("version of the software", &self.version, 255)
+    }
+}

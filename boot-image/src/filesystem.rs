@@ -1,0 +1,221 @@
+//! Reading files of an ext4 file system that nobody vouches for.
+//!
+//! The reader behind it is sound on ordinary images, but trusts some sizes that an image says. What
+//! would make it panic, allocate without bound or run for hours is kept from it here: by checking
+//! the superblock first, by resolving paths one name at a time so that the size of each directory
+//! and link is known before it is read, and by looking at blocks as they go by.
+
+use std::error::Error as StdError;
+use std::io;
+
+use ext4_view::{Ext4, Ext4Error, Ext4Read};
+
+use crate::superblock::{self, Superblock};
+use crate::window::Window;
+use crate::{Error, ErrorKind, Result};
+
+/// The largest directory that is searched; some 15,000 names.
+const MAX_DIRECTORY: u64 = 1 << 20;
+/// The longest target of a symbolic link, and the most links in a path, as in Linux.
+const MAX_LINK: u64 = 4095;
+const MAX_LINKS: u32 = 40;
+
+/// An ext4 file system, to be read.
+#[derive(Debug)]
+pub(crate) struct FileSystem {
+    ext4: Ext4,
+}
+
+/// What a path leads to.
+struct Found {
+    /// The path without links, `.` and `..`; empty for the root.
+    path: String,
+    is_directory: bool,
+    is_file: bool,
+    size: u64,
+}
+
+impl FileSystem {
+    /// Opens the file system in `window`; `None` if what lies there is no ext4.
+    pub(crate) fn open(mut window: Window) -> Result<Option<Self>> {
+        if window.len() < superblock::OFFSET + superblock::SIZE as u64 {
+            return Ok(None);
+        }
+        let mut bytes = Box::new([0; superblock::SIZE]);
+        read(&mut window, &mut bytes[..], superblock::OFFSET)?;
+        if !Superblock::is_one(&bytes) {
+            return Ok(None);
+        }
+        let superblock = Superblock::parse(bytes, window.len())?;
+        superblock.check_journal(|buf, offset| read(&mut window, buf, offset))?;
+        let ext4 = Ext4::load(Box::new(Guard { window, superblock }))
+            .map_err(|e| error(e, "the ext4 file system cannot be opened"))?;
+        Ok(Some(Self { ext4 }))
+    }
+
+    /// The file system's own id.
+    pub(crate) fn uuid(&self) -> String {
+        self.ext4.uuid().to_string()
+    }
+
+    pub(crate) fn is_directory(&self, path: &str) -> Result<bool> {
+        Ok(self.find(path)?.is_some_and(|found| found.is_directory))
+    }
+
+    /// Whether there is a regular file; links are followed.
+    pub(crate) fn is_file(&self, path: &str) -> Result<bool> {
+        Ok(self.find(path)?.is_some_and(|found| found.is_file))
+    }
+
+    /// The path without symbolic links, `.` and `..`, or `None` if it leads nowhere.
+    pub(crate) fn canonical(&self, path: &str) -> Result<Option<String>> {
+        Ok(self.find(path)?.map(|found| found.path))
+    }
+
+    /// The bytes of a regular file of at most `limit` bytes, or `None` if there is none.
+    pub(crate) fn read(&self, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+        let Some(found) = self.find(path)?.filter(|found| found.is_file) else {
+            return Ok(None);
+        };
+        if found.size > limit {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("{path} is {} bytes long; at most {limit} are read", found.size),
+            ));
+        }
+        self.ext4.read(found.path.as_str()).map(Some).map_err(|e| error(e, format!("{path} cannot be read")))
+    }
+
+    /// As [`read`](Self::read), as text; bytes that are no UTF-8 are replaced.
+    pub(crate) fn read_text(&self, path: &str, limit: u64) -> Result<Option<String>> {
+        Ok(self.read(path, limit)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// The names in a directory, in no order; none if there is no such directory.
+    pub(crate) fn names(&self, path: &str) -> Result<Vec<String>> {
+        let Some(found) = self.find(path)?.filter(|found| found.is_directory) else {
+            return Ok(Vec::new());
+        };
+        let failed = |e| error(e, format!("the directory {path} cannot be read"));
+        let path = if found.path.is_empty() { "/" } else { found.path.as_str() };
+        let mut names = Vec::new();
+        for entry in self.ext4.read_dir(path).map_err(failed)? {
+            // A name that is no UTF-8 is none that a boot loader's configuration could say.
+            if let Ok(name) = entry.map_err(failed)?.file_name().as_str() {
+                names.push(name.to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// Follows a path from the root, one name at a time.
+    fn find(&self, path: &str) -> Result<Option<Found>> {
+        let mut found = self.look_at("")?;
+        let mut rest: Vec<String> = path.rsplit('/').map(str::to_owned).collect();
+        let mut links = 0;
+        while let Some(name) = rest.pop() {
+            let parent = match name.as_str() {
+                "" | "." => continue,
+                ".." => {
+                    let parent = found.path.rfind('/').unwrap_or(0);
+                    found = self.look_at(&found.path[..parent])?;
+                    continue;
+                }
+                _ if !found.is_directory => return Ok(None),
+                _ => found.path.clone(),
+            };
+            let path = format!("{parent}/{name}");
+            let cannot = |e| error(e, format!("{path} cannot be looked up"));
+            match self.ext4.symlink_metadata(path.as_str()) {
+                Err(Ext4Error::NotFound | Ext4Error::MalformedPath | Ext4Error::PathTooLong) => {
+                    return Ok(None);
+                }
+                Err(e) => return Err(cannot(e)),
+                Ok(metadata) if metadata.is_symlink() => {
+                    links += 1;
+                    if links > MAX_LINKS || metadata.len() > MAX_LINK {
+                        return Err(Error::new(
+                            ErrorKind::Corrupt,
+                            format!("{path} is too long a link, or one too many"),
+                        ));
+                    }
+                    let target = self.ext4.read_link(path.as_str()).map_err(cannot)?;
+                    let Ok(target) = target.to_str() else { return Ok(None) };
+                    if target.starts_with('/') {
+                        found = self.look_at("")?;
+                    }
+                    rest.extend(target.rsplit('/').map(str::to_owned));
+                }
+                Ok(_) => found = self.look_at(&path)?,
+            }
+        }
+        Ok(Some(found))
+    }
+
+    /// What lies at a path without links, whose parent has been looked at.
+    fn look_at(&self, path: &str) -> Result<Found> {
+        let shown = if path.is_empty() { "/" } else { path };
+        let metadata = self
+            .ext4
+            .symlink_metadata(shown)
+            .map_err(|e| error(e, format!("{shown} cannot be looked up")))?;
+        let is_directory = metadata.is_dir();
+        if is_directory && metadata.len() > MAX_DIRECTORY {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!(
+                    "the directory {shown} is {} bytes long; at most {MAX_DIRECTORY} are read",
+                    metadata.len()
+                ),
+            ));
+        }
+        let is_file = metadata.file_type().is_regular_file();
+        Ok(Found { path: path.to_owned(), is_directory, is_file, size: metadata.len() })
+    }
+}
+
+/// Hands blocks to the reader.
+struct Guard {
+    window: Window,
+    superblock: Superblock,
+}
+
+impl Ext4Read for Guard {
+    fn read(&mut self, start: u64, buf: &mut [u8]) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        if start == superblock::OFFSET && buf.len() == superblock::SIZE {
+            buf.copy_from_slice(&self.superblock.for_reader());
+            return Ok(());
+        }
+        self.window.read_exact_at(buf, start)?;
+        let block_size = self.superblock.block_size;
+        let are_blocks = start % block_size == 0 && buf.len() as u64 % block_size == 0;
+        if are_blocks && buf.chunks(block_size as usize).any(Superblock::is_deep_extent_node) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "an extent tree is too deep").into());
+        }
+        Ok(())
+    }
+}
+
+fn read(window: &mut Window, buf: &mut [u8], offset: u64) -> Result<()> {
+    window
+        .read_exact_at(buf, offset)
+        .map_err(|e| Error::new(io_kind(&e), "the ext4 file system cannot be read").because(e))
+}
+
+/// A block beyond the end of the partition is the image's fault, anything else the disk's.
+fn io_kind(e: &io::Error) -> ErrorKind {
+    match e.kind() {
+        io::ErrorKind::UnexpectedEof => ErrorKind::Corrupt,
+        io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+        _ => ErrorKind::Io,
+    }
+}
+
+fn error(e: Ext4Error, context: impl Into<String>) -> Error {
+    let kind = match &e {
+        Ext4Error::Io(e) => e.downcast_ref().map_or(ErrorKind::Io, io_kind),
+        Ext4Error::Incompatible(_) | Ext4Error::Encrypted => ErrorKind::Unsupported,
+        _ => ErrorKind::Corrupt,
+    };
+    Error::new(kind, context).because(e)
+}

@@ -1,0 +1,88 @@
+//! Which device answers at which port or address.
+
+use std::ops::{ControlFlow, Range};
+
+use instance_core::machine::ExitCause;
+use kvm_ioctls::VmFd;
+
+use crate::layout;
+use crate::power::Power;
+use crate::serial::SerialPort;
+use crate::virtio::VirtioDisk;
+
+const SERIAL: Range<u16> = layout::SERIAL_PORT..layout::SERIAL_PORT + 8;
+const PM1: Range<u16> = layout::PM1_EVENT_PORT..layout::PM1_CONTROL_PORT + 2;
+
+/// The devices of a machine. Any vCPU may call at any time.
+#[derive(Debug)]
+pub(crate) struct Devices {
+    pub(crate) serial: SerialPort,
+    pub(crate) power: Power,
+    pub(crate) disks: Vec<VirtioDisk>,
+}
+
+impl Devices {
+    /// The guest reads I/O ports; where there is nothing, all bits read as ones.
+    pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if SERIAL.contains(&port) {
+            // Every byte of a repeated or wide access comes from the one register.
+            for byte in data {
+                *byte = self.serial.read((port - SERIAL.start) as u8);
+            }
+        } else if PM1.contains(&port) {
+            self.power.read(port, data);
+        }
+    }
+
+    /// The guest writes I/O ports, which may end the machine.
+    pub(crate) fn port_write(&self, vm: &VmFd, port: u16, data: &[u8]) -> ControlFlow<ExitCause> {
+        if SERIAL.contains(&port) {
+            for byte in data {
+                self.serial.write((port - SERIAL.start) as u8, *byte);
+            }
+        } else if PM1.contains(&port) {
+            self.power.write(port, data, |level| set_sci(vm, level))?;
+        }
+        match (port, data) {
+            (layout::RESET_PORT, &[value]) if value & layout::RESET_VALUE == layout::RESET_VALUE => {
+                ControlFlow::Break(ExitCause::Reset)
+            }
+            (layout::I8042_PORT, &[layout::I8042_RESET]) => ControlFlow::Break(ExitCause::Reset),
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    /// The guest reads an address that is not RAM.
+    pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((disk, offset)) = self.disk_at(address) {
+            disk.read(offset, data);
+        }
+    }
+
+    /// The guest writes an address that is not RAM.
+    pub(crate) fn memory_write(&self, address: u64, data: &[u8]) {
+        if let Some((disk, offset)) = self.disk_at(address) {
+            disk.write(offset, data);
+        }
+    }
+
+    /// Presses the power button.
+    pub(crate) fn press_power_button(&self, vm: &VmFd) {
+        self.power.press_button(|level| set_sci(vm, level));
+    }
+
+    fn disk_at(&self, address: u64) -> Option<(&VirtioDisk, u64)> {
+        let from_first = address.checked_sub(layout::VIRTIO)?;
+        let disk = self.disks.get((from_first / layout::VIRTIO_LEN) as usize)?;
+        Some((disk, from_first % layout::VIRTIO_LEN))
+    }
+}
+
+/// Sets the level of ACPI's interrupt.
+fn set_sci(vm: &VmFd, level: bool) {
+    if let Err(error) = vm.set_irq_line(layout::SCI_IRQ, level) {
+        tracing::warn!(%error, "KVM did not set the ACPI interrupt");
+    }
+}

@@ -1,0 +1,128 @@
+//! ACPI's fixed hardware: the power button, power-off; and the ways in which a PC resets.
+
+use std::ops::ControlFlow;
+use std::sync::{Mutex, PoisonError};
+
+use instance_core::machine::ExitCause;
+
+use crate::layout;
+
+/// The power button's bit in the PM1 status and enable registers.
+const POWER_BUTTON: u16 = 1 << 8;
+/// PM1 control: the guest works in ACPI mode. It always does.
+const SCI_ENABLED: u16 = 1 << 0;
+/// PM1 control: go to sleep, as the sleep type in bits 10 to 12 says.
+const SLEEP_ENABLE: u16 = 1 << 13;
+const SLEEP_TYPE_SHIFT: u32 = 10;
+const SLEEP_TYPE_MASK: u16 = 7;
+
+/// The PM1 registers.
+#[derive(Debug, Default)]
+pub(crate) struct Power(Mutex<Pm1>);
+
+#[derive(Debug, Default)]
+struct Pm1 {
+    status: u16,
+    enable: u16,
+}
+
+impl Power {
+    /// Presses the power button. `sci` is told the level of the ACPI interrupt.
+    pub(crate) fn press_button(&self, sci: impl FnOnce(bool)) {
+        self.change(sci, |pm1| pm1.status |= POWER_BUTTON);
+    }
+
+    /// The guest reads the PM1 event or control block at `port`.
+    pub(crate) fn read(&self, port: u16, data: &mut [u8]) {
+        let pm1 = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let [s0, s1] = pm1.status.to_le_bytes();
+        let [e0, e1] = pm1.enable.to_le_bytes();
+        let [c0, c1] = SCI_ENABLED.to_le_bytes();
+        let registers = [s0, s1, e0, e1, c0, c1];
+        let from = usize::from(port - layout::PM1_EVENT_PORT);
+        for (byte, register) in data.iter_mut().zip(registers.iter().skip(from).chain([0; 8].iter())) {
+            *byte = *register;
+        }
+    }
+
+    /// The guest writes the PM1 event or control block at `port`: it powers off, or `sci` is told the
+    /// level of the ACPI interrupt.
+    pub(crate) fn write(&self, port: u16, data: &[u8], sci: impl FnOnce(bool)) -> ControlFlow<ExitCause> {
+        let word = match *data {
+            [low] => u16::from(low),
+            [low, high, ..] => u16::from_le_bytes([low, high]),
+            [] => 0,
+        };
+        match port - layout::PM1_EVENT_PORT {
+            0 => self.change(sci, |pm1| {
+                // A status bit is cleared by writing one to it.
+                pm1.status &= !word;
+                if let [_, _, low, high] = *data {
+                    pm1.enable = u16::from_le_bytes([low, high]);
+                }
+            }),
+            2 => self.change(sci, |pm1| pm1.enable = word),
+            4 if is_power_off(word) => return ControlFlow::Break(ExitCause::PowerOff),
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Changes the registers and tells `sci` the level that follows, in one step for all callers.
+    fn change(&self, sci: impl FnOnce(bool), change: impl FnOnce(&mut Pm1)) {
+        let mut pm1 = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut pm1);
+        sci(pm1.status & pm1.enable & POWER_BUTTON != 0);
+    }
+}
+
+fn is_power_off(control: u16) -> bool {
+    let sleep_type = control >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
+    control & SLEEP_ENABLE != 0 && sleep_type == u16::from(layout::SLEEP_TYPE_OFF)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    const EVENT: u16 = layout::PM1_EVENT_PORT;
+
+    #[test]
+    fn the_button_interrupts_once_enabled_and_until_acknowledged() {
+        let power = Power::default();
+        let level = Cell::new(true);
+        let sci = |to| level.set(to);
+        power.press_button(sci);
+        assert!(!level.get(), "not enabled");
+        assert!(power.write(EVENT + 2, &[0, 1], sci).is_continue());
+        assert!(level.get());
+        let mut block = [0; 4];
+        power.read(EVENT, &mut block);
+        assert_eq!(block, [0, 1, 0, 1]);
+        assert!(power.write(EVENT, &[0, 1], sci).is_continue());
+        assert!(!level.get());
+        power.read(EVENT, &mut block);
+        assert_eq!(block, [0, 0, 0, 1]);
+    }
+
+    #[test]
+    fn only_sleep_type_five_with_sleep_enable_is_power_off() {
+        for control in 0..=u16::MAX {
+            let done = Power::default().write(layout::PM1_CONTROL_PORT, &control.to_le_bytes(), |_| ());
+            assert_eq!(done.is_break(), control & 0x3c00 == 0x3400, "{control:#x}");
+        }
+    }
+
+    #[test]
+    fn any_port_and_width_is_answered() {
+        let power = Power::default();
+        for port in EVENT..EVENT + 6 {
+            for len in [0, 1, 2, 4, 8] {
+                let mut data = vec![0xff; len];
+                power.read(port, &mut data);
+                let _ = power.write(port, &data, |_| ());
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The serial port: a 16550 between the guest and the console.
+//!
+//! Nothing is copied while nobody asks: what is typed stays in the [`ConsolePort`], whoever types
+//! raises the port's interrupt, and the receive FIFO is filled when the guest next looks at the port.
+//! So typing takes no lock that the guest's processors hold, and needs no thread.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use instance_core::console::ConsolePort;
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+/// How many bytes the FIFO is topped up with at once; vm-superio's holds 64.
+const CHUNK: usize = 64;
+
+/// The modem control register, and its bit that connects the port's output to its input.
+const MODEM_CONTROL: u8 = 4;
+const LOOPBACK: u8 = 1 << 4;
+
+/// See the [module](self).
+pub(crate) struct SerialPort {
+    port: ConsolePort,
+    uart: Mutex<Serial<Interrupt, NoEvents, Output>>,
+    interrupt: Arc<EventFd>,
+}
+
+impl SerialPort {
+    /// A serial port whose interrupt is raised by a write to `interrupt`, which must not block.
+    pub(crate) fn new(port: ConsolePort, interrupt: EventFd) -> Self {
+        let interrupt = Arc::new(interrupt);
+        let uart = Mutex::new(Serial::new(Interrupt(interrupt.clone()), Output(port.clone())));
+        Self { port, uart, interrupt }
+    }
+
+    /// The guest reads a register.
+    pub(crate) fn read(&self, register: u8) -> u8 {
+        let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
+        // In loopback mode nothing is received.
+        if uart.read(MODEM_CONTROL) & LOOPBACK == 0 {
+            let mut input = [0; CHUNK];
+            let room = uart.fifo_capacity().min(CHUNK);
+            let typed = self.port.read_input(&mut input[..room]);
+            // Fails only where there is no room, or where the interrupt cannot be raised because
+            // it is raised already.
+            let _ = uart.enqueue_raw_bytes(&input[..typed]);
+        }
+        uart.read(register)
+    }
+
+    /// The guest writes a register.
+    pub(crate) fn write(&self, register: u8, value: u8) {
+        let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
+        // As above; the console takes all output.
+        let _ = uart.write(register, value);
+        if self.port.input_waiting() > 0 {
+            let _ = self.interrupt.write(1);
+        }
+    }
+
+    /// Lets typing interrupt the guest, until [`disconnect`](Self::disconnect).
+    pub(crate) fn connect(&self) {
+        let interrupt = self.interrupt.clone();
+        self.port.set_input_notifier(Some(Arc::new(move || {
+            let _ = interrupt.write(1);
+        })));
+    }
+
+    /// Takes back what [`connect`](Self::connect) did.
+    pub(crate) fn disconnect(&self) {
+        self.port.set_input_notifier(None);
+    }
+}
+
+impl fmt::Debug for SerialPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SerialPort").finish_non_exhaustive()
+    }
+}
+
+struct Interrupt(Arc<EventFd>);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+struct Output(ConsolePort);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write_output(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

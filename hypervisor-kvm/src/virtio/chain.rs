@@ -1,0 +1,111 @@
+//! A descriptor chain, read from the guest's memory once and checked.
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::memory::Memory;
+
+/// The driver broke the rules of virtio in a way that leaves nothing to answer to. The device stops
+/// until it is reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Malformed(pub(crate) &'static str);
+
+/// The memory of one request: what the device reads, then what it writes.
+#[derive(Debug)]
+pub(crate) struct Chain {
+    pub(crate) head: u16,
+    pub(crate) readable: Buffers,
+    pub(crate) writable: Buffers,
+}
+
+impl Chain {
+    /// Reads and checks a chain. All of it lies in the guest's RAM, which does not change its size,
+    /// so that no later access to it fails.
+    pub(crate) fn read(
+        memory: &Memory,
+        descriptors: DescriptorChain<&Memory>,
+        max_descriptors: usize,
+    ) -> Result<Self, Malformed> {
+        let head = descriptors.head_index();
+        let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
+        let mut complete = false;
+        for (n, descriptor) in descriptors.enumerate() {
+            if n == max_descriptors {
+                return Err(Malformed("a descriptor chain is longer than its queue"));
+            }
+            if !memory.check_range(descriptor.addr(), descriptor.len() as usize) {
+                return Err(Malformed("a descriptor points outside the memory"));
+            }
+            let buffers = if descriptor.is_write_only() {
+                &mut chain.writable
+            } else if chain.writable.segments.is_empty() {
+                &mut chain.readable
+            } else {
+                return Err(Malformed("a readable descriptor follows a writable one"));
+            };
+            buffers.segments.push((descriptor.addr(), descriptor.len()));
+            buffers.len += u64::from(descriptor.len());
+            complete = !descriptor.has_next();
+        }
+        // The iterator ends early where it cannot go on: an index outside the table, a loop, a
+        // table outside the memory, an indirect table in an indirect table.
+        if complete { Ok(chain) } else { Err(Malformed("a descriptor chain does not end")) }
+    }
+}
+
+/// Pieces of the guest's memory that are read or written as one.
+#[derive(Debug, Default)]
+pub(crate) struct Buffers {
+    segments: Vec<(GuestAddress, u32)>,
+    len: u64,
+}
+
+impl Buffers {
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Fills `buf` with the bytes from `offset` on.
+    pub(crate) fn read(&self, memory: &Memory, offset: u64, buf: &mut [u8]) -> Result<(), Malformed> {
+        let mut rest = buf;
+        self.pieces(offset, rest.len(), |address, len| {
+            let (piece, after) = std::mem::take(&mut rest).split_at_mut(len);
+            rest = after;
+            memory.read_slice(piece, address).is_ok()
+        })
+    }
+
+    /// Writes `bytes` from `offset` on.
+    pub(crate) fn write(&self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<(), Malformed> {
+        let mut rest = bytes;
+        self.pieces(offset, rest.len(), |address, len| {
+            let (piece, after) = rest.split_at(len);
+            rest = after;
+            memory.write_slice(piece, address).is_ok()
+        })
+    }
+
+    /// Calls `each` with the address and length of each piece of `len` bytes from `offset` on.
+    fn pieces(
+        &self,
+        mut offset: u64,
+        mut len: usize,
+        mut each: impl FnMut(GuestAddress, usize) -> bool,
+    ) -> Result<(), Malformed> {
+        for &(address, segment) in &self.segments {
+            if offset >= u64::from(segment) {
+                offset -= u64::from(segment);
+                continue;
+            }
+            let piece = ((u64::from(segment) - offset) as usize).min(len);
+            if piece > 0 && !each(GuestAddress(address.0 + offset), piece) {
+                return Err(Malformed("a buffer lies outside the memory"));
+            }
+            len -= piece;
+            offset = 0;
+        }
+        if len == 0 { Ok(()) } else { Err(Malformed("a buffer is too short")) }
+    }
+}

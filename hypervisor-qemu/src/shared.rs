@@ -1,0 +1,172 @@
+//! What the callers of a machine and its supervisor share: the state, and commands under way.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use instance_core::machine::{MachineError, MachineErrorKind, MachineState};
+use instance_core::watch::Publisher;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+use serde_json::Value;
+
+use crate::qmp::Command;
+
+/// How long an answer of QEMU's is waited for. Only `stop` may take its time: it waits for the disks.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// The most commands under way at once, so that a QEMU that answers nothing does not collect them.
+const MAX_PENDING: usize = 64;
+
+/// What QEMU answered, or why it refused.
+pub(crate) type Answer = Result<Value, String>;
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) state: Publisher<MachineState>,
+    /// Our end of the QMP socket. Callers write to it, under the lock on `requests`; the supervisor
+    /// reads from it.
+    pub(crate) control: UnixStream,
+    /// Wakes the supervisor.
+    pub(crate) wake: Arc<Waker>,
+    requests: Mutex<Requests>,
+    killed: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Requests {
+    closed: bool,
+    last_id: u64,
+    pending: Vec<Pending>,
+}
+
+/// A command that QEMU has not answered.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    id: u64,
+    pub(crate) command: Command,
+    /// Whoever waits for the answer, unless it is the supervisor itself.
+    pub(crate) caller: Option<SyncSender<Answer>>,
+}
+
+impl Shared {
+    pub(crate) fn new(control: UnixStream) -> std::io::Result<Self> {
+        Ok(Self {
+            state: Publisher::new(MachineState::Created),
+            control,
+            wake: Arc::new(Waker::new()?),
+            requests: Mutex::default(),
+            killed: AtomicBool::new(false),
+        })
+    }
+
+    /// Asks for the end of the child.
+    pub(crate) fn kill(&self) {
+        self.killed.store(true, Ordering::SeqCst);
+        self.wake.wake();
+    }
+
+    /// Whether [`kill`](Self::kill) was called.
+    pub(crate) fn killed(&self) -> bool {
+        self.killed.load(Ordering::SeqCst)
+    }
+
+    /// Gives a command and waits for its answer.
+    pub(crate) fn execute(&self, command: Command) -> Result<(), MachineError> {
+        let (caller, answer) = sync_channel(1);
+        self.send(command, Some(caller))?;
+        let failed = |what: String| Err(MachineError::new(MachineErrorKind::Host, what));
+        match answer.recv_timeout(ANSWER_WITHIN) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(why)) => failed(format!("QEMU refused `{}`: {why}", command.name())),
+            Err(RecvTimeoutError::Timeout) => {
+                failed(format!("QEMU did not answer `{}` within {ANSWER_WITHIN:?}", command.name()))
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(MachineError::wrong_state(command.name(), &self.state.get()))
+            }
+        }
+    }
+
+    /// Gives a command, whose answer comes to the supervisor.
+    pub(crate) fn send(
+        &self,
+        command: Command,
+        caller: Option<SyncSender<Answer>>,
+    ) -> Result<(), MachineError> {
+        let mut requests = self.requests();
+        if requests.closed {
+            return Err(MachineError::wrong_state(command.name(), &self.state.get()));
+        }
+        let failed = |why: &str| {
+            let what = format!("cannot give QEMU the command `{}`: {why}", command.name());
+            Err(MachineError::new(MachineErrorKind::Host, what))
+        };
+        if requests.pending.len() >= MAX_PENDING {
+            return failed("it has left many unanswered");
+        }
+        requests.last_id += 1;
+        let id = requests.last_id;
+        let line = command.line(id);
+        match send(&self.control, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(sent) if sent == line.len() => {
+                requests.pending.push(Pending { id, command, caller });
+                Ok(())
+            }
+            // With part of a line sent, no other can follow.
+            Ok(_) => {
+                requests.closed = true;
+                failed("it does not read them")
+            }
+            Err(Errno::AGAIN) => failed("it does not read them"),
+            Err(errno) => failed(&errno.to_string()),
+        }
+    }
+
+    /// The command that an answer under `id` belongs to, which is then under way no longer.
+    pub(crate) fn answered(&self, id: u64) -> Option<Pending> {
+        let mut requests = self.requests();
+        let at = requests.pending.iter().position(|p| p.id == id)?;
+        Some(requests.pending.swap_remove(at))
+    }
+
+    /// Whether such a command is under way.
+    pub(crate) fn is_pending(&self, command: Command) -> bool {
+        self.requests().pending.iter().any(|p| p.command == command)
+    }
+
+    /// Takes no more commands, and lets go those who wait for an answer.
+    pub(crate) fn close(&self) {
+        let mut requests = self.requests();
+        requests.closed = true;
+        requests.pending.clear();
+    }
+
+    fn requests(&self) -> MutexGuard<'_, Requests> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Wakes a thread that polls, without ever blocking the one that wakes it.
+#[derive(Debug)]
+pub(crate) struct Waker(pub(crate) OwnedFd);
+
+impl Waker {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    pub(crate) fn wake(&self) {
+        // It fails only where the counter is full, and then the thread is about to wake.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn clear(&self) {
+        // It fails only where nobody woke it.
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}

@@ -1,0 +1,144 @@
+//! The kernels and initial RAM disks of a region's images, ready to load.
+//!
+//! An image boots what its own root volume holds, as in EC2. Finding that and unpacking a compressed
+//! kernel takes longer than the launch itself, so it is done when the image is registered. The
+//! results are files named by their SHA-256: two images with one kernel share it.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use ami_core::{Architecture, Digest};
+use boot_image::BootEntry;
+use serde::{Deserialize, Serialize};
+use storage_block::Disk;
+
+use crate::machine::{Boot, BootFile};
+use crate::{Error, ErrorKind, Result};
+
+/// What is to be loaded, by digests of files in the cache.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BootPlan {
+    pub(crate) architecture: Architecture,
+    pub(crate) kernel: Digest,
+    pub(crate) initrd: Option<Digest>,
+    pub(crate) command_line: String,
+}
+
+impl BootPlan {
+    fn files(&self) -> impl Iterator<Item = Digest> {
+        [Some(self.kernel), self.initrd].into_iter().flatten()
+    }
+}
+
+/// The directory of those files.
+#[derive(Debug)]
+pub(crate) struct BootCache(PathBuf);
+
+impl BootCache {
+    /// Opens the cache, made when it is not there; what a crash left half written goes.
+    pub(crate) fn open(dir: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&dir).map_err(|e| Error::io(e, format!("cannot make {}", dir.display())))?;
+        Ok(Self(dir))
+    }
+
+    /// Finds what `disk` boots and keeps it.
+    pub(crate) fn keep_from_disk(&self, disk: &Disk) -> Result<BootPlan> {
+        let found = Found::on_disk(disk)?;
+        self.keep(&found)
+    }
+
+    /// Keeps what was found.
+    pub(crate) fn keep(&self, found: &Found) -> Result<BootPlan> {
+        Ok(BootPlan {
+            architecture: found.architecture,
+            kernel: self.keep_bytes(&found.kernel)?,
+            initrd: found.initrd.as_deref().map(|bytes| self.keep_bytes(bytes)).transpose()?,
+            command_line: found.command_line.clone(),
+        })
+    }
+
+    /// Opens what a plan names.
+    pub(crate) fn boot(&self, plan: &BootPlan) -> Result<Boot> {
+        let open = |digest: Digest| {
+            let path = self.path(digest);
+            let opened = File::open(&path).and_then(BootFile::new);
+            opened.map_err(|e| Error::io(e, format!("cannot open the boot file {}", path.display())))
+        };
+        let initrd = plan.initrd.map(open).transpose()?;
+        Ok(Boot::new(open(plan.kernel)?, initrd, plan.command_line.clone()))
+    }
+
+    /// Removes every file that no plan names.
+    pub(crate) fn remove_unreferenced<'a>(&self, plans: impl Iterator<Item = &'a BootPlan>) -> Result<()> {
+        let keep: HashSet<PathBuf> = plans.flat_map(BootPlan::files).map(|d| self.path(d)).collect();
+        let failed = |e| Error::io(e, format!("cannot clear {}", self.0.display()));
+        for entry in fs::read_dir(&self.0).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if !keep.contains(&path) {
+                fs::remove_file(&path).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn path(&self, digest: Digest) -> PathBuf {
+        self.0.join(digest.to_hex())
+    }
+
+    fn keep_bytes(&self, bytes: &[u8]) -> Result<Digest> {
+        let digest = Digest::of(bytes);
+        let path = self.path(digest);
+        if !path.exists() {
+            write_durably(&self.0, &path, bytes)
+                .map_err(|e| Error::io(e, format!("cannot keep the boot file {}", path.display())))?;
+        }
+        Ok(digest)
+    }
+}
+
+/// Writes a file so that it is there whole, or not at all, after a crash.
+fn write_durably(dir: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_data()?;
+    file.persist(path)?;
+    File::open(dir)?.sync_all()
+}
+
+/// A kernel that can be loaded, and what goes with it, not kept yet.
+pub(crate) struct Found {
+    pub(crate) architecture: Architecture,
+    pub(crate) kernel: Vec<u8>,
+    pub(crate) initrd: Option<Vec<u8>>,
+    pub(crate) command_line: String,
+}
+
+impl Found {
+    /// What a disk boots.
+    pub(crate) fn on_disk(disk: &Disk) -> Result<Self> {
+        let entry = BootEntry::find(disk).map_err(not_bootable)?;
+        Self::with_kernel(&entry.kernel, entry.initrd, entry.command_line)
+    }
+
+    /// A kernel as distributions ship it, unpacked.
+    pub(crate) fn with_kernel(kernel: &[u8], initrd: Option<Vec<u8>>, command_line: String) -> Result<Self> {
+        let kernel = boot_image::unpack_kernel(kernel).map_err(not_bootable)?;
+        Ok(Self { architecture: kernel.architecture, kernel: kernel.image, initrd, command_line })
+    }
+
+    /// Refuses a kernel of another architecture than the image's.
+    pub(crate) fn check_architecture(&self, image: Architecture) -> Result<()> {
+        if self.architecture == image {
+            return Ok(());
+        }
+        let kernel = self.architecture;
+        let what = format!("the image is for {image}, but its kernel is for {kernel}; register it as {kernel}");
+        Err(Error::new(ErrorKind::ArchitectureMismatch, what))
+    }
+}
+
+fn not_bootable(e: boot_image::Error) -> Error {
+    Error::new(ErrorKind::NotBootable, "the disk cannot be booted").caused_by(e)
+}

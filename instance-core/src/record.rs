@@ -1,0 +1,159 @@
+//! What a region keeps of its images, instances and volumes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use ami_core::{AccountId, AmiId, Architecture, Digest, Image, InstanceId, RegionName, ReservationId, VolumeId};
+use serde::{Deserialize, Serialize};
+
+use crate::boot_cache::BootPlan;
+use crate::store::Record;
+use crate::{InstanceState, InstanceType};
+
+/// The region itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RegionRecord {
+    /// The version of the directory's format.
+    pub(crate) format: u32,
+    pub(crate) name: RegionName,
+    pub(crate) account: AccountId,
+}
+
+impl RegionRecord {
+    pub(crate) const FORMAT: u32 = 1;
+    pub(crate) const KEY: &'static str = "region";
+}
+
+impl Record for RegionRecord {
+    const TABLE: &'static str = "region";
+
+    fn key(&self) -> String {
+        Self::KEY.to_owned()
+    }
+}
+
+/// An image and what it boots.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ImageRecord {
+    pub(crate) image: Image,
+    pub(crate) boot: BootPlan,
+}
+
+impl Record for ImageRecord {
+    const TABLE: &'static str = "images";
+
+    fn key(&self) -> String {
+        self.image.ami().id().to_string()
+    }
+}
+
+/// A volume, which outlives its instance if it was told to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VolumeRecord {
+    pub(crate) id: VolumeId,
+    /// In bytes.
+    pub(crate) size: u64,
+    /// The snapshot whose bytes it began with.
+    pub(crate) base: Option<Digest>,
+}
+
+impl Record for VolumeRecord {
+    const TABLE: &'static str = "volumes";
+
+    fn key(&self) -> String {
+        self.id.to_string()
+    }
+}
+
+/// What happens when the guest powers itself off (`InstanceInitiatedShutdownBehavior`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShutdownBehavior {
+    /// The instance is stopped, and can be started again.
+    #[default]
+    Stop,
+    /// The instance is terminated.
+    Terminate,
+}
+
+/// Why an instance is in its state (`StateReason`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct StateReason {
+    /// EC2's code, such as `Client.UserInitiatedShutdown`.
+    pub code: String,
+    /// The same in words.
+    pub message: String,
+}
+
+impl StateReason {
+    pub(crate) fn new(code: &str, message: impl Into<String>) -> Self {
+        Self { code: code.to_owned(), message: message.into() }
+    }
+
+    pub(crate) fn user_initiated() -> Self {
+        Self::new("Client.UserInitiatedShutdown", "asked for by the user")
+    }
+}
+
+impl fmt::Display for StateReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+/// A volume at its place in an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Attachment {
+    /// The device name in the image's block device mapping.
+    pub device_name: String,
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Whether the volume goes with the instance.
+    pub delete_on_termination: bool,
+}
+
+/// What is known of an instance, as `DescribeInstances` tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct InstanceDescription {
+    /// Its id.
+    pub id: InstanceId,
+    /// The launch that it came from.
+    pub reservation_id: ReservationId,
+    /// The image that it was made from.
+    pub image_id: AmiId,
+    /// Its architecture.
+    pub architecture: Architecture,
+    /// Its hardware.
+    pub instance_type: InstanceType,
+    /// Its state.
+    pub state: InstanceState,
+    /// Why it is in that state, where there is something to say.
+    pub state_reason: Option<StateReason>,
+    /// What happens when the guest powers itself off.
+    pub shutdown_behavior: ShutdownBehavior,
+    /// Its volumes, the root volume first.
+    pub attachments: Vec<Attachment>,
+    /// Its tags.
+    pub tags: BTreeMap<String, String>,
+}
+
+/// An instance as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct InstanceRecord {
+    pub(crate) description: InstanceDescription,
+    /// Whether the launch was ever acknowledged. One that was not leaves nothing behind.
+    pub(crate) launched: bool,
+    /// What it boots if that is not read from its root volume.
+    pub(crate) direct_boot: Option<BootPlan>,
+}
+
+impl Record for InstanceRecord {
+    const TABLE: &'static str = "instances";
+
+    fn key(&self) -> String {
+        self.description.id.to_string()
+    }
+}

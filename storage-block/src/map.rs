@@ -1,0 +1,132 @@
+//! Which of a volume's blocks are its own: two bits for each, in memory only where any is.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::format::{BLOCK, CHUNK, LEAF_SPAN, Run, State};
+
+/// Blocks in a word.
+const WORD: u64 = 32;
+/// Words in a leaf, which speaks of as much disk as a manifest leaf.
+const LEAF_WORDS: usize = (LEAF_SPAN / BLOCK / WORD) as usize;
+const LEAF_BLOCKS: u64 = LEAF_SPAN / BLOCK;
+const CHUNK_BLOCKS: u64 = CHUNK / BLOCK;
+/// The low bit of every block's two.
+const LOW: u64 = 0x5555_5555_5555_5555;
+
+/// The state of every block; [`State::Base`] where nothing was said.
+///
+/// A state is read with acquire ordering and set with release ordering: who sees a block in the overlay
+/// sees the bytes that were written there before.
+#[derive(Debug)]
+pub(crate) struct StateMap {
+    blocks: u64,
+    leaves: Box<[OnceLock<Box<[AtomicU64]>>]>,
+}
+
+impl StateMap {
+    pub(crate) fn new(blocks: u64) -> Self {
+        let leaves = (0..blocks.div_ceil(LEAF_BLOCKS)).map(|_| OnceLock::new()).collect();
+        Self { blocks, leaves }
+    }
+
+    pub(crate) fn get(&self, block: u64) -> State {
+        self.leaf(block).map_or(State::Base, |leaf| state(word(leaf, block), block % WORD))
+    }
+
+    /// The state of `first` and how many blocks from there, `max` at most, share it. The run may end
+    /// early; the next one says so.
+    pub(crate) fn run(&self, first: u64, max: u64) -> (State, u64) {
+        let max = max.min(LEAF_BLOCKS - first % LEAF_BLOCKS);
+        let Some(leaf) = self.leaf(first) else { return (State::Base, max) };
+        let of_first = state(word(leaf, first), first % WORD);
+        let mut count = 1;
+        while count < max {
+            let block = first + count;
+            let bits = word(leaf, block);
+            if block % WORD == 0 && bits == LOW * of_first as u64 {
+                count += WORD;
+            } else if state(bits, block % WORD) == of_first {
+                count += 1;
+            } else {
+                break;
+            }
+        }
+        (of_first, count.min(max))
+    }
+
+    /// All runs from `first`, neighbours in one state joined.
+    pub(crate) fn runs(&self, first: u64, count: u64) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        let (mut first, end) = (first, first + count);
+        while first < end {
+            let (state, count) = self.run(first, end - first);
+            match runs.last_mut() {
+                Some(last) if last.state == state => last.count += count,
+                _ => runs.push(Run { first, count, state }),
+            }
+            first += count;
+        }
+        runs
+    }
+
+    pub(crate) fn set(&self, run: Run) {
+        let (mut block, end) = (run.first, run.first + run.count);
+        while block < end {
+            let part = (end - block).min(WORD - block % WORD);
+            let leaf = self.leaves[(block / LEAF_BLOCKS) as usize].get_or_init(empty_leaf);
+            let mask = (u64::MAX >> (64 - 2 * part)) << (2 * (block % WORD));
+            let bits = (LOW * run.state as u64) & mask;
+            let cell = &leaf[(block % LEAF_BLOCKS / WORD) as usize];
+            let mut old = cell.load(Ordering::Relaxed);
+            while let Err(now) =
+                cell.compare_exchange_weak(old, old & !mask | bits, Ordering::Release, Ordering::Relaxed)
+            {
+                old = now;
+            }
+            block += part;
+        }
+    }
+
+    /// The chunks with a block that is not in [`State::Base`], and how many such blocks each has.
+    pub(crate) fn changed_chunks(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let leaves = self.leaves.iter().zip(0u64..).filter_map(|(leaf, number)| Some((leaf.get()?, number)));
+        leaves.flat_map(|(leaf, number)| {
+            let first = number * (LEAF_SPAN / CHUNK);
+            (0..LEAF_SPAN / CHUNK).filter_map(move |chunk| {
+                let block = chunk * CHUNK_BLOCKS;
+                let bits = word(leaf, block) >> (2 * (block % WORD)) & u64::from(u32::MAX);
+                let blocks = (bits | bits >> 1) & LOW;
+                (blocks != 0).then(|| (first + chunk, u64::from(blocks.count_ones())))
+            })
+        })
+    }
+
+    /// One past the last block in the overlay.
+    pub(crate) fn overlay_end(&self) -> u64 {
+        let runs = self.runs(0, self.blocks);
+        runs.iter().rev().find(|run| run.state == State::Overlay).map_or(0, |run| run.first + run.count)
+    }
+
+    fn leaf(&self, block: u64) -> Option<&[AtomicU64]> {
+        self.leaves.get((block / LEAF_BLOCKS) as usize)?.get().map(|leaf| &**leaf)
+    }
+}
+
+const _: () = assert!(CHUNK_BLOCKS * 2 == WORD && LEAF_BLOCKS % WORD == 0);
+
+fn empty_leaf() -> Box<[AtomicU64]> {
+    (0..LEAF_WORDS).map(|_| AtomicU64::new(0)).collect()
+}
+
+fn word(leaf: &[AtomicU64], block: u64) -> u64 {
+    leaf[(block % LEAF_BLOCKS / WORD) as usize].load(Ordering::Acquire)
+}
+
+fn state(word: u64, block: u64) -> State {
+    match word >> (2 * block) & 3 {
+        0 => State::Base,
+        1 => State::Overlay,
+        _ => State::Zero,
+    }
+}

@@ -1,0 +1,167 @@
+//! A disk that is a file or a block device, byte for byte.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::{BlockBackend, Disk, Error, ErrorKind, Result, SECTOR};
+
+/// A raw image: byte `n` of the disk is byte `n` of the file.
+///
+/// ```
+/// use storage_block::RawFile;
+///
+/// # let dir = tempfile::tempdir()?;
+/// let disk = RawFile::create(&dir.path().join("disk.raw"), 1 << 20)?.into_disk();
+/// disk.write_at(b"hello", 512)?;
+/// disk.flush()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct RawFile {
+    file: File,
+    size: u64,
+    read_only: bool,
+}
+
+impl RawFile {
+    /// Opens an image or a block device.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](ErrorKind::NotFound), what the system said to opening it, or what
+    /// [`from_file`](Self::from_file) finds wrong.
+    pub fn open(path: impl AsRef<Path>, read_only: bool) -> Result<Self> {
+        let path = path.as_ref();
+        let opened = OpenOptions::new().read(true).write(!read_only).open(path);
+        let file = opened.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
+        Self::from_file(file, read_only)
+    }
+
+    /// Takes an open file, whose size is fixed from here on.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidSize`](ErrorKind::InvalidSize) if its size is not a multiple of [`SECTOR`];
+    /// [`Io`](ErrorKind::Io) if it is neither a file nor a block device.
+    pub fn from_file(mut file: File, read_only: bool) -> Result<Self> {
+        let metadata = file.metadata().map_err(|e| Error::io(e, "cannot look at the image"))?;
+        let size = if metadata.is_file() {
+            metadata.len()
+        } else if metadata.file_type().is_block_device() {
+            file.seek(SeekFrom::End(0)).map_err(|e| Error::io(e, "cannot learn the device's size"))?
+        } else {
+            return Err(Error::new(ErrorKind::Io, "the image is neither a file nor a block device"));
+        };
+        if size % SECTOR != 0 {
+            return Err(Error::invalid_size(size, "is not a multiple of 512 bytes"));
+        }
+        Ok(Self { file, size, read_only })
+    }
+
+    /// Makes a new, sparse image that reads as zeroes.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidSize`](ErrorKind::InvalidSize) if `size` is not a multiple of [`SECTOR`];
+    /// [`AlreadyExists`](ErrorKind::AlreadyExists).
+    pub fn create(path: impl AsRef<Path>, size: u64) -> Result<Self> {
+        let path = path.as_ref();
+        if size % SECTOR != 0 {
+            return Err(Error::invalid_size(size, "is not a multiple of 512 bytes"));
+        }
+        let context = || format!("cannot create {}", path.display());
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+        let file = file.map_err(|e| Error::io(e, context()))?;
+        file.set_len(size).map_err(|e| Error::io(e, context()))?;
+        Ok(Self { file, size, read_only: false })
+    }
+
+    /// A handle to it.
+    pub fn into_disk(self) -> Disk {
+        Disk::from_backend(self)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        zero_range(&self.file, offset, len).map_err(|e| Error::io(e, "cannot zero a part of the image"))
+    }
+}
+
+impl BlockBackend for RawFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let read = self.file.read_exact_at(buf, offset);
+        read.map_err(|e| Error::io(e, format!("cannot read {} bytes at {offset} of the image", buf.len())))
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let written = self.file.write_all_at(buf, offset);
+        written
+            .map_err(|e| Error::io(e, format!("cannot write {} bytes at {offset} of the image", buf.len())))
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.file.sync_data().map_err(|e| Error::io(e, "cannot flush the image"))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.zero(offset, len)
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        let found = next_data(&self.file, offset, self.size);
+        found.map_err(|e| Error::io(e, "cannot look for holes in the image"))
+    }
+}
+
+/// Makes a range of a file read as zeroes, giving its space back where the file system can.
+pub(crate) fn zero_range(file: &File, offset: u64, len: u64) -> std::io::Result<()> {
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, punch, offset, len) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => write_zeroes(file, offset, len),
+        result => Ok(result?),
+    }
+}
+
+/// Writes zeroes, allocating the range.
+pub(crate) fn write_zeroes(file: &File, mut offset: u64, mut len: u64) -> std::io::Result<()> {
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    while len > 0 {
+        let part = len.min(ZEROES.len() as u64);
+        file.write_all_at(&ZEROES[..part as usize], offset)?;
+        offset += part;
+        len -= part;
+    }
+    Ok(())
+}
+
+fn next_data(file: &File, offset: u64, size: u64) -> std::io::Result<Option<Range<u64>>> {
+    let start = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        // Not every file system and no block device knows its holes.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset < size).then_some(offset..size)),
+        Err(error) => return Err(error.into()),
+    };
+    let end = match rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start)) {
+        Ok(end) => end,
+        Err(Errno::NXIO) => size,
+        Err(error) => return Err(error.into()),
+    };
+    Ok((start < size).then_some(start..end.min(size)))
+}

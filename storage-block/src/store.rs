@@ -1,0 +1,250 @@
+//! The store: the directory of packs and snapshots, and who may use it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Write as _;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+
+use ami_core::Digest;
+use rustix::fs::FlockOperation;
+
+use crate::format::PACK_SLOTS;
+use crate::pack::{Index, read_dir};
+use crate::snapshot::{Root, Snapshot};
+use crate::{Error, ErrorKind, Result};
+
+/// A directory of snapshots, whose chunks are stored once however many snapshots have them.
+///
+/// A handle is cheap to clone. One process at a time has a store open, and one `Store` in it: a lock on
+/// a file of the directory says so, which the kernel releases when the process dies. The store stays
+/// open as long as any [`Snapshot`] or [`Volume`](crate::Volume) of it lives.
+///
+/// ```
+/// use storage_block::{MemoryDisk, Store};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let store = Store::open(dir.path())?;
+/// let image = MemoryDisk::from_vec(vec![7; 1 << 20])?.into_disk();
+/// let (snapshot, stats) = store.import(&image, &mut |_| ())?;
+/// assert_eq!(snapshot.size(), 1 << 20);
+/// // Sixteen equal chunks are stored as one, and the manifest of them as another.
+/// assert_eq!(stats.stored_bytes, (64 << 10) + (32 << 10));
+/// assert_eq!(store.snapshots()?, [snapshot.digest()]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Store(pub(crate) Arc<Inner>);
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    dir: PathBuf,
+    pub(crate) pack_slots: u32,
+    pub(crate) index: RwLock<Index>,
+    /// Held for writing while objects are dropped, for reading while something relies on them.
+    pub(crate) sweep: RwLock<()>,
+    /// The snapshots that are open.
+    pub(crate) roots: Mutex<HashMap<Digest, Weak<Root>>>,
+    _lock: Locked,
+}
+
+impl Store {
+    /// Opens the store in `dir`, making it if there is none, and clears away what a crash left
+    /// half-made.
+    ///
+    /// # Errors
+    ///
+    /// [`InUse`](ErrorKind::InUse) if it is open already, [`Corrupt`](ErrorKind::Corrupt) if a pack is cut
+    /// short or its index is damaged.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::with_pack_slots(dir.as_ref().to_owned(), PACK_SLOTS)
+    }
+
+    /// A store whose new packs hold so many slots, fewer than they may.
+    pub(crate) fn with_pack_slots(dir: PathBuf, pack_slots: u32) -> Result<Self> {
+        let (packs, snapshots) = (dir.join(PACKS), dir.join(SNAPSHOTS));
+        let new = !snapshots.is_dir();
+        for made in [&packs, &snapshots] {
+            std::fs::create_dir_all(made)
+                .map_err(|e| Error::io(e, format!("cannot create {}", made.display())))?;
+        }
+        let lock = Locked::open(&dir.join("lock"), true)?;
+        if new {
+            sync_dir(&dir)?;
+        }
+        clear_half_made(&packs)?;
+        clear_half_made(&snapshots)?;
+        clear_lone_indices(&packs)?;
+        let index = RwLock::new(Index::load(&packs, pack_slots)?);
+        let (sweep, roots) = (RwLock::new(()), Mutex::default());
+        Ok(Self(Arc::new(Inner { dir, pack_slots, index, sweep, roots, _lock: lock })))
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// Opens a snapshot: its root is read and checked, whatever its size.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](ErrorKind::NotFound), [`Corrupt`](ErrorKind::Corrupt).
+    pub fn snapshot(&self, digest: &Digest) -> Result<Snapshot> {
+        let _sweep = read(&self.0.sweep);
+        self.0.open_root(digest).map(|root| Snapshot::new(Arc::clone(&self.0), root))
+    }
+
+    /// The snapshots there are, in the order of their digests.
+    ///
+    /// # Errors
+    ///
+    /// What the file system says.
+    pub fn snapshots(&self) -> Result<Vec<Digest>> {
+        let names = read_dir(&self.0.snapshots_dir())?;
+        let mut digests: Vec<Digest> =
+            names.iter().filter_map(|name| format!("{}{name}", Digest::PREFIX).parse().ok()).collect();
+        digests.sort_unstable();
+        Ok(digests)
+    }
+}
+
+impl Inner {
+    pub(crate) fn packs_dir(&self) -> PathBuf {
+        self.dir.join(PACKS)
+    }
+
+    pub(crate) fn snapshots_dir(&self) -> PathBuf {
+        self.dir.join(SNAPSHOTS)
+    }
+
+    pub(crate) fn root_path(&self, digest: &Digest) -> PathBuf {
+        self.snapshots_dir().join(digest.to_hex())
+    }
+
+    /// The snapshot's root, shared by all who have it open.
+    pub(crate) fn open_root(&self, digest: &Digest) -> Result<Arc<Root>> {
+        if let Some(root) = lock(&self.roots).get(digest).and_then(Weak::upgrade) {
+            return Ok(root);
+        }
+        let path = self.root_path(digest);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::new(ErrorKind::NotFound, format!("there is no snapshot {digest}")));
+            }
+            Err(e) => return Err(Error::io(e, format!("cannot read {}", path.display()))),
+        };
+        let root = Root::parse(*digest, &bytes).map_err(|why| Error::corrupt(&path, why))?;
+        Ok(self.remember(root))
+    }
+
+    /// Writes a root where it is found from now on. Its objects are durable already.
+    pub(crate) fn publish_root(&self, bytes: &[u8]) -> Result<Arc<Root>> {
+        let digest = Digest::of(bytes);
+        let path = self.root_path(&digest);
+        let root = Root::parse(digest, bytes).map_err(|why| Error::corrupt(&path, why))?;
+        if !path.exists() {
+            let dir = self.snapshots_dir();
+            let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
+            let mut file = tempfile::Builder::new().suffix(".tmp").tempfile_in(&dir).map_err(failed)?;
+            file.write_all(bytes).and_then(|()| file.as_file().sync_data()).map_err(failed)?;
+            file.persist(&path).map_err(|e| failed(e.error))?;
+            sync_dir(&dir)?;
+        }
+        Ok(self.remember(root))
+    }
+
+    fn remember(&self, root: Root) -> Arc<Root> {
+        let mut roots = lock(&self.roots);
+        if let Some(open) = roots.get(&root.digest).and_then(Weak::upgrade) {
+            return open;
+        }
+        roots.retain(|_, root| root.strong_count() > 0);
+        let digest = root.digest;
+        let root = Arc::new(root);
+        roots.insert(digest, Arc::downgrade(&root));
+        root
+    }
+}
+
+const PACKS: &str = "packs";
+const SNAPSHOTS: &str = "snapshots";
+
+/// An open file with the lock on it, which goes with it, or with the process.
+#[derive(Debug)]
+pub(crate) struct Locked(File);
+
+impl Locked {
+    /// Opens `path`, making it if `create` says so, and takes the lock.
+    pub(crate) fn open(path: &Path, create: bool) -> Result<Self> {
+        let file = File::options().read(true).write(true).create(create).truncate(false).open(path);
+        let file = file.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(Error::new(ErrorKind::InUse, format!("{} is in use", path.display())))
+            }
+            Err(e) => Err(Error::io(e.into(), format!("cannot lock {}", path.display()))),
+        }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Closing alone is not enough: a child that another thread is starting just now has the file too,
+        // until it is another program.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+impl Deref for Locked {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+/// Removes the files that never got their final names.
+fn clear_half_made(dir: &Path) -> Result<()> {
+    for name in read_dir(dir)?.iter().filter(|name| name.ends_with(".tmp")) {
+        let path = dir.join(name);
+        std::fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+    }
+    Ok(())
+}
+
+/// Removes an index whose pack a crash kept from getting, or from losing, its name.
+fn clear_lone_indices(packs: &Path) -> Result<()> {
+    for name in read_dir(packs)? {
+        if let Some(number) = crate::pack::number_of(&name, "index") {
+            if !crate::pack::pack_path(packs, number).exists() {
+                let path = packs.join(&name);
+                std::fs::remove_file(&path)
+                    .map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    synced.map_err(|e| Error::io(e, format!("cannot make {} durable", dir.display())))
+}
+
+// Nothing here is left half-changed by a panic, so a poisoned lock is as good as any.
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,169 @@
+//! The one operation that deletes: snapshots nobody names, and the objects that only they had.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+use std::sync::{Arc, Weak};
+
+use ami_core::Digest;
+
+use crate::format::{CHUNK, HOLE, Id, Kind, PACK_HEADER};
+use crate::pack::{self, Index, Pack};
+use crate::session::Session;
+use crate::store::{Inner, lock, read, sync_dir, write};
+use crate::{Error, ErrorKind, Result, Snapshot, Store};
+
+/// What [`Store::remove_unreferenced`] gave back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Reclaimed {
+    /// Snapshots removed.
+    pub snapshots: u64,
+    /// Packs removed, those that were rewritten with them.
+    pub packs: u64,
+    /// Bytes of packs given back, less those written anew. Files that a reader still has open give theirs back when
+    /// it closes them.
+    pub bytes: u64,
+}
+
+impl Store {
+    /// Removes every snapshot that is not in `keep` and not open, and the chunks that no other has.
+    ///
+    /// A volume's snapshot counts as open while the volume is; `keep` has to name those of all volumes that are
+    /// not. Packs without a live object are deleted, and those at most half alive are rewritten; what is
+    /// alive is durable in its new place before its old one goes, so that a crash at any moment loses nothing.
+    /// It waits for imports under way, and new ones wait for it; reads and writes go on.
+    ///
+    /// # Errors
+    ///
+    /// [`Corrupt`](ErrorKind::Corrupt) if the manifest of a snapshot to be kept cannot be read: nothing is
+    /// deleted then. What the file system says, and then a later call finishes the work.
+    pub fn remove_unreferenced(&self, keep: &HashSet<Digest>) -> Result<Reclaimed> {
+        let inner = &*self.0;
+        let _sweep = write(&inner.sweep);
+        let all = self.snapshots()?;
+        let open: HashSet<Digest> = {
+            let roots = lock(&inner.roots);
+            roots.iter().filter(|(_, root)| Weak::strong_count(root) > 0).map(|(digest, _)| *digest).collect()
+        };
+        let (kept, dropped): (Vec<&Digest>, Vec<&Digest>) =
+            all.iter().partition(|digest| keep.contains(digest) || open.contains(digest));
+
+        let mut live = HashMap::new();
+        for digest in kept {
+            mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(digest)?), &mut live)?;
+        }
+        for digest in &dropped {
+            let path = inner.root_path(digest);
+            std::fs::remove_file(&path)
+                .map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+        }
+        // A root that a crash brings back must find its chunks.
+        sync_dir(&inner.snapshots_dir())?;
+        let mut reclaimed = Reclaimed { snapshots: dropped.len() as u64, ..Reclaimed::default() };
+        sweep(inner, &live, &mut reclaimed)?;
+        Ok(reclaimed)
+    }
+}
+
+fn mark(snapshot: &Snapshot, live: &mut HashMap<Id, Kind>) -> Result<()> {
+    for (leaf, id) in snapshot.root.leaves.iter().enumerate() {
+        // A leaf that another snapshot shares has been walked already.
+        if *id == HOLE || live.insert(*id, Kind::Leaf).is_some() {
+            continue;
+        }
+        let chunks = snapshot.leaf_ids(leaf)?;
+        live.extend(chunks.into_iter().filter(|id| *id != HOLE).map(|id| (id, Kind::Chunk)));
+    }
+    Ok(())
+}
+
+/// The live objects of a pack, and their slots.
+type Objects = Vec<(Id, u32)>;
+
+fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> Result<()> {
+    let mut victims: BTreeMap<u32, (Arc<Pack>, Objects)> = BTreeMap::new();
+    {
+        let mut index = write(&inner.index);
+        for (number, pack) in &index.packs {
+            victims.insert(*number, (Arc::clone(pack), Vec::new()));
+        }
+        for (id, place) in &index.places {
+            if let (true, Some((_, objects))) = (live.contains_key(id), victims.get_mut(&place.pack)) {
+                objects.push((*id, place.slot));
+            }
+        }
+        let mut sized = Vec::new();
+        for (number, (pack, objects)) in &victims {
+            let slots = file_len(&pack.path)?.saturating_sub(PACK_HEADER).div_ceil(CHUNK);
+            if objects.len() as u64 * 2 > slots {
+                sized.push(*number);
+            }
+        }
+        for number in sized {
+            victims.remove(&number);
+        }
+        // What is about to go is not appended to.
+        index.open.retain(|number, _| !victims.contains_key(number));
+    }
+
+    let mut session = Session::of_sweep(inner);
+    let mut rotten = Vec::new();
+    for (number, (pack, objects)) in &mut victims {
+        objects.sort_unstable_by_key(|(_, slot)| *slot);
+        for (id, slot) in objects {
+            let kind = live[id];
+            match pack::read_checked(pack, *slot, id, kind) {
+                Ok(bytes) => session.append(kind, id, &bytes)?,
+                // Its pack stays as it is, for whoever can mend it.
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    tracing::warn!(%error, "a damaged pack is kept");
+                    rotten.push(*number);
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    for number in rotten {
+        victims.remove(&number);
+    }
+    let written = session.appended();
+    session.finish(|_| Ok(()))?;
+
+    let mut freed = 0;
+    for (pack, _) in victims.values() {
+        freed += file_len(&pack.path)?;
+    }
+    let numbers: Vec<u32> = victims.keys().copied().collect();
+    drop_packs(&mut write(&inner.index), &inner.packs_dir(), &numbers)?;
+    reclaimed.packs = numbers.len() as u64;
+    reclaimed.bytes = freed.saturating_sub(written);
+    debug_assert!(live.keys().all(|id| read(&inner.index).places.contains_key(id)));
+    Ok(())
+}
+
+/// Deletes packs and forgets what is in them. First they lose their names, so that a crash leaves
+/// lone indices, which opening clears away, and never a pack without one.
+fn drop_packs(index: &mut Index, dir: &Path, numbers: &[u32]) -> Result<()> {
+    if numbers.is_empty() {
+        return Ok(());
+    }
+    let failed = |e, number| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
+    let doomed = |number| dir.join(format!("{number:08x}.pack.tmp"));
+    for &number in numbers {
+        std::fs::rename(pack::pack_path(dir, number), doomed(number)).map_err(|e| failed(e, number))?;
+        index.packs.remove(&number);
+    }
+    index.places.retain(|_, place| index.packs.contains_key(&place.pack));
+    sync_dir(dir)?;
+    for &number in numbers {
+        std::fs::remove_file(pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
+        std::fs::remove_file(doomed(number)).map_err(|e| failed(e, number))?;
+    }
+    Ok(())
+}
+
+fn file_len(path: &Path) -> Result<u64> {
+    let metadata = std::fs::metadata(path);
+    Ok(metadata.map_err(|e| Error::io(e, format!("cannot look at {}", path.display())))?.len())
+}

@@ -1,0 +1,185 @@
+//! What every [`BlockBackend`](crate::BlockBackend) has to pass.
+
+use crate::{Disk, ErrorKind};
+
+/// Checks that disks behave as the contract of [`BlockBackend`](crate::BlockBackend) says: `make` makes
+/// one of the size it is given, writable and all zeroes. Meant to be called in a test.
+///
+/// ```
+/// use storage_block::{MemoryDisk, testing};
+///
+/// testing::conformance(|size| MemoryDisk::new(size).expect("a size it can have").into_disk());
+/// ```
+///
+/// # Panics
+///
+/// When a disk does not.
+pub fn conformance(make: impl Fn(u64) -> Disk) {
+    bounds(&make(1 << 20));
+    edges(&make(1 << 20));
+    neighbours(&make(1 << 20));
+    random_operations(&make(3 << 20), 600, 1);
+}
+
+/// Requests that leave the disk are refused, and change nothing.
+fn bounds(disk: &Disk) {
+    let size = disk.size();
+    assert_eq!(size, 1 << 20, "the size is not the one asked for");
+    let mut buf = [1; 512];
+    for (offset, len, ok) in [
+        (0, 0, true),
+        (0, 512, true),
+        (size - 512, 512, true),
+        (size, 0, true),
+        (size, 1, false),
+        (size - 511, 512, false),
+        (u64::MAX, 1, false),
+        (u64::MAX - 511, 512, false),
+    ] {
+        let part = &mut buf[..len as usize];
+        let results = [
+            disk.read_at(part, offset),
+            disk.write_at(&vec![0; len as usize], offset),
+            disk.discard(offset, len),
+            disk.write_zeroes(offset, len),
+        ];
+        for (result, what) in results.into_iter().zip(["read", "write", "discard", "zeroing"]) {
+            let kind = result.map_err(|error| error.kind());
+            let expected = if ok { Ok(()) } else { Err(ErrorKind::OutOfBounds) };
+            assert_eq!(kind, expected, "{what} of {len} bytes at {offset}");
+        }
+    }
+    assert!(contents(disk).iter().all(|byte| *byte == 0), "a new disk is not all zeroes");
+}
+
+/// Requests that begin and end anywhere change what they cover and nothing else.
+fn edges(disk: &Disk) {
+    let mut oracle = vec![0; disk.size() as usize];
+    let places = [0, 1, 511, 512, 4095, 4096, 4097, 65535, 65536, 65537, (1 << 20) - 70000];
+    let lens = [1, 511, 512, 4096, 4097, 65536, 69999];
+    for (round, (offset, len)) in places.iter().flat_map(|p| lens.map(|l| (*p, l))).enumerate() {
+        let bytes = vec![round as u8 | 1; len];
+        disk.write_at(&bytes, offset as u64).expect("a write");
+        oracle[offset..offset + len].copy_from_slice(&bytes);
+        let zeroed = offset + len / 3..offset + len / 2;
+        let (from, count) = (zeroed.start as u64, zeroed.len() as u64);
+        if round % 2 == 0 { disk.discard(from, count) } else { disk.write_zeroes(from, count) }
+            .expect("zeroing");
+        oracle[zeroed].fill(0);
+        disk.flush().expect("a flush");
+    }
+    compare(disk, &oracle, "after writes at edges");
+}
+
+/// Threads that write to different bytes of one block do not undo each other's work.
+fn neighbours(disk: &Disk) {
+    const PART: usize = 512;
+    for round in 1..=20u8 {
+        std::thread::scope(|scope| {
+            for part in 0..16 {
+                scope.spawn(move || {
+                    let offset = u64::from(round) * 8192 + part * PART as u64;
+                    match part % 3 {
+                        0 => disk.write_at(&[round; PART], offset).expect("a write"),
+                        1 => {
+                            disk.write_at(&[round; PART], offset).expect("a write");
+                            disk.discard(offset, PART as u64).expect("a discard");
+                        }
+                        _ => {
+                            disk.write_zeroes(offset, PART as u64).expect("zeroing");
+                            disk.write_at(&[round; PART], offset).expect("a write");
+                        }
+                    }
+                });
+            }
+        });
+        let mut buf = vec![0; 8192];
+        disk.read_at(&mut buf, u64::from(round) * 8192).expect("a read");
+        for (part, bytes) in buf.chunks(PART).enumerate() {
+            let expected = if part % 3 == 1 { 0 } else { round };
+            assert!(
+                bytes.iter().all(|b| *b == expected),
+                "part {part} of round {round} is not all {expected}"
+            );
+        }
+    }
+}
+
+/// Random operations against plain memory.
+fn random_operations(disk: &Disk, count: usize, seed: u64) {
+    let mut oracle = vec![0; disk.size() as usize];
+    let mut random = Random(seed);
+    for _ in 0..count {
+        random_operation(disk, &mut oracle, &mut random);
+    }
+    compare(disk, &oracle, "after random operations");
+}
+
+/// Does one operation to a disk and to what it should hold.
+pub(crate) fn random_operation(disk: &Disk, oracle: &mut [u8], random: &mut Random) {
+    let size = oracle.len() as u64;
+    // Most requests are short, some span chunks, and every second begins on a block.
+    let limit = [4096, 16384, 300_000][random.below(3) as usize];
+    let align = [1, 4096][random.below(2) as usize];
+    let offset = random.below(size / align) * align;
+    let len = (random.below(limit).next_multiple_of(align)).min(size - offset);
+    let range = offset as usize..(offset + len) as usize;
+    match random.below(10) {
+        0..=4 => {
+            let fill = random.below(255) as u8 + 1;
+            disk.write_at(&vec![fill; len as usize], offset).expect("a write");
+            oracle[range].fill(fill);
+        }
+        5 => {
+            disk.discard(offset, len).expect("a discard");
+            oracle[range].fill(0);
+        }
+        6 => {
+            disk.write_zeroes(offset, len).expect("zeroing");
+            oracle[range].fill(0);
+        }
+        7 => disk.flush().expect("a flush"),
+        _ => {
+            let mut buf = vec![0xee; len as usize];
+            disk.read_at(&mut buf, offset).expect("a read");
+            assert!(buf == oracle[range], "a read of {len} bytes at {offset} finds other bytes");
+        }
+    }
+}
+
+/// Checks every byte, and that what is said to be holes is zeroes.
+pub(crate) fn compare(disk: &Disk, oracle: &[u8], when: &str) {
+    assert_eq!(disk.size(), oracle.len() as u64, "{when}: the size is another");
+    let found = contents(disk);
+    if let Some(at) = found.iter().zip(oracle).position(|(a, b)| a != b) {
+        panic!("{when}: byte {at} is {} and not {}", found[at], oracle[at]);
+    }
+    let mut at = 0;
+    while at < disk.size() {
+        let data = disk.next_data(at).expect("holes");
+        let (start, end) = data.map_or((disk.size(), disk.size()), |data| (data.start, data.end));
+        let hole = &oracle[at as usize..start as usize];
+        assert!(hole.iter().all(|byte| *byte == 0), "{when}: the hole at {at} is none");
+        at = end;
+    }
+}
+
+fn contents(disk: &Disk) -> Vec<u8> {
+    let mut bytes = vec![0xee; disk.size() as usize];
+    disk.read_at(&mut bytes, 0).expect("a read of everything");
+    bytes
+}
+
+/// A generator of numbers that are the same in every run (SplitMix64).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    /// A number below `limit`, which is not zero.
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ z >> 31) % limit
+    }
+}

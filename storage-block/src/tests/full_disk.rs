@@ -1,0 +1,100 @@
+//! File systems that are full: nothing half-made stays, and nothing that was there goes.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{image, memory};
+use crate::testing::compare;
+use crate::{ErrorKind, Store, Volume};
+
+/// A file system of a fixed size, unmounted at the end.
+struct Small(PathBuf, #[expect(dead_code, reason = "removes the directory")] tempfile::TempDir);
+
+impl Small {
+    fn mount(kib: u64) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let option = format!("size={kib}k");
+        let mount =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &option, "tmpfs"]).arg(dir.path()).status();
+        if mount.is_ok_and(|status| status.success()) {
+            return Some(Self(dir.path().to_owned(), dir));
+        }
+        eprintln!("SKIPPED: a file system of {kib} KiB cannot be mounted; full disks are not tested");
+        None
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+fn used(dir: &Path) -> u64 {
+    let stat = rustix::fs::statvfs(dir).unwrap();
+    (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+}
+
+#[test]
+fn imports_into_full_stores_leave_nothing() {
+    let (old, new) = (image(4, 0, 1), image(40, 0, 2));
+    // From room for a part of one chunk to nearly enough.
+    for kib in [330, 340, 400, 420, 700, 1500, 2200] {
+        let Some(small) = Small::mount(kib) else { return };
+        let store = Store::open(small.0.join("store")).unwrap();
+        let (first, _) = store.import(&memory(&old), &mut |_| ()).unwrap();
+        let before = used(&small.0);
+        let error = store.import(&memory(&new), &mut |_| ()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "{kib} KiB: {error}");
+        assert_eq!(store.snapshots().unwrap(), [first.digest()], "{kib} KiB");
+        assert!(
+            used(&small.0) <= before + 8192,
+            "{kib} KiB: {} bytes are used, not {before}",
+            used(&small.0)
+        );
+        first.verify().unwrap();
+        compare(&first.disk(), &old, "what was there");
+        drop((first, store));
+        let store = Store::open(small.0.join("store")).unwrap();
+        assert_eq!(store.snapshots().unwrap().len(), 1, "{kib} KiB");
+    }
+}
+
+#[test]
+fn volumes_on_full_disks_keep_what_they_have() {
+    for kib in [20, 40, 44, 100, 300] {
+        let Some(small) = Small::mount(kib) else { return };
+        let stores = tempfile::tempdir().unwrap();
+        let store = Store::open(stores.path()).unwrap();
+        let path = small.0.join("volume");
+        let volume = match Volume::create(&path, None, 1 << 30) {
+            Ok(volume) => volume,
+            Err(error) => {
+                assert_eq!((error.kind(), kib < 40), (ErrorKind::NoSpace, true), "{kib} KiB: {error}");
+                assert!(!path.exists(), "{kib} KiB");
+                continue;
+            }
+        };
+        let disk = volume.disk();
+        let mut written = Vec::new();
+        let error = loop {
+            let block = written.len() as u64;
+            match disk.write_at(&[block as u8 + 1; 4096], block * 8192) {
+                Ok(()) => written.push(block),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        disk.flush().unwrap();
+        drop((disk, volume));
+        let volume = Volume::open(&path, &store).unwrap();
+        let mut buf = [0; 4096];
+        for block in written {
+            volume.disk().read_at(&mut buf, block * 8192).unwrap();
+            assert_eq!(buf, [block as u8 + 1; 4096], "{kib} KiB, block {block}");
+        }
+        // Room given back is room to write in.
+        volume.disk().discard(0, 1 << 20).unwrap();
+        volume.disk().flush().unwrap();
+    }
+}

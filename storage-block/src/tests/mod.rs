@@ -1,0 +1,42 @@
+//! Tests that look into files, or use what the conformance suite is made of.
+
+mod corrupt;
+mod crash;
+mod full_disk;
+mod golden;
+mod model;
+mod store;
+
+use std::path::Path;
+
+use crate::testing::Random;
+use crate::{Disk, MemoryDisk};
+
+/// `chunks` random chunks of 64 KiB, every fourth of them zero, and `tail` bytes more.
+fn image(chunks: usize, tail: usize, seed: u64) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut bytes = vec![0; (chunks << 16) + tail];
+    for (number, chunk) in bytes.chunks_mut(1 << 16).enumerate() {
+        if number % 4 != 3 {
+            chunk.fill_with(|| random.below(256) as u8);
+        }
+    }
+    bytes
+}
+
+fn memory(bytes: &[u8]) -> Disk {
+    MemoryDisk::from_vec(bytes.to_vec()).unwrap().into_disk()
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), &target).unwrap();
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Volumes, snapshots and clones against plain memory, with everything opened anew now and then.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use ami_core::Digest;
+
+use super::memory;
+use crate::testing::{Random, compare, random_operation};
+use crate::{Store, Volume};
+
+struct Model {
+    dir: PathBuf,
+    store: Option<Store>,
+    volumes: Vec<(Volume, Vec<u8>)>,
+    snapshots: Vec<(Digest, Vec<u8>)>,
+    made: usize,
+    random: Random,
+}
+
+/// Packs are small, so that there are many.
+fn open(dir: &Path) -> Store {
+    Store::with_pack_slots(dir.join("store"), 7).unwrap()
+}
+
+impl Model {
+    fn new(dir: &Path, seed: u64) -> Self {
+        let store = Some(open(dir));
+        let (volumes, snapshots) = (Vec::new(), Vec::new());
+        Self { dir: dir.to_owned(), store, volumes, snapshots, made: 0, random: Random(seed) }
+    }
+
+    fn store(&self) -> &Store {
+        self.store.as_ref().unwrap()
+    }
+
+    fn step(&mut self) {
+        if self.volumes.is_empty() || (self.random.below(40) == 0 && self.volumes.len() < 4) {
+            return self.create();
+        }
+        let at = self.random.below(self.volumes.len() as u64) as usize;
+        match self.random.below(60) {
+            0 | 1 => self.snapshot(at),
+            2 => self.reopen_volume(at),
+            3 if self.random.below(4) == 0 => self.reopen_all(),
+            4 => self.sweep(),
+            5 if self.volumes.len() > 2 => self.volumes.swap_remove(at).0.delete().unwrap(),
+            _ => {
+                let (volume, oracle) = &mut self.volumes[at];
+                random_operation(&volume.disk(), oracle, &mut self.random);
+            }
+        }
+    }
+
+    /// A volume of nothing, or a clone that may be larger than its snapshot.
+    fn create(&mut self) {
+        let choice = self.random.below(self.snapshots.len() as u64 + 1) as usize;
+        let grown = self.random.below(40) as usize * 4096;
+        let (base, mut oracle) = match self.snapshots.get(choice) {
+            Some((digest, bytes)) => (Some(self.store().snapshot(digest).unwrap()), bytes.clone()),
+            None => (None, vec![0; 5 << 16]),
+        };
+        oracle.resize(oracle.len().next_multiple_of(4096) + grown, 0);
+        let dir = self.dir.join(format!("volume-{}", self.made));
+        self.made += 1;
+        let volume = Volume::create(&dir, base.as_ref(), oracle.len() as u64).unwrap();
+        compare(&volume.disk(), &oracle, "a new clone");
+        self.volumes.push((volume, oracle));
+    }
+
+    fn snapshot(&mut self, at: usize) {
+        let (volume, oracle) = &self.volumes[at];
+        let (snapshot, _) = volume.snapshot(self.store()).unwrap();
+        compare(&snapshot.disk(), oracle, "a snapshot");
+        snapshot.verify().unwrap();
+        // The digest is one of the content alone, however it came about.
+        let (imported, stats) = self.store().import(&memory(oracle), &mut |_| ()).unwrap();
+        assert_eq!((imported.digest(), stats.stored_bytes), (snapshot.digest(), 0));
+        if !self.snapshots.iter().any(|(digest, _)| *digest == snapshot.digest()) {
+            self.snapshots.push((snapshot.digest(), oracle.clone()));
+        }
+    }
+
+    fn reopen_volume(&mut self, at: usize) {
+        let (volume, oracle) = self.volumes.swap_remove(at);
+        volume.disk().flush().unwrap();
+        let dir = volume.dir().to_owned();
+        drop(volume);
+        let volume = Volume::open(&dir, self.store()).unwrap();
+        compare(&volume.disk(), &oracle, "an opened volume");
+        self.volumes.push((volume, oracle));
+    }
+
+    fn reopen_all(&mut self) {
+        let mut closed = Vec::new();
+        for (volume, oracle) in self.volumes.drain(..) {
+            volume.disk().flush().unwrap();
+            closed.push((volume.dir().to_owned(), oracle));
+        }
+        self.store = None;
+        let store = open(&self.dir);
+        for (dir, oracle) in closed {
+            let volume = Volume::open(&dir, &store).unwrap();
+            compare(&volume.disk(), &oracle, "a volume after the store was opened");
+            self.volumes.push((volume, oracle));
+        }
+        self.store = Some(store);
+        self.check_snapshots();
+    }
+
+    fn sweep(&mut self) {
+        let kept = self.random.below(self.snapshots.len() as u64 + 1) as usize;
+        let keep: HashSet<Digest> = self.snapshots.iter().take(kept).map(|(digest, _)| *digest).collect();
+        self.store().remove_unreferenced(&keep).unwrap();
+        let bases: HashSet<Digest> = self.volumes.iter().filter_map(|(volume, _)| volume.base()).collect();
+        self.snapshots.retain(|(digest, _)| keep.contains(digest) || bases.contains(digest));
+        let mut expected: Vec<Digest> = keep.union(&bases).copied().collect();
+        expected.sort_unstable();
+        assert_eq!(self.store().snapshots().unwrap(), expected);
+        self.check_snapshots();
+        for (volume, oracle) in &self.volumes {
+            compare(&volume.disk(), oracle, "a volume after a sweep");
+        }
+    }
+
+    fn check_snapshots(&self) {
+        for (digest, oracle) in &self.snapshots {
+            let snapshot = self.store().snapshot(digest).unwrap();
+            snapshot.verify().unwrap();
+            compare(&snapshot.disk(), oracle, "an older snapshot");
+        }
+    }
+}
+
+/// `STORAGE_BLOCK_MODEL_STEPS` makes it longer.
+#[test]
+fn random_histories_agree_with_memory() {
+    let steps = std::env::var("STORAGE_BLOCK_MODEL_STEPS").ok().and_then(|steps| steps.parse().ok());
+    for seed in 1..=3 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut model = Model::new(dir.path(), seed);
+        for _ in 0..steps.unwrap_or(700) {
+            model.step();
+        }
+        model.reopen_all();
+    }
+}
+
+/// The same where a manifest has several leaves.
+#[test]
+fn operations_across_leaves_agree_with_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let size = (64 << 20) + (3 << 16);
+    let mut oracle = vec![0; size];
+    let mut base = None;
+    for round in 0..3 {
+        let path = dir.path().join(format!("volume-{round}"));
+        let volume = Volume::create(&path, base.as_ref(), size as u64).unwrap();
+        let disk = volume.disk();
+        for step in 0..12 {
+            let at = (64 << 20) - (6 << 12) + step * 4096 + round * 100;
+            disk.write_at(&[step as u8 + 1; 5000], at as u64).unwrap();
+            oracle[at..at + 5000].fill(step as u8 + 1);
+        }
+        disk.discard((64 << 20) - 4096, 8192).unwrap();
+        oracle[(64 << 20) - 4096..(64 << 20) + 4096].fill(0);
+        compare(&disk, &oracle, "a volume of two leaves");
+        let (snapshot, stats) = volume.snapshot(&store).unwrap();
+        // Two chunks and two leaves at most.
+        assert!(stats.stored_bytes <= 2 * ((64 << 10) + (32 << 10)), "{stats:?}");
+        compare(&snapshot.disk(), &oracle, "a snapshot of two leaves");
+        base = Some(snapshot);
+    }
+}

@@ -1,0 +1,3 @@
+#!/bin/sh
+# The power button of the conformance guest.
+exec /bin/poweroff -f

@@ -1,0 +1,157 @@
+//! `cargo xtask guest`: the Linux guests that examples, tests and benchmarks boot.
+//!
+//! ```text
+//! amd64/vmlinuz              Debian's cloud kernel as shipped
+//! amd64/initrd.img           the quick-start guest's initrd
+//! amd64/disk.raw             the quick-start guest's root disk: GPT, ext4, a shell on ttyS0
+//! amd64/conformance.img      the conformance guest, an initrd that needs no disk
+//! amd64/lab.img              the initrd of `cargo xtask lab`
+//! amd64/manifest.json        what they were made of
+//! ```
+//!
+//! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are Debian's binaries,
+//! fetched through apt and unpacked beside the artifacts; nothing is installed on the host but the
+//! tools that build a file system. Artifacts are made anew when this program's recipes change or when
+//! `--update` asks for the packages that are current; several calls at once wait for one another.
+
+mod archive;
+mod disk;
+mod initrd;
+mod modules;
+mod rootfs;
+mod sources;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::deb::Package;
+use crate::prerequisites::{self, APT_GET, DPKG_DEB, FAKEROOT, MKE2FS};
+use crate::progress::step;
+use crate::{digest, workspace};
+use sources::Sources;
+
+/// All that decides what the artifacts hold, apart from the packages.
+const RECIPES: [&str; 9] = [
+    include_str!("archive.rs"),
+    include_str!("disk.rs"),
+    include_str!("initrd.rs"),
+    include_str!("modules.rs"),
+    include_str!("rootfs.rs"),
+    include_str!("../../guest/conformance-init.sh"),
+    include_str!("../../guest/initrd-init.sh"),
+    include_str!("../../guest/lab-init.sh"),
+    include_str!("../../guest/conformance-button.sh"),
+];
+
+/// Make the Linux guests.
+#[derive(clap::Args)]
+pub(crate) struct GuestArgs {
+    /// Fetch the packages that are current, even if the artifacts are there
+    #[arg(long)]
+    update: bool,
+}
+
+/// The command.
+pub(crate) fn run(args: &GuestArgs) -> anyhow::Result<ExitCode> {
+    let artifacts = if args.update { build(&workspace::guest_dir()) } else { ensure() }?;
+    println!("{}", artifacts.dir.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The finished artifacts.
+pub(crate) struct Artifacts {
+    dir: PathBuf,
+}
+
+impl Artifacts {
+    const NAMES: [&str; 5] = ["vmlinuz", "initrd.img", "disk.raw", "conformance.img", "lab.img"];
+
+    pub(crate) fn vmlinuz(&self) -> PathBuf {
+        self.dir.join("vmlinuz")
+    }
+
+    pub(crate) fn lab_initrd(&self) -> PathBuf {
+        self.dir.join("lab.img")
+    }
+
+    /// The artifacts under `guest_dir`, if all are there and made by these recipes.
+    fn find(guest_dir: &Path) -> Option<Self> {
+        let dir = guest_dir.join("amd64");
+        let manifest: Manifest = serde_json::from_slice(&fs::read(dir.join("manifest.json")).ok()?).ok()?;
+        let complete = Self::NAMES.iter().all(|name| dir.join(name).is_file());
+        (complete && manifest.recipes == recipes()).then_some(Self { dir })
+    }
+}
+
+/// What a set of artifacts was made of.
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    recipes: String,
+    packages: Vec<Package>,
+}
+
+/// The artifacts, made if they aren't there.
+pub(crate) fn ensure() -> anyhow::Result<Artifacts> {
+    let dir = workspace::guest_dir();
+    Artifacts::find(&dir).map_or_else(|| build(&dir), Ok)
+}
+
+fn build(guest_dir: &Path) -> anyhow::Result<Artifacts> {
+    prerequisites::require(&[APT_GET, DPKG_DEB, FAKEROOT, MKE2FS])?;
+    fs::create_dir_all(guest_dir).with_context(|| format!("cannot make {}", guest_dir.display()))?;
+    let lock = File::create(guest_dir.join(".lock")).context("cannot make the lock file")?;
+    flock(&lock, FlockOperation::LockExclusive).context("cannot lock the guest directory")?;
+    let sources = Sources::fetch(&guest_dir.join("packages"))?;
+    if let Some(artifacts) = Artifacts::find(guest_dir).filter(|a| a.is_made_of(&sources.packages)) {
+        return Ok(artifacts); // Another process made them meanwhile.
+    }
+    let work = tempfile::tempdir_in(guest_dir).context("cannot make a working directory")?;
+    step("building the guests", || make(work.path(), &sources))?;
+    install(work.path(), &guest_dir.join("amd64"))
+}
+
+impl Artifacts {
+    fn is_made_of(&self, packages: &[Package]) -> bool {
+        let text = fs::read(self.dir.join("manifest.json")).unwrap_or_default();
+        let same = |manifest: Manifest| {
+            let digests = |list: &[Package]| list.iter().map(|p| p.sha256.clone()).collect::<Vec<_>>();
+            digests(&manifest.packages) == digests(packages)
+        };
+        serde_json::from_slice(&text).is_ok_and(same)
+    }
+}
+
+/// Makes all artifacts in `dir`.
+fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
+    let write = |name: &str, content: &[u8]| {
+        fs::write(dir.join(name), content).with_context(|| format!("cannot write {name}"))
+    };
+    write("vmlinuz", &sources.vmlinuz)?;
+    write("conformance.img", &initrd::build(&initrd::CONFORMANCE, sources)?)?;
+    write("lab.img", &initrd::build(&initrd::LAB, sources)?)?;
+    let quick_start = initrd::build(&initrd::QUICK_START, sources)?;
+    write("initrd.img", &quick_start)?;
+    let tree = dir.join("tree");
+    rootfs::build(&tree, sources, &quick_start)?;
+    disk::build(&dir.join("disk.raw"), &tree)?;
+    let manifest = Manifest { recipes: recipes(), packages: sources.packages.clone() };
+    write("manifest.json", &serde_json::to_vec_pretty(&manifest)?)
+}
+
+/// Moves finished artifacts to where they are looked for, the manifest last.
+fn install(from: &Path, to: &Path) -> anyhow::Result<Artifacts> {
+    fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
+    for name in Artifacts::NAMES.into_iter().chain(["manifest.json"]) {
+        fs::rename(from.join(name), to.join(name)).with_context(|| format!("cannot put {name} in place"))?;
+    }
+    Ok(Artifacts { dir: to.to_owned() })
+}
+
+fn recipes() -> String {
+    digest::of_texts(&RECIPES) + &digest::of_texts(&rootfs::texts())
+}

@@ -1,0 +1,140 @@
+//! The quick-start guest's root file system, as a directory tree on the host.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, anyhow};
+
+use super::disk::PARTITION_GUID;
+use super::modules::modules_dep;
+use super::sources::Sources;
+use crate::process;
+
+/// The files that are the same in every build: path, mode, content.
+const FILES: [(&str, u32, &str); 11] = [
+    ("etc/acpi/PWRF/00000080", 0o755, include_str!("../../guest/rootfs/etc/acpi/PWRF/00000080")),
+    ("etc/group", 0o644, include_str!("../../guest/rootfs/etc/group")),
+    ("etc/hostname", 0o644, include_str!("../../guest/rootfs/etc/hostname")),
+    ("etc/hosts", 0o644, include_str!("../../guest/rootfs/etc/hosts")),
+    ("etc/init.d/rcK", 0o755, include_str!("../../guest/rootfs/etc/init.d/rcK")),
+    ("etc/init.d/rcS", 0o755, include_str!("../../guest/rootfs/etc/init.d/rcS")),
+    ("etc/inittab", 0o644, include_str!("../../guest/rootfs/etc/inittab")),
+    ("etc/os-release", 0o644, include_str!("../../guest/rootfs/etc/os-release")),
+    ("etc/passwd", 0o644, include_str!("../../guest/rootfs/etc/passwd")),
+    ("etc/profile", 0o644, include_str!("../../guest/rootfs/etc/profile")),
+    ("sbin/console-shell", 0o755, include_str!("../../guest/rootfs/sbin/console-shell")),
+];
+
+const DIRS: [&str; 16] = [
+    "bin", "boot", "dev", "etc", "home", "lib", "mnt", "proc", "run", "sbin", "srv", "sys", "usr/bin", "usr/sbin",
+    "var/lib", "var/log",
+];
+
+/// What `modprobe` finds in the running guest.
+const MODULES: [&str; 6] = ["virtio_mmio", "virtio_pci", "virtio_blk", "ext4", "button", "evdev"];
+
+/// The content of those files.
+pub(crate) fn texts() -> Vec<&'static str> {
+    FILES.iter().map(|(_, _, content)| *content).collect()
+}
+
+/// Builds the tree in the empty directory `root`.
+pub(crate) fn build(root: &Path, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()> {
+    let tree = Tree { root };
+    for dir in DIRS {
+        tree.dir(dir, 0o755)?;
+    }
+    tree.dir("root", 0o700)?;
+    tree.dir("tmp", 0o1777)?;
+    for (path, mode, content) in FILES {
+        tree.file(path, mode, content.as_bytes())?;
+    }
+    busybox(&tree, sources)?;
+    modules(&tree, sources)?;
+    boot(&tree, sources, initrd)?;
+    tree.file("var/lib/dpkg/status", 0o644, dpkg_status(sources).as_bytes())
+}
+
+/// A directory tree that is being filled.
+struct Tree<'a> {
+    root: &'a Path,
+}
+
+impl Tree<'_> {
+    fn dir(&self, path: &str, mode: u32) -> anyhow::Result<()> {
+        let path = self.root.join(path);
+        let made = fs::create_dir_all(&path).and_then(|()| set_mode(&path, mode));
+        made.with_context(|| format!("cannot make {}", path.display()))
+    }
+
+    fn file(&self, path: &str, mode: u32, content: &[u8]) -> anyhow::Result<()> {
+        let path = self.with_parent(path)?;
+        let written = fs::write(&path, content).and_then(|()| set_mode(&path, mode));
+        written.with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn symlink(&self, path: &str, target: &str) -> anyhow::Result<()> {
+        let path = self.with_parent(path)?;
+        symlink(target, &path).with_context(|| format!("cannot make the link {}", path.display()))
+    }
+
+    fn with_parent(&self, path: &str) -> anyhow::Result<PathBuf> {
+        let path = self.root.join(path);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+        }
+        Ok(path)
+    }
+}
+
+fn set_mode(path: &Path, mode: u32) -> std::io::Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+}
+
+/// Busybox, and a link for each command it has.
+fn busybox(tree: &Tree<'_>, sources: &Sources) -> anyhow::Result<()> {
+    tree.file("bin/busybox", 0o755, &sources.busybox)?;
+    let program = tree.root.join("bin/busybox");
+    let program = program.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", program.display()))?;
+    let links = process::output(process::command(program).arg("--list-full"))?;
+    for link in links.lines().filter(|link| *link != "bin/busybox") {
+        tree.symlink(link, "/bin/busybox")?;
+    }
+    Ok(())
+}
+
+fn modules(tree: &Tree<'_>, sources: &Sources) -> anyhow::Result<()> {
+    let dir = format!("lib/modules/{}", sources.kernel_version);
+    let modules = sources.modules.closure(&MODULES)?;
+    for module in &modules {
+        tree.file(&format!("{dir}/{}", module.path.display()), 0o644, &module.content)?;
+    }
+    tree.file(&format!("{dir}/modules.dep"), 0o644, modules_dep(&modules).as_bytes())
+}
+
+/// The kernel, the initrd, and the Boot Loader Specification entry that names them.
+fn boot(tree: &Tree<'_>, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()> {
+    let version = &sources.kernel_version;
+    tree.file(&format!("boot/vmlinuz-{version}"), 0o644, &sources.vmlinuz)?;
+    tree.file(&format!("boot/initrd.img-{version}"), 0o644, initrd)?;
+    let entry = format!(
+        "title   AMI quick start\n\
+         version {version}\n\
+         linux   /boot/vmlinuz-{version}\n\
+         initrd  /boot/initrd.img-{version}\n\
+         options root=PARTUUID={PARTITION_GUID} rw console=ttyS0 quiet panic=-1\n"
+    );
+    tree.file(&format!("boot/loader/entries/{version}.conf"), 0o644, entry.as_bytes())
+}
+
+/// What is installed, as dpkg records it.
+fn dpkg_status(sources: &Sources) -> String {
+    let stanza = |package: &crate::deb::Package| {
+        format!(
+            "Package: {}\nStatus: install ok installed\nArchitecture: {}\nVersion: {}\nDescription: {}\n\n",
+            package.name, package.architecture, package.version, package.description
+        )
+    };
+    sources.packages.iter().map(stanza).collect()
+}

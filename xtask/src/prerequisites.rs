@@ -1,0 +1,79 @@
+//! What must be installed on the host: looked for, and, where this runs as root on a Debian-like
+//! system, installed. Elsewhere the one line to run is the error.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, bail};
+
+use crate::process;
+
+/// A program a task calls, and the Debian package it comes in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tool {
+    program: &'static str,
+    package: &'static str,
+}
+
+pub(crate) const DPKG_DEB: Tool = Tool { program: "dpkg-deb", package: "dpkg" };
+pub(crate) const APT_GET: Tool = Tool { program: "apt-get", package: "apt" };
+pub(crate) const FAKEROOT: Tool = Tool { program: "fakeroot", package: "fakeroot" };
+pub(crate) const MKE2FS: Tool = Tool { program: "mke2fs", package: "e2fsprogs" };
+pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
+pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
+pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
+
+/// Makes sure that `tools` are there.
+pub(crate) fn require(tools: &[Tool]) -> anyhow::Result<()> {
+    let mut packages: Vec<&str> = tools.iter().filter(|t| !is_there(t)).map(|t| t.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let wanted = packages.join(" ");
+    if !is_there(&APT_GET) {
+        bail!("missing: {wanted} (Debian's package names), and there is no apt-get to install them with");
+    }
+    if !is_root() {
+        bail!("please install what is missing:\n\n    sudo apt-get update && sudo apt-get install -y {wanted}\n");
+    }
+    eprintln!("  installing {wanted}");
+    if install(&packages).is_err() {
+        // The package lists are missing or name versions that are gone.
+        update_package_lists()?;
+        install(&packages)?;
+    }
+    Ok(())
+}
+
+/// Fetches apt's package lists anew; needs root.
+pub(crate) fn update_package_lists() -> anyhow::Result<()> {
+    if !is_root() {
+        bail!("apt's package lists are missing or stale; please run: sudo apt-get update");
+    }
+    eprintln!("  updating apt's package lists");
+    process::output(process::command("apt-get").args(["-q", "update"])).map(drop)
+}
+
+/// Whether this process may install packages.
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+fn install(packages: &[&str]) -> anyhow::Result<()> {
+    let mut apt: Command = process::command("apt-get");
+    apt.args(["-q", "-y", "--no-install-recommends", "install"]).args(packages);
+    apt.env("DEBIAN_FRONTEND", "noninteractive");
+    process::output(&mut apt).with_context(|| format!("cannot install {}", packages.join(" "))).map(drop)
+}
+
+fn is_there(tool: &Tool) -> bool {
+    env::split_paths(&process::search_path()).any(|dir| is_executable(&dir.join(tool.program)))
+}
+
+fn is_executable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt as _;
+    path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
