@@ -27,8 +27,8 @@
 //!   are descriptors that the child inherits: nothing is copied, and nothing lies in the runtime
 //!   directory while the machine runs.
 //! - **The child dies with this process**, whatever ends it, `kill -9` included.
-//! - **Execution.** [`Accelerator::Tcg`] is the default: it runs everywhere, at roughly a tenth of the
-//!   processor's speed or less. Whether `/dev/kvm` runs guest kernels at hardware speed cannot be told by
+//! - **Execution.** [`Accelerator::Tcg`] is the default: it runs everywhere, many times slower than
+//!   the processor. Whether `/dev/kvm` runs guest kernels at hardware speed cannot be told by
 //!   looking at it, so [`Accelerator::Kvm`] is used only if asked for.
 //!
 //! # How machines end

@@ -85,7 +85,7 @@ impl QemuMachine {
             return Err(MachineError::wrong_state(action, &state));
         }
         tracing::debug!(machine = %self.name, action);
-        self.shared.execute(command)
+        self.shared.execute(action, command)
     }
 }
 

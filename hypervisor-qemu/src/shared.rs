@@ -75,8 +75,8 @@ impl Shared {
         self.killed.load(Ordering::SeqCst)
     }
 
-    /// Gives a command and waits for its answer.
-    pub(crate) fn execute(&self, command: Command) -> Result<(), MachineError> {
+    /// Gives a command, in order to `action`, and waits for its answer.
+    pub(crate) fn execute(&self, action: &str, command: Command) -> Result<(), MachineError> {
         let (caller, answer) = sync_channel(1);
         self.send(command, Some(caller))?;
         let failed = |what: String| Err(MachineError::new(MachineErrorKind::Host, what));
@@ -86,9 +86,7 @@ impl Shared {
             Err(RecvTimeoutError::Timeout) => {
                 failed(format!("QEMU did not answer `{}` within {ANSWER_WITHIN:?}", command.name()))
             }
-            Err(RecvTimeoutError::Disconnected) => {
-                Err(MachineError::wrong_state(command.name(), &self.state.get()))
-            }
+            Err(RecvTimeoutError::Disconnected) => Err(MachineError::wrong_state(action, &self.state.get())),
         }
     }
 

@@ -349,6 +349,7 @@ impl Supervisor {
                     let _ = ready.send(Ok(()));
                 }
             }
+            (Command::Continue, Ok(_)) => self.resumed(),
             (Command::Stop, Ok(_)) => self.paused(),
             (Command::Status, Ok(status)) => match status["status"].as_str() {
                 Some("internal-error") => {

@@ -15,7 +15,7 @@ fn qemu_conforms() {
         boot,
         architecture: Architecture::X86_64,
         foreign_architecture: Architecture::Arm64,
-        patience: Duration::from_secs(120),
+        patience: Duration::from_secs(30),
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 256,

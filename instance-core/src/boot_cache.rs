@@ -125,7 +125,12 @@ impl Found {
     /// A kernel as distributions ship it, unpacked.
     pub(crate) fn with_kernel(kernel: &[u8], initrd: Option<Vec<u8>>, command_line: String) -> Result<Self> {
         let kernel = boot_image::unpack_kernel(kernel).map_err(not_bootable)?;
-        Ok(Self { architecture: kernel.architecture, kernel: kernel.image, initrd, command_line })
+        Ok(Self {
+            architecture: kernel.architecture,
+            kernel: kernel.image.into_owned(),
+            initrd,
+            command_line,
+        })
     }
 
     /// Refuses a kernel of another architecture than the image's.
@@ -134,7 +139,8 @@ impl Found {
             return Ok(());
         }
         let kernel = self.architecture;
-        let what = format!("the image is for {image}, but its kernel is for {kernel}; register it as {kernel}");
+        let what =
+            format!("the image is for {image}, but its kernel is for {kernel}; register it as {kernel}");
         Err(Error::new(ErrorKind::ArchitectureMismatch, what))
     }
 }

@@ -58,13 +58,20 @@ pub enum ErrorKind {
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
+    code: Option<&'static str>,
     context: String,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
     pub(crate) fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
+        Self { kind, code: None, context: context.into(), source: None }
+    }
+
+    /// The same under a code that says more than its kind.
+    pub(crate) fn with_code(mut self, code: &'static str) -> Self {
+        self.code = Some(code);
+        self
     }
 
     pub(crate) fn caused_by(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
@@ -79,6 +86,9 @@ impl Error {
 
     /// EC2's code for it (API reference, "Error codes"); where EC2 has none, `InternalError`.
     pub fn code(&self) -> &'static str {
+        if let Some(code) = self.code {
+            return code;
+        }
         match self.kind {
             ErrorKind::ImageNotFound => "InvalidAMIID.NotFound",
             ErrorKind::ImageUnavailable => "InvalidAMIID.Unavailable",

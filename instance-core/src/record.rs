@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use ami_core::{AccountId, AmiId, Architecture, Digest, Image, InstanceId, RegionName, ReservationId, VolumeId};
+use ami_core::{
+    AccountId, AmiId, Architecture, Digest, Image, InstanceId, RegionName, ReservationId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::boot_cache::BootPlan;

@@ -65,7 +65,10 @@ impl<H> Clone for Region<H> {
 
 impl<H> fmt::Debug for Region<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Region").field("name", self.name()).field("dir", &self.inner.paths.root).finish_non_exhaustive()
+        f.debug_struct("Region")
+            .field("name", self.name())
+            .field("dir", &self.inner.paths.root)
+            .finish_non_exhaustive()
     }
 }
 
@@ -249,8 +252,8 @@ impl Paths {
 
 /// What all handles of a region share.
 ///
-/// Fields are dropped in order: machines end before the stores under them close, and the lock is the
-/// last to go.
+/// Dropping it ends the machines first, while what they stand on is still there; the lock is the last
+/// to go.
 pub(crate) struct Inner {
     pub(crate) supervisor: Supervisor,
     pub(crate) cells: Mutex<BTreeMap<InstanceId, Arc<Cell>>>,
@@ -281,8 +284,9 @@ impl Inner {
         let blocks = BlockStore::open(paths.root.join("blocks"))
             .map_err(|e| Error::storage(e, "cannot open the region's snapshots"))?;
         let boot = BootCache::open(paths.root.join("boot"))?;
-        let inner = Arc::new_cyclic(|weak| Self {
-            supervisor: Supervisor::new(weak.clone()),
+        let (supervisor, messages) = Supervisor::new();
+        let inner = Arc::new(Self {
+            supervisor,
             cells: Mutex::default(),
             hypervisor,
             region,
@@ -295,6 +299,8 @@ impl Inner {
             _lock: lock,
         });
         inner.recover()?;
+        (inner.supervisor.start(messages, Arc::downgrade(&inner)))
+            .map_err(|e| Error::io(e, "cannot start the region's thread"))?;
         Ok(inner)
     }
 
@@ -323,7 +329,8 @@ impl Inner {
             .remove_unreferenced(&keep)
             .map_err(|e| Error::storage(e, "cannot remove the snapshots that nothing names"))?;
         let instances = self.store.all::<InstanceRecord>()?;
-        let plans = images.iter().map(|i| &i.boot).chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()));
+        let plans =
+            images.iter().map(|i| &i.boot).chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()));
         self.boot.remove_unreferenced(plans)
     }
 
@@ -332,7 +339,8 @@ impl Inner {
         for record in self.store.all::<InstanceRecord>()? {
             self.recover_instance(record)?;
         }
-        let volumes: HashSet<String> = self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
+        let volumes: HashSet<String> =
+            self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
         remove_others(&self.paths.volumes(), &volumes)?;
         remove_others(&self.paths.instances(), &HashSet::new())?;
         self.collect_garbage()
@@ -358,8 +366,9 @@ impl Inner {
     }
 
     /// Removes an instance's record and the volumes that go with it.
-    fn forget(&self, record: &InstanceRecord) -> Result<()> {
-        let doomed = record.description.attachments.iter().filter(|a| a.delete_on_termination || !record.launched);
+    pub(crate) fn forget(&self, record: &InstanceRecord) -> Result<()> {
+        let doomed =
+            record.description.attachments.iter().filter(|a| a.delete_on_termination || !record.launched);
         let doomed: Vec<VolumeId> = doomed.map(|a| a.volume_id).collect();
         self.remove_volumes(&doomed)?;
         self.store.commit(|c| {
@@ -409,7 +418,8 @@ fn lock(dir: &Path) -> Result<File> {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let dir = dir.display();
-            let what = format!("the region {dir} is in use by another process or handle; close that one first");
+            let what =
+                format!("the region {dir} is in use by another process or handle; close that one first");
             Err(Error::new(ErrorKind::RegionInUse, what))
         }
         Err(e) => Err(Error::io(e.into(), format!("cannot lock {}", path.display()))),

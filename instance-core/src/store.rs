@@ -32,7 +32,9 @@ impl Store {
     pub(crate) fn open(file: &Path) -> Result<Self> {
         // The format of redb 3 and 4, so that a later version reads what this one wrote.
         let opened = Database::builder().create_with_file_format_v3(true).create(file);
-        opened.map(Self).map_err(|e| database_error(e.into(), &format!("cannot open the state store {}", file.display())))
+        opened
+            .map(Self)
+            .map_err(|e| database_error(e.into(), &format!("cannot open the state store {}", file.display())))
     }
 
     /// The record with this key.
@@ -155,7 +157,12 @@ mod tests {
 
         let store = Store::open(&file).unwrap();
         assert_eq!(store.all::<Fruit>().unwrap(), [fruit("apple", 2), fruit("fig", 1)]);
-        store.commit(|c| { c.remove::<Fruit>("apple"); Ok(()) }).unwrap();
+        store
+            .commit(|c| {
+                c.remove::<Fruit>("apple");
+                Ok(())
+            })
+            .unwrap();
         assert_eq!(store.get::<Fruit>("apple").unwrap(), None);
         assert_eq!(store.get::<Fruit>("fig").unwrap(), Some(fruit("fig", 1)));
     }

@@ -72,6 +72,7 @@ impl Store {
         let lock = Locked::open(&dir.join("lock"), true)?;
         if new {
             sync_dir(&dir)?;
+            sync_dir(parent(&dir))?;
         }
         clear_half_made(&packs)?;
         clear_half_made(&snapshots)?;
@@ -233,6 +234,14 @@ fn clear_lone_indices(packs: &Path) -> Result<()> {
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.map_err(|e| Error::io(e, format!("cannot make {} durable", dir.display())))
+}
+
+pub(crate) fn parent(dir: &Path) -> &Path {
+    match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) => Path::new("."),
+        None => dir,
+    }
 }
 
 // Nothing here is left half-changed by a panic, so a poisoned lock is as good as any.

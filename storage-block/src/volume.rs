@@ -15,7 +15,7 @@ use crate::freeze::Freeze;
 use crate::import::Builder;
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
-use crate::store::{Locked, lock, read, sync_dir, write};
+use crate::store::{Locked, lock, parent, read, sync_dir, write};
 use crate::{BlockBackend, Disk, Error, ErrorKind, Result, Snapshot, SnapshotStats, Store};
 
 /// A disk that can be written, and that begins as a snapshot or as zeroes.
@@ -265,14 +265,6 @@ fn remove_files(dir: &Path) -> Result<()> {
     gone(std::fs::remove_dir(dir), dir)?;
     let parent = parent(dir);
     if parent.exists() { sync_dir(parent) } else { Ok(()) }
-}
-
-fn parent(dir: &Path) -> &Path {
-    match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        Some(_) => Path::new("."),
-        None => dir,
-    }
 }
 
 impl Inner {

@@ -3,6 +3,7 @@
 //! | command | what it does |
 //! |---|---|
 //! | `guest` | makes the Linux guests that examples, tests and benchmarks boot |
+//! | `test`  | checks format, lints, documentation and tests |
 //! | `lab`   | runs a command in a virtual machine that has a true `/dev/kvm`, on any host |
 //!
 //! `cargo xtask COMMAND --help` says the rest. What a command makes it keeps under `target/`; what it
@@ -17,6 +18,7 @@ mod guest;
 mod prerequisites;
 mod process;
 mod progress;
+mod test;
 mod workspace;
 
 use std::process::ExitCode;
@@ -34,11 +36,14 @@ struct Xtask {
 enum Command {
     /// Make the Linux guests that examples, tests and benchmarks boot
     Guest(guest::GuestArgs),
+    /// Check all that has to hold: format, lints, documentation, tests
+    Test(test::TestArgs),
 }
 
 fn main() -> ExitCode {
     let outcome = match Xtask::parse().command {
         Command::Guest(args) => guest::run(&args),
+        Command::Test(args) => test::run(&args),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

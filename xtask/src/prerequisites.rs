@@ -22,6 +22,7 @@ pub(crate) const FAKEROOT: Tool = Tool { program: "fakeroot", package: "fakeroot
 pub(crate) const MKE2FS: Tool = Tool { program: "mke2fs", package: "e2fsprogs" };
 pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
 pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
+pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };
 pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
 
 /// Makes sure that `tools` are there.
@@ -37,7 +38,9 @@ pub(crate) fn require(tools: &[Tool]) -> anyhow::Result<()> {
         bail!("missing: {wanted} (Debian's package names), and there is no apt-get to install them with");
     }
     if !is_root() {
-        bail!("please install what is missing:\n\n    sudo apt-get update && sudo apt-get install -y {wanted}\n");
+        bail!(
+            "please install what is missing:\n\n    sudo apt-get update && sudo apt-get install -y {wanted}\n"
+        );
     }
     eprintln!("  installing {wanted}");
     if install(&packages).is_err() {

@@ -1,5 +1,11 @@
 //! What the tests share: QEMU, and guests to boot.
-#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses its part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "each test file uses its part"
+)]
 
 use std::fs::File;
 use std::io::Write;

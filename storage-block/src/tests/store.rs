@@ -325,6 +325,8 @@ fn snapshots_are_of_one_instant() {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| (2..).take_while(|_| !stop.load(Ordering::Relaxed)).for_each(write));
+        // The writer ends also when an assertion fails.
+        let _stop = Stop(&stop);
         for _ in 0..30 {
             let (snapshot, _) = volume.snapshot(&store).unwrap();
             let found: Vec<u64> = (0..PLACES)
@@ -341,8 +343,15 @@ fn snapshots_are_of_one_instant() {
             };
             assert!((1..=PLACES).any(|until| at(until).eq(found.iter().copied())), "{found:?}");
         }
-        stop.store(true, Ordering::Relaxed);
     });
+}
+
+struct Stop<'s>(&'s AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Neighbours on the disk that are the last slot of one pack and the first of the next.

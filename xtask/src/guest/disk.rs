@@ -35,7 +35,9 @@ pub(crate) fn build(path: &Path, tree: &Path) -> anyhow::Result<()> {
     file.set_len(DISK_SIZE).with_context(context)?;
     partition(file).with_context(context)?;
     set_times(tree).context("cannot set the times of the root file system's files")?;
-    let options = format!("offset={MARGIN},root_owner=0:0,hash_seed={FILE_SYSTEM_UUID},lazy_itable_init=0,lazy_journal_init=0");
+    let options = format!(
+        "offset={MARGIN},root_owner=0:0,hash_seed={FILE_SYSTEM_UUID},lazy_itable_init=0,lazy_journal_init=0"
+    );
     let mut mke2fs = process::command("fakeroot");
     mke2fs.args(["--", "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "root", "-U"]);
     mke2fs.arg(FILE_SYSTEM_UUID.to_string()).arg("-E").arg(options).arg("-d").arg(tree);

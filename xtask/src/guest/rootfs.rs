@@ -27,8 +27,8 @@ const FILES: [(&str, u32, &str); 11] = [
 ];
 
 const DIRS: [&str; 16] = [
-    "bin", "boot", "dev", "etc", "home", "lib", "mnt", "proc", "run", "sbin", "srv", "sys", "usr/bin", "usr/sbin",
-    "var/lib", "var/log",
+    "bin", "boot", "dev", "etc", "home", "lib", "mnt", "proc", "run", "sbin", "srv", "sys", "usr/bin",
+    "usr/sbin", "var/lib", "var/log",
 ];
 
 /// What `modprobe` finds in the running guest.

@@ -42,8 +42,9 @@ impl Sources {
 }
 
 fn kernel(cache: &Path) -> anyhow::Result<Unpacked> {
-    let current = Package::candidate("linux-image-cloud-amd64")
-        .context("the guests are made of Debian's cloud kernel; this host's apt archives must have it (Debian 12)")?;
+    let current = Package::candidate("linux-image-cloud-amd64").context(
+        "the guests are made of Debian's cloud kernel; this host's apt archives must have it (Debian 12)",
+    )?;
     Package::candidate(current.dependency("linux-image-")?)?.unpack(cache)
 }
 

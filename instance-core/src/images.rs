@@ -1,0 +1,292 @@
+//! Making images: from a disk, and from an instance.
+
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use ami_core::{Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Digest, Image};
+use storage_block::{Disk, Progress, Snapshot, SnapshotStats};
+
+use crate::boot_cache::{BootPlan, Found};
+use crate::instance::{Cell, Live};
+use crate::record::ImageRecord;
+use crate::region::{Inner, Region};
+use crate::{Error, ErrorKind, InstanceState, Result};
+
+const GIB: u64 = 1 << 30;
+
+/// The device name of an image's root volume unless another is given.
+const ROOT_DEVICE: &str = "/dev/xvda";
+
+/// Where the bytes of an image come from: a root disk, and perhaps a kernel beside it.
+pub struct ImageSource<'a> {
+    root: &'a Disk,
+    root_device: &'a str,
+    boot: Option<DirectBoot>,
+    progress: Option<&'a mut dyn FnMut(Progress)>,
+}
+
+impl<'a> ImageSource<'a> {
+    /// A root disk that boots by itself: a partition table or an ext4 file system with a kernel in
+    /// `/boot`.
+    pub fn new(root: &'a Disk) -> Self {
+        Self { root, root_device: ROOT_DEVICE, boot: None, progress: None }
+    }
+
+    /// The device name of the root volume; `/dev/xvda` if this is not called.
+    #[must_use]
+    pub fn root_device(mut self, name: &'a str) -> Self {
+        self.root_device = name;
+        self
+    }
+
+    /// A kernel that the image carries beside the disk.
+    #[must_use]
+    pub fn boot(mut self, boot: DirectBoot) -> Self {
+        self.boot = Some(boot);
+        self
+    }
+
+    /// Told how far the copying is.
+    #[must_use]
+    pub fn progress(mut self, progress: &'a mut dyn FnMut(Progress)) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
+impl std::fmt::Debug for ImageSource<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImageSource")
+            .field("root", self.root)
+            .field("boot", &self.boot)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A kernel, an initial RAM disk and a command line.
+#[derive(Clone)]
+pub struct DirectBoot {
+    kernel: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+    command_line: String,
+}
+
+impl DirectBoot {
+    /// A kernel as distributions ship it (`vmlinuz`) or unpacked (`vmlinux`).
+    pub fn new(kernel: Vec<u8>, initrd: Option<Vec<u8>>, command_line: impl Into<String>) -> Self {
+        Self { kernel, initrd, command_line: command_line.into() }
+    }
+}
+
+impl std::fmt::Debug for DirectBoot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (kernel, initrd) = (self.kernel.len(), self.initrd.as_ref().map(Vec::len));
+        f.debug_struct("DirectBoot")
+            .field("kernel_bytes", &kernel)
+            .field("initrd_bytes", &initrd)
+            .field("command_line", &self.command_line)
+            .finish()
+    }
+}
+
+/// What making an image of an instance gave.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct CreatedImage {
+    /// The image.
+    pub ami: AnyAmi,
+    /// The bytes of the blocks that were written since the instance was launched.
+    pub changed_bytes: u64,
+    /// The bytes that were new to the region and had to be stored.
+    pub stored_bytes: u64,
+    /// How long the instance stood still.
+    pub paused: Duration,
+}
+
+impl<H> Region<H> {
+    /// Registers an image made of `source` (`ImportSnapshot` and `RegisterImage` in one).
+    ///
+    /// The builder says the rest; its root device, boot source and root volume are set here.
+    ///
+    /// # Errors
+    ///
+    /// [`NotBootable`](ErrorKind::NotBootable),
+    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch) for a kernel of another
+    /// architecture than the image's, [`InvalidImage`](ErrorKind::InvalidImage),
+    /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
+    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity). Nothing is left of it then.
+    pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
+        let inner = &self.inner;
+        let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = inner.import(builder, source);
+        if made.is_err() {
+            inner.discard_half_made();
+        }
+        made
+    }
+
+    /// Deregisters an image. Instances made from it go on; the bytes that nothing else names go.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what the host met.
+    pub fn deregister_image(&self, id: AmiId) -> Result<()> {
+        let inner = &self.inner;
+        let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.image(id)?;
+        inner.store.commit(|c| {
+            c.remove::<ImageRecord>(id);
+            Ok(())
+        })?;
+        inner.collect_garbage()
+    }
+}
+
+impl Inner {
+    fn import<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
+        // What cannot boot is refused before its bytes are copied.
+        let direct = source.boot.is_some();
+        let found = match source.boot {
+            Some(boot) => Found::with_kernel(&boot.kernel, boot.initrd, boot.command_line)?,
+            None => Found::on_disk(source.root)?,
+        };
+        let mut nobody = |_| ();
+        let progress = source.progress.unwrap_or(&mut nobody);
+        let (snapshot, _) = self
+            .blocks
+            .import(source.root, progress)
+            .map_err(|e| Error::storage(e, "cannot copy the disk into the region"))?;
+        let plan = self.boot.keep(&found)?;
+        let boot = match direct {
+            true => Boot::direct(plan.kernel, plan.initrd, plan.command_line.clone()),
+            false => Boot::root_volume(),
+        };
+        let ami = builder
+            .root_device(source.root_device)
+            .block_device(root_mapping(source.root_device, &snapshot)?)
+            .boot(boot)
+            .build(&self.region.name, &self.region.account)
+            .map_err(invalid_image)?;
+        found.check_architecture(ami.architecture())?;
+        self.register(ami.clone().into_any(), plan)?;
+        Ok(ami)
+    }
+
+    fn register(&self, ami: AnyAmi, boot: BootPlan) -> Result<()> {
+        let images = self.store.all::<ImageRecord>()?;
+        let same_name =
+            |r: &&ImageRecord| r.image.ami().name() == ami.name() && r.image.ami().owner() == ami.owner();
+        if let Some(holder) = images.iter().find(same_name) {
+            let what = format!("the name {:?} is that of the image {}", ami.name(), holder.image.id());
+            return Err(Error::new(ErrorKind::ImageNameDuplicate, what));
+        }
+        self.store.commit(|c| c.put(&ImageRecord { image: Image::new(ami), boot }))
+    }
+
+    /// Removes what an image that failed has left; the error that made it fail is the one to tell.
+    fn discard_half_made(&self) {
+        if let Err(e) = self.collect_garbage() {
+            tracing::warn!(error = %e, "cannot remove what a failed image left");
+        }
+    }
+
+    pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
+        let live = cell.hold(self.supervisor.sender());
+        let _making = self.making_images.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = self.create_image_held(cell, &live, name);
+        if made.is_err() {
+            self.discard_half_made();
+        }
+        made
+    }
+
+    fn create_image_held(&self, cell: &Cell, live: &Live, name: &str) -> Result<CreatedImage> {
+        let parent = self.image(live.record.description.image_id)?;
+        let begun = Instant::now();
+        let taken = self.snapshot_volumes(cell, live)?;
+        let paused = begun.elapsed();
+        let ami = child_of(parent.image.ami(), live, name, &taken, self)?;
+        let plan = match (&live.record.direct_boot, taken.first()) {
+            (None, Some((root, _))) => self.boot.keep_from_disk(&root.disk())?,
+            _ => parent.boot,
+        };
+        self.register(ami.clone(), plan)?;
+        Ok(CreatedImage {
+            ami,
+            changed_bytes: taken.iter().map(|(_, stats)| stats.changed_bytes).sum(),
+            stored_bytes: taken.iter().map(|(_, stats)| stats.stored_bytes).sum(),
+            paused,
+        })
+    }
+
+    /// Snapshots of all volumes at one instant, in the order of the attachments.
+    fn snapshot_volumes(&self, cell: &Cell, live: &Live) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+        let state = live.record.description.state;
+        let take = |volumes: &[storage_block::Volume]| -> Result<Vec<_>> {
+            let taken = volumes.iter().map(|v| v.snapshot(&self.blocks));
+            taken.map(|t| t.map_err(|e| Error::storage(e, "cannot take a snapshot of a volume"))).collect()
+        };
+        match (&live.machine, state) {
+            (Some(machine), InstanceState::Running) => {
+                let failed = |e| Error::machine(e, format!("cannot pause {}", cell.id));
+                machine.pause().map_err(failed)?;
+                let taken = take(&live.volumes);
+                machine.resume().map_err(|e| Error::machine(e, format!("cannot resume {}", cell.id)))?;
+                taken
+            }
+            (None, InstanceState::Stopped) => take(&self.open_volumes(live)?),
+            _ => {
+                let what = format!("{} is {state}, in which no image can be made of it", cell.id);
+                Err(Error::new(ErrorKind::IncorrectInstanceState, what))
+            }
+        }
+    }
+}
+
+/// The image of an instance: its parent's with the instance's bytes.
+fn child_of(
+    parent: &AnyAmi,
+    live: &Live,
+    name: &str,
+    taken: &[(Snapshot, SnapshotStats)],
+    region: &Inner,
+) -> Result<AnyAmi> {
+    let manifest = parent.manifest();
+    let attachments = live.record.description.attachments.iter();
+    let snapshots: Vec<(&str, Digest)> =
+        attachments.zip(taken).map(|(a, (s, _))| (a.device_name.as_str(), s.digest())).collect();
+    let mappings = manifest.block_device_mappings().iter().map(|mapping| {
+        let taken = snapshots.iter().find(|(device, _)| *device == mapping.device_name());
+        match (mapping.as_ebs(), taken) {
+            (Some(ebs), Some((device, snapshot))) => {
+                BlockDeviceMapping::ebs(*device, *snapshot, ebs.volume_size_gib())
+                    .delete_on_termination(ebs.delete_on_termination())
+                    .volume_type(ebs.volume_type())
+            }
+            _ => mapping.clone(),
+        }
+    });
+    let mut builder = AnyAmi::builder_for(parent.architecture(), name)
+        .root_device(manifest.root_device_name().as_str())
+        .block_devices(mappings)
+        .software_list(manifest.software().iter().cloned())
+        .boot(manifest.boot().clone())
+        .parent(parent.digest());
+    if let Some(os) = manifest.operating_system() {
+        builder = builder.operating_system(os.clone());
+    }
+    builder.build(&region.region.name, &region.region.account).map_err(invalid_image)
+}
+
+/// EC2 counts volumes in whole GiB; a smaller disk gets a volume with room to grow.
+fn root_mapping(device: &str, snapshot: &Snapshot) -> Result<BlockDeviceMapping> {
+    let gib = u32::try_from(snapshot.size().div_ceil(GIB).max(1));
+    let gib =
+        gib.map_err(|_| Error::new(ErrorKind::InvalidParameter, "the disk is too large for a volume"))?;
+    Ok(BlockDeviceMapping::ebs(device, snapshot.digest(), gib))
+}
+
+fn invalid_image(e: ami_core::Error) -> Error {
+    let code = e.code();
+    Error::new(ErrorKind::InvalidImage, "the image description breaks a rule").with_code(code).caused_by(e)
+}

@@ -1,0 +1,270 @@
+//! An instance: the handle that users hold, and what stands behind it.
+
+use std::fmt;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use ami_core::{AnyAmi, InstanceId};
+use storage_block::Volume;
+
+use crate::console::Console;
+use crate::images::CreatedImage;
+use crate::machine::Machine;
+use crate::record::{InstanceDescription, InstanceRecord};
+use crate::region::Inner;
+use crate::supervisor::Message;
+use crate::watch::{Publisher, Watch};
+use crate::{Error, ErrorKind, InstanceState, Result};
+
+/// An instance: an object made from an AMI. Cheap to clone; all clones are the same instance.
+///
+/// It lives in its region, not in this handle: dropping the handle changes nothing.
+///
+/// ```
+/// use std::time::{Duration, Instant};
+/// use ami_core::{Ami, X86_64};
+/// use instance_core::{DirectBoot, ImageSource, InstanceState, LaunchSpec, Region};
+/// use instance_core::testing::{FakeHypervisor, fake_kernel};
+/// use storage_block::MemoryDisk;
+///
+/// let dir = tempfile::tempdir()?;
+/// let region = Region::open(dir.path(), FakeHypervisor::new())?;
+/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
+/// let kernel = instance_core::testing::tiny_elf();
+/// let source = ImageSource::new(&disk).boot(DirectBoot::new(kernel, None, ""));
+/// let ami = region.register_image(Ami::<X86_64>::builder("first"), source)?;
+///
+/// let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+/// assert_eq!(instance.state(), InstanceState::Running);
+/// instance.console().reader().wait_for("GUEST READY", Instant::now() + Duration::from_secs(10))?;
+/// instance.terminate()?;
+/// assert_eq!(instance.state(), InstanceState::Terminated);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Instance {
+    region: Arc<Inner>,
+    cell: Arc<Cell>,
+}
+
+impl Instance {
+    pub(crate) fn new(region: Arc<Inner>, cell: Arc<Cell>) -> Self {
+        Self { region, cell }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> InstanceId {
+        self.cell.id
+    }
+
+    /// Its state now.
+    pub fn state(&self) -> InstanceState {
+        self.describe().state
+    }
+
+    /// All that is known of it.
+    pub fn describe(&self) -> InstanceDescription {
+        self.cell.description.get()
+    }
+
+    /// Its description, to wait for: by blocking with a deadline or as a future.
+    pub fn watch(&self) -> Watch<InstanceDescription> {
+        self.cell.description.watch()
+    }
+
+    /// Blocks until it is in `state`.
+    ///
+    /// # Errors
+    ///
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) if it is in another one at the
+    /// deadline.
+    pub fn wait_for(&self, state: InstanceState, deadline: Instant) -> Result<()> {
+        match self.watch().wait(deadline, |d| d.state == state) {
+            Ok(_) => Ok(()),
+            Err(d) => {
+                let what = format!("{} is {}, not {state}, at the deadline", d.id, d.state);
+                Err(Error::new(ErrorKind::IncorrectInstanceState, what))
+            }
+        }
+    }
+
+    /// Its serial console. It stays the same over stops and reboots.
+    pub fn console(&self) -> Console {
+        self.cell.console.clone()
+    }
+
+    /// Stops it: presses the power button, waits up to `patience` for the guest to power off, and
+    /// then ends the machine. A patience of zero, or a hypervisor without a power button, ends it at
+    /// once. Its volumes are kept. Does nothing to one that is stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState), or what the host met.
+    pub fn stop(&self, patience: Duration) -> Result<()> {
+        self.region.stop(&self.cell, patience)
+    }
+
+    /// Starts it again, from its root volume as it is now. Does nothing to one that runs.
+    ///
+    /// # Errors
+    ///
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped;
+    /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel, after
+    /// which it is stopped again; or what the host met.
+    pub fn start(&self) -> Result<()> {
+        self.region.start(&self.cell)
+    }
+
+    /// Resets it: its machine ends at once and a new one boots from the root volume. What the guest
+    /// had not written to its disks is lost.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start), but the instance must be running.
+    pub fn reboot(&self) -> Result<()> {
+        self.region.reboot(&self.cell)
+    }
+
+    /// Terminates it: its machine ends at once, and the volumes that go with it are removed. Does
+    /// nothing to one that is terminated.
+    ///
+    /// # Errors
+    ///
+    /// What the host met.
+    pub fn terminate(&self) -> Result<()> {
+        self.region.terminate(&self.cell)
+    }
+
+    /// Makes an AMI of it, as it is at one instant: all its volumes, taken while its processors
+    /// stand still (`CreateImage` with `NoReboot`). What the guest holds in its page cache is not on
+    /// its volumes; have it `sync` first.
+    ///
+    /// # Errors
+    ///
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is running or
+    /// stopped; [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate);
+    /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel; or what
+    /// the host met. Nothing is then left of the image, and the instance goes on.
+    pub fn create_image(&self, name: &str) -> Result<CreatedImage> {
+        self.region.create_image(&self.cell, name)
+    }
+
+    /// The AMI that it was made from, if that is still registered.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound).
+    pub fn image(&self) -> Result<AnyAmi> {
+        Ok(self.region.image(self.describe().image_id)?.image.ami().clone())
+    }
+}
+
+impl fmt::Debug for Instance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Instance")
+            .field("id", &self.id())
+            .field("state", &self.state())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What all handles of an instance share.
+#[derive(Debug)]
+pub(crate) struct Cell {
+    pub(crate) id: InstanceId,
+    pub(crate) console: Console,
+    pub(crate) description: Publisher<InstanceDescription>,
+    live: Mutex<Live>,
+}
+
+/// What changes, under the lock that every action on the instance holds.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) record: InstanceRecord,
+    /// The machine, before the volumes: it is dropped first.
+    pub(crate) machine: Option<Box<dyn Machine>>,
+    /// Its volumes while it has a machine, in the order of its attachments.
+    pub(crate) volumes: Vec<Volume>,
+    /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
+    pub(crate) generation: u64,
+}
+
+impl Cell {
+    pub(crate) fn new(record: InstanceRecord) -> Self {
+        let description = record.description.clone();
+        Self {
+            id: description.id,
+            console: Console::new(),
+            description: Publisher::new(description),
+            live: Mutex::new(Live { record, machine: None, volumes: Vec::new(), generation: 0 }),
+        }
+    }
+
+    /// Waits for whatever else is done to the instance, then holds it.
+    pub(crate) fn hold(&self, ended: Sender<Message>) -> Hold<'_> {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        Hold { id: self.id, live: Some(live), ended }
+    }
+
+    /// Holds the instance if nothing else is done to it.
+    pub(crate) fn try_hold(&self, ended: Sender<Message>) -> Option<Hold<'_>> {
+        let live = match self.live.try_lock() {
+            Ok(live) => live,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Hold { id: self.id, live: Some(live), ended })
+    }
+
+    /// Lets go of machine and volumes, when the region is closed.
+    pub(crate) fn release(&self) {
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.machine = None;
+        live.volumes.clear();
+    }
+}
+
+/// The right to act on an instance.
+///
+/// While it is held the supervisor leaves the instance alone, so a machine that ends meanwhile is
+/// reported again when the hold is given up.
+pub(crate) struct Hold<'a> {
+    id: InstanceId,
+    live: Option<MutexGuard<'a, Live>>,
+    ended: Sender<Message>,
+}
+
+impl std::ops::Deref for Hold<'_> {
+    type Target = Live;
+
+    fn deref(&self) -> &Live {
+        match &self.live {
+            Some(live) => live,
+            None => unreachable!("only dropping takes the guard"),
+        }
+    }
+}
+
+impl std::ops::DerefMut for Hold<'_> {
+    fn deref_mut(&mut self) -> &mut Live {
+        match &mut self.live {
+            Some(live) => live,
+            None => unreachable!("only dropping takes the guard"),
+        }
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
+        self.live = None;
+        // Looked at only after the lock is free: an end after this look finds the supervisor able
+        // to act on it.
+        if let Some((state, generation)) = watched {
+            if state.get().exit_cause().is_some() {
+                let _ = self.ended.send(Message::Ended(self.id, generation));
+            }
+        }
+    }
+}

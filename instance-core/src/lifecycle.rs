@@ -1,0 +1,268 @@
+//! What can be done to an instance, and what its guest does to it.
+//!
+//! Every change of state goes through [`Inner::transition`]: committed first, then published.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use storage_block::Volume;
+
+use crate::boot_cache::BootPlan;
+use crate::instance::{Cell, Live};
+use crate::machine::{DiskSpec, ExitCause, Machine, MachineErrorKind, MachineSpec};
+use crate::record::{InstanceDescription, InstanceRecord, ShutdownBehavior, StateReason};
+use crate::region::{Inner, StateChange};
+use crate::supervisor::Message;
+use crate::{Error, ErrorKind, InstanceState, Result, Transition};
+
+impl StateChange {
+    pub(crate) fn of(description: &InstanceDescription) -> Self {
+        Self {
+            instance_id: description.id,
+            state: description.state,
+            reason: description.state_reason.clone(),
+            at: SystemTime::now(),
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn transition(
+        &self,
+        cell: &Cell,
+        live: &mut Live,
+        by: Transition,
+        reason: Option<StateReason>,
+    ) -> Result<()> {
+        let mut record: InstanceRecord = live.record.clone();
+        let now = record.description.state;
+        let Some(next) = now.after(by) else {
+            let what = format!("{} is {now}, from which it cannot be {}", cell.id, words(by));
+            return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
+        };
+        record.description.state = next;
+        record.description.state_reason = reason;
+        self.store.commit(|c| c.put(&record))?;
+        self.announce(&StateChange::of(&record.description));
+        cell.description.set(record.description.clone());
+        live.record = record;
+        Ok(())
+    }
+
+    pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
+        let mut live = cell.hold(self.supervisor.sender());
+        if live.record.description.state == InstanceState::Stopped {
+            return Ok(());
+        }
+        self.transition(cell, &mut live, Transition::Stop, Some(StateReason::user_initiated()))?;
+        if let Some(machine) = &live.machine {
+            ask_to_power_off(machine.as_ref(), patience);
+        }
+        self.finish_stop(cell, &mut live, StateReason::user_initiated())
+    }
+
+    fn finish_stop(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
+        live.machine = None;
+        for volume in &live.volumes {
+            volume.disk().flush().map_err(|e| Error::storage(e, "cannot flush a volume"))?;
+        }
+        self.power_off(live);
+        self.transition(cell, live, Transition::Stopped, Some(reason))
+    }
+
+    pub(crate) fn start(&self, cell: &Cell) -> Result<()> {
+        let mut live = cell.hold(self.supervisor.sender());
+        if live.record.description.state == InstanceState::Running {
+            return Ok(());
+        }
+        self.transition(cell, &mut live, Transition::Start, None)?;
+        match self.power_on_again(cell, &mut live) {
+            Ok(()) => self.transition(cell, &mut live, Transition::Started, None),
+            Err(e) => {
+                self.power_off(&mut live);
+                let reason = StateReason::new("Server.InternalError", e.to_string());
+                self.transition(cell, &mut live, Transition::StartFailed, Some(reason))?;
+                Err(e)
+            }
+        }
+    }
+
+    pub(crate) fn reboot(&self, cell: &Cell) -> Result<()> {
+        let mut live = cell.hold(self.supervisor.sender());
+        let state = live.record.description.state;
+        if state != InstanceState::Running {
+            let what = format!("{} is {state}, in which it cannot be rebooted", cell.id);
+            return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
+        }
+        self.reset(cell, &mut live)
+    }
+
+    /// Gives a running instance a new machine, or stops it where that fails.
+    fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
+        self.power_off(live);
+        self.power_on_again(cell, live).inspect_err(|e| {
+            let reason = StateReason::new("Server.InternalError", format!("cannot reboot: {e}"));
+            self.lose(cell, live, reason);
+        })
+    }
+
+    pub(crate) fn terminate(&self, cell: &Cell) -> Result<()> {
+        let mut live = cell.hold(self.supervisor.sender());
+        self.terminate_held(cell, &mut live, StateReason::user_initiated())
+    }
+
+    fn terminate_held(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
+        match live.record.description.state {
+            InstanceState::Terminated => return Ok(()),
+            // An earlier termination failed half way; this one finishes it.
+            InstanceState::ShuttingDown => {}
+            _ => self.transition(cell, live, Transition::Terminate, Some(reason.clone()))?,
+        }
+        self.power_off(live);
+        let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
+        let doomed: Vec<_> = doomed.map(|a| a.volume_id).collect();
+        self.remove_volumes(&doomed)?;
+        self.transition(cell, live, Transition::Terminated, Some(reason))
+    }
+
+    /// A machine has ended by itself, or by its guest.
+    pub(crate) fn machine_ended(&self, id: ami_core::InstanceId, generation: u64) {
+        let Some(cell) = self.cells().get(&id).cloned() else { return };
+        // Whoever holds the instance reports the end again when done.
+        let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
+        if live.generation != generation {
+            return;
+        }
+        let Some(cause) = live.machine.as_ref().and_then(|m| m.state().get().exit_cause().cloned()) else {
+            return;
+        };
+        if let Err(e) = self.follow(&cell, &mut live, &cause) {
+            tracing::error!(instance = %id, %cause, error = %e, "cannot follow a machine's end");
+        }
+    }
+
+    fn follow(&self, cell: &Cell, live: &mut Live, cause: &ExitCause) -> Result<()> {
+        match cause {
+            ExitCause::Reset => self.reset(cell, live),
+            ExitCause::PowerOff => {
+                let reason = StateReason::new("Client.InstanceInitiatedShutdown", cause.to_string());
+                match live.record.description.shutdown_behavior {
+                    ShutdownBehavior::Terminate => self.terminate_held(cell, live, reason),
+                    ShutdownBehavior::Stop => {
+                        self.transition(cell, live, Transition::Stop, Some(reason.clone()))?;
+                        self.finish_stop(cell, live, reason)
+                    }
+                }
+            }
+            _ => {
+                self.power_off(live);
+                self.lose(cell, live, StateReason::new("Server.InternalError", cause.to_string()));
+                Ok(())
+            }
+        }
+    }
+
+    fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
+        self.power_off(live);
+        if let Err(e) = self.transition(cell, live, Transition::Lost, Some(reason)) {
+            tracing::error!(instance = %cell.id, error = %e, "cannot record that an instance was lost");
+        }
+    }
+
+    /// Opens the volumes and boots what the root volume holds now.
+    fn power_on_again(&self, cell: &Cell, live: &mut Live) -> Result<()> {
+        live.volumes = self.open_volumes(live)?;
+        let plan = match (&live.record.direct_boot, live.volumes.first()) {
+            (Some(plan), _) => plan.clone(),
+            (None, Some(root)) => self.boot.keep_from_disk(&root.disk())?,
+            (None, None) => {
+                return Err(Error::new(ErrorKind::NotBootable, "the instance has no root volume"));
+            }
+        };
+        self.power_on(cell, live, &plan)
+    }
+
+    pub(crate) fn open_volumes(&self, live: &Live) -> Result<Vec<Volume>> {
+        let attachments = live.record.description.attachments.iter();
+        let opened = attachments.map(|a| {
+            Volume::open(&self.paths.volume(a.volume_id), &self.blocks)
+                .map_err(|e| Error::storage(e, format!("cannot open the volume {}", a.volume_id)))
+        });
+        opened.collect()
+    }
+
+    /// Makes a machine on the volumes that are open, and starts it.
+    pub(crate) fn power_on(&self, cell: &Cell, live: &mut Live, plan: &BootPlan) -> Result<()> {
+        let runtime_dir = self.paths.instance(cell.id);
+        fs::create_dir_all(&runtime_dir)
+            .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
+        let description = &live.record.description;
+        let boot = self.boot.boot(plan)?;
+        let mut spec =
+            MachineSpec::new(cell.id.to_string(), description.architecture, boot, cell.console.port());
+        spec.vcpus = description.instance_type.vcpus();
+        spec.memory_mib = description.instance_type.memory_mib();
+        spec.runtime_dir = runtime_dir;
+        spec.disks = (description.attachments.iter().zip(&live.volumes))
+            .map(|(a, v)| DiskSpec::new(v.disk(), a.volume_id.to_string().replace('-', "")))
+            .collect();
+        let failed = |e| Error::machine(e, format!("cannot start a machine for {}", cell.id));
+        let machine = self.hypervisor.create(spec).map_err(failed)?;
+        live.generation += 1;
+        let (ended, message) = (self.supervisor.sender(), Message::Ended(cell.id, live.generation));
+        machine.state().subscribe(move |state| {
+            if state.exit_cause().is_some() {
+                // A supervisor that is gone follows nothing.
+                let _ = ended.send(message);
+            }
+        });
+        machine.start().map_err(failed)?;
+        live.machine = Some(machine);
+        Ok(())
+    }
+
+    /// Ends the machine, if there is one, and closes the volumes.
+    pub(crate) fn power_off(&self, live: &mut Live) {
+        live.machine = None;
+        live.volumes.clear();
+        let dir = self.paths.instance(live.record.description.id);
+        if let Err(e) = fs::remove_dir_all(&dir) {
+            if e.kind() != std::io::ErrorKind::NotFound {
+                tracing::warn!(dir = %dir.display(), error = %e, "cannot remove an instance's directory");
+            }
+        }
+    }
+}
+
+/// Presses the power button and waits, if there is one, for what comes of it.
+fn ask_to_power_off(machine: &dyn Machine, patience: Duration) {
+    if patience.is_zero() {
+        return;
+    }
+    match machine.power_button() {
+        Ok(()) => {
+            // Whether it obeyed or not, the machine is dropped next.
+            let _ = machine.state().wait(Instant::now() + patience, |s| s.exit_cause().is_some());
+        }
+        Err(e) if e.kind() == MachineErrorKind::Unsupported => {
+            tracing::info!("the machine has no power button; it is ended at once");
+        }
+        Err(e) => tracing::warn!(error = %e, "cannot press the power button"),
+    }
+}
+
+fn words(by: Transition) -> &'static str {
+    match by {
+        Transition::Start => "started",
+        Transition::Stop => "stopped",
+        Transition::Terminate => "terminated",
+        _ => "moved on",
+    }
+}
+
+/// Lets the compiler check that handles go between threads.
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<Arc<Inner>>();
+};
