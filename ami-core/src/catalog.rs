@@ -150,7 +150,7 @@ impl Catalog for MemoryCatalog {
         let mut images = self.write();
         let id = current.id();
         let Some(kept) = images.get(&id) else { return Err(Error::not_found(&id)) };
-        if next.ami() != current.ami() {
+        if next.ami() != kept.ami() || next.ami().created() != kept.ami().created() {
             let message = format!("the record of {id} cannot be replaced by one of {}", next.id());
             return Err(Error::new(crate::ErrorKind::InvalidParameterValue, message));
         }
@@ -167,15 +167,21 @@ impl Catalog for MemoryCatalog {
     }
 }
 
+/// Checks that no other image has the name of `image`, unless that one gives it up itself.
 fn check_name_is_free(images: &BTreeMap<AmiId, Image>, image: &Image) -> Result<(), Error> {
-    let key =
-        |image: &Image| (*image.ami().owner(), image.ami().region().clone(), image.ami().name().to_owned());
-    let holds = |image: &Image| image.state() != ImageState::Deregistered;
-    let wanted = key(image);
-    let holder =
-        images.values().find(|other| other.id() != image.id() && holds(other) && key(other) == wanted);
-    match holder.filter(|_| holds(image)) {
-        Some(holder) => Err(Error::duplicate_name(image.ami().name(), image.ami().owner(), &holder.id())),
+    if image.state() == ImageState::Deregistered {
+        return Ok(());
+    }
+    let ami = image.ami();
+    let holds_name = |other: &&Image| {
+        other.ami().name() == ami.name()
+            && other.ami().owner() == ami.owner()
+            && other.ami().region() == ami.region()
+            && other.id() != ami.id()
+            && other.state() != ImageState::Deregistered
+    };
+    match images.values().find(holds_name) {
+        Some(holder) => Err(Error::duplicate_name(ami.name(), ami.owner(), &holder.id())),
         None => Ok(()),
     }
 }

@@ -101,6 +101,12 @@ pub struct ProductCode {
     pub kind: ProductCodeKind,
 }
 
+impl ProductCode {
+    fn validate(&self) -> Result<(), Error> {
+        check_text("product code", &self.id, 255)
+    }
+}
+
 /// Who beside the owner may launch an image.
 ///
 /// ```
@@ -193,7 +199,7 @@ pub struct Image {
     deprecation: Option<Timestamp>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     owner_alias: Option<OwnerAlias>,
-    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty", deserialize_with = "read_product_codes")]
     product_codes: BTreeSet<ProductCode>,
 }
 
@@ -341,7 +347,7 @@ impl Image {
     ///
     /// [`ErrorKind::InvalidParameterValue`] for a code that is empty, long or unprintable.
     pub fn add_product_code(&mut self, code: ProductCode) -> Result<(), Error> {
-        check_text("product code", &code.id, 255)?;
+        code.validate()?;
         self.product_codes.insert(code);
         Ok(())
     }
@@ -413,4 +419,10 @@ fn check_description(description: String) -> Result<String, Error> {
 
 fn read_description<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     check_description(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+fn read_product_codes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeSet<ProductCode>, D::Error> {
+    let codes = BTreeSet::deserialize(deserializer)?;
+    codes.iter().try_for_each(ProductCode::validate).map_err(serde::de::Error::custom)?;
+    Ok(codes)
 }

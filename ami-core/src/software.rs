@@ -55,14 +55,14 @@ impl OperatingSystem {
         &self.name
     }
 
-    /// The version, such as `12`.
+    /// The version, such as `12`; empty for a rolling release.
     pub fn version(&self) -> &str {
         &self.version
     }
 
     pub(crate) fn validate(&self) -> Result<(), Error> {
         check_text("name of the operating system", &self.name, 128)?;
-        check_text("version of the operating system", &self.version, 128)
+        check_version("version of the operating system", &self.version, 128)
     }
 }
 
@@ -85,13 +85,18 @@ impl Software {
         &self.name
     }
 
-    /// The version, such as `1:9.2p1-2+deb12u3`.
+    /// The version, such as `1:9.2p1-2+deb12u3`; empty if it has none.
     pub fn version(&self) -> &str {
         &self.version
     }
 
     pub(crate) fn validate(&self) -> Result<(), Error> {
         check_text("name of the software", &self.name, 255)?;
-        check_text("version of the software", &self.version, 255)
+        check_version("version of the software", &self.version, 255)
     }
+}
+
+/// A rolling release has no version, and some software has none either.
+fn check_version(what: &str, version: &str, max: usize) -> Result<(), Error> {
+    if version.is_empty() { Ok(()) } else { check_text(what, version, max) }
 }

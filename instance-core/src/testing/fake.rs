@@ -34,6 +34,19 @@ pub fn fake_kernel(text: &str) -> io::Result<BootFile> {
     BootFile::new(file)
 }
 
+/// The same kernel as bytes, as an image carries it: a bare ELF header for 64-bit x86.
+pub fn tiny_elf() -> Vec<u8> {
+    let mut header = vec![0; 64];
+    header[..4].copy_from_slice(&ELF_MAGIC);
+    // ELFCLASS64, little endian, version 1; an executable for x86-64 (System V ABI, "ELF header").
+    header[4..7].copy_from_slice(&[2, 1, 1]);
+    header[16] = 2;
+    header[18] = 62;
+    header[20] = 1;
+    header[52] = 64;
+    header
+}
+
 /// Makes machines that run no guest code.
 ///
 /// ```

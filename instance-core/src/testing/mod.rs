@@ -4,4 +4,4 @@
 pub mod conformance;
 mod fake;
 
-pub use fake::{FakeHypervisor, fake_kernel};
+pub use fake::{FakeHypervisor, fake_kernel, tiny_elf};
