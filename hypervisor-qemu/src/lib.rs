@@ -35,8 +35,8 @@
 //!
 //! A guest's power-off and reset are told apart by QEMU. A triple fault, which QEMU reports as a reset,
 //! is told from one by TCG's log and becomes [`Crash`]; under KVM it cannot be, and is a [`Reset`]. A
-//! guest that reboots *by* a triple fault, Linux with `reboot=t`, has crashed in these terms. A kernel that panics
-//! does what its command line says (`panic=-1`: a reset) or stands still.
+//! guest that reboots *by* a triple fault, Linux with `reboot=t`, has crashed in these terms. A kernel
+//! that panics does what its command line says (`panic=-1`: a reset) or stands still.
 //!
 //! # Errors and trust
 //!

@@ -2,6 +2,7 @@
 //!
 //! | command | what it does |
 //! |---|---|
+//! | `quickstart` | goes the whole way, from packages to two equal live servers |
 //! | `guest` | makes the Linux guests that examples, tests and benchmarks boot |
 //! | `test`  | checks format, lints, documentation and tests |
 //! | `lab`   | runs a command in a virtual machine that has a true `/dev/kvm`, on any host |
@@ -18,6 +19,7 @@ mod guest;
 mod prerequisites;
 mod process;
 mod progress;
+mod quickstart;
 mod test;
 mod workspace;
 
@@ -36,6 +38,8 @@ struct Xtask {
 enum Command {
     /// Make the Linux guests that examples, tests and benchmarks boot
     Guest(guest::GuestArgs),
+    /// Do the whole of it: from packages to two equal live servers
+    Quickstart(quickstart::QuickstartArgs),
     /// Check all that has to hold: format, lints, documentation, tests
     Test(test::TestArgs),
 }
@@ -43,6 +47,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Xtask::parse().command {
         Command::Guest(args) => guest::run(&args),
+        Command::Quickstart(args) => quickstart::run(&args),
         Command::Test(args) => test::run(&args),
     };
     outcome.unwrap_or_else(|error| {

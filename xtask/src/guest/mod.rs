@@ -71,6 +71,11 @@ pub(crate) struct Artifacts {
 impl Artifacts {
     const NAMES: [&str; 5] = ["vmlinuz", "initrd.img", "disk.raw", "conformance.img", "lab.img"];
 
+    /// The quick start's root disk.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.dir.join("disk.raw")
+    }
+
     pub(crate) fn vmlinuz(&self) -> PathBuf {
         self.dir.join("vmlinuz")
     }
