@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::error::Error;
-use crate::{AmiId, Image, ImageState, Query};
+use crate::{AmiId, ErrorKind, Image, ImageState, Query};
 
 /// Where the records of images are kept.
 ///
@@ -25,7 +25,7 @@ pub trait Catalog: Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`NotFound`](crate::ErrorKind::NotFound).
+    /// [`NotFound`](ErrorKind::NotFound).
     fn get(&self, id: &AmiId) -> Result<Image, Error>;
 
     /// What [`Query::select`] makes of all images.
@@ -39,7 +39,7 @@ pub trait Catalog: Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`DuplicateName`](crate::ErrorKind::DuplicateName) if the owner has an image of that name in that
+    /// [`DuplicateName`](ErrorKind::DuplicateName) if the owner has an image of that name in that
     /// region, or if the very image is there already.
     fn put(&self, image: Image) -> Result<(), Error>;
 
@@ -47,9 +47,9 @@ pub trait Catalog: Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`NotFound`](crate::ErrorKind::NotFound), [`Conflict`](crate::ErrorKind::Conflict) if another
-    /// record is kept, [`InvalidParameterValue`](crate::ErrorKind::InvalidParameterValue) if `next` is
-    /// of another image, and [`DuplicateName`](crate::ErrorKind::DuplicateName) if a deregistered image
+    /// [`NotFound`](ErrorKind::NotFound), [`Conflict`](crate::ErrorKind::Conflict) if another
+    /// record is kept, [`InvalidParameterValue`](ErrorKind::InvalidParameterValue) if `next` is
+    /// of another image, and [`DuplicateName`](ErrorKind::DuplicateName) if a deregistered image
     /// would come back under a name that is taken.
     fn update(&self, current: &Image, next: Image) -> Result<(), Error>;
 
@@ -57,7 +57,7 @@ pub trait Catalog: Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`NotFound`](crate::ErrorKind::NotFound).
+    /// [`NotFound`](ErrorKind::NotFound).
     fn remove(&self, id: &AmiId) -> Result<Image, Error>;
 }
 
@@ -80,7 +80,7 @@ pub trait CatalogExt: Catalog {
             change(&mut next)?;
             match self.update(&current, next.clone()) {
                 Ok(()) => return Ok(next),
-                Err(err) if err.kind() == crate::ErrorKind::Conflict => {}
+                Err(err) if err.kind() == ErrorKind::Conflict => {}
                 Err(err) => return Err(err),
             }
         }
@@ -152,7 +152,7 @@ impl Catalog for MemoryCatalog {
         let Some(kept) = images.get(&id) else { return Err(Error::not_found(&id)) };
         if next.ami() != kept.ami() || next.ami().created() != kept.ami().created() {
             let message = format!("the record of {id} cannot be replaced by one of {}", next.id());
-            return Err(Error::new(crate::ErrorKind::InvalidParameterValue, message));
+            return Err(Error::new(ErrorKind::InvalidParameterValue, message));
         }
         if kept != current {
             return Err(Error::conflict(&id));

@@ -1,4 +1,54 @@
-//! Amazon Machine Images as classes.
+//! Amazon Machine Images as classes: immutable, typed, content-addressed descriptions of servers.
+//!
+//! ```
+//! use ami_core::{Ami, BlockDeviceMapping, Digest, OperatingSystem, X86_64};
+//!
+//! let ami = Ami::<X86_64>::builder("web-server")
+//!     .operating_system(OperatingSystem::linux("debian", "12"))
+//!     .root_device("/dev/xvda")
+//!     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"the root volume"), 8))
+//!     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+//!
+//! let copy = ami.copy_to(&"eu-west-1".parse()?, ami.owner(), "web-server")?;
+//! assert_ne!(copy.id(), ami.id()); // an id belongs to one region
+//! assert_eq!(copy.digest(), ami.digest()); // a digest to one content
+//! # Ok::<(), ami_core::Error>(())
+//! ```
+//!
+//! # Map
+//!
+//! - [`Manifest`]: what an image is. Immutable; its [`Digest`] is that of its canonical JSON.
+//! - [`Ami`]: a manifest in a region, under a name, with an owner. Immutable; its [`AmiId`] is derived
+//!   from these. [`AmiBuilder`] makes one. The type parameter is the architecture, so that the
+//!   compiler keeps an [`Ami<Arm64>`](Arm64) from where an [`Ami<X86_64>`](X86_64) is asked for; [`AnyAmi`]
+//!   holds either.
+//! - [`Image`]: the record that a region keeps of an `Ami`, with what its owner can change: state,
+//!   launch permissions, tags, description, deprecation.
+//! - [`Catalog`]: where the records are kept; [`Query`] and [`Filter`] choose among them.
+//!
+//! The format of a manifest and the derivation of ids are written down in `docs/manifest.md`.
+//!
+//! # Input, output and errors
+//!
+//! No function opens a file, a socket or a thread. The system's clock is read by [`Timestamp::now`],
+//! and by [`AmiBuilder::build`] where no time is given; its random numbers by `random` of the ids.
+//! The rest depends on its arguments alone.
+//!
+//! An [`Error`] has a [`kind`](Error::kind) to match on and EC2's [`code`](Error::code). Text that does not
+//! parse has small errors of its own, such as [`MalformedId`], that convert into it.
+//!
+//! # Trust
+//!
+//! Nothing that is read is trusted: [`Manifest::from_json`] and the serde implementations check
+//! everything that the builder checks, and derive digests and ids anew. A deserializer bounds the length
+//! and the depth of its input itself; `from_json` does so too.
+//!
+//! # Left out
+//!
+//! Content: a manifest names snapshots, kernels and initial RAM disks by digest, and `storage-block`
+//! holds them. Launching: `instance-core` does that. Of EC2's attributes of images: paravirtual and
+//! instance store images, ENA, SR-IOV, TPM, UEFI and IMDS settings, IOPS and throughput of volumes, and
+//! protection against deregistration.
 
 mod ami;
 mod arch;

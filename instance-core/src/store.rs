@@ -3,6 +3,8 @@
 //! A thin layer over `redb`: a kind of record is a table, a record is JSON under its id. A commit is
 //! durable when it returns, and all of it or nothing of it is there after a crash.
 
+#![expect(clippy::result_large_err, reason = "redb's errors are large; they become ours before they leave")]
+
 use std::path::Path;
 
 use redb::{Database, ReadableTable, TableDefinition};

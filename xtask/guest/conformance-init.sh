@@ -17,6 +17,14 @@ stty -echo
 # Powers off when the power button is pressed.
 acpid -f -c /etc/acpi -l /dev/null </dev/null >/dev/null &
 button=$!
+# A press before it listens would be lost.
+listens() {
+    for fd in /proc/$button/fd/*; do
+        case $(readlink "$fd") in */input/event*) return 0 ;; esac
+    done
+    return 1
+}
+while [ -e /dev/input/event0 ] && [ -d /proc/$button ] && ! listens; do :; done
 
 # The n-th virtio disk, or nothing.
 disk() {

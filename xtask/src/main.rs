@@ -16,6 +16,7 @@
 mod deb;
 mod digest;
 mod guest;
+mod lab;
 mod prerequisites;
 mod process;
 mod progress;
@@ -38,6 +39,8 @@ struct Xtask {
 enum Command {
     /// Make the Linux guests that examples, tests and benchmarks boot
     Guest(guest::GuestArgs),
+    /// Run a command in a virtual machine that has a true /dev/kvm
+    Lab(lab::LabArgs),
     /// Do the whole of it: from packages to two equal live servers
     Quickstart(quickstart::QuickstartArgs),
     /// Check all that has to hold: format, lints, documentation, tests
@@ -47,6 +50,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Xtask::parse().command {
         Command::Guest(args) => guest::run(&args),
+        Command::Lab(args) => lab::run(args),
         Command::Quickstart(args) => quickstart::run(&args),
         Command::Test(args) => test::run(&args),
     };

@@ -57,7 +57,7 @@ enum Choice {
 /// The command.
 pub(crate) fn run(args: &QuickstartArgs) -> Result<ExitCode> {
     let mut report = Report::new(args.json);
-    let artifacts = report.step("build the root disk", || guest::ensure())?;
+    let artifacts = report.step("build the root disk", guest::ensure)?;
     let held = Held::now()?;
     let temporary = tempfile::tempdir()?;
     let dir = args.region.clone().unwrap_or_else(|| temporary.path().join("region"));

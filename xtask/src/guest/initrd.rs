@@ -56,6 +56,7 @@ pub(crate) const CONFORMANCE: Recipe = Recipe {
         "nproc",
         "poweroff",
         "printf",
+        "readlink",
         "reboot",
         "run-parts",
         "sh",

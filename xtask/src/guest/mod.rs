@@ -76,10 +76,17 @@ impl Artifacts {
         self.dir.join("disk.raw")
     }
 
+    #[allow(dead_code, reason = "for the lab")]
+    /// The directory they lie in.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     pub(crate) fn vmlinuz(&self) -> PathBuf {
         self.dir.join("vmlinuz")
     }
 
+    #[allow(dead_code, reason = "for the lab")]
     pub(crate) fn lab_initrd(&self) -> PathBuf {
         self.dir.join("lab.img")
     }

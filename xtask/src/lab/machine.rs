@@ -1,16 +1,17 @@
 //! The lab's virtual machine: a QEMU process and the ports through which it speaks.
 
-use std::collections::VecDeque;
-use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::process::{Child, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tempfile::TempDir;
 
 use super::Lab;
 use crate::guest::Artifacts;
@@ -27,81 +28,180 @@ pub(super) struct Finished {
     pub(super) files: Vec<u8>,
     /// The end of the kernel's console and of QEMU's own messages.
     pub(super) console: String,
+    /// Whether the machine was ended because its time was over.
+    pub(super) late: bool,
 }
 
-/// Boots the lab from `dir`, which holds its disk, and waits for its end. Output goes to `output` and
-/// `errors` as it comes.
+/// Boots the lab with `disk`, which lies in `disk_dir`, and waits for its end. What the command writes
+/// goes to `output` and `errors` as it comes.
 pub(super) fn run(
     lab: &Lab,
     artifacts: &Artifacts,
-    dir: tempfile::TempDir,
-    disk: &Path,
+    (disk, disk_dir): (&Path, TempDir),
     mut output: impl Write + Send,
     mut errors: impl Write + Send,
 ) -> anyhow::Result<Finished> {
-    let ports = Ports::listen(dir.path())?;
-    let mut qemu = spawn(lab, artifacts, dir.path(), disk)?;
-    let console = (qemu.stdout.take(), qemu.stderr.take());
-    // Open files outlive their names: when the guest is up, nothing is left that could stay behind.
-    let mut dir = Some(dir);
+    // A socket's path has to be short.
+    let sockets = tempfile::Builder::new().prefix("lab-").tempdir().context("cannot make a directory")?;
+    let [output_port, errors_port, status_port, files_port] =
+        PORTS.map(|name| Port::listen(sockets.path(), name));
+    let (output_port, errors_port, status_port, files_port) =
+        (output_port?, errors_port?, status_port?, files_port?);
+    let mut qemu = command(lab, artifacts, disk, sockets.path()).spawn().context("cannot start QEMU")?;
+    let (kernel, emulator) = (qemu.stdout.take(), qemu.stderr.take());
+    // Open files outlive their names: once the guest is up, nothing is left that could stay behind.
+    let dirs = Mutex::new(Some((sockets, disk_dir)));
+    let clear = || drop(dirs.lock().map(|mut dirs| dirs.take()));
 
     thread::scope(|scope| {
-        let output = scope.spawn(|| pump(&ports.output, |bytes| output.write_all(bytes)));
-        let errors = scope.spawn(|| pump(&ports.errors, |bytes| errors.write_all(bytes)));
-        let files = scope.spawn(|| gather(&ports.files));
+        let releases = [&output_port, &errors_port, &status_port, &files_port].map(|port| port.path.clone());
+        let output = scope.spawn(|| output_port.pump(|bytes| pass_on(&mut output, bytes)));
+        let errors = scope.spawn(|| errors_port.pump(|bytes| pass_on(&mut errors, bytes)));
+        let files = scope.spawn(|| files_port.gather());
         let status = scope.spawn(|| {
-            let mut text = Vec::new();
-            let end = pump(&ports.status, |bytes| {
-                dir.take();
-                text.extend_from_slice(bytes);
+            let mut status = Vec::new();
+            status_port.pump(|bytes| {
+                clear();
+                status.extend_from_slice(bytes);
                 Ok(())
-            });
-            end.map(|()| String::from_utf8_lossy(&text).into_owned())
+            })?;
+            Ok(status)
         });
-        let (kernel, emulator) = console;
-        let kernel = scope.spawn(|| tail(kernel));
-        let emulator = scope.spawn(|| tail(emulator));
+        let kernel = scope.spawn(|| kernel.map(tail).unwrap_or_default());
+        let emulator = scope.spawn(|| emulator.map(tail).unwrap_or_default());
 
-        let ended = wait(&mut qemu, lab.deadline);
-        ports.release();
-
-        let joined = "a thread of the lab panicked";
-        output.join().map_err(|_| anyhow!(joined))?.context("cannot pass on the lab's output")?;
-        errors.join().map_err(|_| anyhow!(joined))?.context("cannot pass on the lab's output")?;
-        let files = files.join().map_err(|_| anyhow!(joined))?.context("cannot receive the lab's files")?;
-        let status = status.join().map_err(|_| anyhow!(joined))?.context("cannot receive the lab's status")?;
+        let late = wait(&mut qemu, lab.deadline);
+        for path in releases {
+            // Lets a thread go that waits for a QEMU which ended before it connected.
+            drop(UnixStream::connect(path));
+        }
+        join(output)?;
+        join(errors)?;
+        let status = String::from_utf8_lossy(&join(status)?).into_owned();
+        let files = join(files)?;
         let console = [kernel.join(), emulator.join()].map(Result::unwrap_or_default).concat();
-        ended?;
-        Ok(Finished { status, files, console })
+        Ok(Finished { status, files, console, late: late? })
     })
 }
 
-/// One Unix socket for each port. QEMU connects to them, so its end is their end.
-struct Ports {
-    output: UnixListener,
-    errors: UnixListener,
-    status: UnixListener,
-    files: UnixListener,
+/// The names of the ports, as the lab's init knows them.
+const PORTS: [&str; 4] = ["output", "errors", "status", "files"];
+
+/// A port's host end: QEMU connects to it, and closes it when it ends.
+struct Port {
+    path: PathBuf,
+    listener: UnixListener,
 }
 
-const PORT_NAMES: [&str; 4] = ["output", "errors", "status", "files"];
-
-impl Ports {
-    fn listen(dir: &Path) -> anyhow::Result<Self> {
-        let listen = |name: &str| UnixListener::bind(dir.join(name)).context("cannot make a socket for the lab");
-        Ok(Self {
-            output: listen("output")?,
-            errors: listen("errors")?,
-            status: listen("status")?,
-            files: listen("files")?,
-        })
+impl Port {
+    fn listen(dir: &Path, name: &str) -> anyhow::Result<Self> {
+        let path = dir.join(name);
+        let listener = UnixListener::bind(&path).context("cannot make a socket for the lab")?;
+        Ok(Self { path, listener })
     }
 
-    /// Lets go whoever still waits for a QEMU that ended before it connected.
-    fn release(&self) {
-        for port in [&self.output, &self.errors, &self.status, &self.files] {
-            let connected = port.local_addr().and_then(|address| UnixStream::connect_addr(&address));
-            drop(connected);
+    /// Hands on all that arrives, as it arrives.
+    fn pump(&self, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+        let (mut stream, _) = self.listener.accept()?;
+        let mut buffer = [0; 16 << 10];
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(length) => to(&buffer[..length])?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
     }
+
+    fn gather(&self) -> io::Result<Vec<u8>> {
+        let mut all = Vec::new();
+        self.pump(|bytes| all.write_all(bytes))?;
+        Ok(all)
+    }
+}
+
+fn pass_on(to: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
+    match to.write_all(bytes).and_then(|()| to.flush()) {
+        // Who reads no longer doesn't stop the command.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+fn join<T>(thread: ScopedJoinHandle<'_, io::Result<T>>) -> anyhow::Result<T> {
+    let result = thread.join().map_err(|_| anyhow!("a thread of the lab panicked"))?;
+    result.context("cannot listen to the lab")
+}
+
+/// The last [`KEPT`] bytes of a stream.
+fn tail(mut stream: impl Read) -> String {
+    let mut kept = Vec::new();
+    let mut buffer = [0; KEPT];
+    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+        kept.extend_from_slice(&buffer[..length]);
+        kept.drain(..kept.len().saturating_sub(KEPT));
+    }
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
+/// Waits for QEMU's end; kills it when `deadline` is over and then answers true.
+fn wait(qemu: &mut Child, deadline: Option<Duration>) -> anyhow::Result<bool> {
+    let ended = await_end(qemu, deadline);
+    let late = !matches!(ended, Ok(true));
+    if late {
+        qemu.kill().context("cannot end QEMU")?;
+    }
+    qemu.wait().context("cannot wait for QEMU")?;
+    ended.map(|_| late)
+}
+
+/// Whether QEMU ends before `deadline`.
+fn await_end(qemu: &Child, deadline: Option<Duration>) -> anyhow::Result<bool> {
+    let Some(deadline) = deadline else {
+        return Ok(true); // Its end is waited for without a limit.
+    };
+    let pid = i32::try_from(qemu.id()).ok().and_then(Pid::from_raw).context("QEMU has no process id")?;
+    let handle = pidfd_open(pid, PidfdFlags::empty()).context("cannot open QEMU's process")?;
+    let end = std::time::Instant::now() + deadline;
+    loop {
+        let left = end.saturating_duration_since(std::time::Instant::now());
+        let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&left)) {
+            Ok(ready) => return Ok(ready != 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait for QEMU"),
+        }
+    }
+}
+
+fn command(lab: &Lab, artifacts: &Artifacts, disk: &Path, sockets: &Path) -> Command {
+    // QEMU dies with this process, whatever ends it.
+    let mut qemu = process::command("setpriv");
+    qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-cpu", "max"]);
+    qemu.args(["-machine", "q35,usb=off,vmport=off", "-serial", "stdio"]);
+    if lab.icount {
+        qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
+    } else {
+        qemu.args(["-accel", "tcg,thread=multi", "-smp"]).arg(lab.cpus.to_string());
+    }
+    qemu.arg("-m").arg(format!("{}M", lab.memory_mib));
+    qemu.arg("-kernel").arg(artifacts.vmlinuz()).arg("-initrd").arg(artifacts.lab_initrd());
+    qemu.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
+    // The disk ends with the lab, so nothing has to reach the host's disk.
+    qemu.arg("-drive")
+        .arg(format!("if=none,id=disk,format=raw,cache=unsafe,discard=unmap,file={}", escaped(disk)));
+    qemu.args(["-device", "virtio-blk-pci,drive=disk", "-device", "virtio-serial-pci"]);
+    for name in PORTS {
+        qemu.arg("-chardev").arg(format!("socket,id={name},path={}", escaped(&sockets.join(name))));
+        qemu.arg("-device").arg(format!("virtserialport,chardev={name},name={name}"));
+    }
+    qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    qemu
+}
+
+/// A path as the value of a QEMU option, where a comma is written twice.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }

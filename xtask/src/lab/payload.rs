@@ -63,7 +63,9 @@ fn script(lab: &Lab) -> Vec<u8> {
         script.extend([b"export ", name.as_bytes(), b"=", &quoted(value), b"\n"].concat());
     }
     let name = lab.program.file_name().unwrap_or_default();
-    script.extend([b"exec ", &quoted(OsStr::from_bytes(&[b"/lab/bin/", name.as_bytes()].concat()))[..]].concat());
+    script.extend(
+        [b"exec ", &quoted(OsStr::from_bytes(&[b"/lab/bin/", name.as_bytes()].concat()))[..]].concat(),
+    );
     for arg in &lab.args {
         script.push(b' ');
         script.extend(quoted(arg));

@@ -1,0 +1,329 @@
+//! `cargo xtask lab`: runs a command in a virtual machine that has a true `/dev/kvm`, on any host.
+//!
+//! QEMU emulates a processor with hardware virtualisation, nested paging included, down to the last
+//! instruction; Debian's cloud kernel in it loads its KVM module and offers what a bare-metal host
+//! would. What a test of a hypervisor finds there does not depend on the machine the test runs on. With
+//! `--icount` time in the lab is counted in executed instructions, so that measurements repeat on a
+//! busy machine.
+//!
+//! ```text
+//! cargo xtask lab -- quickstart --hypervisor kvm     this program's own commands
+//! cargo xtask lab --exec target/debug/deps/machine-0123 --nocapture
+//! cargo xtask lab --file data.raw:/data.raw --out /trace:trace.txt --exec ./program /data.raw
+//! ```
+//!
+//! A program comes with its shared libraries, and the guest artifacts with this program's own commands.
+//! The command runs as root on an ext4 file system of its own, beside busybox and nothing else; its
+//! environment has `AMI_LAB=1`. Output arrives while it runs, the exit status is the command's. A lab
+//! that cannot do its work says so and ends with 125, one that is late with 124.
+//!
+//! [`Lab`] is the same for other modules of this program.
+
+mod closure;
+mod machine;
+mod payload;
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+
+use crate::prerequisites::{self, FAKEROOT, LDD, MKE2FS, QEMU_X86_64, SETPRIV};
+use crate::{guest, workspace};
+
+/// Where the guest artifacts lie in the lab.
+const GUEST_DIR: &str = "/lab/guest";
+/// Exit statuses of the lab itself, as in timeout(1).
+const EXIT_LATE: u8 = 124;
+const EXIT_FAILED: u8 = 125;
+
+/// Run a command in a virtual machine that has a true /dev/kvm.
+#[derive(clap::Args)]
+pub(crate) struct LabArgs {
+    /// COMMAND is a program of the host, brought in with its libraries, not a command of xtask
+    #[arg(long)]
+    exec: bool,
+    /// Bring the guest artifacts in for --exec too, and name them in AMI_GUEST_DIR
+    #[arg(long)]
+    guest: bool,
+    /// Count time in executed instructions; one processor
+    #[arg(long)]
+    icount: bool,
+    /// The lab's processors
+    #[arg(long, value_name = "N", default_value_t = Lab::CPUS)]
+    cpus: u32,
+    /// The lab's memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = Lab::MEMORY_MIB)]
+    memory: u32,
+    /// End the lab after this time, with exit status 124
+    #[arg(long, value_name = "SECONDS")]
+    deadline: Option<u64>,
+    /// Bring in a file or directory
+    #[arg(long, value_name = "HOST[:LAB]", value_parser = parse_file)]
+    file: Vec<(PathBuf, PathBuf)>,
+    /// Bring back a file
+    #[arg(long, value_name = "LAB:HOST", value_parser = parse_out)]
+    out: Vec<(PathBuf, PathBuf)>,
+    /// Set an environment variable
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_env)]
+    env: Vec<(String, OsString)>,
+    /// What to run, with its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+/// The command.
+pub(crate) fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
+    match lab_of(args).and_then(|lab| lab.stream(io::stdout(), io::stderr())) {
+        Ok(Ended::Exit(status)) => Ok(ExitCode::from(status)),
+        Ok(Ended::Late) => {
+            eprintln!("error: the lab's time is over");
+            Ok(ExitCode::from(EXIT_LATE))
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            Ok(ExitCode::from(EXIT_FAILED))
+        }
+    }
+}
+
+fn lab_of(args: LabArgs) -> anyhow::Result<Lab> {
+    let mut lab = if args.exec {
+        let (program, rest) = args.command.split_first().context("no command")?;
+        Lab::new(program).args(rest)
+    } else {
+        Lab::new(std::env::current_exe().context("cannot find this program")?).args(&args.command)
+    };
+    if args.guest || !args.exec {
+        lab = lab.guest_artifacts();
+    }
+    lab = lab.icount(args.icount).cpus(args.cpus).memory_mib(args.memory);
+    if let Some(seconds) = args.deadline {
+        lab = lab.deadline(Duration::from_secs(seconds));
+    }
+    lab = args.file.into_iter().fold(lab, |lab, (from, to)| lab.file(from, to));
+    lab = args.out.into_iter().fold(lab, |lab, (from, to)| lab.bring_back(from, to));
+    Ok(args.env.into_iter().fold(lab, |lab, (name, value)| lab.env(name, value)))
+}
+
+/// A command that is to run in the lab.
+pub(crate) struct Lab {
+    program: PathBuf,
+    args: Vec<OsString>,
+    programs: Vec<PathBuf>,
+    files: Vec<(PathBuf, PathBuf)>,
+    outputs: Vec<(PathBuf, PathBuf)>,
+    env: Vec<(String, OsString)>,
+    guest_artifacts: bool,
+    icount: bool,
+    cpus: u32,
+    memory_mib: u32,
+    deadline: Option<Duration>,
+}
+
+/// What a command left behind.
+#[derive(Debug)]
+pub(crate) struct LabOutput {
+    /// How it ended.
+    pub(crate) ended: Ended,
+    /// What it wrote to standard output.
+    pub(crate) output: Vec<u8>,
+    /// What it wrote to standard error.
+    pub(crate) errors: Vec<u8>,
+}
+
+/// How a command in the lab ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// With this exit status.
+    Exit(u8),
+    /// Not before the deadline.
+    Late,
+}
+
+impl Lab {
+    const CPUS: u32 = 2;
+    const MEMORY_MIB: u32 = 2048;
+
+    /// A lab that runs the host's `program`.
+    pub(crate) fn new(program: impl Into<PathBuf>) -> Self {
+        Self {
+            program: program.into(),
+            args: Vec::new(),
+            programs: Vec::new(),
+            files: Vec::new(),
+            outputs: Vec::new(),
+            env: Vec::new(),
+            guest_artifacts: false,
+            icount: false,
+            cpus: Self::CPUS,
+            memory_mib: Self::MEMORY_MIB,
+            deadline: None,
+        }
+    }
+
+    /// The program's arguments.
+    pub(crate) fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Brings in another program of the host with its libraries, as `/lab/bin/NAME`, which is on `PATH`.
+    pub(crate) fn program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.programs.push(program.into());
+        self
+    }
+
+    /// Brings in the host's file or directory `from` as `to`.
+    pub(crate) fn file(mut self, from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
+        self.files.push((from.into(), to.into()));
+        self
+    }
+
+    /// Brings the lab's file `from` back as `to`, whatever the exit status.
+    pub(crate) fn bring_back(mut self, from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
+        self.outputs.push((from.into(), to.into()));
+        self
+    }
+
+    /// Sets an environment variable.
+    pub(crate) fn env(mut self, name: impl Into<String>, value: impl Into<OsString>) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// Brings in the guest artifacts and names them in `AMI_GUEST_DIR`.
+    pub(crate) fn guest_artifacts(mut self) -> Self {
+        self.guest_artifacts = true;
+        self
+    }
+
+    /// Counts time in executed instructions, a nanosecond each, on one processor.
+    pub(crate) fn icount(mut self, icount: bool) -> Self {
+        self.icount = icount;
+        self
+    }
+
+    /// The number of processors, where instructions aren't counted.
+    pub(crate) fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// The lab's memory.
+    pub(crate) fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Ends the lab if it takes longer.
+    pub(crate) fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    /// Runs the command and collects what it writes.
+    pub(crate) fn run(self) -> anyhow::Result<LabOutput> {
+        let (mut output, mut errors) = (Vec::new(), Vec::new());
+        let ended = self.stream(&mut output, &mut errors)?;
+        Ok(LabOutput { ended, output, errors })
+    }
+
+    /// Runs the command and hands on what it writes, while it writes it.
+    pub(crate) fn stream(
+        mut self,
+        output: impl Write + Send,
+        errors: impl Write + Send,
+    ) -> anyhow::Result<Ended> {
+        prerequisites::require(&[QEMU_X86_64, SETPRIV, LDD, FAKEROOT, MKE2FS])?;
+        let artifacts = guest::ensure()?;
+        if self.guest_artifacts {
+            self = self
+                .file(artifacts.dir(), Path::new(GUEST_DIR).join("amd64"))
+                .env("AMI_GUEST_DIR", GUEST_DIR);
+        }
+        let (disk, dir) = self.build_disk()?;
+        let finished = machine::run(&self, &artifacts, (&disk, dir), output, errors)?;
+        let ended = ended(&finished)?;
+        if ended != Ended::Late {
+            self.unpack(&finished.files)?;
+        }
+        Ok(ended)
+    }
+
+    fn build_disk(&self) -> anyhow::Result<(PathBuf, tempfile::TempDir)> {
+        let work = workspace::target("lab");
+        fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+        let dir = tempfile::tempdir_in(&work).context("cannot make a working directory")?;
+        let (disk, tree) = (dir.path().join("disk.raw"), dir.path().join("tree"));
+        payload::build(self, &tree, &disk)?;
+        fs::remove_dir_all(&tree).context("cannot remove the lab's files")?;
+        Ok((disk, dir))
+    }
+
+    /// Puts the files brought back where they belong.
+    fn unpack(&self, archive: &[u8]) -> anyhow::Result<()> {
+        let mut missing: Vec<_> = self.outputs.iter().collect();
+        for entry in tar::Archive::new(archive).entries().context("cannot read the lab's archive")? {
+            let mut entry = entry.context("cannot read the lab's archive")?;
+            let path = entry.path().context("cannot read the lab's archive")?.into_owned();
+            let Some(index) = missing.iter().position(|(from, _)| payload::relative(from) == path) else {
+                continue;
+            };
+            let (_, to) = missing.swap_remove(index);
+            ensure!(entry.header().entry_type().is_file(), "{} is no file in the lab", path.display());
+            let mut file = fs::File::create(to).with_context(|| format!("cannot write {}", to.display()))?;
+            io::copy(&mut entry, &mut file).with_context(|| format!("cannot write {}", to.display()))?;
+        }
+        match missing.first() {
+            Some((from, _)) => bail!("the command left no file {}", from.display()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the lab's init said, as a result.
+fn ended(finished: &machine::Finished) -> anyhow::Result<Ended> {
+    for line in finished.status.lines() {
+        if let Some(status) = line.strip_prefix("exit ") {
+            let status = status.trim().parse().with_context(|| format!("odd exit status {status:?}"))?;
+            return Ok(Ended::Exit(status));
+        }
+        if let Some(why) = line.strip_prefix("failed ") {
+            bail!("the lab failed: {why}");
+        }
+    }
+    if finished.late {
+        return Ok(Ended::Late);
+    }
+    bail!("the lab ended before its command did; its console said:\n{}", finished.console)
+}
+
+fn parse_file(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    let (from, to) = text.rsplit_once(':').unwrap_or((text, ""));
+    let from = Path::new(from);
+    let to = match (to, from.file_name()) {
+        ("", Some(name)) => Path::new("/root").join(name),
+        ("", None) => return Err("names no file".to_owned()),
+        (to, _) => PathBuf::from(to),
+    };
+    Ok((from.to_owned(), to))
+}
+
+fn parse_out(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    let (from, to) = text.split_once(':').ok_or("expected LAB:HOST")?;
+    Ok((from.into(), to.into()))
+}
+
+fn parse_env(text: &str) -> Result<(String, OsString), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    let valid = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if name.is_empty() || !name.chars().all(valid) {
+        return Err(format!("{name:?} is no variable name"));
+    }
+    Ok((name.to_owned(), value.into()))
+}
