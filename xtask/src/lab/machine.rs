@@ -166,7 +166,7 @@ fn await_end(qemu: &Child, deadline: Option<Duration>) -> anyhow::Result<bool> {
     let end = std::time::Instant::now() + deadline;
     loop {
         let left = end.saturating_duration_since(std::time::Instant::now());
-        let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&left)) {
             Ok(ready) => return Ok(ready != 0),
             Err(rustix::io::Errno::INTR) => {}

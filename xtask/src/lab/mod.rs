@@ -65,6 +65,9 @@ pub(crate) struct LabArgs {
     /// Bring in a file or directory
     #[arg(long, value_name = "HOST[:LAB]", value_parser = parse_file)]
     file: Vec<(PathBuf, PathBuf)>,
+    /// Bring in another program of the host with its libraries; it is on the lab's PATH
+    #[arg(long, value_name = "HOST")]
+    program: Vec<PathBuf>,
     /// Bring back a file
     #[arg(long, value_name = "LAB:HOST", value_parser = parse_out)]
     out: Vec<(PathBuf, PathBuf)>,
@@ -78,7 +81,7 @@ pub(crate) struct LabArgs {
 
 /// The command.
 pub(crate) fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
-    match lab_of(args).and_then(|lab| lab.stream(io::stdout(), io::stderr())) {
+    match lab_of(args).and_then(|lab| lab.run(io::stdout(), io::stderr())) {
         Ok(Ended::Exit(status)) => Ok(ExitCode::from(status)),
         Ok(Ended::Late) => {
             eprintln!("error: the lab's time is over");
@@ -105,6 +108,7 @@ fn lab_of(args: LabArgs) -> anyhow::Result<Lab> {
     if let Some(seconds) = args.deadline {
         lab = lab.deadline(Duration::from_secs(seconds));
     }
+    lab = args.program.into_iter().fold(lab, Lab::program);
     lab = args.file.into_iter().fold(lab, |lab, (from, to)| lab.file(from, to));
     lab = args.out.into_iter().fold(lab, |lab, (from, to)| lab.bring_back(from, to));
     Ok(args.env.into_iter().fold(lab, |lab, (name, value)| lab.env(name, value)))
@@ -123,17 +127,6 @@ pub(crate) struct Lab {
     cpus: u32,
     memory_mib: u32,
     deadline: Option<Duration>,
-}
-
-/// What a command left behind.
-#[derive(Debug)]
-pub(crate) struct LabOutput {
-    /// How it ended.
-    pub(crate) ended: Ended,
-    /// What it wrote to standard output.
-    pub(crate) output: Vec<u8>,
-    /// What it wrote to standard error.
-    pub(crate) errors: Vec<u8>,
 }
 
 /// How a command in the lab ended.
@@ -226,15 +219,8 @@ impl Lab {
         self
     }
 
-    /// Runs the command and collects what it writes.
-    pub(crate) fn run(self) -> anyhow::Result<LabOutput> {
-        let (mut output, mut errors) = (Vec::new(), Vec::new());
-        let ended = self.stream(&mut output, &mut errors)?;
-        Ok(LabOutput { ended, output, errors })
-    }
-
     /// Runs the command and hands on what it writes, while it writes it.
-    pub(crate) fn stream(
+    pub(crate) fn run(
         mut self,
         output: impl Write + Send,
         errors: impl Write + Send,

@@ -17,7 +17,7 @@ const DISK_SIZE: u64 = 16 << 30;
 
 /// Makes the disk image `disk` for `lab`, by way of the empty directory `tree`.
 pub(super) fn build(lab: &Lab, tree: &Path, disk: &Path) -> anyhow::Result<()> {
-    for dir in ["lab/bin", "root", "tmp"] {
+    for dir in ["lab/bin", "root", "sbin", "tmp", "usr/bin", "usr/sbin"] {
         fs::create_dir_all(tree.join(dir)).context("cannot make the lab's directories")?;
     }
     let programs = std::iter::once(&lab.program).chain(&lab.programs);
