@@ -173,14 +173,21 @@ impl Inner {
     }
 
     fn register(&self, ami: AnyAmi, boot: BootPlan) -> Result<()> {
-        let images = self.store.all::<ImageRecord>()?;
-        let same_name =
-            |r: &&ImageRecord| r.image.ami().name() == ami.name() && r.image.ami().owner() == ami.owner();
-        if let Some(holder) = images.iter().find(same_name) {
-            let what = format!("the name {:?} is that of the image {}", ami.name(), holder.image.id());
-            return Err(Error::new(ErrorKind::ImageNameDuplicate, what));
-        }
+        self.check_name(ami.name())?;
         self.store.commit(|c| c.put(&ImageRecord { image: Image::new(ami), boot }))
+    }
+
+    /// Refuses a name that an image of this account has.
+    fn check_name(&self, name: &str) -> Result<()> {
+        let images = self.store.all::<ImageRecord>()?;
+        let holds = |ami: &AnyAmi| ami.name() == name && *ami.owner() == self.region.account;
+        match images.iter().find(|r| holds(r.image.ami())) {
+            None => Ok(()),
+            Some(holder) => {
+                let what = format!("the name {name:?} is that of the image {}", holder.image.id());
+                Err(Error::new(ErrorKind::ImageNameDuplicate, what))
+            }
+        }
     }
 
     /// Removes what an image that failed has left; the error that made it fail is the one to tell.
@@ -201,6 +208,8 @@ impl Inner {
     }
 
     fn create_image_held(&self, cell: &Cell, live: &Live, name: &str) -> Result<CreatedImage> {
+        // Before anything is copied.
+        self.check_name(name)?;
         let parent = self.image(live.record.description.image_id)?;
         let begun = Instant::now();
         let taken = self.snapshot_volumes(cell, live)?;

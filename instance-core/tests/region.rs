@@ -1,0 +1,249 @@
+//! A region from the outside, on the fake machine.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ami_core::{Ami, AnyAmi, Arm64, X86_64};
+use instance_core::testing::{FakeHypervisor, tiny_elf};
+use instance_core::{
+    DirectBoot, ErrorKind, ImageSource, Instance, InstanceState, LaunchSpec, Region, Result, ShutdownBehavior,
+};
+use storage_block::{Disk, MemoryDisk};
+
+type TestRegion = Region<FakeHypervisor>;
+
+fn open(dir: &Path) -> TestRegion {
+    Region::open(dir, FakeHypervisor::new()).unwrap()
+}
+
+fn disk() -> Disk {
+    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    disk.write_at(b"class", 0).unwrap();
+    disk
+}
+
+fn try_register(region: &TestRegion, name: &str) -> Result<Ami<X86_64>> {
+    let disk = disk();
+    let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    region.register_image(Ami::<X86_64>::builder(name), source)
+}
+
+fn register(region: &TestRegion) -> Ami<X86_64> {
+    try_register(region, "base").unwrap()
+}
+
+fn spec() -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap())
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+/// Tells the guest something and waits for the answer.
+fn ask(instance: &Instance, line: &str, answer: &str) {
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
+}
+
+/// Every file below a directory, but for those that are there for ever.
+fn files(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(files(&path)),
+            false => found.push(path.display().to_string()),
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn an_object_is_its_own_and_the_class_never_changes() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    let (one, two) = (region.launch(&ami, spec()).unwrap(), region.launch(&ami, spec()).unwrap());
+    ask(&one, "read 0 0", "data class");
+    ask(&one, "write 0 0 object", "wrote");
+    ask(&two, "read 0 0", "data class");
+
+    let made = one.create_image("child").unwrap();
+    assert_eq!(made.changed_bytes, 4096, "one block was written");
+    assert!(made.stored_bytes > 0);
+    assert_ne!(made.ami.digest(), ami.digest());
+    assert_eq!(made.ami.manifest().parent(), Some(&ami.digest()));
+
+    let child = region.launch(&made.ami, spec()).unwrap();
+    ask(&child, "read 0 0", "data object");
+    ask(&child, "write 0 0 other", "wrote");
+    ask(&one, "read 0 0", "data object");
+    let again = region.launch(&ami, spec()).unwrap();
+    ask(&again, "read 0 0", "data class");
+}
+
+#[test]
+fn a_stopped_instance_keeps_its_disk_and_a_terminated_one_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    let before = files(dir.path());
+
+    let instance = region.launch(&ami, spec()).unwrap();
+    ask(&instance, "write 0 9 kept", "wrote");
+    instance.stop(Duration::from_secs(10)).unwrap();
+    assert_eq!(instance.state(), InstanceState::Stopped);
+    instance.stop(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    ask(&instance, "read 0 9", "data kept");
+    instance.reboot().unwrap();
+    ask(&instance, "read 0 9", "data kept");
+    let refused = region.instance(instance.id()).unwrap().create_image("base").unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ImageNameDuplicate);
+    instance.terminate().unwrap();
+    instance.terminate().unwrap();
+    assert_eq!(instance.start().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+    assert_eq!(files(dir.path()), before);
+}
+
+#[test]
+fn what_the_guest_does_to_itself_is_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    let table = [
+        ("poweroff", ShutdownBehavior::Stop, InstanceState::Stopped, "Client.InstanceInitiatedShutdown"),
+        (
+            "poweroff",
+            ShutdownBehavior::Terminate,
+            InstanceState::Terminated,
+            "Client.InstanceInitiatedShutdown",
+        ),
+        ("crash", ShutdownBehavior::Stop, InstanceState::Stopped, "Server.InternalError"),
+    ];
+    for (command, behavior, state, code) in table {
+        let instance = region.launch(&ami, spec().shutdown_behavior(behavior)).unwrap();
+        instance.console().write_all(format!("{command}\n").as_bytes(), soon()).unwrap();
+        instance.wait_for(state, soon()).unwrap();
+        assert_eq!(instance.describe().state_reason.unwrap().code, code, "{command}");
+    }
+
+    // One that reboots is running all the while, and comes up again.
+    let instance = region.launch(&ami, spec()).unwrap();
+    let mut reader = instance.console().reader();
+    reader.wait_for("GUEST READY", soon()).unwrap();
+    instance.console().write_all(b"reboot\n", soon()).unwrap();
+    reader.wait_for("GUEST READY", soon()).unwrap();
+    assert_eq!(instance.state(), InstanceState::Running);
+}
+
+#[test]
+fn a_region_that_is_opened_again_has_lost_its_machines_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    let instance = region.launch(&ami, spec()).unwrap();
+    ask(&instance, "write 0 3 flushed", "wrote");
+    ask(&instance, "flush 0", "flushed");
+    let (id, name) = (instance.id(), region.name().clone());
+
+    let in_use = Region::open(dir.path(), FakeHypervisor::new()).unwrap_err();
+    assert_eq!(in_use.kind(), ErrorKind::RegionInUse);
+    assert!(in_use.to_string().contains("in use"), "{in_use}");
+    drop((region, instance));
+
+    // What a crash between the record and the files leaves.
+    std::fs::create_dir_all(dir.path().join("volumes/vol-00000000000000000/x")).unwrap();
+    std::fs::create_dir_all(dir.path().join("instances/i-00000000000000000")).unwrap();
+    let region = open(dir.path());
+    assert_eq!(region.name(), &name);
+    assert!(!dir.path().join("volumes/vol-00000000000000000").exists());
+    assert!(!dir.path().join("instances/i-00000000000000000").exists());
+    let instance = region.instance(id).unwrap();
+    assert_eq!(instance.state(), InstanceState::Stopped);
+    assert_eq!(instance.describe().state_reason.unwrap().code, "Server.InternalError");
+    instance.start().unwrap();
+    ask(&instance, "read 0 3", "data flushed");
+}
+
+#[test]
+fn a_launch_that_fails_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let hypervisor = FakeHypervisor::new();
+    let region = Region::open(dir.path(), hypervisor.clone()).unwrap();
+    let ami = register(&region);
+    let before = files(dir.path());
+    hypervisor.fail_next_create();
+    assert_eq!(region.launch(&ami, spec()).unwrap_err().kind(), ErrorKind::Hypervisor);
+    assert_eq!(files(dir.path()), before);
+    assert!(region.instances().is_empty());
+    region.launch(&ami, spec()).unwrap();
+}
+
+#[test]
+fn a_bad_image_is_refused_with_a_reason_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    register(&region);
+    let before = files(dir.path());
+    let disk = disk();
+
+    let duplicate = try_register(&region, "base").unwrap_err();
+    let no_kernel =
+        region.register_image(Ami::<X86_64>::builder("no-kernel"), ImageSource::new(&disk)).unwrap_err();
+    let garbage = ImageSource::new(&disk).boot(DirectBoot::new(b"garbage".to_vec(), None, ""));
+    let garbage = region.register_image(Ami::<X86_64>::builder("garbage"), garbage).unwrap_err();
+    let arm = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    let wrong = region.register_image(Ami::<Arm64>::builder("wrong"), arm).unwrap_err();
+    let device =
+        ImageSource::new(&disk).root_device("/dev/floppy").boot(DirectBoot::new(tiny_elf(), None, ""));
+    let device = region.register_image(Ami::<X86_64>::builder("device"), device).unwrap_err();
+
+    let table = [
+        (duplicate, ErrorKind::ImageNameDuplicate, "InvalidAMIName.Duplicate"),
+        (no_kernel, ErrorKind::NotBootable, "ImportFailed.UnsupportedDisk"),
+        (garbage, ErrorKind::NotBootable, "ImportFailed.UnsupportedDisk"),
+        (wrong, ErrorKind::ArchitectureMismatch, "InvalidParameterValue"),
+        (device, ErrorKind::InvalidImage, "InvalidBlockDeviceMapping"),
+    ];
+    for (error, kind, code) in table {
+        assert_eq!((error.kind(), error.code()), (kind, code), "{error}");
+    }
+    assert_eq!(files(dir.path()), before);
+    assert_eq!(region.images().unwrap().len(), 1);
+}
+
+#[test]
+fn an_architecture_that_nobody_runs_is_an_error_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami: AnyAmi = register(&region).into_any();
+    drop(region);
+    let arm_only = FakeHypervisor::with_architectures(vec![ami_core::Architecture::Arm64]);
+    let region = Region::open(dir.path(), arm_only).unwrap();
+    let before = files(dir.path());
+    let refused = region.launch(&ami, spec()).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ArchitectureMismatch, "{refused}");
+    let refused = region.launch(&ami, LaunchSpec::new("t4g.nano".parse().unwrap())).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ArchitectureMismatch, "{refused}");
+    assert_eq!(files(dir.path()), before);
+}
+
+#[test]
+fn deregistering_hurts_no_instance_and_gives_the_bytes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    let instance = region.launch(&ami, spec()).unwrap();
+    region.deregister_image(ami.id()).unwrap();
+    assert_eq!(region.launch(&ami, spec()).unwrap_err().code(), "InvalidAMIID.NotFound");
+    assert_eq!(region.deregister_image(ami.id()).unwrap_err().code(), "InvalidAMIID.NotFound");
+    ask(&instance, "read 0 0", "data class");
+    instance.stop(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    ask(&instance, "read 0 0", "data class");
+}
