@@ -66,6 +66,6 @@ chroot /root /bin/busybox sh /lab/run >"/root$output" 2>"/root$errors" </root/de
 code=$?
 
 # What is missing the host finds missing in the archive.
-tar -c -f "/root$files" -C /root -T /root/lab/bring-back 2>/dev/null
+chroot /root /bin/busybox sh /lab/bring-back >"/root$files" 2>/dev/null
 echo "exit $code" >"/root$status"
 poweroff -f

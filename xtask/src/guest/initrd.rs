@@ -72,8 +72,7 @@ pub(crate) const LAB: Recipe = Recipe {
     init: include_str!("../../guest/lab-init.sh"),
     modules: &["virtio_pci", "virtio_blk", "virtio_console", "ext4", "kvm_amd", "kvm_intel"],
     applets: &[
-        "cat", "chmod", "chroot", "echo", "insmod", "ip", "ln", "mkdir", "mount", "poweroff", "sh", "sync",
-        "tar", "usleep",
+        "cat", "chmod", "chroot", "echo", "insmod", "ip", "ln", "mkdir", "mount", "poweroff", "sh", "usleep",
     ],
     files: &[],
 };

@@ -1,9 +1,9 @@
 //! The lab's disk: the root file system a command runs on, with all that is brought in.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path, PathBuf};
 
@@ -27,8 +27,7 @@ pub(super) fn build(lab: &Lab, tree: &Path, disk: &Path) -> anyhow::Result<()> {
     for (from, to) in &lab.files {
         copy(from, &inside(tree, to)?)?;
     }
-    let bring_back: Vec<u8> = lab.outputs.iter().flat_map(|(from, _)| line(from)).collect();
-    write(&tree.join("lab/bring-back"), &bring_back, 0o644)?;
+    write(&tree.join("lab/bring-back"), &archiving(lab), 0o755)?;
     write(&tree.join("lab/run"), &script(lab), 0o755)?;
 
     File::create_new(disk).and_then(|file| file.set_len(DISK_SIZE)).context("cannot make the lab's disk")?;
@@ -74,6 +73,19 @@ fn script(lab: &Lab) -> Vec<u8> {
     script
 }
 
+/// The shell script that writes an archive of what is brought back.
+fn archiving(lab: &Lab) -> Vec<u8> {
+    if lab.outputs.is_empty() {
+        return Vec::new();
+    }
+    let mut script = b"exec /bin/busybox tar -c -f - -C / --".to_vec();
+    for (from, _) in &lab.outputs {
+        script.push(b' ');
+        script.extend(quoted(relative(from).as_os_str()));
+    }
+    script
+}
+
 /// `text` as one word of a shell command.
 fn quoted(text: &OsStr) -> Vec<u8> {
     let mut word = vec![b'\''];
@@ -86,13 +98,6 @@ fn quoted(text: &OsStr) -> Vec<u8> {
     }
     word.push(b'\'');
     word
-}
-
-/// A path relative to the lab's root, as a line of its own.
-fn line(path: &Path) -> Vec<u8> {
-    let mut line: OsString = relative(path).into();
-    line.push("\n");
-    line.into_vec()
 }
 
 /// `path` without the leading `/`.
@@ -152,8 +157,11 @@ fn write(path: &Path, content: &[u8], mode: u32) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::ffi::OsString;
+    use std::os::unix::ffi::OsStringExt as _;
     use std::process::Command;
+
+    use super::*;
 
     #[test]
     fn quoting_survives_the_shell() {
