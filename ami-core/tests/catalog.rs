@@ -1,0 +1,193 @@
+//! The catalog in memory, filters and queries.
+
+use ami_core::{
+    AccountId, Ami, Arm64, BlockDeviceMapping, Boot, BootMode, Category, Digest, Filter, Image,
+    MemoryCatalog, OperatingSystem, OsFamily, OwnerAlias, ProductCode, ProductCodeKind, Query, Timestamp,
+    VolumeType,
+};
+
+const OWNER: &str = "111111111111";
+const VIEWER: &str = "222222222222";
+
+fn account(text: &str) -> AccountId {
+    text.parse().unwrap()
+}
+
+#[test]
+fn the_catalog_in_memory_keeps_the_contract() {
+    ami_core::testing::catalog_conformance(MemoryCatalog::new);
+}
+
+/// An image with a value for every field that filters know.
+fn image() -> Image {
+    let ami = Ami::<Arm64>::builder("windows [1]")
+        .operating_system(OperatingSystem::new(OsFamily::Windows, "windows", "2022"))
+        .root_device("/dev/sda1")
+        .block_device(
+            BlockDeviceMapping::ebs("/dev/sda1", Digest::of(b"root"), 30).delete_on_termination(false),
+        )
+        .block_device(BlockDeviceMapping::blank("/dev/sdb", 125).volume_type(VolumeType::St1))
+        .block_device(BlockDeviceMapping::no_device("/dev/sdc"))
+        .boot(Boot::root_volume().mode(BootMode::Uefi))
+        .created("2026-01-31T12:00:00.250Z".parse().unwrap())
+        .build(&"us-east-1".parse().unwrap(), &account(OWNER))
+        .unwrap();
+    let mut image = Image::new(ami);
+    image.set_description("a * in it").unwrap();
+    image.set_owner_alias(Some(OwnerAlias::Amazon));
+    image.launch_permissions_mut().set_public(true);
+    image.tags_mut().insert("stage", "production").unwrap();
+    image.tags_mut().insert("Name", "").unwrap();
+    image.add_product_code(ProductCode { id: "abc".into(), kind: ProductCodeKind::Devpay }).unwrap();
+    image
+}
+
+#[test]
+fn filters_compare_what_their_names_say() {
+    let image = image();
+    let (id, digest, root) =
+        (image.id().to_string(), image.ami().digest().to_string(), Digest::of(b"root").to_string());
+    // Name; values that match; values that do not.
+    let cases: &[(&str, &[&str], &[&str])] = &[
+        ("architecture", &["arm64", "*64"], &["x86_64", "ARM64", ""]),
+        ("block-device-mapping.delete-on-termination", &["true", "false"], &["", "yes"]),
+        ("block-device-mapping.device-name", &["/dev/sda1", "/dev/sdb"], &["/dev/sdc", "/dev/sda"]),
+        ("block-device-mapping.encrypted", &["false"], &["true"]),
+        ("block-device-mapping.snapshot-digest", &[&root, "sha256:*"], &["snap-*", ""]),
+        ("block-device-mapping.volume-size", &["30", "125"], &["0", "3"]),
+        ("block-device-mapping.volume-type", &["gp3", "st1"], &["gp2"]),
+        ("boot-mode", &["uefi"], &["uefi-preferred", ""]),
+        ("creation-date", &["2026-01-31T12:00:00.250Z", "2026-01-*"], &["2026", "2026-02-*"]),
+        ("description", &["a * in it", r"a \* in it", "*"], &[r"a \? in it", ""]),
+        ("digest", &[&digest], &["sha256:"]),
+        ("image-id", &[&id, "ami-*"], &["ami-", "i-*"]),
+        ("is-public", &["true"], &["false", "True"]),
+        ("name", &["windows [1]", "windows*", "?indows ???"], &["windows", "windows [0-9]", "Windows*"]),
+        ("owner-alias", &["amazon"], &["aws-marketplace"]),
+        ("owner-id", &[OWNER], &[VIEWER]),
+        ("platform", &["windows"], &["linux"]),
+        ("product-code", &["abc"], &["ab"]),
+        ("product-code.type", &["devpay"], &["marketplace"]),
+        ("root-device-name", &["/dev/sda1"], &["/dev/sdb"]),
+        ("root-device-type", &["ebs"], &["instance-store"]),
+        ("state", &["available"], &["pending"]),
+        ("tag:stage", &["production", "prod*"], &["test", ""]),
+        ("tag:Name", &["", "*"], &["?"]),
+        ("tag:absent", &[], &["", "*"]),
+        ("tag-key", &["stage", "Name"], &["production", "stag"]),
+        ("virtualization-type", &["hvm"], &["paravirtual"]),
+    ];
+    for (name, good, bad) in cases {
+        for value in *good {
+            assert!(Filter::new(name, [*value]).unwrap().matches(&image), "{name} {value:?}");
+            assert!(Filter::new(name, ["none of it", value]).unwrap().matches(&image), "{name}, one of two");
+        }
+        for value in *bad {
+            assert!(!Filter::new(name, [*value]).unwrap().matches(&image), "{name} {value:?}");
+        }
+    }
+}
+
+#[test]
+fn filters_that_cannot_be() {
+    for name in ["", "tag:", "Name", "names", "block-device-mapping", "x".repeat(1000).as_str()] {
+        assert_eq!(Filter::new(name, ["x"]).unwrap_err().code(), "InvalidParameterValue", "{name:?}");
+    }
+    for (count, ok) in [(0, false), (1, true), (200, true), (201, false)] {
+        assert_eq!(Filter::new("name", vec!["x"; count]).is_ok(), ok, "{count} values");
+    }
+    assert!(Filter::new("name", std::iter::repeat("without end")).is_err());
+}
+
+#[test]
+fn wildcards() {
+    // Pattern, text, whether it fits.
+    let cases = [
+        ("", "", true),
+        ("*", "", true),
+        ("***", "", true),
+        ("?", "", false),
+        ("*a", "aaa", true),
+        ("*a*b", "xaxxbxb", true),
+        ("*a*b", "xaxxbx", false),
+        ("a*a", "a", false),
+        ("a?c", "aéc", true),
+        ("*éa", "éééa", true),
+        (r"\*", "*", true),
+        (r"\*", "a", false),
+        (r"\?", "?", true),
+        (r"\\", r"\", true),
+        (r"\", r"\", true),
+        (r"\", "", false),
+        (r"*\**", "a*b", true),
+        (r"*\**", "ab", false),
+        (r"\a", "a", true),
+        ("[a]", "a", false),
+        ("A", "a", false),
+    ];
+    let mut image = image();
+    for (pattern, text, fits) in cases {
+        image.set_description(text).unwrap();
+        let filter = Filter::new("description", [pattern]).unwrap();
+        assert_eq!(filter.matches(&image), fits, "{pattern:?} and {text:?}");
+    }
+    // Would take for ever if every star were tried at every place.
+    image.set_description("a".repeat(255)).unwrap();
+    let hostile = format!("{}b", "*a".repeat(100_000));
+    assert!(!Filter::new("description", [hostile]).unwrap().matches(&image));
+}
+
+#[test]
+fn queries_choose_and_hide() {
+    let public = image();
+    let private = {
+        let ami = public.ami().copy_to(public.ami().region(), &account(OWNER), "private").unwrap();
+        Image::new(ami)
+    };
+    let old = {
+        let ami = public.ami().copy_to(public.ami().region(), &account(OWNER), "old").unwrap();
+        let mut image = Image::new(ami);
+        image.launch_permissions_mut().add(account(VIEWER));
+        image.set_deprecation(Timestamp::from_unix_millis(1000));
+        image
+    };
+    let (before, after) =
+        (Timestamp::from_unix_millis(999).unwrap(), Timestamp::from_unix_millis(1000).unwrap());
+    let filter = |name: &str, value: &str| Filter::new(name, [value]).unwrap();
+    let (owner, viewer) = (account(OWNER), account(VIEWER));
+    // Query; names of those that it lists.
+    let cases: Vec<(Query, &[&str])> = vec![
+        (Query::all(), &["old", "private", "windows [1]"]),
+        (Query::all().owner(owner), &["old", "private", "windows [1]"]),
+        (Query::all().owner(viewer), &[]),
+        (Query::all().owner(viewer).owner_alias(OwnerAlias::Amazon), &["windows [1]"]),
+        (Query::all().visible_to(viewer), &["old", "windows [1]"]),
+        (Query::all().visible_to(viewer).hide_deprecated(before), &["old", "windows [1]"]),
+        (Query::all().visible_to(viewer).hide_deprecated(after), &["windows [1]"]),
+        (Query::all().visible_to(owner).hide_deprecated(after), &["old", "private", "windows [1]"]),
+        (Query::all().hide_deprecated(after), &["private", "windows [1]"]),
+        (Query::all().in_category(viewer, Category::Shared), &["old"]),
+        (Query::all().in_category(viewer, Category::QuickStart), &["windows [1]"]),
+        (Query::all().in_category(owner, Category::MyAmis), &["old", "private", "windows [1]"]),
+        (Query::all().id(private.id()).id(old.id()), &["old", "private"]),
+        (Query::all().filter(filter("is-public", "false")).filter(filter("name", "*a*")), &["private"]),
+    ];
+    let images = [public, private, old];
+    for (query, expected) in cases {
+        let mut found: Vec<_> =
+            query.select(&images).iter().map(|image| image.ami().name().to_owned()).collect();
+        found.sort();
+        assert_eq!(found, expected, "{query:?}");
+    }
+
+    let mut pages = Vec::new();
+    let mut query = Query::all().limit(2);
+    loop {
+        let page = query.select(&images);
+        let Some(last) = page.last() else { break };
+        query = query.after(last.id());
+        pages.push(page.iter().map(Image::id).collect::<Vec<_>>());
+    }
+    assert_eq!(pages.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1]);
+    assert!(pages.concat().is_sorted(), "pages go up by id");
+}

@@ -1,0 +1,64 @@
+//! Files written once that must give the same digests and ids for ever.
+
+use ami_core::{
+    Ami, Arm64, BlockDeviceMapping, Boot, Digest, Image, Manifest, OperatingSystem, Software, VolumeType,
+    X86_64,
+};
+
+const SMALL: &[u8] = include_bytes!("golden/small.manifest.json");
+const SMALL_DIGEST: &str = "sha256:28d9a70b56327366a0ac28f66f38e48841060093ed2a55c7711549982c6f4a20";
+const FULL: &[u8] = include_bytes!("golden/full.manifest.json");
+const FULL_DIGEST: &str = "sha256:3ae96a5de4bff4de348d66c13f80906be4e80126486e8a26bf99f057e3391dad";
+const IMAGE: &[u8] = include_bytes!("golden/image.json");
+const IMAGE_ID: &str = "ami-56bcde7a68bbd0b45";
+
+fn small() -> Manifest {
+    Ami::<X86_64>::builder("small")
+        .root_device("/dev/xvda")
+        .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+        .build_manifest()
+        .unwrap()
+}
+
+/// Every field, every kind of device, and characters that JSON has to escape.
+fn full() -> Manifest {
+    Ami::<Arm64>::builder("full")
+        .operating_system(OperatingSystem::linux("debian", "12"))
+        .root_device("/dev/sda1")
+        .block_device(BlockDeviceMapping::no_device("/dev/sdd"))
+        .block_device(BlockDeviceMapping::ephemeral("/dev/sdc", "ephemeral0"))
+        .block_device(BlockDeviceMapping::ebs("/dev/sda1", Digest::of(b"root"), 65_536).encrypted(true))
+        .block_device(
+            BlockDeviceMapping::blank("/dev/sdb", 125)
+                .volume_type(VolumeType::St1)
+                .delete_on_termination(false),
+        )
+        .boot(Boot::direct(Digest::of(b"kernel"), Some(Digest::of(b"initrd")), r#"quiet x="a\b" é €"#))
+        .software(Software::new("openssh-server", "1:9.2p1-2+deb12u3"))
+        .software(Software::new("nginx", ""))
+        .parent(small().digest())
+        .build_manifest()
+        .unwrap()
+}
+
+#[test]
+fn manifests_keep_their_bytes_and_digests() {
+    for (golden, digest, built) in [(SMALL, SMALL_DIGEST, small()), (FULL, FULL_DIGEST, full())] {
+        let read = Manifest::from_canonical_json(golden).unwrap();
+        assert_eq!(read, built);
+        assert_eq!(String::from_utf8(built.to_canonical_json()).unwrap(), String::from_utf8_lossy(golden));
+        assert_eq!(read.digest().to_string(), digest);
+        assert_eq!(Digest::of(golden).to_string(), digest, "the digest is that of the file");
+    }
+}
+
+#[test]
+fn an_image_keeps_its_id() {
+    let image: Image = serde_json::from_slice(IMAGE).unwrap();
+    assert_eq!(image.id().to_string(), IMAGE_ID);
+    assert_eq!(image.ami().manifest(), &full());
+    let again = image.ami().copy_to(image.ami().region(), image.ami().owner(), image.ami().name()).unwrap();
+    assert_eq!(again.id().to_string(), IMAGE_ID, "the id is derived from what it always was");
+    let rewritten = serde_json::to_value(&image).unwrap();
+    assert_eq!(rewritten, serde_json::from_slice::<serde_json::Value>(IMAGE).unwrap());
+}
