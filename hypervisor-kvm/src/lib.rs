@@ -1,1 +1,213 @@
-//! To come.
+//! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
+//!
+//! [`Kvm`] makes machines of 64-bit x86: a kernel loaded directly, virtio block devices on
+//! virtio-mmio that a stock kernel finds through ACPI, a serial port, a power button, and nothing that
+//! an instance does not need.
+//!
+//! ```no_run
+//! use std::{fs::File, time::{Duration, Instant}};
+//! use ami_core::Architecture;
+//! use hypervisor_kvm::Kvm;
+//! use instance_core::{console::Console, machine::{Boot, BootFile, Hypervisor, MachineSpec}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let kernel = BootFile::new(File::open("vmlinux")?)?;
+//! let console = Console::new();
+//! let boot = Boot::new(kernel, None, "console=ttyS0");
+//! let machine = Kvm::open()?.create(MachineSpec::new("i-1", Architecture::X86_64, boot, console.port()))?;
+//! machine.start()?;
+//! console.reader().wait_for("Linux version", Instant::now() + Duration::from_secs(10))?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # How it works
+//!
+//! - **A thread for each processor and each disk.** They wait, run and end together; the last one to
+//!   leave says why the machine ended. A processor in the guest is called back by a signal that stays
+//!   blocked in every thread and is let in by KVM alone, so that no signal handler is installed.
+//! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit protocol,
+//!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
+//!   table in `layout.rs`.
+//! - **Execution.** Some hosts have a `/dev/kvm` that emulates the guest's kernel, thousands of times
+//!   slower than a processor. [`Kvm::open`] runs a short loop in a guest and says what it measured:
+//!   see [`Execution`](instance_core::machine::Execution).
+//!
+//! # How machines end
+//!
+//! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
+//! port `0xcf9` are [`Reset`]; a triple fault is [`Crash`], with the registers of the processor; what KVM
+//! cannot go on with is [`HostFailure`], with the registers and its reason.
+//!
+//! # Errors and trust
+//!
+//! Errors are [`MachineError`]s. The guest is not trusted: a driver that breaks the rules of virtio has
+//! its device stopped until it resets it, and no other device or machine notices. The kernel file is
+//! checked as it is loaded. KVM and the kernel of the host are trusted.
+//!
+//! # What it leaves out
+//!
+//! Networks, hot-plugging, saving and restoring, firmware, PCI, 32-bit kernels, other hosts than x86-64
+//! Linux.
+//!
+//! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
+//! [`Reset`]: instance_core::machine::ExitCause::Reset
+//! [`Crash`]: instance_core::machine::ExitCause::Crash
+//! [`HostFailure`]: instance_core::machine::ExitCause::HostFailure
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("hypervisor-kvm runs on x86-64 Linux hosts");
+
+mod acpi;
+mod boot;
+mod bus;
+mod cpu;
+mod error;
+mod gate;
+mod kernel;
+mod kick;
+mod layout;
+mod machine;
+mod memory;
+mod power;
+mod probe;
+mod serial;
+mod vcpu;
+mod virtio;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use ami_core::{Architecture, X86_64};
+use instance_core::machine::{
+    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
+};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::Cap;
+
+use crate::error::{HostContext, unsupported};
+use crate::machine::KvmMachine;
+
+/// The most processors of a machine.
+const MAX_VCPUS: usize = 64;
+/// The length of a virtio block device's serial number.
+const MAX_SERIAL: usize = 20;
+
+/// What KVM must be able to do, and what it is for.
+const NEEDED: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "interrupt controllers"),
+    (Cap::Ioeventfd, "notifications of devices"),
+    (Cap::Irqfd, "interrupts of devices"),
+    (Cap::Pit2, "a timer"),
+    (Cap::SetTssAddr, "tasks of real mode"),
+    (Cap::UserMemory, "the guest's memory"),
+];
+
+/// This host's KVM. Clones are the same.
+///
+/// ```no_run
+/// use hypervisor_kvm::Kvm;
+/// use instance_core::machine::{Execution, Hypervisor};
+///
+/// match Kvm::open()?.capabilities().execution {
+///     Execution::Hardware { measured } => println!("fit for kernels: {measured}"),
+///     other => println!("not fit for kernels: {other:?}"),
+/// }
+/// # Ok::<(), instance_core::machine::MachineError>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Kvm(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    device: kvm_ioctls::Kvm,
+    cpuid: CpuId,
+    capabilities: Capabilities,
+}
+
+impl Kvm {
+    /// The KVM at `/dev/kvm`. Measures, in some milliseconds, whether it runs a guest's kernel on the
+    /// processor.
+    ///
+    /// # Errors
+    ///
+    /// [`Missing`](MachineErrorKind::Missing) where it is not there or may not be opened,
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where it cannot do what machines need,
+    /// [`Host`](MachineErrorKind::Host) where it fails.
+    pub fn open() -> Result<Self, MachineError> {
+        let device = open_device(Path::new("/dev/kvm"))?;
+        let version = device.get_api_version();
+        if version != KVM_API_VERSION as i32 {
+            return Err(unsupported(format!("KVM has API version {version}, not {KVM_API_VERSION}")));
+        }
+        if let Some((_, what)) = NEEDED.into_iter().find(|(cap, _)| !device.check_extension(*cap)) {
+            return Err(unsupported(format!("this host's KVM has no support for {what}")));
+        }
+        let cpuid = (device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
+            .host("KVM did not tell what processors it supports")?;
+        let execution = probe::measure(&device)?;
+        let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64], execution);
+        capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
+        capabilities.power_button = true;
+        Ok(Self(Arc::new(Inner { device, cpuid, capabilities })))
+    }
+
+    fn device(&self) -> &kvm_ioctls::Kvm {
+        &self.0.device
+    }
+
+    fn cpuid(&self) -> &CpuId {
+        &self.0.cpuid
+    }
+
+    /// Checks all that can be told without a machine.
+    fn check(&self, spec: &MachineSpec) -> Result<(), MachineError> {
+        self.0.capabilities.check(spec)?;
+        let most = layout::VIRTIO_MAX;
+        if spec.disks.len() > most {
+            return Err(unsupported(format!("{} disks are more than {most}", spec.disks.len())));
+        }
+        let serials = spec.disks.iter().map(|disk| &disk.serial);
+        match serials.clone().find(|s| s.len() > MAX_SERIAL || s.contains('\0')) {
+            Some(serial) => {
+                Err(unsupported(format!("{serial:?} is no serial number of at most {MAX_SERIAL} bytes")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Hypervisor for Kvm {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities.clone()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        self.check(&spec)?;
+        Ok(Box::new(KvmMachine::create(self, &spec)?))
+    }
+}
+
+impl Runs<X86_64> for Kvm {}
+
+fn open_device(path: &Path) -> Result<kvm_ioctls::Kvm, MachineError> {
+    let to_c = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).host("no path")?;
+    kvm_ioctls::Kvm::new_with_path(&to_c).map_err(|error| {
+        let source = io::Error::from(error);
+        let what = match source.kind() {
+            io::ErrorKind::NotFound => {
+                "there is no /dev/kvm: load the module kvm_intel or kvm_amd, and switch virtualisation on in \
+                 the firmware or, in a virtual machine, in its host; without it, use QEMU"
+            }
+            io::ErrorKind::PermissionDenied => {
+                "/dev/kvm may not be opened: add the user to the group that owns it, mostly `kvm`"
+            }
+            _ => {
+                return MachineError::new(MachineErrorKind::Host, "/dev/kvm cannot be opened")
+                    .with_source(source);
+            }
+        };
+        MachineError::new(MachineErrorKind::Missing, what).with_source(source)
+    })
+}

@@ -72,7 +72,8 @@ impl Block {
 
     /// The features that are offered.
     pub(crate) fn features(&self) -> u64 {
-        let mut bits = vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
+        let mut bits =
+            vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
         if self.disk.read_only() {
             bits.push(VIRTIO_BLK_F_RO);
         } else {
@@ -145,7 +146,9 @@ impl Block {
                 Ok(len as u32)
             }
             VIRTIO_BLK_T_DISCARD if negotiated(VIRTIO_BLK_F_DISCARD) => self.ranges(memory, request)?,
-            VIRTIO_BLK_T_WRITE_ZEROES if negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => self.ranges(memory, request)?,
+            VIRTIO_BLK_T_WRITE_ZEROES if negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => {
+                self.ranges(memory, request)?
+            }
             _ => Err(Failure::Unsupported),
         })
     }

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 
 use super::block::{Block, CONFIG_LEN, DEVICE_ID};
@@ -75,7 +75,8 @@ pub(crate) enum Step {
 impl Transport {
     /// The registers of a block device that nobody has used yet.
     pub(crate) fn new(block: Block) -> Self {
-        let transport = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        let transport =
+            1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
         Self {
             offered: block.features() | transport,
             config: block.config(),

@@ -59,14 +59,17 @@ impl VirtioDisk {
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         let status = self.interrupt_status.load(Ordering::Acquire);
         match <&mut [u8; 4]>::try_from(&mut *data) {
-            Ok(word) if offset == u64::from(reg::VIRTIO_MMIO_INTERRUPT_STATUS) => *word = status.to_le_bytes(),
+            Ok(word) if offset == u64::from(reg::VIRTIO_MMIO_INTERRUPT_STATUS) => {
+                *word = status.to_le_bytes()
+            }
             _ => self.lock().read(offset, data, status),
         }
     }
 
     /// The guest writes a register.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
-        if let (true, Ok(bits)) = (offset == u64::from(reg::VIRTIO_MMIO_INTERRUPT_ACK), <[u8; 4]>::try_from(data))
+        if let (true, Ok(bits)) =
+            (offset == u64::from(reg::VIRTIO_MMIO_INTERRUPT_ACK), <[u8; 4]>::try_from(data))
         {
             self.interrupt_status.fetch_and(!u32::from_le_bytes(bits), Ordering::AcqRel);
             return;
@@ -88,7 +91,7 @@ impl VirtioDisk {
     }
 
     /// Serves requests until the machine ends. One thread calls this.
-    pub(crate) fn serve(&self, gate: &Gate) {
+    pub(crate) fn serve(&self, gate: &Gate) -> io::Result<()> {
         while gate.pass() {
             if self.step() {
                 continue;
@@ -96,12 +99,10 @@ impl VirtioDisk {
             match self.notification.read() {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::error!(%error, "an eventfd cannot be read");
-                    return;
-                }
+                Err(error) => return Err(error),
             }
         }
+        Ok(())
     }
 
     /// Serves one request; false if there is none.

@@ -1,0 +1,222 @@
+//! The ACPI tables (ACPI 6.5): processors, interrupts, power, and where the devices are.
+
+use acpi_tables::aml::{Device, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate};
+use acpi_tables::facs::FACS;
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, aml};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::error::{HostContext, Result};
+use crate::layout;
+use crate::memory::Memory;
+use crate::virtio;
+
+const OEM: [u8; 6] = *b"AMI-RS";
+const OEM_TABLE: [u8; 8] = *b"INSTANCE";
+const OEM_REVISION: u32 = 1;
+/// The length of a table's header, at which the tables of ours begin.
+const HEADER_LEN: u32 = 36;
+
+/// FADT, "IA-PC boot architecture flags" (5.2.9.3): what a PC has and this machine has not.
+const NO_VGA: u16 = 1 << 2;
+const NO_CMOS_CLOCK: u16 = 1 << 5;
+const LEGACY_DEVICES: u16 = 1 << 0;
+
+/// Writes the tables for so many processors and disks. The first of them is at [`layout::ACPI`].
+pub(crate) fn write(memory: &Memory, vcpus: u32, disks: usize) -> Result<()> {
+    let mut tables = Tables { next: layout::ACPI + 64, bytes: Vec::new() };
+    let facs = tables.put(&FACS::new());
+    let dsdt = tables.put_table(&dsdt(disks));
+    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .firmware_ctrl_32(facs as u32)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::ProcC1)
+        .flag(Flags::SlpButton)
+        .flag(Flags::ResetRegSup);
+    fadt.sci_int = (layout::SCI_IRQ as u16).into();
+    fadt.pm1a_evt_blk = u32::from(layout::PM1_EVENT_PORT).into();
+    fadt.pm1_evt_len = 4;
+    fadt.pm1a_cnt_blk = u32::from(layout::PM1_CONTROL_PORT).into();
+    fadt.pm1_cnt_len = 2;
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_CMOS_CLOCK).into();
+    fadt.reset_reg =
+        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(layout::RESET_PORT));
+    fadt.reset_value = layout::RESET_VALUE;
+    let fadt = tables.put(&fadt.finalize());
+    let madt = tables.put_table(&madt(vcpus));
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = tables.put(&xsdt);
+
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
+    tables.bytes.push((layout::ACPI, rsdp));
+    for (address, bytes) in tables.bytes {
+        memory
+            .write_slice(&bytes, GuestAddress(address))
+            .host("the ACPI tables do not fit into the memory")?;
+    }
+    Ok(())
+}
+
+/// Tables and their addresses, one after the other.
+struct Tables {
+    next: u64,
+    bytes: Vec<(u64, Vec<u8>)>,
+}
+
+impl Tables {
+    fn put(&mut self, table: &dyn Aml) -> u64 {
+        let mut bytes = Vec::new();
+        table.to_aml_bytes(&mut bytes);
+        self.put_bytes(bytes)
+    }
+
+    fn put_table(&mut self, table: &Sdt) -> u64 {
+        self.put_bytes(table.as_slice().to_vec())
+    }
+
+    fn put_bytes(&mut self, bytes: Vec<u8>) -> u64 {
+        let address = self.next;
+        self.next += (bytes.len() as u64).next_multiple_of(64); // The FACS asks for 64.
+        self.bytes.push((address, bytes));
+        address
+    }
+}
+
+/// The devices, and how to power off.
+fn dsdt(disks: usize) -> Sdt {
+    let mut code = Vec::new();
+    let (off, zero) = (layout::SLEEP_TYPE_OFF, 0u8);
+    Name::new(Path::new("_S5_"), &Package::new(vec![&off, &off, &zero, &zero])).to_aml_bytes(&mut code);
+    serial_port(&mut code);
+    for n in 0..disks {
+        disk(n, &mut code);
+    }
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, 2, OEM, OEM_TABLE, OEM_REVISION);
+    dsdt.append_slice(&code);
+    dsdt
+}
+
+fn serial_port(code: &mut Vec<u8>) {
+    let ports = IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8);
+    let interrupt = Interrupt::new(true, true, false, false, layout::SERIAL_IRQ);
+    Device::new(
+        Path::new("_SB_.COM1"),
+        vec![
+            &Name::new(Path::new("_HID"), &aml::EISAName::new("PNP0501")),
+            &Name::new(Path::new("_UID"), &aml::ONE),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&ports, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(code);
+}
+
+/// A virtio-mmio device; Linux knows its id (`drivers/virtio/virtio_mmio.c`).
+fn disk(n: usize, code: &mut Vec<u8>) {
+    let registers = Memory32Fixed::new(true, virtio::address(n) as u32, layout::VIRTIO_LEN as u32);
+    let interrupt = Interrupt::new(true, true, false, false, virtio::irq(n));
+    Device::new(
+        Path::new(&format!("_SB_.VD{n:02}")),
+        vec![
+            &Name::new(Path::new("_HID"), &"LNRO0005"),
+            &Name::new(Path::new("_UID"), &(n as u32)),
+            &Name::new(Path::new("_CCA"), &aml::ONE),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&registers, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(code);
+}
+
+/// Processors and interrupt controllers (5.2.12).
+fn madt(vcpus: u32) -> Sdt {
+    const HAS_8259: u32 = 1;
+    const ENABLED: u32 = 1;
+    const ALL_PROCESSORS: u8 = 0xff;
+    const LEVEL_ACTIVE_HIGH: u16 = 0b1101;
+    let mut madt = Sdt::new(*b"APIC", HEADER_LEN, 5, OEM, OEM_TABLE, OEM_REVISION);
+    madt.append_slice(&layout::LOCAL_APIC.to_le_bytes());
+    madt.append_slice(&HAS_8259.to_le_bytes());
+    for id in (0..vcpus).map(|id| id as u8) {
+        madt.append_slice(&[0, 8, id, id]); // processor local APIC: processor, APIC id
+        madt.append_slice(&ENABLED.to_le_bytes());
+    }
+    madt.append_slice(&[1, 12, 0, 0]); // I/O APIC: its id
+    madt.append_slice(&layout::IO_APIC.to_le_bytes());
+    madt.append_slice(&0u32.to_le_bytes());
+    madt.append_slice(&[2, 10, 0, layout::SCI_IRQ as u8]); // interrupt source override
+    madt.append_slice(&layout::SCI_IRQ.to_le_bytes());
+    madt.append_slice(&LEVEL_ACTIVE_HIGH.to_le_bytes());
+    madt.append_slice(&[4, 6, ALL_PROCESSORS, 0, 0, 1]); // local APIC NMI: LINT1
+    madt
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::num::NonZeroU32;
+
+    /// The tables as a guest finds them: by the RSDP, then the XSDT's entries, then the FADT's.
+    fn found(vcpus: u32, disks: usize) -> Vec<([u8; 4], Vec<u8>)> {
+        let memory = crate::memory::allocate(NonZeroU32::new(2).unwrap()).unwrap();
+        write(&memory, vcpus, disks).unwrap();
+        let bytes = |address: u64, len: usize| {
+            let mut bytes = vec![0; len];
+            memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+            bytes
+        };
+        let u32_of = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+        let u64_of = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
+        let table = |address: u64| {
+            let header = bytes(address, 8);
+            let table = bytes(address, u32_of(&header[4..8]) as usize);
+            let sum = table.iter().fold(0u8, |sum, b| sum.wrapping_add(*b));
+            assert_eq!(sum, 0, "the checksum of {:?}", &header[..4]);
+            (*header.first_chunk().unwrap(), table)
+        };
+        let rsdp = bytes(layout::ACPI, 36);
+        assert_eq!(&rsdp[..8], b"RSD PTR ");
+        assert_eq!(rsdp.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0);
+        let (_, xsdt) = table(u64_of(&rsdp[24..32]));
+        let mut tables: Vec<_> = xsdt[36..].chunks_exact(8).map(|entry| table(u64_of(entry))).collect();
+        let fadt = tables[0].1.clone();
+        tables.push(table(u64_of(&fadt[140..148])));
+        let facs = bytes(u64::from(u32_of(&fadt[36..40])), 4);
+        assert_eq!(facs, b"FACS");
+        tables
+    }
+
+    #[test]
+    fn a_guest_finds_them_all() {
+        let names: Vec<_> = found(1, 0).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, [*b"FACP", *b"APIC", *b"DSDT"]);
+    }
+
+    #[test]
+    fn every_processor_and_disk_is_named_once() {
+        let tables = found(64, layout::VIRTIO_MAX);
+        let madt = &tables[1].1;
+        let mut apics = Vec::new();
+        let mut rest = &madt[44..];
+        while let [kind, len, body @ ..] = rest {
+            if *kind == 0 {
+                apics.push(body[1]);
+            }
+            rest = &rest[usize::from(*len)..];
+        }
+        assert_eq!(apics, (0..64).collect::<Vec<u8>>());
+        let dsdt = &tables[2].1;
+        for n in 0..layout::VIRTIO_MAX {
+            let name = format!("VD{n:02}");
+            let times = dsdt.windows(4).filter(|w| *w == name.as_bytes()).count();
+            assert_eq!(times, 1, "{name}");
+        }
+        assert!(!dsdt.windows(4).any(|w| w == b"VD14"));
+    }
+}

@@ -1,0 +1,283 @@
+//! A machine: what its handle, its processors and its disks share, and how it begins and ends.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle, ThreadId};
+
+use instance_core::machine::{ExitCause, Machine, MachineError, MachineSpec, MachineState};
+use instance_core::watch::{Publisher, Watch};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{VcpuFd, VmFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::boot::Plan;
+use crate::bus::Devices;
+use crate::error::{HostContext, Result};
+use crate::gate::Gate;
+use crate::memory::Memory;
+use crate::power::Power;
+use crate::serial::SerialPort;
+use crate::virtio::VirtioDisk;
+use crate::{Kvm, acpi, cpu, kick, layout, memory, vcpu};
+
+/// A machine's handle.
+#[derive(Debug)]
+pub(crate) struct KvmMachine {
+    shared: Arc<Shared>,
+    /// Held while a state change is asked for, so that each finds the state that it was checked against.
+    actions: Mutex<()>,
+}
+
+/// What the threads of a machine share. Declared in the order in which it has to be given back: KVM's
+/// virtual machine before the memory that it was given.
+#[derive(Debug)]
+struct Shared {
+    name: String,
+    vm: VmFd,
+    devices: Devices,
+    _memory: Memory,
+    gate: Gate,
+    state: Publisher<MachineState>,
+    threads: Mutex<Threads>,
+}
+
+/// The threads that run the guest, each in one place so that all can be woken.
+#[derive(Debug, Default)]
+struct Threads {
+    vcpus: Vec<JoinHandle<()>>,
+    disks: Vec<JoinHandle<()>>,
+    ids: Vec<ThreadId>,
+}
+
+impl KvmMachine {
+    /// Makes the machine and its threads, which wait for [`start`](Machine::start).
+    pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
+        let memory = memory::allocate(spec.memory_mib)?;
+        let plan = Plan::new(&spec.boot, &memory)?;
+        let vm = kvm.device().create_vm().host("KVM did not make a virtual machine")?;
+        // SAFETY: `Shared` keeps the memory for as long as the virtual machine, and the processors'
+        // threads keep `Shared` for as long as the processors.
+        #[allow(unsafe_code, reason = "the guest's memory is given to KVM")]
+        unsafe {
+            memory::register(&vm, &memory)?;
+        }
+        set_up_platform(&vm)?;
+        let count = spec.vcpus.get();
+        acpi::write(&memory, count, spec.disks.len())?;
+        let entry = plan.load(&memory)?;
+        let vcpus = (0..count)
+            .map(|number| {
+                let vcpu = vm.create_vcpu(number.into()).host("KVM did not make a processor")?;
+                cpu::set_up(&vcpu, number, count, kvm.cpuid(), entry, &memory)?;
+                Ok(vcpu)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let devices = Devices {
+            serial: serial_port(&vm, spec)?,
+            power: Power::default(),
+            disks: (spec.disks.iter().enumerate())
+                .map(|(n, disk)| VirtioDisk::new(&vm, &memory, n, disk))
+                .collect::<Result<_>>()?,
+        };
+        let shared = Arc::new(Shared {
+            name: spec.name.clone(),
+            vm,
+            devices,
+            _memory: memory,
+            gate: Gate::new(),
+            state: Publisher::new(MachineState::Created),
+            threads: Mutex::default(),
+        });
+        // Dropped on the way out below, which ends the threads that were made.
+        let machine = Self { shared, actions: Mutex::default() };
+        machine.shared.devices.serial.connect();
+        // Whoever makes the threads is a worker until they are there: so there is one to leave last,
+        // even where the first thread cannot be made.
+        machine.shared.gate.join();
+        let spawned = machine.spawn(vcpus);
+        if let Err(error) = &spawned {
+            machine.shared.end(ExitCause::HostFailure(error.to_string()));
+        }
+        machine.shared.leave();
+        spawned.map(|()| machine)
+    }
+
+    fn spawn(&self, vcpus: Vec<VcpuFd>) -> Result<()> {
+        for (n, vcpu) in vcpus.into_iter().enumerate() {
+            let thread = self.shared.spawn(&format!("vcpu{n}"), move |shared| shared.run_vcpu(vcpu))?;
+            self.shared.threads().vcpus.push(thread);
+        }
+        for n in 0..self.shared.devices.disks.len() {
+            let thread = self.shared.spawn(&format!("disk{n}"), move |shared| shared.run_disk(n))?;
+            self.shared.threads().disks.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Checks that the state allows an action. Until the guard is dropped no other begins.
+    fn begin(&self, action: &str, from: &MachineState) -> Result<MutexGuard<'_, ()>> {
+        let one_at_a_time = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.shared.state.get();
+        if now != *from {
+            return Err(MachineError::wrong_state(action, &now));
+        }
+        tracing::debug!(machine = %self.shared.name, action);
+        Ok(one_at_a_time)
+    }
+
+    /// Publishes the next state, unless the machine has ended meanwhile.
+    fn publish(&self, action: &str, to: MachineState) -> Result<()> {
+        let moved = self.shared.state.update(|state| {
+            let alive = state.exit_cause().is_none();
+            if alive {
+                *state = to;
+            }
+            alive
+        });
+        if moved { Ok(()) } else { Err(MachineError::wrong_state(action, &self.shared.state.get())) }
+    }
+}
+
+impl Shared {
+    /// Starts a thread that counts as a worker of the machine, with all signals blocked.
+    fn spawn(
+        self: &Arc<Self>,
+        role: &str,
+        work: impl FnOnce(&Self) + Send + 'static,
+    ) -> Result<JoinHandle<()>> {
+        // At most the 15 bytes that the kernel keeps of a thread's name.
+        let machine: String = self.name.chars().filter(char::is_ascii_graphic).take(8).collect();
+        let name = format!("{machine}/{role}");
+        let shared = self.clone();
+        let body = move || {
+            let leaving = Leaving(&shared);
+            work(&shared);
+            drop(leaving);
+        };
+        self.gate.join();
+        let spawned = kick::with_signals_blocked(|| thread::Builder::new().name(name).spawn(body));
+        let thread = spawned.inspect_err(|_| self.leave()).host("cannot start a thread")?;
+        self.threads().ids.push(thread.thread().id());
+        Ok(thread)
+    }
+
+    fn run_vcpu(&self, mut vcpu: VcpuFd) {
+        if let Some(cause) = vcpu::run(&mut vcpu, &self.vm, &self.devices, &self.gate) {
+            self.end(cause);
+        }
+    }
+
+    fn run_disk(&self, n: usize) {
+        if let Err(error) = self.devices.disks[n].serve(&self.gate) {
+            self.end(ExitCause::HostFailure(format!("disk {n} cannot be served: {error}")));
+        }
+    }
+
+    /// Ends the machine; the first cause stays.
+    fn end(&self, cause: ExitCause) {
+        self.gate.end(cause);
+        self.wake();
+    }
+
+    /// Has every worker look at the gate.
+    fn wake(&self) {
+        self.threads().vcpus.iter().for_each(kick::send);
+        self.devices.disks.iter().for_each(VirtioDisk::wake);
+    }
+
+    /// A worker has left; the last one publishes the machine's end.
+    fn leave(&self) {
+        if let Some(cause) = self.gate.leave() {
+            tracing::debug!(machine = %self.name, %cause, "the machine has ended");
+            self.devices.serial.disconnect();
+            self.state.set(MachineState::Exited(cause));
+            self.gate.over();
+        }
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Leaves when dropped, also by a panic, which ends the machine.
+struct Leaving<'a>(&'a Shared);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.end(ExitCause::HostFailure("a thread of the machine panicked".to_owned()));
+        }
+        self.0.leave();
+    }
+}
+
+/// Interrupt controllers, timer, and the pages that KVM needs on Intel processors.
+fn set_up_platform(vm: &VmFd) -> Result<()> {
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .host("KVM did not take its identity map's place")?;
+    vm.set_tss_address(layout::KVM_TSS).host("KVM did not take its task state segment's place")?;
+    vm.create_irq_chip().host("KVM did not make interrupt controllers")?;
+    // With port 0x61, by which Linux measures time.
+    let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(timer).host("KVM did not make a timer")
+}
+
+fn serial_port(vm: &VmFd, spec: &MachineSpec) -> Result<SerialPort> {
+    let interrupt = EventFd::new(EFD_NONBLOCK).host("cannot make an eventfd")?;
+    vm.register_irqfd(&interrupt, layout::SERIAL_IRQ).host("KVM did not take the serial port's interrupt")?;
+    Ok(SerialPort::new(spec.console.clone(), interrupt))
+}
+
+impl Machine for KvmMachine {
+    fn state(&self) -> Watch<MachineState> {
+        self.shared.state.watch()
+    }
+
+    fn start(&self) -> Result<()> {
+        let _action = self.begin("start", &MachineState::Created)?;
+        self.publish("start", MachineState::Running)?;
+        self.shared.gate.open();
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<()> {
+        let _action = self.begin("pause", &MachineState::Running)?;
+        self.shared.gate.close();
+        self.shared.wake();
+        self.shared.gate.wait_until_still();
+        self.publish("pause", MachineState::Paused)
+    }
+
+    fn resume(&self) -> Result<()> {
+        let _action = self.begin("resume", &MachineState::Paused)?;
+        self.publish("resume", MachineState::Running)?;
+        self.shared.gate.open();
+        Ok(())
+    }
+
+    fn power_button(&self) -> Result<()> {
+        let _action = self.begin("press the power button of", &MachineState::Running)?;
+        self.shared.devices.press_power_button(&self.shared.vm);
+        Ok(())
+    }
+
+    fn kill(&self) {
+        self.shared.end(ExitCause::Killed);
+        // A watcher's hook runs in the last thread to leave, which cannot wait for itself.
+        if self.shared.threads().ids.contains(&thread::current().id()) {
+            return;
+        }
+        self.shared.gate.wait_until_over();
+        let threads = std::mem::take(&mut *self.shared.threads());
+        for thread in threads.vcpus.into_iter().chain(threads.disks) {
+            // A thread that panicked has ended the machine as well: see `Leaving`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for KvmMachine {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

@@ -1,0 +1,64 @@
+//! KVM passes the suite of the contract, with a stock Linux as the guest, wherever it runs a guest's
+//! kernel on the processor: on a host with hardware virtualisation, and in the lab (`cargo xtask lab`).
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ami_core::Architecture;
+use hypervisor_kvm::Kvm;
+use instance_core::machine::{Boot, BootFile, Hypervisor};
+use instance_core::testing::conformance::TestBed;
+
+#[test]
+fn kvm_conforms_with_linux() {
+    let kvm = match Kvm::open() {
+        Ok(kvm) => kvm,
+        Err(error) => return skip(&error.to_string()),
+    };
+    let execution = kvm.capabilities().execution;
+    println!("{execution:?}");
+    if !execution.is_hardware() {
+        return skip("this host's KVM emulates guest kernels; `cargo xtask test` runs this in the lab");
+    }
+    for entry in ["PVH", "64-bit"] {
+        println!("by the {entry} entry:");
+        TestBed {
+            hypervisor: &kvm,
+            boot: linux(entry == "PVH"),
+            architecture: Architecture::X86_64,
+            foreign_architecture: Architecture::Arm64,
+            patience: Duration::from_secs(60),
+            kill_within: Duration::from_secs(1),
+            vcpus: 2,
+            memory_mib: 256,
+        }
+        .run();
+    }
+}
+
+/// Says why the test does nothing. In the lab there is no reason to.
+fn skip(reason: &str) {
+    assert!(std::env::var_os("AMI_LAB").is_none(), "nothing may be skipped in the lab, but: {reason}");
+    eprintln!("SKIPPED: {reason}");
+}
+
+/// The conformance guest that `cargo xtask guest` makes, with or without the note that names its PVH entry.
+fn linux(pvh: bool) -> Boot {
+    let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
+    let dir = std::env::var_os("AMI_GUEST_DIR").map_or_else(|| PathBuf::from(workspace), PathBuf::from);
+    let packed = std::fs::read(dir.join("amd64/vmlinuz")).expect("`cargo xtask guest` makes the guest");
+    let mut image = boot_image::unpack_kernel(&packed).unwrap().image.into_owned();
+    if !pvh {
+        // Type 18 (XEN_ELFNOTE_PHYS32_ENTRY) and the note's name.
+        let note = [&18u32.to_le_bytes()[..], b"Xen\0"].concat();
+        let at = image.windows(note.len()).position(|bytes| bytes == note).unwrap();
+        image[at] = 99;
+    }
+    let mut kernel = tempfile::tempfile().unwrap();
+    kernel.write_all(&image).unwrap();
+    let initrd = BootFile::new(File::open(dir.join("amd64/conformance.img")).unwrap()).unwrap();
+    Boot::new(BootFile::new(kernel).unwrap(), Some(initrd), "console=ttyS0 quiet panic=-1")
+}
