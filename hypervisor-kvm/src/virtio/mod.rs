@@ -6,6 +6,8 @@
 mod block;
 mod chain;
 mod mmio;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
