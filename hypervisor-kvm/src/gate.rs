@@ -134,3 +134,91 @@ impl Gate {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+    use std::thread::{self, JoinHandle};
+
+    /// Workers that count while the gate is open, and who was the last to leave.
+    struct Crew {
+        gate: Arc<Gate>,
+        counted: Arc<AtomicUsize>,
+        workers: Vec<JoinHandle<Option<ExitCause>>>,
+    }
+
+    fn crew() -> Crew {
+        let (gate, counted) = (Arc::new(Gate::new()), Arc::new(AtomicUsize::new(0)));
+        let workers = (0..3)
+            .map(|_| {
+                gate.join();
+                let (gate, counted) = (gate.clone(), counted.clone());
+                thread::spawn(move || {
+                    while gate.pass() {
+                        counted.fetch_add(1, Ordering::SeqCst);
+                    }
+                    let last = gate.leave();
+                    if last.is_some() {
+                        gate.over();
+                    }
+                    last
+                })
+            })
+            .collect();
+        Crew { gate, counted, workers }
+    }
+
+    impl Crew {
+        fn count(&self) -> usize {
+            self.counted.load(Ordering::SeqCst)
+        }
+
+        fn wait_until_it_counts(&self) {
+            let before = self.count();
+            while self.count() == before {
+                thread::yield_now();
+            }
+        }
+
+        /// Why it ended, as told to the last worker alone.
+        fn end(self) -> Vec<ExitCause> {
+            self.workers.into_iter().filter_map(|w| w.join().unwrap()).collect()
+        }
+    }
+
+    #[test]
+    fn nobody_works_while_it_is_closed() {
+        let crew = crew();
+        crew.gate.wait_until_still();
+        assert_eq!(crew.count(), 0);
+        for _ in 0..100 {
+            crew.gate.open();
+            crew.wait_until_it_counts();
+            crew.gate.close();
+            crew.gate.wait_until_still();
+            let still = crew.count();
+            thread::yield_now();
+            assert_eq!(crew.count(), still);
+        }
+        crew.gate.end(ExitCause::Killed);
+        crew.gate.wait_until_over();
+        assert_eq!(crew.end(), [ExitCause::Killed]);
+    }
+
+    #[test]
+    fn the_first_cause_stays_and_nothing_follows_the_end() {
+        let crew = crew();
+        crew.gate.open();
+        crew.wait_until_it_counts();
+        crew.gate.end(ExitCause::PowerOff);
+        crew.gate.end(ExitCause::Killed);
+        crew.gate.open();
+        crew.gate.close();
+        // Not for ever, though nobody stands at the gate.
+        crew.gate.wait_until_still();
+        crew.gate.wait_until_over();
+        assert_eq!(crew.end(), [ExitCause::PowerOff]);
+    }
+}

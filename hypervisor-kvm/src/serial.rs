@@ -102,3 +102,77 @@ impl Write for Output {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    use instance_core::console::Console;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    const DATA: u8 = 0;
+    const INTERRUPT_ENABLE: u8 = 1;
+    const INTERRUPT_ID: u8 = 2;
+    const LINE_STATUS: u8 = 5;
+    const DATA_READY: u8 = 1;
+    const RECEIVED: u8 = 0b100;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    fn port() -> (Console, SerialPort, EventFd) {
+        let console = Console::new();
+        let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+        let seen = interrupt.try_clone().unwrap();
+        (console.clone(), SerialPort::new(console.port(), interrupt), seen)
+    }
+
+    #[test]
+    fn what_the_guest_writes_is_on_the_console() {
+        let (console, port, _) = port();
+        b"hello".iter().for_each(|byte| port.write(DATA, *byte));
+        assert_eq!(console.output(), b"hello");
+    }
+
+    #[test]
+    fn typing_interrupts_and_is_read_in_order_however_long() {
+        let (console, port, interrupt) = port();
+        port.write(INTERRUPT_ENABLE, 1);
+        port.connect();
+        let typed: Vec<u8> = (0..200).collect();
+        console.write_all(&typed, soon()).unwrap();
+        interrupt.read().expect("an interrupt was raised");
+        assert_eq!(port.read(INTERRUPT_ID) & 0xf, RECEIVED);
+        let mut read = Vec::new();
+        while port.read(LINE_STATUS) & DATA_READY != 0 {
+            read.push(port.read(DATA));
+        }
+        assert_eq!(read, typed);
+    }
+
+    #[test]
+    fn in_loopback_the_guest_hears_itself_alone() {
+        let (console, port, _) = port();
+        console.write_all(b"typed", soon()).unwrap();
+        port.write(MODEM_CONTROL, LOOPBACK);
+        port.write(DATA, b'x');
+        assert_eq!(port.read(DATA), b'x');
+        assert_eq!(port.read(LINE_STATUS) & DATA_READY, 0);
+        assert!(console.output().is_empty());
+        port.write(MODEM_CONTROL, 0);
+        assert_eq!(port.read(DATA), b't');
+    }
+
+    #[test]
+    fn a_port_that_is_disconnected_is_not_told_of_typing() {
+        let (console, port, interrupt) = port();
+        port.connect();
+        port.disconnect();
+        console.write_all(b"x", soon()).unwrap();
+        assert!(interrupt.read().is_err());
+        drop(port);
+        console.write_all(b"y", soon()).unwrap();
+    }
+}

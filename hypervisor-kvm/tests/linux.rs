@@ -5,12 +5,16 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
 use hypervisor_kvm::Kvm;
-use instance_core::machine::{Boot, BootFile, Hypervisor};
+use instance_core::console::Console;
+use instance_core::machine::{Boot, BootFile, ExitCause, Hypervisor, MachineSpec, MachineState};
 use instance_core::testing::conformance::TestBed;
+
+/// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
 fn kvm_conforms_with_linux() {
@@ -23,20 +27,30 @@ fn kvm_conforms_with_linux() {
     if !execution.is_hardware() {
         return skip("this host's KVM emulates guest kernels; `cargo xtask test` runs this in the lab");
     }
-    for entry in ["PVH", "64-bit"] {
-        println!("by the {entry} entry:");
-        TestBed {
-            hypervisor: &kvm,
-            boot: linux(entry == "PVH"),
-            architecture: Architecture::X86_64,
-            foreign_architecture: Architecture::Arm64,
-            patience: Duration::from_secs(60),
-            kill_within: Duration::from_secs(1),
-            vcpus: 2,
-            memory_mib: 256,
-        }
-        .run();
+    boots_by_the_64_bit_entry(&kvm);
+    TestBed {
+        hypervisor: &kvm,
+        boot: linux(true),
+        architecture: Architecture::X86_64,
+        foreign_architecture: Architecture::Arm64,
+        patience: PATIENCE,
+        kill_within: Duration::from_secs(1),
+        vcpus: 2,
+        memory_mib: 256,
     }
+    .run();
+}
+
+fn boots_by_the_64_bit_entry(kvm: &Kvm) {
+    let console = Console::new();
+    let spec = MachineSpec::new("64-bit", Architecture::X86_64, linux(false), console.port());
+    let machine = kvm.create(spec).unwrap();
+    machine.start().unwrap();
+    let soon = Instant::now() + PATIENCE;
+    console.reader().wait_for("GUEST READY", soon).unwrap();
+    console.write_all(b"poweroff\n", soon).unwrap();
+    let end = machine.state().wait(soon, |state| state.exit_cause().is_some()).unwrap();
+    assert_eq!(end, MachineState::Exited(ExitCause::PowerOff));
 }
 
 /// Says why the test does nothing. In the lab there is no reason to.
