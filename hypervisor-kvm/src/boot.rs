@@ -1,11 +1,6 @@
 //! What a kernel is told when it starts: its command line, its memory, its initrd.
 
 use instance_core::machine::Boot;
-use linux_loader::configurator::linux::LinuxBootConfigurator;
-use linux_loader::configurator::pvh::PvhBootConfigurator;
-use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::bootparam::boot_params;
-use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::{HostContext, Result, boot};
@@ -13,17 +8,36 @@ use crate::kernel::{self, Entry, Kernel};
 use crate::layout;
 use crate::memory::{self, Memory};
 
-/// `hvm_start_info.magic`.
+/// `hvm_start_info.magic` and `.version` (Xen, `public/arch-x86/hvm/start_info.h`).
 const PVH_MAGIC: u32 = 0x336e_c578;
+const PVH_VERSION: u32 = 1;
 /// Memory types, of PVH's memory map and Linux's alike.
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
-/// Linux's boot protocol (`Documentation/arch/x86/boot.rst`): the setup header's magic numbers, a boot
-/// loader without a registered number, and the alignment that a kernel may assume where it does not say.
-const BOOT_FLAG: u16 = 0xaa55;
-const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-const UNDEFINED_LOADER: u8 = 0xff;
-const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
+
+/// Fields of Linux's zero page and the setup header in it, by their offsets (`Documentation/arch/x86/`
+/// `zero-page.rst` and `boot.rst`).
+mod zero_page {
+    pub(super) const LEN: usize = 4096;
+    pub(super) const ACPI_RSDP: usize = 0x070;
+    pub(super) const E820_ENTRIES: usize = 0x1e8;
+    pub(super) const BOOT_FLAG: usize = 0x1fe;
+    pub(super) const HEADER: usize = 0x202;
+    pub(super) const TYPE_OF_LOADER: usize = 0x210;
+    pub(super) const RAMDISK_IMAGE: usize = 0x218;
+    pub(super) const RAMDISK_SIZE: usize = 0x21c;
+    pub(super) const COMMAND_LINE: usize = 0x228;
+    pub(super) const KERNEL_ALIGNMENT: usize = 0x230;
+    pub(super) const E820_TABLE: usize = 0x2d0;
+    pub(super) const E820_ENTRY_LEN: usize = 20;
+
+    pub(super) const IS_BOOT_FLAG: u16 = 0xaa55;
+    pub(super) const IS_HEADER: [u8; 4] = *b"HdrS";
+    /// A loader without a number of its own.
+    pub(super) const UNDEFINED_LOADER: u8 = 0xff;
+    /// What a kernel may assume where it does not say.
+    pub(super) const DEFAULT_ALIGNMENT: u32 = 0x0100_0000;
+}
 
 /// What is known of a boot before there is a machine.
 #[derive(Debug)]
@@ -70,56 +84,54 @@ impl<'a> Plan<'a> {
     }
 
     fn write_start_info(&self, memory: &Memory) -> Result<()> {
-        let map: Vec<_> = memory_map(memory)
-            .map(|(addr, size, type_)| hvm_memmap_table_entry { addr, size, type_, reserved: 0 })
+        let mut map = Vec::new();
+        let mut entries = 0u32;
+        for (start, len, kind) in memory_map(memory) {
+            map.extend([start.to_le_bytes(), len.to_le_bytes(), u64::from(kind).to_le_bytes()].concat());
+            entries += 1;
+        }
+        let module: Vec<u8> = (self.initrd.iter())
+            .flat_map(|(start, len)| [*start, *len, 0, 0]) // no command line; reserved
+            .flat_map(u64::to_le_bytes)
             .collect();
-        let mut info = hvm_start_info {
-            magic: PVH_MAGIC,
-            version: 1,
-            cmdline_paddr: layout::COMMAND_LINE,
-            rsdp_paddr: layout::ACPI,
-            memmap_paddr: layout::PVH_MEMORY_MAP,
-            memmap_entries: map.len() as u32,
-            ..Default::default()
-        };
-        let modules: Vec<_> = self.initrd.into_iter().map(module).collect();
-        if !modules.is_empty() {
-            info.nr_modules = modules.len() as u32;
-            info.modlist_paddr = layout::PVH_MODULES;
-        }
-        let mut params = BootParams::new(&info, GuestAddress(layout::PVH_START_INFO));
-        params.set_sections(&map, GuestAddress(layout::PVH_MEMORY_MAP));
-        if !modules.is_empty() {
-            params.set_modules(&modules, GuestAddress(layout::PVH_MODULES));
-        }
-        PvhBootConfigurator::write_bootparams(&params, memory).host("no memory for the PVH start info")
+        let modules = self.initrd.iter().count() as u32;
+        let words = [PVH_MAGIC, PVH_VERSION, 0, modules].map(u32::to_le_bytes).concat();
+        let addresses = [layout::PVH_MODULES, layout::COMMAND_LINE, layout::ACPI, layout::PVH_MEMORY_MAP]
+            .map(u64::to_le_bytes)
+            .concat();
+        let info = [words, addresses, [entries, 0].map(u32::to_le_bytes).concat()].concat();
+        put(memory, layout::PVH_START_INFO, &info)?;
+        put(memory, layout::PVH_MODULES, &module)?;
+        put(memory, layout::PVH_MEMORY_MAP, &map)
     }
 
     fn write_zero_page(&self, memory: &Memory) -> Result<()> {
-        let mut page = boot_params { acpi_rsdp_addr: layout::ACPI, ..Default::default() };
-        page.hdr.boot_flag = BOOT_FLAG;
-        page.hdr.header = HEADER_MAGIC;
-        page.hdr.type_of_loader = UNDEFINED_LOADER;
-        page.hdr.kernel_alignment = KERNEL_ALIGNMENT;
-        page.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
-        page.hdr.cmdline_size = self.boot.command_line.len() as u32;
-        if let Some((address, len)) = self.initrd {
+        let mut page = vec![0; zero_page::LEN];
+        let mut set = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
+        set(zero_page::ACPI_RSDP, &layout::ACPI.to_le_bytes());
+        set(zero_page::BOOT_FLAG, &zero_page::IS_BOOT_FLAG.to_le_bytes());
+        set(zero_page::HEADER, &zero_page::IS_HEADER);
+        set(zero_page::TYPE_OF_LOADER, &[zero_page::UNDEFINED_LOADER]);
+        set(zero_page::KERNEL_ALIGNMENT, &zero_page::DEFAULT_ALIGNMENT.to_le_bytes());
+        set(zero_page::COMMAND_LINE, &(layout::COMMAND_LINE as u32).to_le_bytes());
+        if let Some((start, len)) = self.initrd {
             // Both are below 2 GiB: see `layout::INITRD_END`.
-            (page.hdr.ramdisk_image, page.hdr.ramdisk_size) = (address as u32, len as u32);
+            set(zero_page::RAMDISK_IMAGE, &(start as u32).to_le_bytes());
+            set(zero_page::RAMDISK_SIZE, &(len as u32).to_le_bytes());
         }
-        let mut entries = 0;
-        for (slot, (addr, size, type_)) in page.e820_table.iter_mut().zip(memory_map(memory)) {
-            (slot.addr, slot.size, slot.r#type) = (addr, size, type_);
+        let mut entries = 0u8;
+        for (start, len, kind) in memory_map(memory) {
+            let at = zero_page::E820_TABLE + usize::from(entries) * zero_page::E820_ENTRY_LEN;
+            set(at, &[&start.to_le_bytes()[..], &len.to_le_bytes(), &kind.to_le_bytes()].concat());
             entries += 1;
         }
-        page.e820_entries = entries;
-        let params = BootParams::new(&page, GuestAddress(layout::ZERO_PAGE));
-        LinuxBootConfigurator::write_bootparams(&params, memory).host("no memory for the zero page")
+        set(zero_page::E820_ENTRIES, &[entries]);
+        put(memory, layout::ZERO_PAGE, &page)
     }
 }
 
-fn module((paddr, size): (u64, u64)) -> hvm_modlist_entry {
-    hvm_modlist_entry { paddr, size, ..Default::default() }
+fn put(memory: &Memory, address: u64, bytes: &[u8]) -> Result<()> {
+    memory.write_slice(bytes, GuestAddress(address)).host("the boot information does not fit into the memory")
 }
 
 /// Start, length and type of each piece of memory that the kernel is told of.
@@ -127,4 +139,27 @@ fn memory_map(memory: &Memory) -> impl Iterator<Item = (u64, u64, u32)> {
     let bios = (layout::LOW_MEMORY_END, layout::HIGH_MEMORY - layout::LOW_MEMORY_END, RESERVED);
     let ram = memory::usable(memory).into_iter().map(|(start, len)| (start, len, RAM));
     ram.chain([bios])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::num::NonZeroU32;
+
+    #[test]
+    fn the_memory_map_is_what_is_there() {
+        for mib in [2, 3072, 4096] {
+            let memory = memory::allocate(NonZeroU32::new(mib).unwrap()).unwrap();
+            let mut map: Vec<_> = memory_map(&memory).collect();
+            map.sort_unstable();
+            // Without gaps up to the hole, without overlaps, and all the RAM but the reserved part.
+            let ram: u64 = map.iter().filter(|(_, _, kind)| *kind == RAM).map(|(_, len, _)| len).sum();
+            assert_eq!(ram, (u64::from(mib) << 20) - (layout::HIGH_MEMORY - layout::LOW_MEMORY_END));
+            let mut end = 0;
+            for (start, len, _) in map {
+                assert!(start == end || start == layout::HOLE_END && end == layout::HOLE, "{start:#x}");
+                end = start + len;
+            }
+        }
+    }
 }
