@@ -179,7 +179,7 @@ fn command(lab: &Lab, artifacts: &Artifacts, disk: &Path, sockets: &Path) -> Com
     // QEMU dies with this process, whatever ends it.
     let mut qemu = process::command("setpriv");
     qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-cpu", "max,svm=off"]);
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-cpu", "max"]);
     qemu.args(["-machine", "q35,usb=off,vmport=off", "-serial", "stdio"]);
     if lab.icount {
         qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
