@@ -1,0 +1,22 @@
+//! What the tests share: KVM, or a reason to do without, and the bare-metal guest.
+
+pub(crate) mod guest;
+
+use hypervisor_kvm::Kvm;
+
+/// This host's KVM, or `None` with a loud reason. Under CI and in the lab it must be there.
+pub(crate) fn kvm() -> Option<Kvm> {
+    match Kvm::open() {
+        Ok(kvm) => Some(kvm),
+        Err(error) => {
+            let must = ["CI", "AMI_LAB"].into_iter().find(|name| std::env::var_os(name).is_some());
+            assert!(
+                must.is_none(),
+                "nothing may be skipped under {}, but: {error}",
+                must.unwrap_or_default()
+            );
+            eprintln!("SKIPPED: {error}");
+            None
+        }
+    }
+}

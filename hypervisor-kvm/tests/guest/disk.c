@@ -1,0 +1,125 @@
+/* A driver of virtio block devices on virtio-mmio: one request at a time, waited for by asking. */
+#include "guest.h"
+
+enum { FIRST = 0xd0000000, DISTANCE = 0x1000, MOST = 16, QUEUE = 4 };
+enum {
+    MAGIC = 0x00, VERSION = 0x04, DEVICE = 0x08, DRIVER_FEATURES = 0x20, DRIVER_SELECT = 0x24,
+    DEVICE_FEATURES = 0x10, DEVICE_SELECT = 0x14, QUEUE_SELECT = 0x30, QUEUE_SIZE = 0x38,
+    QUEUE_READY = 0x44, NOTIFY = 0x50, STATUS = 0x70, DESCRIPTORS = 0x80, AVAILABLE = 0x90, USED = 0xa0,
+    CAPACITY = 0x100,
+};
+enum { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 64 };
+enum { FEATURE_FLUSH = 1 << 9, FEATURE_VERSION_1 = 1 << 0 /* of the high half */ };
+enum { NEXT = 1, DEVICE_WRITES = 2, NO_INTERRUPT = 1 };
+
+struct descriptor {
+    u64 address;
+    u32 length;
+    u16 flags, next;
+};
+
+struct queue {
+    struct descriptor descriptors[QUEUE];
+    struct { u16 flags, index, ring[QUEUE]; } available;
+    struct { u16 flags, index; struct { u32 id, length; } ring[QUEUE]; } used __attribute__((aligned(4)));
+    u32 ready;
+} __attribute__((aligned(16)));
+
+static struct queue queues[MOST];
+
+static u32 base(u32 disk) { return FIRST + disk * DISTANCE; }
+
+static int is_disk(u32 at)
+{
+    return load(at + MAGIC) == 0x74726976 && load(at + VERSION) == 2 && load(at + DEVICE) == 2;
+}
+
+u32 count_disks(void)
+{
+    u32 disks = 0;
+    while (disks < MOST && is_disk(base(disks)))
+        disks++;
+    return disks;
+}
+
+static void set_address(u32 at, const void *address)
+{
+    store(at, (u32)address);
+    store(at + 4, 0);
+}
+
+static int set_up(u32 at, struct queue *queue)
+{
+    u32 status = ACKNOWLEDGE | DRIVER;
+    store(at + STATUS, 0);
+    store(at + STATUS, status);
+    store(at + DEVICE_SELECT, 0);
+    store(at + DRIVER_SELECT, 0);
+    store(at + DRIVER_FEATURES, load(at + DEVICE_FEATURES) & FEATURE_FLUSH);
+    store(at + DRIVER_SELECT, 1);
+    store(at + DRIVER_FEATURES, FEATURE_VERSION_1);
+    store(at + STATUS, status |= FEATURES_OK);
+    if (!(load(at + STATUS) & FEATURES_OK))
+        return 0;
+    store(at + QUEUE_SELECT, 0);
+    store(at + QUEUE_SIZE, QUEUE);
+    set_address(at + DESCRIPTORS, queue->descriptors);
+    set_address(at + AVAILABLE, &queue->available);
+    set_address(at + USED, &queue->used);
+    queue->available.flags = NO_INTERRUPT;
+    store(at + QUEUE_READY, 1);
+    store(at + STATUS, status | DRIVER_OK);
+    return 1;
+}
+
+static int ready(u32 disk)
+{
+    if (disk >= MOST || !is_disk(base(disk)))
+        return 0;
+    if (!queues[disk].ready)
+        queues[disk].ready = set_up(base(disk), &queues[disk]);
+    return queues[disk].ready;
+}
+
+u64 disk_size(u32 disk)
+{
+    if (!ready(disk))
+        return 0;
+    u64 high = load(base(disk) + CAPACITY + 4);
+    return (high << 32 | load(base(disk) + CAPACITY)) * SECTOR;
+}
+
+static void describe(struct queue *queue, u32 n, void *address, u32 length, u16 flags)
+{
+    struct descriptor *to = &queue->descriptors[n];
+    to->address = (u32)address;
+    to->length = length;
+    to->flags = flags;
+    to->next = n + 1;
+}
+
+int disk_request(u32 disk, enum request type, u32 sector, void *data, u32 length)
+{
+    if (!ready(disk))
+        return 0;
+    struct queue *queue = &queues[disk];
+    u32 header[4] = { type, 0, sector, 0 }, descriptors = 0;
+    volatile u8 status = 0xff;
+    describe(queue, descriptors++, header, sizeof header, NEXT);
+    if (length)
+        describe(queue, descriptors++, data, length, NEXT | (type == WRITE ? 0 : DEVICE_WRITES));
+    describe(queue, descriptors, (void *)&status, 1, DEVICE_WRITES);
+
+    volatile u16 *used = &queue->used.index;
+    u16 before = *used;
+    queue->available.ring[queue->available.index % QUEUE] = 0;
+    barrier();
+    queue->available.index++;
+    barrier();
+    store(base(disk) + NOTIFY, 0);
+    while (*used == before)
+        if (load(base(disk) + STATUS) & NEEDS_RESET)
+            return 0;
+    barrier();
+    return status == 0;
+}

@@ -1,0 +1,53 @@
+/* What the parts of the guest share. */
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+static inline void outb(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
+static inline void outw(u16 port, u16 value) { __asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port)); }
+
+static inline u8 inb(u16 port)
+{
+    u8 value;
+    __asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+
+static inline u16 inw(u16 port)
+{
+    u16 value;
+    __asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+
+/* A register of a device, or memory that a device or another processor changes. */
+static inline u32 load(u32 address) { return *(volatile u32 *)address; }
+static inline void store(u32 address, u32 value) { *(volatile u32 *)address = value; }
+static inline void barrier(void) { __asm__ volatile("" : : : "memory"); }
+
+/* What a PVH kernel is told (Xen, public/arch-x86/hvm/start_info.h). */
+struct start_info {
+    u32 magic, version, flags, modules;
+    u64 module_list, command_line, rsdp, memory_map;
+    u32 memory_map_entries, reserved;
+};
+
+/* entry.S */
+void wait_for_interrupt(void);
+void interrupt(void);
+void count(u32 turns);
+void enter_user(u32 turns);
+extern u8 trampoline[], trampoline_end[], trampoline_counter[];
+
+/* cpus.c */
+u32 count_cpus(const struct start_info *info);
+
+/* disk.c */
+enum { SECTOR = 512, SERIAL_MAX = 20 };
+enum request { READ = 0, WRITE = 1, FLUSH = 4, GET_ID = 8 };
+u32 count_disks(void);
+u64 disk_size(u32 disk);
+/* False if the disk refuses. */
+int disk_request(u32 disk, enum request type, u32 sector, void *data, u32 length);

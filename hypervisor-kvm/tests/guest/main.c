@@ -1,0 +1,262 @@
+/* A guest that obeys one-line commands on the serial port: the protocol of the conformance suite in
+   instance-core, and `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0. */
+#include "guest.h"
+
+enum { SERIAL = 0x3f8, DATA = 0, INTERRUPTS = 1, FIFO = 2, LINE = 3, MODEM = 4, LINE_STATUS = 5 };
+enum { RECEIVED = 0x01, CAN_SEND = 0x20 };
+enum { PM1_STATUS = 0x600, PM1_ENABLE = 0x602, PM1_CONTROL = 0x604, POWER_BUTTON = 1 << 8 };
+enum { PIC = 0x20, PIC2 = 0xa0, VECTORS = 0x20, IRQS = 16 };
+
+static const struct start_info *info;
+static u8 sector[SECTOR] __attribute__((aligned(16)));
+
+/* The 16550. */
+
+static void put(char c)
+{
+    while (!(inb(SERIAL + LINE_STATUS) & CAN_SEND))
+        ;
+    outb(SERIAL + DATA, c);
+}
+
+static void say(const char *text)
+{
+    while (*text)
+        put(*text++);
+}
+
+/* In pieces of 16 bits, so that no division is of 64. */
+static void say_number(u64 number)
+{
+    char digits[21];
+    char *at = digits + sizeof digits;
+    *--at = 0;
+    do {
+        u32 rest = 0;
+        u64 quotient = 0;
+        for (int shift = 48; shift >= 0; shift -= 16) {
+            u32 piece = rest << 16 | (u32)(number >> shift & 0xffff);
+            quotient |= (u64)(piece / 10) << shift;
+            rest = piece % 10;
+        }
+        *--at = '0' + rest;
+        number = quotient;
+    } while (number);
+    say(at);
+}
+
+static void answer_number(const char *what, u64 number)
+{
+    say(what);
+    say_number(number);
+    say("\n");
+}
+
+/* Power. */
+
+static void stop(void)
+{
+    for (;;)
+        __asm__ volatile("cli; hlt");
+}
+
+static void power_off(void)
+{
+    outw(PM1_CONTROL, 5 << 10 | 1 << 13);
+    stop();
+}
+
+static void reset(void)
+{
+    outb(0xcf9, 6);
+    stop();
+}
+
+/* An exception without a handler, without a handler for that: a triple fault. */
+static void crash(void)
+{
+    struct { u16 limit; u32 base; } __attribute__((packed)) none = { 0, 0 };
+    __asm__ volatile("lidt %0; ud2" : : "m"(none));
+}
+
+/* Interrupts: of the serial port (4), of ACPI (9), which comes by the second controller (2). */
+
+static struct { u16 low, selector, type, high; } idt[VECTORS + IRQS];
+
+static void enable_interrupts(void)
+{
+    for (u32 n = VECTORS; n < VECTORS + IRQS; n++) {
+        idt[n].low = (u32)interrupt;
+        idt[n].selector = 8;
+        idt[n].type = 0x8e00;
+        idt[n].high = (u32)interrupt >> 16;
+    }
+    struct { u16 limit; u32 base; } __attribute__((packed)) pointer = { sizeof idt - 1, (u32)idt };
+    __asm__ volatile("lidt %0" : : "m"(pointer));
+
+    outb(PIC, 0x11);
+    outb(PIC + 1, VECTORS);
+    outb(PIC + 1, 1 << 2);
+    outb(PIC + 1, 1);
+    outb(PIC2, 0x11);
+    outb(PIC2 + 1, VECTORS + 8);
+    outb(PIC2 + 1, 2);
+    outb(PIC2 + 1, 1);
+    outb(PIC + 1, (u8)~(1 << 4 | 1 << 2));
+    outb(PIC2 + 1, (u8)~(1 << 1));
+
+    outb(SERIAL + LINE, 3);
+    outb(SERIAL + FIFO, 1);
+    outb(SERIAL + MODEM, 0x0b);
+    outb(SERIAL + INTERRUPTS, RECEIVED);
+    outw(PM1_ENABLE, POWER_BUTTON);
+}
+
+/* The next byte typed. The power button is heeded meanwhile. */
+static char get(void)
+{
+    for (;;) {
+        if (inw(PM1_STATUS) & POWER_BUTTON)
+            power_off();
+        if (inb(SERIAL + LINE_STATUS) & RECEIVED)
+            return inb(SERIAL + DATA);
+        wait_for_interrupt();
+    }
+}
+
+static void get_line(char *line, u32 room)
+{
+    u32 length = 0;
+    for (char c; (c = get()) != '\n';)
+        if (c != '\r' && length < room - 1)
+            line[length++] = c;
+    line[length] = 0;
+}
+
+/* Commands. */
+
+/* Takes the next word off the line; it is empty at the end. */
+static char *word(char **line)
+{
+    char *start = *line;
+    while (*start == ' ')
+        start++;
+    char *end = start;
+    while (*end && *end != ' ')
+        end++;
+    *line = *end ? end + 1 : end;
+    *end = 0;
+    return start;
+}
+
+static u32 number(char **line)
+{
+    u32 value = 0;
+    for (const char *digit = word(line); *digit >= '0' && *digit <= '9'; digit++)
+        value = value * 10 + (*digit - '0');
+    return value;
+}
+
+static int is(const char *a, const char *b)
+{
+    while (*a && *a == *b)
+        a++, b++;
+    return *a == *b;
+}
+
+static u32 memory_mib(void)
+{
+    struct { u64 address, size; u32 type, reserved; } const *entry = (void *)(u32)info->memory_map;
+    u64 bytes = 0;
+    for (u32 n = 0; n < info->memory_map_entries; n++)
+        if (entry[n].type == 1)
+            bytes += entry[n].size;
+    return bytes >> 20;
+}
+
+static void do_size(u32 disk)
+{
+    u64 size = disk_size(disk);
+    if (size)
+        answer_number("size ", size);
+    else
+        say("error\n");
+}
+
+/* What a request for data brought, as text. */
+static void do_read(const char *what, u32 disk, enum request type, u32 at, u32 length)
+{
+    if (!disk_request(disk, type, at, sector, length)) {
+        say("error\n");
+        return;
+    }
+    say(what);
+    for (u32 n = 0; n < length && sector[n]; n++)
+        put(sector[n]);
+    say("\n");
+}
+
+static void do_write(u32 disk, u32 at, const char *text)
+{
+    for (u32 n = 0; n < SECTOR; n++)
+        sector[n] = *text ? *text++ : 0;
+    say(disk_request(disk, WRITE, at, sector, SECTOR) ? "wrote\n" : "error\n");
+}
+
+static void obey(char *line)
+{
+    const char *command = word(&line);
+    if (is(command, "ping")) {
+        say("pong ");
+        say(word(&line));
+        say("\n");
+    } else if (is(command, "cpus")) {
+        answer_number("cpus ", count_cpus(info));
+    } else if (is(command, "memory")) {
+        answer_number("memory ", memory_mib());
+    } else if (is(command, "disks")) {
+        answer_number("disks ", count_disks());
+    } else if (is(command, "size")) {
+        do_size(number(&line));
+    } else if (is(command, "serial")) {
+        do_read("serial ", number(&line), GET_ID, 0, SERIAL_MAX);
+    } else if (is(command, "read")) {
+        u32 disk = number(&line);
+        do_read("data ", disk, READ, number(&line), SECTOR);
+    } else if (is(command, "write")) {
+        u32 disk = number(&line), at = number(&line);
+        do_write(disk, at, word(&line));
+    } else if (is(command, "flush")) {
+        say(disk_request(number(&line), FLUSH, 0, 0, 0) ? "flushed\n" : "error\n");
+    } else if (is(command, "poweroff")) {
+        power_off();
+    } else if (is(command, "reboot")) {
+        reset();
+    } else if (is(command, "crash")) {
+        crash();
+    } else if (is(command, "spin")) {
+        say("spinning\n");
+        for (;;)
+            __asm__ volatile("");
+    } else if (is(command, "kernel")) {
+        count(number(&line));
+        say("kernel done\n");
+    } else if (is(command, "user")) {
+        enter_user(number(&line));
+        say("user done\n");
+    } else {
+        say("unknown\n");
+    }
+}
+
+void guest_main(const struct start_info *start_info)
+{
+    static char line[1024];
+    info = start_info;
+    enable_interrupts();
+    say("GUEST READY\n");
+    for (;;) {
+        get_line(line, sizeof line);
+        obey(line);
+    }
+}
