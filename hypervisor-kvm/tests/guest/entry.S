@@ -3,8 +3,6 @@
 
 .set CODE, 0x08
 .set DATA, 0x10
-.set USER_CODE, 0x18
-.set USER_DATA, 0x20
 
 /* XEN_ELFNOTE_PHYS32_ENTRY: name and contents of four bytes each. */
 .section .note.pvh, "a", @note
@@ -61,37 +59,6 @@ count:
     jnz 1b
     ret
 
-/* void enter_user(unsigned turns): the same loop at privilege level 3. */
-.globl enter_user
-enter_user:
-    pusha
-    mov 36(%esp), %esi
-    mov %esp, kernel_stack
-    mov $0x174, %ecx                /* IA32_SYSENTER_CS, ESP, EIP */
-    mov $CODE, %eax
-    xor %edx, %edx
-    wrmsr
-    inc %ecx
-    mov %esp, %eax
-    wrmsr
-    inc %ecx
-    mov $back_in_kernel, %eax
-    wrmsr
-    mov $in_user, %edx
-    mov $user_stack_top, %ecx
-    sysexit
-in_user:
-    push %esi
-    call count
-    sysenter
-back_in_kernel:
-    mov $DATA, %ax                  /* sysexit left the user's */
-    mov %ax, %ds
-    mov %ax, %es
-    mov kernel_stack, %esp
-    popa
-    ret
-
 /* What an application processor runs first, in real mode, at a page below 1 MiB that the code is
    copied to: it counts itself and stops. */
 .globl trampoline, trampoline_end, trampoline_counter
@@ -109,12 +76,17 @@ trampoline_end:
 
 .data
 .balign 8
+.globl task_descriptor
 gdt:
     .quad 0
-    .quad 0x00cf9b000000ffff
-    .quad 0x00cf93000000ffff
-    .quad 0x00cffb000000ffff
-    .quad 0x00cff3000000ffff
+    .quad 0x00cf9b000000ffff        /* 0x08: code */
+    .quad 0x00cf93000000ffff        /* 0x10: data */
+    .quad 0x00af9b000000ffff        /* 0x18: 64-bit code; this and the rest for user.S */
+    .quad 0
+    .quad 0x00cff3000000ffff        /* 0x28: data of level 3 */
+    .quad 0x00affb000000ffff        /* 0x30: 64-bit code of level 3 */
+task_descriptor:
+    .quad 0x0000890000000067, 0     /* 0x38: task state; user.S adds its place */
 gdt_pointer:
     .word . - gdt - 1
     .long gdt
@@ -123,9 +95,5 @@ gdt_pointer:
 .balign 16
     .skip 0x4000
 stack_top:
-    .skip 0x400
-user_stack_top:
 waiting_stack:
-    .skip 4
-kernel_stack:
     .skip 4

@@ -34,7 +34,7 @@ struct start_info {
     u32 memory_map_entries, reserved;
 };
 
-/* entry.S */
+/* entry.S and user.S */
 void wait_for_interrupt(void);
 void interrupt(void);
 void count(u32 turns);
