@@ -1,8 +1,6 @@
 //! What must be installed on the host: looked for, and, where this runs as root on a Debian-like
 //! system, installed. Elsewhere the one line to run is the error.
 
-use std::env;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
@@ -20,9 +18,7 @@ pub(crate) const DPKG_DEB: Tool = Tool { program: "dpkg-deb", package: "dpkg" };
 pub(crate) const APT_GET: Tool = Tool { program: "apt-get", package: "apt" };
 pub(crate) const FAKEROOT: Tool = Tool { program: "fakeroot", package: "fakeroot" };
 pub(crate) const MKE2FS: Tool = Tool { program: "mke2fs", package: "e2fsprogs" };
-#[allow(dead_code, reason = "for the lab")]
 pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
-#[allow(dead_code, reason = "for the lab")]
 pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
 pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };
 pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
@@ -75,10 +71,5 @@ fn install(packages: &[&str]) -> anyhow::Result<()> {
 }
 
 fn is_there(tool: &Tool) -> bool {
-    env::split_paths(&process::search_path()).any(|dir| is_executable(&dir.join(tool.program)))
-}
-
-fn is_executable(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt as _;
-    path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    process::find(tool.program).is_some()
 }

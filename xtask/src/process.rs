@@ -2,6 +2,8 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
@@ -14,6 +16,15 @@ pub(crate) fn search_path() -> OsString {
     let own = env::var_os("PATH").unwrap_or_default();
     let dirs = env::split_paths(&own).chain(SYSTEM_DIRS.iter().map(Into::into));
     env::join_paths(dirs).unwrap_or(own)
+}
+
+/// The file of the program called `name` on that search path.
+pub(crate) fn find(name: impl AsRef<Path>) -> Option<PathBuf> {
+    env::split_paths(&search_path()).map(|dir| dir.join(name.as_ref())).find(|path| is_executable(path))
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
 /// A command with that search path, in the C locale, without standard input.

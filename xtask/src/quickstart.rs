@@ -2,23 +2,32 @@
 //!
 //! Everything after the root disk goes through the public API of the crates alone.
 
+mod display;
+mod left;
 mod report;
+mod states;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AnyAmi, Architecture, OperatingSystem, X86_64};
 use anyhow::{Context, Result, ensure};
+use hypervisor_kvm::Kvm;
 use hypervisor_qemu::Qemu;
 use instance_core::machine::Hypervisor;
 use instance_core::shell::Shell;
 use instance_core::{ImageSource, Instance, LaunchSpec, Region};
-use storage_block::RawFile;
+use storage_block::{Progress, RawFile};
 
 use crate::guest;
 use crate::prerequisites::{self, QEMU_X86_64};
-use report::{Held, Report};
+use left::Held;
+use report::{Report, in_words};
+use states::Watcher;
+
+/// How many steps it has, for the display.
+const STEPS: usize = 11;
 
 /// How long a guest may take to come up under emulation on a busy machine.
 const BOOT_PATIENCE: Duration = Duration::from_secs(180);
@@ -30,7 +39,11 @@ const DATA: &str = "/srv/employee-directory/employees.csv";
 const PAGE_CONTENT: &str = include_str!("../guest/employee-directory/index.html");
 const DATA_CONTENT: &str = include_str!("../guest/employee-directory/employees.csv");
 
-/// Arguments of `cargo xtask quickstart`.
+/// Do the whole of it: from packages to two equal live servers
+///
+/// Builds a root disk of Debian's packages, registers it as an image, launches it, installs an
+/// application, makes an image of the running instance, launches that one too and compares the two,
+/// and checks that nothing is left of it all but the images. The exit status is 0 if every check held.
 #[derive(clap::Args)]
 pub(crate) struct QuickstartArgs {
     /// What runs the machines
@@ -39,7 +52,7 @@ pub(crate) struct QuickstartArgs {
     /// Keep the region in this directory (a temporary one otherwise)
     #[arg(long)]
     region: Option<PathBuf>,
-    /// Print the results as JSON
+    /// Print the results as one JSON object, also when it fails
     #[arg(long)]
     json: bool,
 }
@@ -56,50 +69,70 @@ enum Choice {
 
 /// The command.
 pub(crate) fn run(args: &QuickstartArgs) -> Result<ExitCode> {
-    let mut report = Report::new(args.json);
+    let mut report = Report::new(STEPS);
+    let outcome = whole(args, &mut report);
+    report.print(&outcome, args.json)?;
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn whole(args: &QuickstartArgs, report: &mut Report) -> Result<()> {
     let artifacts = report.step("build the root disk", guest::ensure)?;
-    let held = Held::now()?;
-    let temporary = tempfile::tempdir()?;
+    report.display().animate();
+    let temporary = tempfile::tempdir().context("cannot make a directory for the region")?;
     let dir = args.region.clone().unwrap_or_else(|| temporary.path().join("region"));
-    {
-        let region = Region::open(&dir, choose(args.hypervisor, &report)?)?;
-        report.watch(region.state_changes());
-        let outcome = seven_steps(&region, &artifacts.disk(), &mut report);
-        report.stop_watching(|| drop(region));
-        outcome?;
-    }
-    report.step("check that nothing is left", || {
+    let hypervisor = choose(args.hypervisor, report)?;
+    report.hypervisor(&hypervisor.capabilities());
+    let held = Held::now()?;
+    in_region(&dir, hypervisor, &artifacts.disk(), report)?;
+    let made: Vec<_> = report.image_ids().map(str::to_owned).collect();
+    let left = report.step("check that nothing is left", || {
         held.check()?;
-        for empty in ["volumes", "instances"] {
-            let left = std::fs::read_dir(dir.join(empty))?.count();
-            ensure!(left == 0, "{left} files are left in {}", dir.join(empty).display());
-        }
-        Ok(())
+        left::check_region(&dir, made.iter().map(String::as_str))
     })?;
-    report.print_table();
-    Ok(ExitCode::SUCCESS)
+    report.left(left);
+    Ok(())
+}
+
+/// What goes on while the region is open.
+fn in_region(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path, report: &mut Report) -> Result<()> {
+    let region = Region::open(dir, hypervisor)?;
+    let watcher = Watcher::start(region.state_changes(), report.display().clone());
+    let outcome = steps(&region, disk, report);
+    let instances: Vec<_> = region.instances().iter().map(Instance::describe).collect();
+    drop(region);
+    report.instances(&instances, watcher.finish()?);
+    outcome
 }
 
 /// The hypervisor to use. `auto` measures: a KVM that emulates guest kernels is no use to them.
 fn choose(choice: Choice, report: &Report) -> Result<Box<dyn Hypervisor>> {
     match choice {
-        Choice::Kvm => anyhow::bail!("the KVM machine is not finished; use --hypervisor qemu"),
-        Choice::Auto => report.say("the KVM machine is not finished; using QEMU"),
         Choice::Qemu => {}
+        Choice::Kvm => return Ok(Box::new(Kvm::open()?)),
+        Choice::Auto => match Kvm::open() {
+            Ok(kvm) if kvm.capabilities().execution.is_hardware() => return Ok(Box::new(kvm)),
+            Ok(kvm) => {
+                let (_, measured) = in_words(&kvm.capabilities().execution);
+                report.say(&format!("not using KVM, which emulates guest kernels here: {measured}"));
+            }
+            Err(error) => report.say(&format!("not using KVM: {error}")),
+        },
     }
     prerequisites::require(&[QEMU_X86_64])?;
     Ok(Box::new(Qemu::find()?))
 }
 
-fn seven_steps(region: &Region, disk: &std::path::Path, report: &mut Report) -> Result<()> {
+fn steps(region: &Region, disk: &Path, report: &mut Report) -> Result<()> {
     let suffix = region.images()?.len();
+    let display = report.display().clone();
     let base = report.step("register the image", || {
         let disk = RawFile::open(disk, true)?.into_disk();
+        let mut progress = |p: Progress| display.bytes("register the image", p.done, p.total);
         let builder = Ami::<X86_64>::builder(format!("quick-start-{suffix}"))
             .operating_system(OperatingSystem::linux("debian", "12"));
-        Ok(region.register_image(builder, ImageSource::new(&disk))?.into_any())
+        Ok(region.register_image(builder, ImageSource::new(&disk).progress(&mut progress))?.into_any())
     })?;
-    tell(report, &base);
+    report.image(&base);
 
     let first = launch(region, &base, report, "launch the first instance")?;
     report.step("install the application", || {
@@ -116,10 +149,7 @@ fn seven_steps(region: &Region, disk: &std::path::Path, report: &mut Report) -> 
     let created = report.step("make an image of the running instance", || {
         Ok(first.create_image(&format!("employee-directory-{suffix}"))?)
     })?;
-    tell(report, &created.ami);
-    let (changed, stored) = (created.changed_bytes, created.stored_bytes);
-    report
-        .say(&format!("  {changed} bytes changed, {stored} bytes stored, paused for {:.1?}", created.paused));
+    report.image_of(&first, &created);
 
     let second = launch(region, &created.ami, report, "launch the second instance")?;
     report.step("compare the two", || {
@@ -160,8 +190,4 @@ fn shell(instance: &Instance) -> Result<Shell> {
 
 fn soon() -> Instant {
     Instant::now() + COMMAND_PATIENCE
-}
-
-fn tell(report: &Report, ami: &AnyAmi) {
-    report.say(&format!("  {} {} {} {}", ami.id(), ami.architecture(), ami.name(), ami.digest()));
 }

@@ -76,17 +76,17 @@ impl Artifacts {
         self.dir.join("disk.raw")
     }
 
-    #[allow(dead_code, reason = "for the lab")]
     /// The directory they lie in.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
     }
 
+    /// The kernel of all guests, and of the lab.
     pub(crate) fn vmlinuz(&self) -> PathBuf {
         self.dir.join("vmlinuz")
     }
 
-    #[allow(dead_code, reason = "for the lab")]
+    /// The lab's initrd.
     pub(crate) fn lab_initrd(&self) -> PathBuf {
         self.dir.join("lab.img")
     }

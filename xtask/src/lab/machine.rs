@@ -4,12 +4,12 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
 use std::thread::{self, ScopedJoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::AsFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tempfile::TempDir;
 
@@ -19,6 +19,8 @@ use crate::process;
 
 /// How much of what kernel and QEMU say is kept for an error message.
 const KEPT: usize = 4096;
+/// How long the lab may take to come up. It takes three seconds, on a busy machine many more.
+const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 
 /// What came out of the machine.
 pub(super) struct Finished {
@@ -28,8 +30,19 @@ pub(super) struct Finished {
     pub(super) files: Vec<u8>,
     /// The end of the kernel's console and of QEMU's own messages.
     pub(super) console: String,
-    /// Whether the machine was ended because its time was over.
-    pub(super) late: bool,
+    /// Why it ended.
+    pub(super) end: End,
+}
+
+/// Why the machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// It powered off, or QEMU failed.
+    Own,
+    /// It was ended, for it didn't come up in [`BOOT_PATIENCE`].
+    NotUp,
+    /// It was ended, for the command took longer than its deadline.
+    Late,
 }
 
 /// Boots the lab with `disk`, which lies in `disk_dir`, and waits for its end. What the command writes
@@ -49,19 +62,21 @@ pub(super) fn run(
         (output_port?, errors_port?, status_port?, files_port?);
     let mut qemu = command(lab, artifacts, disk, sockets.path()).spawn().context("cannot start QEMU")?;
     let (kernel, emulator) = (qemu.stdout.take(), qemu.stderr.take());
-    // Open files outlive their names: once the guest is up, nothing is left that could stay behind.
-    let dirs = Mutex::new(Some((sockets, disk_dir)));
-    let clear = || drop(dirs.lock().map(|mut dirs| dirs.take()));
+    // Closed by the thread that hears the lab say that it is up.
+    let (up, waits_for_up) = UnixStream::pair().context("cannot make a socket")?;
+    // Open files outlive their names: once the lab is up, nothing is left that could stay behind.
+    let mut until_up = Some((sockets, disk_dir, waits_for_up));
 
     thread::scope(|scope| {
-        let releases = [&output_port, &errors_port, &status_port, &files_port].map(|port| port.path.clone());
+        // The status port last: its thread removes the sockets as it ends.
+        let releases = [&output_port, &errors_port, &files_port, &status_port].map(|port| port.path.clone());
         let output = scope.spawn(|| output_port.pump(|bytes| pass_on(&mut output, bytes)));
         let errors = scope.spawn(|| errors_port.pump(|bytes| pass_on(&mut errors, bytes)));
         let files = scope.spawn(|| files_port.gather());
-        let status = scope.spawn(|| {
+        let status = scope.spawn(move || {
             let mut status = Vec::new();
             status_port.pump(|bytes| {
-                clear();
+                drop(until_up.take());
                 status.extend_from_slice(bytes);
                 Ok(())
             })?;
@@ -70,7 +85,7 @@ pub(super) fn run(
         let kernel = scope.spawn(|| kernel.map(tail).unwrap_or_default());
         let emulator = scope.spawn(|| emulator.map(tail).unwrap_or_default());
 
-        let late = wait(&mut qemu, lab.deadline);
+        let end = wait(&mut qemu, &up, lab.deadline);
         for path in releases {
             // Lets a thread go that waits for a QEMU which ended before it connected.
             drop(UnixStream::connect(path));
@@ -80,7 +95,7 @@ pub(super) fn run(
         let status = String::from_utf8_lossy(&join(status)?).into_owned();
         let files = join(files)?;
         let console = [kernel.join(), emulator.join()].map(Result::unwrap_or_default).concat();
-        Ok(Finished { status, files, console, late: late? })
+        Ok(Finished { status, files, console, end: end? })
     })
 }
 
@@ -145,29 +160,35 @@ fn tail(mut stream: impl Read) -> String {
     String::from_utf8_lossy(&kept).into_owned()
 }
 
-/// Waits for QEMU's end; kills it when `deadline` is over and then answers true.
-fn wait(qemu: &mut Child, deadline: Option<Duration>) -> anyhow::Result<bool> {
-    let ended = await_end(qemu, deadline);
-    let late = !matches!(ended, Ok(true));
-    if late {
+/// Waits for QEMU's end, and brings it about where the lab isn't up or the command not done in time.
+fn wait(qemu: &mut Child, up: &UnixStream, deadline: Option<Duration>) -> anyhow::Result<End> {
+    let end = await_end(qemu, up, deadline);
+    if !matches!(end, Ok(End::Own)) {
         qemu.kill().context("cannot end QEMU")?;
     }
     qemu.wait().context("cannot wait for QEMU")?;
-    ended.map(|_| late)
+    end
 }
 
-/// Whether QEMU ends before `deadline`.
-fn await_end(qemu: &Child, deadline: Option<Duration>) -> anyhow::Result<bool> {
-    let Some(deadline) = deadline else {
-        return Ok(true); // Its end is waited for without a limit.
-    };
+fn await_end(qemu: &Child, up: &UnixStream, deadline: Option<Duration>) -> anyhow::Result<End> {
     let pid = i32::try_from(qemu.id()).ok().and_then(Pid::from_raw).context("QEMU has no process id")?;
-    let handle = pidfd_open(pid, PidfdFlags::empty()).context("cannot open QEMU's process")?;
-    let end = std::time::Instant::now() + deadline;
+    let process = pidfd_open(pid, PidfdFlags::empty()).context("cannot open QEMU's process")?;
+    if !any_ready(&[&process, up], Some(BOOT_PATIENCE))? {
+        return Ok(End::NotUp);
+    }
+    Ok(if any_ready(&[&process], deadline)? { End::Own } else { End::Late })
+}
+
+/// Whether something happens to one of `files` within `patience`.
+fn any_ready(files: &[&dyn AsFd], patience: Option<Duration>) -> anyhow::Result<bool> {
+    let mut files: Vec<_> =
+        files.iter().map(|file| PollFd::from_borrowed_fd(file.as_fd(), PollFlags::IN)).collect();
+    let end = patience.map(|patience| Instant::now() + patience);
     loop {
-        let left = end.saturating_duration_since(std::time::Instant::now());
-        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&left)) {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left =
+            left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        match poll(&mut files, left.as_ref()) {
             Ok(ready) => return Ok(ready != 0),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error).context("cannot wait for QEMU"),

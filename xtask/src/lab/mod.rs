@@ -15,7 +15,7 @@
 //! A program comes with its shared libraries, and the guest artifacts with this program's own commands.
 //! The command runs as root on an ext4 file system of its own, beside busybox and nothing else; its
 //! environment has `AMI_LAB=1`. Output arrives while it runs, the exit status is the command's. A lab
-//! that cannot do its work says so and ends with 125, one that is late with 124.
+//! that cannot do its work says so and ends with 125, and with 124 where the command is late.
 //!
 //! [`Lab`] is the same for other modules of this program.
 
@@ -33,7 +33,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 
 use crate::prerequisites::{self, FAKEROOT, LDD, MKE2FS, QEMU_X86_64, SETPRIV};
-use crate::{guest, workspace};
+use crate::{guest, process, workspace};
 
 /// Where the guest artifacts lie in the lab.
 const GUEST_DIR: &str = "/lab/guest";
@@ -41,37 +41,57 @@ const GUEST_DIR: &str = "/lab/guest";
 const EXIT_LATE: u8 = 124;
 const EXIT_FAILED: u8 = 125;
 
-/// Run a command in a virtual machine that has a true /dev/kvm.
+/// What `--help` says after the options.
+const HELP: &str = "\
+Examples:
+  cargo xtask lab -- quickstart --hypervisor kvm
+  cargo xtask lab --guest --exec target/debug/deps/linux-0123 --nocapture
+  cargo xtask lab --file data.raw:/data.raw --out /trace:trace.txt --exec ./program /data.raw
+  cargo xtask lab --icount --exec ./benchmark
+
+Without --exec, COMMAND is one of this program's own, and the guest artifacts are there for it. With
+--exec it is a program of the host with its arguments. Either runs as root in /root, on a disk of its
+own that holds what is brought in and busybox's commands; AMI_LAB=1 is in its environment. Nothing of
+the disk is kept but what --out names.
+
+Exit status: the command's own (128 + N where signal N ended it); 124 where it was not done by its
+deadline; 125 where the lab could not do its work, with the reason on standard error.";
+
+/// Run a command in a virtual machine that has a true /dev/kvm
+///
+/// The machine is emulated, its hardware virtualisation included, so that it is the same on every
+/// host, with or without KVM. It takes about four seconds to come up.
 #[derive(clap::Args)]
+#[command(after_help = HELP)]
 pub(crate) struct LabArgs {
-    /// COMMAND is a program of the host, brought in with its libraries, not a command of xtask
+    /// COMMAND is a program of the host, by path or found on PATH, and comes with its shared libraries
     #[arg(long)]
     exec: bool,
     /// Bring the guest artifacts in for --exec too, and name them in AMI_GUEST_DIR
     #[arg(long)]
     guest: bool,
-    /// Count time in executed instructions; one processor
+    /// Count time in executed instructions, one a nanosecond, on one processor: measurements repeat
     #[arg(long)]
     icount: bool,
     /// The lab's processors
-    #[arg(long, value_name = "N", default_value_t = Lab::CPUS)]
+    #[arg(long, value_name = "N", default_value_t = Lab::CPUS, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
     /// The lab's memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = Lab::MEMORY_MIB)]
+    #[arg(long, value_name = "MIB", default_value_t = Lab::MEMORY_MIB, value_parser = clap::value_parser!(u32).range(256..))]
     memory: u32,
-    /// End the lab after this time, with exit status 124
+    /// End the lab when the command takes longer, with exit status 124
     #[arg(long, value_name = "SECONDS")]
     deadline: Option<u64>,
-    /// Bring in a file or directory
+    /// Bring in a file or directory, to /root unless LAB is given; may be repeated
     #[arg(long, value_name = "HOST[:LAB]", value_parser = parse_file)]
     file: Vec<(PathBuf, PathBuf)>,
-    /// Bring in another program of the host with its libraries; it is on the lab's PATH
-    #[arg(long, value_name = "HOST")]
+    /// Bring in another program with its libraries, onto the lab's PATH; may be repeated
+    #[arg(long, value_name = "PROGRAM")]
     program: Vec<PathBuf>,
-    /// Bring back a file
+    /// Bring a file back when the command has ended, however it ended; may be repeated
     #[arg(long, value_name = "LAB:HOST", value_parser = parse_out)]
     out: Vec<(PathBuf, PathBuf)>,
-    /// Set an environment variable
+    /// Set an environment variable; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_env)]
     env: Vec<(String, OsString)>,
     /// What to run, with its arguments
@@ -84,7 +104,7 @@ pub(crate) fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
     match lab_of(args).and_then(|lab| lab.run(io::stdout(), io::stderr())) {
         Ok(Ended::Exit(status)) => Ok(ExitCode::from(status)),
         Ok(Ended::Late) => {
-            eprintln!("error: the lab's time is over");
+            eprintln!("error: the command was not done by its deadline");
             Ok(ExitCode::from(EXIT_LATE))
         }
         Err(error) => {
@@ -97,7 +117,7 @@ pub(crate) fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
 fn lab_of(args: LabArgs) -> anyhow::Result<Lab> {
     let mut lab = if args.exec {
         let (program, rest) = args.command.split_first().context("no command")?;
-        Lab::new(program).args(rest)
+        Lab::new(find_program(Path::new(program))?).args(rest)
     } else {
         Lab::new(std::env::current_exe().context("cannot find this program")?).args(&args.command)
     };
@@ -108,10 +128,21 @@ fn lab_of(args: LabArgs) -> anyhow::Result<Lab> {
     if let Some(seconds) = args.deadline {
         lab = lab.deadline(Duration::from_secs(seconds));
     }
-    lab = args.program.into_iter().fold(lab, Lab::program);
+    for program in args.program {
+        lab = lab.program(find_program(&program)?);
+    }
     lab = args.file.into_iter().fold(lab, |lab, (from, to)| lab.file(from, to));
     lab = args.out.into_iter().fold(lab, |lab, (from, to)| lab.bring_back(from, to));
     Ok(args.env.into_iter().fold(lab, |lab, (name, value)| lab.env(name, value)))
+}
+
+/// The file of a program that was named as in a shell: by a path, or to be found on `PATH`.
+fn find_program(name: &Path) -> anyhow::Result<PathBuf> {
+    let is_path = name.components().count() > 1 || name.is_absolute();
+    if is_path {
+        return Ok(name.to_owned());
+    }
+    process::find(name).with_context(|| format!("there is no program {} on PATH", name.display()))
 }
 
 /// A command that is to run in the lab.
@@ -213,7 +244,7 @@ impl Lab {
         self
     }
 
-    /// Ends the lab if it takes longer.
+    /// Ends the lab if the command takes longer.
     pub(crate) fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self
@@ -283,10 +314,15 @@ fn ended(finished: &machine::Finished) -> anyhow::Result<Ended> {
             bail!("the lab failed: {why}");
         }
     }
-    if finished.late {
-        return Ok(Ended::Late);
+    let what = match finished.end {
+        machine::End::Late => return Ok(Ended::Late),
+        machine::End::NotUp => "the lab did not come up",
+        machine::End::Own => "the lab ended before its command did",
+    };
+    match finished.console.trim() {
+        "" => bail!("{what}, and its console said nothing"),
+        console => bail!("{what}; its console said:\n{console}"),
     }
-    bail!("the lab ended before its command did; its console said:\n{}", finished.console)
 }
 
 fn parse_file(text: &str) -> Result<(PathBuf, PathBuf), String> {

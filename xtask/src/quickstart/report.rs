@@ -1,111 +1,192 @@
-//! What the quick start says while it works and at its end, and what it leaves behind.
+//! The quick start's results: a table for people, an object for programs.
 
-use std::sync::mpsc::Receiver;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use instance_core::StateChange;
+use ami_core::AnyAmi;
+use anyhow::Result;
+use instance_core::machine::{Capabilities, Execution};
+use instance_core::{CreatedImage, Instance, InstanceDescription};
+use serde::Serialize;
 
-/// Times of the steps, told as they are taken.
+use super::display::Display;
+use super::states::Changes;
+
+/// What is known so far.
 pub(crate) struct Report {
-    json: bool,
-    steps: Vec<(String, Duration)>,
-    watcher: Option<JoinHandle<()>>,
+    display: Display,
+    results: Results,
+}
+
+/// The object that `--json` prints.
+#[derive(Default, Serialize)]
+struct Results {
+    ok: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    hypervisor: Option<HypervisorResult>,
+    images: Vec<ImageResult>,
+    instances: Vec<InstanceResult>,
+    steps: Vec<StepResult>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    left: Option<Left>,
+}
+
+#[derive(Serialize)]
+struct HypervisorResult {
+    name: &'static str,
+    execution: &'static str,
+    measured: String,
+}
+
+#[derive(Serialize)]
+struct ImageResult {
+    id: String,
+    name: String,
+    architecture: String,
+    digest: String,
+    #[serde(flatten)]
+    change: Option<ChangeResult>,
+}
+
+#[derive(Serialize)]
+struct ChangeResult {
+    made_of: String,
+    bytes_changed: u64,
+    bytes_stored: u64,
+    paused_seconds: f64,
+}
+
+#[derive(Serialize)]
+struct InstanceResult {
+    id: String,
+    image: String,
+    state_changes: Vec<super::states::Change>,
+}
+
+#[derive(Serialize)]
+struct StepResult {
+    step: String,
+    seconds: f64,
+}
+
+/// What is left when everything is over: of this process nothing, in the region's directory the files
+/// that its images name.
+#[derive(Clone, Copy, Serialize)]
+pub(crate) struct Left {
+    pub(crate) images: usize,
+    pub(crate) files: usize,
+    pub(crate) bytes_on_disk: u64,
 }
 
 impl Report {
-    pub(crate) fn new(json: bool) -> Self {
-        Self { json, steps: Vec::new(), watcher: None }
+    pub(crate) fn new(steps: usize) -> Self {
+        Self { display: Display::new(steps), results: Results::default() }
+    }
+
+    pub(crate) fn display(&self) -> &Display {
+        &self.display
     }
 
     /// A line for whoever watches.
     pub(crate) fn say(&self, line: &str) {
-        eprintln!("{line}");
+        self.display.say(line);
     }
 
     /// Does a step, showing that it is under way and how long it took.
     pub(crate) fn step<T>(&mut self, what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let spinner = indicatif::ProgressBar::new_spinner().with_message(what.to_owned());
-        spinner.enable_steady_tick(Duration::from_millis(100));
+        self.display.begin(what);
         let begun = Instant::now();
         let done = work();
         let took = begun.elapsed();
-        spinner.finish_and_clear();
         let end = if done.is_ok() { "done" } else { "failed" };
         self.say(&format!("{what}: {end} in {took:.2?}"));
-        self.steps.push((what.to_owned(), took));
+        self.display.advance();
+        self.results.steps.push(StepResult { step: what.to_owned(), seconds: took.as_secs_f64() });
         done
     }
 
-    /// Tells every change of state, with the time since the one before.
-    pub(crate) fn watch(&mut self, changes: Receiver<StateChange>) {
-        self.watcher = Some(std::thread::spawn(move || {
-            let mut last = Instant::now();
-            for change in changes {
-                eprintln!("  {} is {} ({:.1?})", change.instance_id, change.state, last.elapsed());
-                last = Instant::now();
-            }
-        }));
+    pub(crate) fn hypervisor(&mut self, capabilities: &Capabilities) {
+        let (execution, measured) = in_words(&capabilities.execution);
+        self.say(&format!(
+            "machines run on {}, guest kernels on {execution} ({measured})",
+            capabilities.name
+        ));
+        self.results.hypervisor = Some(HypervisorResult { name: capabilities.name, execution, measured });
     }
 
-    /// Ends the telling: `close` drops what sends the changes.
-    pub(crate) fn stop_watching(&mut self, close: impl FnOnce()) {
-        close();
-        if let Some(watcher) = self.watcher.take() {
-            // It has nothing to lose.
-            let _ = watcher.join();
+    pub(crate) fn image(&mut self, ami: &AnyAmi) {
+        self.say(&format!("    {} {} {} {}", ami.id(), ami.architecture(), ami.name(), ami.digest()));
+        self.results.images.push(ImageResult {
+            id: ami.id().to_string(),
+            name: ami.name().to_owned(),
+            architecture: ami.architecture().to_string(),
+            digest: ami.digest().to_string(),
+            change: None,
+        });
+    }
+
+    pub(crate) fn image_of(&mut self, instance: &Instance, created: &CreatedImage) {
+        self.image(&created.ami);
+        let (changed, stored, paused) = (created.changed_bytes, created.stored_bytes, created.paused);
+        self.say(&format!("    {changed} bytes changed, {stored} bytes stored, paused for {paused:.1?}"));
+        if let Some(image) = self.results.images.last_mut() {
+            image.change = Some(ChangeResult {
+                made_of: instance.id().to_string(),
+                bytes_changed: changed,
+                bytes_stored: stored,
+                paused_seconds: paused.as_secs_f64(),
+            });
         }
     }
 
-    /// The times of all steps, on standard output.
-    pub(crate) fn print_table(&self) {
-        if self.json {
-            let steps: Vec<_> = self
-                .steps
-                .iter()
-                .map(|(n, t)| serde_json::json!({"step": n, "seconds": t.as_secs_f64()}))
-                .collect();
-            println!("{}", serde_json::json!({"ok": true, "steps": steps}));
-            return;
-        }
-        println!("\n{:<44} {:>10}", "step", "seconds");
-        for (name, took) in &self.steps {
-            println!("{name:<44} {:>10.3}", took.as_secs_f64());
+    /// All instances there were, with what was heard of them.
+    pub(crate) fn instances(&mut self, instances: &[InstanceDescription], mut changes: Changes) {
+        for instance in instances {
+            let (id, image) = (instance.id.to_string(), instance.image_id.to_string());
+            let state_changes = changes.remove(&id).unwrap_or_default();
+            self.results.instances.push(InstanceResult { id, image, state_changes });
         }
     }
-}
 
-/// What this process holds: threads, children, descriptors.
-#[derive(Debug, PartialEq)]
-pub(crate) struct Held {
-    threads: usize,
-    descriptors: usize,
-    children: String,
-}
-
-impl Held {
-    pub(crate) fn now() -> Result<Self> {
-        let mut children = String::new();
-        for task in std::fs::read_dir("/proc/self/task")? {
-            children += &std::fs::read_to_string(task?.path().join("children")).unwrap_or_default();
-        }
-        let count = |dir| std::fs::read_dir(dir).map(Iterator::count);
-        Ok(Self { threads: count("/proc/self/task")?, descriptors: count("/proc/self/fd")?, children })
+    /// The ids of the images that were made.
+    pub(crate) fn image_ids(&self) -> impl Iterator<Item = &str> {
+        self.results.images.iter().map(|image| image.id.as_str())
     }
 
-    /// That no more is held than then, but for this step's own display.
-    pub(crate) fn check(&self) -> Result<()> {
-        let now = Self::now()?;
-        let display = 1;
-        ensure!(
-            now.threads <= self.threads + display,
-            "threads are left: {} before, {} now",
-            self.threads,
-            now.threads
-        );
-        ensure!(now.descriptors <= self.descriptors, "descriptors are left: {self:?} before, {now:?} now");
-        ensure!(now.children == self.children, "child processes are left: {}", now.children);
+    pub(crate) fn left(&mut self, left: Left) {
+        let Left { images, files, bytes_on_disk } = left;
+        self.say(&format!("    {files} files, {bytes_on_disk} bytes, for {images} images; nothing else"));
+        self.results.left = Some(left);
+    }
+
+    /// The table of the steps, or all as JSON, on standard output.
+    pub(crate) fn print(mut self, outcome: &Result<()>, json: bool) -> Result<()> {
+        self.display.clear();
+        self.results.ok = outcome.is_ok();
+        self.results.error = outcome.as_ref().err().map(|error| format!("{error:#}"));
+        if json {
+            println!("{}", serde_json::to_string_pretty(&self.results)?);
+        } else if self.results.ok {
+            self.print_table();
+        }
         Ok(())
+    }
+
+    fn print_table(&self) {
+        println!("\n{:<44} {:>10}", "step", "seconds");
+        for StepResult { step, seconds } in &self.results.steps {
+            println!("{step:<44} {seconds:>10.3}");
+        }
+        let total: Duration = self.results.steps.iter().map(|s| Duration::from_secs_f64(s.seconds)).sum();
+        println!("{:<44} {:>10.3}", "all", total.as_secs_f64());
+    }
+}
+
+/// Whether guest code runs on the processor, in a word, and how that was found out.
+pub(crate) fn in_words(execution: &Execution) -> (&'static str, String) {
+    match execution {
+        Execution::Hardware { measured } => ("hardware", measured.clone()),
+        Execution::Emulated { measured } => ("emulated", measured.clone()),
+        other => ("unknown", format!("{other:?}")),
     }
 }
