@@ -63,6 +63,9 @@ mod boot;
 mod bus;
 mod cpu;
 mod error;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod gate;
 mod kernel;
 mod kick;

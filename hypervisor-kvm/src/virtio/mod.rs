@@ -22,9 +22,10 @@ use crate::error::{HostContext, Result};
 use crate::gate::Gate;
 use crate::layout;
 use crate::memory::Memory;
-use block::Block;
+pub(crate) use block::Block;
 use chain::Malformed;
-use mmio::{Effect, Step, Transport};
+use mmio::Effect;
+pub(crate) use mmio::{Step, Transport};
 
 /// A disk: its registers, which any vCPU may access, and its requests, which one thread serves.
 ///

@@ -1,0 +1,119 @@
+//! What a guest and a kernel file can reach, as functions of bytes: the bodies of the fuzz targets in
+//! `fuzz/`. Each checks more than that nothing panics. Not part of the public interface.
+
+use std::io::Write;
+use std::num::NonZeroU32;
+
+use instance_core::console::Console;
+use instance_core::machine::BootFile;
+use storage_block::MemoryDisk;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::kernel::Kernel;
+use crate::power::Power;
+use crate::serial::SerialPort;
+use crate::virtio::{Block, Step, Transport};
+use crate::{layout, memory};
+
+const DISK: u64 = 64 << 10;
+
+/// Takes the input apart.
+struct Input<'a>(&'a [u8]);
+
+impl Input<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*head)
+    }
+}
+
+/// A guest that writes what it likes to its memory and to a block device's registers.
+pub fn virtio_block(bytes: &[u8]) {
+    let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
+    let disk = disk.into_disk();
+    let mut device = Transport::new(Block::new(disk.clone(), "vol-fuzz"));
+    let mut input = Input(bytes);
+    let mut broken = false;
+    while let Some([action, at, low, high]) = input.take() {
+        match action % 4 {
+            // A register of the device, mostly with a width that it has.
+            0 => {
+                let value = input.take::<4>().unwrap_or_default();
+                let offset = u64::from(at) * 4;
+                let reset =
+                    offset == u64::from(virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS) && value == [0; 4];
+                let _ = device.write(&memory, offset, if low == 0xff { &value[..1] } else { &value });
+                broken &= !(reset && low != 0xff);
+            }
+            1 => {
+                let mut data = [0; 8];
+                device.read(u64::from(at) * 4 + u64::from(low % 4), &mut data[..usize::from(high % 9)], 0);
+            }
+            // The first 64 KiB of the memory, where a driver of this fuzzer has all it has.
+            2 => {
+                let value = input.take::<8>().unwrap_or_default();
+                let address = u64::from(u16::from_le_bytes([low, high]));
+                let len = usize::from(at % 9);
+                assert!(memory.write_slice(&value[..len], GuestAddress(address)).is_ok());
+            }
+            _ => {
+                let step = device.step(&memory);
+                assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
+                broken |= matches!(step, Step::Broken(_));
+            }
+        }
+    }
+    assert_eq!(disk.size(), DISK);
+}
+
+/// A kernel file of these bytes. What is accepted fits into the machine.
+pub fn kernel(bytes: &[u8]) {
+    let file =
+        tempfile::tempfile().and_then(|mut file| file.write_all(bytes).and_then(|()| BootFile::new(file)));
+    let (Ok(file), Ok(memory)) = (file, memory::allocate(NonZeroU32::MIN.saturating_add(3))) else { return };
+    let low_end = memory::low_end(&memory);
+    if let Ok(kernel) = Kernel::read(&file, low_end) {
+        assert!(kernel.end() <= low_end && kernel.end() >= layout::HIGH_MEMORY);
+        assert!(kernel.load(&file, &memory).is_ok(), "what was checked cannot be loaded");
+    }
+}
+
+/// A guest that writes what it likes to the serial port and the power management registers.
+pub fn ports(bytes: &[u8]) {
+    let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
+    let console = Console::new();
+    let (serial, power) = (SerialPort::new(console.port(), interrupt), Power::default());
+    let mut input = Input(bytes);
+    while let Some([action, register, value]) = input.take() {
+        let port = layout::PM1_EVENT_PORT + u16::from(register % 6);
+        match action % 4 {
+            0 => serial.write(register % 8, value),
+            1 => _ = serial.read(register % 8),
+            2 => _ = power.write(port, &[value; 4][..usize::from(value % 5)], |_| ()),
+            _ => power.read(port, &mut [0; 8][..usize::from(value % 9)]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// Not a fuzzer's work, but that the bodies hold on bytes of any kind.
+    #[test]
+    fn the_bodies_hold_on_random_bytes() {
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        for len in (0..400).map(|n| n % 100 * 8) {
+            let mut bytes = Vec::new();
+            while bytes.len() < len {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                bytes.extend(random.to_le_bytes());
+            }
+            super::virtio_block(&bytes);
+            super::ports(&bytes);
+            super::kernel(&[b"\x7fELF", &bytes[..]].concat());
+        }
+    }
+}
