@@ -85,7 +85,7 @@ pub(crate) struct LabArgs {
     /// Bring in a file or directory, to /root unless LAB is given; may be repeated
     #[arg(long, value_name = "HOST[:LAB]", value_parser = parse_file)]
     file: Vec<(PathBuf, PathBuf)>,
-    /// Bring in another program with its libraries, onto the lab's PATH; may be repeated
+    /// Bring in another program with its libraries, as /lab/bin/NAME, on PATH; may be repeated
     #[arg(long, value_name = "PROGRAM")]
     program: Vec<PathBuf>,
     /// Bring a file back when the command has ended, however it ended; may be repeated
@@ -275,7 +275,10 @@ impl Lab {
     fn build_disk(&self) -> anyhow::Result<(PathBuf, tempfile::TempDir)> {
         let work = workspace::target("lab");
         fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
-        let dir = tempfile::tempdir_in(&work).context("cannot make a working directory")?;
+        // Named after the process, so that one can tell whose it is.
+        let prefix = format!("{}-", std::process::id());
+        let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(&work);
+        let dir = dir.context("cannot make a working directory")?;
         let (disk, tree) = (dir.path().join("disk.raw"), dir.path().join("tree"));
         payload::build(self, &tree, &disk)?;
         fs::remove_dir_all(&tree).context("cannot remove the lab's files")?;
