@@ -22,6 +22,7 @@
 mod closure;
 mod machine;
 mod payload;
+mod work;
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -34,6 +35,7 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::prerequisites::{self, FAKEROOT, LDD, MKE2FS, QEMU_X86_64, SETPRIV};
 use crate::{guest, process, workspace};
+use work::WorkDir;
 
 /// Where the guest artifacts lie in the lab.
 const GUEST_DIR: &str = "/lab/guest";
@@ -272,13 +274,8 @@ impl Lab {
         Ok(ended)
     }
 
-    fn build_disk(&self) -> anyhow::Result<(PathBuf, tempfile::TempDir)> {
-        let work = workspace::target("lab");
-        fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
-        // Named after the process, so that one can tell whose it is.
-        let prefix = format!("{}-", std::process::id());
-        let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(&work);
-        let dir = dir.context("cannot make a working directory")?;
+    fn build_disk(&self) -> anyhow::Result<(PathBuf, WorkDir)> {
+        let dir = WorkDir::new(&workspace::target("lab"))?;
         let (disk, tree) = (dir.path().join("disk.raw"), dir.path().join("tree"));
         payload::build(self, &tree, &disk)?;
         fs::remove_dir_all(&tree).context("cannot remove the lab's files")?;
