@@ -188,7 +188,7 @@ impl Block {
     fn ranges(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<u32, Failure>, Malformed> {
         let discard = request.kind == VIRTIO_BLK_T_DISCARD;
         let count = request.out_len / RANGE_LEN;
-        if request.out_len % RANGE_LEN != 0 || count == 0 || count > u64::from(RANGES_MAX) {
+        if !request.out_len.is_multiple_of(RANGE_LEN) || count == 0 || count > u64::from(RANGES_MAX) {
             return Ok(Err(Failure::Io));
         }
         for n in 0..count {
@@ -219,7 +219,7 @@ impl Block {
     fn extent(&self, sector: u64, len: u64) -> Option<u64> {
         let start = sector.checked_mul(SECTOR)?;
         let end = start.checked_add(len)?;
-        (len % SECTOR == 0 && len <= DATA_MAX && end <= self.disk.size()).then_some(start)
+        (len.is_multiple_of(SECTOR) && len <= DATA_MAX && end <= self.disk.size()).then_some(start)
     }
 }
 
