@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `quickstart` | goes the whole way, from packages to two equal live servers |
 //! | `guest` | makes the Linux guests that examples, tests and benchmarks boot |
-//! | `test`  | checks format, lints, documentation and tests |
+//! | `test`  | checks format, lints, documentation and tests, KVM in the lab among them |
 //! | `lab`   | runs a command in a virtual machine that has a true `/dev/kvm`, on any host |
 //!
 //! `cargo xtask COMMAND --help` says the rest. What a command makes it keeps under `target/`; what it
@@ -43,7 +43,7 @@ enum Command {
     Lab(lab::LabArgs),
     /// Do the whole of it: from packages to two equal live servers
     Quickstart(quickstart::QuickstartArgs),
-    /// Check all that has to hold: format, lints, documentation, tests
+    /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
     Test(test::TestArgs),
 }
 

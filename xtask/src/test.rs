@@ -1,39 +1,156 @@
 //! `cargo xtask test`: everything that has to hold before a change lands.
 
-use std::process::{Command, ExitCode};
+use std::env;
+use std::io;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 
-use crate::prerequisites;
+use crate::lab::{Ended, Lab};
+use crate::prerequisites::{self, MKE2FS, NBDINFO, QEMU_X86_64};
 
-/// Arguments of `cargo xtask test`: none.
+/// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
 #[derive(clap::Args)]
-pub(crate) struct TestArgs {}
+pub(crate) struct TestArgs {
+    /// What to check (everything if nothing is named)
+    steps: Vec<Step>,
+}
 
-/// Each step: its name, cargo's arguments, and environment.
-type Step = (&'static str, &'static [&'static str], &'static [(&'static str, &'static str)]);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Step {
+    /// The code is formatted
+    Format,
+    /// Clippy has nothing to say
+    Lints,
+    /// The documentation builds without warnings
+    Documentation,
+    /// The tests and examples of all crates
+    Tests,
+    /// Linux guests on KVM, in the lab, where every host has a true one
+    Kvm,
+    /// The quick start on KVM, in the lab
+    Quickstart,
+}
 
-const STEPS: &[Step] = &[
-    ("format", &["fmt", "--all", "--check"], &[]),
-    ("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[]),
-    ("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")]),
-    ("tests", &["test", "--workspace"], &[]),
-];
+/// The integration tests of `hypervisor-kvm` that need a KVM which is fit for Linux.
+const LAB_TESTS: [&str; 1] = ["linux"];
+/// How long a test binary may take in the lab. It takes two minutes, on a busy machine more.
+const TEST_PATIENCE: Duration = Duration::from_secs(600);
+/// How long the quick start may take there. It takes 40 seconds.
+const QUICKSTART_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs every step, in order, until one fails.
-pub(crate) fn run(_: &TestArgs) -> Result<ExitCode> {
-    prerequisites::require(&[prerequisites::QEMU_X86_64, prerequisites::MKE2FS, prerequisites::NBDINFO])?;
+pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
+    prerequisites::require(&[QEMU_X86_64, MKE2FS, NBDINFO])?;
     crate::guest::ensure()?;
-    for (name, arguments, environment) in STEPS {
-        eprintln!("==> {name}: cargo {}", arguments.join(" "));
-        let status = Command::new(env!("CARGO"))
-            .args(*arguments)
-            .envs(environment.iter().copied())
-            .status()
-            .with_context(|| format!("cannot run cargo for {name}"))?;
-        if !status.success() {
-            bail!("{name} failed");
-        }
+    let all = Step::value_variants();
+    let mut times = Vec::new();
+    for step in all.iter().filter(|step| args.steps.is_empty() || args.steps.contains(step)) {
+        let begun = Instant::now();
+        step.run().with_context(|| format!("{} failed", step.name()))?;
+        times.push((step.name(), begun.elapsed()));
+    }
+    eprintln!();
+    for (name, took) in times {
+        eprintln!("{name:<14} {:>7.1} s", took.as_secs_f64());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl Step {
+    fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    fn run(self) -> Result<()> {
+        match self {
+            Self::Format => cargo(&["fmt", "--all", "--check"], &[]),
+            Self::Lints => cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[]),
+            Self::Documentation => {
+                cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
+            }
+            Self::Tests => cargo(&["test", "--workspace"], &[]),
+            Self::Kvm => LAB_TESTS.into_iter().try_for_each(test_in_lab),
+            Self::Quickstart => quickstart_in_lab(),
+        }
+    }
+}
+
+fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+    eprintln!("==> cargo {}", arguments.join(" "));
+    let mut cargo = Command::new(env!("CARGO"));
+    let status = cargo.args(arguments).envs(environment.iter().copied()).status();
+    let status = status.context("cannot run cargo")?;
+    ensure!(status.success(), "cargo {} failed ({status})", arguments[0]);
+    Ok(())
+}
+
+/// Builds an integration test of `hypervisor-kvm` and runs it in the lab with the guest artifacts.
+fn test_in_lab(name: &str) -> Result<()> {
+    eprintln!("==> in the lab: hypervisor-kvm's test {name}");
+    let mut lab =
+        Lab::new(test_binary(name)?).args(["--nocapture"]).guest_artifacts().deadline(TEST_PATIENCE);
+    if let Some(ci) = env::var_os("CI") {
+        lab = lab.env("CI", ci);
+    }
+    run_in_lab(lab)
+}
+
+fn quickstart_in_lab() -> Result<()> {
+    eprintln!("==> in the lab: quickstart --hypervisor kvm");
+    let this = env::current_exe().context("cannot find this program")?;
+    run_in_lab(
+        Lab::new(this)
+            .args(["quickstart", "--hypervisor", "kvm"])
+            .guest_artifacts()
+            .deadline(QUICKSTART_PATIENCE),
+    )
+}
+
+fn run_in_lab(lab: Lab) -> Result<()> {
+    match lab.run(io::stdout(), io::stderr())? {
+        Ended::Exit(0) => Ok(()),
+        Ended::Exit(status) => bail!("it ended with exit status {status}"),
+        Ended::Late => bail!("it was not done by its deadline"),
+    }
+}
+
+/// Builds the test and answers where cargo put it.
+fn test_binary(name: &str) -> Result<PathBuf> {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["test", "--package", "hypervisor-kvm", "--test", name, "--no-run"]);
+    cargo.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
+    let output = cargo.output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "cannot build the test {name} ({})", output.status);
+    let messages = String::from_utf8_lossy(&output.stdout);
+    executable(&messages, name).with_context(|| format!("cargo named no executable of the test {name}"))
+}
+
+/// The executable of the test target `name` in what cargo says in JSON.
+fn executable(messages: &str, name: &str) -> Option<PathBuf> {
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let mut tests = messages.filter(|message| {
+        message["target"]["name"] == name && message["target"]["kind"] == serde_json::json!(["test"])
+    });
+    tests.find_map(|message| Some(message["executable"].as_str()?.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_executable_that_cargo_names() {
+        let messages = r#"
+            {"reason":"compiler-artifact","target":{"kind":["lib"],"name":"linux"},"executable":"/lib"}
+            {"reason":"compiler-artifact","target":{"kind":["test"],"name":"speed"},"executable":"/speed"}
+            {"reason":"compiler-artifact","target":{"kind":["test"],"name":"linux"},"executable":"/linux"}
+            {"reason":"build-finished","success":true}
+            no message"#;
+        assert_eq!(executable(messages, "linux"), Some(PathBuf::from("/linux")));
+        assert_eq!(executable(messages, "absent"), None);
+    }
 }

@@ -11,9 +11,9 @@ use anyhow::{Context as _, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::AsFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tempfile::TempDir;
 
 use super::Lab;
+use super::work::WorkDir;
 use crate::guest::Artifacts;
 use crate::process;
 
@@ -50,7 +50,7 @@ pub(super) enum End {
 pub(super) fn run(
     lab: &Lab,
     artifacts: &Artifacts,
-    (disk, disk_dir): (&Path, TempDir),
+    (disk, disk_dir): (&Path, WorkDir),
     mut output: impl Write + Send,
     mut errors: impl Write + Send,
 ) -> anyhow::Result<Finished> {

@@ -22,6 +22,7 @@
 mod closure;
 mod machine;
 mod payload;
+mod work;
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -34,6 +35,7 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::prerequisites::{self, FAKEROOT, LDD, MKE2FS, QEMU_X86_64, SETPRIV};
 use crate::{guest, process, workspace};
+use work::WorkDir;
 
 /// Where the guest artifacts lie in the lab.
 const GUEST_DIR: &str = "/lab/guest";
@@ -85,7 +87,7 @@ pub(crate) struct LabArgs {
     /// Bring in a file or directory, to /root unless LAB is given; may be repeated
     #[arg(long, value_name = "HOST[:LAB]", value_parser = parse_file)]
     file: Vec<(PathBuf, PathBuf)>,
-    /// Bring in another program with its libraries, onto the lab's PATH; may be repeated
+    /// Bring in another program with its libraries, as /lab/bin/NAME, on PATH; may be repeated
     #[arg(long, value_name = "PROGRAM")]
     program: Vec<PathBuf>,
     /// Bring a file back when the command has ended, however it ended; may be repeated
@@ -272,10 +274,8 @@ impl Lab {
         Ok(ended)
     }
 
-    fn build_disk(&self) -> anyhow::Result<(PathBuf, tempfile::TempDir)> {
-        let work = workspace::target("lab");
-        fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
-        let dir = tempfile::tempdir_in(&work).context("cannot make a working directory")?;
+    fn build_disk(&self) -> anyhow::Result<(PathBuf, WorkDir)> {
+        let dir = WorkDir::new(&workspace::target("lab"))?;
         let (disk, tree) = (dir.path().join("disk.raw"), dir.path().join("tree"));
         payload::build(self, &tree, &disk)?;
         fs::remove_dir_all(&tree).context("cannot remove the lab's files")?;

@@ -44,6 +44,7 @@ impl Display {
 
     /// The step is done.
     pub(crate) fn advance(&self) {
+        self.bar.set_message("");
         self.bar.inc(1);
     }
 

@@ -71,7 +71,7 @@ struct StepResult {
 
 /// What is left when everything is over: of this process nothing, in the region's directory the files
 /// that its images name.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Left {
     pub(crate) images: usize,
     pub(crate) files: usize,
