@@ -8,7 +8,8 @@ use storage_block::{Disk, Progress, Snapshot, SnapshotStats};
 
 use crate::boot_cache::{BootPlan, Found};
 use crate::instance::{Cell, Live};
-use crate::record::ImageRecord;
+use crate::lifecycle::no_root_volume;
+use crate::record::{FormerImage, ImageRecord};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
 
@@ -133,10 +134,14 @@ impl<H> Region<H> {
     pub fn deregister_image(&self, id: AmiId) -> Result<()> {
         let inner = &self.inner;
         let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.image(id)?;
+        let record = inner.image(id)?;
+        let instances = inner.instances_that_live()?;
         inner.store.commit(|c| {
             c.remove::<ImageRecord>(id);
-            Ok(())
+            match instances.iter().any(|i| i.description.image_id == id) {
+                true => c.put(&FormerImage(record.image)),
+                false => Ok(()),
+            }
         })?;
         inner.collect_garbage()
     }
@@ -210,14 +215,15 @@ impl Inner {
     fn create_image_held(&self, cell: &Cell, live: &Live, name: &str) -> Result<CreatedImage> {
         // Before anything is copied.
         self.check_name(name)?;
-        let parent = self.image(live.record.description.image_id)?;
+        let parent = self.parent(live.record.description.image_id)?;
         let begun = Instant::now();
         let taken = self.snapshot_volumes(cell, live)?;
         let paused = begun.elapsed();
-        let ami = child_of(parent.image.ami(), live, name, &taken, self)?;
+        let ami = child_of(&parent, live, name, &taken, self)?;
         let plan = match (&live.record.direct_boot, taken.first()) {
+            (Some(plan), _) => plan.clone(),
             (None, Some((root, _))) => self.boot.keep_from_disk(&root.disk())?,
-            _ => parent.boot,
+            (None, None) => return Err(no_root_volume()),
         };
         self.register(ami.clone(), plan)?;
         Ok(CreatedImage {
@@ -226,6 +232,14 @@ impl Inner {
             stored_bytes: taken.iter().map(|(_, stats)| stats.stored_bytes).sum(),
             paused,
         })
+    }
+
+    /// The image that an instance was made from, whether or not it is still registered.
+    fn parent(&self, id: AmiId) -> Result<AnyAmi> {
+        match self.store.get::<FormerImage>(&id.to_string())? {
+            Some(former) => Ok(former.0.ami().clone()),
+            None => Ok(self.image(id)?.image.ami().clone()),
+        }
     }
 
     /// Snapshots of all volumes at one instant, in the order of the attachments.

@@ -220,8 +220,20 @@ impl Cell {
     /// Lets go of machine and volumes, when the region is closed.
     pub(crate) fn release(&self) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        live.machine = None;
+        if let Err(e) = live.end_machine() {
+            tracing::error!(instance = %self.id, error = %e, "what an instance had written is lost");
+        }
         live.volumes.clear();
+    }
+}
+
+impl Live {
+    /// Ends the machine and makes durable what its guest has written: a guest is told that a write
+    /// is done when the volume has it, and no end of its machine takes that back.
+    pub(crate) fn end_machine(&mut self) -> Result<()> {
+        self.machine = None;
+        let flushed = self.volumes.iter().map(|volume| volume.disk().flush());
+        flushed.collect::<Result<(), _>>().map_err(|e| Error::storage(e, "cannot flush a volume"))
     }
 }
 

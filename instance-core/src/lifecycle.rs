@@ -63,10 +63,7 @@ impl Inner {
     }
 
     fn finish_stop(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
-        live.machine = None;
-        for volume in &live.volumes {
-            volume.disk().flush().map_err(|e| Error::storage(e, "cannot flush a volume"))?;
-        }
+        live.end_machine()?;
         self.power_off(live);
         self.transition(cell, live, Transition::Stopped, Some(reason))
     }
@@ -100,8 +97,9 @@ impl Inner {
 
     /// Gives a running instance a new machine, or stops it where that fails.
     fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
+        let ended = live.end_machine();
         self.power_off(live);
-        self.power_on_again(cell, live).inspect_err(|e| {
+        ended.and_then(|()| self.power_on_again(cell, live)).inspect_err(|e| {
             let reason = StateReason::new("Server.InternalError", format!("cannot reboot: {e}"));
             self.lose(cell, live, reason);
         })
@@ -156,7 +154,6 @@ impl Inner {
                 }
             }
             _ => {
-                self.power_off(live);
                 self.lose(cell, live, StateReason::new("Server.InternalError", cause.to_string()));
                 Ok(())
             }
@@ -164,6 +161,9 @@ impl Inner {
     }
 
     fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
+        if let Err(e) = live.end_machine() {
+            tracing::error!(instance = %cell.id, error = %e, "what a lost instance had written is lost too");
+        }
         self.power_off(live);
         if let Err(e) = self.transition(cell, live, Transition::Lost, Some(reason)) {
             tracing::error!(instance = %cell.id, error = %e, "cannot record that an instance was lost");
@@ -176,9 +176,7 @@ impl Inner {
         let plan = match (&live.record.direct_boot, live.volumes.first()) {
             (Some(plan), _) => plan.clone(),
             (None, Some(root)) => self.boot.keep_from_disk(&root.disk())?,
-            (None, None) => {
-                return Err(Error::new(ErrorKind::NotBootable, "the instance has no root volume"));
-            }
+            (None, None) => return Err(no_root_volume()),
         };
         self.power_on(cell, live, &plan)
     }
@@ -233,6 +231,10 @@ impl Inner {
             }
         }
     }
+}
+
+pub(crate) fn no_root_volume() -> Error {
+    Error::new(ErrorKind::NotBootable, "the instance has no root volume")
 }
 
 /// Presses the power button and waits, if there is one, for what comes of it.

@@ -49,6 +49,20 @@ impl Record for ImageRecord {
     }
 }
 
+/// An image that was deregistered while there were instances of it: what an image of one of them is
+/// described after.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct FormerImage(pub(crate) Image);
+
+impl Record for FormerImage {
+    const TABLE: &'static str = "former-images";
+
+    fn key(&self) -> String {
+        self.0.ami().id().to_string()
+    }
+}
+
 /// A volume, which outlives its instance if it was told to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VolumeRecord {

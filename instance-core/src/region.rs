@@ -16,8 +16,8 @@ use storage_block::{Store as BlockStore, Volume};
 use crate::boot_cache::BootCache;
 use crate::instance::{Cell, Instance};
 use crate::machine::{Capabilities, Hypervisor};
-use crate::record::{ImageRecord, InstanceRecord, RegionRecord, StateReason, VolumeRecord};
-use crate::store::Store;
+use crate::record::{FormerImage, ImageRecord, InstanceRecord, RegionRecord, StateReason, VolumeRecord};
+use crate::store::{Record, Store};
 use crate::supervisor::Supervisor;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
@@ -328,10 +328,31 @@ impl Inner {
         self.blocks
             .remove_unreferenced(&keep)
             .map_err(|e| Error::storage(e, "cannot remove the snapshots that nothing names"))?;
-        let instances = self.store.all::<InstanceRecord>()?;
+        let instances = self.instances_that_live()?;
+        self.forget_former_images(&instances)?;
         let plans =
             images.iter().map(|i| &i.boot).chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()));
         self.boot.remove_unreferenced(plans)
+    }
+
+    /// The records of instances that need what they were made from.
+    pub(crate) fn instances_that_live(&self) -> Result<Vec<InstanceRecord>> {
+        let mut instances = self.store.all::<InstanceRecord>()?;
+        instances.retain(|i| i.description.state != InstanceState::Terminated);
+        Ok(instances)
+    }
+
+    /// Forgets the deregistered images that no instance was made from any more.
+    fn forget_former_images(&self, instances: &[InstanceRecord]) -> Result<()> {
+        let mut former = self.store.all::<FormerImage>()?;
+        former.retain(|f| instances.iter().all(|i| i.description.image_id != f.0.ami().id()));
+        if former.is_empty() {
+            return Ok(());
+        }
+        self.store.commit(|c| {
+            former.iter().for_each(|f| c.remove::<FormerImage>(f.key()));
+            Ok(())
+        })
     }
 
     /// Puts in order what the last owner left.

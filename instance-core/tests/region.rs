@@ -246,4 +246,47 @@ fn deregistering_hurts_no_instance_and_gives_the_bytes_back() {
     instance.stop(Duration::ZERO).unwrap();
     instance.start().unwrap();
     ask(&instance, "read 0 0", "data class");
+
+    // An image of it is still a child of the one that is gone, and all goes with the last of both.
+    let child = instance.create_image("child").unwrap().ami;
+    assert_eq!(child.manifest().parent(), Some(&ami.digest()));
+    instance.terminate().unwrap();
+    region.deregister_image(child.id()).unwrap();
+    for place in ["boot", "blocks/snapshots", "blocks/packs", "volumes", "instances"] {
+        assert_eq!(files(&dir.path().join(place)), [""; 0], "{place}");
+    }
+}
+
+#[test]
+fn what_a_guest_wrote_outlives_its_machine_however_that_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut region = open(dir.path());
+    let id = region.launch(&register(&region), spec()).unwrap().id();
+    for (round, end) in ["reset", "reboot", "crash", "poweroff", "stop", "close"].into_iter().enumerate() {
+        let instance = region.instance(id).unwrap();
+        instance.start().unwrap();
+        ask(&instance, &format!("write 0 {} {end}", 8 * round), "wrote");
+        let mut reader = instance.console().reader_from_now();
+        let mut tell =
+            |line: &str| instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+        match end {
+            "reset" => instance.reboot().unwrap(),
+            "reboot" => {
+                tell(end);
+                reader.wait_for("GUEST READY", soon()).unwrap();
+            }
+            "crash" | "poweroff" => {
+                tell(end);
+                instance.wait_for(InstanceState::Stopped, soon()).unwrap();
+            }
+            "stop" => instance.stop(Duration::ZERO).unwrap(),
+            _ => {
+                drop((instance, region));
+                region = open(dir.path());
+            }
+        }
+        let instance = region.instance(id).unwrap();
+        instance.start().unwrap();
+        ask(&instance, &format!("read 0 {}", 8 * round), &format!("data {end}"));
+    }
 }

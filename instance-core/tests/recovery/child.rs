@@ -1,0 +1,123 @@
+//! The process that is killed.
+
+use std::io::Write;
+use std::time::Duration;
+
+use ami_core::{Ami, AmiId, AnyAmi, BlockDeviceMapping, X86_64};
+use instance_core::testing::{FakeHypervisor, tiny_elf};
+use instance_core::{DirectBoot, ImageSource, Instance, InstanceState, LaunchSpec, Region, Result};
+use storage_block::MemoryDisk;
+
+use super::{CHILD, PLACES, Random, TestRegion, ask, soon};
+
+/// The kernel with this number.
+pub(crate) fn kernel(number: usize) -> Vec<u8> {
+    let mut kernel = tiny_elf();
+    kernel.extend(number.to_le_bytes());
+    kernel
+}
+
+/// Not a test of its own: what is killed by the one in `main.rs`.
+#[test]
+#[ignore = "run by `nothing_acknowledged_is_lost_and_nothing_else_is_left`"]
+fn work() {
+    let Ok(how) = std::env::var(CHILD) else { return };
+    let (seed, dir) = how.split_once(' ').unwrap();
+    let region = Region::open(dir, FakeHypervisor::new()).unwrap();
+    let mut random = Random(seed.parse().unwrap());
+    // Ends the line that the harness has begun.
+    println!();
+    loop {
+        act(&region, &mut random).unwrap_or_else(|e| panic!("{e}: {:?}", std::error::Error::source(&e)));
+    }
+}
+
+/// Says a line at once and whole.
+fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    out.write_all(format!("@{line}\n").as_bytes()).and_then(|()| out.flush()).unwrap();
+}
+
+fn act(region: &TestRegion, random: &mut Random) -> Result<()> {
+    let images: Vec<AmiId> = region.images()?.iter().map(|i| i.ami().id()).collect();
+    let mut instances = region.instances();
+    instances.retain(|i| i.state() != InstanceState::Terminated);
+    let word = format!("w{}", random.below(1_000_000));
+    let any_image = random.one(&images).copied();
+    match (random.below(24), random.one(&instances)) {
+        (0 | 1, _) if images.len() < 4 => register(region, random, &word)?,
+        (2..=4, _) if instances.len() < 3 => {
+            let Some(id) = any_image else { return Ok(()) };
+            say(&format!("begin launch {id}"));
+            let ami = region.image(id)?.ami().typed::<X86_64>().unwrap();
+            let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+            let volumes = instance.describe().attachments;
+            let volumes: Vec<String> = volumes.iter().map(|a| a.volume_id.to_string()).collect();
+            say(&format!("done {} {}", instance.id(), volumes.join(" ")));
+        }
+        (5, Some(_)) if images.len() > 2 => {
+            let Some(id) = any_image else { return Ok(()) };
+            say(&format!("begin deregister {id}"));
+            region.deregister_image(id)?;
+            say("done");
+        }
+        (6 | 7, Some(instance)) if images.len() < 5 => {
+            say(&format!("begin create {} {word}", instance.id()));
+            say(&format!("done {}", described(&instance.create_image(&word)?.ami)));
+        }
+        (8, Some(instance)) => act_on(instance, "terminate", Instance::terminate)?,
+        (9, Some(instance)) => act_on(instance, "stop", |i| i.stop(Duration::ZERO))?,
+        (10, Some(instance)) => act_on(instance, "stop", |i| i.stop(Duration::from_secs(30)))?,
+        (what, Some(instance)) => match (what, instance.state()) {
+            (_, InstanceState::Stopped) => act_on(instance, "start", Instance::start)?,
+            (11, _) => act_on(instance, "reboot", Instance::reboot)?,
+            (12, _) => act_on(instance, "poweroff", |i| {
+                i.console().write_all(b"poweroff\n", soon()).unwrap();
+                i.wait_for(InstanceState::Stopped, soon())
+            })?,
+            (13..=16, _) => act_on(instance, "flush", |i| {
+                for disk in 0..2 {
+                    ask(i, &format!("flush {disk}"), "flushed");
+                }
+                Ok(())
+            })?,
+            _ => {
+                let place = random.below(PLACES.len());
+                let (disk, sector) = PLACES[place];
+                act_on(instance, &format!("write {place} {word}"), |i| {
+                    ask(i, &format!("write {disk} {sector} {word}"), "wrote");
+                    Ok(())
+                })?;
+            }
+        },
+        _ => {}
+    }
+    Ok(())
+}
+
+fn act_on(instance: &Instance, what: &str, act: impl FnOnce(&Instance) -> Result<()>) -> Result<()> {
+    let (action, rest) = what.split_once(' ').unwrap_or((what, ""));
+    say(&format!("begin {action} {} {rest}", instance.id()));
+    act(instance)?;
+    say("done");
+    Ok(())
+}
+
+fn register(region: &TestRegion, random: &mut Random, word: &str) -> Result<()> {
+    let number = random.below(3);
+    say(&format!("begin register {word} {number}"));
+    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    disk.write_at(word.as_bytes(), 0).unwrap();
+    let source = ImageSource::new(&disk).boot(DirectBoot::new(kernel(number), None, word));
+    // A second disk, which is kept when its instance is terminated.
+    let data = BlockDeviceMapping::blank("/dev/sdf", 1).delete_on_termination(false);
+    let ami = region.register_image(Ami::<X86_64>::builder(word).block_device(data), source)?;
+    say(&format!("done {}", described(&ami.into_any())));
+    Ok(())
+}
+
+/// The id of an image and the digests of its snapshots.
+fn described(ami: &AnyAmi) -> String {
+    let snapshots = super::model::snapshots_of(ami).into_iter().map(|s| s.to_hex());
+    [ami.id().to_string()].into_iter().chain(snapshots).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,123 @@
+//! A region whose process is killed, again and again, at any moment.
+//!
+//! A child works on a region and reports each action before it begins and when it was acknowledged.
+//! It is killed, the region is opened here, and all that it holds, down to the last file, is compared
+//! with a [`model`] of what was acknowledged. What was under way may have happened or not; nothing
+//! else may differ.
+//!
+//! `REGION_KILLS` says how often (100), `REGION_SEED` where to begin.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod child;
+mod model;
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use instance_core::testing::FakeHypervisor;
+use instance_core::{Instance, Region};
+use model::Model;
+
+type TestRegion = Region<FakeHypervisor>;
+
+/// The places on an instance's disks that are written: disk and sector. The image has bytes up to
+/// sector 2047 of its root disk; the second disk begins empty.
+const PLACES: [(usize, u64); 7] = [(0, 0), (0, 1), (0, 9), (0, 2000), (0, 99_999), (1, 0), (1, 77_777)];
+
+/// The environment variable that makes this program the child; it holds the directory and the seed.
+const CHILD: &str = "REGION_CHILD";
+
+/// Numbers that depend on a seed alone (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ z >> 31) % limit as u64) as usize
+    }
+
+    fn one<'a, T>(&mut self, of: &'a [T]) -> Option<&'a T> {
+        if of.is_empty() { None } else { Some(&of[self.below(of.len())]) }
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |n| n.parse().unwrap())
+}
+
+/// What the guest answers to a line, after `prefix`.
+fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+    reader.wait_for(prefix, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
+    let rest = reader.wait_for("\n", soon()).unwrap();
+    String::from_utf8(rest).unwrap().trim().to_owned()
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_and_nothing_else_is_left() {
+    let (kills, seed) = (number("REGION_KILLS", 100), number("REGION_SEED", 1));
+    eprintln!("REGION_KILLS={kills} REGION_SEED={seed}");
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = Model::default();
+    let mut random = Random(seed);
+    let mut acknowledged = 0;
+    for kill in 0..kills {
+        acknowledged += work_until_killed(dir.path(), seed << 32 | kill, &mut model, &mut random);
+        let region = Region::open(dir.path(), FakeHypervisor::new())
+            .unwrap_or_else(|e| panic!("kill {kill}: {e}: {:?}", std::error::Error::source(&e)));
+        model.check(&region, dir.path(), kill);
+    }
+    assert!(acknowledged > kills, "only {acknowledged} actions were acknowledged in {kills} lives");
+    eprintln!("{acknowledged} actions were acknowledged");
+
+    let open = || Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+    model.take_down(&open());
+    drop(open());
+    model.check_files(dir.path(), "at the end");
+}
+
+/// Runs a child on the region and kills it after so many of its words, or before the first. Returns
+/// how many actions it acknowledged.
+fn work_until_killed(dir: &Path, seed: u64, model: &mut Model, random: &mut Random) -> u64 {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child::work", "--ignored", "--nocapture", "--test-threads=1"])
+        .env(CHILD, format!("{seed} {}", dir.display()))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    let (mut line, mut acknowledged) = (String::new(), 0);
+    let mut hear = |line: &str| acknowledged += u64::from(model.hear(line));
+    // The harness says a few words before the child does.
+    for _ in 0..random.below(30) {
+        line.clear();
+        assert_ne!(lines.read_line(&mut line).unwrap(), 0, "the child has ended by itself");
+        hear(&line);
+    }
+    // Somewhere in what it does next.
+    let until = Instant::now() + Duration::from_micros(random.below(6000) as u64);
+    while Instant::now() < until {
+        std::hint::spin_loop();
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    loop {
+        line.clear();
+        match lines.read_line(&mut line).unwrap() {
+            0 => return acknowledged,
+            // A word that the kill cut short was not said.
+            _ if !line.ends_with('\n') => {}
+            _ => hear(&line),
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! What has been acknowledged, and what may be beside it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use ami_core::{AnyAmi, Digest, X86_64};
+use instance_core::{InstanceState, LaunchSpec};
+
+use super::child::kernel;
+use super::{PLACES, TestRegion, ask};
+
+/// What stands at each of the [`PLACES`].
+type Words = [String; PLACES.len()];
+
+#[derive(Clone)]
+struct Image {
+    words: Words,
+    /// Which kernel it boots.
+    kernel: usize,
+    snapshots: Vec<String>,
+    /// It was launched once, and held what it should.
+    seen: bool,
+}
+
+struct Instance {
+    /// As the guest sees it.
+    words: Words,
+    /// As it was last made durable.
+    durable: Words,
+    /// What was written since; any of it may be there after a kill.
+    unflushed: [Vec<String>; PLACES.len()],
+    kernel: usize,
+    volumes: Vec<String>,
+    snapshots: Vec<String>,
+    /// Why it is stopped, or will be found so; nothing while it runs.
+    stopped: Option<&'static str>,
+}
+
+/// The images and instances that were acknowledged, by their ids.
+#[derive(Default)]
+pub(crate) struct Model {
+    images: BTreeMap<String, Image>,
+    instances: BTreeMap<String, Instance>,
+    /// Volumes that outlived their instances, with the snapshots that they need.
+    kept: BTreeMap<String, Vec<String>>,
+    /// The action that was begun and not acknowledged.
+    under_way: Option<Vec<String>>,
+    /// What the child has said since the last kill.
+    said: Vec<String>,
+}
+
+const LOST: &str = "Server.InternalError";
+const BY_USER: &str = "Client.UserInitiatedShutdown";
+const BY_GUEST: &str = "Client.InstanceInitiatedShutdown";
+
+pub(crate) fn snapshots_of(ami: &AnyAmi) -> Vec<Digest> {
+    let mappings = ami.manifest().block_device_mappings();
+    mappings.iter().filter_map(|m| m.as_ebs()?.snapshot().copied()).collect()
+}
+
+impl Model {
+    /// Takes in a line of the child's; says whether it acknowledged something.
+    pub(crate) fn hear(&mut self, line: &str) -> bool {
+        let Some(line) = line.trim_end().strip_prefix('@') else { return false };
+        self.said.push(line.to_owned());
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        match words[0].as_str() {
+            "begin" => {
+                assert!(self.under_way.is_none(), "two actions at once");
+                if words[1] == "write" {
+                    let place: usize = words[3].parse().unwrap();
+                    self.instance(&words[2]).unflushed[place].push(words[4].clone());
+                }
+                self.under_way = Some(words[1..].to_vec());
+                false
+            }
+            _ => {
+                let done = self.under_way.take().unwrap();
+                self.acknowledge(&done, &words[1..]);
+                true
+            }
+        }
+    }
+
+    fn instance(&mut self, id: &str) -> &mut Instance {
+        self.instances.get_mut(id).unwrap()
+    }
+
+    fn acknowledge(&mut self, action: &[String], result: &[String]) {
+        let subject = action[1].as_str();
+        match action[0].as_str() {
+            "register" => self.add_image(result, first_words(subject), action[2].parse().unwrap()),
+            "create" => {
+                let from = self.instance(subject);
+                let (words, kernel) = (from.words.clone(), from.kernel);
+                self.add_image(result, words, kernel);
+            }
+            "deregister" => drop(self.images.remove(subject).unwrap()),
+            "launch" => self.add_instance(result, subject),
+            "terminate" => self.remove_instance(subject),
+            "write" => {
+                let place: usize = action[2].parse().unwrap();
+                self.instance(subject).words[place] = action[3].clone();
+            }
+            "flush" | "reboot" => self.instance(subject).settle(),
+            "start" => self.instance(subject).stopped = None,
+            what @ ("stop" | "poweroff") => {
+                let instance = self.instance(subject);
+                instance.settle();
+                instance.stopped.get_or_insert(if what == "stop" { BY_USER } else { BY_GUEST });
+            }
+            what => panic!("the child does not do {what}"),
+        }
+    }
+
+    fn add_image(&mut self, described: &[String], words: Words, kernel: usize) {
+        let image = Image { words, kernel, snapshots: described[1..].to_vec(), seen: false };
+        assert!(self.images.insert(described[0].clone(), image).is_none(), "an id was given twice");
+    }
+
+    fn add_instance(&mut self, described: &[String], image: &str) {
+        let Image { words, kernel, snapshots, .. } = self.images[image].clone();
+        let volumes = described[1..].to_vec();
+        let unflushed = Default::default();
+        let durable = words.clone();
+        let instance = Instance { words, durable, unflushed, kernel, volumes, snapshots, stopped: None };
+        assert!(self.instances.insert(described[0].clone(), instance).is_none(), "an id was given twice");
+    }
+
+    /// The root volume goes with its instance, the second is kept.
+    fn remove_instance(&mut self, id: &str) {
+        let gone = self.instances.remove(id).unwrap();
+        self.kept.insert(gone.volumes[1].clone(), but_the_roots(&gone.snapshots));
+    }
+
+    /// Compares a region that was opened after a kill with this, and goes on from what it found.
+    pub(crate) fn check(&mut self, region: &TestRegion, dir: &Path, kill: u64) {
+        let when = format!("kill {kill} after\n{}\n", std::mem::take(&mut self.said).join("\n"));
+        let under_way = self.under_way.take().unwrap_or_default();
+        self.adopt(region, &under_way);
+
+        let found: Vec<String> = region.images().unwrap().iter().map(|i| i.ami().id().to_string()).collect();
+        assert_eq!(found, self.images.keys().cloned().collect::<Vec<_>>(), "images, {when}");
+        let instances = region.instances();
+        let found: Vec<String> = instances.iter().map(|i| i.id().to_string()).collect();
+        assert_eq!(found, self.instances.keys().cloned().collect::<Vec<_>>(), "instances, {when}");
+        self.check_files(dir, &when);
+
+        for instance in instances {
+            let id = instance.id().to_string();
+            let known = self.instance(&id);
+            let description = instance.describe();
+            assert_eq!(description.state, InstanceState::Stopped, "{id}, {when}");
+            let reason = description.state_reason.unwrap();
+            if under_way.get(1) != Some(&id) {
+                assert_eq!(reason.code, known.stopped.unwrap_or(LOST), "{id}, {when}: {reason}");
+            }
+            if reason.code == LOST {
+                assert!(reason.message.contains("the process that owned the region ended"), "{reason}");
+            }
+            instance.start().unwrap();
+            for (place, (disk, sector)) in PLACES.into_iter().enumerate() {
+                let word = ask(&instance, &format!("read {disk} {sector}"), "data");
+                let (durable, unflushed) = (&known.durable[place], &known.unflushed[place]);
+                let may_be = word == *durable || unflushed.contains(&word);
+                assert!(may_be, "{id}, place {place}: {word:?}, not {durable:?} or {unflushed:?}, {when}");
+                known.words[place] = word;
+            }
+            // It runs until the region is closed, which makes durable what it has written.
+            known.settle();
+            known.stopped = Some(LOST);
+        }
+        self.see_images(region, &when);
+    }
+
+    /// What was under way may have been done: looks whether it was.
+    fn adopt(&mut self, region: &TestRegion, under_way: &[String]) {
+        let [action, subject, rest @ ..] = under_way else { return };
+        let images = region.images().unwrap();
+        let name = if action == "register" { subject } else { rest.first().unwrap_or(subject) };
+        let image = images.iter().find(|i| i.ami().name() == name).map(|i| {
+            let snapshots = snapshots_of(i.ami()).into_iter().map(|s| s.to_hex());
+            [i.ami().id().to_string()].into_iter().chain(snapshots).collect::<Vec<_>>()
+        });
+        let instances = region.instances();
+        let new = instances.iter().find(|i| !self.instances.contains_key(&i.id().to_string())).map(|i| {
+            let volumes = i.describe().attachments.into_iter().map(|a| a.volume_id.to_string());
+            [i.id().to_string()].into_iter().chain(volumes).collect::<Vec<_>>()
+        });
+        let gone = |id: &String| {
+            !images.iter().any(|i| i.ami().id().to_string() == *id)
+                && !instances.iter().any(|i| i.id().to_string() == *id)
+        };
+        match (action.as_str(), image, new) {
+            ("register" | "create", Some(described), _) | ("launch", _, Some(described)) => {
+                self.acknowledge(under_way, &described);
+            }
+            ("deregister" | "terminate", ..) if gone(subject) => self.acknowledge(under_way, &[]),
+            _ => {}
+        }
+    }
+
+    /// Nothing lies in the directory that nothing names, and nothing that is named is missing.
+    pub(crate) fn check_files(&self, dir: &Path, when: &str) {
+        let (images, instances) = (self.images.values(), self.instances.values());
+        let volumes = instances.clone().flat_map(|i| i.volumes.clone()).chain(self.kept.keys().cloned());
+        let snapshots = (images.clone().flat_map(|i| i.snapshots.clone()))
+            .chain(instances.clone().flat_map(|i| i.snapshots.clone()))
+            .chain(self.kept.values().flatten().cloned());
+        let kernels = images.map(|i| i.kernel).chain(instances.map(|i| i.kernel));
+        let kernels = kernels.map(|number| Digest::of(&kernel(number)).to_hex());
+        for (place, expected) in [
+            ("volumes", volumes.collect()),
+            ("blocks/snapshots", snapshots.collect()),
+            ("boot", kernels.collect()),
+            ("instances", BTreeSet::new()),
+        ] {
+            assert_eq!(names(&dir.join(place)), expected, "{place}, {when}");
+        }
+        let half_made = names(&dir.join("blocks/packs")).into_iter().find(|name| name.ends_with(".tmp"));
+        assert_eq!(half_made, None, "{when}");
+    }
+
+    /// Launches every image that is new.
+    fn see_images(&mut self, region: &TestRegion, when: &str) {
+        for (id, image) in self.images.iter_mut().filter(|(_, image)| !image.seen) {
+            let ami = region.image(id.parse().unwrap()).unwrap();
+            let ami = ami.ami().typed::<X86_64>().unwrap();
+            let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
+            for ((disk, sector), word) in PLACES.into_iter().zip(&image.words) {
+                let found = ask(&instance, &format!("read {disk} {sector}"), "data");
+                assert_eq!(found, *word, "{id}, disk {disk}, sector {sector}, {when}");
+            }
+            let kept = instance.describe().attachments[1].volume_id.to_string();
+            instance.terminate().unwrap();
+            self.kept.insert(kept, but_the_roots(&image.snapshots));
+            image.seen = true;
+        }
+    }
+
+    /// Takes everything away but the volumes that were kept.
+    pub(crate) fn take_down(&mut self, region: &TestRegion) {
+        for instance in region.instances() {
+            instance.terminate().unwrap();
+            self.remove_instance(&instance.id().to_string());
+        }
+        for image in region.images().unwrap() {
+            region.deregister_image(image.ami().id()).unwrap();
+        }
+        self.images.clear();
+    }
+}
+
+impl Instance {
+    /// All that was written is durable.
+    fn settle(&mut self) {
+        self.durable = self.words.clone();
+        self.unflushed = Default::default();
+    }
+}
+
+/// The root device's name comes last in the order of a manifest's.
+fn but_the_roots(snapshots: &[String]) -> Vec<String> {
+    snapshots[..snapshots.len() - 1].to_vec()
+}
+
+fn first_words(word: &str) -> Words {
+    let mut words = Words::default();
+    words[0] = word.to_owned();
+    words
+}
+
+fn names(dir: &Path) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
