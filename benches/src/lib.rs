@@ -1,1 +1,30 @@
-//! Benchmarks.
+//! What the benchmarks measure, shared by `cargo bench -p ami-benches`, which shows it to a developer, and
+//! by `cargo xtask figures`, which compares it with its bar.
+//!
+//! The machines that measure are noisy, so a figure is a ratio of two things timed in turn in one run, or
+//! a time counted in instructions in the lab. Each has a name, by which the program `measure` finds it.
+
+mod bare;
+#[allow(dead_code, reason = "shared with the tests of hypervisor-kvm, which use the rest")]
+#[path = "../../hypervisor-kvm/tests/common/guest.rs"]
+mod guest;
+pub mod launch;
+pub mod samples;
+
+use anyhow::bail;
+
+use crate::samples::Measurement;
+
+/// Takes the measurement of this name.
+///
+/// # Errors
+///
+/// When there is none, or what it needs is not there.
+pub fn measure(name: &str) -> anyhow::Result<Measurement> {
+    match name {
+        "first_instruction" => launch::first_instruction(),
+        "first_userspace_line" => launch::first_userspace_line(),
+        "launch_256g_over_1g" => launch::launch_256g_over_1g(),
+        _ => bail!("there is no measurement {name:?}"),
+    }
+}

@@ -57,27 +57,49 @@ pub(crate) fn boot() -> Result<Boot, String> {
         Ok(file)
     };
     let kernel = in_file(elf()?).and_then(BootFile::new);
-    Ok(Boot::new(kernel.map_err(|e| format!("cannot keep the bare-metal guest: {e}"))?, None, ""))
+    Ok(Boot::new(kernel.map_err(unreadable)?, None, ""))
+}
+
+/// The guest as a 64-bit ELF file, which is what an image for 64-bit x86 may carry. Its code is the same.
+///
+/// # Errors
+///
+/// As [`elf`], with `objcopy` of the binutils.
+pub(crate) fn elf64() -> Result<Vec<u8>, String> {
+    let dir = directory()?;
+    let [narrow, wide] = ["narrow", "wide"].map(|name| dir.path().join(name));
+    std::fs::write(&narrow, elf()?).map_err(unreadable)?;
+    run(Command::new("objcopy").args(["-I", "elf32-i386", "-O", "elf64-x86-64"]).args([&narrow, &wide]))?;
+    std::fs::read(&wide).map_err(unreadable)
 }
 
 fn build() -> Result<Vec<u8>, String> {
-    let unreadable = |e| format!("cannot read the bare-metal guest: {e}");
     if let Some(built) = std::env::var_os("AMI_BARE_GUEST") {
         return std::fs::read(built).map_err(unreadable);
     }
-    let dir = tempfile::tempdir().map_err(|e| format!("cannot make a directory: {e}"))?;
+    let dir = directory()?;
     let elf = dir.path().join("guest.elf");
-    let compiler = Command::new("cc")
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../hypervisor-kvm/tests/guest"))
-        .args(FLAGS)
-        .arg("-o")
-        .arg(&elf)
-        .args(SOURCES)
-        .output()
-        .map_err(|e| format!("cannot run `cc`, the C compiler, to build the bare-metal guest: {e}"))?;
-    if !compiler.status.success() {
-        let said = String::from_utf8_lossy(&compiler.stderr);
-        return Err(format!("`cc` cannot build the bare-metal guest:\n{said}"));
-    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hypervisor-kvm/tests/guest");
+    run(Command::new("cc").current_dir(source).args(FLAGS).arg("-o").arg(&elf).args(SOURCES))?;
     std::fs::read(&elf).map_err(unreadable)
+}
+
+fn directory() -> Result<tempfile::TempDir, String> {
+    tempfile::tempdir().map_err(|e| format!("cannot make a directory for the bare-metal guest: {e}"))
+}
+
+fn unreadable(error: std::io::Error) -> String {
+    format!("cannot read or write the bare-metal guest: {error}")
+}
+
+/// Runs one of the host's tools for building programs.
+fn run(tool: &mut Command) -> Result<(), String> {
+    let name = tool.get_program().to_string_lossy().into_owned();
+    let done =
+        tool.output().map_err(|e| format!("cannot run `{name}` to build the bare-metal guest: {e}"))?;
+    if !done.status.success() {
+        let said = String::from_utf8_lossy(&done.stderr);
+        return Err(format!("`{name}` cannot build the bare-metal guest:\n{said}"));
+    }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! What the tests share: KVM, or a reason to do without, and the bare-metal guest.
 
+#[allow(dead_code, reason = "shared with the benchmarks, which use the rest")]
 pub(crate) mod guest;
 
 use hypervisor_kvm::Kvm;
