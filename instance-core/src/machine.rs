@@ -499,7 +499,8 @@ pub enum MachineErrorKind {
 /// let err = MachineError::new(MachineErrorKind::Host, "cannot map memory").with_source(refused);
 /// assert_eq!(err.to_string(), "cannot map memory");
 /// assert!(err.source().is_some());
-/// assert_eq!(MachineError::wrong_state("pause", &MachineState::Created).kind(), MachineErrorKind::WrongState);
+/// let early = MachineError::wrong_state("pause", &MachineState::Created);
+/// assert_eq!(early.kind(), MachineErrorKind::WrongState);
 /// ```
 #[derive(Debug)]
 pub struct MachineError {

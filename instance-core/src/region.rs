@@ -201,8 +201,9 @@ impl<H> Region<H> {
     /// Every change of state of every instance from now on, as it is committed.
     ///
     /// ```
+    /// # use instance_core::{Region, testing::FakeHypervisor};
     /// # let dir = tempfile::tempdir()?;
-    /// # let region = instance_core::Region::open(dir.path(), instance_core::testing::FakeHypervisor::new())?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
     /// let changes = region.state_changes();
     /// let log = std::thread::spawn(move || {
     ///     for change in changes {

@@ -104,7 +104,8 @@ impl FakeHypervisor {
     /// use instance_core::testing::{FakeHypervisor, fake_kernel};
     ///
     /// let hypervisor = FakeHypervisor::with_architectures(vec![Arm64]);
-    /// let spec = MachineSpec::new("demo", Arm64, Boot::new(fake_kernel("")?, None, ""), Console::new().port());
+    /// let boot = Boot::new(fake_kernel("")?, None, "");
+    /// let spec = MachineSpec::new("demo", Arm64, boot, Console::new().port());
     /// hypervisor.fail_next_create();
     /// let refused = hypervisor.create(spec.clone()).err().map(|e| e.kind());
     /// assert_eq!(refused, Some(MachineErrorKind::Host));
