@@ -19,6 +19,21 @@ use crate::{
 /// is; its [`id`](Self::id) is derived from region, owner, name and digest and says which it is.
 /// Two are equal if these are. Cloning is cheap.
 ///
+/// ```
+/// use ami_core::{Ami, Architecture, BlockDeviceMapping, Digest, Timestamp, X86_64};
+///
+/// let ami = Ami::<X86_64>::builder("web")
+///     .root_device("/dev/xvda")
+///     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+///     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+/// assert_eq!((ami.name(), ami.region().as_str()), ("web", "us-east-1"));
+/// assert_eq!((ami.architecture(), *ami.owner()), (Architecture::X86_64, "123456789012".parse()?));
+/// assert_eq!(ami.id().to_string(), "ami-087247d1bddbcf84e");
+/// assert_eq!(ami.digest(), ami.manifest().digest());
+/// assert!(ami.created() <= Timestamp::now());
+/// # Ok::<(), ami_core::Error>(())
+/// ```
+///
 /// The type parameter is the architecture, where it is known when the program is compiled:
 ///
 /// ```compile_fail,E0308
@@ -48,6 +63,19 @@ pub struct Ami<A: Arch = AnyArch> {
 }
 
 /// An image whose architecture is known only at run time.
+///
+/// ```
+/// use ami_core::{AnyAmi, Arm64, BlockDeviceMapping, Digest, X86_64};
+///
+/// let architecture = "arm64".parse()?; // as a user typed it
+/// let ami: AnyAmi = AnyAmi::builder_for(architecture, "web")
+///     .root_device("/dev/xvda")
+///     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+///     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+/// assert_eq!(ami.typed::<Arm64>()?.into_any(), ami);
+/// assert!(ami.typed::<X86_64>().is_err());
+/// # Ok::<(), ami_core::Error>(())
+/// ```
 pub type AnyAmi = Ami<AnyArch>;
 
 struct Inner {
@@ -174,6 +202,16 @@ impl AnyAmi {
 }
 
 /// An image is of another architecture than the one asked for.
+///
+/// ```
+/// use ami_core::{Architecture, ArchitectureMismatch};
+///
+/// let id = "ami-0123456789abcdef0".parse()?;
+/// let err = ArchitectureMismatch::new(id, Architecture::X86_64, Architecture::Arm64);
+/// assert_eq!((err.id(), err.wanted(), err.found()), (id, Architecture::X86_64, Architecture::Arm64));
+/// assert_eq!(err.to_string(), "the architecture of ami-0123456789abcdef0 is arm64, not x86_64");
+/// # Ok::<(), ami_core::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the architecture of {id} is {found}, not {wanted}")]
 pub struct ArchitectureMismatch {

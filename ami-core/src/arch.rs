@@ -18,7 +18,7 @@ use crate::error::quote;
 /// use ami_core::Architecture;
 ///
 /// assert_eq!("arm64".parse(), Ok(Architecture::Arm64));
-/// assert_eq!(Architecture::X86.to_string(), "i386");
+/// assert_eq!(Architecture::ALL.map(Architecture::as_str), ["i386", "x86_64", "arm64"]);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Architecture {
@@ -54,6 +54,14 @@ impl fmt::Display for Architecture {
 }
 
 /// A name that is no architecture of EC2's.
+///
+/// ```
+/// use ami_core::Architecture;
+///
+/// let found = "riscv64".parse::<Architecture>().map_err(|e| e.to_string());
+/// let problem = r#""riscv64" is not an architecture; use i386, x86_64 or arm64"#;
+/// assert_eq!(found, Err(problem.to_owned()));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{} is not an architecture; use i386, x86_64 or arm64", quote(.0))]
 pub struct UnknownArchitecture(String);
@@ -72,6 +80,20 @@ mod sealed {
 
 /// An architecture as a type: one of [`X86`], [`X86_64`], [`Arm64`], or [`AnyArch`] where it is
 /// known only at run time. Sealed: there are no others.
+///
+/// ```
+/// use ami_core::{Ami, Arch, Arm64, X86_64};
+///
+/// /// For an image of any architecture, known or not.
+/// fn words<A: Arch>(_image: &Ami<A>) -> &'static str {
+///     match A::ARCHITECTURE {
+///         Some(architecture) => architecture.as_str(),
+///         None => "known at run time",
+///     }
+/// }
+/// assert_ne!(X86_64::ARCHITECTURE, Arm64::ARCHITECTURE);
+/// let _ = words::<Arm64>;
+/// ```
 pub trait Arch: sealed::Sealed + Copy + Send + Sync + 'static {
     /// The architecture, or `None` for [`AnyArch`].
     const ARCHITECTURE: Option<Architecture>;
@@ -80,6 +102,15 @@ pub trait Arch: sealed::Sealed + Copy + Send + Sync + 'static {
 macro_rules! markers {
     ($($(#[$doc:meta])* $name:ident => $value:expr;)*) => {$(
         $(#[$doc])*
+        ///
+        /// ```
+        #[doc = concat!("use ami_core::{Ami, Arch, Architecture, ", stringify!($name), "};")]
+        ///
+        #[doc = concat!("fn name(image: &Ami<", stringify!($name), ">) -> &str {")]
+        ///     image.name()
+        /// }
+        #[doc = concat!("assert_eq!(", stringify!($name), "::ARCHITECTURE, ", stringify!($value), ");")]
+        /// ```
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $name;
         impl sealed::Sealed for $name {}

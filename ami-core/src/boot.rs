@@ -7,6 +7,14 @@ use crate::error::{Error, ErrorKind, invalid_value, words};
 
 words! {
     /// The firmware that an image wants, in EC2's words.
+    ///
+    /// ```
+    /// use ami_core::BootMode;
+    ///
+    /// assert_eq!("uefi-preferred".parse::<BootMode>()?, BootMode::UefiPreferred);
+    /// assert_eq!(BootMode::ALL[0].as_str(), "legacy-bios");
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     BootMode, "boot mode" {
         /// BIOS.
         LegacyBios = "legacy-bios",
@@ -18,6 +26,18 @@ words! {
 }
 
 /// Where the kernel comes from.
+///
+/// ```
+/// use ami_core::{Boot, BootSource, Digest};
+///
+/// let boot = Boot::direct(Digest::of(b"kernel"), None, "console=ttyS0 root=/dev/vda1 ro");
+/// assert!("console=ttyS0 root=/dev/vda1 ro".len() <= Boot::MAX_COMMAND_LINE);
+/// match boot.source() {
+///     BootSource::Direct { kernel, initrd: None, .. } => assert_eq!(*kernel, Digest::of(b"kernel")),
+///     other => panic!("{other:?}"),
+/// }
+/// assert_eq!(Boot::from(BootSource::RootVolume), Boot::default());
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase", deny_unknown_fields)]
 #[non_exhaustive]

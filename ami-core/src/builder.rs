@@ -103,6 +103,17 @@ impl<A: Arch> AmiBuilder<A> {
     }
 
     /// When the image was made; the moment of [`build`](Self::build) unless this says otherwise.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, X86_64};
+    /// let image = Ami::<X86_64>::builder("web")
+    ///     .root_device("/dev/xvda")
+    ///     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8));
+    /// let (region, owner) = ("us-east-1".parse()?, "123456789012".parse()?);
+    /// let early = image.clone().created("2026-01-31T12:00:00.000Z".parse()?).build(&region, &owner)?;
+    /// assert_eq!(early, image.build(&region, &owner)?, "the time is no part of what an image is");
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     pub fn created(mut self, created: Timestamp) -> Self {
         self.created = Some(created);
         self
@@ -121,6 +132,20 @@ impl<A: Arch> AmiBuilder<A> {
     }
 
     /// Makes the manifest alone.
+    ///
+    /// ```
+    /// use ami_core::{Ami, Arm64, BlockDeviceMapping, Boot, Digest, Software};
+    ///
+    /// let manifest = Ami::<Arm64>::builder("a name that no manifest has")
+    ///     .root_device("/dev/xvda")
+    ///     .block_devices(["/dev/xvda", "/dev/sdf"].map(|name| BlockDeviceMapping::blank(name, 8)))
+    ///     .boot(Boot::direct(Digest::of(b"kernel"), Some(Digest::of(b"initrd")), "root=/dev/vda"))
+    ///     .software_list([Software::new("nginx", "1.22.1-9"), Software::new("curl", "7.88.1-10")])
+    ///     .parent(Digest::of(b"the image that it was made from"))
+    ///     .build_manifest()?;
+    /// assert_eq!(manifest.software()[0].name(), "curl", "sorted");
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     ///
     /// # Errors
     ///

@@ -8,6 +8,23 @@ use crate::{AmiId, ErrorKind, Image, ImageState, Query};
 
 /// Where the records of images are kept.
 ///
+/// ```
+/// use ami_core::{Catalog, Error, Filter, Image, ImageState, MemoryCatalog, Query};
+///
+/// /// Sets every image aside whose name begins so. For whatever keeps the images.
+/// fn disable(catalog: &dyn Catalog, prefix: &str) -> Result<usize, Error> {
+///     let found = catalog.list(&Query::all().filter(Filter::new("name", [format!("{prefix}*")])?))?;
+///     for current in &found {
+///         let mut next = current.clone();
+///         next.set_state(ImageState::Disabled)?;
+///         catalog.update(current, next)?; // a Conflict if somebody else was faster
+///     }
+///     Ok(found.len())
+/// }
+/// assert_eq!(disable(&MemoryCatalog::new(), "web-")?, 0);
+/// # Ok::<(), Error>(())
+/// ```
+///
 /// # Contract
 ///
 /// - A method that returned `Ok` has happened, and every later call on any thread sees it. One that
@@ -62,6 +79,22 @@ pub trait Catalog: Send + Sync {
 }
 
 /// What can be done with every [`Catalog`].
+///
+/// ```
+/// # use ami_core::{Ami, BlockDeviceMapping, Digest, Image, MemoryCatalog, X86_64};
+/// use ami_core::{Catalog, CatalogExt};
+///
+/// # let ami = Ami::<X86_64>::builder("web")
+/// #     .root_device("/dev/xvda")
+/// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+/// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+/// let catalog = MemoryCatalog::new();
+/// catalog.put(Image::new(ami.clone()))?;
+/// catalog.modify(&ami.id(), |image| image.tags_mut().insert("stage", "production").map(drop))?;
+/// let last = catalog.remove(&ami.id())?;
+/// assert_eq!(last.tags().get("stage"), Some("production"));
+/// # Ok::<(), ami_core::Error>(())
+/// ```
 pub trait CatalogExt: Catalog {
     /// Changes the record of an image, again with the new one if someone else changed it meanwhile, and
     /// gives the record as it is kept then.

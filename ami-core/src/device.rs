@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, quote, text_type, words};
 /// use ami_core::DeviceName;
 ///
 /// let name: DeviceName = "/dev/sda1".parse()?;
+/// assert_eq!(name.as_str(), "/dev/sda1");
 /// assert!(name.same_disk(&"/dev/xvda".parse()?));
 /// assert!("/dev/hda".parse::<DeviceName>().is_err());
 /// # Ok::<(), ami_core::Error>(())
@@ -91,6 +92,14 @@ fn is_number(text: &str, min: u8, max: u8) -> bool {
 
 words! {
     /// The type of an EBS volume.
+    ///
+    /// ```
+    /// use ami_core::VolumeType;
+    ///
+    /// let slow: VolumeType = "st1".parse()?;
+    /// assert!(!slow.can_boot() && VolumeType::Gp3.can_boot());
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     VolumeType, "volume type" {
         /// Magnetic.
         Standard = "standard",
@@ -111,6 +120,18 @@ words! {
 
 impl VolumeType {
     /// The smallest and the largest size of such a volume in GiB.
+    ///
+    /// ```
+    /// use ami_core::VolumeType;
+    ///
+    /// let boots_from = |gib| {
+    ///     let fits = move |t: &VolumeType| (t.size_range_gib().0..=t.size_range_gib().1).contains(&gib);
+    ///     VolumeType::ALL.iter().copied().filter(|t| t.can_boot()).filter(fits)
+    /// };
+    /// let words: Vec<&str> = boots_from(2).map(VolumeType::as_str).collect();
+    /// assert_eq!(words, ["standard", "gp2", "gp3"]);
+    /// assert_eq!(boots_from(20_000).collect::<Vec<_>>(), [VolumeType::Io2, VolumeType::Gp3]);
+    /// ```
     pub const fn size_range_gib(self) -> (u32, u32) {
         match self {
             Self::Standard => (1, 1024),
@@ -129,6 +150,20 @@ impl VolumeType {
 }
 
 /// An EBS volume that an instance gets at launch.
+///
+/// ```
+/// use ami_core::{BlockDeviceMapping, Digest, VolumeType};
+///
+/// let mapping = BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8);
+/// let ebs = mapping.as_ebs().ok_or("no volume")?;
+/// assert_eq!((ebs.volume_size_gib(), ebs.volume_size()), (8, 8 << 30));
+/// assert_eq!(ebs.snapshot(), Some(&Digest::of(b"root")));
+/// assert_eq!((ebs.volume_type(), ebs.encrypted()), (VolumeType::Gp3, false));
+/// assert!(ebs.delete_on_termination());
+/// ebs.check_snapshot_size(2 << 30)?; // the other 6 GiB are empty
+/// assert!(ebs.check_snapshot_size(9 << 30).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Ebs {
@@ -190,6 +225,19 @@ impl Ebs {
 }
 
 /// What is at a device name.
+///
+/// ```
+/// use ami_core::{BlockDeviceKind, BlockDeviceMapping};
+///
+/// let words = |mapping: &BlockDeviceMapping| match mapping.kind() {
+///     BlockDeviceKind::Ebs(ebs) => format!("{}: {} GiB", mapping.device_name(), ebs.volume_size_gib()),
+///     BlockDeviceKind::Ephemeral { virtual_name } => virtual_name.clone(),
+///     _ => "nothing".to_owned(),
+/// };
+/// assert_eq!(words(&BlockDeviceMapping::blank("/dev/sdf", 100).encrypted(true)), "/dev/sdf: 100 GiB");
+/// assert_eq!(words(&BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0")), "ephemeral0");
+/// assert_eq!(words(&BlockDeviceMapping::no_device("/dev/sdc")), "nothing");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase", deny_unknown_fields)]
 #[non_exhaustive]

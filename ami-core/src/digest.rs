@@ -36,6 +36,15 @@ impl Digest {
     }
 
     /// The digest whose bytes are known already.
+    ///
+    /// ```
+    /// use ami_core::Digest;
+    ///
+    /// let digest = Digest::of(b"content");
+    /// let stored: [u8; Digest::LEN] = *digest.as_bytes();
+    /// assert_eq!(Digest::from_bytes(stored), digest);
+    /// assert_eq!(format!("{}{}", Digest::PREFIX, digest.to_hex()), digest.to_string());
+    /// ```
     pub const fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
         Self(bytes)
     }
@@ -64,6 +73,13 @@ impl fmt::Debug for Digest {
 }
 
 /// A text that is no digest.
+///
+/// ```
+/// use ami_core::Digest;
+///
+/// let problem = "sha1:da39a3ee".parse::<Digest>().err().map(|e| e.to_string());
+/// assert!(problem.is_some_and(|text| text.starts_with(r#""sha1:da39a3ee" is not a digest"#)));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{} is not a digest of the form sha256: and 64 lower-case hexadecimal digits", quote(.0))]
 pub struct MalformedDigest(String);

@@ -6,6 +6,17 @@ use std::fmt;
 use crate::{AccountId, AmiId, ArchitectureMismatch, MalformedDigest, MalformedId, UnknownArchitecture};
 
 /// What went wrong, to match on.
+///
+/// ```
+/// use ami_core::{AmiId, Catalog, ErrorKind, MemoryCatalog};
+///
+/// let id: AmiId = "ami-0123456789abcdef0".parse()?;
+/// match MemoryCatalog::new().get(&id) {
+///     Err(e) if e.kind() == ErrorKind::NotFound => assert_eq!(e.kind().code(), "InvalidAMIID.NotFound"),
+///     other => panic!("{other:?}"),
+/// }
+/// # Ok::<(), ami_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -94,6 +105,22 @@ pub struct Error {
 
 impl Error {
     /// An error of `kind`. An implementation of [`Catalog`](crate::Catalog) makes its errors so.
+    ///
+    /// ```
+    /// use std::error::Error as _;
+    /// use ami_core::{AmiId, Error, ErrorKind};
+    ///
+    /// // What a catalog of one's own says.
+    /// let full = Error::new(ErrorKind::Internal, "the catalog cannot be written")
+    ///     .with_source(std::io::Error::from(std::io::ErrorKind::StorageFull));
+    /// assert!(full.source().is_some() && full.code() == "InternalError");
+    /// let id: AmiId = "ami-0123456789abcdef0".parse()?;
+    /// assert_eq!(Error::not_found(&id).kind(), ErrorKind::NotFound);
+    /// assert_eq!(Error::conflict(&id).kind(), ErrorKind::Conflict);
+    /// let taken = Error::duplicate_name("web", &"123456789012".parse()?, &id);
+    /// assert_eq!(taken.code(), "InvalidAMIName.Duplicate");
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, code: kind.code(), message: message.into(), source: None }
     }

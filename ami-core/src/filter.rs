@@ -30,6 +30,7 @@ use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerA
 /// use ami_core::Filter;
 ///
 /// assert!(Filter::new("name", ["debian-12-*", "debian-13-*"]).is_ok());
+/// assert!(Filter::new("image-id", vec!["*"; Filter::MAX_VALUES + 1]).is_err());
 /// let err = Filter::new("colour", ["red"]).unwrap_err();
 /// assert_eq!(err.to_string(), r#""colour" is no name of a filter for images"#);
 /// ```
@@ -314,6 +315,36 @@ impl Query {
 
     /// The answer to the query from all images of a catalog: those that match, sorted by id, up to the
     /// limit.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, Image, Timestamp, X86_64};
+    /// use ami_core::{AccountId, Category, Error, Filter, OwnerAlias, Query};
+    ///
+    /// let (region, amazon) = ("us-east-1".parse()?, "000000000001".parse()?);
+    /// let me: AccountId = "123456789012".parse()?;
+    /// # let make = |name: &str, owner: &AccountId| -> Result<Image, Error> {
+    /// #     let root = BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8);
+    /// #     let image = Ami::<X86_64>::builder(name).root_device("/dev/xvda").block_device(root);
+    /// #     Ok(Image::new(image.build(&region, owner)?))
+    /// # };
+    /// let (mine, mut theirs) = (make("web", &me)?, make("linux", &amazon)?);
+    /// theirs.launch_permissions_mut().set_public(true);
+    /// theirs.set_owner_alias(Some(OwnerAlias::Amazon));
+    /// theirs.set_deprecation(Some("2026-01-31T12:00:00Z".parse()?));
+    /// let images = [mine.clone(), theirs.clone()];
+    /// let select = |query: Query| query.select(&images);
+    ///
+    /// assert_eq!(select(Query::all().owner(me)), [mine.clone()]);
+    /// assert_eq!(select(Query::all().id(theirs.id())), [theirs.clone()]);
+    /// assert_eq!(select(Query::all().owner_alias(OwnerAlias::Amazon)), [theirs.clone()]);
+    /// assert_eq!(select(Query::all().in_category(me, Category::MyAmis)), [mine.clone()]);
+    /// assert_eq!(select(Query::all().visible_to(me).hide_deprecated(Timestamp::now())), [mine.clone()]);
+    /// // A page of one, and the next.
+    /// let first = select(Query::all().limit(1));
+    /// assert_eq!(select(Query::all().after(first[0].id())).len(), 1);
+    /// assert!(Filter::new("name", ["w?b"])?.matches(&mine) && Query::all().matches(&mine));
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn select<'a>(&self, images: impl IntoIterator<Item = &'a Image>) -> Vec<Image> {
         let mut found: Vec<&Image> = images.into_iter().filter(|image| self.matches(image)).collect();
         found.sort_by_key(|image| image.id());

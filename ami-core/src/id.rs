@@ -17,6 +17,7 @@ use crate::error::quote;
 ///
 /// let err = "i-0123456789abcdef0".parse::<AmiId>().unwrap_err();
 /// assert_eq!(err.to_string(), r#""i-0123456789abcdef0" is not an id of the form ami-0123456789abcdef0"#);
+/// assert_eq!((err.prefix(), err.code()), (AmiId::PREFIX, "InvalidAMIID.Malformed"));
 /// assert!("i-0123456789abcdef0".parse::<InstanceId>().is_ok());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -90,6 +91,17 @@ macro_rules! ids {
         $(#[$doc])*
         ///
         /// Parses from and displays as EC2 writes it; serialises as that text.
+        ///
+        /// ```
+        #[doc = concat!("use ami_core::", stringify!($name), ";")]
+        ///
+        #[doc = concat!("let id: ", stringify!($name), " = \"", $prefix, "-0123456789abcdef0\".parse()?;")]
+        #[doc = concat!("assert_eq!(id.to_string(), \"", $prefix, "-0123456789abcdef0\");")]
+        #[doc = concat!("assert_ne!(", stringify!($name), "::random()?, id);")]
+        #[doc = concat!("let zero = ", stringify!($name), "::from_bytes([0; 16]).to_string();")]
+        #[doc = concat!("assert_eq!(zero, format!(\"{}-00000000000000000\", ", stringify!($name), "::PREFIX));")]
+        /// # Ok::<(), Box<dyn std::error::Error>>(())
+        /// ```
         #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(into = "String", try_from = "String")]
         pub struct $name(Digits);

@@ -18,6 +18,16 @@ words! {
     /// | disabled | available, deregistered |
     /// | invalid, failed, error | deregistered |
     /// | deregistered | nothing |
+    ///
+    /// ```
+    /// use ami_core::ImageState;
+    ///
+    /// assert!(ImageState::Pending.can_become(ImageState::Available));
+    /// let leads_nowhere = |from: ImageState| ImageState::ALL.iter().all(|to| !from.can_become(*to));
+    /// let ends: Vec<_> = ImageState::ALL.iter().filter(|state| leads_nowhere(**state)).collect();
+    /// assert_eq!(ends, [&ImageState::Deregistered]);
+    /// assert_eq!(ImageState::Deregistered.as_str(), "deregistered");
+    /// ```
     ImageState, "state of an image" {
         /// Being made.
         Pending = "pending",
@@ -55,6 +65,14 @@ impl ImageState {
 
 words! {
     /// A name that EC2 gives to a group of accounts that publish images.
+    ///
+    /// ```
+    /// use ami_core::{OwnerAlias, Query};
+    ///
+    /// let published = Query::all().owner_alias("amazon".parse()?);
+    /// assert_eq!(OwnerAlias::ALL.len(), 3);
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     OwnerAlias, "owner alias" {
         /// Amazon itself.
         Amazon = "amazon",
@@ -67,6 +85,14 @@ words! {
 
 words! {
     /// Where an image stands in the view of an account, as EC2's console sorts them.
+    ///
+    /// ```
+    /// use ami_core::{Category, Query};
+    ///
+    /// let mine = Query::all().in_category("123456789012".parse()?, Category::MyAmis);
+    /// assert_eq!(Category::MyAmis.as_str(), "my-amis");
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     Category, "category of images" {
         /// Published by Amazon.
         QuickStart = "quick-start",
@@ -82,7 +108,7 @@ words! {
 }
 
 words! {
-    /// The kind of a product code.
+    /// The kind of a [`ProductCode`], which shows it in use.
     ProductCodeKind, "kind of product code" {
         /// DevPay.
         Devpay = "devpay",
@@ -92,6 +118,26 @@ words! {
 }
 
 /// The code of a product whose use is billed with the image.
+///
+/// ```
+/// # use ami_core::{Ami, BlockDeviceMapping, Digest, ErrorKind, Image, X86_64};
+/// use ami_core::{ProductCode, ProductCodeKind};
+///
+/// # let ami = Ami::<X86_64>::builder("web")
+/// #     .root_device("/dev/xvda")
+/// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+/// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+/// let mut image = Image::new(ami);
+/// image.launch_permissions_mut().set_public(true);
+/// image.add_product_code(ProductCode { id: "8vk2x".to_owned(), kind: ProductCodeKind::Marketplace })?;
+/// assert_eq!(image.product_codes().len(), 1);
+/// // Others may launch it now, but not carry it away.
+/// let other = "210987654321".parse()?;
+/// assert!(image.may_launch(&other));
+/// let copied = image.copy_to(&other, &"eu-west-1".parse()?, "mine");
+/// assert_eq!(copied.err().map(|e| e.kind()), Some(ErrorKind::AuthFailure));
+/// # Ok::<(), ami_core::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProductCode {
@@ -115,8 +161,11 @@ impl ProductCode {
 /// let friend: AccountId = "210987654321".parse()?;
 /// let mut permissions = LaunchPermissions::private();
 /// permissions.add(friend);
-/// assert!(permissions.allows(&friend));
-/// assert!(!permissions.is_public());
+/// assert!(permissions.allows(&friend) && !permissions.is_public());
+/// assert_eq!(permissions.accounts().collect::<Vec<_>>(), [&friend]);
+/// permissions.remove(&friend);
+/// permissions.set_public(true);
+/// assert_eq!(permissions, LaunchPermissions::public());
 /// # Ok::<(), ami_core::Error>(())
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -222,6 +271,28 @@ impl Image {
     }
 
     /// The record of an image that is still being made.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Category, Digest, Image, ImageState, Timestamp, X86_64};
+    /// # let ami = Ami::<X86_64>::builder("web")
+    /// #     .root_device("/dev/xvda")
+    /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+    /// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+    /// # let owner = *ami.owner();
+    /// let mut image = Image::pending(ami.clone());
+    /// assert!(image.check_launch(&owner).is_err(), "its content is not there yet");
+    /// image.set_state(ImageState::Available)?;
+    /// image.tags_mut().insert("stage", "production")?;
+    /// image.set_description("serves the directory")?;
+    /// image.set_deprecation(Some(Timestamp::now()));
+    /// assert!(image.is_deprecated(Timestamp::MAX) && image.may_launch(&owner));
+    /// assert_eq!(image.category(&owner), Some(Category::MyAmis));
+    ///
+    /// let copy = image.copy_to(&owner, &"eu-west-1".parse()?, "web")?;
+    /// assert_eq!((copy.state(), copy.description()), (ImageState::Pending, "serves the directory"));
+    /// assert_eq!((copy.ami().digest(), copy.tags().len()), (ami.digest(), 0));
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     pub fn pending(ami: impl Into<AnyAmi>) -> Self {
         Self { state: ImageState::Pending, ..Self::new(ami) }
     }

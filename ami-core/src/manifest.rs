@@ -12,6 +12,14 @@ use crate::{
 
 words! {
     /// How the machine is virtualised.
+    ///
+    /// ```
+    /// use ami_core::VirtualizationType;
+    ///
+    /// assert_eq!("hvm".parse::<VirtualizationType>()?, VirtualizationType::Hvm);
+    /// assert!("paravirtual".parse::<VirtualizationType>().is_err());
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     VirtualizationType, "virtualization type" {
         /// In full, by the processor. EC2's older `paravirtual` is not known here.
         Hvm = "hvm",
@@ -31,7 +39,15 @@ words! {
 ///     .root_device("/dev/xvda")
 ///     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
 ///     .build_manifest()?;
+/// assert_eq!(manifest.architecture().as_str(), "x86_64");
+/// assert_eq!(manifest.root_device_name().as_str(), "/dev/xvda");
+/// assert_eq!(manifest.root_volume(), manifest.block_device_mappings()[0].as_ebs());
+/// assert_eq!(manifest.virtualization_type().as_str(), "hvm");
+/// assert_eq!(manifest.boot(), &ami_core::Boot::root_volume());
+/// assert!(manifest.operating_system().is_none() && manifest.software().is_empty());
+/// assert!(manifest.parent().is_none());
 /// let json = manifest.to_canonical_json();
+/// assert!(json.starts_with(br#"{"architecture":"x86_64","#));
 /// assert_eq!(Manifest::from_json_with_digest(&json, &manifest.digest())?, manifest);
 /// # Ok::<(), ami_core::Error>(())
 /// ```
@@ -109,6 +125,23 @@ impl Manifest {
 
     /// Reads a manifest from exactly the bytes that [`to_canonical_json`](Self::to_canonical_json)
     /// writes.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, X86_64};
+    /// use ami_core::Manifest;
+    ///
+    /// # let manifest = Ami::<X86_64>::builder("web")
+    /// #     .root_device("/dev/xvda")
+    /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+    /// #     .build_manifest()?;
+    /// let canonical = manifest.to_canonical_json();
+    /// assert!(canonical.len() <= Manifest::MAX_JSON);
+    /// assert_eq!(Manifest::from_canonical_json(&canonical)?, manifest);
+    /// let spaced = [b" ".as_slice(), &canonical].concat();
+    /// assert_eq!(Manifest::from_json(&spaced)?, manifest);
+    /// assert!(Manifest::from_canonical_json(&spaced).is_err());
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     ///
     /// # Errors
     ///

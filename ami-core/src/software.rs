@@ -6,6 +6,14 @@ use crate::error::{Error, check_text, words};
 
 words! {
     /// The family of an operating system.
+    ///
+    /// ```
+    /// use ami_core::{OperatingSystem, OsFamily};
+    ///
+    /// let family: OsFamily = "bsd".parse()?;
+    /// assert_eq!(OperatingSystem::new(family, "openbsd", "7.6").family(), OsFamily::Bsd);
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
     OsFamily, "family of operating systems" {
         /// Linux.
         Linux = "linux",
@@ -67,6 +75,13 @@ impl OperatingSystem {
 }
 
 /// A piece of software on an image: a package and its version.
+///
+/// ```
+/// use ami_core::Software;
+///
+/// let ssh = Software::new("openssh-server", "1:9.2p1-2+deb12u3");
+/// assert_eq!((ssh.name(), ssh.version()), ("openssh-server", "1:9.2p1-2+deb12u3"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Software {

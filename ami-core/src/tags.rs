@@ -15,6 +15,9 @@ use crate::error::{Error, ErrorKind, invalid_value, quote};
 /// let mut tags = Tags::new();
 /// tags.insert("stage", "production")?;
 /// assert_eq!(tags.get("stage"), Some("production"));
+/// assert_eq!(tags.iter().collect::<Vec<_>>(), [("stage", "production")]);
+/// assert_eq!(tags.remove("stage").as_deref(), Some("production"));
+/// assert!(tags.is_empty() && tags.len() < Tags::MAX);
 /// assert_eq!(tags.insert("aws:owner", "me").unwrap_err().kind(), ErrorKind::MalformedTagKey);
 /// # Ok::<(), ami_core::Error>(())
 /// ```

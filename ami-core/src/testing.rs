@@ -1,8 +1,4 @@
 //! For tests: the conformance suite of [`Catalog`].
-//!
-//! ```
-//! ami_core::testing::catalog_conformance(ami_core::MemoryCatalog::new);
-//! ```
 
 use std::thread;
 
@@ -15,6 +11,12 @@ use crate::{
 ///
 /// `empty` gives a new catalog without images whenever it is called. Some checks call the catalog
 /// from several threads.
+///
+/// ```
+/// use ami_core::{MemoryCatalog, testing::catalog_conformance};
+///
+/// catalog_conformance(MemoryCatalog::new);
+/// ```
 ///
 /// # Panics
 ///

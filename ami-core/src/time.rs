@@ -16,6 +16,8 @@ use crate::error::{Error, invalid_value, quote};
 /// let created: Timestamp = "2026-01-31T12:00:00.250Z".parse()?;
 /// assert_eq!(created.as_unix_millis(), 1_769_860_800_250);
 /// assert_eq!(created.to_string(), "2026-01-31T12:00:00.250Z");
+/// assert_eq!(Timestamp::from_unix_millis(1_769_860_800_250), Some(created));
+/// assert!((Timestamp::MIN..=Timestamp::MAX).contains(&Timestamp::now()));
 /// # Ok::<(), ami_core::Error>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

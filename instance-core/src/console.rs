@@ -13,9 +13,28 @@ use std::time::Instant;
 use event_listener::{Event, Listener};
 
 /// How many bytes of output are kept: the last 64 KiB.
+///
+/// ```
+/// use instance_core::console::{Console, OUTPUT_KEPT};
+///
+/// let console = Console::new();
+/// console.port().write_output(&vec![b'.'; OUTPUT_KEPT + 1]);
+/// assert_eq!(console.output().len(), OUTPUT_KEPT);
+/// assert_eq!(console.written(), OUTPUT_KEPT as u64 + 1);
+/// ```
 pub const OUTPUT_KEPT: usize = 64 * 1024;
 
 /// How many bytes of input wait for a guest that does not read them.
+///
+/// ```
+/// use std::io::ErrorKind::TimedOut;
+/// use std::time::{Duration, Instant};
+/// use instance_core::console::{Console, INPUT_KEPT};
+///
+/// let deadline = Instant::now() + Duration::from_millis(1);
+/// let too_much = Console::new().write_all(&vec![b'x'; INPUT_KEPT + 1], deadline);
+/// assert_eq!(too_much.err().map(|e| e.kind()), Some(TimedOut));
+/// ```
 pub const INPUT_KEPT: usize = 64 * 1024;
 
 type Notifier = Arc<dyn Fn() + Send + Sync>;
@@ -124,6 +143,27 @@ impl fmt::Debug for Console {
 }
 
 /// The machine's side of a console: its serial port writes output here and reads input here.
+///
+/// ```
+/// use std::sync::{Arc, mpsc};
+/// use std::time::Instant;
+/// use instance_core::console::Console;
+///
+/// // An echo, as a machine's serial port would be wired.
+/// let console = Console::new();
+/// let port = console.port();
+/// let (typed, wakes) = mpsc::channel();
+/// port.set_input_notifier(Some(Arc::new(move || drop(typed.send(())))));
+/// console.write_all(b"hello", Instant::now())?;
+/// wakes.recv()?;
+/// assert_eq!(port.input_waiting(), 5);
+/// let mut line = [0; 80];
+/// let len = port.read_input(&mut line);
+/// port.write_output(&line[..len]);
+/// assert_eq!(console.output(), b"hello");
+/// port.set_input_notifier(None);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct ConsolePort(Arc<Shared>);
 
@@ -178,6 +218,21 @@ impl fmt::Debug for ConsolePort {
 }
 
 /// Reads a console's output from some point on.
+///
+/// ```
+/// use std::time::{Duration, Instant};
+/// use instance_core::console::Console;
+///
+/// let console = Console::new();
+/// let mut reader = console.reader();
+/// console.port().write_output(b"booting... login: ");
+/// let deadline = Instant::now() + Duration::from_secs(10);
+/// assert_eq!(reader.wait_for("login:", deadline)?, b"booting... login:");
+/// assert_eq!(reader.read(deadline)?, b" ", "what follows is left");
+/// assert_eq!(reader.read_new(), b"", "and then there is nothing new");
+/// assert_eq!(console.reader_from_now().read_new(), b"");
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct ConsoleReader {
     shared: Arc<Shared>,
@@ -219,7 +274,7 @@ impl ConsoleReader {
     /// # Errors
     ///
     /// [`TimedOut`](io::ErrorKind::TimedOut) if it had not come by the deadline, with the last line
-    /// that had.
+    /// that had. This reader has then read all that came.
     pub fn wait_for(&mut self, text: &str, deadline: Instant) -> io::Result<Vec<u8>> {
         let mut seen = Vec::new();
         loop {

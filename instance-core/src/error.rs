@@ -6,9 +6,32 @@ use std::fmt;
 use crate::machine::MachineError;
 
 /// A result of this crate.
+///
+/// ```
+/// use instance_core::{InstanceType, Result};
+///
+/// fn cheapest() -> Result<InstanceType> {
+///     "t2.nano".parse()
+/// }
+/// assert_eq!(cheapest()?.vcpus().get(), 1);
+/// # Ok::<(), instance_core::Error>(())
+/// ```
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What kind of failure an [`Error`] is; this is what a program matches on.
+///
+/// ```
+/// use instance_core::testing::FakeHypervisor;
+/// use instance_core::{ErrorKind, Region};
+///
+/// let dir = tempfile::tempdir()?;
+/// let _owner = Region::open(dir.path(), FakeHypervisor::new())?;
+/// match Region::open(dir.path(), FakeHypervisor::new()) {
+///     Err(e) if e.kind() == ErrorKind::RegionInUse => println!("{e}"), // says which directory
+///     other => panic!("{other:?}"),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {

@@ -19,6 +19,27 @@ const GIB: u64 = 1 << 30;
 const ROOT_DEVICE: &str = "/dev/xvda";
 
 /// Where the bytes of an image come from: a root disk, and perhaps a kernel beside it.
+///
+/// ```
+/// use ami_core::{Ami, X86_64};
+/// use instance_core::testing::{FakeHypervisor, tiny_elf};
+/// use instance_core::{DirectBoot, ImageSource, Region};
+/// use storage_block::MemoryDisk;
+///
+/// let dir = tempfile::tempdir()?;
+/// let region = Region::open(dir.path(), FakeHypervisor::new())?;
+/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
+/// let mut seen = 0;
+/// let mut progress = |p: storage_block::Progress| seen = p.done;
+/// let source = ImageSource::new(&disk)
+///     .root_device("/dev/sda1")
+///     .boot(DirectBoot::new(tiny_elf(), None, "console=ttyS0")) // the disk has no kernel on it
+///     .progress(&mut progress);
+/// let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+/// assert_eq!(ami.manifest().root_device_name().as_str(), "/dev/sda1");
+/// assert_eq!(seen, disk.size());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct ImageSource<'a> {
     root: &'a Disk,
     root_device: &'a str,
@@ -65,6 +86,15 @@ impl std::fmt::Debug for ImageSource<'_> {
 }
 
 /// A kernel, an initial RAM disk and a command line.
+///
+/// ```no_run
+/// use instance_core::DirectBoot;
+///
+/// let kernel = std::fs::read("vmlinuz")?;
+/// let initrd = std::fs::read("initrd.img")?;
+/// let boot = DirectBoot::new(kernel, Some(initrd), "console=ttyS0 root=/dev/vda1");
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct DirectBoot {
     kernel: Vec<u8>,
@@ -91,6 +121,23 @@ impl std::fmt::Debug for DirectBoot {
 }
 
 /// What making an image of an instance gave.
+///
+/// ```
+/// # use ami_core::{Ami, X86_64};
+/// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+/// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
+/// # let dir = tempfile::tempdir()?;
+/// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+/// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+/// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+/// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+/// let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+/// let made = instance.create_image("web-2")?;
+/// assert_eq!(made.ami.manifest().parent(), Some(&ami.digest()));
+/// assert_eq!((made.changed_bytes, made.stored_bytes), (0, 0), "nothing was written yet");
+/// println!("{} stood still for {:?}", instance.id(), made.paused);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CreatedImage {
@@ -127,6 +174,22 @@ impl<H> Region<H> {
     }
 
     /// Deregisters an image. Instances made from it go on; the bytes that nothing else names go.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, Region};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// assert_eq!(region.image(ami.id())?.ami(), &ami);
+    /// region.deregister_image(ami.id())?;
+    /// let gone = region.image(ami.id()).err().map(|e| e.kind());
+    /// assert_eq!(gone, Some(ErrorKind::ImageNotFound));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///

@@ -37,7 +37,16 @@ use crate::{Error, ErrorKind, InstanceState, Result};
 ///
 /// let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
 /// assert_eq!(instance.state(), InstanceState::Running);
-/// instance.console().reader().wait_for("GUEST READY", Instant::now() + Duration::from_secs(10))?;
+/// assert_eq!(region.instance(instance.id())?.describe(), instance.describe());
+/// assert_eq!(instance.image()?, ami);
+///
+/// let deadline = Instant::now() + Duration::from_secs(10);
+/// instance.console().reader().wait_for("GUEST READY", deadline)?;
+/// instance.console().write_all(b"poweroff\n", deadline)?;
+/// instance.wait_for(InstanceState::Stopped, deadline)?;
+/// instance.start()?; // from its root volume as the guest left it
+/// instance.reboot()?;
+/// assert!(instance.watch().wait(deadline, |now| now.state == InstanceState::Running).is_ok());
 /// instance.terminate()?;
 /// assert_eq!(instance.state(), InstanceState::Terminated);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -121,7 +130,8 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// As [`start`](Self::start), but the instance must be running.
+    /// As [`start`](Self::start), but the instance must be running; it is stopped if no new machine
+    /// can be made.
     pub fn reboot(&self) -> Result<()> {
         self.region.reboot(&self.cell)
     }
@@ -143,9 +153,11 @@ impl Instance {
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is running or
-    /// stopped; [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate);
-    /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel; or what
-    /// the host met. Nothing is then left of the image, and the instance goes on.
+    /// stopped; [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), or
+    /// [`InvalidImage`](ErrorKind::InvalidImage) for a name that breaks the rule for names;
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound) if the AMI that it was made from is no longer
+    /// registered; [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a
+    /// kernel; or what the host met. Nothing is then left of the image, and the instance goes on.
     pub fn create_image(&self, name: &str) -> Result<CreatedImage> {
         self.region.create_image(&self.cell, name)
     }
@@ -154,7 +166,7 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`ImageNotFound`](ErrorKind::ImageNotFound).
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what reading the state store met.
     pub fn image(&self) -> Result<AnyAmi> {
         Ok(self.region.image(self.describe().image_id)?.image.ami().clone())
     }

@@ -55,6 +55,15 @@ const KNOWN: &[(&str, u32, u32, &[Architecture])] = &[
 
 impl InstanceType {
     /// A type of one's own, for any architecture.
+    ///
+    /// ```
+    /// use instance_core::InstanceType;
+    ///
+    /// let lab = InstanceType::custom("lab.tiny", 1.try_into()?, 256.try_into()?);
+    /// assert_eq!((lab.name(), lab.memory_mib().get()), ("lab.tiny", 256));
+    /// assert_eq!(lab.architectures(), ami_core::Architecture::ALL);
+    /// # Ok::<(), std::num::TryFromIntError>(())
+    /// ```
     pub fn custom(name: impl Into<String>, vcpus: NonZeroU32, memory_mib: NonZeroU32) -> Self {
         Self {
             name: Cow::Owned(name.into()),
@@ -65,6 +74,16 @@ impl InstanceType {
     }
 
     /// The types that are known by name.
+    ///
+    /// ```
+    /// use ami_core::Architecture;
+    /// use instance_core::InstanceType;
+    ///
+    /// let smallest = InstanceType::known()
+    ///     .filter(|t| t.architectures().contains(&Architecture::Arm64))
+    ///     .min_by_key(InstanceType::memory_mib);
+    /// assert_eq!(smallest.map(|t| t.to_string()).as_deref(), Some("t4g.nano"));
+    /// ```
     pub fn known() -> impl Iterator<Item = Self> {
         KNOWN.iter().filter_map(|&(name, vcpus, memory, architectures)| {
             Some(Self {

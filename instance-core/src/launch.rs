@@ -59,11 +59,24 @@ impl<H> Region<H> {
     ///
     /// Its volumes are made copy-on-write from the image's snapshots, in constant time.
     ///
+    /// ```no_run
+    /// # fn demo(region: &instance_core::Region) -> Result<(), Box<dyn std::error::Error>> {
+    /// use instance_core::LaunchSpec;
+    ///
+    /// let image = region.image("ami-0123456789abcdef0".parse()?)?;
+    /// let server = region.launch(image.ami(), LaunchSpec::new("t3.micro".parse()?).tag("Name", "web"))?;
+    /// println!("{} is {}", server.id(), server.state());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ImageNotFound`](ErrorKind::ImageNotFound),
     /// [`ImageUnavailable`](ErrorKind::ImageUnavailable),
-    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch) before anything is made;
+    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch), and
+    /// [`Unsupported`](ErrorKind::Unsupported) for an instance store volume, before anything is made;
+    /// [`Unsupported`](ErrorKind::Unsupported) for hardware that the hypervisor cannot give,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity),
     /// [`Hypervisor`](ErrorKind::Hypervisor) and others when the host fails, after which nothing is
     /// left of the instance.

@@ -20,6 +20,19 @@ use crate::watch::Watch;
 
 /// Makes machines.
 ///
+/// ```
+/// use instance_core::console::Console;
+/// use instance_core::machine::{Boot, Hypervisor, MachineSpec, MachineState};
+/// use instance_core::testing::{FakeHypervisor, fake_kernel};
+///
+/// let hypervisor: Box<dyn Hypervisor> = Box::new(FakeHypervisor::new());
+/// assert_eq!(hypervisor.capabilities().architectures, [ami_core::Architecture::X86_64]);
+/// let boot = Boot::new(fake_kernel("")?, None, "console=ttyS0");
+/// let spec = MachineSpec::new("demo", ami_core::Architecture::X86_64, boot, Console::new().port());
+/// assert_eq!(hypervisor.create(spec)?.state().get(), MachineState::Created);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Contract
 ///
 /// - Every method may be called from any thread at any time.
@@ -46,6 +59,18 @@ pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
 /// A hypervisor crate implements it for each architecture that its type promises; every hypervisor
 /// takes [`AnyArch`], and `Box<dyn Hypervisor>` takes all of them, checked when an instance is
 /// launched.
+///
+/// ```
+/// use ami_core::{Ami, X86_64};
+/// use instance_core::machine::{Hypervisor, Runs};
+/// use instance_core::{Instance, LaunchSpec, Region, Result};
+///
+/// /// For any hypervisor whose type promises 64-bit x86.
+/// fn launch<H: Runs<X86_64>>(region: &Region<H>, ami: &Ami<X86_64>) -> Result<Instance> {
+///     region.launch(ami, LaunchSpec::new("t3.micro".parse()?))
+/// }
+/// let _ = launch::<Box<dyn Hypervisor>>;
+/// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not run images of architecture `{A}`",
     label = "this image's architecture is not one that the region's hypervisor runs"
@@ -69,6 +94,27 @@ impl Hypervisor for Box<dyn Hypervisor> {
 
 /// A virtual machine. Dropping it ends it at once and gives back all that it held: threads, child
 /// processes, memory, descriptors, files.
+///
+/// ```
+/// # use instance_core::{console::Console, testing::{FakeHypervisor, fake_kernel}};
+/// # use instance_core::machine::{Boot, Hypervisor, MachineSpec};
+/// use std::time::{Duration, Instant};
+/// use instance_core::machine::{ExitCause, MachineState};
+///
+/// # let boot = Boot::new(fake_kernel("")?, None, "");
+/// # let spec = MachineSpec::new("demo", ami_core::Architecture::X86_64, boot, Console::new().port());
+/// let machine = FakeHypervisor::new().create(spec)?;
+/// machine.start()?;
+/// machine.pause()?; // until `resume` its disks stay as they are
+/// machine.resume()?;
+/// machine.power_button()?;
+/// let patience = Instant::now() + Duration::from_secs(10);
+/// let end = machine.state().wait(patience, |state| state.exit_cause().is_some());
+/// assert_eq!(end, Ok(MachineState::Exited(ExitCause::PowerOff)));
+/// machine.kill(); // too late to change anything
+/// assert_eq!(machine.state().get().exit_cause(), Some(&ExitCause::PowerOff));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Contract
 ///
@@ -125,6 +171,15 @@ pub trait Machine: fmt::Debug + Send + Sync {
 ///    │                  │                          │
 ///    └──kill────────────┴── the guest, or kill ────┴──▶ Exited(cause)
 /// ```
+///
+/// ```
+/// use instance_core::machine::{ExitCause, MachineState};
+///
+/// let cause = ExitCause::Crash("triple fault".to_owned());
+/// assert_eq!(cause.to_string(), "the guest crashed: triple fault");
+/// assert_eq!(MachineState::Exited(cause.clone()).exit_cause(), Some(&cause));
+/// assert_eq!(MachineState::Paused.exit_cause(), None);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MachineState {
     /// Made, not started.
@@ -147,7 +202,7 @@ impl MachineState {
     }
 }
 
-/// Why a machine ended.
+/// Why a machine ended. [`MachineState`] holds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExitCause {
@@ -176,6 +231,18 @@ impl fmt::Display for ExitCause {
 }
 
 /// What a hypervisor can do on this host.
+///
+/// ```
+/// use ami_core::Architecture;
+/// use instance_core::machine::{Capabilities, Execution};
+///
+/// let execution = Execution::Hardware { measured: "guest kernel code: 2.9 G instructions/s".to_owned() };
+/// let mut can = Capabilities::new("mine", vec![Architecture::X86, Architecture::X86_64], execution);
+/// can.max_vcpus = 32;
+/// can.power_button = true;
+/// assert!(can.execution.is_hardware());
+/// assert!(!Execution::Emulated { measured: "TCG of QEMU 7.2".to_owned() }.is_hardware());
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Capabilities {
@@ -194,7 +261,8 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Capabilities of a hypervisor called `name` that makes machines of these architectures.
+    /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
+    /// vCPU, up to 1 TiB of memory and no power button, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self { name, architectures, max_vcpus: 1, max_memory_mib: 1 << 20, execution, power_button: false }
     }
@@ -227,7 +295,7 @@ impl Capabilities {
     }
 }
 
-/// How guest code runs.
+/// How guest code runs. Part of a hypervisor's [`Capabilities`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Execution {
@@ -251,6 +319,23 @@ impl Execution {
 }
 
 /// Everything a machine is made from.
+///
+/// ```
+/// use ami_core::Architecture;
+/// use instance_core::console::Console;
+/// use instance_core::machine::{Boot, DiskSpec, Hypervisor, MachineErrorKind, MachineSpec};
+/// use instance_core::testing::{FakeHypervisor, fake_kernel};
+///
+/// let boot = Boot::new(fake_kernel("")?, None, "console=ttyS0 root=/dev/vda1");
+/// let mut spec = MachineSpec::new("web", Architecture::X86_64, boot, Console::new().port());
+/// (spec.vcpus, spec.memory_mib) = (2.try_into()?, 1024.try_into()?);
+/// spec.disks.push(DiskSpec::new(storage_block::MemoryDisk::new(1 << 20)?.into_disk(), "vol0"));
+/// let can = FakeHypervisor::new().capabilities();
+/// can.check(&spec)?;
+/// spec.architecture = Architecture::Arm64;
+/// assert_eq!(can.check(&spec).err().map(|e| e.kind()), Some(MachineErrorKind::Unsupported));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct MachineSpec {
@@ -295,7 +380,7 @@ impl MachineSpec {
     }
 }
 
-/// A kernel, loaded directly: there is no firmware.
+/// A kernel, loaded directly: there is no firmware. [`MachineSpec`] shows it in use.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Boot {
@@ -315,6 +400,19 @@ impl Boot {
 }
 
 /// A file to boot, open for reading and never changed. Cheap to clone.
+///
+/// ```
+/// use std::io::Write;
+/// use instance_core::machine::BootFile;
+///
+/// let mut file = tempfile::tempfile()?;
+/// file.write_all(b"\x7fELF")?;
+/// let kernel = BootFile::new(file)?;
+/// assert_eq!((kernel.len(), kernel.is_empty()), (4, false));
+/// assert_eq!(kernel.read()?, b"\x7fELF");
+/// assert_eq!(kernel.file().metadata()?.len(), kernel.len());
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct BootFile(Arc<File>, u64);
 
@@ -348,7 +446,8 @@ impl BootFile {
     ///
     /// # Errors
     ///
-    /// What the operating system says.
+    /// What the operating system says, or [`FileTooLarge`](io::ErrorKind::FileTooLarge) for a file
+    /// longer than an address space.
     pub fn read(&self) -> io::Result<Vec<u8>> {
         let len = usize::try_from(self.1).map_err(|_| io::ErrorKind::FileTooLarge)?;
         let mut bytes = vec![0; len];
@@ -357,7 +456,7 @@ impl BootFile {
     }
 }
 
-/// A disk of a machine.
+/// A disk of a machine. [`MachineSpec`] shows it in use.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct DiskSpec {
@@ -391,6 +490,18 @@ pub enum MachineErrorKind {
 }
 
 /// A hypervisor's failure: its kind, what it happened to, and what caused it.
+///
+/// ```
+/// use std::error::Error;
+/// use instance_core::machine::{MachineError, MachineErrorKind, MachineState};
+///
+/// let refused = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+/// let err = MachineError::new(MachineErrorKind::Host, "cannot map memory").with_source(refused);
+/// assert_eq!(err.to_string(), "cannot map memory");
+/// assert!(err.source().is_some());
+/// let early = MachineError::wrong_state("pause", &MachineState::Created);
+/// assert_eq!(early.kind(), MachineErrorKind::WrongState);
+/// ```
 #[derive(Debug)]
 pub struct MachineError {
     kind: MachineErrorKind,

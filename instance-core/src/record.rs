@@ -82,6 +82,15 @@ impl Record for VolumeRecord {
 }
 
 /// What happens when the guest powers itself off (`InstanceInitiatedShutdownBehavior`).
+///
+/// ```
+/// use instance_core::{LaunchSpec, ShutdownBehavior};
+///
+/// // A worker that is gone when it powers itself off.
+/// let worker = LaunchSpec::new("t3.micro".parse()?).shutdown_behavior(ShutdownBehavior::Terminate);
+/// assert_eq!(ShutdownBehavior::default(), ShutdownBehavior::Stop);
+/// # Ok::<(), instance_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShutdownBehavior {
@@ -92,7 +101,7 @@ pub enum ShutdownBehavior {
     Terminate,
 }
 
-/// Why an instance is in its state (`StateReason`).
+/// Why an instance is in its state (`StateReason`); [`InstanceDescription`] shows it in use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct StateReason {
@@ -118,7 +127,7 @@ impl fmt::Display for StateReason {
     }
 }
 
-/// A volume at its place in an instance.
+/// A volume at its place in an instance; [`InstanceDescription`] shows it in use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Attachment {
@@ -130,7 +139,30 @@ pub struct Attachment {
     pub delete_on_termination: bool,
 }
 
-/// What is known of an instance, as `DescribeInstances` tells it.
+/// What is known of an instance, as `DescribeInstances` tells it: a copy, which does not change with
+/// the instance.
+///
+/// ```
+/// # use ami_core::{Ami, X86_64};
+/// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+/// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
+/// # let dir = tempfile::tempdir()?;
+/// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+/// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+/// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+/// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+/// let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?).tag("Name", "one"))?;
+/// let running = instance.describe();
+/// assert_eq!((running.image_id, running.instance_type.name()), (ami.id(), "t2.nano"));
+/// assert_eq!(running.tags["Name"], "one");
+/// let root = &running.attachments[0];
+/// assert_eq!((root.device_name.as_str(), root.delete_on_termination), ("/dev/xvda", true));
+///
+/// instance.stop(std::time::Duration::from_secs(60))?;
+/// let why = instance.describe().state_reason.ok_or("a stop has a reason")?;
+/// assert_eq!(why.code, "Client.UserInitiatedShutdown");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct InstanceDescription {

@@ -36,7 +36,10 @@ use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 ///
 /// let dir = tempfile::tempdir()?;
 /// let region = Region::open(dir.path(), FakeHypervisor::new())?;
-/// assert!(region.images()?.is_empty());
+/// println!("{} of {} runs {:?}", region.name(), region.account(), region.capabilities().architectures);
+/// assert!(region.images()?.is_empty() && region.instances().is_empty());
+/// assert!(region.image("ami-0123456789abcdef0".parse()?).is_err(), "it has no images yet");
+/// assert!(region.instance("i-0123456789abcdef0".parse()?).is_err());
 /// assert!(Region::open(dir.path(), FakeHypervisor::new()).is_err(), "it has an owner");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -79,9 +82,10 @@ impl<H> fmt::Debug for Region<H> {
 /// use instance_core::testing::FakeHypervisor;
 ///
 /// let dir = tempfile::tempdir()?;
-/// let options = RegionOptions::new().name("eu-central-1".parse()?);
+/// let options = RegionOptions::new().name("eu-central-1".parse()?).account("123456789012".parse()?);
 /// let region = options.open(dir.path(), FakeHypervisor::new())?;
 /// assert_eq!(region.name().as_str(), "eu-central-1");
+/// assert_eq!(region.account().to_string(), "123456789012");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone, Default)]
@@ -120,7 +124,8 @@ impl RegionOptions {
     ///
     /// [`RegionInUse`](ErrorKind::RegionInUse) if it has an owner,
     /// [`InvalidParameter`](ErrorKind::InvalidParameter) if it has another name or account,
-    /// [`Corrupt`](ErrorKind::Corrupt) if its files are not what they should be.
+    /// [`Corrupt`](ErrorKind::Corrupt) if its files are not what they should be or of a format that
+    /// this version does not know, or what the host met.
     pub fn open<H: Hypervisor>(self, dir: impl AsRef<Path>, hypervisor: H) -> Result<Region<H>> {
         let inner = Inner::open(self, dir.as_ref(), Box::new(hypervisor))?;
         Ok(Region { inner, hypervisor: PhantomData })
@@ -195,15 +200,20 @@ impl<H> Region<H> {
 
     /// Every change of state of every instance from now on, as it is committed.
     ///
-    /// ```no_run
-    /// # fn demo(region: &instance_core::Region) {
+    /// ```
+    /// # use instance_core::{Region, testing::FakeHypervisor};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
     /// let changes = region.state_changes();
-    /// std::thread::spawn(move || {
+    /// let log = std::thread::spawn(move || {
     ///     for change in changes {
-    ///         println!("{}: {}", change.instance_id, change.state);
+    ///         let why = change.reason.map(|r| r.to_string()).unwrap_or_default();
+    ///         println!("{:?} {}: {} {why}", change.at, change.instance_id, change.state);
     ///     }
     /// });
-    /// # }
+    /// drop(region); // with the region the changes end
+    /// assert!(log.join().is_ok());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn state_changes(&self) -> Receiver<StateChange> {
         let (sender, receiver) = mpsc::channel();
@@ -212,7 +222,8 @@ impl<H> Region<H> {
     }
 }
 
-/// A change of an instance's state ("EC2 Instance State-change Notification").
+/// A change of an instance's state ("EC2 Instance State-change Notification"), from
+/// [`Region::state_changes`], which shows it in use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StateChange {

@@ -17,6 +17,13 @@ use crate::console::{Console, ConsoleReader};
 const LINE: usize = 1000;
 
 /// What a command did.
+///
+/// ```
+/// use instance_core::shell::Output;
+///
+/// let output = Output { status: 0, text: "Linux\n".to_owned() };
+/// assert_eq!((output.status, output.text.trim()), (0, "Linux"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
     /// Its exit status.
@@ -27,6 +34,22 @@ pub struct Output {
 
 /// A shell on a console. The session has the console to itself: what others type meanwhile goes
 /// into it.
+///
+/// ```no_run
+/// use std::time::{Duration, Instant};
+/// use instance_core::shell::Shell;
+///
+/// # fn demo(server: &instance_core::Instance) -> std::io::Result<()> {
+/// let deadline = Instant::now() + Duration::from_secs(60);
+/// let mut shell = Shell::connect(&server.console(), deadline)?;
+/// shell.must("apt-get install -y nginx", deadline)?;
+/// shell.write_file("/var/www/html/index.html", b"hello", deadline)?;
+/// assert_eq!(shell.read_file("/var/www/html/index.html", deadline)?, b"hello");
+/// let running = shell.run("systemctl is-active nginx", deadline)?;
+/// assert_eq!((running.status, running.text.trim()), (0, "active"));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Shell {
     console: Console,
@@ -39,7 +62,8 @@ impl Shell {
     ///
     /// # Errors
     ///
-    /// [`TimedOut`](io::ErrorKind::TimedOut) if no shell answered by the deadline.
+    /// [`TimedOut`](io::ErrorKind::TimedOut) if no shell answered by the deadline,
+    /// [`InvalidData`](io::ErrorKind::InvalidData) if what answered is none.
     pub fn connect(console: &Console, deadline: Instant) -> io::Result<Self> {
         let mut shell = Self { console: console.clone(), reader: console.reader_from_now(), commands: 0 };
         // Without echo and prompt the output of a command is all that comes back.
@@ -53,7 +77,8 @@ impl Shell {
     ///
     /// [`TimedOut`](io::ErrorKind::TimedOut) if it had not ended by the deadline, after which the
     /// session is of no more use; [`InvalidInput`](io::ErrorKind::InvalidInput) if one of its lines
-    /// is longer than a terminal takes.
+    /// is longer than 1000 bytes, which leaves room in what a terminal takes;
+    /// [`InvalidData`](io::ErrorKind::InvalidData) if what answers is no shell.
     pub fn run(&mut self, command: &str, deadline: Instant) -> io::Result<Output> {
         if command.lines().any(|line| line.len() > LINE) {
             let what = format!("a line of the command is longer than {LINE} bytes");
@@ -81,7 +106,7 @@ impl Shell {
     ///
     /// # Errors
     ///
-    /// As [`run`](Self::run), and with the guest's words if it could not be written.
+    /// As [`must`](Self::must), with the guest's words if it could not be written.
     pub fn write_file(&mut self, path: &str, content: &[u8], deadline: Instant) -> io::Result<()> {
         let path = quote(path);
         self.must(&format!(": > {path}.b64"), deadline)?;
@@ -97,14 +122,15 @@ impl Shell {
     ///
     /// # Errors
     ///
-    /// As [`run`](Self::run), and with the guest's words if it could not be read.
+    /// As [`must`](Self::must), with the guest's words if it could not be read, and
+    /// [`InvalidData`](io::ErrorKind::InvalidData) if what came is not base64.
     pub fn read_file(&mut self, path: &str, deadline: Instant) -> io::Result<Vec<u8>> {
         let text = self.must(&format!("base64 {}", quote(path)), deadline)?;
         let digits: String = text.split_whitespace().collect();
         BASE64.decode(digits).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
     }
 
-    /// Runs a command that must succeed.
+    /// Runs a command that must succeed, and returns what it wrote.
     ///
     /// # Errors
     ///

@@ -22,6 +22,16 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// The state of an instance.
+///
+/// ```
+/// use instance_core::{InstanceState, Transition};
+///
+/// let state = InstanceState::ShuttingDown;
+/// assert_eq!((state.as_str(), state.code()), ("shutting-down", 32));
+/// assert_eq!(state.after(Transition::Start), None, "what is being terminated does not come back");
+/// let last = InstanceState::ALL.into_iter().filter(|s| s.after(Transition::Terminate).is_none());
+/// assert_eq!(last.collect::<Vec<_>>(), [InstanceState::ShuttingDown, InstanceState::Terminated]);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum InstanceState {
@@ -40,6 +50,13 @@ pub enum InstanceState {
 }
 
 /// What moves an instance from one state to the next.
+///
+/// ```
+/// use instance_core::{InstanceState, Transition};
+///
+/// let stopping = InstanceState::Running.after(Transition::Stop);
+/// assert_eq!(stopping.and_then(|s| s.after(Transition::Stopped)), Some(InstanceState::Stopped));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Transition {

@@ -24,6 +24,23 @@ impl<T> Shared<T> {
 }
 
 /// The side that changes the value. Make one with [`Publisher::new`], hand out [`Watch`]es.
+///
+/// ```
+/// use std::sync::mpsc;
+/// use instance_core::watch::Publisher;
+///
+/// let publisher = Publisher::new("created");
+/// let (told, values) = mpsc::channel();
+/// publisher.watch().subscribe(move |value| drop(told.send(*value)));
+/// publisher.set("running");
+/// let changed = publisher.update(|value| {
+///     let change = *value == "paused";
+///     *value = if change { "running" } else { *value };
+///     change
+/// });
+/// assert!(!changed && publisher.get() == "running");
+/// assert_eq!(values.try_iter().collect::<Vec<_>>(), ["running"]);
+/// ```
 pub struct Publisher<T>(Arc<Shared<T>>);
 
 impl<T: Clone + Send> Publisher<T> {
@@ -42,7 +59,7 @@ impl<T: Clone + Send> Publisher<T> {
     }
 
     /// Changes the value with `change` and, if that says `true`, tells every watcher. Returns what
-    /// `change` said.
+    /// `change` said. The value is locked meanwhile: `change` must not look at it by another way.
     pub fn update(&self, change: impl FnOnce(&mut T) -> bool) -> bool {
         let now = {
             let mut value = self.0.lock();
@@ -109,6 +126,15 @@ impl<T: Clone> Watch<T> {
     ///
     /// A value that came and went between two looks may be missed: ask for what stays.
     ///
+    /// ```
+    /// use std::time::Instant;
+    /// use instance_core::watch::Publisher;
+    ///
+    /// let watch = Publisher::new(1).watch();
+    /// assert_eq!(watch.wait(Instant::now(), |n| *n == 1), Ok(1));
+    /// assert_eq!(watch.wait(Instant::now(), |n| *n == 2), Err(1), "the value at the deadline");
+    /// ```
+    ///
     /// # Errors
     ///
     /// The value at `deadline`, if `found` did not hold of it.
@@ -127,6 +153,20 @@ impl<T: Clone> Watch<T> {
     }
 
     /// Waits, without blocking the thread, until `found` holds of the value, and returns it.
+    ///
+    /// ```
+    /// use std::pin::pin;
+    /// use std::task::{Context, Poll, Waker};
+    /// use instance_core::watch::Publisher;
+    ///
+    /// let publisher = Publisher::new(1);
+    /// let watch = publisher.watch();
+    /// let mut two = pin!(watch.until(|n| *n == 2));
+    /// let mut context = Context::from_waker(Waker::noop()); // a runtime gives its own
+    /// assert_eq!(two.as_mut().poll(&mut context), Poll::Pending);
+    /// publisher.set(2);
+    /// assert_eq!(two.as_mut().poll(&mut context), Poll::Ready(2));
+    /// ```
     pub async fn until(&self, mut found: impl FnMut(&T) -> bool) -> T {
         loop {
             let listener = self.0.changed.listen();

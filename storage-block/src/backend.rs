@@ -11,6 +11,29 @@ use crate::{Error, Result};
 /// Users never call a backend: they hold a [`Disk`], which checks every request once, so that a
 /// backend may rely on what is said here.
 ///
+/// ```
+/// use storage_block::{BlockBackend, Disk, ErrorKind, Result, SECTOR};
+///
+/// /// So many zeroes, for ever.
+/// #[derive(Debug)]
+/// struct Zeroes(u64);
+///
+/// impl BlockBackend for Zeroes {
+///     fn size(&self) -> u64 { self.0 }
+///     fn read_only(&self) -> bool { true }
+///     fn read_at(&self, buf: &mut [u8], _offset: u64) -> Result<()> { buf.fill(0); Ok(()) }
+///     fn write_at(&self, _: &[u8], _: u64) -> Result<()> { unreachable!("it is read-only") }
+///     fn write_zeroes(&self, _: u64, _: u64) -> Result<()> { unreachable!("it is read-only") }
+///     fn flush(&self) -> Result<()> { Ok(()) }
+/// }
+///
+/// let disk = Disk::new(Zeroes(8 * SECTOR))?;
+/// assert!(disk.read_only());
+/// assert_eq!(disk.write_at(b"x", 0).err().map(|e| e.kind()), Some(ErrorKind::ReadOnly));
+/// assert!(Disk::new(Zeroes(1)).is_err(), "no whole sector");
+/// # Ok::<(), storage_block::Error>(())
+/// ```
+///
 /// # Contract
 ///
 /// - `offset + len` of every request lies within [`size`](Self::size); `len` is not zero.
@@ -56,6 +79,15 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
 }
 
 /// The unit in which sizes are counted: a disk's size is a multiple of 512 bytes.
+///
+/// ```
+/// use storage_block::{MemoryDisk, SECTOR};
+///
+/// let disk = MemoryDisk::new(100 * SECTOR)?.into_disk();
+/// assert_eq!(disk.size() / SECTOR, 100);
+/// assert!(MemoryDisk::new(100).is_err());
+/// # Ok::<(), storage_block::Error>(())
+/// ```
 pub const SECTOR: u64 = 512;
 
 /// A handle to a disk. Cheap to clone; all clones are the same disk, which is closed with the last.
@@ -71,7 +103,10 @@ pub const SECTOR: u64 = 512;
 /// let mut buf = [0; 5];
 /// disk.read_at(&mut buf, 4096)?;
 /// assert_eq!(&buf, b"hello");
-/// assert!(disk.read_at(&mut buf, 1 << 20).is_err());
+/// disk.discard(4096, 512)?;
+/// disk.write_zeroes(8192, 512)?;
+/// disk.flush()?;
+/// assert!(disk.read_at(&mut buf, disk.size()).is_err(), "beyond its end");
 /// # Ok::<(), storage_block::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -159,6 +194,25 @@ impl Disk {
 
     /// The next range, at or after `offset`, that may hold anything but zeroes; `None` when only
     /// zeroes follow. The range is never empty and lies within the disk.
+    ///
+    /// ```
+    /// use storage_block::{Disk, RawFile, Result};
+    ///
+    /// /// How many bytes may hold anything but zeroes.
+    /// fn data(disk: &Disk) -> Result<u64> {
+    ///     let (mut at, mut found) = (0, 0);
+    ///     while let Some(range) = disk.next_data(at)? {
+    ///         found += range.end - range.start;
+    ///         at = range.end;
+    ///     }
+    ///     Ok(found)
+    /// }
+    /// # let dir = tempfile::tempdir()?;
+    /// let disk = RawFile::create(dir.path().join("disk.raw"), 1 << 30)?.into_disk();
+    /// disk.write_at(b"hello", 512 << 20)?;
+    /// assert!((5..1 << 20).contains(&data(&disk)?), "the rest are holes");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///

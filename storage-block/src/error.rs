@@ -5,9 +5,34 @@ use std::fmt;
 use std::path::Path;
 
 /// A result of this crate.
+///
+/// ```
+/// use storage_block::{Disk, Result};
+///
+/// fn boot_sector(disk: &Disk) -> Result<[u8; 512]> {
+///     let mut sector = [0; 512];
+///     disk.read_at(&mut sector, 0)?;
+///     Ok(sector)
+/// }
+/// # assert_eq!(boot_sector(&storage_block::MemoryDisk::new(512)?.into_disk())?, [0; 512]);
+/// # Ok::<(), storage_block::Error>(())
+/// ```
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What kind of failure an [`Error`] is; this is what a program matches on.
+///
+/// ```
+/// use storage_block::{ErrorKind, RawFile};
+///
+/// let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("disk.raw");
+/// let disk = match RawFile::open(&path, false) {
+///     Err(e) if e.kind() == ErrorKind::NotFound => RawFile::create(&path, 1 << 20)?,
+///     other => other?,
+/// };
+/// assert_eq!(RawFile::create(&path, 512).err().map(|e| e.kind()), Some(ErrorKind::AlreadyExists));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -32,6 +57,19 @@ pub enum ErrorKind {
 }
 
 /// A failure: its kind, what it happened to, and what caused it.
+///
+/// ```
+/// use std::error::Error as _;
+/// use std::io;
+/// use storage_block::{Error, ErrorKind};
+///
+/// // What a backend of one's own says.
+/// let full = Error::io(io::Error::from(io::ErrorKind::StorageFull), "cannot write the journal");
+/// assert_eq!((full.kind(), full.to_string()), (ErrorKind::NoSpace, "cannot write the journal".to_owned()));
+/// assert!(full.source().is_some());
+/// let bad = Error::new(ErrorKind::Corrupt, "the journal ends too early");
+/// assert!(bad.source().is_none());
+/// ```
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,

@@ -8,6 +8,19 @@ use crate::store::{Inner, Store};
 use crate::{Disk, Error, Result, Snapshot};
 
 /// How far an import has come.
+///
+/// ```
+/// # use storage_block::{MemoryDisk, Store};
+/// use storage_block::Progress;
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let store = Store::open(dir.path())?;
+/// # let image = MemoryDisk::from_vec(vec![7; 4 << 20])?.into_disk();
+/// let mut percent = Vec::new();
+/// store.import(&image, &mut |p: Progress| percent.push(p.done * 100 / p.total))?;
+/// assert!(percent.is_sorted() && percent.last() == Some(&100));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
@@ -18,6 +31,18 @@ pub struct Progress {
 }
 
 /// What making a snapshot took.
+///
+/// ```
+/// # use storage_block::{MemoryDisk, Store};
+/// # let dir = tempfile::tempdir()?;
+/// # let store = Store::open(dir.path())?;
+/// let image = MemoryDisk::from_vec(vec![7; 4 << 20])?.into_disk();
+/// let (_, first) = store.import(&image, &mut |_| ())?;
+/// let (_, again) = store.import(&image, &mut |_| ())?;
+/// assert_eq!((first.size, first.changed_bytes), (4 << 20, 4 << 20));
+/// assert!(first.stored_bytes > 0 && again.stored_bytes == 0, "the store has it all already");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SnapshotStats {

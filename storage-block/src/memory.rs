@@ -5,6 +5,15 @@ use std::sync::{PoisonError, RwLock};
 use crate::{BlockBackend, Disk, Error, Result, SECTOR};
 
 /// A disk whose bytes lie in memory and go with it.
+///
+/// ```
+/// use storage_block::MemoryDisk;
+///
+/// let empty = MemoryDisk::new(1 << 20)?.into_disk();
+/// let full = MemoryDisk::from_vec(vec![0xff; 1 << 20])?.into_disk();
+/// assert_eq!(empty.size(), full.size());
+/// # Ok::<(), storage_block::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct MemoryDisk(RwLock<Vec<u8>>, u64);
 
@@ -14,7 +23,11 @@ impl MemoryDisk {
     /// # Errors
     ///
     /// [`InvalidSize`](crate::ErrorKind::InvalidSize) if `size` is not a multiple of [`SECTOR`] or
-    /// more than the address space holds.
+    /// more than a `usize` holds.
+    ///
+    /// # Panics
+    ///
+    /// As a `Vec` does, where there is not so much memory.
     pub fn new(size: u64) -> Result<Self> {
         let len = usize::try_from(size).map_err(|_| Error::invalid_size(size, "does not fit in memory"))?;
         Self::from_vec(vec![0; len])

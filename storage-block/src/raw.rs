@@ -17,9 +17,11 @@ use crate::{BlockBackend, Disk, Error, ErrorKind, Result, SECTOR};
 /// use storage_block::RawFile;
 ///
 /// # let dir = tempfile::tempdir()?;
-/// let disk = RawFile::create(&dir.path().join("disk.raw"), 1 << 20)?.into_disk();
+/// let path = dir.path().join("disk.raw");
+/// let disk = RawFile::create(&path, 1 << 20)?.into_disk();
 /// disk.write_at(b"hello", 512)?;
 /// disk.flush()?;
+/// assert!(RawFile::open(&path, true)?.into_disk().read_only());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -44,6 +46,16 @@ impl RawFile {
     }
 
     /// Takes an open file, whose size is fixed from here on.
+    ///
+    /// ```
+    /// use storage_block::RawFile;
+    ///
+    /// let file = tempfile::tempfile()?; // without a name: it goes with the disk
+    /// file.set_len(1 << 20)?;
+    /// let disk = RawFile::from_file(file, false)?.into_disk();
+    /// assert_eq!(disk.size(), 1 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///

@@ -16,6 +16,21 @@ use crate::{BlockBackend, Disk, Error, ErrorKind, Result};
 ///
 /// Its digest is that of its content and its size and of nothing else: the same bytes imported into two
 /// stores, or reached by two histories, are one snapshot. Cheap to clone; all clones are the same one.
+///
+/// ```
+/// use storage_block::{MemoryDisk, Store};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let store = Store::open(dir.path())?;
+/// let image = MemoryDisk::from_vec(vec![7; 1 << 20])?.into_disk();
+/// let (snapshot, _) = store.import(&image, &mut |_| ())?;
+/// assert_eq!((snapshot.size(), snapshot.disk().read_only()), (1 << 20, true));
+/// snapshot.verify()?;
+///
+/// let same = store.snapshot(&snapshot.digest())?;
+/// assert_eq!(same.digest(), store.import(&image, &mut |_| ())?.0.digest());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Snapshot {
     pub(crate) store: Arc<Inner>,

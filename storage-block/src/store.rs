@@ -32,6 +32,7 @@ use crate::{Error, ErrorKind, Result};
 /// // Sixteen equal chunks are stored as one, and the manifest of them as another.
 /// assert_eq!(stats.stored_bytes, (64 << 10) + (32 << 10));
 /// assert_eq!(store.snapshots()?, [snapshot.digest()]);
+/// assert!(Store::open(store.dir()).is_err(), "it is open");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]

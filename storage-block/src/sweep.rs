@@ -13,6 +13,22 @@ use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::{Error, ErrorKind, Result, Snapshot, Store};
 
 /// What [`Store::remove_unreferenced`] gave back.
+///
+/// ```
+/// use std::collections::HashSet;
+/// use storage_block::{MemoryDisk, Store};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let store = Store::open(dir.path())?;
+/// let image = |byte| MemoryDisk::from_vec(vec![byte; 1 << 20]).map(MemoryDisk::into_disk);
+/// let keep = store.import(&image(1)?, &mut |_| ())?.0.digest();
+/// let drop = store.import(&image(2)?, &mut |_| ())?.0.digest();
+/// let gone = store.remove_unreferenced(&HashSet::from([keep]))?;
+/// assert_eq!((gone.snapshots, store.snapshots()?), (1, vec![keep]));
+/// assert!(store.snapshot(&drop).is_err());
+/// println!("{} bytes in {} packs given back", gone.bytes, gone.packs);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Reclaimed {

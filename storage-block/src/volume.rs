@@ -47,7 +47,14 @@ use crate::{BlockBackend, Disk, Error, ErrorKind, Result, Snapshot, SnapshotStat
 /// volume.disk().write_at(&[9; 512], 0)?;
 /// volume.disk().flush()?;
 /// let (next, stats) = volume.snapshot(&store)?;
-/// assert_eq!((next.size(), stats.changed_bytes), (8 << 20, 4096));
+/// assert_eq!((next.size(), stats.changed_bytes), (volume.size(), 4096));
+///
+/// let dir = volume.dir().to_owned();
+/// drop(volume);
+/// let volume = Volume::open(&dir, &store)?;
+/// assert_eq!(volume.base(), Some(snapshot.digest()));
+/// volume.delete()?;
+/// Volume::remove(&dir)?; // of one that is not open; here nothing is left
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]

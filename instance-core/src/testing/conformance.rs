@@ -39,6 +39,26 @@ use crate::machine::{
 ///
 /// The checks count the process's threads and descriptors, so run it alone in its process: one
 /// `#[test]` in a file of its own.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use ami_core::Architecture;
+/// use instance_core::machine::Boot;
+/// use instance_core::testing::{FakeHypervisor, conformance::TestBed, fake_kernel};
+///
+/// let bed = TestBed {
+///     hypervisor: &FakeHypervisor::new(),
+///     boot: Boot::new(fake_kernel("the conformance guest")?, None, ""),
+///     architecture: Architecture::X86_64,
+///     foreign_architecture: Architecture::Arm64,
+///     patience: Duration::from_secs(10),
+///     kill_within: Duration::from_secs(1),
+///     vcpus: 2,
+///     memory_mib: 128,
+/// };
+/// bed.run();
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct TestBed<'a> {
     /// The hypervisor.

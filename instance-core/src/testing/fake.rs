@@ -21,7 +21,15 @@ use crate::watch::{Publisher, Watch};
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 
-/// A kernel that [`FakeHypervisor`] takes for one: an ELF header's first bytes and `text`.
+/// A kernel that [`FakeHypervisor`] takes for one: an ELF header's first bytes and `text`, in an
+/// unnamed temporary file.
+///
+/// ```
+/// use instance_core::testing::fake_kernel;
+///
+/// assert_eq!(fake_kernel("mine")?.read()?, b"\x7fELFmine");
+/// # Ok::<(), std::io::Error>(())
+/// ```
 ///
 /// # Errors
 ///
@@ -34,7 +42,14 @@ pub fn fake_kernel(text: &str) -> io::Result<BootFile> {
     BootFile::new(file)
 }
 
-/// The same kernel as bytes, as an image carries it: a bare ELF header for 64-bit x86.
+/// Bytes that an image can carry as its kernel: a bare ELF header for 64-bit x86.
+///
+/// ```
+/// use instance_core::{DirectBoot, testing::tiny_elf};
+///
+/// let boot = DirectBoot::new(tiny_elf(), None, ""); // for an image whose machines are fake
+/// assert_eq!(tiny_elf().len(), 64);
+/// ```
 pub fn tiny_elf() -> Vec<u8> {
     let mut header = vec![0; 64];
     header[..4].copy_from_slice(&ELF_MAGIC);
@@ -81,6 +96,22 @@ impl FakeHypervisor {
     }
 
     /// Makes the next [`create`](Hypervisor::create) fail as if the host had refused.
+    ///
+    /// ```
+    /// use ami_core::Architecture::Arm64;
+    /// use instance_core::console::Console;
+    /// use instance_core::machine::{Boot, Hypervisor, MachineErrorKind, MachineSpec};
+    /// use instance_core::testing::{FakeHypervisor, fake_kernel};
+    ///
+    /// let hypervisor = FakeHypervisor::with_architectures(vec![Arm64]);
+    /// let boot = Boot::new(fake_kernel("")?, None, "");
+    /// let spec = MachineSpec::new("demo", Arm64, boot, Console::new().port());
+    /// hypervisor.fail_next_create();
+    /// let refused = hypervisor.create(spec.clone()).err().map(|e| e.kind());
+    /// assert_eq!(refused, Some(MachineErrorKind::Host));
+    /// assert!(hypervisor.create(spec).is_ok(), "only the next one fails");
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
     pub fn fail_next_create(&self) {
         self.fail_next.store(true, Ordering::SeqCst);
     }

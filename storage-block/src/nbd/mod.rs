@@ -31,6 +31,13 @@ use crate::store::{lock, write};
 use crate::{Disk, Error, ErrorKind, Result};
 
 /// Connections served at the same time; further ones are closed at once.
+///
+/// ```
+/// use storage_block::nbd::MAX_CONNECTIONS;
+///
+/// let memory = MAX_CONNECTIONS * 4 * (32 << 20);
+/// assert_eq!(memory, 4 << 30, "the most that all clients of a server can have it reserve");
+/// ```
 pub const MAX_CONNECTIONS: usize = 32;
 
 /// Serves a disk until it is dropped, which ends its threads, closes its connections and removes the
@@ -43,7 +50,9 @@ pub const MAX_CONNECTIONS: usize = 32;
 /// let disk = MemoryDisk::new(1 << 20)?.into_disk();
 /// let server = nbd::Server::bind(dir.path().join("disk.sock"), disk)?;
 /// // nbdinfo nbd+unix:///?socket=…/disk.sock
+/// let socket = server.path().to_owned();
 /// drop(server);
+/// assert!(!socket.exists());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -64,7 +73,7 @@ struct Shared {
     streams: Mutex<HashMap<u64, Arc<UnixStream>>>,
 }
 
-/// Holds requests off the disk; see [`Server::quiesce`].
+/// Holds requests off the disk; see [`Server::quiesce`], which shows it in use.
 #[derive(Debug)]
 #[must_use = "requests go on when it is dropped"]
 pub struct Quiesced<'s> {
@@ -118,6 +127,17 @@ impl Server {
     /// Waits until no request is at the disk and keeps others from it until the guard is dropped: they
     /// are received and wait. It is how a hypervisor gets an instant at which the disk stands still. Replies to
     /// requests that have ended may still be on their way.
+    ///
+    /// ```
+    /// # use storage_block::{MemoryDisk, nbd};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let disk = MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let server = nbd::Server::bind(dir.path().join("disk.sock"), disk.clone())?;
+    /// let still = server.quiesce();
+    /// disk.flush()?; // no client's request comes between
+    /// drop(still);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn quiesce(&self) -> Quiesced<'_> {
         Quiesced { _gate: write(&self.shared.gate) }
     }
