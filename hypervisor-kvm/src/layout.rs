@@ -8,7 +8,7 @@
 //! | `0x0000_6000` | PVH start info, module list, memory map; or, at `0x7000`, Linux's zero page |
 //! | `0x0000_9000` | page tables (64-bit entry only) |
 //! | `0x0002_0000` | kernel command line |
-//! | `0x0009_fc00..0x0010_0000` | reserved; ACPI tables from `0x000e_0000`, the RSDP first |
+//! | `0x0009_fc00..0x0010_0000` | reserved; ACPI tables from `0x000e_0000`, the RSDP first; SMBIOS from `0x000f_0000` |
 //! | `0x0010_0000..` | RAM: the kernel, and the initrd at the end of it, below 2 GiB |
 //! | `0xc000_0000..0x1_0000_0000` | no RAM: virtio devices, IOAPIC, local APICs |
 //! | `0x1_0000_0000..` | the RAM that does not fit below |
@@ -36,6 +36,8 @@ pub(crate) const COMMAND_LINE_MAX: usize = 2048;
 pub(crate) const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The RSDP, and after it the other ACPI tables. In the range that is searched for it.
 pub(crate) const ACPI: u64 = 0xe_0000;
+/// The SMBIOS entry point, and after it the tables: the start of the range that is searched for it.
+pub(crate) const SMBIOS: u64 = 0xf_0000;
 /// Where kernels may be loaded from.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 /// No byte of an initrd is at or above this: the limit that Linux gives.

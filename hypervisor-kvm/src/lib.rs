@@ -75,6 +75,7 @@ mod memory;
 mod power;
 mod probe;
 mod serial;
+mod smbios;
 mod vcpu;
 mod virtio;
 
@@ -94,8 +95,6 @@ use crate::machine::KvmMachine;
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
-/// The length of a virtio block device's serial number.
-const MAX_SERIAL: usize = 20;
 
 /// What KVM must be able to do, and what it is for.
 const NEEDED: [(Cap, &str); 6] = [
@@ -152,6 +151,7 @@ impl Kvm {
         let execution = probe::measure(&device)?;
         let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
+        capabilities.max_disks = layout::VIRTIO_MAX;
         capabilities.power_button = true;
         Ok(Self(Arc::new(Inner { device, cpuid, capabilities })))
     }
@@ -163,22 +163,6 @@ impl Kvm {
     fn cpuid(&self) -> &CpuId {
         &self.0.cpuid
     }
-
-    /// Checks all that can be told without a machine.
-    fn check(&self, spec: &MachineSpec) -> Result<(), MachineError> {
-        self.0.capabilities.check(spec)?;
-        let most = layout::VIRTIO_MAX;
-        if spec.disks.len() > most {
-            return Err(unsupported(format!("{} disks are more than {most}", spec.disks.len())));
-        }
-        let serials = spec.disks.iter().map(|disk| &disk.serial);
-        match serials.clone().find(|s| s.len() > MAX_SERIAL || s.contains('\0')) {
-            Some(serial) => {
-                Err(unsupported(format!("{serial:?} is no serial number of at most {MAX_SERIAL} bytes")))
-            }
-            None => Ok(()),
-        }
-    }
 }
 
 impl Hypervisor for Kvm {
@@ -187,7 +171,7 @@ impl Hypervisor for Kvm {
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
-        self.check(&spec)?;
+        self.0.capabilities.check(&spec)?;
         Ok(Box::new(KvmMachine::create(self, &spec)?))
     }
 }

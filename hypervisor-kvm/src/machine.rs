@@ -17,7 +17,7 @@ use crate::memory::Memory;
 use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::virtio::VirtioDisk;
-use crate::{Kvm, acpi, cpu, kick, layout, memory, vcpu};
+use crate::{Kvm, acpi, cpu, kick, layout, memory, smbios, vcpu};
 
 /// A machine's handle.
 #[derive(Debug)]
@@ -63,6 +63,9 @@ impl KvmMachine {
         set_up_platform(&vm)?;
         let count = spec.vcpus.get();
         acpi::write(&memory, count, spec.disks.len())?;
+        if let Some(identity) = &spec.identity {
+            smbios::write(&memory, identity)?;
+        }
         let entry = plan.load(&memory)?;
         let vcpus = (0..count)
             .map(|number| {

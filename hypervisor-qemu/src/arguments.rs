@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use instance_core::machine::MachineSpec;
+use instance_core::machine::{Identity, MachineSpec};
 use serde_json::json;
 
 use crate::Accelerator;
@@ -34,8 +34,7 @@ pub(crate) fn arguments(
     let mut args: Vec<OsString> = Vec::new();
     let mut add = |option: &str, value: &str| args.extend([option.into(), value.into()]);
 
-    // A comma inside a value is doubled.
-    add("-name", &format!("guest={}", spec.name.replace(',', ",,")));
+    add("-name", &format!("guest={}", doubled(&spec.name)));
     // Not `microvm`: under the TCG of QEMU 7.2 every other boot of Linux with a virtio-mmio disk stood still
     // for ever, and those that did not were no faster.
     add("-machine", "q35,usb=off,sata=off,smbus=off,vmport=off");
@@ -68,6 +67,9 @@ pub(crate) fn arguments(
     add("-chardev", &format!("socket,id=console,fd={}", at.console));
     add("-serial", "chardev:console");
 
+    if let Some(identity) = &spec.identity {
+        smbios(identity).iter().for_each(|table| add("-smbios", table));
+    }
     add("-kernel", &at.kernel);
     if let Some(initrd) = &at.initrd {
         add("-initrd", initrd);
@@ -99,4 +101,23 @@ pub(crate) fn arguments(
         add("-device", &device.to_string());
     }
     args
+}
+
+/// A text as part of an option's value, where a comma is doubled.
+fn doubled(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+/// The fields of the SMBIOS tables that QEMU fills in as it is told.
+fn smbios(identity: &Identity) -> [String; 4] {
+    let [vendor, product, serial, tag] =
+        [&identity.vendor, &identity.product, &identity.serial, &identity.asset_tag]
+            .map(|text| doubled(text));
+    let uuid = identity.uuid_text();
+    [
+        format!("type=0,vendor={vendor},version=1.0"),
+        format!("type=1,manufacturer={vendor},product={product},serial={serial},uuid={uuid}"),
+        format!("type=2,manufacturer={vendor},asset={tag}"),
+        format!("type=3,manufacturer={vendor},asset={vendor}"),
+    ]
 }

@@ -79,9 +79,6 @@ const MAX_DISKS: usize = 30;
 /// How many vCPUs fit: APIC ids have 8 bits without x2APIC, which TCG does not have.
 const MAX_VCPUS: u32 = 255;
 
-/// The length of a virtio block device's serial number.
-const MAX_SERIAL: usize = 20;
-
 /// What runs guest code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -167,26 +164,10 @@ impl Qemu {
 
     /// Checks all that can be told without QEMU.
     fn check(&self, spec: &MachineSpec) -> Result<(), MachineError> {
-        let can = self.capabilities();
-        let unsupported = |what: String| Err(MachineError::new(MachineErrorKind::Unsupported, what));
-        if !can.architectures.contains(&spec.architecture) {
-            return unsupported(format!("this QEMU does not run {} machines", spec.architecture));
-        }
-        if spec.vcpus.get() > can.max_vcpus {
-            return unsupported(format!("{} vCPUs are more than {}", spec.vcpus, can.max_vcpus));
-        }
-        if u64::from(spec.memory_mib.get()) > can.max_memory_mib {
-            return unsupported(format!("{} MiB are more than {}", spec.memory_mib, can.max_memory_mib));
-        }
-        if spec.disks.len() > MAX_DISKS {
-            return unsupported(format!("{} disks are more than {MAX_DISKS}", spec.disks.len()));
-        }
-        let serials = spec.disks.iter().map(|disk| &disk.serial);
-        if let Some(serial) = serials.clone().find(|s| s.len() > MAX_SERIAL || s.contains('\0')) {
-            return unsupported(format!("{serial:?} is no serial number of at most {MAX_SERIAL} bytes"));
-        }
+        self.capabilities().check(spec)?;
         if spec.name.contains('\0') || spec.boot.command_line.contains('\0') {
-            return unsupported("a zero byte in a name or command line".to_owned());
+            let what = "a zero byte in a name or command line";
+            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
         }
         check_kernel(spec)
     }
@@ -225,6 +206,7 @@ impl Hypervisor for Qemu {
         };
         let mut can = Capabilities::new("qemu", vec![Architecture::X86_64], execution);
         can.max_vcpus = MAX_VCPUS;
+        can.max_disks = MAX_DISKS;
         can.power_button = true;
         can
     }

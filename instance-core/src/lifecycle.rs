@@ -6,11 +6,12 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use ami_core::Digest;
 use storage_block::Volume;
 
 use crate::boot_cache::BootPlan;
 use crate::instance::{Cell, Live};
-use crate::machine::{DiskSpec, ExitCause, Machine, MachineErrorKind, MachineSpec};
+use crate::machine::{DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec};
 use crate::record::{InstanceDescription, InstanceRecord, ShutdownBehavior, StateReason};
 use crate::region::{Inner, StateChange};
 use crate::supervisor::Message;
@@ -202,6 +203,7 @@ impl Inner {
         spec.vcpus = description.instance_type.vcpus();
         spec.memory_mib = description.instance_type.memory_mib();
         spec.runtime_dir = runtime_dir;
+        spec.identity = Some(identity(description));
         spec.disks = (description.attachments.iter().zip(&live.volumes))
             .map(|(a, v)| DiskSpec::new(v.disk(), a.volume_id.to_string().replace('-', "")))
             .collect();
@@ -231,6 +233,21 @@ impl Inner {
             }
         }
     }
+}
+
+/// What an instance of EC2 is told of itself: its UUID and serial number are the same and begin with
+/// `ec2`, by which cloud-init and others know where they run (EC2 User Guide, "Identify EC2 instances").
+fn identity(description: &InstanceDescription) -> Identity {
+    const VENDOR: &str = "Amazon EC2";
+    let id = description.id.to_string();
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&Digest::of(id.as_bytes()).as_bytes()[..16]);
+    (uuid[0], uuid[1]) = (0xec, 0x20 | uuid[1] & 0xf);
+    let mut identity = Identity::new(uuid);
+    identity.vendor = VENDOR.to_owned();
+    identity.product = description.instance_type.name().chars().take(Identity::MAX_TEXT).collect();
+    identity.asset_tag = id;
+    identity
 }
 
 pub(crate) fn no_root_volume() -> Error {

@@ -1,21 +1,16 @@
 //! The contract between a region and a hypervisor.
 //!
 //! A [`Hypervisor`] says what it can do and makes [`Machine`]s from [`MachineSpec`]s. Disks arrive
-//! as [`Disk`] handles, kernels as open [`BootFile`]s, the console as a [`ConsolePort`]: a
-//! hypervisor looks up no file by name and knows no region.
+//! as [`Disk`](storage_block::Disk) handles, kernels as open [`BootFile`]s, the console as a
+//! [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
+
+mod spec;
 
 use std::fmt;
-use std::fs::File;
-use std::io;
-use std::num::NonZeroU32;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::Arc;
 
 use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
-use storage_block::Disk;
 
-use crate::console::ConsolePort;
+pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec};
 use crate::watch::Watch;
 
 /// Makes machines.
@@ -254,6 +249,8 @@ pub struct Capabilities {
     pub max_vcpus: u32,
     /// The most memory of one machine, in MiB.
     pub max_memory_mib: u64,
+    /// The most disks of one machine.
+    pub max_disks: usize,
     /// Whether guest code runs on the processor itself.
     pub execution: Execution,
     /// Whether [`Machine::power_button`] works.
@@ -262,9 +259,17 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
-    /// vCPU, up to 1 TiB of memory and no power button, unless the fields are then set otherwise.
+    /// vCPU, up to 1 TiB of memory, one disk and no power button, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
-        Self { name, architectures, max_vcpus: 1, max_memory_mib: 1 << 20, execution, power_button: false }
+        Self {
+            name,
+            architectures,
+            max_vcpus: 1,
+            max_memory_mib: 1 << 20,
+            max_disks: 1,
+            execution,
+            power_button: false,
+        }
     }
 
     /// Whether a machine can be made to this specification, as far as that can be told from the
@@ -291,6 +296,17 @@ impl Capabilities {
                 "{name} cannot give a machine {asked} MiB of memory; the most is {most}"
             ));
         }
+        if spec.disks.len() > self.max_disks {
+            let (asked, most) = (spec.disks.len(), self.max_disks);
+            return unsupported(format!("{name} cannot give a machine {asked} disks; the most is {most}"));
+        }
+        if let Some(disk) = spec.disks.iter().find(|disk| !disk.has_valid_serial()) {
+            let (serial, most) = (&disk.serial, DiskSpec::MAX_SERIAL);
+            return unsupported(format!("{serial:?} is no serial number of at most {most} bytes"));
+        }
+        if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
+            return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
+        }
         Ok(())
     }
 }
@@ -315,161 +331,6 @@ impl Execution {
     /// Whether guest code runs on the processor itself.
     pub fn is_hardware(&self) -> bool {
         matches!(self, Self::Hardware { .. })
-    }
-}
-
-/// Everything a machine is made from.
-///
-/// ```
-/// use ami_core::Architecture;
-/// use instance_core::console::Console;
-/// use instance_core::machine::{Boot, DiskSpec, Hypervisor, MachineErrorKind, MachineSpec};
-/// use instance_core::testing::{FakeHypervisor, fake_kernel};
-///
-/// let boot = Boot::new(fake_kernel("")?, None, "console=ttyS0 root=/dev/vda1");
-/// let mut spec = MachineSpec::new("web", Architecture::X86_64, boot, Console::new().port());
-/// (spec.vcpus, spec.memory_mib) = (2.try_into()?, 1024.try_into()?);
-/// spec.disks.push(DiskSpec::new(storage_block::MemoryDisk::new(1 << 20)?.into_disk(), "vol0"));
-/// let can = FakeHypervisor::new().capabilities();
-/// can.check(&spec)?;
-/// spec.architecture = Architecture::Arm64;
-/// assert_eq!(can.check(&spec).err().map(|e| e.kind()), Some(MachineErrorKind::Unsupported));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct MachineSpec {
-    /// A name for threads, logs and errors, such as the instance id.
-    pub name: String,
-    /// The architecture of the machine.
-    pub architecture: Architecture,
-    /// How many virtual processors.
-    pub vcpus: NonZeroU32,
-    /// How much memory, in MiB.
-    pub memory_mib: NonZeroU32,
-    /// What it boots.
-    pub boot: Boot,
-    /// Its disks, in the order in which the guest finds them; the first is the root disk.
-    pub disks: Vec<DiskSpec>,
-    /// The machine's side of its serial console.
-    pub console: ConsolePort,
-    /// A directory of the machine's own for sockets and the like. Empty at the start, removed by the
-    /// owner after the end.
-    pub runtime_dir: PathBuf,
-}
-
-impl MachineSpec {
-    /// A machine with one vCPU and 128 MiB, without disks, with the temporary directory as its
-    /// runtime directory.
-    pub fn new(
-        name: impl Into<String>,
-        architecture: Architecture,
-        boot: Boot,
-        console: ConsolePort,
-    ) -> Self {
-        Self {
-            name: name.into(),
-            architecture,
-            vcpus: NonZeroU32::MIN,
-            memory_mib: NonZeroU32::MIN.saturating_add(127),
-            boot,
-            disks: Vec::new(),
-            console,
-            runtime_dir: std::env::temp_dir(),
-        }
-    }
-}
-
-/// A kernel, loaded directly: there is no firmware. [`MachineSpec`] shows it in use.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Boot {
-    /// An unpacked kernel: an ELF file with a PVH note or a 64-bit entry (x86), an `Image` (ARM).
-    pub kernel: BootFile,
-    /// The initial RAM disk.
-    pub initrd: Option<BootFile>,
-    /// The kernel's command line. The hypervisor appends to it what its devices need.
-    pub command_line: String,
-}
-
-impl Boot {
-    /// Boots `kernel` with this command line.
-    pub fn new(kernel: BootFile, initrd: Option<BootFile>, command_line: impl Into<String>) -> Self {
-        Self { kernel, initrd, command_line: command_line.into() }
-    }
-}
-
-/// A file to boot, open for reading and never changed. Cheap to clone.
-///
-/// ```
-/// use std::io::Write;
-/// use instance_core::machine::BootFile;
-///
-/// let mut file = tempfile::tempfile()?;
-/// file.write_all(b"\x7fELF")?;
-/// let kernel = BootFile::new(file)?;
-/// assert_eq!((kernel.len(), kernel.is_empty()), (4, false));
-/// assert_eq!(kernel.read()?, b"\x7fELF");
-/// assert_eq!(kernel.file().metadata()?.len(), kernel.len());
-/// # Ok::<(), std::io::Error>(())
-/// ```
-#[derive(Debug, Clone)]
-pub struct BootFile(Arc<File>, u64);
-
-impl BootFile {
-    /// The file as it is now; whoever hands it over promises that it does not change.
-    ///
-    /// # Errors
-    ///
-    /// What the operating system says of its length.
-    pub fn new(file: File) -> io::Result<Self> {
-        let len = file.metadata()?.len();
-        Ok(Self(Arc::new(file), len))
-    }
-
-    /// Its length in bytes.
-    pub fn len(&self) -> u64 {
-        self.1
-    }
-
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.1 == 0
-    }
-
-    /// The open file. Its position means nothing: read with an offset.
-    pub fn file(&self) -> &File {
-        &self.0
-    }
-
-    /// All its bytes.
-    ///
-    /// # Errors
-    ///
-    /// What the operating system says, or [`FileTooLarge`](io::ErrorKind::FileTooLarge) for a file
-    /// longer than an address space.
-    pub fn read(&self) -> io::Result<Vec<u8>> {
-        let len = usize::try_from(self.1).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        let mut bytes = vec![0; len];
-        self.0.read_exact_at(&mut bytes, 0)?;
-        Ok(bytes)
-    }
-}
-
-/// A disk of a machine. [`MachineSpec`] shows it in use.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct DiskSpec {
-    /// The bytes.
-    pub disk: Disk,
-    /// The serial number that the guest reads, at most 20 bytes (virtio 1.2, 5.2.6.1).
-    pub serial: String,
-}
-
-impl DiskSpec {
-    /// A disk with a serial number.
-    pub fn new(disk: Disk, serial: impl Into<String>) -> Self {
-        Self { disk, serial: serial.into() }
     }
 }
 

@@ -267,8 +267,7 @@ fn what_a_guest_wrote_outlives_its_machine_however_that_ends() {
         instance.start().unwrap();
         ask(&instance, &format!("write 0 {} {end}", 8 * round), "wrote");
         let mut reader = instance.console().reader_from_now();
-        let mut tell =
-            |line: &str| instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+        let tell = |line: &str| instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
         match end {
             "reset" => instance.reboot().unwrap(),
             "reboot" => {

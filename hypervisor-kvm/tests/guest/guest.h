@@ -41,6 +41,12 @@ void count(u32 turns);
 void enter_user(u32 turns);
 extern u8 trampoline[], trampoline_end[], trampoline_counter[];
 
+/* main.c: whether two texts are the same. */
+int is(const char *a, const char *b);
+
+/* smbios.c: nothing is said of a field that is not there. */
+void say_smbios_field(const char *name, void (*say)(char));
+
 /* cpus.c */
 u32 count_cpus(const struct start_info *info);
 

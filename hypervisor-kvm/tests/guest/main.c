@@ -157,7 +157,7 @@ static u32 number(char **line)
     return value;
 }
 
-static int is(const char *a, const char *b)
+int is(const char *a, const char *b)
 {
     while (*a && *a == *b)
         a++, b++;
@@ -214,6 +214,10 @@ static void obey(char *line)
         answer_number("cpus ", count_cpus(info));
     } else if (is(command, "memory")) {
         answer_number("memory ", memory_mib());
+    } else if (is(command, "dmi")) {
+        say("dmi ");
+        say_smbios_field(word(&line), put);
+        say("\n");
     } else if (is(command, "disks")) {
         answer_number("disks ", count_disks());
     } else if (is(command, "size")) {

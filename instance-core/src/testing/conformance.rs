@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `ping WORD` | `pong WORD` |
 //! | `cpus`, `memory`, `disks` | `cpus N`, `memory MIB` (within a fifth), `disks N` |
+//! | `dmi FIELD` | `dmi TEXT`: a field of the SMBIOS tables, by its name in Linux's `/sys/class/dmi/id` |
 //! | `size D`, `serial D` | `size BYTES`, `serial TEXT` of disk `D`, counted from 0 |
 //! | `read D S` | `data TEXT`: sector `S` up to its first zero byte, from the disk itself |
 //! | `write D S WORD` | `wrote`, after sector `S` holds `WORD` and zeroes |
@@ -32,7 +33,8 @@ use storage_block::{BlockBackend, Disk, Error, ErrorKind, MemoryDisk, Result as 
 
 use crate::console::{Console, ConsoleReader};
 use crate::machine::{
-    Boot, BootFile, DiskSpec, ExitCause, Hypervisor, Machine, MachineErrorKind, MachineSpec, MachineState,
+    Boot, BootFile, DiskSpec, ExitCause, Hypervisor, Identity, Machine, MachineErrorKind, MachineSpec,
+    MachineState,
 };
 
 /// A hypervisor under test, and the guest it is tested with.
@@ -87,6 +89,7 @@ const CHECKS: &[Check] = &[
     ("walks the states of its life", walks_the_states_of_its_life),
     ("talks on the console", talks_on_the_console),
     ("shows the guest its hardware", shows_the_guest_its_hardware),
+    ("tells the guest who it is", tells_the_guest_who_it_is),
     ("reads and writes disks", reads_and_writes_disks),
     ("flushes when the guest does", flushes_when_the_guest_does),
     ("tells the guest of a disk that fails", tells_the_guest_of_a_disk_that_fails),
@@ -219,12 +222,19 @@ fn word_at(disk: &Disk, sector: u64) -> String {
 
 fn refuses_what_it_cannot_do(bed: &TestBed<'_>) {
     let can = bed.hypervisor.capabilities();
-    for what in ["architecture", "vCPUs", "memory"] {
+    for what in ["architecture", "vCPUs", "memory", "disks", "serial number", "identity"] {
         let mut spec = bed.spec(&Console::new(), Vec::new(), &std::env::temp_dir());
         match what {
             "architecture" => spec.architecture = bed.foreign_architecture,
             "vCPUs" => spec.vcpus = NonZeroU32::new(can.max_vcpus + 1).expect("more than none"),
-            _ => spec.memory_mib = NonZeroU32::MAX,
+            "memory" => spec.memory_mib = NonZeroU32::MAX,
+            "disks" => spec.disks = vec![DiskSpec::new(disk(1), "many"); can.max_disks + 1],
+            "serial number" => spec.disks = vec![DiskSpec::new(disk(1), "longer than 20 bytes.")],
+            _ => {
+                let mut bad = identity();
+                bad.product = "line\nline".to_owned();
+                spec.identity = Some(bad);
+            }
         }
         let refused = bed.hypervisor.create(spec).expect_err(what);
         assert_eq!(refused.kind(), MachineErrorKind::Unsupported, "{what}: {refused}");
@@ -305,6 +315,30 @@ fn shows_the_guest_its_hardware(bed: &TestBed<'_>) {
     guest.expect_answer("size 1", "size 2097152");
     guest.expect_answer("serial 0", "serial vol-first");
     guest.expect_answer("serial 1", "serial vol-0123456789abcdef");
+}
+
+fn identity() -> Identity {
+    let mut identity = Identity::new(*b"\xec\x2a\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab");
+    identity.vendor = "Amazon EC2".to_owned();
+    identity.product = "t2.nano, or so".to_owned();
+    identity.asset_tag = "i-0123456789abcdef0".to_owned();
+    identity
+}
+
+fn tells_the_guest_who_it_is(bed: &TestBed<'_>) {
+    let uuid = "ec2a0123-4567-89ab-cdef-0123456789ab";
+    let mut guest = bed.up_with(Vec::new(), |spec| spec.identity = Some(identity()));
+    for (field, text) in [
+        ("bios_vendor", "Amazon EC2"),
+        ("sys_vendor", "Amazon EC2"),
+        ("product_name", "t2.nano, or so"),
+        ("product_uuid", uuid),
+        ("product_serial", uuid),
+        ("board_asset_tag", "i-0123456789abcdef0"),
+        ("chassis_asset_tag", "Amazon EC2"),
+    ] {
+        guest.expect_answer(&format!("dmi {field}"), &format!("dmi {text}"));
+    }
 }
 
 fn reads_and_writes_disks(bed: &TestBed<'_>) {

@@ -14,8 +14,8 @@ use storage_block::SECTOR;
 
 use crate::console::ConsolePort;
 use crate::machine::{
-    Boot, BootFile, Capabilities, DiskSpec, Execution, ExitCause, Hypervisor, Machine, MachineError,
-    MachineErrorKind, MachineSpec, MachineState, Runs,
+    Boot, BootFile, Capabilities, DiskSpec, Execution, ExitCause, Hypervisor, Identity, Machine,
+    MachineError, MachineErrorKind, MachineSpec, MachineState, Runs,
 };
 use crate::watch::{Publisher, Watch};
 
@@ -132,6 +132,7 @@ impl Hypervisor for FakeHypervisor {
         let execution = Execution::Emulated { measured: "no guest code runs".to_owned() };
         let mut capabilities = Capabilities::new("fake", self.architectures.clone(), execution);
         capabilities.max_vcpus = 64;
+        capabilities.max_disks = 32;
         capabilities.power_button = true;
         capabilities
     }
@@ -244,6 +245,7 @@ impl Machine for FakeMachine {
             disks: spec.disks,
             vcpus: spec.vcpus.get(),
             memory_mib: spec.memory_mib.get(),
+            identity: spec.identity,
         };
         let spawned = std::thread::Builder::new().name("fake-machine".to_owned()).spawn(move || guest.run());
         *thread = Some(spawned.map_err(|e| {
@@ -307,6 +309,7 @@ struct FakeGuest {
     disks: Vec<DiskSpec>,
     vcpus: u32,
     memory_mib: u32,
+    identity: Option<Identity>,
 }
 
 impl FakeGuest {
@@ -353,6 +356,7 @@ impl FakeGuest {
             ["cpus"] => format!("cpus {}", self.vcpus),
             ["memory"] => format!("memory {}", self.memory_mib),
             ["disks"] => format!("disks {}", self.disks.len()),
+            ["dmi", field] => format!("dmi {}", self.dmi(field)),
             ["size", d] => self.on(d, |disk| Ok(format!("size {}", disk.disk.size()))),
             ["serial", d] => self.on(d, |disk| Ok(format!("serial {}", disk.serial))),
             ["read", d, s] => self.on(d, |disk| read(disk, s)),
@@ -365,6 +369,18 @@ impl FakeGuest {
             _ => "unknown".to_owned(),
         };
         Some(answer)
+    }
+
+    fn dmi(&self, field: &str) -> String {
+        let Some(identity) = &self.identity else { return String::new() };
+        match field {
+            "bios_vendor" | "sys_vendor" | "chassis_asset_tag" => identity.vendor.clone(),
+            "product_name" => identity.product.clone(),
+            "product_uuid" => identity.uuid_text(),
+            "product_serial" => identity.serial.clone(),
+            "board_asset_tag" => identity.asset_tag.clone(),
+            _ => String::new(),
+        }
     }
 
     fn end(&self, cause: ExitCause) -> Option<String> {

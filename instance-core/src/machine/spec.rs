@@ -1,0 +1,235 @@
+//! What a machine is made from.
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroU32;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ami_core::Architecture;
+use storage_block::Disk;
+
+use crate::console::ConsolePort;
+
+/// Everything a machine is made from.
+///
+/// ```
+/// use ami_core::Architecture;
+/// use instance_core::console::Console;
+/// use instance_core::machine::{Boot, DiskSpec, Hypervisor, MachineErrorKind, MachineSpec};
+/// use instance_core::testing::{FakeHypervisor, fake_kernel};
+///
+/// let boot = Boot::new(fake_kernel("")?, None, "console=ttyS0 root=/dev/vda1");
+/// let mut spec = MachineSpec::new("web", Architecture::X86_64, boot, Console::new().port());
+/// (spec.vcpus, spec.memory_mib) = (2.try_into()?, 1024.try_into()?);
+/// spec.disks.push(DiskSpec::new(storage_block::MemoryDisk::new(1 << 20)?.into_disk(), "vol0"));
+/// let can = FakeHypervisor::new().capabilities();
+/// can.check(&spec)?;
+/// spec.architecture = Architecture::Arm64;
+/// assert_eq!(can.check(&spec).err().map(|e| e.kind()), Some(MachineErrorKind::Unsupported));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct MachineSpec {
+    /// A name for threads, logs and errors, such as the instance id.
+    pub name: String,
+    /// The architecture of the machine.
+    pub architecture: Architecture,
+    /// How many virtual processors.
+    pub vcpus: NonZeroU32,
+    /// How much memory, in MiB.
+    pub memory_mib: NonZeroU32,
+    /// What it boots.
+    pub boot: Boot,
+    /// Its disks, in the order in which the guest finds them; the first is the root disk.
+    pub disks: Vec<DiskSpec>,
+    /// The machine's side of its serial console.
+    pub console: ConsolePort,
+    /// What the machine tells its guest of itself, if anything.
+    pub identity: Option<Identity>,
+    /// A directory of the machine's own for sockets and the like. Empty at the start, removed by the
+    /// owner after the end.
+    pub runtime_dir: PathBuf,
+}
+
+impl MachineSpec {
+    /// A machine with one vCPU and 128 MiB, without disks and identity, with the temporary directory as
+    /// its runtime directory.
+    pub fn new(
+        name: impl Into<String>,
+        architecture: Architecture,
+        boot: Boot,
+        console: ConsolePort,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            architecture,
+            vcpus: NonZeroU32::MIN,
+            memory_mib: NonZeroU32::MIN.saturating_add(127),
+            boot,
+            disks: Vec::new(),
+            console,
+            identity: None,
+            runtime_dir: std::env::temp_dir(),
+        }
+    }
+}
+
+/// A kernel, loaded directly: there is no firmware. [`MachineSpec`] shows it in use.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Boot {
+    /// An unpacked kernel: an ELF file with a PVH note or a 64-bit entry (x86), an `Image` (ARM).
+    pub kernel: BootFile,
+    /// The initial RAM disk.
+    pub initrd: Option<BootFile>,
+    /// The kernel's command line. The hypervisor appends to it what its devices need.
+    pub command_line: String,
+}
+
+impl Boot {
+    /// Boots `kernel` with this command line.
+    pub fn new(kernel: BootFile, initrd: Option<BootFile>, command_line: impl Into<String>) -> Self {
+        Self { kernel, initrd, command_line: command_line.into() }
+    }
+}
+
+/// A file to boot, open for reading and never changed. Cheap to clone.
+///
+/// ```
+/// use std::io::Write;
+/// use instance_core::machine::BootFile;
+///
+/// let mut file = tempfile::tempfile()?;
+/// file.write_all(b"\x7fELF")?;
+/// let kernel = BootFile::new(file)?;
+/// assert_eq!((kernel.len(), kernel.is_empty()), (4, false));
+/// assert_eq!(kernel.read()?, b"\x7fELF");
+/// assert_eq!(kernel.file().metadata()?.len(), kernel.len());
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct BootFile(Arc<File>, u64);
+
+impl BootFile {
+    /// The file as it is now; whoever hands it over promises that it does not change.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says of its length.
+    pub fn new(file: File) -> io::Result<Self> {
+        let len = file.metadata()?.len();
+        Ok(Self(Arc::new(file), len))
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.1
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.1 == 0
+    }
+
+    /// The open file. Its position means nothing: read with an offset.
+    pub fn file(&self) -> &File {
+        &self.0
+    }
+
+    /// All its bytes.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says, or [`FileTooLarge`](io::ErrorKind::FileTooLarge) for a file
+    /// longer than an address space.
+    pub fn read(&self) -> io::Result<Vec<u8>> {
+        let len = usize::try_from(self.1).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        let mut bytes = vec![0; len];
+        self.0.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+}
+
+/// A disk of a machine. [`MachineSpec`] shows it in use.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct DiskSpec {
+    /// The bytes.
+    pub disk: Disk,
+    /// The serial number that the guest reads, at most 20 bytes (virtio 1.2, 5.2.6.1).
+    pub serial: String,
+}
+
+impl DiskSpec {
+    /// The most bytes of a serial number.
+    pub const MAX_SERIAL: usize = 20;
+
+    /// A disk with a serial number.
+    pub fn new(disk: Disk, serial: impl Into<String>) -> Self {
+        Self { disk, serial: serial.into() }
+    }
+
+    /// Whether the serial number is one that a guest can be told.
+    pub fn has_valid_serial(&self) -> bool {
+        self.serial.len() <= Self::MAX_SERIAL && !self.serial.contains('\0')
+    }
+}
+
+/// What a machine tells its guest of itself in its SMBIOS tables (DMTF DSP0134). By it cloud-init knows
+/// that it runs in EC2, and which instance it is.
+///
+/// Each text has at most [`MAX_TEXT`](Self::MAX_TEXT) bytes, none of them a control character; a
+/// hypervisor refuses others.
+///
+/// ```
+/// use instance_core::machine::Identity;
+///
+/// let mut identity = Identity::new([0xec; 16]);
+/// identity.vendor = "Amazon EC2".to_owned();
+/// identity.asset_tag = "i-0123456789abcdef0".to_owned();
+/// assert_eq!(identity.uuid_text(), "ecececec-ecec-ecec-ecec-ecececececec");
+/// assert!(identity.is_valid());
+/// identity.product = "x".repeat(Identity::MAX_TEXT + 1);
+/// assert!(!identity.is_valid());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Identity {
+    /// Who made BIOS, system, board and chassis.
+    pub vendor: String,
+    /// The name of the system: an instance's type.
+    pub product: String,
+    /// The UUID of the system, in the order in which it is written.
+    pub uuid: [u8; 16],
+    /// The serial number of the system.
+    pub serial: String,
+    /// The asset tag of the board: an instance's id.
+    pub asset_tag: String,
+}
+
+impl Identity {
+    /// The most bytes of a text.
+    pub const MAX_TEXT: usize = 64;
+
+    /// An identity with this UUID, which is its serial number too, and empty texts.
+    pub fn new(uuid: [u8; 16]) -> Self {
+        let text = uuid::Uuid::from_bytes(uuid).to_string();
+        let (vendor, product, asset_tag) = Default::default();
+        Self { vendor, product, uuid, serial: text, asset_tag }
+    }
+
+    /// The UUID as it is written, in lower case.
+    pub fn uuid_text(&self) -> String {
+        uuid::Uuid::from_bytes(self.uuid).to_string()
+    }
+
+    /// Whether the texts are such as tables can hold.
+    pub fn is_valid(&self) -> bool {
+        [&self.vendor, &self.product, &self.serial, &self.asset_tag]
+            .iter()
+            .all(|text| text.len() <= Self::MAX_TEXT && !text.chars().any(char::is_control))
+    }
+}
