@@ -144,8 +144,11 @@ impl Qemu {
     /// use hypervisor_qemu::Qemu;
     /// use instance_core::machine::MachineErrorKind;
     ///
-    /// let missing = Qemu::with_binary("/opt/qemu/bin/qemu-system-x86_64").err().map(|e| e.kind());
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let missing = Qemu::with_binary(dir.join("qemu-system-x86_64")).err().map(|e| e.kind());
     /// assert_eq!(missing, Some(MachineErrorKind::Missing));
+    /// # Ok::<(), std::io::Error>(())
     /// ```
     ///
     /// # Errors
