@@ -26,7 +26,6 @@ words! {
     /// let leads_nowhere = |from: ImageState| ImageState::ALL.iter().all(|to| !from.can_become(*to));
     /// let ends: Vec<_> = ImageState::ALL.iter().filter(|state| leads_nowhere(**state)).collect();
     /// assert_eq!(ends, [&ImageState::Deregistered]);
-    /// assert_eq!(ImageState::Deregistered.as_str(), "deregistered");
     /// ```
     ImageState, "state of an image" {
         /// Being made.
@@ -283,14 +282,16 @@ impl Image {
     /// assert!(image.check_launch(&owner).is_err(), "its content is not there yet");
     /// image.set_state(ImageState::Available)?;
     /// image.tags_mut().insert("stage", "production")?;
-    /// image.set_description("serves the directory")?;
+    /// image.set_description("serves the directory")?; // at most Image::MAX_DESCRIPTION characters
     /// image.set_deprecation(Some(Timestamp::now()));
-    /// assert!(image.is_deprecated(Timestamp::MAX) && image.may_launch(&owner));
+    /// assert!(image.deprecation().is_some() && image.is_deprecated(Timestamp::MAX));
+    /// assert!(image.may_launch(&owner) && image.is_visible_to(&owner));
     /// assert_eq!(image.category(&owner), Some(Category::MyAmis));
     ///
     /// let copy = image.copy_to(&owner, &"eu-west-1".parse()?, "web")?;
     /// assert_eq!((copy.state(), copy.description()), (ImageState::Pending, "serves the directory"));
     /// assert_eq!((copy.ami().digest(), copy.tags().len()), (ami.digest(), 0));
+    /// assert!(!copy.launch_permissions().is_public());
     /// # Ok::<(), ami_core::Error>(())
     /// ```
     pub fn pending(ami: impl Into<AnyAmi>) -> Self {

@@ -13,6 +13,20 @@ const MAX_INITRDS: u64 = 1 << 30;
 const MAX_COMMAND_LINE: usize = 64 << 10;
 
 /// What a disk boots: the kernel, what is loaded beside it, and its command line.
+///
+/// ```no_run
+/// use boot_image::BootEntry;
+/// use storage_block::RawFile;
+///
+/// let disk = RawFile::open("debian.raw", true)?.into_disk();
+/// let entry = BootEntry::find(&disk)?;
+/// println!("{} for {}", entry.title.as_deref().unwrap_or("no title"), entry.architecture);
+/// println!("{} {:?} on partition {:?}", entry.kernel_path, entry.initrd_paths, entry.partition);
+/// let vmlinux = entry.unpack_kernel()?;
+/// std::fs::write("vmlinux", &vmlinux.image)?;
+/// std::fs::write("initrd", entry.initrd.as_deref().unwrap_or_default())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootEntry {
@@ -39,6 +53,18 @@ pub struct BootEntry {
 }
 
 /// The configuration that named a [`BootEntry`].
+///
+/// ```
+/// use boot_image::{BootEntry, BootSource};
+///
+/// fn named_by(entry: &BootEntry) -> &str {
+///     match &entry.source {
+///         BootSource::LoaderEntry(path) | BootSource::Grub(path) => path,
+///         _ => "the kernel's own name",
+///     }
+/// }
+/// # let _ = named_by;
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BootSource {

@@ -4,9 +4,34 @@ use std::error::Error as StdError;
 use std::fmt;
 
 /// A result of this crate.
+///
+/// ```
+/// use boot_image::{BootEntry, Result};
+/// use storage_block::Disk;
+///
+/// fn command_line(disk: &Disk) -> Result<String> {
+///     Ok(BootEntry::find(disk)?.command_line)
+/// }
+/// # let _ = command_line;
+/// ```
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What kind of failure an [`Error`] is; this is what a program matches on.
+///
+/// ```
+/// use boot_image::{BootEntry, ErrorKind};
+/// use storage_block::MemoryDisk;
+///
+/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
+/// let advice = match BootEntry::find(&disk).map_err(|e| e.kind()) {
+///     Ok(_) => "it boots",
+///     Err(ErrorKind::NoFileSystem | ErrorKind::NoPartition) => "this is no disk image",
+///     Err(ErrorKind::NoKernel) => "install a kernel in it",
+///     Err(_) => "see the error's text",
+/// };
+/// assert_eq!(advice, "this is no disk image");
+/// # Ok::<(), storage_block::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -29,6 +54,15 @@ pub enum ErrorKind {
 }
 
 /// A failure: its kind, what it happened to, and what caused it.
+///
+/// ```
+/// use boot_image::{ErrorKind, unpack_kernel};
+///
+/// let err = unpack_kernel(b"\x7fELF").err().ok_or("a header of four bytes")?;
+/// assert_eq!(err.kind(), ErrorKind::Corrupt);
+/// assert_eq!(err.to_string(), "the ELF header of the kernel is cut short");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,

@@ -11,6 +11,23 @@ use crate::{Error, ErrorKind, Result};
 pub(crate) const MAX_UNPACKED: usize = 512 << 20;
 
 /// A kernel as a hypervisor loads it: an ELF file on x86, an `Image` on ARM.
+///
+/// ```
+/// use std::borrow::Cow;
+/// use ami_core::Architecture;
+///
+/// // The first bytes of a `vmlinux` for 64-bit x86, which is loaded as it is.
+/// let mut vmlinux = b"\x7fELF\x02\x01\x01".to_vec();
+/// vmlinux.resize(64, 0);
+/// vmlinux[18] = 62;
+/// let kernel = boot_image::unpack_kernel(&vmlinux)?;
+/// assert_eq!(kernel.architecture, Architecture::X86_64);
+/// assert!(matches!(kernel.image, Cow::Borrowed(_)));
+/// let kept = kernel.into_owned();
+/// drop(vmlinux);
+/// assert_eq!(kept.image.len(), 64);
+/// # Ok::<(), boot_image::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Kernel<'a> {

@@ -132,6 +132,17 @@ impl Kvm {
     /// The KVM at `/dev/kvm`. Measures, in some milliseconds, whether it runs a guest's kernel on the
     /// processor.
     ///
+    /// ```
+    /// use hypervisor_kvm::Kvm;
+    /// use instance_core::machine::{Hypervisor, MachineErrorKind};
+    ///
+    /// match Kvm::open() {
+    ///     Ok(kvm) => assert!(kvm.capabilities().power_button),
+    ///     Err(e) if e.kind() == MachineErrorKind::Missing => println!("{e}"), // says what to do
+    ///     Err(e) => println!("this host is not fit: {e}"),
+    /// }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`Missing`](MachineErrorKind::Missing) where it is not there or may not be opened,

@@ -80,6 +80,16 @@ const MAX_DISKS: usize = 30;
 const MAX_VCPUS: u32 = 255;
 
 /// What runs guest code.
+///
+/// ```
+/// use hypervisor_qemu::Accelerator;
+///
+/// let accelerator = match std::env::var("ACCELERATE").as_deref() {
+///     Ok("kvm") => Accelerator::Kvm,
+///     _ => Accelerator::default(),
+/// };
+/// assert_eq!(Accelerator::default(), Accelerator::Tcg);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Accelerator {
@@ -93,10 +103,16 @@ pub enum Accelerator {
 /// A QEMU on this host.
 ///
 /// ```no_run
+/// use std::time::Duration;
 /// use hypervisor_qemu::{Accelerator, Qemu};
+/// use instance_core::machine::Hypervisor;
 ///
-/// let qemu = Qemu::find()?.acceleration(Accelerator::Kvm);
+/// let qemu = Qemu::find()?
+///     .acceleration(Accelerator::Kvm)
+///     .sandbox(false) // this one is built without seccomp
+///     .start_within(Duration::from_secs(120));
 /// println!("QEMU {}.{}", qemu.version().0, qemu.version().1);
+/// assert!(qemu.capabilities().execution.is_hardware());
 /// # Ok::<(), instance_core::machine::MachineError>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -120,6 +136,17 @@ impl Qemu {
     }
 
     /// The QEMU at `program`, which is run once to tell its version.
+    ///
+    /// ```
+    /// use hypervisor_qemu::Qemu;
+    /// use instance_core::machine::MachineErrorKind;
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let missing = Qemu::with_binary(dir.join("qemu-system-x86_64")).err().map(|e| e.kind());
+    /// assert_eq!(missing, Some(MachineErrorKind::Missing));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
     ///
     /// # Errors
     ///

@@ -178,16 +178,18 @@ impl<H> Region<H> {
     /// ```
     /// # use ami_core::{Ami, X86_64};
     /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
-    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, Region};
+    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
     /// # let dir = tempfile::tempdir()?;
     /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
     /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
     /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
     /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
-    /// assert_eq!(region.image(ami.id())?.ami(), &ami);
+    /// let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
     /// region.deregister_image(ami.id())?;
     /// let gone = region.image(ami.id()).err().map(|e| e.kind());
     /// assert_eq!(gone, Some(ErrorKind::ImageNotFound));
+    /// let next = server.create_image("web-2")?; // it goes on
+    /// assert_eq!(region.image(next.ami.id())?.ami(), &next.ami);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///

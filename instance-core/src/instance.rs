@@ -148,16 +148,15 @@ impl Instance {
 
     /// Makes an AMI of it, as it is at one instant: all its volumes, taken while its processors
     /// stand still (`CreateImage` with `NoReboot`). What the guest holds in its page cache is not on
-    /// its volumes; have it `sync` first.
+    /// its volumes; have it `sync` first. The AMI that it was made from need not be registered any more.
     ///
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is running or
     /// stopped; [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), or
     /// [`InvalidImage`](ErrorKind::InvalidImage) for a name that breaks the rule for names;
-    /// [`ImageNotFound`](ErrorKind::ImageNotFound) if the AMI that it was made from is no longer
-    /// registered; [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a
-    /// kernel; or what the host met. Nothing is then left of the image, and the instance goes on.
+    /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel; or what
+    /// the host met. Nothing is then left of the image, and the instance goes on.
     pub fn create_image(&self, name: &str) -> Result<CreatedImage> {
         self.region.create_image(&self.cell, name)
     }

@@ -196,7 +196,7 @@ impl Disk {
     /// zeroes follow. The range is never empty and lies within the disk.
     ///
     /// ```
-    /// use storage_block::{Disk, RawFile, Result};
+    /// use storage_block::{Disk, MemoryDisk, Result, Store};
     ///
     /// /// How many bytes may hold anything but zeroes.
     /// fn data(disk: &Disk) -> Result<u64> {
@@ -208,9 +208,12 @@ impl Disk {
     ///     Ok(found)
     /// }
     /// # let dir = tempfile::tempdir()?;
-    /// let disk = RawFile::create(dir.path().join("disk.raw"), 1 << 30)?.into_disk();
-    /// disk.write_at(b"hello", 512 << 20)?;
-    /// assert!((5..1 << 20).contains(&data(&disk)?), "the rest are holes");
+    /// # let store = Store::open(dir.path())?;
+    /// let disk = MemoryDisk::new(1 << 20)?.into_disk();
+    /// disk.write_at(b"hello", 512 << 10)?;
+    /// assert_eq!(data(&disk)?, disk.size(), "a disk in memory does not know its holes");
+    /// let (snapshot, _) = store.import(&disk, &mut |_| ())?;
+    /// assert_eq!(data(&snapshot.disk())?, 64 << 10, "one chunk of a snapshot");
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
