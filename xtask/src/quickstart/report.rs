@@ -107,10 +107,7 @@ impl Report {
 
     pub(crate) fn hypervisor(&mut self, capabilities: &Capabilities) {
         let (execution, measured) = in_words(&capabilities.execution);
-        self.say(&format!(
-            "machines run on {}, guest kernels on {execution} ({measured})",
-            capabilities.name
-        ));
+        self.say(&format!("machines on {}, {execution}: {measured}", capabilities.name));
         self.results.hypervisor = Some(HypervisorResult { name: capabilities.name, execution, measured });
     }
 
