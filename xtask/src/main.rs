@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `quickstart` | goes the whole way, from packages to two equal live servers |
 //! | `guest` | makes the Linux guests that examples, tests and benchmarks boot |
+//! | `figures` | measures what has a bar, and says what falls short of it |
 //! | `test`  | checks format, lints, documentation and tests, KVM in the lab among them |
 //! | `lab`   | runs a command in a virtual machine that has a true `/dev/kvm`, on any host |
 //!
@@ -15,6 +16,7 @@
 
 mod deb;
 mod digest;
+mod figures;
 mod guest;
 mod lab;
 mod prerequisites;
@@ -37,6 +39,8 @@ struct Xtask {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measure what has a bar, and say what falls short of it
+    Figures(figures::FiguresArgs),
     /// Make the Linux guests that examples, tests and benchmarks boot
     Guest(guest::GuestArgs),
     /// Run a command in a virtual machine that has a true /dev/kvm
@@ -49,6 +53,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Xtask::parse().command {
+        Command::Figures(args) => figures::run(&args),
         Command::Guest(args) => guest::run(&args),
         Command::Lab(args) => lab::run(args),
         Command::Quickstart(args) => quickstart::run(&args),
