@@ -75,11 +75,15 @@ impl BootCache {
         Ok(Boot::new(open(plan.kernel)?, initrd, plan.command_line.clone()))
     }
 
-    /// Finds what `disk` boots and opens it. No record names it, so it may go as soon as it is open.
+    /// Finds what `disk` boots and opens it.
     pub(crate) fn boot_from_disk(&self, disk: &Disk) -> Result<Boot> {
-        let found = Found::on_disk(disk)?;
+        self.boot_found(&Found::on_disk(disk)?)
+    }
+
+    /// Opens what was found. No record names it, so it may go as soon as it is open.
+    fn boot_found(&self, found: &Found) -> Result<Boot> {
         let _unnamed = self.unnamed.lock().unwrap_or_else(PoisonError::into_inner);
-        self.boot(&self.keep(&found)?)
+        self.boot(&self.keep(found)?)
     }
 
     /// Removes every file that no plan names.
@@ -174,4 +178,29 @@ fn refused(e: boot_image::Error, what: &str) -> Error {
         _ => (ErrorKind::NotBootable, "take one that this library reads"),
     };
     Error::new(kind, format!("{what} cannot be booted: {advice}")).caused_by(e)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::tiny_elf;
+
+    /// An instance that starts boots what no record names, while others are cleared away.
+    #[test]
+    fn what_is_being_opened_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = BootCache::open(dir.path().to_owned()).unwrap();
+        let found = Found::with_kernel(&tiny_elf(), None, String::new()).unwrap();
+        std::thread::scope(|scope| {
+            let clearing = scope.spawn(|| {
+                for _ in 0..300 {
+                    cache.remove_unreferenced(std::iter::empty()).unwrap();
+                }
+            });
+            while !clearing.is_finished() {
+                let boot = cache.boot_found(&found).unwrap();
+                assert_eq!(boot.kernel.read().unwrap(), tiny_elf());
+            }
+        });
+    }
 }

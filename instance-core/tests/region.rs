@@ -1,8 +1,6 @@
 //! A region from the outside, on the fake machine.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-mod common;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -290,32 +288,4 @@ fn what_a_guest_wrote_outlives_its_machine_however_that_ends() {
         instance.start().unwrap();
         ask(&instance, &format!("read 0 {}", 8 * round), &format!("data {end}"));
     }
-}
-
-/// What an instance boots is read from its disk at each start, and no record names it then.
-#[test]
-fn starting_and_deregistering_do_not_disturb_each_other() {
-    let Some(bytes) = common::ext4(&[("boot/vmlinuz-6", &tiny_elf())]) else { return };
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let bootable = MemoryDisk::from_vec(bytes).unwrap().into_disk();
-    let ami = region.register_image(Ami::<X86_64>::builder("bootable"), ImageSource::new(&bootable)).unwrap();
-    let instance = region.launch(&ami, spec()).unwrap();
-    region.deregister_image(ami.id()).unwrap();
-    assert_eq!(files(&dir.path().join("boot")), [""; 0]);
-    let begin = std::sync::Barrier::new(2);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for round in 0..40 {
-                let ami = try_register(&region, &format!("other-{round}")).unwrap();
-                begin.wait();
-                region.deregister_image(ami.id()).unwrap();
-            }
-        });
-        for _ in 0..40 {
-            instance.stop(Duration::ZERO).unwrap();
-            begin.wait();
-            instance.start().unwrap();
-        }
-    });
 }
