@@ -8,9 +8,10 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use ami_core::{Architecture, Digest};
-use boot_image::BootEntry;
+use boot_image::{BootEntry, Kernel};
 use serde::{Deserialize, Serialize};
 use storage_block::Disk;
 
@@ -34,13 +35,17 @@ impl BootPlan {
 
 /// The directory of those files.
 #[derive(Debug)]
-pub(crate) struct BootCache(PathBuf);
+pub(crate) struct BootCache {
+    dir: PathBuf,
+    /// Held while files are removed, and while one that no record names is written and opened.
+    unnamed: Mutex<()>,
+}
 
 impl BootCache {
     /// Opens the cache, made when it is not there; what a crash left half written goes.
     pub(crate) fn open(dir: PathBuf) -> Result<Self> {
         fs::create_dir_all(&dir).map_err(|e| Error::io(e, format!("cannot make {}", dir.display())))?;
-        Ok(Self(dir))
+        Ok(Self { dir, unnamed: Mutex::default() })
     }
 
     /// Finds what `disk` boots and keeps it.
@@ -70,11 +75,23 @@ impl BootCache {
         Ok(Boot::new(open(plan.kernel)?, initrd, plan.command_line.clone()))
     }
 
+    /// Finds what `disk` boots and opens it.
+    pub(crate) fn boot_from_disk(&self, disk: &Disk) -> Result<Boot> {
+        self.boot_found(&Found::on_disk(disk)?)
+    }
+
+    /// Opens what was found. No record names it, so it may go as soon as it is open.
+    fn boot_found(&self, found: &Found) -> Result<Boot> {
+        let _unnamed = self.unnamed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.boot(&self.keep(found)?)
+    }
+
     /// Removes every file that no plan names.
     pub(crate) fn remove_unreferenced<'a>(&self, plans: impl Iterator<Item = &'a BootPlan>) -> Result<()> {
         let keep: HashSet<PathBuf> = plans.flat_map(BootPlan::files).map(|d| self.path(d)).collect();
-        let failed = |e| Error::io(e, format!("cannot clear {}", self.0.display()));
-        for entry in fs::read_dir(&self.0).map_err(failed)? {
+        let failed = |e| Error::io(e, format!("cannot clear {}", self.dir.display()));
+        let _unnamed = self.unnamed.lock().unwrap_or_else(PoisonError::into_inner);
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             if !keep.contains(&path) {
                 fs::remove_file(&path).map_err(failed)?;
@@ -84,14 +101,14 @@ impl BootCache {
     }
 
     fn path(&self, digest: Digest) -> PathBuf {
-        self.0.join(digest.to_hex())
+        self.dir.join(digest.to_hex())
     }
 
     fn keep_bytes(&self, bytes: &[u8]) -> Result<Digest> {
         let digest = Digest::of(bytes);
         let path = self.path(digest);
         if !path.exists() {
-            write_durably(&self.0, &path, bytes)
+            write_durably(&self.dir, &path, bytes)
                 .map_err(|e| Error::io(e, format!("cannot keep the boot file {}", path.display())))?;
         }
         Ok(digest)
@@ -118,19 +135,20 @@ pub(crate) struct Found {
 impl Found {
     /// What a disk boots.
     pub(crate) fn on_disk(disk: &Disk) -> Result<Self> {
-        let entry = BootEntry::find(disk).map_err(not_bootable)?;
-        Self::with_kernel(&entry.kernel, entry.initrd, entry.command_line)
+        let refused = |e| refused(e, "the disk");
+        let entry = BootEntry::find(disk).map_err(refused)?;
+        let kernel = entry.unpack_kernel().map_err(refused)?.into_owned();
+        Ok(Self::new(kernel, entry.initrd, entry.command_line))
     }
 
     /// A kernel as distributions ship it, unpacked.
     pub(crate) fn with_kernel(kernel: &[u8], initrd: Option<Vec<u8>>, command_line: String) -> Result<Self> {
-        let kernel = boot_image::unpack_kernel(kernel).map_err(not_bootable)?;
-        Ok(Self {
-            architecture: kernel.architecture,
-            kernel: kernel.image.into_owned(),
-            initrd,
-            command_line,
-        })
+        let kernel = boot_image::unpack_kernel(kernel).map_err(|e| refused(e, "the kernel"))?;
+        Ok(Self::new(kernel, initrd, command_line))
+    }
+
+    fn new(kernel: Kernel<'_>, initrd: Option<Vec<u8>>, command_line: String) -> Self {
+        Self { architecture: kernel.architecture, kernel: kernel.image.into_owned(), initrd, command_line }
     }
 
     /// Refuses a kernel of another architecture than the image's.
@@ -145,6 +163,44 @@ impl Found {
     }
 }
 
-fn not_bootable(e: boot_image::Error) -> Error {
-    Error::new(ErrorKind::NotBootable, "the disk cannot be booted").caused_by(e)
+/// Why `what` cannot be booted, with what can be done about it.
+fn refused(e: boot_image::Error, what: &str) -> Error {
+    use boot_image::ErrorKind as Boot;
+    let (kind, advice) = match e.kind() {
+        Boot::NoPartition | Boot::NoFileSystem => (
+            ErrorKind::NotBootable,
+            "give it an ext4 file system with a kernel in /boot, or register it with a kernel beside it",
+        ),
+        Boot::NoKernel => (ErrorKind::NotBootable, "give it one, or register it with a kernel beside it"),
+        Boot::WrongArchitecture => (ErrorKind::ArchitectureMismatch, "take one for i386, x86_64 or arm64"),
+        Boot::Corrupt => (ErrorKind::NotBootable, "it is damaged; make the image again"),
+        Boot::Io => (ErrorKind::Internal, "it cannot be read"),
+        _ => (ErrorKind::NotBootable, "take one that this library reads"),
+    };
+    Error::new(kind, format!("{what} cannot be booted: {advice}")).caused_by(e)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::tiny_elf;
+
+    /// An instance that starts boots what no record names, while others are cleared away.
+    #[test]
+    fn what_is_being_opened_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = BootCache::open(dir.path().to_owned()).unwrap();
+        let found = Found::with_kernel(&tiny_elf(), None, String::new()).unwrap();
+        std::thread::scope(|scope| {
+            let clearing = scope.spawn(|| {
+                for _ in 0..300 {
+                    cache.remove_unreferenced(std::iter::empty()).unwrap();
+                }
+            });
+            while !clearing.is_finished() {
+                let boot = cache.boot_found(&found).unwrap();
+                assert_eq!(boot.kernel.read().unwrap(), tiny_elf());
+            }
+        });
+    }
 }

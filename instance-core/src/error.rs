@@ -135,7 +135,16 @@ impl Error {
             }
             _ => ErrorKind::Internal,
         };
-        Self::new(kind, context).caused_by(source)
+        Self::of_host(kind, context).caused_by(source)
+    }
+
+    /// Where the disk is full, what to do is the same whatever was being done.
+    fn of_host(kind: ErrorKind, context: impl Into<String>) -> Self {
+        let mut context = context.into();
+        if kind == ErrorKind::InsufficientCapacity {
+            context.push_str("; free space on the file system of the region and try again");
+        }
+        Self::new(kind, context)
     }
 
     pub(crate) fn storage(source: storage_block::Error, context: impl Into<String>) -> Self {
@@ -147,7 +156,7 @@ impl Error {
             Storage::InvalidSize => ErrorKind::InvalidParameter,
             _ => ErrorKind::Internal,
         };
-        Self::new(kind, context).caused_by(source)
+        Self::of_host(kind, context).caused_by(source)
     }
 
     pub(crate) fn machine(source: MachineError, context: impl Into<String>) -> Self {

@@ -111,7 +111,7 @@ impl Inner {
         let mut live = cell.hold(self.supervisor.sender());
         let begun = self.make_volumes(&planned).and_then(|volumes| {
             live.volumes = volumes;
-            self.power_on(&cell, &mut live, &image.boot)?;
+            self.power_on(&cell, &mut live, self.boot.boot(&image.boot)?)?;
             live.record.launched = true;
             self.transition(&cell, &mut live, Transition::Started, None)
         });
@@ -164,6 +164,8 @@ impl Inner {
     fn undo_launch(&self, cell: &Cell, live: &mut Live, why: &Error) {
         self.power_off(live);
         self.cells().remove(&cell.id);
+        // It may have got as far as to say so.
+        live.record.launched = false;
         if let Err(e) = self.forget(&live.record) {
             tracing::error!(instance = %cell.id, error = %e, "a failed launch left something behind");
         }

@@ -52,12 +52,14 @@
 
 mod boot_cache;
 pub mod console;
+mod database;
 mod error;
 mod images;
 mod instance;
 mod instance_type;
 mod launch;
 mod lifecycle;
+mod lock;
 pub mod machine;
 mod record;
 mod region;

@@ -9,9 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use ami_core::Digest;
 use storage_block::Volume;
 
-use crate::boot_cache::BootPlan;
 use crate::instance::{Cell, Live};
-use crate::machine::{DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec};
+use crate::machine::{Boot, DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec};
 use crate::record::{InstanceDescription, InstanceRecord, ShutdownBehavior, StateReason};
 use crate::region::{Inner, StateChange};
 use crate::supervisor::Message;
@@ -53,10 +52,12 @@ impl Inner {
 
     pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
         let mut live = cell.hold(self.supervisor.sender());
-        if live.record.description.state == InstanceState::Stopped {
-            return Ok(());
+        match live.record.description.state {
+            InstanceState::Stopped => return Ok(()),
+            // An earlier stop failed half way; this one finishes it.
+            InstanceState::Stopping => {}
+            _ => self.transition(cell, &mut live, Transition::Stop, Some(StateReason::user_initiated()))?,
         }
-        self.transition(cell, &mut live, Transition::Stop, Some(StateReason::user_initiated()))?;
         if let Some(machine) = &live.machine {
             ask_to_power_off(machine.as_ref(), patience);
         }
@@ -75,15 +76,13 @@ impl Inner {
             return Ok(());
         }
         self.transition(cell, &mut live, Transition::Start, None)?;
-        match self.power_on_again(cell, &mut live) {
-            Ok(()) => self.transition(cell, &mut live, Transition::Started, None),
-            Err(e) => {
-                self.power_off(&mut live);
-                let reason = StateReason::new("Server.InternalError", e.to_string());
-                self.transition(cell, &mut live, Transition::StartFailed, Some(reason))?;
-                Err(e)
-            }
-        }
+        let begun = self.power_on_again(cell, &mut live);
+        begun.and_then(|()| self.transition(cell, &mut live, Transition::Started, None)).or_else(|e| {
+            self.power_off(&mut live);
+            let reason = StateReason::new("Server.InternalError", e.to_string());
+            self.transition(cell, &mut live, Transition::StartFailed, Some(reason))?;
+            Err(e)
+        })
     }
 
     pub(crate) fn reboot(&self, cell: &Cell) -> Result<()> {
@@ -174,12 +173,12 @@ impl Inner {
     /// Opens the volumes and boots what the root volume holds now.
     fn power_on_again(&self, cell: &Cell, live: &mut Live) -> Result<()> {
         live.volumes = self.open_volumes(live)?;
-        let plan = match (&live.record.direct_boot, live.volumes.first()) {
-            (Some(plan), _) => plan.clone(),
-            (None, Some(root)) => self.boot.keep_from_disk(&root.disk())?,
+        let boot = match (&live.record.direct_boot, live.volumes.first()) {
+            (Some(plan), _) => self.boot.boot(plan)?,
+            (None, Some(root)) => self.boot.boot_from_disk(&root.disk())?,
             (None, None) => return Err(no_root_volume()),
         };
-        self.power_on(cell, live, &plan)
+        self.power_on(cell, live, boot)
     }
 
     pub(crate) fn open_volumes(&self, live: &Live) -> Result<Vec<Volume>> {
@@ -192,12 +191,11 @@ impl Inner {
     }
 
     /// Makes a machine on the volumes that are open, and starts it.
-    pub(crate) fn power_on(&self, cell: &Cell, live: &mut Live, plan: &BootPlan) -> Result<()> {
+    pub(crate) fn power_on(&self, cell: &Cell, live: &mut Live, boot: Boot) -> Result<()> {
         let runtime_dir = self.paths.instance(cell.id);
         fs::create_dir_all(&runtime_dir)
             .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
         let description = &live.record.description;
-        let boot = self.boot.boot(plan)?;
         let mut spec =
             MachineSpec::new(cell.id.to_string(), description.architecture, boot, cell.console.port());
         spec.vcpus = description.instance_type.vcpus();

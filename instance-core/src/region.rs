@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use ami_core::{AccountId, AmiId, Digest, Image, InstanceId, RegionName, VolumeId};
-use rustix::fs::{FlockOperation, flock};
 use storage_block::{Store as BlockStore, Volume};
 
 use crate::boot_cache::BootCache;
 use crate::instance::{Cell, Instance};
+use crate::lock::Lock;
 use crate::machine::{Capabilities, Hypervisor};
 use crate::record::{FormerImage, ImageRecord, InstanceRecord, RegionRecord, StateReason, VolumeRecord};
 use crate::store::{Record, Store};
@@ -248,6 +248,15 @@ impl Paths {
         self.root.join("volumes")
     }
 
+    pub(crate) fn blocks(&self) -> PathBuf {
+        self.root.join("blocks")
+    }
+
+    /// Where the block store keeps its snapshots.
+    fn snapshots(&self) -> PathBuf {
+        self.blocks().join("snapshots")
+    }
+
     pub(crate) fn volume(&self, id: VolumeId) -> PathBuf {
         self.volumes().join(id.to_string())
     }
@@ -278,7 +287,7 @@ pub(crate) struct Inner {
     pub(crate) making_images: Mutex<()>,
     pub(crate) listeners: Mutex<Vec<Sender<StateChange>>>,
     pub(crate) paths: Paths,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Inner {
@@ -286,13 +295,16 @@ impl Inner {
         let failed = |e| Error::io(e, format!("cannot make the region directory {}", dir.display()));
         fs::create_dir_all(dir).map_err(failed)?;
         let paths = Paths { root: dir.canonicalize().map_err(failed)? };
-        let lock = lock(&paths.root)?;
+        let lock = Lock::take(&paths.root)?;
         for dir in [paths.volumes(), paths.instances()] {
             fs::create_dir_all(dir).map_err(failed)?;
         }
         let store = Store::open(&paths.root.join("region.db"))?;
-        let region = identity(&store, options)?;
-        let blocks = BlockStore::open(paths.root.join("blocks"))
+        let region = match store.get::<RegionRecord>(RegionRecord::KEY)? {
+            Some(region) => check_identity(region, &options)?,
+            None => new_identity(&store, options, &paths)?,
+        };
+        let blocks = BlockStore::open(paths.blocks())
             .map_err(|e| Error::storage(e, "cannot open the region's snapshots"))?;
         let boot = BootCache::open(paths.root.join("boot"))?;
         let (supervisor, messages) = Supervisor::new();
@@ -441,39 +453,35 @@ fn snapshots_of(record: &ImageRecord) -> Vec<Digest> {
     mappings.iter().filter_map(|m| m.as_ebs()?.snapshot().copied()).collect()
 }
 
-/// Takes the lock that makes this process the owner.
-fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let dir = dir.display();
-            let what =
-                format!("the region {dir} is in use by another process or handle; close that one first");
-            Err(Error::new(ErrorKind::RegionInUse, what))
-        }
-        Err(e) => Err(Error::io(e.into(), format!("cannot lock {}", path.display()))),
+/// Who the region is, if that is who it is taken for.
+fn check_identity(region: RegionRecord, options: &RegionOptions) -> Result<RegionRecord> {
+    let invalid = |what: String| Err(Error::new(ErrorKind::InvalidParameter, what));
+    if region.format != RegionRecord::FORMAT {
+        let (found, known) = (region.format, RegionRecord::FORMAT);
+        let what = format!("the region directory has format {found}; this version knows format {known}");
+        return Err(Error::new(ErrorKind::Corrupt, what));
     }
+    if options.name.as_ref().is_some_and(|name| *name != region.name) {
+        return invalid(format!("the region is called {}", region.name));
+    }
+    if options.account.as_ref().is_some_and(|account| *account != region.account) {
+        return invalid(format!("the region belongs to account {}", region.account));
+    }
+    Ok(region)
 }
 
-/// Who the region is: as it was made, or as it is made now.
-fn identity(store: &Store, options: RegionOptions) -> Result<RegionRecord> {
-    if let Some(region) = store.get::<RegionRecord>(RegionRecord::KEY)? {
-        let invalid = |what: String| Err(Error::new(ErrorKind::InvalidParameter, what));
-        if region.format != RegionRecord::FORMAT {
-            let (found, known) = (region.format, RegionRecord::FORMAT);
-            let what = format!("the region directory has format {found}; this version knows format {known}");
+/// Makes a region of a directory that is none yet.
+fn new_identity(store: &Store, options: RegionOptions, paths: &Paths) -> Result<RegionRecord> {
+    // What nothing names is removed when a region is opened: with its store, it would lose everything.
+    for dir in [paths.volumes(), paths.snapshots()] {
+        if fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) {
+            let what = format!(
+                "{} has lost its state store, and {} is not empty; put back a copy of region.db, or empty the directory",
+                paths.root.display(),
+                dir.display()
+            );
             return Err(Error::new(ErrorKind::Corrupt, what));
         }
-        if options.name.as_ref().is_some_and(|name| *name != region.name) {
-            return invalid(format!("the region is called {}", region.name));
-        }
-        if options.account.as_ref().is_some_and(|account| *account != region.account) {
-            return invalid(format!("the region belongs to account {}", region.account));
-        }
-        return Ok(region);
     }
     let name = match options.name {
         Some(name) => name,

@@ -1,16 +1,20 @@
 //! The state store: what a region knows, in one transactional file.
 //!
-//! A thin layer over `redb`: a kind of record is a table, a record is JSON under its id. A commit is
-//! durable when it returns, and all of it or nothing of it is there after a crash.
+//! A thin layer over `redb`: a kind of record is a table, a record is JSON under its id, after the
+//! SHA-256 of table, id and JSON. A commit is durable when it returns, and all of it or nothing of it is
+//! there after a crash. redb does not look at its checksums again once a file was closed in order, so
+//! the digest is what finds a record that has changed since.
 
 #![expect(clippy::result_large_err, reason = "redb's errors are large; they become ours before they leave")]
 
 use std::path::Path;
 
-use redb::{Database, ReadableTable, TableDefinition};
+use ami_core::Digest;
+use redb::{ReadableTable, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::database::{self, Database};
 use crate::{Error, ErrorKind, Result};
 
 /// Something kept in the store.
@@ -32,29 +36,28 @@ pub(crate) struct Store(Database);
 impl Store {
     /// Opens the store in `file`, made when it is not there.
     pub(crate) fn open(file: &Path) -> Result<Self> {
-        // The format of redb 3 and 4, so that a later version reads what this one wrote.
-        let opened = Database::builder().create_with_file_format_v3(true).create(file);
-        opened
+        Database::open(file)
             .map(Self)
-            .map_err(|e| database_error(e.into(), &format!("cannot open the state store {}", file.display())))
+            .map_err(|e| database_error(e, &format!("cannot open the state store {}", file.display())))
     }
 
     /// The record with this key.
     pub(crate) fn get<R: Record>(&self, key: &str) -> Result<Option<R>> {
-        let read = || -> Result<Option<Vec<u8>>, redb::Error> {
-            match self.0.begin_read()?.open_table(table(R::TABLE)) {
+        let read = |database: &redb::Database| -> database::Result<Option<Vec<u8>>> {
+            match database.begin_read()?.open_table(table(R::TABLE)) {
                 Ok(table) => Ok(table.get(key)?.map(|v| v.value().to_vec())),
                 Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
                 Err(e) => Err(e.into()),
             }
         };
-        read().map_err(failed_read)?.map(|bytes| parse::<R>(key, &bytes)).transpose()
+        let read = self.0.with(read).map_err(failed_read)?;
+        read.map(|bytes| parse::<R>(key, &bytes)).transpose()
     }
 
     /// Every record of a kind, in the order of their keys.
     pub(crate) fn all<R: Record>(&self) -> Result<Vec<R>> {
-        let read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
-            match self.0.begin_read()?.open_table(table(R::TABLE)) {
+        let read = |database: &redb::Database| -> database::Result<Vec<(String, Vec<u8>)>> {
+            match database.begin_read()?.open_table(table(R::TABLE)) {
                 Ok(table) => table
                     .iter()?
                     .map(|entry| entry.map(|(k, v)| (k.value().to_owned(), v.value().to_vec())))
@@ -64,15 +67,16 @@ impl Store {
                 Err(e) => Err(e.into()),
             }
         };
-        read().map_err(failed_read)?.iter().map(|(key, bytes)| parse::<R>(key, bytes)).collect()
+        let read = self.0.with(read).map_err(failed_read)?;
+        read.iter().map(|(key, bytes)| parse::<R>(key, bytes)).collect()
     }
 
     /// Makes the changes that `change` collects, all or none. They are durable when this returns.
     pub(crate) fn commit(&self, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
         let mut changes = Changes(Vec::new());
         change(&mut changes)?;
-        let write = || -> Result<(), redb::Error> {
-            let transaction = self.0.begin_write()?;
+        let write = |database: &redb::Database| -> database::Result<()> {
+            let transaction = database.begin_write()?;
             for (table_name, key, value) in &changes.0 {
                 let mut table = transaction.open_table(table(table_name))?;
                 match value {
@@ -83,7 +87,7 @@ impl Store {
             transaction.commit()?;
             Ok(())
         };
-        write().map_err(|e| database_error(e, "cannot commit to the state store"))
+        self.0.with(write).map_err(|e| database_error(e, "cannot commit to the state store"))
     }
 }
 
@@ -92,9 +96,12 @@ pub(crate) struct Changes(Vec<(&'static str, String, Option<Vec<u8>>)>);
 
 impl Changes {
     pub(crate) fn put<R: Record>(&mut self, record: &R) -> Result<()> {
-        let bytes = serde_json::to_vec(record)
+        let json = serde_json::to_vec(record)
             .map_err(|e| Error::new(ErrorKind::Internal, "cannot serialise a record").caused_by(e))?;
-        self.0.push((R::TABLE, record.key(), Some(bytes)));
+        let key = record.key();
+        let mut bytes = digest::<R>(&key, &json).as_bytes().to_vec();
+        bytes.extend(json);
+        self.0.push((R::TABLE, key, Some(bytes)));
         Ok(())
     }
 
@@ -104,10 +111,25 @@ impl Changes {
 }
 
 fn parse<R: Record>(key: &str, bytes: &[u8]) -> Result<R> {
-    serde_json::from_slice(bytes).map_err(|e| {
-        let what = format!("the state store's record {key} in {} cannot be read", R::TABLE);
-        Error::new(ErrorKind::Corrupt, what).caused_by(e)
-    })
+    let table = R::TABLE;
+    let whole = bytes.split_first_chunk::<{ Digest::LEN }>();
+    match whole.filter(|(said, json)| *said == digest::<R>(key, json).as_bytes()) {
+        Some((_, json)) => serde_json::from_slice(json).map_err(|e| {
+            let what = format!("the state store's record {key} in {table} cannot be read by this version");
+            Error::new(ErrorKind::Corrupt, what).caused_by(e)
+        }),
+        None => {
+            let what = format!(
+                "the state store's record {key} in {table} is damaged; put back a copy of the region directory"
+            );
+            Err(Error::new(ErrorKind::Corrupt, what))
+        }
+    }
+}
+
+/// Covers where the record stands, so that none is taken for another's.
+fn digest<R: Record>(key: &str, json: &[u8]) -> Digest {
+    Digest::of(&[R::TABLE.as_bytes(), &[0], key.as_bytes(), &[0], json].concat())
 }
 
 fn failed_read(e: redb::Error) -> Error {
@@ -115,10 +137,18 @@ fn failed_read(e: redb::Error) -> Error {
 }
 
 fn database_error(e: redb::Error, context: &str) -> Error {
+    use std::io::ErrorKind::{InvalidData, UnexpectedEof};
     match e {
+        redb::Error::Io(e) if matches!(e.kind(), InvalidData | UnexpectedEof) => {
+            Error::new(ErrorKind::Corrupt, format!("{context}: it is no database; put back a copy of it"))
+                .caused_by(e)
+        }
         redb::Error::Io(e) => Error::io(e, context),
         redb::Error::DatabaseAlreadyOpen => Error::new(ErrorKind::RegionInUse, context).caused_by(e),
-        redb::Error::Corrupted(_) => Error::new(ErrorKind::Corrupt, context).caused_by(e),
+        redb::Error::Corrupted(_) => {
+            Error::new(ErrorKind::Corrupt, format!("{context}: it is damaged; put back a copy of it"))
+                .caused_by(e)
+        }
         e => Error::new(ErrorKind::Internal, context).caused_by(e),
     }
 }

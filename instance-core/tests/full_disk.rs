@@ -1,0 +1,226 @@
+//! A file system that is full: what fails says so and leaves nothing, and what gives space back works.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use ami_core::X86_64;
+use common::{check, disk, everything, files, launch, open, register, skip};
+use instance_core::machine::{Capabilities, Hypervisor, Machine, MachineError, MachineSpec, Runs};
+use instance_core::testing::FakeHypervisor;
+use instance_core::{Error, ErrorKind, Instance, InstanceState, LaunchSpec, Region};
+
+/// A file system of a fixed size, unmounted at the end.
+#[derive(Debug)]
+struct Small(PathBuf, #[expect(dead_code, reason = "removes the directory")] tempfile::TempDir);
+
+impl Small {
+    fn mount(kib: u64) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let size = format!("size={kib}k");
+        let mount =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).status();
+        if mount.is_ok_and(|status| status.success()) {
+            return Some(Self(dir.path().to_owned(), dir));
+        }
+        skip("a small file system cannot be mounted, which takes root; full disks are not tested");
+        None
+    }
+
+    fn region(&self) -> PathBuf {
+        self.0.join("region")
+    }
+
+    /// Takes up all space but so much.
+    fn leave(&self, kib: u64) {
+        let mut ballast = File::create(self.0.join("ballast")).unwrap();
+        let stat = rustix::fs::statvfs(&self.0).unwrap();
+        let free = stat.f_bfree * stat.f_frsize;
+        ballast.write_all(&vec![1; free.saturating_sub(kib << 10) as usize]).unwrap();
+    }
+
+    fn relieve(&self) {
+        std::fs::remove_file(self.0.join("ballast")).unwrap();
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+fn check_full(error: &Error) {
+    let advice = "free space on the file system of the region";
+    check(error, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &[advice]);
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+fn ask(instance: &Instance, line: &str, answer: &str) {
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
+}
+
+/// That a region is, in this process and in the next, what it was.
+fn unchanged(region: common::TestRegion, dir: &Path, before: &std::collections::BTreeMap<String, String>) {
+    assert_eq!(everything(&region, dir), *before);
+    drop(region);
+    assert_eq!(everything(&open(dir), dir), *before, "after reopening");
+}
+
+#[test]
+fn a_region_that_does_not_fit_can_be_opened_later() {
+    let Some(small) = Small::mount(4 << 10) else { return };
+    for kib in [0, 4, 8, 100, 1000] {
+        small.leave(kib);
+        check_full(&common::try_open(&small.region()).expect_err(&format!("{kib} KiB")));
+        small.relieve();
+    }
+    assert!(open(&small.region()).images().unwrap().is_empty());
+}
+
+#[test]
+fn images_that_do_not_fit_leave_nothing() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let dir = small.region();
+    for kib in [0, 4, 60, 100, 500, 1500, 3000] {
+        let region = open(&dir);
+        let before = everything(&region, &dir);
+        small.leave(kib);
+        check_full(&register(&region, "large", &disk(3, 7)).expect_err(&format!("{kib} KiB")));
+        small.relieve();
+        unchanged(region, &dir, &before);
+    }
+    register(&open(&dir), "large", &disk(3, 7)).unwrap();
+}
+
+#[test]
+fn launches_that_do_not_fit_leave_nothing() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let dir = small.region();
+    let ami = register(&open(&dir), "base", &disk(1, 1)).unwrap();
+    for kib in [0, 4, 8, 12, 36, 40, 44, 48] {
+        let region = open(&dir);
+        let before = everything(&region, &dir);
+        small.leave(kib);
+        check_full(&launch(&region, &ami).expect_err(&format!("{kib} KiB")));
+        small.relieve();
+        assert!(region.instances().is_empty());
+        unchanged(region, &dir, &before);
+    }
+    launch(&open(&dir), &ami).unwrap();
+}
+
+#[test]
+fn an_image_of_an_instance_that_does_not_fit_leaves_nothing_and_the_instance_goes_on() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let dir = small.region();
+    let region = open(&dir);
+    let instance = launch(&region, &register(&region, "base", &disk(1, 1)).unwrap()).unwrap();
+    for sector in 0..20 {
+        ask(&instance, &format!("write 0 {} word-{sector}", sector * 128), "wrote");
+    }
+    ask(&instance, "flush 0", "flushed");
+    let before = everything(&region, &dir);
+    for kib in [0, 4, 100, 700, 1200] {
+        small.leave(kib);
+        check_full(&instance.create_image("child").expect_err(&format!("{kib} KiB")));
+        small.relieve();
+        assert_eq!(everything(&region, &dir), before, "{kib} KiB");
+        ask(&instance, "read 0 2432", "data word-19");
+    }
+    let child = instance.create_image("child").unwrap().ami;
+    let copy = launch(&region, &child.typed().unwrap()).unwrap();
+    ask(&copy, "read 0 2432", "data word-19");
+}
+
+/// A host whose disk is full when the machine has been made.
+#[derive(Debug)]
+struct Filling(FakeHypervisor, std::sync::Arc<Small>);
+
+impl Hypervisor for Filling {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        let machine = self.0.create(spec);
+        self.1.leave(0);
+        machine
+    }
+}
+
+impl Runs<X86_64> for Filling {}
+
+#[test]
+fn a_launch_that_cannot_be_recorded_in_the_end_leaves_nothing() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let (dir, small) = (small.region(), std::sync::Arc::new(small));
+    let mut refused = 0;
+    // Records so long that the state store has room for one copy and, of some, not for two.
+    for kib in [500, 1000, 1500, 2000, 3000] {
+        let ami = register(&open(&dir), "base", &disk(1, 1)).unwrap();
+        let region = Region::open(&dir, Filling(FakeHypervisor::new(), small.clone())).unwrap();
+        let before = files(&dir);
+        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).tag("long", "x".repeat(kib << 10));
+        if let Err(error) = region.launch(&ami, spec) {
+            refused += 1;
+            check_full(&error);
+            assert!(region.instances().is_empty());
+            assert_eq!(files(&dir), before, "{kib} KiB");
+        }
+        drop(region);
+        small.relieve();
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+    assert!(refused > 0, "all could be recorded");
+}
+
+/// A full disk is emptied by deregistering and terminating, so these work on one.
+#[test]
+fn what_gives_space_back_needs_none() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let dir = small.region();
+    let region = open(&dir);
+    let ami = register(&region, "base", &disk(1, 1)).unwrap();
+    let (one, two) = (launch(&region, &ami).unwrap(), launch(&region, &ami).unwrap());
+    ask(&one, "write 0 0 kept", "wrote");
+    small.leave(0);
+    one.stop(Duration::ZERO).unwrap();
+    assert_eq!(one.state(), InstanceState::Stopped);
+    two.terminate().unwrap();
+    region.deregister_image(ami.id()).unwrap();
+    one.terminate().unwrap();
+    drop((one, two, region));
+    let region = open(&dir);
+    assert!(region.instances().is_empty() && region.images().unwrap().is_empty());
+}
+
+/// A stop that could not make the volumes durable is finished by the next.
+#[test]
+fn a_stop_that_failed_is_done_again() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let region = open(&small.region());
+    let instance = launch(&region, &register(&region, "base", &disk(1, 1)).unwrap()).unwrap();
+    // More runs than fit into the volume's log as it is, whose growth then finds no space.
+    for block in 0..1800 {
+        ask(&instance, &format!("write 0 {} w{block}", block * 16), "wrote");
+    }
+    small.leave(0);
+    check_full(&instance.stop(Duration::ZERO).unwrap_err());
+    assert_eq!(instance.state(), InstanceState::Stopping);
+    small.relieve();
+    instance.stop(Duration::ZERO).unwrap();
+    assert_eq!(instance.state(), InstanceState::Stopped);
+    instance.start().unwrap();
+    ask(&instance, "read 0 28784", "data w1799");
+}
