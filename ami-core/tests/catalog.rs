@@ -1,4 +1,5 @@
 //! The catalog in memory, filters and queries.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
     AccountId, Ami, Arm64, BlockDeviceMapping, Boot, BootMode, Category, Digest, Filter, Image,

@@ -1,4 +1,5 @@
 //! Files written once that must give the same digests and ids for ever.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
     Ami, Arm64, BlockDeviceMapping, Boot, Digest, Image, Manifest, OperatingSystem, Software, VolumeType,

@@ -1,4 +1,5 @@
 //! Images as a region knows them: identity, architecture, and the attributes that change.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
     AccountId, Ami, AnyAmi, Architecture, Arm64, BlockDeviceMapping, Category, Digest, ErrorKind, Image,

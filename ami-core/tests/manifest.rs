@@ -1,4 +1,5 @@
 //! Every rule for a manifest, whether it is built or read.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
     Ami, AmiBuilder, BlockDeviceMapping as Device, Boot, BootMode, Digest, ErrorKind, Manifest,

@@ -1,4 +1,5 @@
 //! What holds for all values, tried on many.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::*;
 use proptest::collection::{btree_set, vec};

@@ -1,4 +1,5 @@
 //! What has a text form: which texts are read, and as what.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
