@@ -9,6 +9,8 @@
 //! requests of a connection, there are at most [`MAX_CONNECTIONS`], and whoever breaks the protocol is hung up on.
 
 mod connection;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod proto;
 
 use std::collections::HashMap;
