@@ -59,6 +59,9 @@ mod device;
 mod digest;
 mod error;
 mod filter;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod id;
 mod image;
 mod manifest;

@@ -203,7 +203,11 @@ impl Menu {
 
 /// A word of the configuration, before its variables are known.
 #[derive(Debug, Default)]
-struct Word(Vec<Part>);
+struct Word {
+    parts: Vec<Part>,
+    /// A part of it was quoted or escaped: it is then no keyword and no brace.
+    is_quoted: bool,
+}
 
 #[derive(Debug)]
 enum Part {
@@ -213,19 +217,19 @@ enum Part {
 
 impl Word {
     fn push(&mut self, c: char) {
-        match self.0.last_mut() {
+        match self.parts.last_mut() {
             Some(Part::Text(text)) => text.push(c),
-            _ => self.0.push(Part::Text(c.to_string())),
+            _ => self.parts.push(Part::Text(c.to_string())),
         }
     }
 
     fn is_variable(&self, name: &str) -> bool {
-        matches!(&self.0[..], [Part::Variable(v)] if v == name)
+        matches!(&self.parts[..], [Part::Variable(v)] if v == name)
     }
 
     /// The word with its variables replaced, or which one is not known.
     fn expand(&self, variables: &BTreeMap<String, String>) -> Result<String, String> {
-        self.0.iter().try_fold(String::new(), |mut out, part| {
+        self.parts.iter().try_fold(String::new(), |mut out, part| {
             match part {
                 Part::Text(text) => out.push_str(text),
                 Part::Variable(name) => match variables.get(name) {
@@ -241,7 +245,7 @@ impl Word {
 
     /// `name=value`; the value is `None` where it is not known.
     fn assignment(&self, variables: &BTreeMap<String, String>) -> Option<(String, Option<String>)> {
-        let Some(Part::Text(first)) = self.0.first() else { return None };
+        let Some(Part::Text(first)) = self.parts.first() else { return None };
         let (name, _) = first.split_once('=')?;
         let value = self.expand(variables).ok().map(|word| word[name.len() + 1..].to_owned());
         Some((name.to_owned(), value))
@@ -256,8 +260,8 @@ fn commands(text: &str) -> Vec<Vec<Word>> {
     let mut rest = text;
     let end_word = |commands: &mut Vec<Vec<Word>>, word: &mut Option<Word>| {
         let (Some(word), Some(command)) = (word.take(), commands.last_mut()) else { return };
-        let text = match &word.0[..] {
-            [Part::Text(text)] => text.as_str(),
+        let text = match &word.parts[..] {
+            [Part::Text(text)] if !word.is_quoted => text.as_str(),
             _ => "",
         };
         match text {
@@ -279,16 +283,23 @@ fn commands(text: &str) -> Vec<Vec<Word>> {
             '\'' => {
                 let (quoted, after) = rest.split_once('\'').unwrap_or((rest, ""));
                 let word = word.get_or_insert_default();
+                word.is_quoted = true;
                 quoted.chars().for_each(|c| word.push(c));
                 rest = after;
             }
-            '"' => rest = double_quoted(rest, word.get_or_insert_default()),
+            '"' => {
+                let word = word.get_or_insert_default();
+                word.is_quoted = true;
+                rest = double_quoted(rest, word);
+            }
             '\\' => {
                 if let Some(c) = rest.chars().next() {
                     rest = &rest[c.len_utf8()..];
                     // A line that ends with a backslash goes on in the next.
                     if c != '\n' {
-                        word.get_or_insert_default().push(c);
+                        let word = word.get_or_insert_default();
+                        word.is_quoted = true;
+                        word.push(c);
                     }
                 }
             }
@@ -322,7 +333,7 @@ fn double_quoted<'a>(mut rest: &'a str, word: &mut Word) -> &'a str {
 fn variable<'a>(after: &'a str, word: &mut Word) -> &'a str {
     let (name, rest) = variable_name(after);
     match name {
-        Some(name) => word.0.push(Part::Variable(name.to_owned())),
+        Some(name) => word.parts.push(Part::Variable(name.to_owned())),
         None => word.push('$'),
     }
     rest

@@ -167,3 +167,11 @@ fn bounds_what_it_reads() {
         assert_eq!(check(&block.repeat(100_000), "").unwrap_err().kind(), ErrorKind::Unsupported, "{block}");
     }
 }
+
+#[test]
+fn braces_and_keywords_in_quotes_are_words() {
+    let text = "menuentry x {\n linux /k '{' \"}\" \\{ a '}'\n 'then' x\n initrd /i\n}\n";
+    let entry = default_entry(text, &BTreeMap::new()).unwrap().unwrap();
+    assert_eq!((entry.linux.as_str(), entry.options.as_str()), ("/k", "{ } { a }"));
+    assert_eq!(entry.initrds, ["/i"]);
+}

@@ -46,6 +46,9 @@ mod decompress;
 mod entry;
 mod error;
 mod filesystem;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod grub;
 mod kernel;
 mod loader_entry;

@@ -54,6 +54,10 @@ mod backend;
 mod error;
 mod format;
 mod freeze;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+#[allow(clippy::unwrap_used, reason = "it is test code, outside of a test function")]
+pub mod fuzzing;
 mod import;
 mod log;
 mod map;

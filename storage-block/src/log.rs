@@ -70,6 +70,9 @@ impl Log {
         };
         let map = log.replay()?;
         log.clear_tail()?;
+        // A process may have died between a batch and its synchronisation. What is relied on from here
+        // on must not go with the power.
+        log.file.sync_data().map_err(|e| Error::io(e, format!("cannot flush {}", path.display())))?;
         Ok((log, map))
     }
 
@@ -85,10 +88,14 @@ impl Log {
             self.append_batch(part)?;
         }
         if self.end > REWRITE_MIN && self.end / 2 > self.rewritten {
-            // The log as it is stays good, so a failure costs nothing but space.
-            if let Err(error) = self.rewrite() {
-                tracing::warn!(log = %self.path.display(), %error, "cannot rewrite the log");
-                self.rewritten = self.end;
+            match self.rewrite() {
+                // The log as it is stays good, so a failure costs nothing but space.
+                Err(AppendError::Write(error)) => {
+                    tracing::warn!(log = %self.path.display(), %error, "cannot rewrite the log");
+                    self.rewritten = self.end;
+                    let _ = std::fs::remove_file(self.path.with_extension("tmp"));
+                }
+                result => result?,
             }
         }
         Ok(())
@@ -166,7 +173,24 @@ impl Log {
     }
 
     /// Writes the log anew with what it comes to, beside the old one, and takes its place.
-    fn rewrite(&mut self) -> Result<()> {
+    fn rewrite(&mut self) -> Result<(), AppendError> {
+        let path = self.path.with_extension("tmp");
+        let mut new = self.write_anew(&path).map_err(AppendError::Write)?;
+        std::fs::rename(&path, &self.path).map_err(|e| {
+            AppendError::Write(Error::io(e, format!("cannot replace {}", self.path.display())))
+        })?;
+        // From here on only the new log has a name, whether or not that is durable.
+        new.rewritten = new.end;
+        new.path = std::mem::take(&mut self.path);
+        *self = new;
+        match self.path.parent() {
+            Some(dir) => sync_dir(dir).map_err(AppendError::Sync),
+            None => Ok(()),
+        }
+    }
+
+    /// A new log at `path` that says what this one comes to.
+    fn write_anew(&self, path: &Path) -> Result<Self> {
         let mut old = Self {
             path: self.path.clone(),
             file: self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?,
@@ -178,28 +202,19 @@ impl Log {
         let mut runs = map.runs(0, self.header.size / BLOCK);
         runs.retain(|run| run.state != State::Base);
 
-        let path = self.path.with_extension("tmp");
-        match std::fs::remove_file(&path) {
+        match std::fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io(e, format!("cannot remove {}", path.display())));
             }
             _ => {}
         }
-        let mut new = Self::create(&path, self.header.size, self.header.base)?;
+        let mut new = Self::create(path, self.header.size, self.header.base)?;
         for part in runs.chunks(BATCH_MAX) {
             new.append_batch(part).map_err(|failed| match failed {
                 AppendError::Write(error) | AppendError::Sync(error) => error,
             })?;
         }
-        std::fs::rename(&path, &self.path)
-            .map_err(|e| Error::io(e, format!("cannot replace {}", self.path.display())))?;
-        if let Some(dir) = self.path.parent() {
-            sync_dir(dir)?;
-        }
-        new.rewritten = new.end;
-        new.path = std::mem::take(&mut self.path);
-        *self = new;
-        Ok(())
+        Ok(new)
     }
 }
 

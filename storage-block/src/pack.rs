@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io::Read as _;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -120,13 +121,19 @@ impl Index {
     fn load_pack(&mut self, dir: &Path, number: u32, pack_slots: u32) -> Result<()> {
         let path = pack_path(dir, number);
         let index_path = index_path(dir, number);
-        let bytes = match std::fs::read(&index_path) {
-            Ok(bytes) => bytes,
+        // Records that a process wrote and did not live to make durable are relied on from here on.
+        let mut bytes = Vec::new();
+        let read = File::open(&index_path).and_then(|mut file| {
+            file.read_to_end(&mut bytes)?;
+            file.sync_data()
+        });
+        match read {
+            Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 return Err(Error::corrupt(&index_path, "it is missing, and its pack is not"));
             }
             Err(e) => return Err(Error::io(e, format!("cannot read {}", index_path.display()))),
-        };
+        }
         format::check_index_header(&bytes, number).map_err(|why| Error::corrupt(&index_path, why))?;
         let len = std::fs::metadata(&path)
             .map_err(|e| Error::io(e, format!("cannot look at {}", path.display())))?

@@ -79,6 +79,10 @@ impl Store {
         clear_half_made(&snapshots)?;
         clear_lone_indices(&packs)?;
         let index = RwLock::new(Index::load(&packs, pack_slots)?);
+        // A process may have died between a name and its synchronisation, and what has a name is not
+        // stored again.
+        sync_dir(&packs)?;
+        sync_dir(&snapshots)?;
         let (sweep, roots) = (RwLock::new(()), Mutex::default());
         Ok(Self(Arc::new(Inner { dir, pack_slots, index, sweep, roots, _lock: lock })))
     }
@@ -153,7 +157,8 @@ impl Inner {
             let mut file = tempfile::Builder::new().suffix(".tmp").tempfile_in(&dir).map_err(failed)?;
             file.write_all(bytes).and_then(|()| file.as_file().sync_data()).map_err(failed)?;
             file.persist(&path).map_err(|e| failed(e.error))?;
-            sync_dir(&dir)?;
+            // The objects go with the failure, so the root must, too.
+            sync_dir(&dir).inspect_err(|_| drop(std::fs::remove_file(&path)))?;
         }
         Ok(self.remember(root))
     }

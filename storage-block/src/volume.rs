@@ -161,7 +161,10 @@ impl Volume {
         if len != header.size {
             overlay.set_len(header.size).map_err(failed)?;
         }
-        Ok(Self::new(dir, base, overlay, map, log))
+        let volume = Self::new(dir, base, overlay, map, log);
+        // Who had it before may have died with writes that no flush has covered, and they are read now.
+        volume.0.dirty.store(true, Ordering::Release);
+        Ok(volume)
     }
 
     fn new(dir: &Path, base: Option<Snapshot>, overlay: Locked, map: StateMap, log: Log) -> Self {

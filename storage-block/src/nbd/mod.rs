@@ -9,6 +9,8 @@
 //! requests of a connection, there are at most [`MAX_CONNECTIONS`], and whoever breaks the protocol is hung up on.
 
 mod connection;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod proto;
 
 use std::collections::HashMap;
@@ -23,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockWriteGuard};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::net::Shutdown;
 
@@ -149,6 +152,7 @@ impl Drop for Server {
         // Wakes the thread that accepts, which shuts the connections and waits for theirs.
         let _ = rustix::net::shutdown(&*self.listener, Shutdown::Both);
         if let Some(accepting) = self.accepting.take() {
+            accepting.thread().unpark();
             let _ = accepting.join();
         }
         let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.socket);
@@ -170,9 +174,12 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener) {
             Ok((stream, _)) => Arc::new(stream),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => continue,
+            // Descriptors or memory are short on the host, and may be there again in a moment; the
+            // connections that there are go on.
             Err(error) => {
-                tracing::warn!(%error, "cannot accept further connections over NBD");
-                break;
+                tracing::warn!(%error, "cannot accept a connection over NBD");
+                std::thread::park_timeout(Duration::from_millis(200));
+                continue;
             }
         };
         if threads.len() >= MAX_CONNECTIONS {

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{image, memory};
+use crate::format::{Run, State};
+use crate::log::Log;
 use crate::testing::compare;
 use crate::{ErrorKind, Store, Volume};
 
@@ -19,6 +21,7 @@ impl Small {
         if mount.is_ok_and(|status| status.success()) {
             return Some(Self(dir.path().to_owned(), dir));
         }
+        assert!(std::env::var_os("CI").is_none(), "a small file system cannot be mounted, and CI needs it");
         eprintln!("SKIPPED: a file system of {kib} KiB cannot be mounted; full disks are not tested");
         None
     }
@@ -97,4 +100,32 @@ fn volumes_on_full_disks_keep_what_they_have() {
         volume.disk().discard(0, 1 << 20).unwrap();
         volume.disk().flush().unwrap();
     }
+}
+
+/// A log that cannot be rewritten stays as it is, and leaves no half of another.
+#[test]
+fn logs_that_cannot_be_rewritten_go_on() {
+    let Some(small) = Small::mount(2300) else { return };
+    let path = small.0.join("log");
+    let mut log = Log::create(&path, 1 << 30, None).unwrap();
+    let mut rounds = 0;
+    // Runs that never join, so that a new log would be as long.
+    for round in 0..8 {
+        let runs: Vec<Run> = (0..10_000)
+            .map(|n| Run { first: 2 * (round * 10_000 + n), count: 1, state: State::Overlay })
+            .collect();
+        if log.append(&runs).is_err() {
+            break;
+        }
+        rounds += 1;
+        assert!(!path.with_extension("tmp").exists(), "round {round}");
+    }
+    let len = std::fs::metadata(&path).unwrap().len();
+    assert!(len > 1 << 20, "it has {len} bytes and was never to be rewritten");
+    drop(log);
+    let (_, map) = Log::open(&path).unwrap();
+    assert_eq!(
+        map.runs(0, 1 << 18).iter().filter(|run| run.state == State::Overlay).count(),
+        rounds * 10_000
+    );
 }

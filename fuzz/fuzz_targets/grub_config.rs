@@ -1,0 +1,6 @@
+//! A configuration of GRUB.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| boot_image::fuzzing::grub_config(bytes));

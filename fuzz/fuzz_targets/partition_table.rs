@@ -1,0 +1,6 @@
+//! A partition table.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| boot_image::fuzzing::partition_table(bytes));
