@@ -99,6 +99,25 @@ pub fn ports(bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    /// Every seed and what is left of it when it is cut short, through every body.
+    #[test]
+    fn the_bodies_hold_on_the_seeds() {
+        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
+        let mut count = 0;
+        for target in ["kvm_virtio_block", "kvm_kernel", "kvm_ports"] {
+            for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
+                let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+                for len in (0..=bytes.len()).step_by(7).chain([bytes.len()]) {
+                    super::virtio_block(&bytes[..len]);
+                    super::ports(&bytes[..len]);
+                    super::kernel(&bytes[..len]);
+                }
+                count += 1;
+            }
+        }
+        assert!(count >= 10, "{count} seeds");
+    }
+
     /// Not a fuzzer's work, but that the bodies hold on bytes of any kind.
     #[test]
     fn the_bodies_hold_on_random_bytes() {
