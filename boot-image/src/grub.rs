@@ -13,6 +13,9 @@ use crate::{Error, ErrorKind, Result};
 /// below, and the time that reading takes depends on both.
 const MAX_NESTING: usize = 64;
 const MAX_WORD: usize = 64 << 10;
+/// How much all words of a configuration come to with their variables. The file itself has 1 MiB at most, but a
+/// variable of two bytes may stand for a whole word.
+const MAX_EXPANDED: usize = 16 << 20;
 
 /// What a menu entry boots.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -105,6 +108,7 @@ impl Menu {
         let mut blocks: Vec<Block> = Vec::new();
         let mut open: Vec<usize> = Vec::new();
         let mut default = None;
+        let mut expanded = 0;
 
         for command in commands(text) {
             if blocks.len() > MAX_NESTING {
@@ -113,8 +117,18 @@ impl Menu {
                     "GRUB's configuration has too many nested blocks",
                 ));
             }
-            let words: Vec<Words> =
-                command.iter().map(|word| word.expand(&variables).map(|w| vec![w])).collect();
+            let mut words: Vec<Words> = Vec::new();
+            for word in &command {
+                let word = word.expand(&variables);
+                expanded += word.as_ref().map_or(0, String::len);
+                if expanded > MAX_EXPANDED {
+                    return Err(Error::new(
+                        ErrorKind::TooLarge,
+                        format!("the words of GRUB's configuration come to more than {MAX_EXPANDED} bytes"),
+                    ));
+                }
+                words.push(word.map(|w| vec![w]));
+            }
             let plain = |i: usize| words.get(i).and_then(|w| w.as_ref().ok()).map(|w| w[0].as_str());
             let arguments = || {
                 words[1..].iter().cloned().try_fold(Vec::new(), |mut all, w| {

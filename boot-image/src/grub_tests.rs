@@ -175,3 +175,18 @@ fn braces_and_keywords_in_quotes_are_words() {
     assert_eq!((entry.linux.as_str(), entry.options.as_str()), ("/k", "{ } { a }"));
     assert_eq!(entry.initrds, ["/i"]);
 }
+
+/// Two bytes may stand for 64 KiB, in one command or in many.
+#[test]
+fn what_variables_come_to_is_bounded() {
+    let long = "x".repeat(MAX_WORD - 2);
+    for text in [
+        format!("set a={long}\necho {}\n", "$a ".repeat(1000)),
+        format!("set a={long}\n{}", "$a\n".repeat(1000)),
+    ] {
+        let error = default_entry(&text, &BTreeMap::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TooLarge, "{error}");
+    }
+    let fits = format!("set a={long}\n{}menuentry x {{ linux /k\n }}", "$a\n".repeat(100));
+    assert_eq!(default_entry(&fits, &BTreeMap::new()).unwrap().unwrap().linux, "/k");
+}

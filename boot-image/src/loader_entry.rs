@@ -28,7 +28,7 @@ impl LoaderEntry {
     pub(crate) fn parse(file_name: &str, text: &str, environment: &BTreeMap<String, String>) -> Option<Self> {
         let (id, is_bad) = split_counter(file_name.strip_suffix(".conf")?);
         let mut entry = Self { id: id.to_owned(), is_bad, ..Self::default() };
-        let mut options: Vec<String> = Vec::new();
+        let mut options = String::new();
         for line in text.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
             let Some((key, value)) = line.split_once(char::is_whitespace) else { continue };
             let value = value.trim();
@@ -39,14 +39,19 @@ impl LoaderEntry {
                 "machine-id" => entry.machine_id = Some(value.to_owned()),
                 "linux" => entry.linux = value.to_owned(),
                 // The specification has one file per line; GRUB's entries name several in a line.
-                "initrd" => {
+                "initrd" if entry.initrds.len() <= MAX_INITRDS => {
                     entry.initrds.extend(expand(value, environment).split_whitespace().map(str::to_owned))
                 }
-                "options" => options.extend(expand(value, environment).split_whitespace().map(str::to_owned)),
+                "options" if options.len() <= MAX_EXPANDED => {
+                    for word in expand(value, environment).split_whitespace() {
+                        let space = if options.is_empty() { "" } else { " " };
+                        options.extend([space, word]);
+                    }
+                }
                 _ => {}
             }
         }
-        entry.options = options.join(" ");
+        entry.options = options;
         if entry.linux.is_empty() { None } else { Some(entry) }
     }
 
@@ -79,12 +84,21 @@ fn split_counter(name: &str) -> (&str, bool) {
     }
 }
 
+/// How many initial RAM disks are looked at; a line adds to them while there are no more.
+const MAX_INITRDS: usize = 64;
+/// How much a line may become with its variables: far more than a command line may have, so that what is left
+/// out of a longer one changes nothing, and far less than a file of variables could make of it.
+const MAX_EXPANDED: usize = 128 << 10;
+
 /// Replaces `$name` and `${name}`.
 fn expand(text: &str, variables: &BTreeMap<String, String>) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('$') {
         out.push_str(before);
+        if out.len() > MAX_EXPANDED {
+            return out;
+        }
         let (name, next) = variable_name(after);
         match name {
             Some(name) => out.push_str(variables.get(name).map_or("", String::as_str)),
@@ -143,6 +157,16 @@ mod tests {
             let entry = LoaderEntry::parse("e.conf", &format!("linux /k\noptions {options}"), &environment())
                 .unwrap();
             assert_eq!(entry.options, expected, "{options}");
+        }
+    }
+
+    #[test]
+    fn what_variables_come_to_is_bounded() {
+        let environment = [("a".to_owned(), "x".repeat(4000))].into();
+        for separator in ["", " ", "\noptions "] {
+            let text = format!("linux /k\noptions {}", format!("$a{separator}").repeat(10_000));
+            let entry = LoaderEntry::parse("e.conf", &text, &environment).unwrap();
+            assert!((64 << 10..1 << 20).contains(&entry.options.len()), "{}", entry.options.len());
         }
     }
 
