@@ -12,7 +12,7 @@ use crate::console::Console;
 use crate::images::CreatedImage;
 use crate::machine::Machine;
 use crate::record::{InstanceDescription, InstanceRecord};
-use crate::region::Inner;
+use crate::region::Owner;
 use crate::supervisor::Message;
 use crate::watch::{Publisher, Watch};
 use crate::{Error, ErrorKind, InstanceState, Result};
@@ -53,12 +53,12 @@ use crate::{Error, ErrorKind, InstanceState, Result};
 /// ```
 #[derive(Clone)]
 pub struct Instance {
-    region: Arc<Inner>,
+    region: Arc<Owner>,
     cell: Arc<Cell>,
 }
 
 impl Instance {
-    pub(crate) fn new(region: Arc<Inner>, cell: Arc<Cell>) -> Self {
+    pub(crate) fn new(region: Arc<Owner>, cell: Arc<Cell>) -> Self {
         Self { region, cell }
     }
 

@@ -84,7 +84,8 @@ impl<H> Region<H> {
     where
         H: Runs<A>,
     {
-        self.inner.launch(ami.id(), spec)
+        let cell = self.inner.launch(ami.id(), spec)?;
+        Ok(Instance::new(self.inner.clone(), cell))
     }
 }
 
@@ -95,7 +96,7 @@ struct Planned {
 }
 
 impl Inner {
-    fn launch(self: &Arc<Self>, image: AmiId, spec: LaunchSpec) -> Result<Instance> {
+    fn launch(&self, image: AmiId, spec: LaunchSpec) -> Result<Arc<Cell>> {
         let image = self.image(image)?;
         self.check_launch(&image, &spec)?;
         let planned = plan_volumes(&image)?;
@@ -120,7 +121,7 @@ impl Inner {
             return Err(e);
         }
         drop(live);
-        Ok(Instance::new(self.clone(), cell))
+        Ok(cell)
     }
 
     fn check_launch(&self, image: &ImageRecord, spec: &LaunchSpec) -> Result<()> {

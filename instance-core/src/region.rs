@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::marker::PhantomData;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,7 +57,7 @@ use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 /// }
 /// ```
 pub struct Region<H = Box<dyn Hypervisor>> {
-    pub(crate) inner: Arc<Inner>,
+    pub(crate) inner: Arc<Owner>,
     hypervisor: PhantomData<fn() -> H>,
 }
 
@@ -128,7 +129,7 @@ impl RegionOptions {
     /// this version does not know, or what the host met.
     pub fn open<H: Hypervisor>(self, dir: impl AsRef<Path>, hypervisor: H) -> Result<Region<H>> {
         let inner = Inner::open(self, dir.as_ref(), Box::new(hypervisor))?;
-        Ok(Region { inner, hypervisor: PhantomData })
+        Ok(Region { inner: Arc::new(Owner(inner)), hypervisor: PhantomData })
     }
 }
 
@@ -270,7 +271,27 @@ impl Paths {
     }
 }
 
-/// What all handles of a region share.
+/// What users' handles share: with the last of them the region is closed, then and there.
+///
+/// The region's own thread holds the region only while it acts on it, and would otherwise be the one
+/// to close it whenever the last handle goes meanwhile: later than the user may rely on.
+pub(crate) struct Owner(Arc<Inner>);
+
+impl Deref for Owner {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.0.supervisor.stop();
+    }
+}
+
+/// What a region is.
 ///
 /// Dropping it ends the machines first, while what they stand on is still there; the lock is the last
 /// to go.

@@ -52,14 +52,13 @@ impl Supervisor {
     pub(crate) fn sender(&self) -> Sender<Message> {
         self.sender.clone()
     }
-}
 
-impl Drop for Supervisor {
-    fn drop(&mut self) {
+    /// Ends the thread and waits for it; called in the thread itself, it does not wait.
+    pub(crate) fn stop(&self) {
         // A thread that has ended already listens no more.
         let _ = self.sender.send(Message::Close);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // The last handle of a region may be the one that this thread itself held for a moment.
+        // A watcher that is told in this thread may drop the last handle of a region.
         if let Some(thread) = thread.filter(|t| t.thread().id() != thread::current().id()) {
             let _ = thread.join();
         }

@@ -289,3 +289,24 @@ fn what_a_guest_wrote_outlives_its_machine_however_that_ends() {
         ask(&instance, &format!("read 0 {}", 8 * round), &format!("data {end}"));
     }
 }
+
+/// Whatever the region's own thread is doing just then.
+#[test]
+fn a_region_is_closed_when_its_last_handle_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let id = {
+        let region = open(dir.path());
+        region.launch(&register(&region), spec()).unwrap().id()
+    };
+    for round in 0..30 {
+        let region = Region::open(dir.path(), FakeHypervisor::new());
+        let region = region.unwrap_or_else(|e| panic!("round {round}: {e}"));
+        let instance = region.instance(id).unwrap();
+        instance.start().unwrap();
+        let mut reader = instance.console().reader();
+        instance.console().write_all(b"poweroff\n", soon()).unwrap();
+        reader.wait_for("GUEST READY", soon()).unwrap();
+        let stops = instance.watch().wait(soon(), |d| d.state != InstanceState::Running).unwrap();
+        assert!(matches!(stops.state, InstanceState::Stopping | InstanceState::Stopped));
+    }
+}
