@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::thread;
 
 use ami_core::{
     Ami, AmiId, Arch, BlockDeviceKind, BlockDeviceMapping, BootSource, InstanceId, ReservationId, VolumeId,
@@ -14,6 +15,7 @@ use crate::record::{
     Attachment, ImageRecord, InstanceDescription, InstanceRecord, ShutdownBehavior, StateReason, VolumeRecord,
 };
 use crate::region::{Inner, Region, StateChange};
+use crate::store::Changes;
 use crate::{Error, ErrorKind, InstanceState, InstanceType, Result, Transition};
 
 /// What to launch an image with.
@@ -101,8 +103,11 @@ impl Inner {
         self.check_launch(&image, &spec)?;
         let planned = plan_volumes(&image)?;
         let record = new_record(&image, spec, &planned)?;
-        self.store.commit(|c| {
-            planned.iter().try_for_each(|p| c.put(&p.record))?;
+        let put_volumes = |c: &mut Changes| planned.iter().try_for_each(|p| c.put(&p.record));
+        // Not durable yet: what a crash would leave of this launch, nobody has been promised, and files that
+        // no record names are removed when the region is opened.
+        self.store.stage(|c| {
+            put_volumes(c)?;
             c.put(&record)
         })?;
         let cell = Arc::new(Cell::new(record));
@@ -111,10 +116,11 @@ impl Inner {
 
         let mut live = cell.hold(self.supervisor.sender());
         let begun = self.make_volumes(&planned).and_then(|volumes| {
-            live.volumes = volumes;
-            self.power_on(&cell, &mut live, self.boot.boot(&image.boot)?)?;
+            live.volumes = volumes.clone();
+            let boot = self.boot.boot(&image.boot)?;
+            while_durable(&volumes, || self.power_on(&cell, &mut live, boot))?;
             live.record.launched = true;
-            self.transition(&cell, &mut live, Transition::Started, None)
+            self.transition_with(&cell, &mut live, Transition::Started, None, put_volumes)
         });
         if let Err(e) = begun {
             self.undo_launch(&cell, &mut live, &e);
@@ -155,7 +161,8 @@ impl Inner {
                 let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));
                 let base =
                     record.base.map(|digest| self.blocks.snapshot(&digest)).transpose().map_err(failed)?;
-                Volume::create(&self.paths.volume(record.id), base.as_ref(), record.size).map_err(failed)
+                let dir = self.paths.volume(record.id);
+                Volume::create_unsynced(&dir, base.as_ref(), record.size).map_err(failed)
             })
             .collect()
     }
@@ -176,6 +183,20 @@ impl Inner {
         self.announce(&StateChange::of(&gone));
         cell.description.set(gone);
     }
+}
+
+/// Does `work` while new volumes become durable, so that only one of the two is waited for.
+fn while_durable<T>(volumes: &[Volume], work: impl FnOnce() -> Result<T>) -> Result<T> {
+    thread::scope(|scope| {
+        let syncing = thread::Builder::new().name("sync-volumes".to_owned());
+        let syncing = syncing
+            .spawn_scoped(scope, || volumes.iter().try_for_each(Volume::sync_created))
+            .map_err(|e| Error::io(e, "cannot start a thread"))?;
+        let done = work();
+        let synced = syncing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
+        done
+    })
 }
 
 fn new_record(image: &ImageRecord, spec: LaunchSpec, planned: &[Planned]) -> Result<InstanceRecord> {

@@ -13,6 +13,7 @@ use crate::instance::{Cell, Live};
 use crate::machine::{Boot, DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec};
 use crate::record::{InstanceDescription, InstanceRecord, ShutdownBehavior, StateReason};
 use crate::region::{Inner, StateChange};
+use crate::store::Changes;
 use crate::supervisor::Message;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
@@ -35,6 +36,18 @@ impl Inner {
         by: Transition,
         reason: Option<StateReason>,
     ) -> Result<()> {
+        self.transition_with(cell, live, by, reason, |_| Ok(()))
+    }
+
+    /// Moves an instance to its next state, in one commit with what else `change` collects.
+    pub(crate) fn transition_with(
+        &self,
+        cell: &Cell,
+        live: &mut Live,
+        by: Transition,
+        reason: Option<StateReason>,
+        change: impl FnOnce(&mut Changes) -> Result<()>,
+    ) -> Result<()> {
         let mut record: InstanceRecord = live.record.clone();
         let now = record.description.state;
         let Some(next) = now.after(by) else {
@@ -43,7 +56,10 @@ impl Inner {
         };
         record.description.state = next;
         record.description.state_reason = reason;
-        self.store.commit(|c| c.put(&record))?;
+        self.store.commit(|c| {
+            change(c)?;
+            c.put(&record)
+        })?;
         self.announce(&StateChange::of(&record.description));
         cell.description.set(record.description.clone());
         live.record = record;

@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use ami_core::Digest;
-use redb::{ReadableTable, TableDefinition};
+use redb::{Durability, ReadableTable, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -73,10 +73,22 @@ impl Store {
 
     /// Makes the changes that `change` collects, all or none. They are durable when this returns.
     pub(crate) fn commit(&self, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
+        self.apply(Durability::Immediate, change)
+    }
+
+    /// The same without waiting for the disk: everyone sees the changes when this returns, and the next
+    /// [`commit`](Self::commit) makes them durable. Until then a crash or a failure of the store's file
+    /// may take them back, so whoever relies on them puts them into that commit again.
+    pub(crate) fn stage(&self, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
+        self.apply(Durability::None, change)
+    }
+
+    fn apply(&self, durability: Durability, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
         let mut changes = Changes(Vec::new());
         change(&mut changes)?;
         let write = |database: &redb::Database| -> database::Result<()> {
-            let transaction = database.begin_write()?;
+            let mut transaction = database.begin_write()?;
+            transaction.set_durability(durability);
             for (table_name, key, value) in &changes.0 {
                 let mut table = transaction.open_table(table(table_name))?;
                 match value {

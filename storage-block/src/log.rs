@@ -43,16 +43,21 @@ pub(crate) enum AppendError {
 }
 
 impl Log {
-    /// Makes a log, durable but for its name.
+    /// Makes a log. It is durable after [`sync_created`](Self::sync_created), but for its name.
     pub(crate) fn create(path: &Path, size: u64, base: Option<ami_core::Digest>) -> Result<Self> {
         let header = VolumeHeader { size, base, log: random()? };
         let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
         let file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed)?;
         let mut bytes = format::encode_volume(&header);
         bytes.resize(INITIAL as usize, 0);
-        file.write_all_at(&bytes, 0).and_then(|()| file.sync_all()).map_err(failed)?;
+        file.write_all_at(&bytes, 0).map_err(failed)?;
         let path = path.to_owned();
         Ok(Self { path, file, header, sequence: 0, end: LOG_HEADER, len: INITIAL, rewritten: LOG_HEADER })
+    }
+
+    /// Makes a new log durable.
+    pub(crate) fn sync_created(&self) -> Result<()> {
+        self.file.sync_all().map_err(|e| Error::io(e, format!("cannot flush {}", self.path.display())))
     }
 
     /// Opens a log and replays it. What a crash cut off at its end was never acknowledged, and goes.

@@ -100,6 +100,34 @@ impl Volume {
     /// snapshot's and at most 64 TiB; [`AlreadyExists`](ErrorKind::AlreadyExists);
     /// [`NoSpace`](ErrorKind::NoSpace). After a failure nothing is left.
     pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+        let volume = Self::create_unsynced(dir, base, size)?;
+        match volume.sync_created() {
+            Ok(()) => Ok(volume),
+            Err(error) => {
+                // What cannot be removed either is found by whoever looks for it.
+                let _ = volume.delete();
+                Err(error)
+            }
+        }
+    }
+
+    /// The same without waiting for the disk: nothing of the volume is durable, flushed or not, until
+    /// [`sync_created`](Self::sync_created) has returned. For those who have something else to do meanwhile.
+    ///
+    /// ```
+    /// use storage_block::Volume;
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let volume = Volume::create_unsynced(&dir.path().join("vol"), None, 1 << 30)?;
+    /// volume.disk().write_at(b"at work", 0)?;
+    /// volume.sync_created()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](Self::create).
+    pub fn create_unsynced(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
         if size % BLOCK != 0 || size > MAX_SIZE {
             return Err(Error::invalid_size(size, "is not a multiple of 4096 bytes up to 64 TiB"));
         }
@@ -133,9 +161,18 @@ impl Volume {
             Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
         })?;
         let log = Log::create(&dir.join(LOG), size, base.map(Snapshot::digest))?;
-        sync_dir(dir)?;
-        sync_dir(parent(dir))?;
         Ok(Self::new(dir, base.cloned(), overlay, StateMap::new(size / BLOCK), log))
+    }
+
+    /// Makes a new volume durable, with what has been flushed since.
+    ///
+    /// # Errors
+    ///
+    /// What the file system says. The volume may then be there after a crash, or not.
+    pub fn sync_created(&self) -> Result<()> {
+        lock(&self.0.log).sync_created()?;
+        sync_dir(&self.0.dir)?;
+        sync_dir(parent(&self.0.dir))
     }
 
     /// Opens the volume in `dir`, whose snapshot is in `store`.
