@@ -37,7 +37,10 @@ pub(crate) fn write(memory: &Memory, vcpus: u32, disks: usize) -> Result<()> {
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
         .flag(Flags::SlpButton)
+        .flag(Flags::FixRtc)
         .flag(Flags::ResetRegSup);
+    // More than the most that a processor with such states may take: there are none.
+    (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (101.into(), 1001.into());
     fadt.sci_int = (layout::SCI_IRQ as u16).into();
     fadt.pm1a_evt_blk = u32::from(layout::PM1_EVENT_PORT).into();
     fadt.pm1_evt_len = 4;

@@ -1,4 +1,4 @@
-//! The state in which a processor starts, and what it says of itself.
+//! The state in which a processor starts.
 
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -6,8 +6,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::{HostContext, Result};
 use crate::kernel::Entry;
-use crate::layout;
 use crate::memory::Memory;
+use crate::{cpuid, layout};
 
 /// CR0: protected mode, a coprocessor of today's kind, paging.
 const CR0_PE: u64 = 1 << 0;
@@ -44,7 +44,8 @@ pub(crate) fn set_up(
     entry: Entry,
     memory: &Memory,
 ) -> Result<()> {
-    vcpu.set_cpuid2(&identity(supported, number, count)).host("KVM did not take the processor's CPUID")?;
+    let cpuid = cpuid::of_processor(supported, number, count)?;
+    vcpu.set_cpuid2(&cpuid).host("KVM did not take the processor's CPUID")?;
     set_interrupt_pins(vcpu)?;
     set_msrs(vcpu)?;
     if number == 0 {
@@ -61,40 +62,6 @@ pub(crate) fn start_at(vcpu: &VcpuFd, entry: Entry) -> Result<()> {
     vcpu.set_regs(&registers(entry)).host("KVM did not take a processor's registers")
 }
 
-/// What the processor tells of itself by CPUID: what KVM supports, with its own number and its place
-/// among the others: so many cores of one package (Intel SDM volume 2A, CPUID; AMD APM volume 3, E).
-fn identity(supported: &CpuId, number: u32, count: u32) -> CpuId {
-    let mut cpuid = supported.clone();
-    // How many bits of an APIC id tell the cores of a package apart.
-    let core_bits = count.next_power_of_two().trailing_zeros();
-    for entry in cpuid.as_mut_slice() {
-        match (entry.function, entry.index) {
-            (0x1, _) => {
-                entry.ebx = entry.ebx & 0x0000_ffff | count.min(255) << 16 | number << 24;
-                entry.ecx |= 1 << 24 | 1 << 31; // TSC deadline timer; a hypervisor is there
-                let many = 1 << 28;
-                entry.edx = if count > 1 { entry.edx | many } else { entry.edx & !many };
-            }
-            // Caches: the first two levels are a core's own, the third is the package's.
-            (0x4, _) if entry.eax & 0x1f != 0 => {
-                let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << core_bits) - 1 } else { 0 };
-                let cores = ((1 << core_bits) - 1) & 0x3f;
-                entry.eax = entry.eax & 0x3fff | sharing << 14 | cores << 26;
-            }
-            // Extended topology: one thread a core, then the cores of the package.
-            (0xb | 0x1f, level @ 0..=1) => {
-                let (shift, threads, kind) = [(0, 1, 1), (core_bits, count, 2)][level as usize];
-                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (shift, threads, level | kind << 8, number);
-            }
-            (0xb | 0x1f, level) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, level, number),
-            (0x8000_0008, _) => entry.ecx = entry.ecx & !0xf0ff | core_bits << 12 | (count - 1) & 0xff,
-            (0x8000_001e, _) => (entry.eax, entry.ebx, entry.ecx) = (number, number, 0),
-            _ => {}
-        }
-    }
-    cpuid
-}
-
 /// The pins as firmware leaves them: the 8259's interrupts on the first, NMIs on the second.
 fn set_interrupt_pins(vcpu: &VcpuFd) -> Result<()> {
     let mut lapic = vcpu.get_lapic().host("KVM did not tell a local APIC's state")?;
@@ -108,19 +75,21 @@ fn set_interrupt_pins(vcpu: &VcpuFd) -> Result<()> {
     vcpu.set_lapic(&lapic).host("KVM did not take a local APIC's state")
 }
 
+/// Sets bits of MSRs, as firmware does.
 fn set_msrs(vcpu: &VcpuFd) -> Result<()> {
-    for (index, data) in [(MSR_MISC_ENABLE, FAST_STRINGS), (MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)] {
-        let entry = kvm_msr_entry { index, data, ..Default::default() };
-        let msrs = Msrs::from_entries(&[entry]).host("no memory for an MSR")?;
+    for (index, bits) in [(MSR_MISC_ENABLE, FAST_STRINGS), (MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)] {
+        let entry = kvm_msr_entry { index, ..Default::default() };
+        let mut msrs = Msrs::from_entries(&[entry]).host("no memory for an MSR")?;
         // A processor without the register is none the worse for it.
-        if vcpu.set_msrs(&msrs).host("KVM did not take an MSR")? == 0 {
-            tracing::debug!(index, "the processor has no such MSR");
+        if vcpu.get_msrs(&mut msrs).host("KVM did not tell an MSR")? == 1 {
+            msrs.as_mut_slice()[0].data |= bits;
+            vcpu.set_msrs(&msrs).host("KVM did not take an MSR")?;
         }
     }
     Ok(())
 }
 
-/// A descriptor table and, for 64-bit code, page tables that map the first GiB to itself.
+/// A descriptor table and, for 64-bit code, page tables that map the first four GiB to themselves.
 fn write_tables(memory: &Memory, entry: Entry) -> Result<()> {
     let put = |address: u64, value: u64| {
         memory.write_obj(value, GuestAddress(address)).host("no memory for a processor's tables")
@@ -131,10 +100,14 @@ fn write_tables(memory: &Memory, entry: Entry) -> Result<()> {
     if let Entry::Linux64(_) = entry {
         const PRESENT_WRITABLE: u64 = 0b11;
         const LARGE: u64 = 1 << 7;
-        let [top, middle, bottom] = [0, 0x1000, 0x2000].map(|at| layout::PAGE_TABLES + at);
+        const TABLE: u64 = 0x1000;
+        const GIBS: u64 = 4;
+        let [top, middle, bottom] = [0, TABLE, 2 * TABLE].map(|at| layout::PAGE_TABLES + at);
         put(top, middle | PRESENT_WRITABLE)?;
-        put(middle, bottom | PRESENT_WRITABLE)?;
-        for n in 0..512 {
+        for gib in 0..GIBS {
+            put(middle + 8 * gib, (bottom + TABLE * gib) | PRESENT_WRITABLE)?;
+        }
+        for n in 0..GIBS * 512 {
             put(bottom + 8 * n, n << 21 | LARGE | PRESENT_WRITABLE)?;
         }
     }
@@ -212,7 +185,6 @@ fn registers(entry: Entry) -> kvm_regs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvm_bindings::kvm_cpuid_entry2;
 
     #[test]
     fn descriptors_are_those_of_the_manual() {
@@ -223,26 +195,6 @@ mod tests {
             (task_segment(), 0x0000_8b00_0000_0067),
         ] {
             assert_eq!(descriptor(&segment), expect, "{segment:?}");
-        }
-    }
-
-    #[test]
-    fn processors_are_cores_of_one_package() {
-        let leaf = |function, index| kvm_cpuid_entry2 { function, index, ..Default::default() };
-        let leaves = [leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0xb, 2), leaf(0x8000_0008, 0)];
-        let supported = CpuId::from_entries(&leaves).unwrap();
-        for (count, core_bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (64, 6)] {
-            for number in 0..count {
-                let cpuid = identity(&supported, number, count);
-                let [one, threads, cores, none, amd] = cpuid.as_slice() else { panic!("{cpuid:?}") };
-                assert_eq!(one.ebx, count << 16 | number << 24);
-                assert_eq!(one.edx >> 28 & 1 == 1, count > 1);
-                assert_eq!((threads.eax, threads.ebx, threads.ecx), (0, 1, 0x100));
-                assert_eq!((cores.eax, cores.ebx, cores.ecx), (core_bits, count, 0x201));
-                assert_eq!((none.eax, none.ebx, none.ecx), (0, 0, 2));
-                assert!([threads, cores, none].iter().all(|level| level.edx == number));
-                assert_eq!(amd.ecx, core_bits << 12 | (count - 1));
-            }
         }
     }
 }

@@ -14,6 +14,8 @@ use crate::memory::{self, Memory};
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 /// All headers end before this offset; Linux's follow the file header.
 const HEADERS_MAX: u64 = 64 << 10;
+/// The most segments. Linux has five.
+const SEGMENTS_MAX: usize = 64;
 /// The most bytes of notes. Linux's are below 1 KiB.
 const NOTES_MAX: u64 = 64 << 10;
 /// How many bytes are copied at once: few enough to stay in the processor's cache.
@@ -88,6 +90,7 @@ impl Kernel {
                 segments.push(check(Segment { address, memory_len, offset, file_len }, file, low_end)?);
             }
         }
+        check_together(&mut segments)?;
         let entry = match pvh {
             Some(address) => Entry::Pvh(address),
             None if header.is_type_64() => Entry::Linux64(header.e_entry(endian).into()),
@@ -148,6 +151,18 @@ fn check(segment: Segment, file: &BootFile, low_end: u64) -> Result<Segment> {
         )));
     }
     Ok(segment)
+}
+
+/// Refuses so many segments, or such that lie over one another, that loading them takes long.
+fn check_together(segments: &mut [Segment]) -> Result<()> {
+    if segments.len() > SEGMENTS_MAX {
+        return Err(boot(format!("the kernel has {} segments; the most is {SEGMENTS_MAX}", segments.len())));
+    }
+    segments.sort_unstable_by_key(|segment| segment.address);
+    match segments.windows(2).find(|pair| pair[0].end() > pair[1].address) {
+        Some(pair) => Err(boot(format!("two of the kernel's segments lie at {:#x}", pair[1].address))),
+        None => Ok(()),
+    }
 }
 
 /// The address of the PVH entry, if it is among these notes.
@@ -269,6 +284,24 @@ mod tests {
             (changed(segment + 24, 0x201), "cut short"),
         ] {
             let error = read(&bytes).unwrap_err().to_string();
+            assert!(error.contains(expect), "{error:?} does not say {expect:?}");
+        }
+    }
+
+    #[test]
+    fn refuses_segments_that_only_cost_time() {
+        // Every note becomes one more segment, all at the place of the first.
+        let twice = |count: u16| {
+            let mut bytes = elf(&[]);
+            bytes[56..58].copy_from_slice(&count.to_le_bytes());
+            let header = bytes[64..120].to_vec();
+            bytes.truncate(64);
+            bytes.extend(header.repeat(count.into()));
+            bytes.resize(0x2000, 0);
+            bytes
+        };
+        for (count, expect) in [(2, "lie at"), (65, "the most is 64")] {
+            let error = read(&twice(count)).unwrap_err().to_string();
             assert!(error.contains(expect), "{error:?} does not say {expect:?}");
         }
     }

@@ -6,6 +6,9 @@
 //! takes it back with `sigtimedwait`. A kick that comes before `KVM_RUN` stays pending and makes
 //! that `KVM_RUN` return without entering the guest, so none is lost. The disposition of the signal,
 //! which belongs to the process, is neither changed nor relied on.
+//!
+//! The signal is `SIGSTKFLT`, which Linux on x86 names and never sends (signal(7)). It is no real-time
+//! signal: those are queued, and refused when the user's queue is full (`RLIMIT_SIGPENDING`).
 #![allow(unsafe_code, reason = "signal masks, and an ioctl that kvm-ioctls does not have")]
 
 use std::io;
@@ -24,10 +27,8 @@ ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 /// The kernel's signal set, a word, where glibc's has sixteen.
 type KernelSignalSet = u64;
 
-/// The real-time signal that kicks.
-fn signal() -> libc::c_int {
-    libc::SIGRTMIN()
-}
+/// The signal that kicks.
+const SIGNAL: libc::c_int = libc::SIGSTKFLT;
 
 /// What `KVM_SET_SIGNAL_MASK` takes: [`kvm_signal_mask`] with its set.
 #[repr(C)]
@@ -37,7 +38,8 @@ struct SignalMask {
 }
 
 /// The signals that a thread's own faults raise. They are never blocked.
-const FAULTS: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
+const FAULTS: [libc::c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
 
 /// Runs `spawn`, which starts a thread, with every signal blocked, so that the thread starts with
 /// them blocked: no kick can come too early, and the signals of the process stay with the threads
@@ -60,9 +62,9 @@ pub(crate) fn with_signals_blocked<T>(spawn: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Has KVM let the kick in while `vcpu` runs, and nothing else.
+/// Has KVM let the kick in while `vcpu` runs, and of the other signals only what is never blocked.
 pub(crate) fn admit_while_running(vcpu: &VcpuFd) -> io::Result<()> {
-    let admitted = FAULTS.into_iter().chain([signal()]);
+    let admitted = FAULTS.into_iter().chain([SIGNAL]);
     let blocked = admitted.fold(KernelSignalSet::MAX, |set, signal| set & !(1 << (signal - 1)));
     let mask = SignalMask { len: size_of::<KernelSignalSet>() as u32, set: blocked.to_ne_bytes() };
     // SAFETY: the argument has the layout that the ioctl reads: a length and so many bytes.
@@ -78,14 +80,15 @@ pub(crate) fn consume() {
     // `EAGAIN` when none is pending.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), signal());
+        libc::sigaddset(set.as_mut_ptr(), SIGNAL);
         while libc::sigtimedwait(set.as_ptr(), ptr::null_mut(), &now) > 0 {}
     }
 }
 
 /// Kicks a vCPU thread, which was spawned in [`with_signals_blocked`]. Harmless where it has ended.
 pub(crate) fn send<T>(thread: &JoinHandle<T>) {
+    // It cannot fail: the signal and the thread are valid, and only real-time signals can be refused.
     // SAFETY: the handle is borrowed, so the thread has been neither joined nor detached, and its
     // id is valid. The signal is blocked in it from its first instruction on.
-    unsafe { libc::pthread_kill(thread.as_pthread_t(), signal()) };
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGNAL) };
 }

@@ -23,7 +23,7 @@ pub(crate) const PVH_MODULES: u64 = 0x6040;
 pub(crate) const PVH_MEMORY_MAP: u64 = 0x6080;
 /// `boot_params`, which Linux's 64-bit entry is told in `rsi`.
 pub(crate) const ZERO_PAGE: u64 = 0x7000;
-/// Three page tables that map the first GiB to itself, for Linux's 64-bit entry.
+/// Six page tables that map the first four GiB to themselves, for Linux's 64-bit entry.
 pub(crate) const PAGE_TABLES: u64 = 0x9000;
 /// The stack that a kernel starts with, growing down.
 pub(crate) const BOOT_STACK: u64 = 0x8ff0;

@@ -24,8 +24,9 @@
 //! # How it works
 //!
 //! - **A thread for each processor and each disk.** They wait, run and end together; the last one to
-//!   leave says why the machine ended. A processor in the guest is called back by a signal that stays
-//!   blocked in every thread and is let in by KVM alone, so that no signal handler is installed.
+//!   leave says why the machine ended. A processor in the guest is called back by the signal `SIGSTKFLT`,
+//!   which Linux itself never sends: it stays blocked in these threads and is let in by KVM alone, so that
+//!   no handler is needed or touched. One that is sent to the whole process may be lost to them.
 //! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit protocol,
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.
@@ -36,8 +37,9 @@
 //! # How machines end
 //!
 //! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
-//! port `0xcf9` are [`Reset`]; a triple fault is [`Crash`], with the registers of the processor; what KVM
-//! cannot go on with is [`HostFailure`], with the registers and its reason.
+//! port `0xcf9` are [`Reset`]; a triple fault is [`Crash`]; what KVM cannot go on with is [`HostFailure`] with
+//! its reason, among them instructions that it cannot emulate, which a guest may choose to run. Both come
+//! with the processor's registers as KVM tells them; on AMD's, a triple fault has reset them before.
 //!
 //! # Errors and trust
 //!
@@ -62,6 +64,7 @@ mod acpi;
 mod boot;
 mod bus;
 mod cpu;
+mod cpuid;
 mod error;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]

@@ -7,7 +7,7 @@ use instance_core::machine::{ExitCause, Machine, MachineError, MachineSpec, Mach
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Plan;
 use crate::bus::Devices;
@@ -226,7 +226,7 @@ fn set_up_platform(vm: &VmFd) -> Result<()> {
 }
 
 fn serial_port(vm: &VmFd, spec: &MachineSpec) -> Result<SerialPort> {
-    let interrupt = EventFd::new(EFD_NONBLOCK).host("cannot make an eventfd")?;
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
     vm.register_irqfd(&interrupt, layout::SERIAL_IRQ).host("KVM did not take the serial port's interrupt")?;
     Ok(SerialPort::new(spec.console.clone(), interrupt))
 }

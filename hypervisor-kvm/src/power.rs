@@ -45,27 +45,25 @@ impl Power {
         }
     }
 
-    /// The guest writes the PM1 event or control block at `port`: it powers off, or `sci` is told the
-    /// level of the ACPI interrupt.
+    /// The guest writes bytes of the PM1 event and control blocks from `port` on: it powers off, or `sci`
+    /// is told the level of the ACPI interrupt.
     pub(crate) fn write(&self, port: u16, data: &[u8], sci: impl FnOnce(bool)) -> ControlFlow<ExitCause> {
-        let word = match *data {
-            [low] => u16::from(low),
-            [low, high, ..] => u16::from_le_bytes([low, high]),
-            [] => 0,
-        };
-        match port - layout::PM1_EVENT_PORT {
-            0 => self.change(sci, |pm1| {
-                // A status bit is cleared by writing one to it.
-                pm1.status &= !word;
-                if let [_, _, low, high] = *data {
-                    pm1.enable = u16::from_le_bytes([low, high]);
+        let registers = usize::from(port - layout::PM1_EVENT_PORT)..;
+        let mut off = false;
+        self.change(sci, |pm1| {
+            for (register, value) in registers.zip(data.iter().copied()) {
+                let byte = u16::from(value) << (8 * (register % 2));
+                match register {
+                    // A status bit is cleared by writing one to it.
+                    0 | 1 => pm1.status &= !byte,
+                    2 | 3 => pm1.enable = pm1.enable & !(0xff << (8 * (register % 2))) | byte,
+                    // All that counts of the control register is in its second byte.
+                    5 => off = is_power_off(byte),
+                    _ => {}
                 }
-            }),
-            2 => self.change(sci, |pm1| pm1.enable = word),
-            4 if is_power_off(word) => return ControlFlow::Break(ExitCause::PowerOff),
-            _ => {}
-        }
-        ControlFlow::Continue(())
+            }
+        });
+        if off { ControlFlow::Break(ExitCause::PowerOff) } else { ControlFlow::Continue(()) }
     }
 
     /// Changes the registers and tells `sci` the level that follows, in one step for all callers.
@@ -112,6 +110,22 @@ mod tests {
             let done = Power::default().write(layout::PM1_CONTROL_PORT, &control.to_le_bytes(), |_| ());
             assert_eq!(done.is_break(), control & 0x3c00 == 0x3400, "{control:#x}");
         }
+    }
+
+    #[test]
+    fn bytes_are_as_good_as_words() {
+        let power = Power::default();
+        let level = Cell::new(false);
+        let sci = |to| level.set(to);
+        power.press_button(sci);
+        assert!(power.write(EVENT + 3, &[1], sci).is_continue());
+        assert!(level.get(), "enabled by its high byte");
+        assert!(power.write(EVENT + 2, &[0xff], sci).is_continue());
+        assert!(level.get(), "the low byte is another matter");
+        assert!(power.write(EVENT + 1, &[1], sci).is_continue());
+        assert!(!level.get(), "acknowledged by its high byte");
+        assert!(power.write(EVENT + 5, &[0x34], sci).is_break());
+        assert!(power.write(EVENT + 2, &[0, 0, 0, 0x34], sci).is_break());
     }
 
     #[test]

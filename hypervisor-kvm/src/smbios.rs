@@ -1,4 +1,4 @@
-//! The SMBIOS tables (DMTF DSP0134, version 3.7): what a machine tells its guest of itself.
+//! The SMBIOS tables (DMTF DSP0134, version 3.0): what a machine tells its guest of itself.
 //!
 //! A function of the [`Identity`]. A guest without firmware tables of its own finds them by the entry
 //! point, which it looks for from `0xf0000` on.
@@ -26,8 +26,8 @@ const ENTRY_POINT_LEN: usize = 24;
 fn entry_point(tables: u64, len: u32) -> [u8; ENTRY_POINT_LEN] {
     let mut entry = [0; ENTRY_POINT_LEN];
     entry[..5].copy_from_slice(b"_SM3_");
-    // Its length; version 3.7.0 of the specification; revision of the entry point.
-    entry[6..11].copy_from_slice(&[ENTRY_POINT_LEN as u8, 3, 7, 0, 1]);
+    // Its length; version 3.0.0 of the specification; revision of the entry point.
+    entry[6..11].copy_from_slice(&[ENTRY_POINT_LEN as u8, 3, 0, 0, 1]);
     entry[12..16].copy_from_slice(&len.to_le_bytes());
     entry[16..24].copy_from_slice(&tables.to_le_bytes());
     entry[5] = entry.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));

@@ -24,7 +24,15 @@ pub(crate) fn run(
     if let Err(error) = kick::admit_while_running(vcpu) {
         return Some(ExitCause::HostFailure(format!("KVM did not take a signal mask: {error}")));
     }
-    while gate.pass() {
+    loop {
+        if !gate.is_open() {
+            if !gate.pass() {
+                return None;
+            }
+            // The guest's clock has gone on while it stood still, which Linux takes for a processor that
+            // hangs, unless it is told. A guest without such a clock has nothing to be told.
+            let _ = vcpu.kvmclock_ctrl();
+        }
         let unexpected = match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 devices.port_read(port, data);
@@ -65,7 +73,6 @@ pub(crate) fn run(
         };
         return Some(unexpected.cause(vcpu));
     }
-    None
 }
 
 /// Why a processor cannot go on.

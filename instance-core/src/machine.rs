@@ -115,6 +115,8 @@ impl Hypervisor for Box<dyn Hypervisor> {
 ///
 /// - Every method may be called from any thread; none waits for the guest.
 /// - The state moves only as [`MachineState`] says, and each change is published.
+/// - Hooks on the state may look and may kill; they must not start, pause or resume a machine or drop
+///   the last handle of one.
 /// - A guest's reset ends the machine with [`ExitCause::Reset`]. Whoever owns it then makes a new
 ///   one, because what the root disk boots may have changed.
 /// - When the machine has exited, no write of its guest is under way any more: its disks are as they
@@ -155,7 +157,8 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn power_button(&self) -> Result<(), MachineError>;
 
     /// Ends the machine at once, whatever its guest does: `Exited(Killed)`. Does nothing to one that
-    /// has exited. When it returns, the guest runs no more.
+    /// has exited. When it returns, the guest runs no more. A disk request that is under way is waited
+    /// for.
     fn kill(&self);
 }
 

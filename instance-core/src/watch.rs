@@ -3,23 +3,56 @@
 //! One thread publishes, any number watch: by looking, by blocking with a deadline, or as a future
 //! that needs no particular runtime.
 
+use std::collections::VecDeque;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use event_listener::{Event, Listener};
 
 struct Shared<T> {
-    value: Mutex<T>,
+    state: Mutex<State<T>>,
     changed: Event,
-    hooks: Mutex<Vec<Hook<T>>>,
 }
 
-type Hook<T> = Box<dyn Fn(&T) + Send + Sync>;
+struct State<T> {
+    value: T,
+    hooks: Vec<Hook<T>>,
+    /// Values that have not been told, and the hooks that there were when each was published.
+    untold: VecDeque<(T, Vec<Hook<T>>)>,
+    /// A thread is telling them.
+    telling: bool,
+}
+
+type Hook<T> = Arc<dyn Fn(&T) + Send + Sync>;
 
 impl<T> Shared<T> {
-    fn lock(&self) -> MutexGuard<'_, T> {
-        self.value.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T: Clone> Shared<T> {
+    /// Tells the hooks what they have not been told, in order, without a lock while they run. Does
+    /// nothing where another thread, or a hook's caller further up, is at it: that one goes on.
+    fn tell(&self) {
+        let mut state = self.lock();
+        if state.telling {
+            return;
+        }
+        state.telling = true;
+        while let Some((value, hooks)) = state.untold.pop_front() {
+            drop(state);
+            for hook in hooks {
+                // A hook runs in whatever thread has changed the value, whose work is not its own.
+                if catch_unwind(AssertUnwindSafe(|| hook(&value))).is_err() {
+                    tracing::error!("a hook panicked");
+                }
+            }
+            state = self.lock();
+        }
+        state.telling = false;
     }
 }
 
@@ -46,11 +79,8 @@ pub struct Publisher<T>(Arc<Shared<T>>);
 impl<T: Clone + Send> Publisher<T> {
     /// A publisher of `value`.
     pub fn new(value: T) -> Self {
-        Self(Arc::new(Shared {
-            value: Mutex::new(value),
-            changed: Event::new(),
-            hooks: Mutex::new(Vec::new()),
-        }))
+        let state = State { value, hooks: Vec::new(), untold: VecDeque::new(), telling: false };
+        Self(Arc::new(Shared { state: Mutex::new(state), changed: Event::new() }))
     }
 
     /// A watch on the value.
@@ -61,17 +91,18 @@ impl<T: Clone + Send> Publisher<T> {
     /// Changes the value with `change` and, if that says `true`, tells every watcher. Returns what
     /// `change` said. The value is locked meanwhile: `change` must not look at it by another way.
     pub fn update(&self, change: impl FnOnce(&mut T) -> bool) -> bool {
-        let now = {
-            let mut value = self.0.lock();
-            if !change(&mut value) {
+        {
+            let mut state = self.0.lock();
+            if !change(&mut state.value) {
                 return false;
             }
-            value.clone()
-        };
-        self.0.changed.notify(usize::MAX);
-        for hook in self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            hook(&now);
+            if !state.hooks.is_empty() {
+                let told = (state.value.clone(), state.hooks.clone());
+                state.untold.push_back(told);
+            }
         }
+        self.0.changed.notify(usize::MAX);
+        self.0.tell();
         true
     }
 
@@ -85,13 +116,13 @@ impl<T: Clone + Send> Publisher<T> {
 
     /// The value now.
     pub fn get(&self) -> T {
-        self.0.lock().clone()
+        self.0.lock().value.clone()
     }
 }
 
 impl<T: fmt::Debug> fmt::Debug for Publisher<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Publisher").field(&*self.0.lock()).finish()
+        f.debug_tuple("Publisher").field(&self.0.lock().value).finish()
     }
 }
 
@@ -119,7 +150,7 @@ impl<T> Clone for Watch<T> {
 impl<T: Clone> Watch<T> {
     /// The value now.
     pub fn get(&self) -> T {
-        self.0.lock().clone()
+        self.0.lock().value.clone()
     }
 
     /// Blocks until `found` holds of the value, and returns that value.
@@ -178,16 +209,17 @@ impl<T: Clone> Watch<T> {
         }
     }
 
-    /// Calls `hook` with every value published from now on, in the thread that publishes it: it
-    /// must be quick, and must not publish to or subscribe to the same value.
+    /// Calls `hook` with every value published from now on, in order, one after the other, in a thread
+    /// that publishes one: it must be quick. It may look, subscribe and publish; what it publishes is told
+    /// when it has returned. A panic in it ends that call of it and nothing else.
     pub fn subscribe(&self, hook: impl Fn(&T) + Send + Sync + 'static) {
-        self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));
+        self.0.lock().hooks.push(Arc::new(hook));
     }
 }
 
 impl<T: fmt::Debug> fmt::Debug for Watch<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Watch").field(&*self.0.lock()).finish()
+        f.debug_tuple("Watch").field(&self.0.lock().value).finish()
     }
 }
 
@@ -215,5 +247,44 @@ mod tests {
             true
         }));
         assert_eq!(*told.lock().unwrap(), [2]);
+    }
+
+    #[test]
+    fn a_hook_may_publish_and_panic_and_the_order_stays() {
+        let publisher = Arc::new(Publisher::new(0));
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let again = publisher.clone();
+        publisher.watch().subscribe(move |n| {
+            if *n == 1 {
+                again.set(2);
+                panic!("a hook's own affair");
+            }
+        });
+        let sink = told.clone();
+        publisher.watch().subscribe(move |n| sink.lock().unwrap().push(*n));
+        publisher.set(1);
+        publisher.set(3);
+        assert_eq!(*told.lock().unwrap(), [1, 2, 3]);
+    }
+
+    #[test]
+    fn hooks_hear_every_value_in_the_order_in_which_it_was_published() {
+        let publisher = Publisher::new(0);
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let sink = told.clone();
+        publisher.watch().subscribe(move |n| sink.lock().unwrap().push(*n));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..500 {
+                        publisher.update(|n| {
+                            *n += 1;
+                            true
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(*told.lock().unwrap(), (1..=2000).collect::<Vec<_>>());
     }
 }

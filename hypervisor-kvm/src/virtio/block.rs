@@ -23,10 +23,11 @@ const SEGMENT_BYTES_MAX: u32 = 128 << 10;
 const DATA_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
 /// The most bytes that pass between disk and guest at once.
 const CHUNK: usize = 256 << 10;
-/// The most sectors of one discard or write-zeroes range.
-const RANGE_SECTORS_MAX: u32 = 1 << 21;
+/// The most sectors of one discard or write-zeroes range: 64 MiB, so that also where a disk has to write
+/// each zero, nobody waits long for the request.
+const RANGE_SECTORS_MAX: u32 = 1 << 17;
 /// The most ranges of one discard or write-zeroes request.
-const RANGES_MAX: u32 = 16;
+const RANGES_MAX: u32 = 1;
 /// `struct virtio_blk_discard_write_zeroes`.
 const RANGE_LEN: u64 = 16;
 /// Type, reserved, sector.
@@ -132,13 +133,9 @@ impl Block {
         features: u64,
     ) -> Result<Result<u32, Failure>, Malformed> {
         let negotiated = |bit: u32| features & 1 << bit != 0;
-        Ok(match request.kind {
-            VIRTIO_BLK_T_IN => return self.read(memory, request),
-            VIRTIO_BLK_T_OUT => match self.write(memory, request)? {
-                // A driver that cannot flush expects what it wrote to stay.
-                Ok(()) if !negotiated(VIRTIO_BLK_F_FLUSH) => self.flush(),
-                done => done.map(|()| 0),
-            },
+        let done = match request.kind {
+            VIRTIO_BLK_T_IN => self.read(memory, request)?,
+            VIRTIO_BLK_T_OUT => self.write(memory, request)?.map(|()| 0),
             VIRTIO_BLK_T_FLUSH => self.flush(),
             VIRTIO_BLK_T_GET_ID => {
                 let len = (request.in_len as usize).min(self.serial.len());
@@ -150,6 +147,12 @@ impl Block {
                 self.ranges(memory, request)?
             }
             _ => Err(Failure::Unsupported),
+        };
+        // A driver that cannot flush expects what it wrote to stay (virtio 1.2, 5.2.6.2).
+        let writes = matches!(request.kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_WRITE_ZEROES);
+        Ok(match done {
+            Ok(_) if writes && !negotiated(VIRTIO_BLK_F_FLUSH) => self.flush(),
+            done => done,
         })
     }
 

@@ -2,6 +2,8 @@
 //!
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
+use std::sync::atomic::Ordering;
+
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -9,7 +11,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::block::{Block, CONFIG_LEN, DEVICE_ID};
 use super::chain::{Chain, Malformed};
@@ -260,10 +262,21 @@ impl Transport {
                 return Ok(Step::Idle);
             }
         };
-        let chain = Chain::read(memory, next, usize::from(self.queue.size()))?;
+        // Not the size that the driver gave the queue: a table of its own may have more descriptors.
+        let chain = Chain::read(memory, next, usize::from(QUEUE_SIZE))?;
         let written = self.block.serve(memory, &chain, self.accepted)?;
         self.queue.add_used(memory, chain.head, written).map_err(|_| RING)?;
-        Ok(Step::Served { interrupt: self.queue.needs_notification(memory).map_err(|_| RING)? })
+        Ok(Step::Served { interrupt: self.wants_interrupt(memory).ok_or(RING)? })
+    }
+
+    /// Whether the driver wants to hear of what was just put into the used ring (virtio 1.2, 2.7.7).
+    fn wants_interrupt(&mut self, memory: &Memory) -> Option<bool> {
+        const NO_INTERRUPT: u16 = 1 << 0;
+        if self.queue.event_idx_enabled() {
+            return self.queue.needs_notification(memory).ok();
+        }
+        let flags: u16 = memory.load(GuestAddress(self.queue.avail_ring()), Ordering::Acquire).ok()?;
+        Some(flags & NO_INTERRUPT == 0)
     }
 }
 

@@ -10,13 +10,13 @@ mod mmio;
 mod tests;
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use instance_core::machine::DiskSpec;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::virtio_mmio as reg;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{HostContext, Result};
 use crate::gate::Gate;
@@ -39,14 +39,17 @@ pub(crate) struct VirtioDisk {
     interrupt_status: AtomicU32,
     interrupt: EventFd,
     notification: EventFd,
+    /// A rule was broken before, so that a guest cannot fill the embedder's log.
+    warned: AtomicBool,
 }
 
 impl VirtioDisk {
     /// The `n`th disk of a machine.
     pub(crate) fn new(vm: &VmFd, memory: &Memory, n: usize, spec: &DiskSpec) -> Result<Self> {
-        let interrupt = EventFd::new(EFD_NONBLOCK).host("cannot make an eventfd")?;
+        let interrupt =
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
         vm.register_irqfd(&interrupt, irq(n)).host("KVM did not take a disk's interrupt")?;
-        let notification = EventFd::new(0).host("cannot make an eventfd")?;
+        let notification = EventFd::new(libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
         let address = IoEventAddress::Mmio(address(n) + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY));
         vm.register_ioevent(&notification, &address, 0u32).host("KVM did not take a disk's notification")?;
         Ok(Self {
@@ -55,6 +58,7 @@ impl VirtioDisk {
             interrupt_status: AtomicU32::new(0),
             interrupt,
             notification,
+            warned: AtomicBool::new(false),
         })
     }
 
@@ -121,7 +125,11 @@ impl VirtioDisk {
     }
 
     fn broken(&self, why: Malformed) {
-        tracing::warn!(%why, "a guest's driver broke the rules; its disk waits for a reset");
+        if self.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(%why, "a guest's driver broke the rules again");
+        } else {
+            tracing::warn!(%why, "a guest's driver broke the rules; its disk waits for a reset");
+        }
         self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
     }
 

@@ -1,0 +1,100 @@
+//! What a program that embeds machines may do, and what it may be spared.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use ami_core::Architecture;
+use hypervisor_kvm::Kvm;
+use instance_core::console::Console;
+use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, Machine, MachineSpec, MachineState};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use storage_block::MemoryDisk;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A machine that was made, not started, and its console.
+fn made(kvm: &Kvm) -> (Box<dyn Machine>, Console) {
+    let console = Console::new();
+    let boot = common::guest::boot().unwrap();
+    let mut spec = MachineSpec::new("embedded", Architecture::X86_64, boot, console.port());
+    spec.disks = vec![DiskSpec::new(MemoryDisk::new(1 << 20).unwrap().into_disk(), "vol-1")];
+    (kvm.create(spec).unwrap(), console)
+}
+
+/// Does `work`, which must not hang.
+fn without_hanging(what: &str, work: impl FnOnce() + Send + 'static) {
+    let (done, finished) = channel();
+    std::thread::spawn(move || {
+        work();
+        let _ = done.send(());
+    });
+    assert!(finished.recv_timeout(SOON).is_ok(), "{what} hangs");
+}
+
+/// One test, because limits and descriptors are the whole process's.
+#[test]
+fn machines_keep_to_themselves() {
+    let Some(kvm) = common::kvm() else { return };
+    no_descriptor_is_inherited(&kvm);
+    a_hook_may_kill_the_machine_it_watches(&kvm);
+    a_hook_that_panics_harms_nobody(&kvm);
+    a_user_who_has_no_signals_left_can_kill(&kvm);
+}
+
+fn no_descriptor_is_inherited(kvm: &Kvm) {
+    let (machine, console) = made(kvm);
+    machine.start().unwrap();
+    console.reader().wait_for("GUEST READY", Instant::now() + SOON).unwrap();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        // The standard ones are, and the directory's own is gone by now.
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{name}")).unwrap_or_default();
+        let target = std::fs::read_link(format!("/proc/self/fd/{name}")).unwrap_or_default();
+        let ours = ["kvm", "eventfd"].iter().any(|kind| target.to_string_lossy().contains(kind));
+        let Some(flags) = info.lines().find_map(|line| line.strip_prefix("flags:")).filter(|_| ours) else {
+            continue;
+        };
+        let flags = u32::from_str_radix(flags.trim(), 8).unwrap();
+        assert_ne!(flags & 0o200_0000, 0, "children inherit {}", target.display());
+    }
+}
+
+fn a_hook_may_kill_the_machine_it_watches(kvm: &Kvm) {
+    let (machine, _console) = made(kvm);
+    let machine = std::sync::Arc::new(machine);
+    let (state, killer) = (machine.state(), std::sync::Arc::downgrade(&machine));
+    state.subscribe(move |state| {
+        if let (MachineState::Running, Some(machine)) = (state, killer.upgrade()) {
+            machine.kill();
+        }
+    });
+    without_hanging("a hook that kills", move || {
+        let _ = machine.start();
+        drop(machine);
+    });
+    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
+}
+
+fn a_hook_that_panics_harms_nobody(kvm: &Kvm) {
+    let (machine, console) = made(kvm);
+    let state = machine.state();
+    state.subscribe(|state| panic!("a hook that was told {state:?}"));
+    machine.start().unwrap();
+    console.reader().wait_for("GUEST READY", Instant::now() + SOON).unwrap();
+    without_hanging("the end after a hook's panic", move || drop(machine));
+    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
+}
+
+fn a_user_who_has_no_signals_left_can_kill(kvm: &Kvm) {
+    let (machine, console) = made(kvm);
+    machine.start().unwrap();
+    console.write_all(b"spin\n", Instant::now() + SOON).unwrap();
+    console.reader().wait_for("spinning", Instant::now() + SOON).unwrap();
+    let before = getrlimit(Resource::Sigpending);
+    setrlimit(Resource::Sigpending, Rlimit { current: Some(0), ..before }).unwrap();
+    without_hanging("a kill without signals", move || machine.kill());
+    setrlimit(Resource::Sigpending, before).unwrap();
+}
