@@ -24,7 +24,7 @@ fn bench<T>(
 }
 
 fn launches(c: &mut Criterion) {
-    bench(c, "first_instruction/launch", launch::bare_metal(), |launcher| launcher.launch_until(""));
+    bench(c, "first_instruction/launch", launch::bare_metal(), |launcher| launcher.launch_until_it_speaks());
     bench(c, "first_instruction/bare", launch::bare_ioctls(), |_| launch::bare_ioctls());
     bench(c, "first_userspace_line", launch::linux(), |launcher| launcher.launch_until(launch::FIRST_LINE));
     for gib in [1, 256] {
