@@ -5,6 +5,7 @@
 //! the superblock first, by resolving paths one name at a time so that the size of each directory
 //! and link is known before it is read, and by looking at blocks as they go by.
 
+use std::cell::Cell;
 use std::error::Error as StdError;
 use std::io;
 
@@ -19,11 +20,17 @@ const MAX_DIRECTORY: u64 = 1 << 20;
 /// The longest target of a symbolic link, and the most links in a path, as in Linux.
 const MAX_LINK: u64 = 4095;
 const MAX_LINKS: u32 = 40;
+/// How many names all paths together may lead through, a name in a directory counted once for itself and
+/// once for each directory above it: the reader begins at the root each time. An ordinary search takes some
+/// hundreds; this many take a second or so.
+const MAX_WORK: u64 = 100_000;
 
 /// An ext4 file system, to be read.
 #[derive(Debug)]
 pub(crate) struct FileSystem {
     ext4: Ext4,
+    /// What is left of [`MAX_WORK`].
+    work_left: Cell<u64>,
 }
 
 /// What a path leads to.
@@ -50,7 +57,7 @@ impl FileSystem {
         superblock.check_journal(|buf, offset| read(&mut window, buf, offset))?;
         let ext4 = Ext4::load(Box::new(Guard { window, superblock }))
             .map_err(|e| error(e, "the ext4 file system cannot be opened"))?;
-        Ok(Some(Self { ext4 }))
+        Ok(Some(Self { ext4, work_left: Cell::new(MAX_WORK) }))
     }
 
     /// The file system's own id.
@@ -114,6 +121,7 @@ impl FileSystem {
         let mut rest: Vec<String> = path.rsplit('/').map(str::to_owned).collect();
         let mut links = 0;
         while let Some(name) = rest.pop() {
+            self.work(&found.path)?;
             let parent = match name.as_str() {
                 "" | "." => continue,
                 ".." => {
@@ -150,6 +158,15 @@ impl FileSystem {
             }
         }
         Ok(Some(found))
+    }
+
+    /// Counts one more name that a path leads through, below the directory `parent`.
+    fn work(&self, parent: &str) -> Result<()> {
+        let depth = parent.bytes().filter(|byte| *byte == b'/').count() as u64;
+        let left = self.work_left.get().checked_sub(1 + depth);
+        self.work_left.set(left.unwrap_or(0));
+        let too_much = "the paths of what is to be booted lead through too many directories and links";
+        left.map(drop).ok_or_else(|| Error::new(ErrorKind::TooLarge, too_much))
     }
 
     /// What lies at a path without links, whose parent has been looked at.

@@ -359,3 +359,33 @@ fn journals_that_lie() {
         nowhere.check("a journal that is nowhere", ErrorKind::Corrupt, "");
     }
 }
+
+/// Links that lead to one another by the longest ways, named by many entries of a configuration.
+#[test]
+fn paths_that_only_cost_time() {
+    if !have("mke2fs") {
+        return;
+    }
+    const LINKS: usize = 38;
+    let kernel = elf(62, 1);
+    let links: Vec<(String, Vec<u8>)> = (0..LINKS)
+        .map(|n| {
+            let end = if n + 1 == LINKS { "vmlinuz-6".to_owned() } else { format!("link{}", n + 1) };
+            let way = "d/../".repeat((4000 - end.len()) / 5);
+            (format!("boot/link{n}"), format!("-> {way}{end}").into_bytes())
+        })
+        .collect();
+    let names = "/boot/link0 ".repeat(150);
+    let loader = format!("linux /boot/vmlinuz-6\ninitrd {names}\n");
+    let grub = format!("menuentry x {{ linux /boot/vmlinuz-6\ninitrd {names}\n}}");
+    for (path, text) in [("boot/loader/entries/x.conf", loader), ("boot/grub/grub.cfg", grub)] {
+        let mut files: Vec<(&str, &[u8])> =
+            vec![("boot/vmlinuz-6", &kernel[..5000]), ("boot/d/x", b"x"), (path, text.as_bytes())];
+        files.extend(links.iter().map(|(path, target)| (path.as_str(), target.as_slice())));
+        let disk = disk(gpt(&[(types::LINUX_FS, &ext4(&files, 16 * MIB, &["-b", "4096"]))]).0);
+        let start = Instant::now();
+        let refused = BootEntry::find(&disk).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::TooLarge, "{refused}");
+        assert!(start.elapsed() < LONG / 2, "{path} took {:?}", start.elapsed());
+    }
+}
