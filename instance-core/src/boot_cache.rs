@@ -8,7 +8,6 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use ami_core::{Architecture, Digest};
 use boot_image::{BootEntry, Kernel};
@@ -16,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use storage_block::Disk;
 
 use crate::machine::{Boot, BootFile};
+use crate::region::remove_any;
 use crate::{Error, ErrorKind, Result};
 
 /// What is to be loaded, by digests of files in the cache.
@@ -37,15 +37,13 @@ impl BootPlan {
 #[derive(Debug)]
 pub(crate) struct BootCache {
     dir: PathBuf,
-    /// Held while files are removed, and while one that no record names is written and opened.
-    unnamed: Mutex<()>,
 }
 
 impl BootCache {
     /// Opens the cache, made when it is not there; what a crash left half written goes.
     pub(crate) fn open(dir: PathBuf) -> Result<Self> {
         fs::create_dir_all(&dir).map_err(|e| Error::io(e, format!("cannot make {}", dir.display())))?;
-        Ok(Self { dir, unnamed: Mutex::default() })
+        Ok(Self { dir })
     }
 
     /// Finds what `disk` boots and keeps it.
@@ -80,21 +78,34 @@ impl BootCache {
         self.boot_found(&Found::on_disk(disk)?)
     }
 
-    /// Opens what was found. No record names it, so it may go as soon as it is open.
+    /// Opens what was found: in the cache if an image has the same, else as files without names. No
+    /// record names it, and a guest that changes what it boots at each reboot must leave nothing behind.
     fn boot_found(&self, found: &Found) -> Result<Boot> {
-        let _unnamed = self.unnamed.lock().unwrap_or_else(PoisonError::into_inner);
-        self.boot(&self.keep(found)?)
+        let kernel = self.open_bytes(&found.kernel)?;
+        let initrd = found.initrd.as_deref().map(|bytes| self.open_bytes(bytes)).transpose()?;
+        Ok(Boot::new(kernel, initrd, found.command_line.clone()))
+    }
+
+    fn open_bytes(&self, bytes: &[u8]) -> Result<BootFile> {
+        let open = || match File::open(self.path(Digest::of(bytes))) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let mut file = tempfile::tempfile_in(&self.dir)?;
+                file.write_all(bytes)?;
+                BootFile::new(file)
+            }
+            opened => BootFile::new(opened?),
+        };
+        open().map_err(|e| Error::io(e, format!("cannot open a boot file in {}", self.dir.display())))
     }
 
     /// Removes every file that no plan names.
     pub(crate) fn remove_unreferenced<'a>(&self, plans: impl Iterator<Item = &'a BootPlan>) -> Result<()> {
         let keep: HashSet<PathBuf> = plans.flat_map(BootPlan::files).map(|d| self.path(d)).collect();
         let failed = |e| Error::io(e, format!("cannot clear {}", self.dir.display()));
-        let _unnamed = self.unnamed.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             if !keep.contains(&path) {
-                fs::remove_file(&path).map_err(failed)?;
+                remove_any(&path).map_err(failed)?;
             }
         }
         Ok(())
@@ -202,5 +213,14 @@ mod tests {
                 assert_eq!(boot.kernel.read().unwrap(), tiny_elf());
             }
         });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "what only a guest has is not kept");
+
+        // What an image has is not written again.
+        let kept = cache.keep(&found).unwrap();
+        let boot = cache.boot_found(&found).unwrap();
+        assert_eq!(boot.kernel.read().unwrap(), tiny_elf());
+        let (inode, named) = (|file: &File| file.metadata().unwrap(), cache.boot(&kept).unwrap());
+        use std::os::unix::fs::MetadataExt as _;
+        assert_eq!(inode(boot.kernel.file()).ino(), inode(named.kernel.file()).ino());
     }
 }

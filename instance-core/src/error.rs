@@ -5,6 +5,17 @@ use std::fmt;
 
 use crate::machine::MachineError;
 
+/// What an error says, with all that caused it: for where only a text can be kept.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}
+
 /// A result of this crate.
 ///
 /// ```

@@ -3,12 +3,13 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Digest, Image};
+use ami_core::{Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Digest, Image, Manifest};
 use storage_block::{Disk, Progress, Snapshot, SnapshotStats};
 
 use crate::boot_cache::{BootPlan, Found};
 use crate::instance::{Cell, Live};
 use crate::lifecycle::no_root_volume;
+use crate::machine::MachineState;
 use crate::record::{FormerImage, ImageRecord};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
@@ -199,20 +200,25 @@ impl<H> Region<H> {
     pub fn deregister_image(&self, id: AmiId) -> Result<()> {
         let inner = &self.inner;
         let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
-        let record = inner.image(id)?;
-        let instances = inner.instances_that_live()?;
-        inner.store.commit(|c| {
-            c.remove::<ImageRecord>(id);
-            match instances.iter().any(|i| i.description.image_id == id) {
-                true => c.put(&FormerImage(record.image)),
-                false => Ok(()),
-            }
-        })?;
+        inner.forget_image(id)?;
         inner.collect_garbage()
     }
 }
 
 impl Inner {
+    fn forget_image(&self, id: AmiId) -> Result<()> {
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let record = self.image(id)?;
+        let instances = self.instances_that_live()?;
+        self.store.commit(|c| {
+            c.remove::<ImageRecord>(id);
+            match instances.iter().any(|i| i.description.image_id == id) {
+                true => c.put(&FormerImage(record.image)),
+                false => Ok(()),
+            }
+        })
+    }
+
     fn import<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
         // What cannot boot is refused before its bytes are copied.
         let direct = source.boot.is_some();
@@ -238,8 +244,31 @@ impl Inner {
             .build(&self.region.name, &self.region.account)
             .map_err(invalid_image)?;
         found.check_architecture(ami.architecture())?;
+        self.check_mappings(ami.manifest())?;
         self.register(ami.clone().into_any(), plan)?;
         Ok(ami)
+    }
+
+    /// Refuses volumes that no instance could have.
+    fn check_mappings(&self, manifest: &Manifest) -> Result<()> {
+        for mapping in manifest.block_device_mappings() {
+            let Some(ebs) = mapping.as_ebs() else { continue };
+            let name = mapping.device_name();
+            if ebs.encrypted() {
+                let what = format!("{name}: encrypted volumes are not supported yet");
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            if let Some(digest) = ebs.snapshot() {
+                let snapshot = self.blocks.snapshot(digest).map_err(|e| {
+                    let what = format!("{name}: the region has no snapshot {digest}");
+                    Error::new(ErrorKind::InvalidImage, what)
+                        .with_code("InvalidSnapshot.NotFound")
+                        .caused_by(e)
+                })?;
+                ebs.check_snapshot_size(snapshot.size()).map_err(invalid_image)?;
+            }
+        }
+        Ok(())
     }
 
     fn register(&self, ami: AnyAmi, boot: BootPlan) -> Result<()> {
@@ -268,8 +297,9 @@ impl Inner {
     }
 
     pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
-        let live = cell.hold(self.supervisor.sender());
+        // In this order, so that the instance can be stopped while another image is made.
         let _making = self.making_images.lock().unwrap_or_else(PoisonError::into_inner);
+        let live = cell.hold(self.supervisor.sender());
         let made = self.create_image_held(cell, &live, name);
         if made.is_err() {
             self.discard_half_made();
@@ -316,11 +346,16 @@ impl Inner {
         };
         match (&live.machine, state) {
             (Some(machine), InstanceState::Running) => {
-                let failed = |e| Error::machine(e, format!("cannot pause {}", cell.id));
-                machine.pause().map_err(failed)?;
-                let taken = take(&live.volumes);
-                machine.resume().map_err(|e| Error::machine(e, format!("cannot resume {}", cell.id)))?;
-                taken
+                let paused = machine.pause();
+                let taken = paused.is_ok().then(|| take(&live.volumes));
+                // Also a pause that failed may have stopped the guest.
+                let resumed = match machine.state().get() {
+                    MachineState::Paused => machine.resume(),
+                    _ => Ok(()),
+                };
+                paused.map_err(|e| Error::machine(e, format!("cannot pause {}", cell.id)))?;
+                resumed.map_err(|e| Error::machine(e, format!("cannot resume {}", cell.id)))?;
+                taken.unwrap_or_else(|| Ok(Vec::new()))
             }
             (None, InstanceState::Stopped) => take(&self.open_volumes(live)?),
             _ => {

@@ -1,14 +1,16 @@
 //! Launching: from an image and hardware to an instance that runs.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 
 use ami_core::{
-    Ami, AmiId, Arch, BlockDeviceKind, BlockDeviceMapping, BootSource, InstanceId, ReservationId, VolumeId,
+    Ami, AmiId, Arch, BlockDeviceKind, BlockDeviceMapping, BootSource, InstanceId, ReservationId, Tags,
+    VolumeId,
 };
 use storage_block::Volume;
 
+use crate::error::chain;
 use crate::instance::{Cell, Instance, Live};
 use crate::machine::Runs;
 use crate::record::{
@@ -99,9 +101,11 @@ struct Planned {
 
 impl Inner {
     fn launch(&self, image: AmiId, spec: LaunchSpec) -> Result<Arc<Cell>> {
+        let naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let image = self.image(image)?;
         self.check_launch(&image, &spec)?;
         let planned = plan_volumes(&image)?;
+        let boot = self.boot.boot(&image.boot)?;
         let record = new_record(&image, spec, &planned)?;
         let put_volumes = |c: &mut Changes| planned.iter().try_for_each(|p| c.put(&p.record));
         // Not durable yet: what a crash would leave of this launch, nobody has been promised, and files that
@@ -110,6 +114,7 @@ impl Inner {
             put_volumes(c)?;
             c.put(&record)
         })?;
+        drop(naming);
         let cell = Arc::new(Cell::new(record));
         self.cells().insert(cell.id, cell.clone());
         self.announce(&StateChange::of(&cell.description.get()));
@@ -117,7 +122,6 @@ impl Inner {
         let mut live = cell.hold(self.supervisor.sender());
         let begun = self.make_volumes(&planned).and_then(|volumes| {
             live.volumes = volumes.clone();
-            let boot = self.boot.boot(&image.boot)?;
             while_durable(&volumes, || self.power_on(&cell, &mut live, boot))?;
             live.record.launched = true;
             self.transition_with(&cell, &mut live, Transition::Started, None, put_volumes)
@@ -138,6 +142,12 @@ impl Inner {
                 .caused_by(e)
         };
         image.image.check_launch(&self.region.account).map_err(refused)?;
+        Tags::try_from(spec.tags.clone()).map_err(|e| {
+            let code = e.code();
+            Error::new(ErrorKind::InvalidParameter, "the instance cannot have these tags")
+                .with_code(code)
+                .caused_by(e)
+        })?;
         let architecture = image.image.ami().architecture();
         let hardware = &spec.instance_type;
         let mismatch = |what: String| Err(Error::new(ErrorKind::ArchitectureMismatch, what));
@@ -179,7 +189,7 @@ impl Inner {
         }
         let mut gone = live.record.description.clone();
         gone.state = InstanceState::Terminated;
-        gone.state_reason = Some(StateReason::new(why.code(), why.to_string()));
+        gone.state_reason = Some(StateReason::new(why.code(), chain(why)));
         self.announce(&StateChange::of(&gone));
         cell.description.set(gone);
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ami_core::Digest;
 use storage_block::Volume;
 
+use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Boot, DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec};
 use crate::record::{InstanceDescription, InstanceRecord, ShutdownBehavior, StateReason};
@@ -60,8 +61,9 @@ impl Inner {
             change(c)?;
             c.put(&record)
         })?;
-        self.announce(&StateChange::of(&record.description));
+        // In this order: whoever is told of a state finds it.
         cell.description.set(record.description.clone());
+        self.announce(&StateChange::of(&record.description));
         live.record = record;
         Ok(())
     }
@@ -89,13 +91,17 @@ impl Inner {
     pub(crate) fn start(&self, cell: &Cell) -> Result<()> {
         let mut live = cell.hold(self.supervisor.sender());
         if live.record.description.state == InstanceState::Running {
-            return Ok(());
+            if live.machine.is_some() {
+                return Ok(());
+            }
+            // Its machine was lost, and that could not be recorded then.
+            self.lose(cell, &mut live, StateReason::new("Server.InternalError", "the machine was lost"));
         }
         self.transition(cell, &mut live, Transition::Start, None)?;
         let begun = self.power_on_again(cell, &mut live);
         begun.and_then(|()| self.transition(cell, &mut live, Transition::Started, None)).or_else(|e| {
             self.power_off(&mut live);
-            let reason = StateReason::new("Server.InternalError", e.to_string());
+            let reason = StateReason::new("Server.InternalError", chain(&e));
             self.transition(cell, &mut live, Transition::StartFailed, Some(reason))?;
             Err(e)
         })
@@ -116,7 +122,7 @@ impl Inner {
         let ended = live.end_machine();
         self.power_off(live);
         ended.and_then(|()| self.power_on_again(cell, live)).inspect_err(|e| {
-            let reason = StateReason::new("Server.InternalError", format!("cannot reboot: {e}"));
+            let reason = StateReason::new("Server.InternalError", format!("cannot reboot: {}", chain(e)));
             self.lose(cell, live, reason);
         })
     }
@@ -259,7 +265,14 @@ fn identity(description: &InstanceDescription) -> Identity {
     (uuid[0], uuid[1]) = (0xec, 0x20 | uuid[1] & 0xf);
     let mut identity = Identity::new(uuid);
     identity.vendor = VENDOR.to_owned();
-    identity.product = description.instance_type.name().chars().take(Identity::MAX_TEXT).collect();
+    // A type of one's own may have any name.
+    let name = description.instance_type.name().chars().filter(|c| !c.is_control());
+    for c in name {
+        if identity.product.len() + c.len_utf8() > Identity::MAX_TEXT {
+            break;
+        }
+        identity.product.push(c);
+    }
     identity.asset_tag = id;
     identity
 }

@@ -306,6 +306,9 @@ pub(crate) struct Inner {
     /// Held while an image is made or removed, so that collecting what nothing names does not meet
     /// a snapshot that an image is about to name.
     pub(crate) making_images: Mutex<()>,
+    /// Held for the moment in which a launch looks at its image and names what it needs of it, and for that
+    /// in which an image goes: a launch finds all of an image or none of it.
+    pub(crate) naming: Mutex<()>,
     pub(crate) listeners: Mutex<Vec<Sender<StateChange>>>,
     pub(crate) paths: Paths,
     _lock: Lock,
@@ -338,6 +341,7 @@ impl Inner {
             blocks,
             boot,
             making_images: Mutex::default(),
+            naming: Mutex::default(),
             listeners: Mutex::default(),
             paths,
             _lock: lock,
@@ -533,8 +537,16 @@ fn remove_others(dir: &Path, keep: &HashSet<String>) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         if !keep.contains(entry.file_name().to_string_lossy().as_ref()) {
-            fs::remove_dir_all(entry.path()).map_err(failed)?;
+            remove_any(&entry.path()).map_err(failed)?;
         }
     }
     Ok(())
+}
+
+/// Removes a file or a directory, whatever somebody has put there.
+pub(crate) fn remove_any(path: &Path) -> std::io::Result<()> {
+    match path.symlink_metadata()?.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    }
 }

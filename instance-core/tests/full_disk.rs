@@ -13,7 +13,7 @@ use ami_core::X86_64;
 use common::{check, disk, everything, files, launch, open, register, skip};
 use instance_core::machine::{Capabilities, Hypervisor, Machine, MachineError, MachineSpec, Runs};
 use instance_core::testing::FakeHypervisor;
-use instance_core::{Error, ErrorKind, Instance, InstanceState, LaunchSpec, Region};
+use instance_core::{Error, ErrorKind, Instance, InstanceState, InstanceType, LaunchSpec, Region};
 
 /// A file system of a fixed size, unmounted at the end.
 #[derive(Debug)]
@@ -171,8 +171,9 @@ fn a_launch_that_cannot_be_recorded_in_the_end_leaves_nothing() {
         let ami = register(&open(&dir), "base", &disk(1, 1)).unwrap();
         let region = Region::open(&dir, Filling(FakeHypervisor::new(), small.clone())).unwrap();
         let before = files(&dir);
-        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).tag("long", "x".repeat(kib << 10));
-        if let Err(error) = region.launch(&ami, spec) {
+        let (one, name) = (std::num::NonZeroU32::MIN, "x".repeat(kib << 10));
+        let hardware = InstanceType::custom(name, one, one.saturating_add(511));
+        if let Err(error) = region.launch(&ami, LaunchSpec::new(hardware)) {
             refused += 1;
             check_full(&error);
             assert!(region.instances().is_empty());

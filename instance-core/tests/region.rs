@@ -4,10 +4,11 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, AnyAmi, Arm64, X86_64};
+use ami_core::{Ami, AnyAmi, Arm64, BlockDeviceMapping, Digest, X86_64};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DirectBoot, ErrorKind, ImageSource, Instance, InstanceState, LaunchSpec, Region, Result, ShutdownBehavior,
+    DirectBoot, ErrorKind, ImageSource, Instance, InstanceState, InstanceType, LaunchSpec, Region, Result,
+    ShutdownBehavior,
 };
 use storage_block::{Disk, MemoryDisk};
 
@@ -308,5 +309,78 @@ fn a_region_is_closed_when_its_last_handle_is_gone() {
         reader.wait_for("GUEST READY", soon()).unwrap();
         let stops = instance.watch().wait(soon(), |d| d.state != InstanceState::Running).unwrap();
         assert!(matches!(stops.state, InstanceState::Stopping | InstanceState::Stopped));
+    }
+}
+
+#[test]
+fn what_no_instance_could_have_is_refused_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let base = register(&region);
+    let before = files(dir.path());
+    let disk = disk();
+    let try_device = |device: BlockDeviceMapping| {
+        let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+        let refused = region.register_image(Ami::<X86_64>::builder("other").block_device(device), source);
+        let refused = refused.unwrap_err();
+        (refused.kind(), refused.code().to_owned())
+    };
+    let unknown = BlockDeviceMapping::ebs("/dev/sdf", Digest::of(b"unknown"), 8);
+    let table = [
+        (try_device(unknown), ErrorKind::InvalidImage, "InvalidSnapshot.NotFound"),
+        (
+            try_device(BlockDeviceMapping::blank("/dev/sdf", 8).encrypted(true)),
+            ErrorKind::Unsupported,
+            "Unsupported",
+        ),
+    ];
+    for ((kind, code), expected, expected_code) in table {
+        assert_eq!((kind, code.as_str()), (expected, expected_code));
+    }
+    let tags = spec().tag("aws:mine", "");
+    assert_eq!(region.launch(&base, tags).unwrap_err().kind(), ErrorKind::InvalidParameter);
+    assert_eq!(files(dir.path()), before);
+}
+
+#[test]
+fn whoever_hears_of_a_state_finds_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    for _ in 0..50 {
+        let changes = region.state_changes();
+        let launched = std::thread::spawn({
+            let (region, ami) = (region.clone(), ami.clone());
+            move || region.launch(&ami, spec()).unwrap()
+        });
+        let change = changes.iter().find(|change| change.state == InstanceState::Running).unwrap();
+        let state = region.instance(change.instance_id).unwrap().state();
+        assert_eq!(state, InstanceState::Running);
+        launched.join().unwrap().terminate().unwrap();
+    }
+}
+
+#[test]
+fn stray_files_do_not_keep_a_region_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path()));
+    for place in ["volumes/a-file", "instances/a-file", "boot/a-file"] {
+        std::fs::write(dir.path().join(place), "stray").unwrap();
+    }
+    std::fs::create_dir(dir.path().join("boot/a-directory")).unwrap();
+    drop(open(dir.path()));
+    for place in ["volumes", "instances", "boot"] {
+        assert_eq!(std::fs::read_dir(dir.path().join(place)).unwrap().count(), 0, "{place}");
+    }
+}
+
+#[test]
+fn a_type_of_ones_own_may_have_any_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    for name in ["\u{e4}".repeat(100), "two\nlines".to_owned(), String::new()] {
+        let hardware = InstanceType::custom(name, 1.try_into().unwrap(), 64.try_into().unwrap());
+        region.launch(&ami, LaunchSpec::new(hardware)).unwrap().terminate().unwrap();
     }
 }
