@@ -22,7 +22,7 @@ use storage_block::{Progress, RawFile};
 
 use crate::guest;
 use crate::prerequisites::{self, QEMU_X86_64};
-use left::Held;
+use left::{Before, Held};
 use report::{Report, in_words};
 use states::Watcher;
 
@@ -76,35 +76,42 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<ExitCode> {
 }
 
 fn whole(args: &QuickstartArgs, report: &mut Report) -> Result<()> {
+    let hypervisor = choose(args.hypervisor, report)?;
     let artifacts = report.step("build the root disk", guest::ensure)?;
     report.display().animate();
     let temporary = tempfile::tempdir().context("cannot make a directory for the region")?;
     let dir = args.region.clone().unwrap_or_else(|| temporary.path().join("region"));
-    let hypervisor = choose(args.hypervisor, report)?;
     report.hypervisor(&hypervisor.capabilities());
     let held = Held::now()?;
-    in_region(&dir, hypervisor, &artifacts.disk(), report)?;
+    let before = in_region(&dir, hypervisor, &artifacts.disk(), report)?;
     let made: Vec<_> = report.image_ids().map(str::to_owned).collect();
     let left = report.step("check that nothing is left", || {
         held.check()?;
-        left::check_region(&dir, made.iter().map(String::as_str))
+        before.check(&dir, made.iter().map(String::as_str))
     })?;
     report.left(left);
     Ok(())
 }
 
-/// What goes on while the region is open.
-fn in_region(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path, report: &mut Report) -> Result<()> {
+/// What goes on while the region is open. Answers what was in it at first.
+fn in_region(
+    dir: &Path,
+    hypervisor: Box<dyn Hypervisor>,
+    disk: &Path,
+    report: &mut Report,
+) -> Result<Before> {
     let region = Region::open(dir, hypervisor)?;
+    let before = Before::of(&region, dir)?;
     let watcher = Watcher::start(region.state_changes(), report.display().clone());
     let outcome = steps(&region, disk, report);
     let instances: Vec<_> = region.instances().iter().map(Instance::describe).collect();
     drop(region);
     report.instances(&instances, watcher.finish()?);
-    outcome
+    outcome.map(|()| before)
 }
 
-/// The hypervisor to use. `auto` measures: a KVM that emulates guest kernels is no use to them.
+/// The hypervisor to use, with all that has to be installed for the quick start on it. `auto` measures: a
+/// KVM that emulates guest kernels is no use to them.
 fn choose(choice: Choice, report: &Report) -> Result<Box<dyn Hypervisor>> {
     match choice {
         Choice::Qemu => {}
@@ -118,7 +125,7 @@ fn choose(choice: Choice, report: &Report) -> Result<Box<dyn Hypervisor>> {
             Err(error) => report.say(&format!("not using KVM: {error}")),
         },
     }
-    prerequisites::require(&[QEMU_X86_64])?;
+    prerequisites::require(&[&[QEMU_X86_64][..], guest::tools()].concat())?;
     Ok(Box::new(Qemu::find()?))
 }
 

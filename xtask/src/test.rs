@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
-use crate::lab::{Ended, Lab};
-use crate::prerequisites::{self, MKE2FS, NBDINFO, QEMU_X86_64};
+use crate::guest;
+use crate::lab::{self, Ended, Lab};
+use crate::prerequisites::{self, FIO, NBDCOPY, NBDINFO, QEMU_IMG, QEMU_IO, Tool};
 
 /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
 #[derive(clap::Args)]
@@ -35,6 +36,9 @@ enum Step {
     Quickstart,
 }
 
+/// What the tests call, besides what the lab does. Under CI none of them skips what it cannot do.
+const TOOLS: [Tool; 5] = [NBDINFO, NBDCOPY, FIO, QEMU_IMG, QEMU_IO];
+
 /// The integration tests of `hypervisor-kvm` that need a KVM which is fit for Linux.
 const LAB_TESTS: [&str; 1] = ["linux"];
 /// How long a test binary may take in the lab. It takes two minutes, on a busy machine more.
@@ -44,8 +48,8 @@ const QUICKSTART_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs every step, in order, until one fails.
 pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
-    prerequisites::require(&[QEMU_X86_64, MKE2FS, NBDINFO])?;
-    crate::guest::ensure()?;
+    prerequisites::require(&[&TOOLS[..], &lab::TOOLS, guest::tools()].concat())?;
+    guest::ensure()?;
     let all = Step::value_variants();
     let mut times = Vec::new();
     for step in all.iter().filter(|step| args.steps.is_empty() || args.steps.contains(step)) {

@@ -1,7 +1,7 @@
 //! `cargo xtask guest`: the Linux guests that examples, tests and benchmarks boot.
 //!
 //! ```text
-//! amd64/vmlinuz              Debian's cloud kernel as shipped
+//! amd64/vmlinuz              the distribution's kernel for virtual machines, as shipped
 //! amd64/initrd.img           the quick-start guest's initrd
 //! amd64/disk.raw             the quick-start guest's root disk: GPT, ext4, a shell on ttyS0
 //! amd64/conformance.img      the conformance guest, an initrd that needs no disk
@@ -9,8 +9,8 @@
 //! amd64/manifest.json        what they were made of
 //! ```
 //!
-//! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are Debian's binaries,
-//! fetched through apt and unpacked beside the artifacts; nothing is installed on the host but the
+//! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are the binaries of
+//! the host's distribution, fetched through apt and unpacked beside the artifacts; nothing is installed on the host but the
 //! tools that build a file system. Artifacts are made anew when this program's recipes change or when
 //! `--update` asks for the packages that are current; several calls at once wait for one another.
 
@@ -30,10 +30,13 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::deb::Package;
-use crate::prerequisites::{self, APT_GET, DPKG_DEB, FAKEROOT, MKE2FS};
+use crate::prerequisites::{self, APT_GET, DPKG_DEB, FAKEROOT, MKE2FS, Tool};
 use crate::progress::step;
 use crate::{digest, workspace};
 use sources::Sources;
+
+/// What building them calls.
+const TOOLS: [Tool; 4] = [APT_GET, DPKG_DEB, FAKEROOT, MKE2FS];
 
 /// All that decides what the artifacts hold, apart from the packages.
 const RECIPES: [&str; 9] = [
@@ -113,8 +116,13 @@ pub(crate) fn ensure() -> anyhow::Result<Artifacts> {
     Artifacts::find(&dir).map_or_else(|| build(&dir), Ok)
 }
 
+/// What [`ensure`] needs on the host. A command that needs more asks for all at once.
+pub(crate) fn tools() -> &'static [Tool] {
+    if Artifacts::find(&workspace::guest_dir()).is_some() { &[] } else { &TOOLS }
+}
+
 fn build(guest_dir: &Path) -> anyhow::Result<Artifacts> {
-    prerequisites::require(&[APT_GET, DPKG_DEB, FAKEROOT, MKE2FS])?;
+    prerequisites::require(&TOOLS)?;
     fs::create_dir_all(guest_dir).with_context(|| format!("cannot make {}", guest_dir.display()))?;
     let lock = File::create(guest_dir.join(".lock")).context("cannot make the lock file")?;
     flock(&lock, FlockOperation::LockExclusive).context("cannot lock the guest directory")?;
