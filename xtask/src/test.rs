@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that has to hold before a change lands.
 
 use std::env;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
-use crate::guest;
 use crate::lab::{self, Ended, Lab};
-use crate::prerequisites::{self, FIO, NBDCOPY, NBDINFO, QEMU_IMG, QEMU_IO, Tool};
+use crate::prerequisites::{self, FIO, LZ4, NBDCOPY, NBDINFO, QEMU_IMG, QEMU_IO, Tool, XZ};
+use crate::{bare_guest, guest};
 
 /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
 #[derive(clap::Args)]
@@ -37,10 +37,12 @@ enum Step {
 }
 
 /// What the tests call, besides what the lab does. Under CI none of them skips what it cannot do.
-const TOOLS: [Tool; 5] = [NBDINFO, NBDCOPY, FIO, QEMU_IMG, QEMU_IO];
+const TOOLS: [Tool; 7] = [NBDINFO, NBDCOPY, FIO, QEMU_IMG, QEMU_IO, LZ4, XZ];
 
-/// The integration tests of `hypervisor-kvm` that need a KVM which is fit for Linux.
-const LAB_TESTS: [&str; 1] = ["linux"];
+/// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
+const LAB_TESTS: [&str; 2] = ["linux", "conformance"];
+/// Where the lab has the bare-metal guest, which cannot be built there.
+const BARE_GUEST: &str = "/lab/bare-guest";
 /// How long a test binary may take in the lab. It takes two minutes, on a busy machine more.
 const TEST_PATIENCE: Duration = Duration::from_secs(600);
 /// How long the quick start may take there. It takes 40 seconds.
@@ -76,7 +78,11 @@ impl Step {
             Self::Documentation => {
                 cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
             }
-            Self::Tests => cargo(&["test", "--workspace"], &[]),
+            Self::Tests => {
+                let kernel = guest::ensure()?.vmlinuz();
+                let kernel = kernel.to_str().context("the guest's kernel has a name that is not UTF-8")?;
+                cargo(&["test", "--workspace"], &[("BOOT_IMAGE_TEST_KERNEL", kernel)])
+            }
             Self::Kvm => LAB_TESTS.into_iter().try_for_each(test_in_lab),
             Self::Quickstart => quickstart_in_lab(),
         }
@@ -92,11 +98,15 @@ fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-/// Builds an integration test of `hypervisor-kvm` and runs it in the lab with the guest artifacts.
+/// Builds an integration test of `hypervisor-kvm` and runs it in the lab with the guests.
 fn test_in_lab(name: &str) -> Result<()> {
     eprintln!("==> in the lab: hypervisor-kvm's test {name}");
+    let mut bare = tempfile::NamedTempFile::new().context("cannot make a file for the bare-metal guest")?;
+    let elf = bare_guest::elf().map_err(anyhow::Error::msg)?;
+    bare.write_all(elf).context("cannot write the bare-metal guest")?;
     let mut lab =
         Lab::new(test_binary(name)?).args(["--nocapture"]).guest_artifacts().deadline(TEST_PATIENCE);
+    lab = lab.file(bare.path(), BARE_GUEST).env("AMI_BARE_GUEST", BARE_GUEST);
     if let Some(ci) = env::var_os("CI") {
         lab = lab.env("CI", ci);
     }

@@ -22,7 +22,7 @@ fn a_command_asks_for_all_it_needs_at_once() {
         (&["quickstart", "--hypervisor", "qemu"][..], "apt dpkg fakeroot qemu-system-x86"),
         (&["guest"], "apt dpkg fakeroot"),
         (&["lab", "--exec", "/bin/sh"], lab),
-        (&["test"], &format!("{lab} fio libnbd-bin qemu-utils")),
+        (&["test"], &format!("{lab} fio libnbd-bin lz4 qemu-utils xz-utils")),
     ] {
         let said = asked_for(command);
         for package in packages.split(' ') {
