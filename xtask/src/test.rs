@@ -11,7 +11,7 @@ use clap::ValueEnum;
 
 use crate::lab::{self, Ended, Lab};
 use crate::prerequisites::{self, FIO, LZ4, NBDCOPY, NBDINFO, QEMU_IMG, QEMU_IO, Tool, XZ};
-use crate::{bare_guest, guest};
+use crate::{bare_guest, guest, process};
 
 /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
 #[derive(clap::Args)]
@@ -30,6 +30,8 @@ enum Step {
     Documentation,
     /// The tests and examples of all crates
     Tests,
+    /// The crates that are published can be packaged
+    Package,
     /// Linux guests on KVM, in the lab, where every host has a true one
     Kvm,
     /// The quick start on KVM, in the lab
@@ -41,6 +43,10 @@ const TOOLS: [Tool; 7] = [NBDINFO, NBDCOPY, FIO, QEMU_IMG, QEMU_IO, LZ4, XZ];
 
 /// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
 const LAB_TESTS: [&str; 2] = ["linux", "conformance"];
+/// The members of the workspace that are not published.
+const UNPUBLISHED: [&str; 3] = ["ami-benches", "ami-examples", "xtask"];
+/// The minor version of the cargo that packages crates together with what they depend on.
+const PACKAGES_TOGETHER: u32 = 90;
 /// Where the lab has the bare-metal guest, which cannot be built there.
 const BARE_GUEST: &str = "/lab/bare-guest";
 /// How long a test binary may take in the lab. It takes two minutes, on a busy machine more.
@@ -83,6 +89,7 @@ impl Step {
                 let kernel = kernel.to_str().context("the guest's kernel has a name that is not UTF-8")?;
                 cargo(&["test", "--workspace"], &[("BOOT_IMAGE_TEST_KERNEL", kernel)])
             }
+            Self::Package => package(),
             Self::Kvm => LAB_TESTS.into_iter().try_for_each(test_in_lab),
             Self::Quickstart => quickstart_in_lab(),
         }
@@ -96,6 +103,23 @@ fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let status = status.context("cannot run cargo")?;
     ensure!(status.success(), "cargo {} failed ({status})", arguments[0]);
     Ok(())
+}
+
+/// Makes the archives that would be published, without a look at whether they build.
+fn package() -> Result<()> {
+    let version = process::output(process::command(env!("CARGO")).arg("--version"))?;
+    if minor_version(&version).is_some_and(|minor| minor < PACKAGES_TOGETHER) {
+        eprintln!("SKIPPED: {} packages no crates that depend on each other", version.trim());
+        return Ok(());
+    }
+    let unpublished = UNPUBLISHED.iter().flat_map(|name| ["--exclude", name]);
+    let options = ["package", "--workspace", "--no-verify", "--allow-dirty", "--quiet"];
+    cargo(&options.into_iter().chain(unpublished).collect::<Vec<_>>(), &[])
+}
+
+/// 95 of `cargo 1.95.0 (f2d3ce0bd 2026-03-21)`.
+fn minor_version(said: &str) -> Option<u32> {
+    said.strip_prefix("cargo 1.")?.split('.').next()?.parse().ok()
 }
 
 /// Builds an integration test of `hypervisor-kvm` and runs it in the lab with the guests.
@@ -155,6 +179,18 @@ fn executable(messages: &str, name: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_cargos_version() {
+        for (said, minor) in [
+            ("cargo 1.95.0 (f2d3ce0bd 2026-03-21)", Some(95)),
+            ("cargo 1.87.0", Some(87)),
+            ("cargo 2.0.0", None),
+            ("", None),
+        ] {
+            assert_eq!(minor_version(said), minor, "{said}");
+        }
+    }
 
     #[test]
     fn finds_the_executable_that_cargo_names() {
