@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 
+use super::distribution::Distribution;
 use super::modules::Modules;
 use crate::deb::{Package, Unpacked};
 use crate::process;
@@ -17,6 +18,7 @@ const KERNELS: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
 
 /// The unpacked packages, and what is used of them.
 pub(crate) struct Sources {
+    pub(crate) distribution: Distribution,
     /// The kernel's version, such as `6.1.0-56-cloud-amd64`.
     pub(crate) kernel_version: String,
     pub(crate) vmlinuz: Vec<u8>,
@@ -39,6 +41,7 @@ impl Sources {
         })?;
         let program = find(std::slice::from_ref(&busybox), "bin/busybox")?;
         Ok(Self {
+            distribution: Distribution::of_host()?,
             vmlinuz: read(&find(&kernel.parts, &format!("boot/vmlinuz-{}", kernel.version))?)?,
             modules: Modules::index(&find(&kernel.parts, &format!("lib/modules/{}", kernel.version))?)?,
             busybox: read(&program)?,
