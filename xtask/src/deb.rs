@@ -1,4 +1,4 @@
-//! Debian packages, fetched and unpacked without being installed.
+//! Packages of Debian and Ubuntu, fetched and unpacked without being installed.
 //!
 //! apt decides which version is current and checks the archive's signature; the file that arrives is
 //! compared once more with the digest in the signed index, and `dpkg-deb` unpacks it into a cache.
@@ -30,12 +30,14 @@ pub(crate) struct Unpacked {
 }
 
 impl Package {
-    /// The version of `name` that apt would install.
-    pub(crate) fn candidate(name: &str) -> anyhow::Result<Self> {
-        show(name).or_else(|_| {
-            update_package_lists()?;
-            show(name)
-        })
+    /// The version that apt would install of the first of `names` that it knows.
+    pub(crate) fn candidate(names: &[&str]) -> anyhow::Result<Self> {
+        let known = || names.iter().find_map(|name| show(name).ok());
+        if let Some(package) = known() {
+            return Ok(package);
+        }
+        update_package_lists()?;
+        known().with_context(|| format!("apt knows no package {}", names.join(" or ")))
     }
 
     /// The package of this name, or the one whose name starts so that it depends on first.
@@ -82,8 +84,7 @@ impl Package {
 
 fn show(name: &str) -> anyhow::Result<Package> {
     let mut apt = process::command("apt-cache");
-    let text = process::output(apt.args(["show", "--no-all-versions", name]))
-        .with_context(|| format!("apt knows no package {name}"))?;
+    let text = process::output(apt.args(["show", "--no-all-versions", name]))?;
     parse(&text).with_context(|| format!("apt's index has no usable entry for {name}"))
 }
 

@@ -14,6 +14,9 @@
 //! Adding a command: a module with a `clap::Args` struct and a `run` function, one variant of
 //! [`Command`], one line in [`main`].
 
+#[allow(dead_code, reason = "shared with the tests of hypervisor-kvm, which use the rest")]
+#[path = "../../hypervisor-kvm/tests/common/guest.rs"]
+mod bare_guest;
 mod deb;
 mod digest;
 mod figures;

@@ -21,9 +21,16 @@ pub(crate) const MKE2FS: Tool = Tool { program: "mke2fs", package: "e2fsprogs" }
 pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
 pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
 pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };
+pub(crate) const NBDCOPY: Tool = Tool { program: "nbdcopy", package: "libnbd-bin" };
+pub(crate) const FIO: Tool = Tool { program: "fio", package: "fio" };
+pub(crate) const LZ4: Tool = Tool { program: "lz4", package: "lz4" };
+pub(crate) const XZ: Tool = Tool { program: "xz", package: "xz-utils" };
+pub(crate) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
+pub(crate) const QEMU_IO: Tool = Tool { program: "qemu-io", package: "qemu-utils" };
 pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
 
-/// Makes sure that `tools` are there.
+/// Makes sure that `tools` are there. A command calls this once, with all that it needs, before it does
+/// anything else: who may not install packages gets one line to run and not several.
 pub(crate) fn require(tools: &[Tool]) -> anyhow::Result<()> {
     let mut packages: Vec<&str> = tools.iter().filter(|t| !is_there(t)).map(|t| t.package).collect();
     packages.sort_unstable();

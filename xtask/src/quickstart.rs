@@ -1,4 +1,4 @@
-//! `cargo xtask quickstart`: the whole of it, from Debian's packages to two equal live servers.
+//! `cargo xtask quickstart`: the whole of it, from packages to two equal live servers.
 //!
 //! Everything after the root disk goes through the public API of the crates alone.
 
@@ -20,9 +20,9 @@ use instance_core::shell::Shell;
 use instance_core::{ImageSource, Instance, LaunchSpec, Region};
 use storage_block::{Progress, RawFile};
 
-use crate::guest;
+use crate::guest::{self, Artifacts};
 use crate::prerequisites::{self, QEMU_X86_64};
-use left::Held;
+use left::{Before, Held};
 use report::{Report, in_words};
 use states::Watcher;
 
@@ -41,7 +41,7 @@ const DATA_CONTENT: &str = include_str!("../guest/employee-directory/employees.c
 
 /// Do the whole of it: from packages to two equal live servers
 ///
-/// Builds a root disk of Debian's packages, registers it as an image, launches it, installs an
+/// Builds a root disk of the host distribution's packages, registers it as an image, launches it, installs an
 /// application, makes an image of the running instance, launches that one too and compares the two,
 /// and checks that nothing is left of it all but the images. The exit status is 0 if every check held.
 #[derive(clap::Args)]
@@ -76,35 +76,42 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<ExitCode> {
 }
 
 fn whole(args: &QuickstartArgs, report: &mut Report) -> Result<()> {
+    let hypervisor = choose(args.hypervisor, report)?;
     let artifacts = report.step("build the root disk", guest::ensure)?;
     report.display().animate();
     let temporary = tempfile::tempdir().context("cannot make a directory for the region")?;
     let dir = args.region.clone().unwrap_or_else(|| temporary.path().join("region"));
-    let hypervisor = choose(args.hypervisor, report)?;
     report.hypervisor(&hypervisor.capabilities());
     let held = Held::now()?;
-    in_region(&dir, hypervisor, &artifacts.disk(), report)?;
+    let before = in_region(&dir, hypervisor, &artifacts, report)?;
     let made: Vec<_> = report.image_ids().map(str::to_owned).collect();
     let left = report.step("check that nothing is left", || {
         held.check()?;
-        left::check_region(&dir, made.iter().map(String::as_str))
+        before.check(&dir, made.iter().map(String::as_str))
     })?;
     report.left(left);
     Ok(())
 }
 
-/// What goes on while the region is open.
-fn in_region(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path, report: &mut Report) -> Result<()> {
+/// What goes on while the region is open. Answers what was in it at first.
+fn in_region(
+    dir: &Path,
+    hypervisor: Box<dyn Hypervisor>,
+    artifacts: &Artifacts,
+    report: &mut Report,
+) -> Result<Before> {
     let region = Region::open(dir, hypervisor)?;
+    let before = Before::of(&region, dir)?;
     let watcher = Watcher::start(region.state_changes(), report.display().clone());
-    let outcome = steps(&region, disk, report);
+    let outcome = steps(&region, artifacts, report);
     let instances: Vec<_> = region.instances().iter().map(Instance::describe).collect();
     drop(region);
     report.instances(&instances, watcher.finish()?);
-    outcome
+    outcome.map(|()| before)
 }
 
-/// The hypervisor to use. `auto` measures: a KVM that emulates guest kernels is no use to them.
+/// The hypervisor to use, with all that has to be installed for the quick start on it. `auto` measures: a
+/// KVM that emulates guest kernels is no use to them.
 fn choose(choice: Choice, report: &Report) -> Result<Box<dyn Hypervisor>> {
     match choice {
         Choice::Qemu => {}
@@ -118,18 +125,19 @@ fn choose(choice: Choice, report: &Report) -> Result<Box<dyn Hypervisor>> {
             Err(error) => report.say(&format!("not using KVM: {error}")),
         },
     }
-    prerequisites::require(&[QEMU_X86_64])?;
+    prerequisites::require(&[&[QEMU_X86_64][..], guest::tools()].concat())?;
     Ok(Box::new(Qemu::find()?))
 }
 
-fn steps(region: &Region, disk: &Path, report: &mut Report) -> Result<()> {
+fn steps(region: &Region, artifacts: &Artifacts, report: &mut Report) -> Result<()> {
     let suffix = region.images()?.len();
     let display = report.display().clone();
+    let distribution = artifacts.distribution();
     let base = report.step("register the image", || {
-        let disk = RawFile::open(disk, true)?.into_disk();
+        let disk = RawFile::open(artifacts.disk(), true)?.into_disk();
         let mut progress = |p: Progress| display.bytes("register the image", p.done, p.total);
         let builder = Ami::<X86_64>::builder(format!("quick-start-{suffix}"))
-            .operating_system(OperatingSystem::linux("debian", "12"));
+            .operating_system(OperatingSystem::linux(&*distribution.id, &*distribution.version));
         Ok(region.register_image(builder, ImageSource::new(&disk).progress(&mut progress))?.into_any())
     })?;
     report.image(&base);

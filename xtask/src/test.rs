@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that has to hold before a change lands.
 
 use std::env;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
-use crate::lab::{Ended, Lab};
-use crate::prerequisites::{self, MKE2FS, NBDINFO, QEMU_X86_64};
+use crate::lab::{self, Ended, Lab};
+use crate::prerequisites::{self, FIO, LZ4, NBDCOPY, NBDINFO, QEMU_IMG, QEMU_IO, Tool, XZ};
+use crate::{bare_guest, guest, process};
 
 /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
 #[derive(clap::Args)]
@@ -29,14 +30,25 @@ enum Step {
     Documentation,
     /// The tests and examples of all crates
     Tests,
+    /// The crates that are published can be packaged
+    Package,
     /// Linux guests on KVM, in the lab, where every host has a true one
     Kvm,
     /// The quick start on KVM, in the lab
     Quickstart,
 }
 
-/// The integration tests of `hypervisor-kvm` that need a KVM which is fit for Linux.
-const LAB_TESTS: [&str; 1] = ["linux"];
+/// What the tests call, besides what the lab does. Under CI none of them skips what it cannot do.
+const TOOLS: [Tool; 7] = [NBDINFO, NBDCOPY, FIO, QEMU_IMG, QEMU_IO, LZ4, XZ];
+
+/// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
+const LAB_TESTS: [&str; 2] = ["linux", "conformance"];
+/// The members of the workspace that are not published.
+const UNPUBLISHED: [&str; 3] = ["ami-benches", "ami-examples", "xtask"];
+/// The minor version of the cargo that packages crates together with what they depend on.
+const PACKAGES_TOGETHER: u32 = 90;
+/// Where the lab has the bare-metal guest, which cannot be built there.
+const BARE_GUEST: &str = "/lab/bare-guest";
 /// How long a test binary may take in the lab. It takes two minutes, on a busy machine more.
 const TEST_PATIENCE: Duration = Duration::from_secs(600);
 /// How long the quick start may take there. It takes 40 seconds.
@@ -44,8 +56,8 @@ const QUICKSTART_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs every step, in order, until one fails.
 pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
-    prerequisites::require(&[QEMU_X86_64, MKE2FS, NBDINFO])?;
-    crate::guest::ensure()?;
+    prerequisites::require(&[&TOOLS[..], &lab::TOOLS, guest::tools()].concat())?;
+    guest::ensure()?;
     let all = Step::value_variants();
     let mut times = Vec::new();
     for step in all.iter().filter(|step| args.steps.is_empty() || args.steps.contains(step)) {
@@ -72,7 +84,12 @@ impl Step {
             Self::Documentation => {
                 cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
             }
-            Self::Tests => cargo(&["test", "--workspace"], &[]),
+            Self::Tests => {
+                let kernel = guest::ensure()?.vmlinuz();
+                let kernel = kernel.to_str().context("the guest's kernel has a name that is not UTF-8")?;
+                cargo(&["test", "--workspace"], &[("BOOT_IMAGE_TEST_KERNEL", kernel)])
+            }
+            Self::Package => package(),
             Self::Kvm => LAB_TESTS.into_iter().try_for_each(test_in_lab),
             Self::Quickstart => quickstart_in_lab(),
         }
@@ -88,11 +105,32 @@ fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-/// Builds an integration test of `hypervisor-kvm` and runs it in the lab with the guest artifacts.
+/// Makes the archives that would be published, without a look at whether they build.
+fn package() -> Result<()> {
+    let version = process::output(process::command(env!("CARGO")).arg("--version"))?;
+    if minor_version(&version).is_some_and(|minor| minor < PACKAGES_TOGETHER) {
+        eprintln!("SKIPPED: {} packages no crates that depend on each other", version.trim());
+        return Ok(());
+    }
+    let unpublished = UNPUBLISHED.iter().flat_map(|name| ["--exclude", name]);
+    let options = ["package", "--workspace", "--no-verify", "--allow-dirty", "--quiet"];
+    cargo(&options.into_iter().chain(unpublished).collect::<Vec<_>>(), &[])
+}
+
+/// 95 of `cargo 1.95.0 (f2d3ce0bd 2026-03-21)`.
+fn minor_version(said: &str) -> Option<u32> {
+    said.strip_prefix("cargo 1.")?.split('.').next()?.parse().ok()
+}
+
+/// Builds an integration test of `hypervisor-kvm` and runs it in the lab with the guests.
 fn test_in_lab(name: &str) -> Result<()> {
     eprintln!("==> in the lab: hypervisor-kvm's test {name}");
+    let mut bare = tempfile::NamedTempFile::new().context("cannot make a file for the bare-metal guest")?;
+    let elf = bare_guest::elf().map_err(anyhow::Error::msg)?;
+    bare.write_all(elf).context("cannot write the bare-metal guest")?;
     let mut lab =
         Lab::new(test_binary(name)?).args(["--nocapture"]).guest_artifacts().deadline(TEST_PATIENCE);
+    lab = lab.file(bare.path(), BARE_GUEST).env("AMI_BARE_GUEST", BARE_GUEST);
     if let Some(ci) = env::var_os("CI") {
         lab = lab.env("CI", ci);
     }
@@ -141,6 +179,18 @@ fn executable(messages: &str, name: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_cargos_version() {
+        for (said, minor) in [
+            ("cargo 1.95.0 (f2d3ce0bd 2026-03-21)", Some(95)),
+            ("cargo 1.87.0", Some(87)),
+            ("cargo 2.0.0", None),
+            ("", None),
+        ] {
+            assert_eq!(minor_version(said), minor, "{said}");
+        }
+    }
 
     #[test]
     fn finds_the_executable_that_cargo_names() {

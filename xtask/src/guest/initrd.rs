@@ -1,6 +1,6 @@
 //! The initial RAM disks: busybox, modules in load order, and a script as `/init`.
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 use super::archive::Archive;
 use super::sources::Sources;
@@ -85,6 +85,7 @@ pub(crate) fn build(recipe: &Recipe, sources: &Sources) -> anyhow::Result<Vec<u8
     }
     archive.program("bin/busybox", &sources.busybox)?;
     for applet in recipe.applets {
+        ensure!(sources.applets.contains(*applet), "this busybox has no {applet}, which the guests need");
         archive.symlink(&format!("bin/{applet}"), "busybox")?;
     }
     let mut order = String::new();

@@ -1,7 +1,7 @@
 //! `cargo xtask guest`: the Linux guests that examples, tests and benchmarks boot.
 //!
 //! ```text
-//! amd64/vmlinuz              Debian's cloud kernel as shipped
+//! amd64/vmlinuz              the distribution's kernel for virtual machines, as shipped
 //! amd64/initrd.img           the quick-start guest's initrd
 //! amd64/disk.raw             the quick-start guest's root disk: GPT, ext4, a shell on ttyS0
 //! amd64/conformance.img      the conformance guest, an initrd that needs no disk
@@ -9,13 +9,14 @@
 //! amd64/manifest.json        what they were made of
 //! ```
 //!
-//! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are Debian's binaries,
-//! fetched through apt and unpacked beside the artifacts; nothing is installed on the host but the
+//! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are the binaries of
+//! the host's distribution, fetched through apt and unpacked beside the artifacts; nothing is installed on the host but the
 //! tools that build a file system. Artifacts are made anew when this program's recipes change or when
 //! `--update` asks for the packages that are current; several calls at once wait for one another.
 
 mod archive;
 mod disk;
+mod distribution;
 mod initrd;
 mod modules;
 mod rootfs;
@@ -30,15 +31,20 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::deb::Package;
-use crate::prerequisites::{self, APT_GET, DPKG_DEB, FAKEROOT, MKE2FS};
+use crate::prerequisites::{self, APT_GET, DPKG_DEB, FAKEROOT, MKE2FS, Tool};
 use crate::progress::step;
 use crate::{digest, workspace};
+use distribution::Distribution;
 use sources::Sources;
 
+/// What building them calls.
+const TOOLS: [Tool; 4] = [APT_GET, DPKG_DEB, FAKEROOT, MKE2FS];
+
 /// All that decides what the artifacts hold, apart from the packages.
-const RECIPES: [&str; 9] = [
+const RECIPES: [&str; 10] = [
     include_str!("archive.rs"),
     include_str!("disk.rs"),
+    include_str!("distribution.rs"),
     include_str!("initrd.rs"),
     include_str!("modules.rs"),
     include_str!("rootfs.rs"),
@@ -66,6 +72,7 @@ pub(crate) fn run(args: &GuestArgs) -> anyhow::Result<ExitCode> {
 /// The finished artifacts.
 pub(crate) struct Artifacts {
     dir: PathBuf,
+    distribution: Distribution,
 }
 
 impl Artifacts {
@@ -74,6 +81,11 @@ impl Artifacts {
     /// The quick start's root disk.
     pub(crate) fn disk(&self) -> PathBuf {
         self.dir.join("disk.raw")
+    }
+
+    /// The distribution whose packages they are made of.
+    pub(crate) fn distribution(&self) -> &Distribution {
+        &self.distribution
     }
 
     /// The directory they lie in.
@@ -96,7 +108,8 @@ impl Artifacts {
         let dir = guest_dir.join("amd64");
         let manifest: Manifest = serde_json::from_slice(&fs::read(dir.join("manifest.json")).ok()?).ok()?;
         let complete = Self::NAMES.iter().all(|name| dir.join(name).is_file());
-        (complete && manifest.recipes == recipes()).then_some(Self { dir })
+        let Manifest { recipes: made_by, distribution, .. } = manifest;
+        (complete && made_by == recipes()).then_some(Self { dir, distribution })
     }
 }
 
@@ -104,6 +117,7 @@ impl Artifacts {
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     recipes: String,
+    distribution: Distribution,
     packages: Vec<Package>,
 }
 
@@ -113,8 +127,13 @@ pub(crate) fn ensure() -> anyhow::Result<Artifacts> {
     Artifacts::find(&dir).map_or_else(|| build(&dir), Ok)
 }
 
+/// What [`ensure`] needs on the host. A command that needs more asks for all at once.
+pub(crate) fn tools() -> &'static [Tool] {
+    if Artifacts::find(&workspace::guest_dir()).is_some() { &[] } else { &TOOLS }
+}
+
 fn build(guest_dir: &Path) -> anyhow::Result<Artifacts> {
-    prerequisites::require(&[APT_GET, DPKG_DEB, FAKEROOT, MKE2FS])?;
+    prerequisites::require(&TOOLS)?;
     fs::create_dir_all(guest_dir).with_context(|| format!("cannot make {}", guest_dir.display()))?;
     let lock = File::create(guest_dir.join(".lock")).context("cannot make the lock file")?;
     flock(&lock, FlockOperation::LockExclusive).context("cannot lock the guest directory")?;
@@ -124,7 +143,7 @@ fn build(guest_dir: &Path) -> anyhow::Result<Artifacts> {
     }
     let work = tempfile::tempdir_in(guest_dir).context("cannot make a working directory")?;
     step("building the guests", || make(work.path(), &sources))?;
-    install(work.path(), &guest_dir.join("amd64"))
+    install(work.path(), &guest_dir.join("amd64"), sources.distribution)
 }
 
 impl Artifacts {
@@ -151,17 +170,18 @@ fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
     let tree = dir.join("tree");
     rootfs::build(&tree, sources, &quick_start)?;
     disk::build(&dir.join("disk.raw"), &tree)?;
-    let manifest = Manifest { recipes: recipes(), packages: sources.packages.clone() };
+    let (distribution, packages) = (sources.distribution.clone(), sources.packages.clone());
+    let manifest = Manifest { recipes: recipes(), distribution, packages };
     write("manifest.json", &serde_json::to_vec_pretty(&manifest)?)
 }
 
 /// Moves finished artifacts to where they are looked for, the manifest last.
-fn install(from: &Path, to: &Path) -> anyhow::Result<Artifacts> {
+fn install(from: &Path, to: &Path, distribution: Distribution) -> anyhow::Result<Artifacts> {
     fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
     for name in Artifacts::NAMES.into_iter().chain(["manifest.json"]) {
         fs::rename(from.join(name), to.join(name)).with_context(|| format!("cannot put {name} in place"))?;
     }
-    Ok(Artifacts { dir: to.to_owned() })
+    Ok(Artifacts { dir: to.to_owned(), distribution })
 }
 
 fn recipes() -> String {

@@ -1,14 +1,18 @@
 //! Kernel modules: which ones a guest needs, and in which order they load.
 //!
-//! Debian's packages leave `modules.dep` to be made on the target, so dependencies are read where the
-//! kernel's build put them: in each module's `.modinfo` section.
+//! The packages leave `modules.dep` to be made on the target, so dependencies are read where the
+//! kernel's build put them: in each module's `.modinfo` section. Modules that come packed are unpacked,
+//! for busybox cannot.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
+use lzma_rust2::XzReader;
 use object::{Object as _, ObjectSection as _};
+use ruzstd::decoding::StreamingDecoder as ZstdReader;
 
 /// The modules of one kernel, by name.
 pub(crate) struct Modules {
@@ -22,7 +26,7 @@ pub(crate) struct Modules {
 /// One module that is to be loaded.
 #[derive(Clone, Debug)]
 pub(crate) struct Module {
-    /// Its path under `lib/modules/VERSION`.
+    /// Its path under `lib/modules/VERSION`, unpacked.
     pub(crate) path: PathBuf,
     pub(crate) content: Vec<u8>,
     /// What it depends on directly.
@@ -68,8 +72,10 @@ impl Modules {
         };
         let file = self.root.join(path);
         let content = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let content = unpack(content, path).with_context(|| format!("cannot unpack {}", file.display()))?;
         let depends = depends(&content).with_context(|| format!("cannot parse {}", file.display()))?;
-        Ok(Some(Module { path: path.clone(), content, depends }))
+        let path = if is_packed(path) { path.with_extension("") } else { path.clone() };
+        Ok(Some(Module { path, content, depends }))
     }
 }
 
@@ -123,6 +129,29 @@ fn order(
         }
     }
     Ok(order)
+}
+
+fn is_packed(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension != "ko")
+}
+
+/// The module in the file `path`, which ends in `.ko`, or with what packed it.
+fn unpack(content: Vec<u8>, path: &Path) -> anyhow::Result<Vec<u8>> {
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("ko") => Ok(content),
+        Some("xz") => Ok(read_all(XzReader::new(&content[..], true))?),
+        Some("zst") => {
+            let reader = ZstdReader::new(&content[..]).map_err(|error| anyhow!("{error}"))?;
+            Ok(read_all(reader)?)
+        }
+        _ => bail!("it is packed in an unknown way"),
+    }
+}
+
+fn read_all(mut reader: impl Read) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    reader.read_to_end(&mut content)?;
+    Ok(content)
 }
 
 /// The direct dependencies in a module's `.modinfo`, a section of NUL-terminated `key=value` texts.
@@ -204,6 +233,24 @@ mod tests {
             assert_eq!(order(wanted, sample).unwrap().join(" "), expected, "{wanted:?}");
         }
         assert!(order(&["virtio", "missing"], sample).is_err());
+    }
+
+    /// Packed as the kernel's build does it: `xz --check=crc32 --lzma2=dict=1MiB` and `zstd -T0 --rm`.
+    const XZ: &str = "fd377a585a0000016922de360200210110000000a8708e860100056120626f6479000000f686474900011a06c5eac8799042990d010000000001595a";
+    const ZST: &str = "28b52ffd04583100006120626f6479c49c9b3b";
+
+    #[test]
+    fn unpacks_what_distributions_pack() {
+        let module = |name: &str, hex: &str| unpack(hex::decode(hex).unwrap(), Path::new(name));
+        for (name, packed) in [("a.ko", "6120626f6479"), ("a.ko.xz", XZ), ("a.ko.zst", ZST)] {
+            assert_eq!(module(name, packed).unwrap(), b"a body", "{name}");
+            assert_eq!(is_packed(Path::new(name)), name != "a.ko");
+        }
+        for (name, packed) in
+            [("a.ko.xz", ZST), ("a.ko.zst", XZ), ("a.ko.xz", &XZ[..60]), ("a.ko.gz", "6120626f6479")]
+        {
+            assert!(module(name, packed).is_err(), "{name} {packed}");
+        }
     }
 
     #[test]

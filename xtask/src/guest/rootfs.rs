@@ -12,7 +12,7 @@ use super::sources::Sources;
 use crate::process;
 
 /// The files that are the same in every build: path, mode, content.
-const FILES: [(&str, u32, &str); 11] = [
+const FILES: [(&str, u32, &str); 10] = [
     ("etc/acpi/PWRF/00000080", 0o755, include_str!("../../guest/rootfs/etc/acpi/PWRF/00000080")),
     ("etc/group", 0o644, include_str!("../../guest/rootfs/etc/group")),
     ("etc/hostname", 0o644, include_str!("../../guest/rootfs/etc/hostname")),
@@ -20,7 +20,6 @@ const FILES: [(&str, u32, &str); 11] = [
     ("etc/init.d/rcK", 0o755, include_str!("../../guest/rootfs/etc/init.d/rcK")),
     ("etc/init.d/rcS", 0o755, include_str!("../../guest/rootfs/etc/init.d/rcS")),
     ("etc/inittab", 0o644, include_str!("../../guest/rootfs/etc/inittab")),
-    ("etc/os-release", 0o644, include_str!("../../guest/rootfs/etc/os-release")),
     ("etc/passwd", 0o644, include_str!("../../guest/rootfs/etc/passwd")),
     ("etc/profile", 0o644, include_str!("../../guest/rootfs/etc/profile")),
     ("sbin/console-shell", 0o755, include_str!("../../guest/rootfs/sbin/console-shell")),
@@ -50,6 +49,7 @@ pub(crate) fn build(root: &Path, sources: &Sources, initrd: &[u8]) -> anyhow::Re
     for (path, mode, content) in FILES {
         tree.file(path, mode, content.as_bytes())?;
     }
+    tree.file("etc/os-release", 0o644, sources.distribution.os_release().as_bytes())?;
     busybox(&tree, sources)?;
     modules(&tree, sources)?;
     boot(&tree, sources, initrd)?;

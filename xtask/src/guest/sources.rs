@@ -1,21 +1,31 @@
-//! What the guests are made of: Debian's cloud kernel with its modules, and Debian's static busybox.
+//! What the guests are made of: the distribution's kernel for virtual machines with its modules, and its
+//! static busybox.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 
+use super::distribution::Distribution;
 use super::modules::Modules;
 use crate::deb::{Package, Unpacked};
+use crate::process;
 use crate::progress::step;
+
+/// The packages that depend on the current kernel: Debian's and Ubuntu's.
+const KERNELS: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
 
 /// The unpacked packages, and what is used of them.
 pub(crate) struct Sources {
+    pub(crate) distribution: Distribution,
     /// The kernel's version, such as `6.1.0-56-cloud-amd64`.
     pub(crate) kernel_version: String,
     pub(crate) vmlinuz: Vec<u8>,
     pub(crate) modules: Modules,
     pub(crate) busybox: Vec<u8>,
+    /// The commands that this busybox has.
+    pub(crate) applets: BTreeSet<String>,
     /// The packages, for the record.
     pub(crate) packages: Vec<Package>,
 }
@@ -23,29 +33,56 @@ pub(crate) struct Sources {
 impl Sources {
     /// Fetches what `cache` doesn't hold yet.
     pub(crate) fn fetch(cache: &Path) -> anyhow::Result<Self> {
-        let kernel = step("fetching Debian's cloud kernel", || kernel(cache))?;
-        let busybox = step("fetching Debian's static busybox", || {
-            let package = Package::candidate("busybox-static")?;
+        let kernel = step("fetching the kernel", || kernel(cache))?;
+        let busybox = step("fetching busybox", || {
+            let package = Package::candidate(&["busybox-static"])?;
             ensure!(package.architecture == "amd64", "apt offers busybox for {}", package.architecture);
             package.unpack(cache)
         })?;
-        let version = kernel.package.name.trim_start_matches("linux-image-").to_owned();
-        let modules = kernel.root.join("lib/modules").join(&version);
+        let program = find(std::slice::from_ref(&busybox), "bin/busybox")?;
         Ok(Self {
-            vmlinuz: read(&kernel.root.join("boot").join(format!("vmlinuz-{version}")))?,
-            modules: Modules::index(&modules)?,
-            busybox: read(&busybox.root.join("bin/busybox"))?,
-            packages: vec![kernel.package, busybox.package],
-            kernel_version: version,
+            distribution: Distribution::of_host()?,
+            vmlinuz: read(&find(&kernel.parts, &format!("boot/vmlinuz-{}", kernel.version))?)?,
+            modules: Modules::index(&find(&kernel.parts, &format!("lib/modules/{}", kernel.version))?)?,
+            busybox: read(&program)?,
+            applets: applets(&program)?,
+            kernel_version: kernel.version,
+            packages: kernel.parts.into_iter().chain([busybox]).map(|part| part.package).collect(),
         })
     }
 }
 
-fn kernel(cache: &Path) -> anyhow::Result<Unpacked> {
-    let current = Package::candidate("linux-image-cloud-amd64").context(
-        "the guests are made of Debian's cloud kernel; this host's apt archives must have it (Debian 12)",
-    )?;
-    Package::candidate(current.dependency("linux-image-")?)?.unpack(cache)
+/// A kernel's packages: the image, and its modules where they are apart.
+struct Kernel {
+    version: String,
+    parts: Vec<Unpacked>,
+}
+
+fn kernel(cache: &Path) -> anyhow::Result<Kernel> {
+    let current = Package::candidate(&KERNELS)
+        .context("the guests are made of the kernel for virtual machines of Debian 12 or 13, or of Ubuntu")?;
+    let image = Package::candidate(&[current.dependency("linux-image-")?])?;
+    let version = image.name.trim_start_matches("linux-image-").to_owned();
+    // Ubuntu's image depends on its modules, Debian's has them in it.
+    let modules = image.dependency("linux-modules-").ok().map(|name| Package::candidate(&[name]));
+    let packages = std::iter::once(Ok(image)).chain(modules);
+    let parts = packages.map(|package| package?.unpack(cache)).collect::<anyhow::Result<_>>()?;
+    Ok(Kernel { version, parts })
+}
+
+/// The file or directory `path` in one of `packages`: in the root directory or, where the distribution
+/// has moved all into it, in `/usr`.
+fn find(packages: &[Unpacked], path: &str) -> anyhow::Result<PathBuf> {
+    let places =
+        packages.iter().flat_map(|unpacked| ["", "usr"].map(|dir| unpacked.root.join(dir).join(path)));
+    let name = || packages.iter().map(|unpacked| &*unpacked.package.name).collect::<Vec<_>>().join(" and ");
+    places.into_iter().find(|path| path.exists()).with_context(|| format!("there is no {path} in {}", name()))
+}
+
+fn applets(busybox: &Path) -> anyhow::Result<BTreeSet<String>> {
+    let program = busybox.to_str().with_context(|| format!("{} is not UTF-8", busybox.display()))?;
+    let list = process::output(process::command(program).arg("--list"))?;
+    Ok(list.lines().map(str::to_owned).collect())
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {

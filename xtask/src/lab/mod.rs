@@ -33,9 +33,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
-use crate::prerequisites::{self, FAKEROOT, LDD, MKE2FS, QEMU_X86_64, SETPRIV};
+use crate::prerequisites::{self, FAKEROOT, LDD, MKE2FS, QEMU_X86_64, SETPRIV, Tool};
 use crate::{guest, process, workspace};
 use work::WorkDir;
+
+/// What a lab calls, besides what makes the guest artifacts.
+pub(crate) const TOOLS: [Tool; 5] = [QEMU_X86_64, SETPRIV, LDD, FAKEROOT, MKE2FS];
 
 /// Where the guest artifacts lie in the lab.
 const GUEST_DIR: &str = "/lab/guest";
@@ -262,7 +265,7 @@ impl Lab {
         output: impl Write + Send,
         errors: impl Write + Send,
     ) -> anyhow::Result<Ended> {
-        prerequisites::require(&[QEMU_X86_64, SETPRIV, LDD, FAKEROOT, MKE2FS])?;
+        prerequisites::require(&[&TOOLS[..], guest::tools()].concat())?;
         let artifacts = guest::ensure()?;
         if self.guest_artifacts {
             self = self

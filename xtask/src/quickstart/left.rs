@@ -1,5 +1,5 @@
 //! What the quick start leaves behind: nothing of this process's, and in the region's directory what
-//! its images name.
+//! was there before and what its images name.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,12 +11,16 @@ use std::time::{Duration, Instant};
 use ami_core::Image;
 use anyhow::{Context as _, Result, ensure};
 use instance_core::Region;
+use instance_core::machine::Hypervisor;
 use instance_core::testing::FakeHypervisor;
 
 use super::report::Left;
 
 /// How long a thread that was joined may still be seen in `/proc`.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where a region keeps snapshots.
+const SNAPSHOTS: &str = "blocks/snapshots";
 
 /// What this process holds: threads, descriptors, children.
 #[derive(Debug)]
@@ -86,40 +90,74 @@ fn parent(stat: &str) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// That the closed region in `dir` consists of its images: no volume, no instance, no file that no image
-/// names, and nothing that a new owner would clear away.
-pub(crate) fn check_region<'a>(dir: &Path, made: impl Iterator<Item = &'a str>) -> Result<Left> {
-    for empty in ["volumes", "instances"].map(|name| dir.join(name)) {
-        let mut left = fs::read_dir(&empty).with_context(|| format!("cannot list {}", empty.display()))?;
-        ensure!(left.next().is_none(), "something is left in {}", empty.display());
-    }
-    let before = list(dir)?;
-    let region = Region::open(dir, FakeHypervisor::new()).context("cannot open the region again")?;
-    ensure!(region.instances().is_empty(), "the region still has instances");
-    let images = region.images().context("cannot list the images")?;
-    drop(region);
-    for id in made {
-        ensure!(images.iter().any(|image| image.ami().id().to_string() == id), "the image {id} is gone");
-    }
-    let cleared: Vec<_> = before.difference(&list(dir)?).cloned().collect();
-    ensure!(cleared.is_empty(), "files were left that no image names: {cleared:?}");
-    let snapshots: BTreeSet<PathBuf> = images.iter().flat_map(snapshots_of).collect();
-    let stored: BTreeSet<PathBuf> =
-        before.iter().filter(|path| path.starts_with("blocks/snapshots")).cloned().collect();
-    ensure!(stored == snapshots, "the images name {snapshots:?}, the region holds {stored:?}");
+/// What a region holds of others: an earlier run that was interrupted leaves an instance, which is found
+/// stopped, with its volume.
+#[derive(Debug)]
+pub(crate) struct Before {
+    instances: BTreeSet<String>,
+    /// Paths relative to the region's directory.
+    kept: BTreeSet<PathBuf>,
+}
 
-    let mut bytes_on_disk = 0;
-    for path in &before {
-        bytes_on_disk += dir.join(path).metadata().context("a file is gone")?.blocks() * 512;
+impl Before {
+    /// What is in `region`, which was just opened in `dir`.
+    pub(crate) fn of(region: &Region<impl Hypervisor>, dir: &Path) -> Result<Self> {
+        Ok(Self { instances: instances(region), kept: kept(dir)? })
     }
-    Ok(Left { images: images.len(), files: before.len(), bytes_on_disk })
+
+    /// That the closed region in `dir` consists of this and of its images: no further volume, no further
+    /// instance, no file that no image names, and nothing that a new owner would clear away.
+    pub(crate) fn check<'a>(&self, dir: &Path, made: impl Iterator<Item = &'a str>) -> Result<Left> {
+        let (files, kept_now) = (list(dir)?, kept(dir)?);
+        let (snapshots, others): (Vec<_>, Vec<_>) =
+            kept_now.difference(&self.kept).partition(|path| path.starts_with(SNAPSHOTS));
+        ensure!(others.is_empty(), "something is left: {others:?}");
+        let region = Region::open(dir, FakeHypervisor::new()).context("cannot open the region again")?;
+        let instances = instances(&region);
+        let images = region.images().context("cannot list the images")?;
+        drop(region);
+        let further: Vec<_> = instances.difference(&self.instances).collect();
+        ensure!(further.is_empty(), "the region still has the instances {further:?}");
+        for id in made {
+            ensure!(images.iter().any(|image| image.ami().id().to_string() == id), "the image {id} is gone");
+        }
+        let named: BTreeSet<PathBuf> = images.iter().flat_map(snapshots_of).collect();
+        let unnamed: Vec<_> = snapshots.into_iter().filter(|path| !named.contains(*path)).collect();
+        ensure!(unnamed.is_empty(), "snapshots are left that no image names: {unnamed:?}");
+        let lost: Vec<_> = self.kept.union(&named).filter(|path| !kept_now.contains(*path)).collect();
+        ensure!(lost.is_empty(), "the region no longer holds {lost:?}");
+        let cleared: Vec<_> = files.difference(&list(dir)?).cloned().collect();
+        ensure!(cleared.is_empty(), "files were left that nothing needs: {cleared:?}");
+
+        let mut bytes_on_disk = 0;
+        for path in &files {
+            bytes_on_disk += dir.join(path).metadata().context("a file is gone")?.blocks() * 512;
+        }
+        Ok(Left { images: images.len(), files: files.len(), bytes_on_disk })
+    }
+}
+
+fn instances(region: &Region<impl Hypervisor>) -> BTreeSet<String> {
+    region.instances().iter().map(|instance| instance.id().to_string()).collect()
+}
+
+/// The volumes, snapshots and directories of instances in the region's directory.
+fn kept(dir: &Path) -> Result<BTreeSet<PathBuf>> {
+    let mut kept = BTreeSet::new();
+    for part in ["volumes", "instances", SNAPSHOTS].map(Path::new) {
+        let context = || format!("cannot list {}", dir.join(part).display());
+        for entry in fs::read_dir(dir.join(part)).with_context(context)? {
+            kept.insert(part.join(entry.with_context(context)?.file_name()));
+        }
+    }
+    Ok(kept)
 }
 
 /// The files in which the snapshots that an image names begin.
 fn snapshots_of(image: &Image) -> Vec<PathBuf> {
     let mappings = image.ami().manifest().block_device_mappings().iter();
     let digests = mappings.filter_map(|mapping| mapping.as_ebs()?.snapshot());
-    digests.map(|digest| Path::new("blocks/snapshots").join(digest.to_hex())).collect()
+    digests.map(|digest| Path::new(SNAPSHOTS).join(digest.to_hex())).collect()
 }
 
 /// Every file under `dir`, as a path relative to it.
@@ -147,6 +185,11 @@ mod tests {
     use std::os::fd::AsRawFd as _;
     use std::process::{Command, Stdio};
 
+    use ami_core::{Ami, X86_64};
+    use instance_core::testing::tiny_elf;
+    use instance_core::{DirectBoot, ImageSource, LaunchSpec};
+    use storage_block::MemoryDisk;
+
     use super::*;
 
     #[test]
@@ -167,13 +210,16 @@ mod tests {
     #[test]
     fn sees_what_a_region_should_not_hold() {
         let dir = tempfile::tempdir().unwrap();
-        drop(Region::open(dir.path(), FakeHypervisor::new()).unwrap());
-        let check = || check_region(dir.path(), [].into_iter());
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let before = Before::of(&region, dir.path()).unwrap();
+        drop(region);
+        let check = || before.check(dir.path(), [].into_iter());
         assert_eq!(check().unwrap().images, 0);
         for (path, said) in [
-            ("volumes/vol-1", "something is left in"),
-            ("instances/i-1", "something is left in"),
-            ("boot/0123", "no image names"),
+            ("volumes/vol-1", "something is left"),
+            ("instances/i-1", "something is left"),
+            ("blocks/snapshots/0123", "no image names"),
+            ("boot/0123", "nothing needs"),
         ] {
             fs::write(dir.path().join(path), "").unwrap();
             let error = check().unwrap_err().to_string();
@@ -181,7 +227,44 @@ mod tests {
             let _ = fs::remove_file(dir.path().join(path));
             check().unwrap();
         }
-        assert!(check_region(dir.path(), ["ami-1"].into_iter()).is_err());
+        assert!(before.check(dir.path(), ["ami-1"].into_iter()).is_err());
+    }
+
+    #[test]
+    fn takes_what_an_interrupted_run_left_for_granted_and_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let region = open();
+        let empty = Before::of(&region, dir.path()).unwrap();
+        let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+        let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+        let ami = region.register_image(Ami::<X86_64>::builder("web"), source).unwrap();
+        let launch = |region: &Region<FakeHypervisor>| {
+            region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
+        };
+        // Dropped while they run: the next owner finds them stopped.
+        launch(&region);
+        drop(region);
+        let region = open();
+        let before = Before::of(&region, dir.path()).unwrap();
+        drop(region);
+        assert_eq!(before.check(dir.path(), [].into_iter()).unwrap().images, 1);
+        let error = empty.check(dir.path(), [].into_iter()).unwrap_err().to_string();
+        assert!(error.starts_with("something is left"), "{error}");
+
+        let region = open();
+        launch(&region);
+        drop(region);
+        let error = before.check(dir.path(), [].into_iter()).unwrap_err().to_string();
+        assert!(error.starts_with("something is left") && error.matches("vol-").count() == 1, "{error}");
+
+        let region = open();
+        for instance in region.instances() {
+            instance.terminate().unwrap();
+        }
+        drop(region);
+        let error = before.check(dir.path(), [].into_iter()).unwrap_err().to_string();
+        assert!(error.contains("no longer holds"), "{error}");
     }
 
     #[test]

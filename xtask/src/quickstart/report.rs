@@ -152,7 +152,9 @@ impl Report {
 
     pub(crate) fn left(&mut self, left: Left) {
         let Left { images, files, bytes_on_disk } = left;
-        self.say(&format!("    {files} files, {bytes_on_disk} bytes, for {images} images; nothing else"));
+        self.say(&format!(
+            "    {files} files, {bytes_on_disk} bytes, for {images} images; nothing else of this run"
+        ));
         self.results.left = Some(left);
     }
 
