@@ -331,7 +331,7 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
         (
             try_device(BlockDeviceMapping::blank("/dev/sdf", 8).encrypted(true)),
             ErrorKind::Unsupported,
-            "Unsupported",
+            "UnsupportedOperation",
         ),
     ];
     for ((kind, code), expected, expected_code) in table {
