@@ -36,6 +36,16 @@ use crate::{
 ///
 /// The type parameter is the architecture, where it is known when the program is compiled:
 ///
+/// ```
+/// use ami_core::{Ami, X86_64};
+///
+/// fn launch_on_x86(image: &Ami<X86_64>) {}
+///
+/// fn launch(image: &Ami<X86_64>) {
+///     launch_on_x86(image);
+/// }
+/// ```
+///
 /// ```compile_fail,E0308
 /// use ami_core::{Ami, Arm64, X86_64};
 ///

@@ -45,7 +45,19 @@ use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// An image for another architecture than the hypervisor's is refused by the compiler:
+/// An image is launched where the hypervisor is known to run its architecture:
+///
+/// ```
+/// use ami_core::{Ami, X86_64};
+/// use instance_core::machine::{Hypervisor, Runs};
+/// use instance_core::{InstanceType, LaunchSpec, Region};
+///
+/// fn launch<H: Hypervisor + Runs<X86_64>>(region: &Region<H>, ami: &Ami<X86_64>, hardware: InstanceType) {
+///     let _ = region.launch(ami, LaunchSpec::new(hardware));
+/// }
+/// ```
+///
+/// The same with an image for another architecture is refused by the compiler:
 ///
 /// ```compile_fail,E0277
 /// use ami_core::{Ami, Arm64, X86_64};
