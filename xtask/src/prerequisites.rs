@@ -25,6 +25,7 @@ pub(crate) const NBDCOPY: Tool = Tool { program: "nbdcopy", package: "libnbd-bin
 pub(crate) const FIO: Tool = Tool { program: "fio", package: "fio" };
 pub(crate) const LZ4: Tool = Tool { program: "lz4", package: "lz4" };
 pub(crate) const XZ: Tool = Tool { program: "xz", package: "xz-utils" };
+pub(crate) const ZSTD: Tool = Tool { program: "zstd", package: "zstd" };
 pub(crate) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
 pub(crate) const QEMU_IO: Tool = Tool { program: "qemu-io", package: "qemu-utils" };
 pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
