@@ -42,7 +42,7 @@ enum Step {
 const TOOLS: [Tool; 8] = [NBDINFO, NBDCOPY, FIO, QEMU_IMG, QEMU_IO, LZ4, XZ, ZSTD];
 
 /// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
-const LAB_TESTS: [&str; 2] = ["linux", "conformance"];
+const LAB_TESTS: [&str; 3] = ["linux", "conformance", "drops"];
 /// The members of the workspace that are not published.
 const UNPUBLISHED: [&str; 3] = ["ami-benches", "ami-examples", "xtask"];
 /// The minor version of the cargo that packages crates together with what they depend on.

@@ -1,7 +1,7 @@
 //! `cargo xtask lab`: runs a command in a virtual machine that has a true `/dev/kvm`, on any host.
 //!
 //! QEMU emulates a processor with hardware virtualisation, nested paging included, down to the last
-//! instruction; Debian's cloud kernel in it loads its KVM module and offers what a bare-metal host
+//! instruction; the guests' kernel in it loads its KVM module and offers what a bare-metal host
 //! would. What a test of a hypervisor finds there does not depend on the machine the test runs on. With
 //! `--icount` time in the lab is counted in executed instructions, so that measurements repeat on a
 //! busy machine.
