@@ -42,6 +42,7 @@
 //! images, and boot loader features that need a boot loader to run: menus, one-time entries and
 //! GRUB scripts with a kernel inside a condition. Each is a clear error.
 
+mod budget;
 mod decompress;
 mod entry;
 mod error;
