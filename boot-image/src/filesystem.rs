@@ -207,10 +207,11 @@ impl Ext4Read for Guard {
         self.window.read_exact_at(buf, start)?;
         let block_size = self.superblock.block_size;
         let are_blocks = start % block_size == 0 && buf.len() as u64 % block_size == 0;
-        if are_blocks && buf.chunks(block_size as usize).any(Superblock::is_deep_extent_node) {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "an extent tree is too deep").into());
+        let mut blocks = buf.chunks(block_size as usize).filter(|_| are_blocks);
+        match blocks.find_map(Superblock::costly_extent_node) {
+            Some(why) => Err(io::Error::new(io::ErrorKind::Unsupported, why).into()),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
