@@ -6,7 +6,7 @@ use std::rc::Rc;
 use crate::{Error, ErrorKind, Result};
 
 /// What a search may cost in all: a unit is about what it takes to go through a directory of 4 KiB, some
-/// 20 µs where its names are short. An ordinary search takes a few thousand; this many take some seconds.
+/// 20 µs where its names are short. An ordinary search takes some hundreds; this many take some seconds.
 const MAX_WORK: u64 = 100_000;
 
 /// What is left of [`MAX_WORK`]. Clones share it, so that each of the file systems of a disk, which may all lie
