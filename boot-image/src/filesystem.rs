@@ -5,12 +5,12 @@
 //! the superblock first, by resolving paths one name at a time so that the size of each directory
 //! and link is known before it is read, and by looking at blocks as they go by.
 
-use std::cell::Cell;
 use std::error::Error as StdError;
 use std::io;
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
 
+use crate::budget::Budget;
 use crate::superblock::{self, Superblock};
 use crate::window::Window;
 use crate::{Error, ErrorKind, Result};
@@ -20,17 +20,18 @@ const MAX_DIRECTORY: u64 = 1 << 20;
 /// The longest target of a symbolic link, and the most links in a path, as in Linux.
 const MAX_LINK: u64 = 4095;
 const MAX_LINKS: u32 = 40;
-/// How many names all paths together may lead through, a name in a directory counted once for itself and
-/// once for each directory above it: the reader begins at the root each time. An ordinary search takes some
-/// hundreds; this many take a second or so.
-const MAX_WORK: u64 = 100_000;
+/// The longest path, as in Linux; a longer one leads nowhere.
+pub(crate) const MAX_PATH: usize = 4095;
+/// How many bytes of a directory are gone through, and how many of a text are read and parsed, for a unit of
+/// work. A list of all names costs as much as a text.
+const DIRECTORY_PER_UNIT: u64 = 4096;
+const TEXT_PER_UNIT: u64 = 256;
 
 /// An ext4 file system, to be read.
 #[derive(Debug)]
 pub(crate) struct FileSystem {
     ext4: Ext4,
-    /// What is left of [`MAX_WORK`].
-    work_left: Cell<u64>,
+    budget: Budget,
 }
 
 /// What a path leads to.
@@ -40,11 +41,14 @@ struct Found {
     is_directory: bool,
     is_file: bool,
     size: u64,
+    /// What it takes to look up a name in it, if it is a directory. The reader begins at the root each time and
+    /// may go through all of each directory on the way.
+    reach: u64,
 }
 
 impl FileSystem {
     /// Opens the file system in `window`; `None` if what lies there is no ext4.
-    pub(crate) fn open(mut window: Window) -> Result<Option<Self>> {
+    pub(crate) fn open(mut window: Window, budget: &Budget) -> Result<Option<Self>> {
         if window.len() < superblock::OFFSET + superblock::SIZE as u64 {
             return Ok(None);
         }
@@ -57,7 +61,7 @@ impl FileSystem {
         superblock.check_journal(|buf, offset| read(&mut window, buf, offset))?;
         let ext4 = Ext4::load(Box::new(Guard { window, superblock }))
             .map_err(|e| error(e, "the ext4 file system cannot be opened"))?;
-        Ok(Some(Self { ext4, work_left: Cell::new(MAX_WORK) }))
+        Ok(Some(Self { ext4, budget: budget.clone() }))
     }
 
     /// The file system's own id.
@@ -69,14 +73,9 @@ impl FileSystem {
         Ok(self.find(path)?.is_some_and(|found| found.is_directory))
     }
 
-    /// Whether there is a regular file; links are followed.
-    pub(crate) fn is_file(&self, path: &str) -> Result<bool> {
-        Ok(self.find(path)?.is_some_and(|found| found.is_file))
-    }
-
-    /// The path without symbolic links, `.` and `..`, or `None` if it leads nowhere.
-    pub(crate) fn canonical(&self, path: &str) -> Result<Option<String>> {
-        Ok(self.find(path)?.map(|found| found.path))
+    /// Where a path leads without symbolic links, `.` and `..`, if a regular file is there.
+    pub(crate) fn file(&self, path: &str) -> Result<Option<String>> {
+        Ok(self.find(path)?.filter(|found| found.is_file).map(|found| found.path))
     }
 
     /// The bytes of a regular file of at most `limit` bytes, or `None` if there is none.
@@ -95,7 +94,9 @@ impl FileSystem {
 
     /// As [`read`](Self::read), as text; bytes that are no UTF-8 are replaced.
     pub(crate) fn read_text(&self, path: &str, limit: u64) -> Result<Option<String>> {
-        Ok(self.read(path, limit)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+        let Some(bytes) = self.read(path, limit)? else { return Ok(None) };
+        self.budget.spend(1 + bytes.len() as u64 / TEXT_PER_UNIT)?;
+        Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
     }
 
     /// The names in a directory, in no order; none if there is no such directory.
@@ -103,6 +104,7 @@ impl FileSystem {
         let Some(found) = self.find(path)?.filter(|found| found.is_directory) else {
             return Ok(Vec::new());
         };
+        self.budget.spend(found.reach + found.size / TEXT_PER_UNIT)?;
         let failed = |e| error(e, format!("the directory {path} cannot be read"));
         let path = if found.path.is_empty() { "/" } else { found.path.as_str() };
         let mut names = Vec::new();
@@ -117,23 +119,27 @@ impl FileSystem {
 
     /// Follows a path from the root, one name at a time.
     fn find(&self, path: &str) -> Result<Option<Found>> {
-        let mut found = self.look_at("")?;
+        if path.len() > MAX_PATH {
+            return Ok(None);
+        }
+        // What lies on the way, from the root on.
+        let mut way = vec![self.look_at("", 0)?];
         let mut rest: Vec<String> = path.rsplit('/').map(str::to_owned).collect();
         let mut links = 0;
-        while let Some(name) = rest.pop() {
-            self.work(&found.path)?;
-            let parent = match name.as_str() {
+        while let (Some(name), Some(parent)) = (rest.pop(), way.last()) {
+            self.budget.spend(1)?;
+            match name.as_str() {
                 "" | "." => continue,
                 ".." => {
-                    let parent = found.path.rfind('/').unwrap_or(0);
-                    found = self.look_at(&found.path[..parent])?;
+                    way.truncate((way.len() - 1).max(1));
                     continue;
                 }
-                _ if !found.is_directory => return Ok(None),
-                _ => found.path.clone(),
-            };
-            let path = format!("{parent}/{name}");
+                _ if !parent.is_directory => return Ok(None),
+                _ => {}
+            }
+            let path = format!("{}/{name}", parent.path);
             let cannot = |e| error(e, format!("{path} cannot be looked up"));
+            self.budget.spend(parent.reach)?;
             match self.ext4.symlink_metadata(path.as_str()) {
                 Err(Ext4Error::NotFound | Ext4Error::MalformedPath | Ext4Error::PathTooLong) => {
                     return Ok(None);
@@ -147,30 +153,23 @@ impl FileSystem {
                             format!("{path} is too long a link, or one too many"),
                         ));
                     }
+                    self.budget.spend(parent.reach)?;
                     let target = self.ext4.read_link(path.as_str()).map_err(cannot)?;
                     let Ok(target) = target.to_str() else { return Ok(None) };
                     if target.starts_with('/') {
-                        found = self.look_at("")?;
+                        way.truncate(1);
                     }
                     rest.extend(target.rsplit('/').map(str::to_owned));
                 }
-                Ok(_) => found = self.look_at(&path)?,
+                Ok(_) => way.push(self.look_at(&path, parent.reach)?),
             }
         }
-        Ok(Some(found))
+        Ok(way.pop())
     }
 
-    /// Counts one more name that a path leads through, below the directory `parent`.
-    fn work(&self, parent: &str) -> Result<()> {
-        let depth = parent.bytes().filter(|byte| *byte == b'/').count() as u64;
-        let left = self.work_left.get().checked_sub(1 + depth);
-        self.work_left.set(left.unwrap_or(0));
-        let too_much = "the paths of what is to be booted lead through too many directories and links";
-        left.map(drop).ok_or_else(|| Error::new(ErrorKind::TooLarge, too_much))
-    }
-
-    /// What lies at a path without links, whose parent has been looked at.
-    fn look_at(&self, path: &str) -> Result<Found> {
+    /// What lies at a path without links, whose parent has been looked at and takes `reach` to look into.
+    fn look_at(&self, path: &str, reach: u64) -> Result<Found> {
+        self.budget.spend(reach)?;
         let shown = if path.is_empty() { "/" } else { path };
         let metadata = self
             .ext4
@@ -187,7 +186,9 @@ impl FileSystem {
             ));
         }
         let is_file = metadata.file_type().is_regular_file();
-        Ok(Found { path: path.to_owned(), is_directory, is_file, size: metadata.len() })
+        let size = metadata.len();
+        let reach = reach + 1 + size / DIRECTORY_PER_UNIT;
+        Ok(Found { path: path.to_owned(), is_directory, is_file, size, reach })
     }
 }
 
@@ -206,10 +207,11 @@ impl Ext4Read for Guard {
         self.window.read_exact_at(buf, start)?;
         let block_size = self.superblock.block_size;
         let are_blocks = start % block_size == 0 && buf.len() as u64 % block_size == 0;
-        if are_blocks && buf.chunks(block_size as usize).any(Superblock::is_deep_extent_node) {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "an extent tree is too deep").into());
+        let mut blocks = buf.chunks(block_size as usize).filter(|_| are_blocks);
+        match blocks.find_map(Superblock::costly_extent_node) {
+            Some(why) => Err(io::Error::new(io::ErrorKind::Unsupported, why).into()),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

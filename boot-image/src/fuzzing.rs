@@ -51,7 +51,7 @@ pub fn superblock(bytes: &[u8]) {
             .for_each(|(to, from)| *to = *from);
         Ok(())
     });
-    Superblock::is_deep_extent_node(rest);
+    Superblock::costly_extent_node(rest);
 }
 
 /// A configuration of GRUB. What it is made to say, whatever the words, is what is read.

@@ -3,6 +3,8 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use crate::filesystem::MAX_PATH;
+use crate::search::MAX_INITRDS;
 use crate::version;
 
 /// One `loader/entries/*.conf` file.
@@ -38,9 +40,16 @@ impl LoaderEntry {
                 "sort-key" => entry.sort_key = Some(value.to_owned()),
                 "machine-id" => entry.machine_id = Some(value.to_owned()),
                 "linux" => entry.linux = value.to_owned(),
-                // The specification has one file per line; GRUB's entries name several in a line.
-                "initrd" if entry.initrds.len() <= MAX_INITRDS => {
-                    entry.initrds.extend(expand(value, environment).split_whitespace().map(str::to_owned))
+                // The specification has one file per line; GRUB's entries name several in a line. Of too many,
+                // one is kept: it shows that they are.
+                "initrd" => {
+                    let room = (MAX_INITRDS + 1).saturating_sub(entry.initrds.len());
+                    if room > 0 {
+                        let line = expand(value, environment);
+                        // What is left of a path that is too long is one still.
+                        let path = |word: &str| word.chars().take(MAX_PATH + 1).collect();
+                        entry.initrds.extend(line.split_whitespace().take(room).map(path));
+                    }
                 }
                 "options" if options.len() <= MAX_EXPANDED => {
                     for word in expand(value, environment).split_whitespace() {
@@ -84,8 +93,6 @@ fn split_counter(name: &str) -> (&str, bool) {
     }
 }
 
-/// How many initial RAM disks are looked at; a line adds to them while there are no more.
-const MAX_INITRDS: usize = 64;
 /// How much a line may become with its variables: far more than a command line may have, so that what is left
 /// out of a longer one changes nothing, and far less than a file of variables could make of it.
 const MAX_EXPANDED: usize = 128 << 10;
@@ -167,6 +174,17 @@ mod tests {
             let text = format!("linux /k\noptions {}", format!("$a{separator}").repeat(10_000));
             let entry = LoaderEntry::parse("e.conf", &text, &environment).unwrap();
             assert!((64 << 10..1 << 20).contains(&entry.options.len()), "{}", entry.options.len());
+        }
+    }
+
+    #[test]
+    fn of_too_many_initrds_one_is_kept() {
+        for separator in [" ", "\ninitrd "] {
+            for (names, kept) in [(1, 1), (MAX_INITRDS, MAX_INITRDS), (1000, MAX_INITRDS + 1)] {
+                let text = format!("linux /k\ninitrd {}/a", format!("/a{separator}").repeat(names - 1));
+                let entry = LoaderEntry::parse("e.conf", &text, &environment()).unwrap();
+                assert_eq!(entry.initrds.len(), kept, "{names} with {separator:?}");
+            }
         }
     }
 

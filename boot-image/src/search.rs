@@ -5,6 +5,7 @@ use std::io;
 
 use storage_block::Disk;
 
+use crate::budget::Budget;
 use crate::filesystem::FileSystem;
 use crate::loader_entry::LoaderEntry;
 use crate::partition::{self, Layout, Place};
@@ -16,6 +17,8 @@ const MAX_GRUB_CONFIG: u64 = 1 << 20;
 /// GRUB's environment block is 1 KiB.
 const MAX_GRUB_ENVIRONMENT: u64 = 4 << 10;
 const MAX_LOADER_ENTRIES: usize = 256;
+/// How many initial RAM disks an entry may name.
+pub(crate) const MAX_INITRDS: usize = 64;
 
 /// Where `/boot` may be, seen from the root of a file system: a directory of the root file system,
 /// or the root of a file system of its own.
@@ -85,9 +88,10 @@ impl Search {
         if places.is_empty() {
             return Err(Error::new(ErrorKind::NoPartition, "the GUID partition table of the disk is empty"));
         }
+        let budget = Budget::new();
         let mut search = Self { found: Vec::new(), notes: Vec::new(), failure: None };
         for place in places {
-            match FileSystem::open(place.open(disk)) {
+            match FileSystem::open(place.open(disk), &budget) {
                 Ok(Some(fs)) => search.found.push((place, fs)),
                 Ok(None) => {
                     if let Some(kind) = foreign_file_system(place.open(disk)).map_err(cannot_read)? {
@@ -227,10 +231,7 @@ impl Search {
         let links = ["/vmlinuz".to_owned(), format!("{boot}/vmlinuz")];
         let candidates = links.into_iter().chain(names.into_iter().map(|name| format!("{boot}/{name}")));
         for candidate in candidates {
-            let Some(kernel_path) = fs.canonical(&candidate)? else { continue };
-            if !fs.is_file(&kernel_path)? {
-                continue;
-            }
+            let Some(kernel_path) = fs.file(&candidate)? else { continue };
             let initrd_paths: Vec<String> = self.initrd_for(index, &kernel_path)?.into_iter().collect();
             let command_line = self.default_command_line(index, !initrd_paths.is_empty())?;
             return Ok(Some(Choice {
@@ -255,9 +256,8 @@ impl Search {
             None => vec!["initrd.img".to_owned(), "initrd".to_owned()],
         };
         for name in names {
-            let path = format!("{directory}/{name}");
-            if fs.is_file(&path)? {
-                return fs.canonical(&path);
+            if let Some(path) = fs.file(&format!("{directory}/{name}"))? {
+                return Ok(Some(path));
             }
         }
         Ok(None)
@@ -291,13 +291,17 @@ impl Search {
         linux: &str,
         initrds: &[String],
     ) -> Result<Option<(String, Vec<String>)>> {
+        if initrds.len() > MAX_INITRDS {
+            let what = format!("{entry} names more than {MAX_INITRDS} initial RAM disks");
+            return Err(Error::new(ErrorKind::TooLarge, what));
+        }
         let fs = &self.found[index].1;
         let mut paths = Vec::new();
         for named in std::iter::once(linux).chain(initrds.iter().map(String::as_str)) {
             let mut path = None;
             for candidate in [named.to_owned(), format!("{boot}/{named}")] {
-                if fs.is_file(&candidate)? {
-                    path = fs.canonical(&candidate)?;
+                path = fs.file(&candidate)?;
+                if path.is_some() {
                     break;
                 }
             }

@@ -115,16 +115,28 @@ impl Superblock {
         Ok(u64::from(u32_at(&inode, 0x6c)) << 32 | u64::from(u32_at(&inode, 0x4)))
     }
 
-    /// Whether a block would make the reader walk an extent tree of more than two levels below its
-    /// root. The children of a node need not differ, so each level multiplies the time by the
-    /// entries of a block; no file that this crate reads needs a third level.
-    pub(crate) fn is_deep_extent_node(block: &[u8]) -> bool {
+    /// What in a block would make the reader walk an extent tree for long, if the block is a node of one.
+    ///
+    /// A node of more than two levels below the root: the children of a node need not differ, so each level
+    /// multiplies the time by the entries of a block; no file that this crate reads needs a third level. A
+    /// leaf without extents, or with one that has no blocks: of these any number may be walked before the file
+    /// is as long as it says. ext4 has none.
+    pub(crate) fn costly_extent_node(block: &[u8]) -> Option<&'static str> {
         if block.len() < 12 || u16_at(block, 0) != 0xf30a {
-            return false;
+            return None;
         }
         let (entries, max, depth) = (u16_at(block, 2), u16_at(block, 4), u16_at(block, 6));
-        let fits = entries <= max && (usize::from(max) + 1) * 12 <= block.len();
-        fits && (2..=5).contains(&depth)
+        if entries > max || (usize::from(max) + 1) * 12 > block.len() {
+            return None;
+        }
+        let mut extents = block[12..].chunks_exact(12).take(entries.into());
+        match depth {
+            0 if entries == 0 || extents.any(|extent| u16_at(extent, 4) == 0) => {
+                Some("an extent tree has a leaf with nothing in it")
+            }
+            2..=5 => Some("an extent tree is too deep"),
+            _ => None,
+        }
     }
 }
 

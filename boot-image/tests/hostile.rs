@@ -143,18 +143,22 @@ fn partition_tables_that_lie() {
         let mut bytes = bytes.clone();
         let at = offset + if in_entry { 1024 } else { 512 };
         bytes[at..at + value.len()].copy_from_slice(value);
-        // Right checksums, so that what lies behind them is believed; no backup to fall back to.
-        let count = u32::from_le_bytes(bytes[592..596].try_into().unwrap()).min(128) as usize;
-        let table = crc32(&bytes[1024..1024 + count * 128]);
-        bytes[600..604].copy_from_slice(&table.to_le_bytes());
-        bytes[528..532].fill(0);
-        let header = crc32(&bytes[512..604]);
-        bytes[528..532].copy_from_slice(&header.to_le_bytes());
-        let end = bytes.len();
-        bytes[end - 512..].fill(0);
+        believe_table(&mut bytes);
         let found = BootEntry::find(&disk(bytes)).map(|_| ()).map_err(|e| e.kind());
         assert_eq!(found, kind.map_or(Ok(()), Err), "{value:x?} at {offset}, in an entry: {in_entry}");
     }
+}
+
+/// Right checksums, so that what lies behind them is believed; no backup to fall back to.
+fn believe_table(bytes: &mut [u8]) {
+    let count = u32::from_le_bytes(bytes[592..596].try_into().unwrap()).min(128) as usize;
+    let table = crc32(&bytes[1024..1024 + count * 128]);
+    bytes[600..604].copy_from_slice(&table.to_le_bytes());
+    bytes[528..532].fill(0);
+    let header = crc32(&bytes[512..604]);
+    bytes[528..532].copy_from_slice(&header.to_le_bytes());
+    let end = bytes.len();
+    bytes[end - 512..].fill(0);
 }
 
 fn crc32(bytes: &[u8]) -> u32 {
@@ -216,7 +220,8 @@ impl Ext4 {
 
     fn check(&self, what: &str, kind: ErrorKind, text: &str) {
         let start = Instant::now();
-        let error = BootEntry::find(&disk(self.bytes.clone())).expect_err(what);
+        let error =
+            BootEntry::find(&disk(self.bytes.clone())).map(|found| found.kernel_path).expect_err(what);
         assert!(start.elapsed() < LONG, "{what} took {:?}", start.elapsed());
         assert_eq!(error.kind(), kind, "{what}: {error}: {error:?}");
         assert!(format!("{error} {error:?}").contains(text), "{what}: {error}: {error:?}");
@@ -295,6 +300,40 @@ fn extent_trees_that_branch() {
     }
 }
 
+/// A directory with a block of names behind many leaves that have none, all of which are gone through for each
+/// name that is looked up.
+#[test]
+fn leaves_with_nothing_in_them() {
+    if !have("mke2fs") {
+        return;
+    }
+    let kernel = elf(62, 1);
+    let fs = Ext4::new(&[("boot/vmlinuz-6", &kernel)], &["-b", "4096"]);
+    let inode = fs.inode("/boot");
+    let names = fs.debugfs("blocks /boot").split_whitespace().next().unwrap().parse().unwrap();
+    let last = fs.bytes.len() / 4096 - 1;
+    let mut one_block = [0; 12];
+    one_block[4] = 1;
+    one_block[8..].copy_from_slice(&u32::to_le_bytes(names));
+    for in_leaf in [340, 0, 1] {
+        let mut fs = Ext4 { bytes: fs.bytes.clone(), file: tempfile::NamedTempFile::new().unwrap() };
+        // The root's last child leads to the names, the others to what has none.
+        fs.set_extents(inode + 0x28, 2, 4, child(last));
+        fs.set(inode + 0x28 + 48, &child(last - 2));
+        fs.set_extents(last * 4096, 1, 340, child(last - 1));
+        fs.set_extents((last - 2) * 4096, 1, 1, child(last - 3));
+        fs.set_extents((last - 3) * 4096, 0, 1, one_block);
+        let extent = if in_leaf == 1 { one_block } else { [0; 12] };
+        fs.set_extents((last - 1) * 4096, 0, in_leaf, extent);
+        fs.set((last - 1) * 4096 + 4, &340u16.to_le_bytes());
+        if in_leaf == 1 {
+            answered(&disk(fs.bytes), || "one block in each leaf".to_owned());
+        } else {
+            fs.check(&format!("{in_leaf} extents"), ErrorKind::Unsupported, "a leaf with nothing in it");
+        }
+    }
+}
+
 #[test]
 fn hash_trees_that_lie() {
     if !have("mke2fs") || !have("e2fsck") {
@@ -360,32 +399,97 @@ fn journals_that_lie() {
     }
 }
 
-/// Links that lead to one another by the longest ways, named by many entries of a configuration.
+/// Links that lead to one another by the longest ways.
+fn long_links() -> Vec<(String, Vec<u8>)> {
+    const LINKS: usize = 38;
+    let link = |n| {
+        let end = if n + 1 == LINKS { "vmlinuz-6".to_owned() } else { format!("link{}", n + 1) };
+        let way = "d/../".repeat((4000 - end.len()) / 5);
+        (format!("boot/link{n}"), format!("-> {way}{end}").into_bytes())
+    };
+    (0..LINKS).map(link).collect()
+}
+
+/// An ext4 file system with a kernel, `boot/d`, and these files.
+fn slow(more: &[(String, Vec<u8>)], megabytes: usize) -> Vec<u8> {
+    let kernel = elf(62, 1);
+    let mut files: Vec<(&str, &[u8])> = vec![("boot/vmlinuz-6", &kernel[..5000]), ("boot/d/x", b"x")];
+    files.extend(more.iter().map(|(path, content)| (path.as_str(), content.as_slice())));
+    ext4(&files, megabytes * MIB, &["-b", "4096", "-N", "8192", "-O", "^dir_index"])
+}
+
+/// Refused as too much, soon, and with these words.
+fn too_much(disk: &[u8], what: &str, says: &str) {
+    let start = Instant::now();
+    let refused = BootEntry::find(&common::disk(disk.to_vec())).expect_err(what);
+    let took = start.elapsed();
+    assert_eq!(refused.kind(), ErrorKind::TooLarge, "{what}: {refused}");
+    assert!(refused.to_string().contains(says), "{what}: {refused}");
+    println!("{what}: {took:?}");
+    assert!(took < LONG / 2, "{what} took {took:?}");
+}
+
+const TOO_MUCH_WORK: &str = "too many or too large";
+
+/// Configurations that name the same slow path many times, in a line, in many lines and in many files.
 #[test]
 fn paths_that_only_cost_time() {
     if !have("mke2fs") {
         return;
     }
-    const LINKS: usize = 38;
-    let kernel = elf(62, 1);
-    let links: Vec<(String, Vec<u8>)> = (0..LINKS)
-        .map(|n| {
-            let end = if n + 1 == LINKS { "vmlinuz-6".to_owned() } else { format!("link{}", n + 1) };
-            let way = "d/../".repeat((4000 - end.len()) / 5);
-            (format!("boot/link{n}"), format!("-> {way}{end}").into_bytes())
-        })
-        .collect();
-    let names = "/boot/link0 ".repeat(150);
-    let loader = format!("linux /boot/vmlinuz-6\ninitrd {names}\n");
-    let grub = format!("menuentry x {{ linux /boot/vmlinuz-6\ninitrd {names}\n}}");
-    for (path, text) in [("boot/loader/entries/x.conf", loader), ("boot/grub/grub.cfg", grub)] {
-        let mut files: Vec<(&str, &[u8])> =
-            vec![("boot/vmlinuz-6", &kernel[..5000]), ("boot/d/x", b"x"), (path, text.as_bytes())];
-        files.extend(links.iter().map(|(path, target)| (path.as_str(), target.as_slice())));
-        let disk = disk(gpt(&[(types::LINUX_FS, &ext4(&files, 16 * MIB, &["-b", "4096"]))]).0);
-        let start = Instant::now();
-        let refused = BootEntry::find(&disk).unwrap_err();
-        assert_eq!(refused.kind(), ErrorKind::TooLarge, "{refused}");
-        assert!(start.elapsed() < LONG / 2, "{path} took {:?}", start.elapsed());
+    let names = |count: usize, before: &str| format!("{before}/boot/link0").repeat(count);
+    let loader = |count, before| format!("linux /boot/vmlinuz-6\ninitrd {}\n", names(count, before));
+    let grub = |count| format!("menuentry x {{ linux /boot/vmlinuz-6\ninitrd {}\n}}", names(count, " "));
+    let (entry, config) = ("boot/loader/entries/x.conf", "boot/grub/grub.cfg");
+    for (path, text, says) in [
+        (entry, loader(5000, " "), "more than 64"),
+        (entry, loader(2000, "\ninitrd "), "more than 64"),
+        (config, grub(5000), "more than 64"),
+        (entry, loader(64, " "), TOO_MUCH_WORK),
+        (config, grub(64), TOO_MUCH_WORK),
+    ] {
+        let mut files = long_links();
+        files.push((path.to_owned(), text.into_bytes()));
+        let (disk, _) = gpt(&[(types::LINUX_FS, &slow(&files, 16))]);
+        too_much(&disk, &format!("{path} of {} bytes", files.last().unwrap().1.len()), says);
     }
+    // Each of them names the path once and then a file that is not there.
+    let mut files = long_links();
+    let text = b"linux /boot/link0\ninitrd /gone";
+    files.extend((0..256).map(|n| (format!("boot/loader/entries/{n}.conf"), text.to_vec())));
+    too_much(&gpt(&[(types::LINUX_FS, &slow(&files, 16))]).0, "256 entries", TOO_MUCH_WORK);
+}
+
+/// A directory that is gone through for each name on a path through it.
+#[test]
+fn directories_that_only_cost_time() {
+    if !have("mke2fs") {
+        return;
+    }
+    // What the links lead through lies behind all of these.
+    let mut files: Vec<(String, Vec<u8>)> =
+        (0..3800).map(|n| (format!("boot/{n:0>250}"), Vec::new())).collect();
+    files.extend(long_links());
+    let text = b"linux /boot/link0\ninitrd /gone".to_vec();
+    files.push(("boot/loader/entries/x.conf".to_owned(), text));
+    too_much(&gpt(&[(types::LINUX_FS, &slow(&files, 32))]).0, "a directory of 1 MiB", TOO_MUCH_WORK);
+}
+
+/// Partitions that all are the same file system, whose configurations name no kernel.
+#[test]
+fn partitions_that_only_cost_time() {
+    if !have("mke2fs") {
+        return;
+    }
+    let text = format!("title x\n{}", "options a\n".repeat(6000)).into_bytes();
+    let files: Vec<(String, Vec<u8>)> =
+        (0..200).map(|n| (format!("boot/loader/entries/{n}.conf"), text.clone())).collect();
+    let (mut disk, _) = gpt(&[(types::LINUX_FS, &slow(&files, 32))]);
+    let entry: Vec<u8> = disk[1024..1024 + 128].to_vec();
+    for n in 1..128 {
+        disk[1024 + n * 128..][..128].copy_from_slice(&entry);
+        disk[1024 + n * 128 + 16] = n as u8;
+    }
+    believe_table(&mut disk);
+    too_much(&disk, "128 partitions", TOO_MUCH_WORK);
 }

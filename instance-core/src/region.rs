@@ -59,7 +59,7 @@ use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 ///
 /// The same with an image for another architecture is refused by the compiler:
 ///
-/// ```compile_fail,E0277
+/// ```compile_fail,E0308
 /// use ami_core::{Ami, Arm64, X86_64};
 /// use instance_core::machine::{Hypervisor, Runs};
 /// use instance_core::{InstanceType, LaunchSpec, Region};

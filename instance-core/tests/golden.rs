@@ -1,0 +1,224 @@
+//! A region that an earlier version made must open for ever: `docs/region-format.md` says what is in it.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use ami_core::{Ami, BlockDeviceMapping, Digest, OperatingSystem, Software, X86_64};
+use common::{TestRegion, everything, files, open};
+use instance_core::testing::{FakeHypervisor, tiny_elf};
+use instance_core::{
+    DirectBoot, ImageSource, Instance, InstanceState, LaunchSpec, RegionOptions, ShutdownBehavior,
+};
+use redb::{ReadableTable, TableDefinition, TableHandle};
+use serde_json::Value;
+use storage_block::{MemoryDisk, RawFile};
+
+const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda1";
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1")
+}
+
+/// Makes a region with a record of every kind: images of a disk and of an instance, one that was deregistered,
+/// instances that are stopped, and their volumes.
+fn make(dir: &Path) {
+    let options =
+        RegionOptions::new().name("eu-central-1".parse().unwrap()).account("123456789012".parse().unwrap());
+    let region = options.open(dir, FakeHypervisor::new()).unwrap();
+    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    disk.write_at(b"class", 0).unwrap();
+    let register = |name: &str| {
+        let boot = DirectBoot::new(tiny_elf(), Some(b"initrd".to_vec()), COMMAND_LINE);
+        let builder = Ami::<X86_64>::builder(name)
+            .operating_system(OperatingSystem::linux("debian", "12"))
+            .software(Software::new("nginx", "1.22.1-9"))
+            .block_device(BlockDeviceMapping::blank("/dev/sdf", 1).delete_on_termination(false));
+        region.register_image(builder, ImageSource::new(&disk).boot(boot)).unwrap()
+    };
+    let launch = |ami: &Ami<X86_64>, name: &str| {
+        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).tag("Name", name);
+        region.launch(ami, spec.shutdown_behavior(ShutdownBehavior::Terminate)).unwrap()
+    };
+    let (web, former) = (register("web"), register("former"));
+    let instance = launch(&web, "object");
+    ask(&instance, "write 0 0 object", "wrote");
+    ask(&instance, "write 1 0 data", "wrote");
+    instance.stop(Duration::ZERO).unwrap();
+    instance.create_image("web-2").unwrap();
+    launch(&former, "orphan").stop(Duration::ZERO).unwrap();
+    region.deregister_image(former.id()).unwrap();
+}
+
+/// Tells the guest something and waits for the answer.
+fn ask(instance: &Instance, line: &str, answer: &str) {
+    let soon = Instant::now() + Duration::from_secs(10);
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
+    reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
+}
+
+/// Takes out what is empty: what the state store has in reserve, and the holes at the ends of the volumes, which
+/// are put back when these are opened.
+fn make_small(dir: &Path) {
+    redb::Database::open(dir.join("region.db")).unwrap().compact().unwrap();
+    for volume in fs::read_dir(dir.join("volumes")).unwrap() {
+        let path = volume.unwrap().path().join("overlay");
+        let disk = RawFile::open(&path, true).unwrap().into_disk();
+        let (mut end, mut at) = (0, 0);
+        while let Some(data) = disk.next_data(at).unwrap() {
+            (end, at) = (data.end, data.end);
+        }
+        drop(disk);
+        File::options().write(true).open(&path).unwrap().set_len(end).unwrap();
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &to),
+            false => drop(fs::copy(entry.path(), to).unwrap()),
+        }
+    }
+}
+
+/// A copy of the golden region.
+fn old_region() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("region");
+    copy(&golden(), &path);
+    (dir, path)
+}
+
+/// Not a test: writes the golden region, once for each version of the format.
+#[test]
+#[ignore = "writes the golden region of a new version of the format"]
+fn write() {
+    assert!(!golden().exists(), "what was written once stays as it is");
+    make(&golden());
+    make_small(&golden());
+}
+
+/// The records of a closed region, read as the document says, by table and key.
+fn records(dir: &Path) -> BTreeMap<String, BTreeMap<String, Value>> {
+    let database = redb::Database::open(dir.join("region.db")).unwrap();
+    let transaction = database.begin_read().unwrap();
+    let names: Vec<String> = transaction.list_tables().unwrap().map(|t| t.name().to_owned()).collect();
+    let read = |name: &String| {
+        let table = transaction.open_table(TableDefinition::<&str, &[u8]>::new(name)).unwrap();
+        let record = |entry: Result<(redb::AccessGuard<'_, &str>, redb::AccessGuard<'_, &[u8]>), _>| {
+            let (key, value) = entry.unwrap();
+            let (digest, json) = value.value().split_at(32);
+            let covered = [name.as_bytes(), b"\0", key.value().as_bytes(), b"\0", json].concat();
+            assert_eq!(digest, Digest::of(&covered).as_bytes(), "{name} {}", key.value());
+            (key.value().to_owned(), serde_json::from_slice(json).unwrap())
+        };
+        table.iter().unwrap().map(record).collect()
+    };
+    names.iter().map(|name| (name.clone(), read(name))).collect()
+}
+
+/// The names of all fields of the records, with the tables that they are in.
+fn fields(records: &BTreeMap<String, BTreeMap<String, Value>>) -> BTreeSet<String> {
+    fn collect(path: &str, value: &Value, into: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(object) => {
+                // What tags are called is up to the user.
+                let names = object.iter().filter(|_| !path.ends_with(".tags"));
+                names.for_each(|(name, value)| collect(&format!("{path}.{name}"), value, into));
+            }
+            Value::Array(array) => array.iter().for_each(|value| collect(path, value, into)),
+            _ => {}
+        }
+        into.insert(path.to_owned());
+    }
+    let mut into = BTreeSet::new();
+    records.iter().for_each(|(table, all)| all.values().for_each(|r| collect(table, r, &mut into)));
+    into
+}
+
+fn by_name(region: &TestRegion, name: &str) -> Instance {
+    region.instances().into_iter().find(|i| i.describe().tags.get("Name").is_some_and(|n| n == name)).unwrap()
+}
+
+#[test]
+fn an_old_region_opens_and_its_instances_start() {
+    let (_dir, path) = old_region();
+    let region = open(&path);
+    assert_eq!(
+        (region.name().as_str(), region.account().to_string()),
+        ("eu-central-1", "123456789012".into())
+    );
+    let images = region.images().unwrap();
+    let mut names: Vec<&str> = images.iter().map(|image| image.ami().name()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["web", "web-2"]);
+    let image = |name: &str| images.iter().find(|image| image.ami().name() == name).unwrap().ami();
+    assert_eq!(image("web-2").manifest().parent(), Some(&image("web").digest()));
+
+    let instance = by_name(&region, "object");
+    let described = instance.describe();
+    assert_eq!((described.state, described.image_id), (InstanceState::Stopped, image("web").id()));
+    assert_eq!(described.instance_type.name(), "t2.nano");
+    assert_eq!(described.shutdown_behavior, ShutdownBehavior::Terminate);
+    assert_eq!(described.state_reason.unwrap().code, "Client.UserInitiatedShutdown");
+    let devices: Vec<(&str, bool)> =
+        described.attachments.iter().map(|a| (a.device_name.as_str(), a.delete_on_termination)).collect();
+    assert_eq!(devices, [("/dev/xvda", true), ("/dev/sdf", false)]);
+    instance.start().unwrap();
+    ask(&instance, "read 0 0", "data object");
+    ask(&instance, "read 1 0", "data data");
+
+    // Its image has the bytes that it had, and the one that is gone is known for what it was.
+    for (name, bytes) in [("web", "data class"), ("web-2", "data object")] {
+        let new = region.launch(image(name), LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
+        ask(&new, "read 0 0", bytes);
+        new.terminate().unwrap();
+    }
+    let orphan = by_name(&region, "orphan");
+    orphan.start().unwrap();
+    let made = orphan.create_image("orphan").unwrap();
+    assert_eq!(made.ami.manifest().software().len(), 1);
+}
+
+#[test]
+fn opening_an_old_region_changes_nothing() {
+    let (_dir, path) = old_region();
+    let before = records(&path);
+    let kept: BTreeMap<_, _> =
+        files(&path).into_iter().filter(|(name, _)| name.starts_with("boot/")).collect();
+    assert_eq!(kept.len(), 2, "a kernel and an initial RAM disk");
+    for name in kept.keys() {
+        let content = fs::read(path.join(name)).unwrap();
+        assert_eq!(name.strip_prefix("boot/").unwrap(), Digest::of(&content).to_hex());
+    }
+    let first = everything(&open(&path), &path);
+    assert_eq!(everything(&open(&path), &path), first);
+    assert!(kept.keys().all(|name| first.contains_key(name)));
+    assert_eq!(records(&path), before);
+}
+
+/// A field that is renamed or added is a change of the format: to be described, with a golden region of its own.
+#[test]
+fn a_new_region_has_the_same_records_as_an_old_one() {
+    let (_dir, old) = old_region();
+    let new = old.with_file_name("new");
+    make(&new);
+    let (old, new) = (records(&old), records(&new));
+    assert_eq!(fields(&new), fields(&old));
+    assert_eq!(new["region"], old["region"]);
+    let count = |records: &BTreeMap<String, BTreeMap<String, Value>>| -> Vec<(String, usize)> {
+        records.iter().map(|(table, all)| (table.clone(), all.len())).collect()
+    };
+    let tables = [("former-images", 1), ("images", 2), ("instances", 2), ("region", 1), ("volumes", 4)];
+    assert_eq!(count(&old), tables.map(|(table, n)| (table.to_owned(), n)));
+    assert_eq!(count(&new), count(&old));
+}
