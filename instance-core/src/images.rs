@@ -7,6 +7,7 @@ use ami_core::{Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, D
 use storage_block::{Disk, Progress, Snapshot, SnapshotStats};
 
 use crate::boot_cache::{BootPlan, Found};
+use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::lifecycle::no_root_volume;
 use crate::machine::MachineState;
@@ -292,7 +293,7 @@ impl Inner {
     /// Removes what an image that failed has left; the error that made it fail is the one to tell.
     fn discard_half_made(&self) {
         if let Err(e) = self.collect_garbage() {
-            tracing::warn!(error = %e, "cannot remove what a failed image left");
+            tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
         }
     }
 

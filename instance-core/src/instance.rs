@@ -9,6 +9,7 @@ use ami_core::{AnyAmi, InstanceId};
 use storage_block::Volume;
 
 use crate::console::Console;
+use crate::error::chain;
 use crate::images::CreatedImage;
 use crate::machine::Machine;
 use crate::record::{InstanceDescription, InstanceRecord};
@@ -232,7 +233,7 @@ impl Cell {
     pub(crate) fn release(&self) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = live.end_machine() {
-            tracing::error!(instance = %self.id, error = %e, "what an instance had written is lost");
+            tracing::error!(instance = %self.id, error = chain(&e), "what an instance had written is lost");
         }
         live.volumes.clear();
     }

@@ -185,7 +185,7 @@ impl Inner {
         // It may have got as far as to say so.
         live.record.launched = false;
         if let Err(e) = self.forget(&live.record) {
-            tracing::error!(instance = %cell.id, error = %e, "a failed launch left something behind");
+            tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
         }
         let mut gone = live.record.description.clone();
         gone.state = InstanceState::Terminated;

@@ -158,7 +158,7 @@ impl Inner {
             return;
         };
         if let Err(e) = self.follow(&cell, &mut live, &cause) {
-            tracing::error!(instance = %id, %cause, error = %e, "cannot follow a machine's end");
+            tracing::error!(instance = %id, %cause, error = chain(&e), "cannot follow a machine's end");
         }
     }
 
@@ -184,11 +184,11 @@ impl Inner {
 
     fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
         if let Err(e) = live.end_machine() {
-            tracing::error!(instance = %cell.id, error = %e, "what a lost instance had written is lost too");
+            tracing::error!(instance = %cell.id, error = chain(&e), "what a lost instance had written is lost too");
         }
         self.power_off(live);
         if let Err(e) = self.transition(cell, live, Transition::Lost, Some(reason)) {
-            tracing::error!(instance = %cell.id, error = %e, "cannot record that an instance was lost");
+            tracing::error!(instance = %cell.id, error = chain(&e), "cannot record that an instance was lost");
         }
     }
 
@@ -249,7 +249,7 @@ impl Inner {
         let dir = self.paths.instance(live.record.description.id);
         if let Err(e) = fs::remove_dir_all(&dir) {
             if e.kind() != std::io::ErrorKind::NotFound {
-                tracing::warn!(dir = %dir.display(), error = %e, "cannot remove an instance's directory");
+                tracing::warn!(dir = %dir.display(), error = chain(&e), "cannot remove an instance's directory");
             }
         }
     }
@@ -294,7 +294,7 @@ fn ask_to_power_off(machine: &dyn Machine, patience: Duration) {
         Err(e) if e.kind() == MachineErrorKind::Unsupported => {
             tracing::info!("the machine has no power button; it is ended at once");
         }
-        Err(e) => tracing::warn!(error = %e, "cannot press the power button"),
+        Err(e) => tracing::warn!(error = chain(&e), "cannot press the power button"),
     }
 }
 
