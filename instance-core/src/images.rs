@@ -10,8 +10,8 @@ use crate::boot_cache::{BootPlan, Found};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::lifecycle::no_root_volume;
-use crate::machine::MachineState;
-use crate::record::{FormerImage, ImageRecord};
+use crate::machine::{Machine, MachineError};
+use crate::record::{FormerImage, ImageRecord, StateReason};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
 
@@ -300,15 +300,15 @@ impl Inner {
     pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
         // In this order, so that the instance can be stopped while another image is made.
         let _making = self.making_images.lock().unwrap_or_else(PoisonError::into_inner);
-        let live = cell.hold(self.supervisor.sender());
-        let made = self.create_image_held(cell, &live, name);
+        let mut live = cell.hold(self.supervisor.sender());
+        let made = self.create_image_held(cell, &mut live, name);
         if made.is_err() {
             self.discard_half_made();
         }
         made
     }
 
-    fn create_image_held(&self, cell: &Cell, live: &Live, name: &str) -> Result<CreatedImage> {
+    fn create_image_held(&self, cell: &Cell, live: &mut Live, name: &str) -> Result<CreatedImage> {
         // Before anything is copied.
         self.check_name(name)?;
         let parent = self.parent(live.record.description.image_id)?;
@@ -339,7 +339,7 @@ impl Inner {
     }
 
     /// Snapshots of all volumes at one instant, in the order of the attachments.
-    fn snapshot_volumes(&self, cell: &Cell, live: &Live) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+    fn snapshot_volumes(&self, cell: &Cell, live: &mut Live) -> Result<Vec<(Snapshot, SnapshotStats)>> {
         let state = live.record.description.state;
         let take = |volumes: &[storage_block::Volume]| -> Result<Vec<_>> {
             let taken = volumes.iter().map(|v| v.snapshot(&self.blocks));
@@ -347,16 +347,12 @@ impl Inner {
         };
         match (&live.machine, state) {
             (Some(machine), InstanceState::Running) => {
-                let paused = machine.pause();
-                let taken = paused.is_ok().then(|| take(&live.volumes));
-                // Also a pause that failed may have stopped the guest.
-                let resumed = match machine.state().get() {
-                    MachineState::Paused => machine.resume(),
-                    _ => Ok(()),
-                };
-                paused.map_err(|e| Error::machine(e, format!("cannot pause {}", cell.id)))?;
-                resumed.map_err(|e| Error::machine(e, format!("cannot resume {}", cell.id)))?;
-                taken.unwrap_or_else(|| Ok(Vec::new()))
+                machine.pause().map_err(|e| Error::machine(e, format!("cannot pause {}", cell.id)))?;
+                let taken = take(&live.volumes);
+                if let Err(e) = machine.resume() {
+                    return Err(self.not_resumed(cell, live, e));
+                }
+                taken
             }
             (None, InstanceState::Stopped) => take(&self.open_volumes(live)?),
             _ => {
@@ -364,6 +360,17 @@ impl Inner {
                 Err(Error::new(ErrorKind::IncorrectInstanceState, what))
             }
         }
+    }
+
+    /// Nobody would resume it later: a machine that stands still is no running instance.
+    fn not_resumed(&self, cell: &Cell, live: &mut Live, e: MachineError) -> Error {
+        let stands = |machine: &dyn Machine| machine.state().get().exit_cause().is_none();
+        let failed = Error::machine(e, format!("cannot resume {}", cell.id));
+        // The end of one that has ended is followed up with its own reason.
+        if live.machine.as_deref().is_some_and(stands) {
+            self.lose(cell, live, StateReason::new("Server.InternalError", chain(&failed)));
+        }
+        failed
     }
 }
 

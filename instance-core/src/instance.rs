@@ -157,7 +157,8 @@ impl Instance {
     /// stopped; [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), or
     /// [`InvalidImage`](ErrorKind::InvalidImage) for a name that breaks the rule for names;
     /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel; or what
-    /// the host met. Nothing is then left of the image, and the instance goes on.
+    /// the host met. Nothing is then left of the image, and the instance goes on; only one whose
+    /// machine cannot be [resumed](crate::machine::Machine::resume) is stopped.
     pub fn create_image(&self, name: &str) -> Result<CreatedImage> {
         self.region.create_image(&self.cell, name)
     }
