@@ -95,7 +95,8 @@ impl Inner {
                 return Ok(());
             }
             // Its machine was lost, and that could not be recorded then.
-            self.lose(cell, &mut live, StateReason::new("Server.InternalError", "the machine was lost"));
+            let reason = StateReason::new("Server.InternalError", "the machine was lost");
+            self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
         }
         self.transition(cell, &mut live, Transition::Start, None)?;
         let begun = self.power_on_again(cell, &mut live);
@@ -182,7 +183,8 @@ impl Inner {
         }
     }
 
-    fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
+    /// Gives up a running instance whose machine is of no more use.
+    pub(crate) fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
         if let Err(e) = live.end_machine() {
             tracing::error!(instance = %cell.id, error = chain(&e), "what a lost instance had written is lost too");
         }
