@@ -384,3 +384,41 @@ fn a_type_of_ones_own_may_have_any_name() {
         region.launch(&ami, LaunchSpec::new(hardware)).unwrap().terminate().unwrap();
     }
 }
+
+/// A launch finds all of an image or none of it, and its instance can have images in either case.
+#[test]
+fn a_launch_that_races_a_deregistration_fails_cleanly_or_leaves_a_whole_instance() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let (mut launched, mut refused) = (0, 0);
+    for round in 0.. {
+        let ami = try_register(&region, &format!("base-{round}")).unwrap();
+        let start = std::sync::Barrier::new(2);
+        let instance = std::thread::scope(|scope| {
+            let launching = scope.spawn(|| {
+                start.wait();
+                // Which of the two is first differs from round to round.
+                (0..round % 8).for_each(|_| drop(region.images()));
+                region.launch(&ami, spec())
+            });
+            start.wait();
+            region.deregister_image(ami.id()).unwrap();
+            launching.join().unwrap()
+        });
+        match instance {
+            Ok(instance) => {
+                launched += 1;
+                instance.create_image(&format!("child-{round}")).unwrap();
+                instance.terminate().unwrap();
+            }
+            Err(e) => {
+                refused += 1;
+                assert_eq!(e.kind(), ErrorKind::ImageNotFound, "round {round}: {e:?}");
+            }
+        }
+        if round >= 40 && launched.min(refused) > 0 || round == 400 {
+            break;
+        }
+    }
+    assert!(launched.min(refused) > 0, "launched {launched}, refused {refused}");
+}
