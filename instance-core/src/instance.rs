@@ -106,11 +106,13 @@ impl Instance {
 
     /// Stops it: presses the power button, waits up to `patience` for the guest to power off, and
     /// then ends the machine. A patience of zero, or a hypervisor without a power button, ends it at
-    /// once. Its volumes are kept. Does nothing to one that is stopped.
+    /// once. Its volumes are kept. Does nothing to one that is stopped. While this waits, others may
+    /// [terminate](Self::terminate) it, or stop it with less patience.
     ///
     /// # Errors
     ///
-    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState), or what the host met.
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState), also if it was terminated
+    /// meanwhile, or what the host met.
     pub fn stop(&self, patience: Duration) -> Result<()> {
         self.region.stop(&self.cell, patience)
     }

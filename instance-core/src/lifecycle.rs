@@ -76,8 +76,17 @@ impl Inner {
             InstanceState::Stopping => {}
             _ => self.transition(cell, &mut live, Transition::Stop, Some(StateReason::user_initiated()))?,
         }
-        if let Some(machine) = &live.machine {
-            ask_to_power_off(machine.as_ref(), patience);
+        let asked = live.machine.as_deref().filter(|machine| asked_to_power_off(*machine, patience));
+        if let Some(state) = asked.map(Machine::state) {
+            let generation = live.generation;
+            // Not held meanwhile: others may terminate it, or stop it with less patience.
+            drop(live);
+            // Whether it obeyed or not, the machine is dropped next.
+            let _ = state.wait(Instant::now() + patience, |s| s.exit_cause().is_some());
+            live = cell.hold(self.supervisor.sender());
+            if live.generation != generation || live.record.description.state == InstanceState::Stopped {
+                return Ok(());
+            }
         }
         self.finish_stop(cell, &mut live, StateReason::user_initiated())
     }
@@ -164,6 +173,10 @@ impl Inner {
     }
 
     fn follow(&self, cell: &Cell, live: &mut Live, cause: &ExitCause) -> Result<()> {
+        if live.record.description.state == InstanceState::Stopping {
+            // It was asked to; whoever did need not be the first to see it.
+            return self.finish_stop(cell, live, StateReason::user_initiated());
+        }
         match cause {
             ExitCause::Reset => self.reset(cell, live),
             ExitCause::PowerOff => {
@@ -283,21 +296,20 @@ pub(crate) fn no_root_volume() -> Error {
     Error::new(ErrorKind::NotBootable, "the instance has no root volume")
 }
 
-/// Presses the power button and waits, if there is one, for what comes of it.
-fn ask_to_power_off(machine: &dyn Machine, patience: Duration) {
+/// Presses the power button, if there is one and patience to wait for what comes of it; says whether.
+fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> bool {
     if patience.is_zero() {
-        return;
+        return false;
     }
-    match machine.power_button() {
-        Ok(()) => {
-            // Whether it obeyed or not, the machine is dropped next.
-            let _ = machine.state().wait(Instant::now() + patience, |s| s.exit_cause().is_some());
-        }
+    let pressed = machine.power_button();
+    match &pressed {
+        Ok(()) => {}
         Err(e) if e.kind() == MachineErrorKind::Unsupported => {
             tracing::info!("the machine has no power button; it is ended at once");
         }
-        Err(e) => tracing::warn!(error = chain(&e), "cannot press the power button"),
+        Err(e) => tracing::warn!(error = chain(e), "cannot press the power button"),
     }
+    pressed.is_ok()
 }
 
 fn words(by: Transition) -> &'static str {

@@ -422,3 +422,24 @@ fn a_launch_that_races_a_deregistration_fails_cleanly_or_leaves_a_whole_instance
     }
     assert!(launched.min(refused) > 0, "launched {launched}, refused {refused}");
 }
+
+/// Whoever sees its machine end first, and whatever a power-off of the guest's own would do.
+#[test]
+fn a_guest_that_powers_off_because_it_was_asked_to_is_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    for behavior in [ShutdownBehavior::Terminate, ShutdownBehavior::Stop] {
+        let instance = region.launch(&ami, spec().shutdown_behavior(behavior)).unwrap();
+        for round in 0..20 {
+            let changes = region.state_changes();
+            instance.stop(Duration::from_secs(30)).unwrap();
+            let states: Vec<_> = changes.try_iter().map(|c| (c.state, c.reason.unwrap().code)).collect();
+            let user = || "Client.UserInitiatedShutdown".to_owned();
+            let expected = [(InstanceState::Stopping, user()), (InstanceState::Stopped, user())];
+            assert_eq!(states, expected, "round {round}");
+            instance.start().unwrap();
+        }
+        instance.terminate().unwrap();
+    }
+}

@@ -29,11 +29,11 @@ fn ask(instance: &Instance, line: &str, answer: &str) {
     reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
-/// A machine whose guest, once paused, can never go on.
+/// A machine whose guest, once paused, can never go on, and does not heed its power button.
 #[derive(Debug)]
-struct Stiff(Box<dyn Machine>);
+struct Stubborn(Box<dyn Machine>);
 
-impl Machine for Stiff {
+impl Machine for Stubborn {
     fn state(&self) -> Watch<MachineState> {
         self.0.state()
     }
@@ -47,11 +47,11 @@ impl Machine for Stiff {
     }
 
     fn resume(&self) -> Result<(), MachineError> {
-        Err(MachineError::new(MachineErrorKind::Host, "it is stiff"))
+        Err(MachineError::new(MachineErrorKind::Host, "it will not"))
     }
 
     fn power_button(&self) -> Result<(), MachineError> {
-        self.0.power_button()
+        Ok(())
     }
 
     fn kill(&self) {
@@ -61,31 +61,53 @@ impl Machine for Stiff {
 
 /// Makes such machines.
 #[derive(Debug)]
-struct Stiffening(FakeHypervisor);
+struct StubbornHypervisor(FakeHypervisor);
 
-impl Hypervisor for Stiffening {
+impl Hypervisor for StubbornHypervisor {
     fn capabilities(&self) -> Capabilities {
         self.0.capabilities()
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
-        Ok(Box::new(Stiff(self.0.create(spec)?)))
+        Ok(Box::new(Stubborn(self.0.create(spec)?)))
     }
 }
 
-impl Runs<X86_64> for Stiffening {}
+impl Runs<X86_64> for StubbornHypervisor {}
 
 #[test]
 fn an_instance_that_cannot_be_resumed_is_stopped_and_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let ami = register(&open(dir.path()), "base", &disk(1, 1)).unwrap();
-    let region = Region::open(dir.path(), Stiffening(FakeHypervisor::new())).unwrap();
+    let region = Region::open(dir.path(), StubbornHypervisor(FakeHypervisor::new())).unwrap();
     let instance = region.launch(&ami, spec()).unwrap();
     ask(&instance, "write 0 0 kept", "wrote");
     assert_eq!(instance.create_image("child").unwrap_err().kind(), ErrorKind::Hypervisor);
     assert_eq!(instance.state(), InstanceState::Stopped);
     let why = instance.describe().state_reason.unwrap().to_string();
-    assert!(why.contains("cannot resume") && why.contains("it is stiff"), "{why}");
+    assert!(why.contains("cannot resume") && why.contains("it will not"), "{why}");
     instance.start().unwrap();
     ask(&instance, "read 0 0", "data kept");
+}
+
+#[test]
+fn a_guest_that_is_waited_for_can_be_ended_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let ami = register(&open(dir.path()), "base", &disk(1, 1)).unwrap();
+    let region = Region::open(dir.path(), StubbornHypervisor(FakeHypervisor::new())).unwrap();
+    let patience = Duration::from_secs(30);
+    let interrupted = |end: fn(&Instance) -> instance_core::Result<()>| {
+        let instance = region.launch(&ami, spec()).unwrap();
+        std::thread::scope(|scope| {
+            let stopping = scope.spawn(|| instance.stop(patience));
+            instance.wait_for(InstanceState::Stopping, soon()).unwrap();
+            let begun = Instant::now();
+            end(&instance).unwrap();
+            assert!(begun.elapsed() < patience / 2, "it waited for the guest");
+            (stopping.join().unwrap().map_err(|e| e.kind()), instance.state())
+        })
+    };
+    let terminated = (Err(ErrorKind::IncorrectInstanceState), InstanceState::Terminated);
+    assert_eq!(interrupted(Instance::terminate), terminated);
+    assert_eq!(interrupted(|i| i.stop(Duration::ZERO)), (Ok(()), InstanceState::Stopped));
 }
