@@ -191,6 +191,8 @@ pub(crate) struct Cell {
     pub(crate) console: Console,
     pub(crate) description: Publisher<InstanceDescription>,
     live: Mutex<Live>,
+    /// When it was terminated, if it was.
+    terminated: Mutex<Option<Instant>>,
 }
 
 /// What changes, under the lock that every action on the instance holds.
@@ -213,7 +215,16 @@ impl Cell {
             console: Console::new(),
             description: Publisher::new(description),
             live: Mutex::new(Live { record, machine: None, volumes: Vec::new(), generation: 0 }),
+            terminated: Mutex::new(None),
         }
+    }
+
+    pub(crate) fn terminated(&self) -> Option<Instant> {
+        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_terminated(&self, at: Instant) {
+        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
     }
 
     /// Waits for whatever else is done to the instance, then holds it.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use ami_core::{
     Ami, AmiId, Arch, BlockDeviceKind, BlockDeviceMapping, BootSource, InstanceId, ReservationId, Tags,
@@ -101,6 +102,7 @@ struct Planned {
 
 impl Inner {
     fn launch(&self, image: AmiId, spec: LaunchSpec) -> Result<Arc<Cell>> {
+        self.forget_terminated(Instant::now());
         let naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let image = self.image(image)?;
         self.check_launch(&image, &spec)?;

@@ -138,6 +138,7 @@ impl Inner {
     }
 
     pub(crate) fn terminate(&self, cell: &Cell) -> Result<()> {
+        self.forget_terminated(Instant::now());
         let mut live = cell.hold(self.supervisor.sender());
         self.terminate_held(cell, &mut live, StateReason::user_initiated())
     }
@@ -153,7 +154,9 @@ impl Inner {
         let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
         let doomed: Vec<_> = doomed.map(|a| a.volume_id).collect();
         self.remove_volumes(&doomed)?;
-        self.transition(cell, live, Transition::Terminated, Some(reason))
+        self.transition(cell, live, Transition::Terminated, Some(reason))?;
+        cell.set_terminated(Instant::now());
+        Ok(())
     }
 
     /// A machine has ended by itself, or by its guest.

@@ -194,8 +194,8 @@ impl<H> Region<H> {
         Ok(self.inner.image(id)?.image)
     }
 
-    /// Its instances, in the order of their ids. Those that were terminated are among them until
-    /// the region is closed.
+    /// Its instances, in the order of their ids. Those that were terminated are among them for an hour,
+    /// or until the region is closed.
     pub fn instances(&self) -> Vec<Instance> {
         self.inner.cells().values().map(|cell| Instance::new(self.inner.clone(), cell.clone())).collect()
     }
