@@ -10,7 +10,7 @@ use instance_core::{
     DirectBoot, ErrorKind, ImageSource, Instance, InstanceState, InstanceType, LaunchSpec, Region, Result,
     ShutdownBehavior,
 };
-use storage_block::{Disk, MemoryDisk};
+use storage_block::{Disk, MemoryDisk, RawFile};
 
 type TestRegion = Region<FakeHypervisor>;
 
@@ -317,6 +317,12 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
     let dir = tempfile::tempdir().unwrap();
     let region = open(dir.path());
     let base = register(&region);
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(2 << 30).unwrap();
+    let large = RawFile::from_file(file, false).unwrap().into_disk();
+    let large = ImageSource::new(&large).boot(DirectBoot::new(tiny_elf(), None, ""));
+    let large = region.register_image(Ami::<X86_64>::builder("large"), large).unwrap();
+    let snapshot = *large.manifest().block_device_mappings()[0].as_ebs().unwrap().snapshot().unwrap();
     let before = files(dir.path());
     let disk = disk();
     let try_device = |device: BlockDeviceMapping| {
@@ -328,6 +334,11 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
     let unknown = BlockDeviceMapping::ebs("/dev/sdf", Digest::of(b"unknown"), 8);
     let table = [
         (try_device(unknown), ErrorKind::InvalidImage, "InvalidSnapshot.NotFound"),
+        (
+            try_device(BlockDeviceMapping::ebs("/dev/sdf", snapshot, 1)),
+            ErrorKind::InvalidImage,
+            "InvalidBlockDeviceMapping",
+        ),
         (
             try_device(BlockDeviceMapping::blank("/dev/sdf", 8).encrypted(true)),
             ErrorKind::Unsupported,
