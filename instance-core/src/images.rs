@@ -166,13 +166,10 @@ impl<H> Region<H> {
     /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity). Nothing is left of it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
-        let inner = &self.inner;
-        let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
-        let made = inner.import(builder, source);
-        if made.is_err() {
-            inner.discard_half_made();
-        }
-        made
+        let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let made = self.inner.import(builder, source);
+        drop(making);
+        made.inspect_err(|_| self.inner.discard_half_made())
     }
 
     /// Deregisters an image. Instances made from it go on; the bytes that nothing else names go.
@@ -200,7 +197,7 @@ impl<H> Region<H> {
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what the host met.
     pub fn deregister_image(&self, id: AmiId) -> Result<()> {
         let inner = &self.inner;
-        let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = inner.making_images.write().unwrap_or_else(PoisonError::into_inner);
         inner.forget_image(id)?;
         inner.collect_garbage()
     }
@@ -273,6 +270,7 @@ impl Inner {
     }
 
     fn register(&self, ami: AnyAmi, boot: BootPlan) -> Result<()> {
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_name(ami.name())?;
         self.store.commit(|c| c.put(&ImageRecord { image: Image::new(ami), boot }))
     }
@@ -292,20 +290,19 @@ impl Inner {
 
     /// Removes what an image that failed has left; the error that made it fail is the one to tell.
     fn discard_half_made(&self) {
+        let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = self.collect_garbage() {
             tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
         }
     }
 
     pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
-        // In this order, so that the instance can be stopped while another image is made.
-        let _making = self.making_images.lock().unwrap_or_else(PoisonError::into_inner);
+        // In this order, so that the instance can be stopped while another image is removed.
+        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
         let mut live = cell.hold(self.supervisor.sender());
         let made = self.create_image_held(cell, &mut live, name);
-        if made.is_err() {
-            self.discard_half_made();
-        }
-        made
+        drop((live, making));
+        made.inspect_err(|_| self.discard_half_made())
     }
 
     fn create_image_held(&self, cell: &Cell, live: &mut Live, name: &str) -> Result<CreatedImage> {

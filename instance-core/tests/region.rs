@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use std::path::Path;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AnyAmi, Arm64, BlockDeviceMapping, Digest, X86_64};
@@ -452,5 +453,54 @@ fn a_guest_that_powers_off_because_it_was_asked_to_is_stopped() {
             instance.start().unwrap();
         }
         instance.terminate().unwrap();
+    }
+}
+
+/// A large disk is copied for minutes, which keeps nobody from making images of instances.
+#[test]
+fn images_are_made_beside_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let instance = region.launch(&register(&region), spec()).unwrap();
+    ask(&instance, "write 0 0 object", "wrote");
+    let (copying, copies) = mpsc::channel();
+    let (done, made) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            copies.recv().unwrap();
+            // Nobody hears of it that took too long.
+            let _ = done.send(instance.create_image("child").map(|made| made.ami));
+        });
+        let mut child = None;
+        let mut progress = |_| {
+            if child.is_none() {
+                copying.send(()).unwrap();
+                child = Some(made.recv_timeout(Duration::from_secs(20)).expect("it waited for the copy"));
+            }
+        };
+        let disk = disk();
+        let source =
+            ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, "")).progress(&mut progress);
+        region.register_image(Ami::<X86_64>::builder("beside"), source).unwrap();
+        let copy = region.launch(&child.unwrap().unwrap(), spec()).unwrap();
+        ask(&copy, "read 0 0", "data object");
+    });
+}
+
+/// Of several who want a name, one has it.
+#[test]
+fn a_name_is_given_once_whoever_asks() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    for round in 0..10 {
+        let name = format!("name-{round}");
+        let registered = std::thread::scope(|scope| {
+            let tries: Vec<_> = (0..4).map(|_| scope.spawn(|| try_register(&region, &name))).collect();
+            tries.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+        });
+        let refused: Vec<_> = registered.iter().filter_map(|r| r.as_ref().err()).map(|e| e.kind()).collect();
+        assert_eq!(refused, [ErrorKind::ImageNameDuplicate; 3], "round {round}");
+        let ami = registered.into_iter().find_map(Result::ok).unwrap();
+        region.launch(&ami, spec()).unwrap().terminate().unwrap();
     }
 }
