@@ -71,7 +71,7 @@ use instance_core::machine::{
     Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
 };
 
-use crate::machine::{QemuMachine, START_WITHIN};
+use crate::machine::{ANSWER_WITHIN, QemuMachine, START_WITHIN};
 
 /// How many disks fit: a PCI bus has 32 addresses, two of which are the chipset's.
 const MAX_DISKS: usize = 30;
@@ -110,7 +110,8 @@ pub enum Accelerator {
 /// let qemu = Qemu::find()?
 ///     .acceleration(Accelerator::Kvm)
 ///     .sandbox(false) // this one is built without seccomp
-///     .start_within(Duration::from_secs(120));
+///     .start_within(Duration::from_secs(120))
+///     .answer_within(Duration::from_secs(120));
 /// println!("QEMU {}.{}", qemu.version().0, qemu.version().1);
 /// assert!(qemu.capabilities().execution.is_hardware());
 /// # Ok::<(), instance_core::machine::MachineError>(())
@@ -122,6 +123,7 @@ pub struct Qemu {
     accelerator: Accelerator,
     sandbox: bool,
     start_within: Duration,
+    answer_within: Duration,
 }
 
 impl Qemu {
@@ -161,6 +163,7 @@ impl Qemu {
             accelerator: Accelerator::default(),
             sandbox: true,
             start_within: START_WITHIN,
+            answer_within: ANSWER_WITHIN,
         })
     }
 
@@ -181,6 +184,13 @@ impl Qemu {
     /// otherwise.
     pub fn start_within(mut self, limit: Duration) -> Self {
         self.start_within = limit;
+        self
+    }
+
+    /// How long a QEMU may take to do as it is told: 30 seconds unless this says otherwise. Pausing a
+    /// guest waits for what it is writing, which slow disks take long for.
+    pub fn answer_within(mut self, limit: Duration) -> Self {
+        self.answer_within = limit;
         self
     }
 

@@ -84,6 +84,10 @@ impl QemuMachine {
         if !from.contains(&state) {
             return Err(MachineError::wrong_state(action, &state));
         }
+        if command == Command::Stop && self.shared.is_pending(command) {
+            let what = "QEMU has not answered the last `stop` yet";
+            return Err(MachineError::new(MachineErrorKind::Host, what));
+        }
         tracing::debug!(machine = %self.name, action);
         self.shared.execute(action, command)
     }
@@ -182,7 +186,8 @@ fn prepare(qemu: &Qemu, spec: &MachineSpec) -> Result<(Arc<Shared>, Launch), Ref
         .stderr(Stdio::piped());
     let inherited = [qmp, serial, log_end, kernel].into_iter().chain(initrd).chain(connections).collect();
     let port = spec.console.clone();
-    Ok((Arc::new(Shared::new(control)?), Launch { program, inherited, console, log, port, disks }))
+    let shared = Shared::new(control, qemu.answer_within)?;
+    Ok((Arc::new(shared), Launch { program, inherited, console, log, port, disks }))
 }
 
 /// A connection: our end, and the child's.
@@ -203,3 +208,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// How long a QEMU may take until it takes commands, unless told otherwise.
 pub(crate) const START_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long an answer may take, unless told otherwise. Only `stop` takes its time: it waits for the disks.
+pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(30);

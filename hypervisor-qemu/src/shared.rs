@@ -16,9 +16,6 @@ use serde_json::Value;
 
 use crate::qmp::Command;
 
-/// How long an answer of QEMU's is waited for. Only `stop` may take its time: it waits for the disks.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-
 /// The most commands under way at once, so that a QEMU that answers nothing does not collect them.
 const MAX_PENDING: usize = 64;
 
@@ -35,6 +32,8 @@ pub(crate) struct Shared {
     pub(crate) wake: Arc<Waker>,
     requests: Mutex<Requests>,
     killed: AtomicBool,
+    /// How long an answer of QEMU's is waited for.
+    answer_within: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -49,18 +48,19 @@ struct Requests {
 pub(crate) struct Pending {
     id: u64,
     pub(crate) command: Command,
-    /// Whoever waits for the answer, unless it is the supervisor itself.
+    /// Whoever waits for the answer. `None` where it is the supervisor itself, or nobody any more.
     pub(crate) caller: Option<SyncSender<Answer>>,
 }
 
 impl Shared {
-    pub(crate) fn new(control: UnixStream) -> std::io::Result<Self> {
+    pub(crate) fn new(control: UnixStream, answer_within: Duration) -> std::io::Result<Self> {
         Ok(Self {
             state: Publisher::new(MachineState::Created),
             control,
             wake: Arc::new(Waker::new()?),
             requests: Mutex::default(),
             killed: AtomicBool::new(false),
+            answer_within,
         })
     }
 
@@ -78,25 +78,46 @@ impl Shared {
     /// Gives a command, in order to `action`, and waits for its answer.
     pub(crate) fn execute(&self, action: &str, command: Command) -> Result<(), MachineError> {
         let (caller, answer) = sync_channel(1);
-        self.send(command, Some(caller))?;
+        let id = self.send(command, Some(caller))?;
         let failed = |what: String| Err(MachineError::new(MachineErrorKind::Host, what));
-        match answer.recv_timeout(ANSWER_WITHIN) {
+        let mut answered = answer.recv_timeout(self.answer_within);
+        if answered == Err(RecvTimeoutError::Timeout) && !self.give_up(id) {
+            // It has come just now.
+            answered = answer.recv().map_err(RecvTimeoutError::from);
+        }
+        match answered {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(why)) => failed(format!("QEMU refused `{}`: {why}", command.name())),
             Err(RecvTimeoutError::Timeout) => {
-                failed(format!("QEMU did not answer `{}` within {ANSWER_WITHIN:?}", command.name()))
+                let limit = self.answer_within;
+                failed(format!("QEMU did not answer `{}` within {limit:?}", command.name()))
             }
             Err(RecvTimeoutError::Disconnected) => Err(MachineError::wrong_state(action, &self.state.get())),
         }
     }
 
-    /// Gives a command, whose answer comes to the supervisor.
+    /// Leaves the answer to the command under `id` to the supervisor; says whether it is still to come.
+    fn give_up(&self, id: u64) -> bool {
+        let mut requests = self.requests();
+        let given_up = requests.pending.iter_mut().find(|p| p.id == id);
+        given_up.map(|p| p.caller = None).is_some()
+    }
+
+    /// Gives a command, whose answer comes to the supervisor, and returns its id.
     pub(crate) fn send(
         &self,
         command: Command,
         caller: Option<SyncSender<Answer>>,
-    ) -> Result<(), MachineError> {
-        let mut requests = self.requests();
+    ) -> Result<u64, MachineError> {
+        self.send_with(&mut self.requests(), command, caller)
+    }
+
+    fn send_with(
+        &self,
+        requests: &mut Requests,
+        command: Command,
+        caller: Option<SyncSender<Answer>>,
+    ) -> Result<u64, MachineError> {
         if requests.closed {
             return Err(MachineError::wrong_state(command.name(), &self.state.get()));
         }
@@ -113,7 +134,7 @@ impl Shared {
         match send(&self.control, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(sent) if sent == line.len() => {
                 requests.pending.push(Pending { id, command, caller });
-                Ok(())
+                Ok(id)
             }
             // With part of a line sent, no other can follow.
             Ok(_) => {
@@ -126,10 +147,17 @@ impl Shared {
     }
 
     /// The command that an answer under `id` belongs to, which is then under way no longer.
-    pub(crate) fn answered(&self, id: u64) -> Option<Pending> {
+    ///
+    /// Whoever gave up a `stop` that was done was told that it failed, so the guest is to run: `cont` is
+    /// on its way before another `stop` can be.
+    pub(crate) fn answered(&self, id: u64, answer: &Answer) -> Result<Option<Pending>, MachineError> {
         let mut requests = self.requests();
-        let at = requests.pending.iter().position(|p| p.id == id)?;
-        Some(requests.pending.swap_remove(at))
+        let Some(at) = requests.pending.iter().position(|p| p.id == id) else { return Ok(None) };
+        let pending = requests.pending.swap_remove(at);
+        if pending.command == Command::Stop && pending.caller.is_none() && answer.is_ok() {
+            self.send_with(&mut requests, Command::Continue, None)?;
+        }
+        Ok(Some(pending))
     }
 
     /// Whether such a command is under way.

@@ -329,15 +329,17 @@ impl Supervisor {
                 self.evidence.shutdown = Some(reason);
                 self.end_by.get_or_insert(Instant::now() + EXIT_WITHIN);
             }
-            Message::Answer { id, result } => {
-                if let Some(pending) = self.shared.answered(id) {
+            Message::Answer { id, result } => match self.shared.answered(id, &result) {
+                Ok(Some(pending)) => {
                     self.take_answer(pending.command, &result);
                     if let Some(caller) = pending.caller {
-                        // It may have given up waiting.
+                        // It waits, unless it panicked.
                         let _ = caller.send(result);
                     }
                 }
-            }
+                Ok(None) => {}
+                Err(error) => self.end_soon(&error.to_string()),
+            },
             Message::Other => {}
         }
     }

@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use common::{Tiny, boot_file, qemu, soon, spec, tiny};
@@ -258,6 +259,10 @@ fn a_qemu_that_does_not_work_is_an_error_and_no_hang() {
 
 /// A machine of a fake that takes commands and answers each line with what `cases` of a shell say.
 fn scripted(cases: &str) -> (tempfile::TempDir, Box<dyn Machine>) {
+    scripted_within(Duration::from_secs(30), cases)
+}
+
+fn scripted_within(limit: Duration, cases: &str) -> (tempfile::TempDir, Box<dyn Machine>) {
     let body = format!(
         r#"say() {{ echo "$1" >&$qmp; }}
         ok() {{ say '{{"return":{{}},"id":'"$id"'}}'; }}
@@ -268,7 +273,7 @@ fn scripted(cases: &str) -> (tempfile::TempDir, Box<dyn Machine>) {
         done"#
     );
     let dir = tempfile::tempdir().unwrap();
-    let qemu = Qemu::with_binary(fake(dir.path(), &body)).unwrap();
+    let qemu = Qemu::with_binary(fake(dir.path(), &body)).unwrap().answer_within(limit);
     let machine = qemu.create(spec(tiny(Tiny::Spin), &Console::new())).unwrap();
     (dir, machine)
 }
@@ -297,6 +302,27 @@ fn a_refusal_is_an_error_and_changes_nothing() {
     assert_eq!(error.kind(), MachineErrorKind::Host);
     assert_eq!(error.to_string(), "QEMU refused `stop`: not now");
     assert_eq!(machine.state().get(), MachineState::Running);
+}
+
+#[test]
+fn a_pause_that_comes_too_late_is_taken_back() {
+    // It stops when it is told the next thing, by which time nobody waits for that any more.
+    let (_dir, machine) = scripted_within(
+        Duration::from_secs(1),
+        r#"*cont*) say '{"event":"RESUME"}'; ok ;; *stop*) late=$id ;;
+        *powerdown*) ok; id=$late; say '{"event":"STOP"}'; ok ;;"#,
+    );
+    machine.start().unwrap();
+    let (sender, states) = mpsc::channel();
+    machine.state().subscribe(move |state| drop(sender.send(state.clone())));
+    let error = machine.pause().unwrap_err();
+    assert_eq!(error.to_string(), "QEMU did not answer `stop` within 1s");
+    let error = machine.pause().unwrap_err();
+    assert_eq!(error.to_string(), "QEMU has not answered the last `stop` yet");
+    machine.power_button().unwrap();
+    for expected in [MachineState::Paused, MachineState::Running] {
+        assert_eq!(states.recv_timeout(Duration::from_secs(30)), Ok(expected));
+    }
 }
 
 #[test]

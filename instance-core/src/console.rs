@@ -37,6 +37,27 @@ pub const OUTPUT_KEPT: usize = 64 * 1024;
 /// ```
 pub const INPUT_KEPT: usize = 64 * 1024;
 
+/// How many bytes [`ConsoleReader::wait_for`] holds while what it waits for does not come: 16 MiB. A guest
+/// that writes without end costs no more.
+///
+/// ```
+/// use std::io::ErrorKind::QuotaExceeded;
+/// use std::time::{Duration, Instant};
+/// use instance_core::console::Console;
+///
+/// let console = Console::new();
+/// let (mut reader, port) = (console.reader(), console.port());
+/// std::thread::scope(|scope| {
+///     let waiting = scope.spawn(move || reader.wait_for("login:", Instant::now() + Duration::from_secs(60)));
+///     while !waiting.is_finished() {
+///         port.write_output(&[b'.'; 4096]);
+///     }
+///     let refused = waiting.join().map(|waited| waited.err().map(|e| e.kind()));
+///     assert_eq!(refused.ok(), Some(Some(QuotaExceeded)));
+/// });
+/// ```
+pub const WAIT_KEPT: usize = 16 << 20;
+
 type Notifier = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
@@ -274,7 +295,8 @@ impl ConsoleReader {
     /// # Errors
     ///
     /// [`TimedOut`](io::ErrorKind::TimedOut) if it had not come by the deadline, with the last line
-    /// that had. This reader has then read all that came.
+    /// that had; [`QuotaExceeded`](io::ErrorKind::QuotaExceeded) if more than [`WAIT_KEPT`] bytes came
+    /// without it. This reader has then read all that came.
     pub fn wait_for(&mut self, text: &str, deadline: Instant) -> io::Result<Vec<u8>> {
         let mut seen = Vec::new();
         loop {
@@ -295,6 +317,10 @@ impl ConsoleReader {
                 self.position -= (seen.len() - end) as u64;
                 seen.truncate(end);
                 return Ok(seen);
+            }
+            if seen.len() > WAIT_KEPT {
+                let what = format!("waiting for {text:?}; the guest wrote {WAIT_KEPT} bytes without it");
+                return Err(io::Error::new(io::ErrorKind::QuotaExceeded, what));
             }
         }
     }

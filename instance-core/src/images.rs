@@ -7,10 +7,11 @@ use ami_core::{Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, D
 use storage_block::{Disk, Progress, Snapshot, SnapshotStats};
 
 use crate::boot_cache::{BootPlan, Found};
+use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::lifecycle::no_root_volume;
-use crate::machine::MachineState;
-use crate::record::{FormerImage, ImageRecord};
+use crate::machine::{Machine, MachineError};
+use crate::record::{FormerImage, ImageRecord, StateReason};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
 
@@ -165,13 +166,10 @@ impl<H> Region<H> {
     /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity). Nothing is left of it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
-        let inner = &self.inner;
-        let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
-        let made = inner.import(builder, source);
-        if made.is_err() {
-            inner.discard_half_made();
-        }
-        made
+        let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let made = self.inner.import(builder, source);
+        drop(making);
+        made.inspect_err(|_| self.inner.discard_half_made())
     }
 
     /// Deregisters an image. Instances made from it go on; the bytes that nothing else names go.
@@ -199,7 +197,7 @@ impl<H> Region<H> {
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what the host met.
     pub fn deregister_image(&self, id: AmiId) -> Result<()> {
         let inner = &self.inner;
-        let _making = inner.making_images.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = inner.making_images.write().unwrap_or_else(PoisonError::into_inner);
         inner.forget_image(id)?;
         inner.collect_garbage()
     }
@@ -272,6 +270,7 @@ impl Inner {
     }
 
     fn register(&self, ami: AnyAmi, boot: BootPlan) -> Result<()> {
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_name(ami.name())?;
         self.store.commit(|c| c.put(&ImageRecord { image: Image::new(ami), boot }))
     }
@@ -291,23 +290,22 @@ impl Inner {
 
     /// Removes what an image that failed has left; the error that made it fail is the one to tell.
     fn discard_half_made(&self) {
+        let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = self.collect_garbage() {
-            tracing::warn!(error = %e, "cannot remove what a failed image left");
+            tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
         }
     }
 
     pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
-        // In this order, so that the instance can be stopped while another image is made.
-        let _making = self.making_images.lock().unwrap_or_else(PoisonError::into_inner);
-        let live = cell.hold(self.supervisor.sender());
-        let made = self.create_image_held(cell, &live, name);
-        if made.is_err() {
-            self.discard_half_made();
-        }
-        made
+        // In this order, so that the instance can be stopped while another image is removed.
+        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let mut live = cell.hold(self.supervisor.sender());
+        let made = self.create_image_held(cell, &mut live, name);
+        drop((live, making));
+        made.inspect_err(|_| self.discard_half_made())
     }
 
-    fn create_image_held(&self, cell: &Cell, live: &Live, name: &str) -> Result<CreatedImage> {
+    fn create_image_held(&self, cell: &Cell, live: &mut Live, name: &str) -> Result<CreatedImage> {
         // Before anything is copied.
         self.check_name(name)?;
         let parent = self.parent(live.record.description.image_id)?;
@@ -338,7 +336,7 @@ impl Inner {
     }
 
     /// Snapshots of all volumes at one instant, in the order of the attachments.
-    fn snapshot_volumes(&self, cell: &Cell, live: &Live) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+    fn snapshot_volumes(&self, cell: &Cell, live: &mut Live) -> Result<Vec<(Snapshot, SnapshotStats)>> {
         let state = live.record.description.state;
         let take = |volumes: &[storage_block::Volume]| -> Result<Vec<_>> {
             let taken = volumes.iter().map(|v| v.snapshot(&self.blocks));
@@ -346,16 +344,12 @@ impl Inner {
         };
         match (&live.machine, state) {
             (Some(machine), InstanceState::Running) => {
-                let paused = machine.pause();
-                let taken = paused.is_ok().then(|| take(&live.volumes));
-                // Also a pause that failed may have stopped the guest.
-                let resumed = match machine.state().get() {
-                    MachineState::Paused => machine.resume(),
-                    _ => Ok(()),
-                };
-                paused.map_err(|e| Error::machine(e, format!("cannot pause {}", cell.id)))?;
-                resumed.map_err(|e| Error::machine(e, format!("cannot resume {}", cell.id)))?;
-                taken.unwrap_or_else(|| Ok(Vec::new()))
+                machine.pause().map_err(|e| Error::machine(e, format!("cannot pause {}", cell.id)))?;
+                let taken = take(&live.volumes);
+                if let Err(e) = machine.resume() {
+                    return Err(self.not_resumed(cell, live, e));
+                }
+                taken
             }
             (None, InstanceState::Stopped) => take(&self.open_volumes(live)?),
             _ => {
@@ -363,6 +357,17 @@ impl Inner {
                 Err(Error::new(ErrorKind::IncorrectInstanceState, what))
             }
         }
+    }
+
+    /// Nobody would resume it later: a machine that stands still is no running instance.
+    fn not_resumed(&self, cell: &Cell, live: &mut Live, e: MachineError) -> Error {
+        let stands = |machine: &dyn Machine| machine.state().get().exit_cause().is_none();
+        let failed = Error::machine(e, format!("cannot resume {}", cell.id));
+        // The end of one that has ended is followed up with its own reason.
+        if live.machine.as_deref().is_some_and(stands) {
+            self.lose(cell, live, StateReason::new("Server.InternalError", chain(&failed)));
+        }
+        failed
     }
 }
 

@@ -9,6 +9,7 @@ use ami_core::{AnyAmi, InstanceId};
 use storage_block::Volume;
 
 use crate::console::Console;
+use crate::error::chain;
 use crate::images::CreatedImage;
 use crate::machine::Machine;
 use crate::record::{InstanceDescription, InstanceRecord};
@@ -105,11 +106,13 @@ impl Instance {
 
     /// Stops it: presses the power button, waits up to `patience` for the guest to power off, and
     /// then ends the machine. A patience of zero, or a hypervisor without a power button, ends it at
-    /// once. Its volumes are kept. Does nothing to one that is stopped.
+    /// once. Its volumes are kept. Does nothing to one that is stopped. While this waits, others may
+    /// [terminate](Self::terminate) it, or stop it with less patience.
     ///
     /// # Errors
     ///
-    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState), or what the host met.
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState), also if it was terminated
+    /// meanwhile, or what the host met.
     pub fn stop(&self, patience: Duration) -> Result<()> {
         self.region.stop(&self.cell, patience)
     }
@@ -156,7 +159,8 @@ impl Instance {
     /// stopped; [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), or
     /// [`InvalidImage`](ErrorKind::InvalidImage) for a name that breaks the rule for names;
     /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel; or what
-    /// the host met. Nothing is then left of the image, and the instance goes on.
+    /// the host met. Nothing is then left of the image, and the instance goes on; only one whose
+    /// machine cannot be [resumed](crate::machine::Machine::resume) is stopped.
     pub fn create_image(&self, name: &str) -> Result<CreatedImage> {
         self.region.create_image(&self.cell, name)
     }
@@ -187,6 +191,8 @@ pub(crate) struct Cell {
     pub(crate) console: Console,
     pub(crate) description: Publisher<InstanceDescription>,
     live: Mutex<Live>,
+    /// When it was terminated, if it was.
+    terminated: Mutex<Option<Instant>>,
 }
 
 /// What changes, under the lock that every action on the instance holds.
@@ -209,7 +215,16 @@ impl Cell {
             console: Console::new(),
             description: Publisher::new(description),
             live: Mutex::new(Live { record, machine: None, volumes: Vec::new(), generation: 0 }),
+            terminated: Mutex::new(None),
         }
+    }
+
+    pub(crate) fn terminated(&self) -> Option<Instant> {
+        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_terminated(&self, at: Instant) {
+        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
     }
 
     /// Waits for whatever else is done to the instance, then holds it.
@@ -232,7 +247,7 @@ impl Cell {
     pub(crate) fn release(&self) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = live.end_machine() {
-            tracing::error!(instance = %self.id, error = %e, "what an instance had written is lost");
+            tracing::error!(instance = %self.id, error = chain(&e), "what an instance had written is lost");
         }
         live.volumes.clear();
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use ami_core::{
     Ami, AmiId, Arch, BlockDeviceKind, BlockDeviceMapping, BootSource, InstanceId, ReservationId, Tags,
@@ -101,6 +102,7 @@ struct Planned {
 
 impl Inner {
     fn launch(&self, image: AmiId, spec: LaunchSpec) -> Result<Arc<Cell>> {
+        self.forget_terminated(Instant::now());
         let naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let image = self.image(image)?;
         self.check_launch(&image, &spec)?;
@@ -185,7 +187,7 @@ impl Inner {
         // It may have got as far as to say so.
         live.record.launched = false;
         if let Err(e) = self.forget(&live.record) {
-            tracing::error!(instance = %cell.id, error = %e, "a failed launch left something behind");
+            tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
         }
         let mut gone = live.record.description.clone();
         gone.state = InstanceState::Terminated;

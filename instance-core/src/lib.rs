@@ -54,6 +54,7 @@ mod boot_cache;
 pub mod console;
 mod database;
 mod error;
+mod forget;
 mod images;
 mod instance;
 mod instance_type;

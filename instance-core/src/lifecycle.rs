@@ -76,8 +76,17 @@ impl Inner {
             InstanceState::Stopping => {}
             _ => self.transition(cell, &mut live, Transition::Stop, Some(StateReason::user_initiated()))?,
         }
-        if let Some(machine) = &live.machine {
-            ask_to_power_off(machine.as_ref(), patience);
+        let asked = live.machine.as_deref().filter(|machine| asked_to_power_off(*machine, patience));
+        if let Some(state) = asked.map(Machine::state) {
+            let generation = live.generation;
+            // Not held meanwhile: others may terminate it, or stop it with less patience.
+            drop(live);
+            // Whether it obeyed or not, the machine is dropped next.
+            let _ = state.wait(Instant::now() + patience, |s| s.exit_cause().is_some());
+            live = cell.hold(self.supervisor.sender());
+            if live.generation != generation || live.record.description.state == InstanceState::Stopped {
+                return Ok(());
+            }
         }
         self.finish_stop(cell, &mut live, StateReason::user_initiated())
     }
@@ -95,7 +104,8 @@ impl Inner {
                 return Ok(());
             }
             // Its machine was lost, and that could not be recorded then.
-            self.lose(cell, &mut live, StateReason::new("Server.InternalError", "the machine was lost"));
+            let reason = StateReason::new("Server.InternalError", "the machine was lost");
+            self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
         }
         self.transition(cell, &mut live, Transition::Start, None)?;
         let begun = self.power_on_again(cell, &mut live);
@@ -128,6 +138,7 @@ impl Inner {
     }
 
     pub(crate) fn terminate(&self, cell: &Cell) -> Result<()> {
+        self.forget_terminated(Instant::now());
         let mut live = cell.hold(self.supervisor.sender());
         self.terminate_held(cell, &mut live, StateReason::user_initiated())
     }
@@ -143,7 +154,9 @@ impl Inner {
         let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
         let doomed: Vec<_> = doomed.map(|a| a.volume_id).collect();
         self.remove_volumes(&doomed)?;
-        self.transition(cell, live, Transition::Terminated, Some(reason))
+        self.transition(cell, live, Transition::Terminated, Some(reason))?;
+        cell.set_terminated(Instant::now());
+        Ok(())
     }
 
     /// A machine has ended by itself, or by its guest.
@@ -158,11 +171,15 @@ impl Inner {
             return;
         };
         if let Err(e) = self.follow(&cell, &mut live, &cause) {
-            tracing::error!(instance = %id, %cause, error = %e, "cannot follow a machine's end");
+            tracing::error!(instance = %id, %cause, error = chain(&e), "cannot follow a machine's end");
         }
     }
 
     fn follow(&self, cell: &Cell, live: &mut Live, cause: &ExitCause) -> Result<()> {
+        if live.record.description.state == InstanceState::Stopping {
+            // It was asked to; whoever did need not be the first to see it.
+            return self.finish_stop(cell, live, StateReason::user_initiated());
+        }
         match cause {
             ExitCause::Reset => self.reset(cell, live),
             ExitCause::PowerOff => {
@@ -182,13 +199,14 @@ impl Inner {
         }
     }
 
-    fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
+    /// Gives up a running instance whose machine is of no more use.
+    pub(crate) fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
         if let Err(e) = live.end_machine() {
-            tracing::error!(instance = %cell.id, error = %e, "what a lost instance had written is lost too");
+            tracing::error!(instance = %cell.id, error = chain(&e), "what a lost instance had written is lost too");
         }
         self.power_off(live);
         if let Err(e) = self.transition(cell, live, Transition::Lost, Some(reason)) {
-            tracing::error!(instance = %cell.id, error = %e, "cannot record that an instance was lost");
+            tracing::error!(instance = %cell.id, error = chain(&e), "cannot record that an instance was lost");
         }
     }
 
@@ -249,7 +267,7 @@ impl Inner {
         let dir = self.paths.instance(live.record.description.id);
         if let Err(e) = fs::remove_dir_all(&dir) {
             if e.kind() != std::io::ErrorKind::NotFound {
-                tracing::warn!(dir = %dir.display(), error = %e, "cannot remove an instance's directory");
+                tracing::warn!(dir = %dir.display(), error = chain(&e), "cannot remove an instance's directory");
             }
         }
     }
@@ -281,21 +299,20 @@ pub(crate) fn no_root_volume() -> Error {
     Error::new(ErrorKind::NotBootable, "the instance has no root volume")
 }
 
-/// Presses the power button and waits, if there is one, for what comes of it.
-fn ask_to_power_off(machine: &dyn Machine, patience: Duration) {
+/// Presses the power button, if there is one and patience to wait for what comes of it; says whether.
+fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> bool {
     if patience.is_zero() {
-        return;
+        return false;
     }
-    match machine.power_button() {
-        Ok(()) => {
-            // Whether it obeyed or not, the machine is dropped next.
-            let _ = machine.state().wait(Instant::now() + patience, |s| s.exit_cause().is_some());
-        }
+    let pressed = machine.power_button();
+    match &pressed {
+        Ok(()) => {}
         Err(e) if e.kind() == MachineErrorKind::Unsupported => {
             tracing::info!("the machine has no power button; it is ended at once");
         }
-        Err(e) => tracing::warn!(error = %e, "cannot press the power button"),
+        Err(e) => tracing::warn!(error = chain(e), "cannot press the power button"),
     }
+    pressed.is_ok()
 }
 
 fn words(by: Transition) -> &'static str {

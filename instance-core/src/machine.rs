@@ -133,7 +133,8 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn start(&self) -> Result<(), MachineError>;
 
     /// Stops the guest's processors and lets its disk requests under way end: when this returns,
-    /// its disks do not change until [`resume`](Self::resume). `Running` → `Paused`.
+    /// its disks do not change until [`resume`](Self::resume). `Running` → `Paused`. A pause that
+    /// failed lets the guest run on: where it takes effect later, the machine resumes by itself.
     ///
     /// # Errors
     ///

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use ami_core::{AccountId, AmiId, Digest, Image, InstanceId, RegionName, VolumeId};
@@ -194,8 +194,8 @@ impl<H> Region<H> {
         Ok(self.inner.image(id)?.image)
     }
 
-    /// Its instances, in the order of their ids. Those that were terminated are among them until
-    /// the region is closed.
+    /// Its instances, in the order of their ids. Those that were terminated are among them for an hour,
+    /// or until the region is closed.
     pub fn instances(&self) -> Vec<Instance> {
         self.inner.cells().values().map(|cell| Instance::new(self.inner.clone(), cell.clone())).collect()
     }
@@ -315,11 +315,11 @@ pub(crate) struct Inner {
     pub(crate) store: Store,
     pub(crate) blocks: BlockStore,
     pub(crate) boot: BootCache,
-    /// Held while an image is made or removed, so that collecting what nothing names does not meet
-    /// a snapshot that an image is about to name.
-    pub(crate) making_images: Mutex<()>,
+    /// Held for reading while an image is made, and for writing while what nothing names is collected, which
+    /// so does not meet a snapshot that an image is about to name.
+    pub(crate) making_images: RwLock<()>,
     /// Held for the moment in which a launch looks at its image and names what it needs of it, and for that
-    /// in which an image goes: a launch finds all of an image or none of it.
+    /// in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
     pub(crate) naming: Mutex<()>,
     pub(crate) listeners: Mutex<Vec<Sender<StateChange>>>,
     pub(crate) paths: Paths,
@@ -352,7 +352,7 @@ impl Inner {
             store,
             blocks,
             boot,
-            making_images: Mutex::default(),
+            making_images: RwLock::default(),
             naming: Mutex::default(),
             listeners: Mutex::default(),
             paths,
@@ -380,7 +380,7 @@ impl Inner {
     }
 
     /// Removes every snapshot and boot file that no image and no volume needs. The caller holds
-    /// [`making_images`](Self::making_images), or is alone.
+    /// [`making_images`](Self::making_images) for writing, or is alone.
     pub(crate) fn collect_garbage(&self) -> Result<()> {
         let images = self.store.all::<ImageRecord>()?;
         let mut keep: HashSet<Digest> = images.iter().flat_map(snapshots_of).collect();

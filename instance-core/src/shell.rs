@@ -75,9 +75,11 @@ impl Shell {
     ///
     /// # Errors
     ///
-    /// [`TimedOut`](io::ErrorKind::TimedOut) if it had not ended by the deadline, after which the
-    /// session is of no more use; [`InvalidInput`](io::ErrorKind::InvalidInput) if one of its lines
-    /// is longer than 1000 bytes, which leaves room in what a terminal takes;
+    /// [`TimedOut`](io::ErrorKind::TimedOut) if it had not ended by the deadline and
+    /// [`QuotaExceeded`](io::ErrorKind::QuotaExceeded) if it wrote more than
+    /// [`WAIT_KEPT`](crate::console::WAIT_KEPT) bytes, after which the session is of no more use;
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) if one of its lines is longer than 1000 bytes, which
+    /// leaves room in what a terminal takes;
     /// [`InvalidData`](io::ErrorKind::InvalidData) if what answers is no shell.
     pub fn run(&mut self, command: &str, deadline: Instant) -> io::Result<Output> {
         if command.lines().any(|line| line.len() > LINE) {

@@ -7,11 +7,14 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ami_core::X86_64;
 use common::{check, disk, everything, files, launch, open, register, skip};
-use instance_core::machine::{Capabilities, Hypervisor, Machine, MachineError, MachineSpec, Runs};
+use instance_core::machine::{
+    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
+};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{Error, ErrorKind, Instance, InstanceState, InstanceType, LaunchSpec, Region};
 
@@ -224,4 +227,41 @@ fn a_stop_that_failed_is_done_again() {
     assert_eq!(instance.state(), InstanceState::Stopped);
     instance.start().unwrap();
     ask(&instance, "read 0 28784", "data w1799");
+}
+
+/// A host that fails, while it is told to, with more words than a full disk has room for.
+#[derive(Debug)]
+struct Wordy(FakeHypervisor, std::sync::Arc<AtomicBool>);
+
+impl Hypervisor for Wordy {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        match self.1.load(Ordering::SeqCst) {
+            true => Err(MachineError::new(MachineErrorKind::Host, "x".repeat(6 << 20))),
+            false => self.0.create(spec),
+        }
+    }
+}
+
+impl Runs<X86_64> for Wordy {}
+
+/// A machine that is gone makes no running instance, even where its loss could not be recorded.
+#[test]
+fn an_instance_whose_loss_could_not_be_recorded_can_be_started() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let ami = register(&open(&small.region()), "base", &disk(1, 1)).unwrap();
+    let fails = std::sync::Arc::new(AtomicBool::new(false));
+    let region = Region::open(small.region(), Wordy(FakeHypervisor::new(), fails.clone())).unwrap();
+    let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
+    small.leave(0);
+    fails.store(true, Ordering::SeqCst);
+    instance.reboot().unwrap_err();
+    assert_eq!(instance.state(), InstanceState::Running, "the loss could be recorded");
+    fails.store(false, Ordering::SeqCst);
+    small.relieve();
+    instance.start().unwrap();
+    ask(&instance, "ping there", "pong there");
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use std::path::Path;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AnyAmi, Arm64, BlockDeviceMapping, Digest, X86_64};
@@ -10,7 +11,7 @@ use instance_core::{
     DirectBoot, ErrorKind, ImageSource, Instance, InstanceState, InstanceType, LaunchSpec, Region, Result,
     ShutdownBehavior,
 };
-use storage_block::{Disk, MemoryDisk};
+use storage_block::{Disk, MemoryDisk, RawFile};
 
 type TestRegion = Region<FakeHypervisor>;
 
@@ -317,6 +318,12 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
     let dir = tempfile::tempdir().unwrap();
     let region = open(dir.path());
     let base = register(&region);
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(2 << 30).unwrap();
+    let large = RawFile::from_file(file, false).unwrap().into_disk();
+    let large = ImageSource::new(&large).boot(DirectBoot::new(tiny_elf(), None, ""));
+    let large = region.register_image(Ami::<X86_64>::builder("large"), large).unwrap();
+    let snapshot = *large.manifest().block_device_mappings()[0].as_ebs().unwrap().snapshot().unwrap();
     let before = files(dir.path());
     let disk = disk();
     let try_device = |device: BlockDeviceMapping| {
@@ -328,6 +335,11 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
     let unknown = BlockDeviceMapping::ebs("/dev/sdf", Digest::of(b"unknown"), 8);
     let table = [
         (try_device(unknown), ErrorKind::InvalidImage, "InvalidSnapshot.NotFound"),
+        (
+            try_device(BlockDeviceMapping::ebs("/dev/sdf", snapshot, 1)),
+            ErrorKind::InvalidImage,
+            "InvalidBlockDeviceMapping",
+        ),
         (
             try_device(BlockDeviceMapping::blank("/dev/sdf", 8).encrypted(true)),
             ErrorKind::Unsupported,
@@ -382,5 +394,113 @@ fn a_type_of_ones_own_may_have_any_name() {
     for name in ["\u{e4}".repeat(100), "two\nlines".to_owned(), String::new()] {
         let hardware = InstanceType::custom(name, 1.try_into().unwrap(), 64.try_into().unwrap());
         region.launch(&ami, LaunchSpec::new(hardware)).unwrap().terminate().unwrap();
+    }
+}
+
+/// A launch finds all of an image or none of it, and its instance can have images in either case.
+#[test]
+fn a_launch_that_races_a_deregistration_fails_cleanly_or_leaves_a_whole_instance() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let (mut launched, mut refused) = (0, 0);
+    for round in 0.. {
+        let ami = try_register(&region, &format!("base-{round}")).unwrap();
+        let start = std::sync::Barrier::new(2);
+        let instance = std::thread::scope(|scope| {
+            let launching = scope.spawn(|| {
+                start.wait();
+                // Which of the two is first differs from round to round.
+                (0..round % 8).for_each(|_| drop(region.images()));
+                region.launch(&ami, spec())
+            });
+            start.wait();
+            region.deregister_image(ami.id()).unwrap();
+            launching.join().unwrap()
+        });
+        match instance {
+            Ok(instance) => {
+                launched += 1;
+                instance.create_image(&format!("child-{round}")).unwrap();
+                instance.terminate().unwrap();
+            }
+            Err(e) => {
+                refused += 1;
+                assert_eq!(e.kind(), ErrorKind::ImageNotFound, "round {round}: {e:?}");
+            }
+        }
+        if round >= 40 && launched.min(refused) > 0 || round == 400 {
+            break;
+        }
+    }
+    assert!(launched.min(refused) > 0, "launched {launched}, refused {refused}");
+}
+
+/// Whoever sees its machine end first, and whatever a power-off of the guest's own would do.
+#[test]
+fn a_guest_that_powers_off_because_it_was_asked_to_is_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region);
+    for behavior in [ShutdownBehavior::Terminate, ShutdownBehavior::Stop] {
+        let instance = region.launch(&ami, spec().shutdown_behavior(behavior)).unwrap();
+        for round in 0..20 {
+            let changes = region.state_changes();
+            instance.stop(Duration::from_secs(30)).unwrap();
+            let states: Vec<_> = changes.try_iter().map(|c| (c.state, c.reason.unwrap().code)).collect();
+            let user = || "Client.UserInitiatedShutdown".to_owned();
+            let expected = [(InstanceState::Stopping, user()), (InstanceState::Stopped, user())];
+            assert_eq!(states, expected, "round {round}");
+            instance.start().unwrap();
+        }
+        instance.terminate().unwrap();
+    }
+}
+
+/// A large disk is copied for minutes, which keeps nobody from making images of instances.
+#[test]
+fn images_are_made_beside_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let instance = region.launch(&register(&region), spec()).unwrap();
+    ask(&instance, "write 0 0 object", "wrote");
+    let (copying, copies) = mpsc::channel();
+    let (done, made) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            copies.recv().unwrap();
+            // Nobody hears of it that took too long.
+            let _ = done.send(instance.create_image("child").map(|made| made.ami));
+        });
+        let mut child = None;
+        let mut progress = |_| {
+            if child.is_none() {
+                copying.send(()).unwrap();
+                child = Some(made.recv_timeout(Duration::from_secs(20)).expect("it waited for the copy"));
+            }
+        };
+        let disk = disk();
+        let source =
+            ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, "")).progress(&mut progress);
+        region.register_image(Ami::<X86_64>::builder("beside"), source).unwrap();
+        let copy = region.launch(&child.unwrap().unwrap(), spec()).unwrap();
+        ask(&copy, "read 0 0", "data object");
+    });
+}
+
+/// Of several who want a name, one has it.
+#[test]
+fn a_name_is_given_once_whoever_asks() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    for round in 0..10 {
+        let name = format!("name-{round}");
+        let registered = std::thread::scope(|scope| {
+            let tries: Vec<_> = (0..4).map(|_| scope.spawn(|| try_register(&region, &name))).collect();
+            tries.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+        });
+        let refused: Vec<_> = registered.iter().filter_map(|r| r.as_ref().err()).map(|e| e.kind()).collect();
+        assert_eq!(refused, [ErrorKind::ImageNameDuplicate; 3], "round {round}");
+        let ami = registered.into_iter().find_map(Result::ok).unwrap();
+        region.launch(&ami, spec()).unwrap().terminate().unwrap();
     }
 }

@@ -1,0 +1,97 @@
+//! Forgetting instances that were terminated: a while after, as in EC2, so that whoever asks what became
+//! of one is told, and a region that is open for long does not fill up with them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::chain;
+use crate::instance::Cell;
+use crate::record::InstanceRecord;
+use crate::region::Inner;
+
+/// How long they are remembered (EC2 User Guide, "Terminate Amazon EC2 instances": about an hour).
+const REMEMBERED: Duration = Duration::from_secs(60 * 60);
+
+impl Inner {
+    /// Forgets those that were terminated long before `now`. Handles of them stay good.
+    pub(crate) fn forget_terminated(&self, now: Instant) {
+        let long_gone = |cell: &&Arc<Cell>| {
+            cell.terminated().is_some_and(|at| now.saturating_duration_since(at) >= REMEMBERED)
+        };
+        let ids: Vec<_> = self.cells().values().filter(long_gone).map(|cell| cell.id).collect();
+        if ids.is_empty() {
+            return;
+        }
+        // Not durable yet: what a crash brings back of them goes when the region is opened.
+        let removed = self.store.stage(|c| {
+            ids.iter().for_each(|id| c.remove::<InstanceRecord>(id));
+            Ok(())
+        });
+        match removed {
+            Ok(()) => self.cells().retain(|id, _| !ids.contains(id)),
+            Err(e) => tracing::warn!(error = chain(&e), "cannot forget terminated instances yet"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{FakeHypervisor, tiny_elf};
+    use crate::{DirectBoot, ErrorKind, ImageSource, InstanceState, LaunchSpec, Region};
+    use ami_core::{Ami, X86_64};
+
+    fn register(region: &Region<FakeHypervisor>) -> Ami<X86_64> {
+        let disk = storage_block::MemoryDisk::new(1 << 20).unwrap().into_disk();
+        let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+        region.register_image(Ami::<X86_64>::builder("base"), source).unwrap()
+    }
+
+    fn spec() -> LaunchSpec {
+        LaunchSpec::new("t2.nano".parse().unwrap())
+    }
+
+    #[test]
+    fn terminated_instances_are_remembered_for_an_hour_and_no_longer() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let ami = register(&region);
+        let (gone, running) = (region.launch(&ami, spec()).unwrap(), region.launch(&ami, spec()).unwrap());
+        let before = Instant::now();
+        gone.terminate().unwrap();
+        let after = Instant::now();
+
+        region.inner.forget_terminated(before + REMEMBERED - Duration::from_millis(1));
+        assert_eq!(region.instance(gone.id()).unwrap().state(), InstanceState::Terminated);
+        region.inner.forget_terminated(after + REMEMBERED);
+        assert_eq!(region.instance(gone.id()).unwrap_err().kind(), ErrorKind::InstanceNotFound);
+        assert_eq!(region.inner.store.all::<InstanceRecord>().unwrap().len(), 1);
+        let left: Vec<_> = region.instances().iter().map(|i| i.id()).collect();
+        assert_eq!(left, [running.id()]);
+
+        // Whoever has a handle can still look.
+        assert_eq!(gone.state(), InstanceState::Terminated);
+        gone.terminate().unwrap();
+        assert_eq!(gone.start().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+    }
+
+    #[test]
+    fn launching_and_terminating_forget() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let ami = register(&region);
+        let old = || {
+            let gone = region.launch(&ami, spec()).unwrap();
+            gone.terminate().unwrap();
+            let long_ago = Instant::now().checked_sub(REMEMBERED).unwrap();
+            region.inner.cells()[&gone.id()].set_terminated(long_ago);
+            gone.id()
+        };
+        let id = old();
+        let running = region.launch(&ami, spec()).unwrap();
+        assert!(region.instance(id).is_err(), "a launch forgets");
+        let id = old();
+        running.terminate().unwrap();
+        assert!(region.instance(id).is_err(), "a termination forgets");
+    }
+}

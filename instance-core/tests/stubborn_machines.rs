@@ -1,0 +1,113 @@
+//! Machines that do not do as they are told, and what a region makes of that.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use ami_core::X86_64;
+use common::{disk, open, register};
+use instance_core::machine::{
+    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, Runs,
+};
+use instance_core::testing::FakeHypervisor;
+use instance_core::watch::Watch;
+use instance_core::{ErrorKind, Instance, InstanceState, LaunchSpec, Region};
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+fn spec() -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap())
+}
+
+/// Tells the guest something and waits for the answer.
+fn ask(instance: &Instance, line: &str, answer: &str) {
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
+}
+
+/// A machine whose guest, once paused, can never go on, and does not heed its power button.
+#[derive(Debug)]
+struct Stubborn(Box<dyn Machine>);
+
+impl Machine for Stubborn {
+    fn state(&self) -> Watch<MachineState> {
+        self.0.state()
+    }
+
+    fn start(&self) -> Result<(), MachineError> {
+        self.0.start()
+    }
+
+    fn pause(&self) -> Result<(), MachineError> {
+        self.0.pause()
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        Err(MachineError::new(MachineErrorKind::Host, "it will not"))
+    }
+
+    fn power_button(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn kill(&self) {
+        self.0.kill();
+    }
+}
+
+/// Makes such machines.
+#[derive(Debug)]
+struct StubbornHypervisor(FakeHypervisor);
+
+impl Hypervisor for StubbornHypervisor {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        Ok(Box::new(Stubborn(self.0.create(spec)?)))
+    }
+}
+
+impl Runs<X86_64> for StubbornHypervisor {}
+
+#[test]
+fn an_instance_that_cannot_be_resumed_is_stopped_and_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let ami = register(&open(dir.path()), "base", &disk(1, 1)).unwrap();
+    let region = Region::open(dir.path(), StubbornHypervisor(FakeHypervisor::new())).unwrap();
+    let instance = region.launch(&ami, spec()).unwrap();
+    ask(&instance, "write 0 0 kept", "wrote");
+    assert_eq!(instance.create_image("child").unwrap_err().kind(), ErrorKind::Hypervisor);
+    assert_eq!(instance.state(), InstanceState::Stopped);
+    let why = instance.describe().state_reason.unwrap().to_string();
+    assert!(why.contains("cannot resume") && why.contains("it will not"), "{why}");
+    instance.start().unwrap();
+    ask(&instance, "read 0 0", "data kept");
+}
+
+#[test]
+fn a_guest_that_is_waited_for_can_be_ended_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let ami = register(&open(dir.path()), "base", &disk(1, 1)).unwrap();
+    let region = Region::open(dir.path(), StubbornHypervisor(FakeHypervisor::new())).unwrap();
+    let patience = Duration::from_secs(30);
+    let interrupted = |end: fn(&Instance) -> instance_core::Result<()>| {
+        let instance = region.launch(&ami, spec()).unwrap();
+        std::thread::scope(|scope| {
+            let stopping = scope.spawn(|| instance.stop(patience));
+            instance.wait_for(InstanceState::Stopping, soon()).unwrap();
+            let begun = Instant::now();
+            end(&instance).unwrap();
+            assert!(begun.elapsed() < patience / 2, "it waited for the guest");
+            (stopping.join().unwrap().map_err(|e| e.kind()), instance.state())
+        })
+    };
+    let terminated = (Err(ErrorKind::IncorrectInstanceState), InstanceState::Terminated);
+    assert_eq!(interrupted(Instance::terminate), terminated);
+    assert_eq!(interrupted(|i| i.stop(Duration::ZERO)), (Ok(()), InstanceState::Stopped));
+}
