@@ -205,26 +205,3 @@ impl Record for InstanceRecord {
         self.description.id.to_string()
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A record as it was once written is read for ever, and is written the same.
-    fn check<R: Record>(golden: &str, key: &str) {
-        let record: R = serde_json::from_str(golden).unwrap_or_else(|e| panic!("{}: {e}", R::TABLE));
-        assert_eq!(record.key(), key);
-        let again = serde_json::to_value(&record).unwrap();
-        assert_eq!(again, serde_json::from_str::<serde_json::Value>(golden).unwrap(), "{}", R::TABLE);
-    }
-
-    #[test]
-    fn records_of_format_1_are_read_for_ever() {
-        assert_eq!(RegionRecord::FORMAT, 1);
-        check::<RegionRecord>(include_str!("../tests/golden/region.json"), "region");
-        check::<ImageRecord>(include_str!("../tests/golden/image.json"), "ami-56bcde7a68bbd0b45");
-        check::<FormerImage>(include_str!("../tests/golden/former-image.json"), "ami-56bcde7a68bbd0b45");
-        check::<VolumeRecord>(include_str!("../tests/golden/volume.json"), "vol-0123456789abcdef0");
-        check::<InstanceRecord>(include_str!("../tests/golden/instance.json"), "i-0123456789abcdef0");
-    }
-}
