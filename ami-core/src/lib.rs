@@ -26,7 +26,7 @@
 //!   launch permissions, tags, description, deprecation.
 //! - [`Catalog`]: where the records are kept; [`Query`] and [`Filter`] choose among them.
 //!
-//! The format of a manifest and the derivation of ids are written down in `docs/manifest.md`.
+//! The format of a manifest is that of [`Manifest::to_canonical_json`]; golden files in `tests/golden` keep it.
 //!
 //! # Input, output and errors
 //!

@@ -57,7 +57,7 @@ impl FileSystem {
         if !Superblock::is_one(&bytes) {
             return Ok(None);
         }
-        let superblock = Superblock::parse(bytes, window.len())?;
+        let mut superblock = Superblock::parse(bytes, window.len())?;
         superblock.check_journal(|buf, offset| read(&mut window, buf, offset))?;
         let ext4 = Ext4::load(Box::new(Guard { window, superblock }))
             .map_err(|e| error(e, "the ext4 file system cannot be opened"))?;

@@ -40,7 +40,7 @@ pub fn partition_table(bytes: &[u8]) {
 pub fn superblock(bytes: &[u8]) {
     let Some((head, rest)) = bytes.split_first_chunk::<{ superblock::SIZE }>() else { return };
     let len = bytes.len() as u64 * 1024;
-    let Ok(taken) = Superblock::parse(Box::new(*head), len) else { return };
+    let Ok(mut taken) = Superblock::parse(Box::new(*head), len) else { return };
     assert!(taken.block_size.is_power_of_two() && (1024..=65536).contains(&taken.block_size));
     let blocks = u32::from_le_bytes([head[4], head[5], head[6], head[7]]);
     assert!(u64::from(blocks) * taken.block_size <= len);

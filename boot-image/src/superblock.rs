@@ -12,6 +12,7 @@ const MAX_GROUPS: u64 = 1 << 20;
 
 const HAS_JOURNAL: u32 = 0x4;
 const NEEDS_RECOVERY: u32 = 0x4;
+const JOURNAL_MAGIC: u32 = 0xc03b_3998;
 const IS_64_BIT: u32 = 0x80;
 const METADATA_CHECKSUMS: u32 = 0x400;
 
@@ -65,13 +66,18 @@ impl Superblock {
         bytes
     }
 
-    /// Refuses a journal that would take minutes to replay. `read` reads the partition.
-    pub(crate) fn check_journal(&self, read: impl FnMut(&mut [u8], u64) -> Result<()>) -> Result<()> {
+    /// Refuses a journal that would take minutes to replay, and has one that holds nothing left alone.
+    /// `read` reads the partition.
+    ///
+    /// Linux says that a file system has to be recovered as soon as it is mounted; its journal gets its
+    /// features, without which the reader refuses it, with the first transaction some seconds later.
+    pub(crate) fn check_journal(&mut self, mut read: impl FnMut(&mut [u8], u64) -> Result<()>) -> Result<()> {
         let sb = &*self.bytes;
         if u32_at(sb, 0x5c) & HAS_JOURNAL == 0 || u32_at(sb, 0x60) & NEEDS_RECOVERY == 0 {
             return Ok(());
         }
-        let size = self.inode_size_field(u32_at(sb, 0xe0), read)?;
+        let inode = self.inode(u32_at(sb, 0xe0), &mut read)?;
+        let size = u64::from(u32_at(&inode, 0x6c)) << 32 | u64::from(u32_at(&inode, 0x4));
         if size > MAX_JOURNAL {
             return Err(Error::new(
                 ErrorKind::TooLarge,
@@ -80,15 +86,22 @@ impl Superblock {
                 ),
             ));
         }
+        let Some(block) = first_block(&inode) else { return Ok(()) };
+        let Some(offset) = block.checked_mul(self.block_size) else { return Ok(()) };
+        let mut journal = [0; 0x20];
+        read(&mut journal, offset)?;
+        // `journal_superblock_t`, big-endian: its magic number, and the first block of its log, zero if
+        // that is empty.
+        let [magic, start] = [0, 0x1c].map(|at| u32_at(&journal, at).swap_bytes());
+        if magic == JOURNAL_MAGIC && start == 0 {
+            let clean = u32_at(&*self.bytes, 0x60) & !NEEDS_RECOVERY;
+            self.bytes[0x60..0x64].copy_from_slice(&clean.to_le_bytes());
+        }
         Ok(())
     }
 
-    /// The size of the file with this inode number.
-    fn inode_size_field(
-        &self,
-        inode: u32,
-        mut read: impl FnMut(&mut [u8], u64) -> Result<()>,
-    ) -> Result<u64> {
+    /// The first 128 bytes of the inode with this number.
+    fn inode(&self, inode: u32, mut read: impl FnMut(&mut [u8], u64) -> Result<()>) -> Result<[u8; 128]> {
         let sb = &*self.bytes;
         let bad = || corrupt("the ext4 superblock names no valid journal inode");
         let index = inode.checked_sub(1).ok_or_else(bad)?;
@@ -112,7 +125,7 @@ impl Superblock {
             inodes.checked_mul(self.block_size).and_then(|o| o.checked_add(within)).ok_or_else(bad)?;
         let mut inode = [0; 128];
         read(&mut inode, offset)?;
-        Ok(u64::from(u32_at(&inode, 0x6c)) << 32 | u64::from(u32_at(&inode, 0x4)))
+        Ok(inode)
     }
 
     /// What in a block would make the reader walk an extent tree for long, if the block is a node of one.
@@ -138,6 +151,20 @@ impl Superblock {
             _ => None,
         }
     }
+}
+
+/// Where a file's first block is, where its inode says it: in the only level of an extent tree, or as the
+/// first of a list of blocks.
+fn first_block(inode: &[u8; 128]) -> Option<u64> {
+    const EXTENTS: u32 = 0x8_0000;
+    const EXTENT_MAGIC: u16 = 0xf30a;
+    if u32_at(inode, 0x20) & EXTENTS == 0 {
+        return Some(u64::from(u32_at(inode, 0x28)));
+    }
+    let [magic, entries, depth] = [0x28, 0x2a, 0x2e].map(|at| u16_at(inode, at));
+    let first = u32_at(inode, 0x34);
+    let flat = magic == EXTENT_MAGIC && entries > 0 && depth == 0 && first == 0;
+    flat.then(|| u64::from(u16_at(inode, 0x3a)) << 32 | u64::from(u32_at(inode, 0x3c)))
 }
 
 fn corrupt(context: impl Into<String>) -> Error {

@@ -493,3 +493,24 @@ fn partitions_that_only_cost_time() {
     believe_table(&mut disk);
     too_much(&disk, "128 partitions", TOO_MUCH_WORK);
 }
+
+/// Not hostile at all: a file system that was mounted a moment ago, and has written nothing yet.
+#[test]
+fn a_journal_that_holds_nothing_is_no_obstacle() {
+    if !have("mke2fs") {
+        return;
+    }
+    let kernel = elf(62, 1);
+    for options in [&["-b", "4096"][..], &["-b", "1024", "-O", "^extent,^64bit"]] {
+        let mut bytes = ext4(&files(&kernel), 24 * MIB, options);
+        assert_ne!(bytes[1024 + 0x5c] & 4, 0, "it has a journal");
+        bytes[1024 + 0x60] |= 4;
+        if bytes[1024 + 0x65] & 4 != 0 {
+            // The checksum of a superblock that was changed.
+            let sum = !crc32c::crc32c(&bytes[1024..1024 + 0x3fc]);
+            bytes[1024 + 0x3fc..2048].copy_from_slice(&sum.to_le_bytes());
+        }
+        let found = BootEntry::find(&disk(gpt(&[(types::LINUX_FS, &bytes)]).0));
+        assert_eq!(found.unwrap().initrd.as_deref(), Some(&b"initrd"[..]), "{options:?}");
+    }
+}

@@ -58,7 +58,8 @@ pub struct Shell {
 }
 
 impl Shell {
-    /// Begins a session with the shell that waits at the console.
+    /// Begins a session with the shell that waits at the console: wait for its prompt, or for whatever
+    /// the guest says before it, first. What is typed while a guest boots may be lost.
     ///
     /// # Errors
     ///

@@ -12,12 +12,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AnyAmi, Architecture, OperatingSystem, X86_64};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hypervisor_kvm::Kvm;
 use hypervisor_qemu::Qemu;
 use instance_core::machine::Hypervisor;
 use instance_core::shell::Shell;
-use instance_core::{ImageSource, Instance, LaunchSpec, Region};
+use instance_core::{ImageSource, Instance, InstanceState, LaunchSpec, Region};
 use storage_block::{Progress, RawFile};
 
 use crate::guest::{self, Artifacts};
@@ -185,10 +185,30 @@ fn launch(region: &Region, ami: &AnyAmi, report: &mut Report, what: &str) -> Res
     ensure!(ami.architecture() == Architecture::X86_64, "the quick start is for x86_64");
     report.step(what, || {
         let instance = region.launch(ami, LaunchSpec::new("t2.nano".parse()?))?;
-        let up = instance.console().reader().wait_for("AMI GUEST READY", Instant::now() + BOOT_PATIENCE);
-        up.with_context(|| format!("{} did not come up", instance.id()))?;
+        wait_until_up(&instance).with_context(|| format!("{} did not come up", instance.id()))?;
         Ok(instance)
     })
+}
+
+/// Waits for the guest to say that it is up, unless its machine ends before.
+fn wait_until_up(instance: &Instance) -> Result<()> {
+    const LOOK: Duration = Duration::from_secs(1);
+    let deadline = Instant::now() + BOOT_PATIENCE;
+    loop {
+        // A reader of its own each time, which begins with the oldest line.
+        let said =
+            instance.console().reader().wait_for("AMI GUEST READY", deadline.min(Instant::now() + LOOK));
+        let description = instance.describe();
+        match said {
+            Ok(_) => return Ok(()),
+            Err(_) if description.state != InstanceState::Running => {
+                let why = description.state_reason.map_or_else(String::new, |reason| reason.to_string());
+                bail!("it is {}: {why}", description.state);
+            }
+            Err(error) if Instant::now() >= deadline => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
 }
 
 fn shell(instance: &Instance) -> Result<Shell> {
