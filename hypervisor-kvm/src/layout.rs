@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `0x0000_0500` | GDT of the first processor |
 //! | `0x0000_6000` | PVH start info, module list, memory map; or, at `0x7000`, Linux's zero page |
-//! | `0x0000_9000` | page tables (64-bit entry only) |
+//! | `0x0000_9000..0x0000_f000` | page tables (64-bit entry only) |
 //! | `0x0002_0000` | kernel command line |
 //! | `0x0009_fc00..0x0010_0000` | reserved; ACPI tables from `0x000e_0000`, the RSDP first; SMBIOS from `0x000f_0000` |
 //! | `0x0010_0000..` | RAM: the kernel, and the initrd at the end of it, below 2 GiB |

@@ -36,10 +36,10 @@ const CASES: [(&str, &str, &str, &str); 3] = [
         pub struct Only;
         impl Hypervisor for Only {
             fn capabilities(&self) -> Capabilities {
-                unimplemented!()
+                loop {}
             }
             fn create(&self, _: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
-                unimplemented!()
+                loop {}
             }
         }
         impl Runs<Known> for Only {}
