@@ -2,14 +2,15 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::fd::BorrowedFd;
 
-use crate::{Error, Result};
+use crate::{IoBuf, IoBufMut, Result, bounce};
 
 /// A fixed number of bytes that can be read and written at any offset.
 ///
-/// Users never call a backend: they hold a [`Disk`], which checks every request once, so that a
-/// backend may rely on what is said here.
+/// Users never call a backend: they hold a [`Disk`](crate::Disk), which checks every request once, so that a
+/// backend may rely on what is said here. What a backend has to have is little; all else has a default that
+/// is right and slow. [`testing::conformance`](crate::testing::conformance) checks that all is as said.
 ///
 /// ```
 /// use storage_block::{BlockBackend, Disk, ErrorKind, Result, SECTOR};
@@ -36,7 +37,8 @@ use crate::{Error, Result};
 ///
 /// # Contract
 ///
-/// - `offset + len` of every request lies within [`size`](Self::size); `len` is not zero.
+/// - `offset + len` of every request lies within [`size`](Self::size); `len` is not zero, and no read or
+///   write is longer than [`Capabilities::max_request`]. Any byte may be a request's first and last.
 /// - Write, discard and write-zeroes never reach a backend whose [`read_only`](Self::read_only) is
 ///   true.
 /// - Requests come from any thread, several at once. Where two overlap in time and in bytes, each
@@ -53,11 +55,34 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
         false
     }
 
+    /// What this backend is good at. It does not change while the backend lives.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
     /// Fills `buf` with the bytes at `offset`.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 
     /// Writes `buf` at `offset`.
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+
+    /// Fills the buffers, one after the other, with the bytes at `offset`. There is at least one byte to
+    /// read; what the buffers are afterwards does not matter.
+    ///
+    /// By default bytes that an [`extent`](Self::extent) tells of are read from its file with no copy between, and
+    /// others pass through memory of this crate, since the buffers may be memory that others change.
+    fn read_vectored_at(&self, bufs: &mut [IoBufMut<'_>], offset: u64) -> Result<()> {
+        bounce::read(self, bufs, offset)
+    }
+
+    /// Writes the buffers, one after the other, at `offset`. There is at least one byte to write; what the
+    /// buffers are afterwards does not matter.
+    ///
+    /// By default this goes to [`file`](Self::file), where there is one, with no copy between, and else
+    /// passes through memory of this crate, since the buffers may be memory that others change.
+    fn write_vectored_at(&self, bufs: &mut [IoBuf<'_>], offset: u64) -> Result<()> {
+        bounce::write(self, bufs, offset)
+    }
 
     /// Returns when every write that has returned is durable.
     fn flush(&self) -> Result<()>;
@@ -76,6 +101,112 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
         let size = self.size();
         Ok((offset < size).then_some(offset..size))
     }
+    /// How the bytes from `offset` on can be read, `len` of them at most, and how many of them in that way.
+    ///
+    /// It is asked in front of reads, and by whoever must not wait: it looks at memory alone, and what it would
+    /// have to wait for is [`Extent::Backend`]. Until a request changes the bytes of an extent they stay where it
+    /// says, and the file stays open as long as the backend lives, whatever becomes of its name. Where reading an
+    /// extent's file fails, the same bytes are asked of [`read_at`](Self::read_at), which knows what to say.
+    fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
+        match self.file() {
+            Some(file) => Extent::File { file, offset, len },
+            None => Extent::Backend { len },
+        }
+    }
+
+    /// The file that is this disk byte for byte, if there is one: requests to read, to write and to flush may
+    /// go to it and pass the backend by.
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// How a part of a disk can be read.
+///
+/// ```
+/// use storage_block::{BlockBackend, Extent, MemoryDisk};
+///
+/// let disk = MemoryDisk::new(512)?;
+/// assert!(matches!(disk.extent(0, 512), Extent::Backend { len: 512 }), "it is in no file");
+/// # Ok::<(), storage_block::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub enum Extent<'b> {
+    /// The next `len` bytes lie in a file, one after the other from `offset` on, as they are.
+    File {
+        /// The file, open as long as the backend.
+        file: BorrowedFd<'b>,
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+    },
+    /// The next `len` bytes are zeroes.
+    Zeroes {
+        /// How many bytes.
+        len: u64,
+    },
+    /// The next `len` bytes have to be asked of the backend.
+    Backend {
+        /// How many bytes.
+        len: u64,
+    },
+}
+
+impl Extent<'_> {
+    /// How many bytes, of `wanted`; never none.
+    pub(crate) fn len(&self, wanted: u64) -> u64 {
+        let (Self::File { len, .. } | Self::Zeroes { len } | Self::Backend { len }) = *self;
+        len.clamp(1, wanted.max(1))
+    }
+}
+
+/// What a disk is good at, for those who offer it to others: a guest, an NBD client. It promises no result,
+/// only what things cost; every request is served either way.
+///
+/// ```
+/// use storage_block::{Capabilities, RawFile};
+///
+/// let file = tempfile::tempfile()?;
+/// file.set_len(1 << 20)?;
+/// let disk = RawFile::from_file(file, false)?.into_disk();
+/// let Capabilities { knows_holes, discard_frees, physical_block, .. } = disk.capabilities();
+/// assert!(knows_holes && discard_frees && physical_block == 4096);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// The unit that a guest should be told to count in: 512 bytes, unless the disk is of another kind.
+    pub logical_block: u32,
+    /// The unit that is best written whole, aligned to itself: less of it costs a read too.
+    pub physical_block: u32,
+    /// The longest read or write that the backend is to get; [`Disk`](crate::Disk) cuts longer ones up.
+    pub max_request: u64,
+    /// Discarding gives space back, where whatever is below can.
+    pub discard_frees: bool,
+    /// Writing zeroes costs far less than writing so many bytes.
+    pub cheap_zeroes: bool,
+    /// [`next_data`](BlockBackend::next_data) leaves out holes.
+    pub knows_holes: bool,
+    /// Some of it lies in files that [`extent`](BlockBackend::extent) tells of, so that an asynchronous engine of
+    /// the kernel is of use.
+    pub in_files: bool,
+}
+
+impl Default for Capabilities {
+    /// Blocks of 512 and 4096 bytes, requests of any length, and nothing that is cheaper than writing.
+    fn default() -> Self {
+        Self {
+            logical_block: 512,
+            physical_block: 4096,
+            max_request: u64::MAX,
+            discard_frees: false,
+            cheap_zeroes: false,
+            knows_holes: false,
+            in_files: false,
+        }
+    }
 }
 
 /// The unit in which sizes are counted: a disk's size is a multiple of 512 bytes.
@@ -89,157 +220,3 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
 /// # Ok::<(), storage_block::Error>(())
 /// ```
 pub const SECTOR: u64 = 512;
-
-/// A handle to a disk. Cheap to clone; all clones are the same disk, which is closed with the last.
-///
-/// Every request is checked here, once: one that leaves the disk, or that would change a read-only
-/// one, is an error and reaches no backend.
-///
-/// ```
-/// use storage_block::MemoryDisk;
-///
-/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
-/// disk.write_at(b"hello", 4096)?;
-/// let mut buf = [0; 5];
-/// disk.read_at(&mut buf, 4096)?;
-/// assert_eq!(&buf, b"hello");
-/// disk.discard(4096, 512)?;
-/// disk.write_zeroes(8192, 512)?;
-/// disk.flush()?;
-/// assert!(disk.read_at(&mut buf, disk.size()).is_err(), "beyond its end");
-/// # Ok::<(), storage_block::Error>(())
-/// ```
-#[derive(Clone, Debug)]
-pub struct Disk(Arc<dyn BlockBackend>);
-
-impl Disk {
-    /// A handle to a backend.
-    ///
-    /// # Errors
-    ///
-    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) if the backend's size is not a multiple of
-    /// [`SECTOR`].
-    pub fn new(backend: impl BlockBackend) -> Result<Self> {
-        let size = backend.size();
-        if size % SECTOR != 0 {
-            return Err(Error::invalid_size(size, "is not a multiple of 512 bytes"));
-        }
-        Ok(Self::from_backend(backend))
-    }
-
-    /// For the backends of this crate, whose constructors have checked the size.
-    pub(crate) fn from_backend(backend: impl BlockBackend) -> Self {
-        Self(Arc::new(backend))
-    }
-
-    /// The size in bytes.
-    pub fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    /// Whether the disk can only be read.
-    pub fn read_only(&self) -> bool {
-        self.0.read_only()
-    }
-
-    /// Fills `buf` with the bytes at `offset`.
-    ///
-    /// # Errors
-    ///
-    /// [`OutOfBounds`](crate::ErrorKind::OutOfBounds), or what the backend met.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.check(offset, buf.len() as u64)?;
-        if buf.is_empty() { Ok(()) } else { self.0.read_at(buf, offset) }
-    }
-
-    /// Writes `buf` at `offset`.
-    ///
-    /// # Errors
-    ///
-    /// [`OutOfBounds`](crate::ErrorKind::OutOfBounds), [`ReadOnly`](crate::ErrorKind::ReadOnly), or
-    /// what the backend met.
-    pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.check_change(offset, buf.len() as u64)?;
-        if buf.is_empty() { Ok(()) } else { self.0.write_at(buf, offset) }
-    }
-
-    /// Returns when every write that has returned is durable.
-    ///
-    /// # Errors
-    ///
-    /// What the backend met; the writes may then be lost.
-    pub fn flush(&self) -> Result<()> {
-        self.0.flush()
-    }
-
-    /// Says that nobody needs these bytes; they read as zeroes from now on.
-    ///
-    /// # Errors
-    ///
-    /// As [`write_at`](Self::write_at).
-    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.check_change(offset, len)?;
-        if len == 0 { Ok(()) } else { self.0.discard(offset, len) }
-    }
-
-    /// Makes the range read as zeroes.
-    ///
-    /// # Errors
-    ///
-    /// As [`write_at`](Self::write_at).
-    pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        self.check_change(offset, len)?;
-        if len == 0 { Ok(()) } else { self.0.write_zeroes(offset, len) }
-    }
-
-    /// The next range, at or after `offset`, that may hold anything but zeroes; `None` when only
-    /// zeroes follow. The range is never empty and lies within the disk.
-    ///
-    /// ```
-    /// use storage_block::{Disk, MemoryDisk, Result, Store};
-    ///
-    /// /// How many bytes may hold anything but zeroes.
-    /// fn data(disk: &Disk) -> Result<u64> {
-    ///     let (mut at, mut found) = (0, 0);
-    ///     while let Some(range) = disk.next_data(at)? {
-    ///         found += range.end - range.start;
-    ///         at = range.end;
-    ///     }
-    ///     Ok(found)
-    /// }
-    /// # let dir = tempfile::tempdir()?;
-    /// # let store = Store::open(dir.path())?;
-    /// let disk = MemoryDisk::new(1 << 20)?.into_disk();
-    /// disk.write_at(b"hello", 512 << 10)?;
-    /// assert_eq!(data(&disk)?, disk.size(), "a disk in memory does not know its holes");
-    /// let (snapshot, _) = store.import(&disk, &mut |_| ())?;
-    /// assert_eq!(data(&snapshot.disk())?, 64 << 10, "one chunk of a snapshot");
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// What the backend met.
-    pub fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
-        let size = self.size();
-        if offset >= size {
-            return Ok(None);
-        }
-        let range = self.0.next_data(offset)?.map(|found| found.start.max(offset)..found.end.min(size));
-        Ok(range.filter(|found| found.start < found.end))
-    }
-
-    fn check(&self, offset: u64, len: u64) -> Result<()> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.size() => Ok(()),
-            _ => Err(Error::out_of_bounds(offset, len, self.size())),
-        }
-    }
-
-    fn check_change(&self, offset: u64, len: u64) -> Result<()> {
-        if self.read_only() {
-            return Err(Error::read_only());
-        }
-        self.check(offset, len)
-    }
-}

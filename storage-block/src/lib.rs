@@ -51,6 +51,9 @@
 //! Compression, encryption, other image formats, asynchronous input and output, and stores that several hosts share.
 
 mod backend;
+mod bounce;
+mod buffer;
+mod disk;
 mod error;
 mod format;
 mod freeze;
@@ -60,11 +63,13 @@ mod fs;
 #[allow(clippy::unwrap_used, reason = "it is test code, outside of a test function")]
 pub mod fuzzing;
 mod import;
+mod limit;
 mod log;
 mod map;
 mod memory;
 pub mod nbd;
 mod pack;
+mod queue;
 mod raw;
 mod session;
 mod snapshot;
@@ -74,10 +79,14 @@ pub mod testing;
 mod volume;
 
 pub use ami_core::Digest;
-pub use backend::{BlockBackend, Disk, SECTOR};
+pub use backend::{BlockBackend, Capabilities, Extent, SECTOR};
+pub use buffer::{IoBuf, IoBufMut};
+pub use disk::Disk;
 pub use error::{Error, ErrorKind, Result};
 pub use import::{Progress, SnapshotStats};
+pub use limit::{IoLimits, Limiter, Rate};
 pub use memory::MemoryDisk;
+pub use queue::{Completion, Engine, Queue, QueueOptions};
 pub use raw::RawFile;
 pub use snapshot::Snapshot;
 pub use store::Store;

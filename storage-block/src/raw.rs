@@ -3,13 +3,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use crate::{BlockBackend, Disk, Error, ErrorKind, Result, SECTOR};
+use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Result, SECTOR};
 
 /// A raw image: byte `n` of the disk is byte `n` of the file.
 ///
@@ -133,6 +134,20 @@ impl BlockBackend for RawFile {
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.zero(offset, len)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            discard_frees: true,
+            cheap_zeroes: true,
+            knows_holes: true,
+            in_files: true,
+            ..Capabilities::default()
+        }
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {

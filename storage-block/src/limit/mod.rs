@@ -1,0 +1,225 @@
+//! How much of a disk's speed somebody may use.
+
+mod bucket;
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bucket::Bucket;
+
+use crate::store::lock;
+
+/// So much in a second, and what may be used at once by whoever has used less before.
+///
+/// ```
+/// use storage_block::Rate;
+///
+/// let baseline = Rate::per_second(3000);
+/// assert_eq!((baseline.per_second, baseline.burst), (3000, 3000));
+/// let rate = Rate { burst: 1_000_000, ..baseline };
+/// assert!(rate.burst > rate.per_second);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// How much in a second. Nothing stands still: zero counts as one.
+    pub per_second: u64,
+    /// How much is saved up while it is not used. Zero counts as one.
+    pub burst: u64,
+}
+
+impl Rate {
+    /// So much in a second, of which one second's worth is saved up.
+    pub const fn per_second(amount: u64) -> Self {
+        Self { per_second: amount, burst: amount }
+    }
+
+    fn at_least_one(self) -> Self {
+        Self { per_second: self.per_second.max(1), burst: self.burst.max(1) }
+    }
+}
+
+/// What a [`Limiter`] lets pass.
+///
+/// Every request is an operation; the bytes are those that are read and written. Discards, zeroing and flushes
+/// count no bytes.
+///
+/// ```
+/// use storage_block::{IoLimits, Rate};
+///
+/// // An EBS volume of type gp3.
+/// let gp3 = IoLimits { ops: Some(Rate::per_second(3000)), bytes: Some(Rate::per_second(125 << 20)) };
+/// assert_ne!(gp3, IoLimits::NONE);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IoLimits {
+    /// Requests.
+    pub ops: Option<Rate>,
+    /// Bytes read and written.
+    pub bytes: Option<Rate>,
+}
+
+impl IoLimits {
+    /// Everything passes.
+    pub const NONE: Self = Self { ops: None, bytes: None };
+}
+
+/// Makes requests wait so that no more of them pass than its limits say.
+///
+/// [`Disk::limited`](crate::Disk::limited) puts it in front of a disk; several disks may share one, and a
+/// disk may have several. Blocking calls wait in turn; a [`Queue`](crate::Queue) sets requests aside and its submitter
+/// goes on. Limits may be changed at any time, which those who wait notice: blocking calls at once, queues
+/// within a tenth of a second.
+///
+/// A request passes as soon as less than the whole burst is used up, and what it takes beyond that the next ones wait
+/// for: in any span of time there pass no more than the burst, the rate's share, and one request.
+///
+/// Cheap to clone; all clones are the same limiter.
+///
+/// ```
+/// use std::time::Instant;
+/// use storage_block::{IoLimits, Limiter, MemoryDisk, Rate};
+///
+/// let limits = IoLimits { bytes: Some(Rate { per_second: 1 << 20, burst: 4096 }), ..IoLimits::NONE };
+/// let disk = MemoryDisk::new(1 << 20)?.into_disk().limited(&Limiter::new(limits));
+/// let start = Instant::now();
+/// for block in 0..16 {
+///     disk.write_at(&[1; 4096], block * 4096)?;
+/// }
+/// assert!(start.elapsed().as_millis() >= 50, "fifteen blocks at 1 MiB in a second");
+/// # Ok::<(), storage_block::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Limiter(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    start: Instant,
+    /// Held by the one blocking call that is next.
+    turn: Mutex<()>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    limits: IoLimits,
+    ops: Option<Bucket>,
+    bytes: Option<Bucket>,
+}
+
+/// What a request takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cost {
+    pub(crate) ops: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Limiter {
+    /// One with these limits and its bursts saved up.
+    pub fn new(limits: IoLimits) -> Self {
+        let new = |rate: Rate| Bucket::new(rate.at_least_one(), Duration::ZERO);
+        let state = State { limits, ops: limits.ops.map(new), bytes: limits.bytes.map(new) };
+        Self(Arc::new(Inner {
+            start: Instant::now(),
+            turn: Mutex::default(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }))
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> IoLimits {
+        lock(&self.0.state).limits
+    }
+
+    /// Sets other limits. What was saved up or used beforehand stays so.
+    pub fn set(&self, limits: IoLimits) {
+        let now = self.now();
+        let set = |bucket: &mut Option<Bucket>, rate: Option<Rate>| match (&mut *bucket, rate) {
+            (Some(bucket), Some(rate)) => bucket.set(rate.at_least_one(), now),
+            (_, rate) => *bucket = rate.map(|rate| Bucket::new(rate.at_least_one(), now)),
+        };
+        let mut state = lock(&self.0.state);
+        state.limits = limits;
+        set(&mut state.ops, limits.ops);
+        set(&mut state.bytes, limits.bytes);
+        drop(state);
+        self.0.changed.notify_all();
+    }
+
+    /// Lets a request pass, or says how long to wait at least.
+    pub(crate) fn try_take(&self, cost: Cost) -> Result<(), Duration> {
+        lock(&self.0.state).try_take(self.now(), cost)
+    }
+
+    /// Returns when a request may pass.
+    pub(crate) fn wait(&self, cost: Cost) {
+        let _turn = lock(&self.0.turn);
+        let mut state = lock(&self.0.state);
+        while let Err(delay) = state.try_take(self.now(), cost) {
+            let waited = self.0.changed.wait_timeout(state, delay);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.0.start.elapsed()
+    }
+}
+
+impl State {
+    fn try_take(&mut self, now: Duration, cost: Cost) -> Result<(), Duration> {
+        let mut parts = [(&mut self.ops, cost.ops), (&mut self.bytes, cost.bytes)];
+        // Who asks for nothing of a kind does not wait for it.
+        let asked = parts.iter_mut().filter(|(_, cost)| *cost > 0);
+        let waits = asked.filter_map(|(bucket, _)| bucket.as_mut()?.ready(now).err());
+        if let Some(delay) = waits.max() {
+            return Err(delay);
+        }
+        for (bucket, cost) in parts {
+            if let Some(bucket) = bucket {
+                bucket.take(cost);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OP: Cost = Cost { ops: 1, bytes: 4096 };
+
+    fn limits(ops: Rate) -> IoLimits {
+        IoLimits { ops: Some(ops), ..IoLimits::NONE }
+    }
+
+    #[test]
+    fn both_kinds_count() {
+        let limiter = Limiter::new(IoLimits {
+            ops: Some(Rate { per_second: 1, burst: 3 }),
+            bytes: Some(Rate { per_second: 1, burst: 8192 }),
+        });
+        assert_eq!([limiter.try_take(OP), limiter.try_take(OP)], [Ok(()), Ok(())]);
+        let wait = limiter.try_take(OP).unwrap_err();
+        assert!(wait <= Duration::from_secs(1), "until one byte is there: {wait:?}");
+        let flush = Cost { ops: 1, bytes: 0 };
+        limiter.try_take(flush).expect("the third operation has no bytes");
+        limiter.try_take(flush).expect_err("there were three");
+    }
+
+    /// A waiting call notices that the limits are gone.
+    #[test]
+    fn a_change_wakes_who_waits() {
+        let limiter = Limiter::new(limits(Rate { per_second: 1, burst: 1 }));
+        limiter.wait(Cost { ops: 10_000, bytes: 0 });
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| limiter.wait(OP));
+            limiter.set(limits(Rate { per_second: 1, burst: 2 }));
+            assert!(!waiting.is_finished(), "it has hours to wait");
+            limiter.set(IoLimits::NONE);
+        });
+        assert_eq!(limiter.limits(), IoLimits::NONE);
+    }
+}
