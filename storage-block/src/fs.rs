@@ -7,6 +7,7 @@
 
 use std::fs::{Metadata, OpenOptions};
 use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::Path;
 
@@ -26,7 +27,7 @@ macro_rules! act {
     }};
 }
 
-/// An open file. It gives out no descriptor, so that nothing is done to it unseen.
+/// An open file. It gives out no descriptor but for reading, so that nothing is done to it unseen.
 #[derive(Debug)]
 pub(crate) struct File {
     file: std::fs::File,
@@ -82,6 +83,11 @@ impl File {
             #[cfg(test)]
             track: self.track.clone(),
         })
+    }
+
+    /// The descriptor, to read from and for nothing else.
+    pub(crate) fn for_reading(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     pub(crate) fn metadata(&self) -> io::Result<Metadata> {

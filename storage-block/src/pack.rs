@@ -43,6 +43,11 @@ impl Pack {
         Ok(self.file.get_or_init(|| file))
     }
 
+    /// The file, if it is open already.
+    pub(crate) fn opened(&self) -> Option<&File> {
+        self.file.get()
+    }
+
     /// Reads from `offset` within the slots that begin at `slot`.
     pub(crate) fn read(&self, slot: u32, offset: u64, buf: &mut [u8]) -> Result<()> {
         let at = slot_offset(slot) + offset;

@@ -10,7 +10,7 @@ use ami_core::Digest;
 use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN};
 use crate::pack::{self, Pack};
 use crate::store::{Inner, read};
-use crate::{BlockBackend, Disk, Error, ErrorKind, Result};
+use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Extent, Result};
 
 /// An immutable disk in a [`Store`](crate::Store).
 ///
@@ -147,6 +147,29 @@ impl Snapshot {
         Ok((Some((&table.packs[pack], slot)), len))
     }
 
+    /// Where bytes lie, as far as that is in memory.
+    pub(crate) fn extent_in_memory(&self, offset: u64, len: u64) -> Extent<'_> {
+        let (leaf, within) = ((offset / LEAF_SPAN) as usize, offset % LEAF_SPAN);
+        let known = match self.root.leaves.get(leaf) {
+            None | Some(&HOLE) => true,
+            Some(_) => self.root.tables[leaf].get().is_some(),
+        };
+        if known {
+            match self.extent(offset, len) {
+                Ok((None, len)) => return Extent::Zeroes { len },
+                Ok((Some((pack, slot)), len)) => {
+                    if let Some(file) = pack.opened() {
+                        let offset = pack::slot_offset(slot) + offset % CHUNK;
+                        return Extent::File { file: file.for_reading(), offset, len };
+                    }
+                }
+                // Whoever reads it is told why it cannot be read.
+                Err(_) => {}
+            }
+        }
+        Extent::Backend { len: len.min(LEAF_SPAN - within) }
+    }
+
     /// Where the leaf's chunks lie; `None` where all of it is a hole.
     fn table(&self, leaf: usize) -> Result<Option<&Table>> {
         let (Some(id), Some(cell)) = (self.root.leaves.get(leaf), self.root.tables.get(leaf)) else {
@@ -237,6 +260,14 @@ impl BlockBackend for Snapshot {
 
     fn write_zeroes(&self, _: u64, _: u64) -> Result<()> {
         Err(Error::read_only())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { knows_holes: true, in_files: true, ..Capabilities::default() }
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
+        self.extent_in_memory(offset, len)
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {

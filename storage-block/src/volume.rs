@@ -15,7 +15,9 @@ use crate::import::Builder;
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
 use crate::store::{Locked, lock, parent, read, sync_dir, write};
-use crate::{BlockBackend, Disk, Error, ErrorKind, Result, Snapshot, SnapshotStats, Store};
+use crate::{
+    BlockBackend, Capabilities, Disk, Error, ErrorKind, Extent, Result, Snapshot, SnapshotStats, Store,
+};
 
 /// A disk that can be written, and that begins as a snapshot or as zeroes.
 ///
@@ -333,6 +335,18 @@ impl Inner {
         Ok(())
     }
 
+    /// Where bytes lie that a read would get; what the snapshot has not looked up yet is not looked up here.
+    fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
+        let within = offset % BLOCK;
+        let (state, count) = self.map.run(offset / BLOCK, (within + len).div_ceil(BLOCK));
+        let len = (count * BLOCK - within).min(len);
+        match (state, &self.base) {
+            (State::Overlay, _) => Extent::File { file: self.overlay.for_reading(), offset, len },
+            (State::Base, Some(base)) => base.extent_in_memory(offset, len),
+            _ => Extent::Zeroes { len },
+        }
+    }
+
     /// A whole chunk, filled up with zeroes beyond the end of the volume.
     fn chunk(&self, chunk: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; CHUNK as usize];
@@ -520,6 +534,20 @@ impl BlockBackend for Volume {
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.0.zero(offset, len)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            discard_frees: true,
+            cheap_zeroes: true,
+            knows_holes: true,
+            in_files: true,
+            ..Capabilities::default()
+        }
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
+        self.0.extent(offset, len)
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
