@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use storage_block::{Disk, RawFile, Snapshot, Store, Volume};
+use storage_block::{Disk, Engine, QueueOptions, RawFile, Snapshot, Store, Volume};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let parent = std::env::args().nth(1).unwrap_or_else(|| ".".to_owned());
@@ -81,6 +81,55 @@ fn reads(path: &Path, raw: &Disk, snapshot: &Snapshot) -> Result<(), Box<dyn std
     }
     for (name, times) in ["raw file", "raw file again", "snapshot", "clone"].iter().zip(times) {
         println!("4 KiB random read, {name}: {}", percentiles(times));
+    }
+    for engine in [Engine::IoUring, Engine::Threads] {
+        for depth in [1, 32] {
+            queued(&disks, engine, depth)?;
+        }
+    }
+    Ok(())
+}
+
+/// The same by a queue; each batch's time is compared with the raw file's of the same round.
+fn queued(disks: &[Disk], engine: Engine, depth: u32) -> Result<(), Box<dyn std::error::Error>> {
+    let options = QueueOptions::new(depth).engine(engine);
+    let mut queues = disks.iter().map(|disk| disk.queue_with(&options)).collect::<Result<Vec<_>, _>>()?;
+    let mut buffers: Vec<_> = (0..depth).map(|_| vec![0; 4096]).collect();
+    let mut times = vec![Vec::new(); disks.len()];
+    for round in 0..40u64 {
+        for (number, queue) in queues.iter_mut().enumerate() {
+            let blocks = disks[number].size() / 4096;
+            let mut state = round + 1;
+            let mut left = 10_000;
+            let start = Instant::now();
+            while left > 0 || queue.in_flight() > 0 {
+                while let Some(buffer) = if left > 0 { buffers.pop() } else { None } {
+                    state =
+                        state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    queue.read(0, (state >> 20) % blocks * 4096, buffer);
+                    left -= 1;
+                }
+                queue.submit();
+                let mut done = queue.wait();
+                while let Some(read) = done {
+                    read.result?;
+                    buffers.extend(read.buffer);
+                    done = queue.completed();
+                }
+            }
+            times[number].push(start.elapsed().as_nanos() as f64);
+        }
+    }
+    for (number, name) in ["raw file", "raw file again", "snapshot", "clone"].iter().enumerate() {
+        let mut ratios: Vec<_> = times[0].iter().zip(&times[number]).map(|(raw, own)| raw / own).collect();
+        ratios.sort_by(f64::total_cmp);
+        let mut own = times[number].clone();
+        own.sort_by(f64::total_cmp);
+        println!(
+            "4 KiB random read by {engine:?} at depth {depth}, {name}: {:.0} ns each, {:.2} of the raw file",
+            own[own.len() / 2] / 10_000.0,
+            ratios[ratios.len() / 2],
+        );
     }
     Ok(())
 }

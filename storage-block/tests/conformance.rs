@@ -4,7 +4,10 @@
 
 use std::cell::Cell;
 
-use storage_block::{MemoryDisk, RawFile, Store, Volume, testing};
+use storage_block::{
+    BlockBackend, Capabilities, Disk, IoLimits, Limiter, MemoryDisk, Rate, RawFile, Result, Store, Volume,
+    testing,
+};
 
 #[test]
 fn memory() {
@@ -45,4 +48,74 @@ fn zeroed_clone() {
         volume.disk().discard(0, size).unwrap();
         volume.disk()
     });
+}
+
+/// A snapshot with holes, and a volume of it in all three states.
+#[test]
+fn snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let mut bytes: Vec<u8> = (0..(1u32 << 20) + 512).map(|n| (n / 7) as u8).collect();
+    bytes[200_000..500_000].fill(0);
+    let (base, _) =
+        store.import(&MemoryDisk::from_vec(bytes.clone()).unwrap().into_disk(), &mut |_| ()).unwrap();
+    testing::read_only(&base.disk(), &bytes);
+
+    let volume = Volume::create(&dir.path().join("volume"), Some(&base), 2 << 20).unwrap();
+    bytes.resize(2 << 20, 0);
+    for (offset, len) in [(5000, 3), (65_000, 9000), (300_000, 5000), (1_040_000, 20_000)] {
+        volume.disk().write_at(&vec![9; len], offset as u64).unwrap();
+        bytes[offset..offset + len].fill(9);
+        volume.disk().discard(offset as u64 + 70_000, 8192).unwrap();
+        bytes[offset + 70_000..offset + 78_192].fill(0);
+    }
+    let (next, _) = volume.snapshot(&store).unwrap();
+    testing::read_only(&next.disk(), &bytes);
+}
+
+#[test]
+fn limited() {
+    let all = Rate { per_second: 1 << 30, burst: 1 << 20 };
+    let limiter = Limiter::new(IoLimits { ops: Some(all), bytes: Some(all) });
+    let dir = tempfile::tempdir().unwrap();
+    let made = Cell::new(0);
+    testing::conformance(|size| {
+        made.set(made.get() + 1);
+        let disk = RawFile::create(dir.path().join(made.get().to_string()), size).unwrap().into_disk();
+        disk.limited(&limiter).limited(&Limiter::new(IoLimits::NONE))
+    });
+}
+
+/// A backend that has what it must have and nothing else, and takes no long requests.
+#[derive(Debug)]
+struct Least(Disk);
+
+impl BlockBackend for Least {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::default();
+        capabilities.max_request = 5000;
+        capabilities
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        assert!((1..=5000).contains(&buf.len()), "a read of {} bytes", buf.len());
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        assert!((1..=5000).contains(&buf.len()), "a write of {} bytes", buf.len());
+        self.0.write_at(buf, offset)
+    }
+    fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.write_zeroes(offset, len)
+    }
+}
+
+#[test]
+fn what_a_backend_has_by_default() {
+    testing::conformance(|size| Disk::new(Least(MemoryDisk::new(size).unwrap().into_disk())).unwrap());
 }

@@ -1,9 +1,15 @@
 //! What every [`BlockBackend`](crate::BlockBackend) has to pass.
 
-use crate::{Disk, ErrorKind};
+mod queue;
+mod vectored;
+
+use crate::{Disk, ErrorKind, IoBufMut, IoLimits, Limiter, Rate};
 
 /// Checks that disks behave as the contract of [`BlockBackend`](crate::BlockBackend) says: `make` makes
 /// one of the size it is given, writable and all zeroes. Meant to be called in a test.
+///
+/// It covers the bounds of requests, alignment, several buffers at once, several threads at once, queues with each
+/// engine that there is, limits, and random operations; all against plain memory.
 ///
 /// ```
 /// use storage_block::{MemoryDisk, testing};
@@ -18,7 +24,66 @@ pub fn conformance(make: impl Fn(u64) -> Disk) {
     bounds(&make(1 << 20));
     edges(&make(1 << 20));
     neighbours(&make(1 << 20));
+    vectored::bounds(&make(1 << 20));
+    vectored::shapes(&make(1 << 20));
+    vectored::capabilities(&make(1 << 20));
+    queue::random_requests(&make(3 << 20), 500);
+    limited(&make(1 << 20));
     random_operations(&make(3 << 20), 600, 1);
+}
+
+/// Checks a disk that can only be read against what it should hold.
+///
+/// ```
+/// use storage_block::{MemoryDisk, Store, testing};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let store = Store::open(dir.path())?;
+/// let (snapshot, _) = store.import(&MemoryDisk::from_vec(vec![7; 1 << 20])?.into_disk(), &mut |_| ())?;
+/// testing::read_only(&snapshot.disk(), &[7; 1 << 20]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Panics
+///
+/// When it can be written, or holds anything else.
+pub fn read_only(disk: &Disk, contents: &[u8]) {
+    assert!(disk.read_only(), "it does not say that it can only be read");
+    let results = [disk.write_at(&[1], 0), disk.discard(0, 512), disk.write_zeroes(0, 512)];
+    for (result, what) in results.into_iter().zip(["write", "discard", "zeroing"]) {
+        assert_eq!(result.map_err(|e| e.kind()), Err(ErrorKind::ReadOnly), "{what}");
+    }
+    disk.flush().expect("a flush of what cannot change");
+    vectored::capabilities(disk);
+    compare(disk, contents, "of what can only be read");
+    let mut random = Random(7);
+    let mut queue = disk.queue(8).expect("a queue");
+    for _ in 0..200 {
+        let lens = [random.below(5000), random.below(70_000)].map(|len| len.min(disk.size() / 2));
+        let offset = random.below(disk.size() - lens[0] - lens[1] + 1);
+        let mut parts = lens.map(|len| vec![0xee; len as usize]);
+        let [first, second] = &mut parts;
+        disk.read_vectored_at(&mut [IoBufMut::new(first), IoBufMut::new(second)], offset).expect("a read");
+        let expected = &contents[offset as usize..][..(lens[0] + lens[1]) as usize];
+        assert!(parts.concat() == expected, "a read of {lens:?} at {offset} finds other bytes");
+        queue.read(offset, offset, vec![0xee; expected.len()]);
+    }
+    while let Some(done) = queue.wait() {
+        done.result.expect("a read");
+        let found = done.buffer.expect("its buffer");
+        assert!(found == contents[done.token as usize..][..found.len()], "a queue finds other bytes");
+    }
+}
+
+/// Limits change what a disk does in no way.
+fn limited(disk: &Disk) {
+    let all = Rate { per_second: 1 << 30, burst: 100 };
+    let limiter = Limiter::new(IoLimits { ops: Some(all), bytes: Some(all) });
+    let limited = disk.limited(&limiter);
+    assert_eq!((limited.size(), limited.read_only()), (disk.size(), disk.read_only()));
+    random_operations(&limited, 200, 11);
+    disk.write_zeroes(0, disk.size()).expect("zeroing");
+    queue::random_requests(&limited, 200);
 }
 
 /// Requests that leave the disk are refused, and change nothing.
@@ -49,7 +114,7 @@ fn bounds(disk: &Disk) {
             assert_eq!(kind, expected, "{what} of {len} bytes at {offset}");
         }
     }
-    assert!(contents(disk).iter().all(|byte| *byte == 0), "a new disk is not all zeroes");
+    zeroes(disk, "when it is new");
 }
 
 /// Requests that begin and end anywhere change what they cover and nothing else.
@@ -162,6 +227,10 @@ pub(crate) fn compare(disk: &Disk, oracle: &[u8], when: &str) {
         assert!(hole.iter().all(|byte| *byte == 0), "{when}: the hole at {at} is none");
         at = end;
     }
+}
+
+fn zeroes(disk: &Disk, when: &str) {
+    assert!(contents(disk).iter().all(|byte| *byte == 0), "a disk is not all zeroes {when}");
 }
 
 fn contents(disk: &Disk) -> Vec<u8> {
