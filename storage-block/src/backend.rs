@@ -78,8 +78,7 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
     /// Writes the buffers, one after the other, at `offset`. There is at least one byte to write; what the
     /// buffers are afterwards does not matter.
     ///
-    /// By default this goes to [`file`](Self::file), where there is one, with no copy between, and else
-    /// passes through memory of this crate, since the buffers may be memory that others change.
+    /// By default they pass through memory of this crate, since the buffers may be memory that others change.
     fn write_vectored_at(&self, bufs: &mut [IoBuf<'_>], offset: u64) -> Result<()> {
         bounce::write(self, bufs, offset)
     }
@@ -108,16 +107,8 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
     /// says, and the file stays open as long as the backend lives, whatever becomes of its name. Where reading an
     /// extent's file fails, the same bytes are asked of [`read_at`](Self::read_at), which knows what to say.
     fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
-        match self.file() {
-            Some(file) => Extent::File { file, offset, len },
-            None => Extent::Backend { len },
-        }
-    }
-
-    /// The file that is this disk byte for byte, if there is one: requests to read, to write and to flush may
-    /// go to it and pass the backend by.
-    fn file(&self) -> Option<BorrowedFd<'_>> {
-        None
+        let _ = offset;
+        Extent::Backend { len }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Vectored requests for backends that know slices alone: through a buffer where it must be, and past it
 //! where the bytes lie in a file.
 
-use crate::buffer::{read_all_at, take_first, total, write_all_at};
-use crate::{BlockBackend, Error, Extent, IoBuf, IoBufMut, Result};
+use crate::buffer::{read_all_at, take_first, total};
+use crate::{BlockBackend, Extent, IoBuf, IoBufMut, Result};
 
 /// The most bytes that pass through memory of this crate at once.
 const BOUNCE: u64 = 256 << 10;
@@ -57,16 +57,12 @@ fn copy_in<B: BlockBackend + ?Sized>(
     Ok(())
 }
 
-/// Writes to the backend's file, or through a buffer.
+/// Writes through a buffer.
 pub(crate) fn write<B: BlockBackend + ?Sized>(
     backend: &B,
     mut bufs: &mut [IoBuf<'_>],
     mut offset: u64,
 ) -> Result<()> {
-    if let Some(file) = backend.file() {
-        let written = write_all_at(file, &mut bufs, offset);
-        return written.map_err(|e| Error::io(e, format!("cannot write at {offset} of the disk")));
-    }
     let mut left = total(bufs).unwrap_or(0);
     let mut bounce = vec![0; left.min(BOUNCE) as usize];
     while left > 0 {

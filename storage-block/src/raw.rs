@@ -3,14 +3,15 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Result, SECTOR};
+use crate::buffer::write_all_at;
+use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Extent, IoBuf, Result, SECTOR};
 
 /// A raw image: byte `n` of the disk is byte `n` of the file.
 ///
@@ -125,6 +126,11 @@ impl BlockBackend for RawFile {
             .map_err(|e| Error::io(e, format!("cannot write {} bytes at {offset} of the image", buf.len())))
     }
 
+    fn write_vectored_at(&self, mut bufs: &mut [IoBuf<'_>], offset: u64) -> Result<()> {
+        let written = write_all_at(self.file.as_fd(), &mut bufs, offset);
+        written.map_err(|e| Error::io(e, format!("cannot write at {offset} of the image")))
+    }
+
     fn flush(&self) -> Result<()> {
         if self.read_only {
             return Ok(());
@@ -146,8 +152,8 @@ impl BlockBackend for RawFile {
         }
     }
 
-    fn file(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.file.as_fd())
+    fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
+        Extent::File { file: self.file.as_fd(), offset, len }
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {

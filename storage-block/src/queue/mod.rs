@@ -34,7 +34,7 @@ use crate::{Disk, Error, Extent, IoBuf, IoBufMut, Limiter, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
-    /// The kernel's io_uring for what lies in files as it is, and threads for all else.
+    /// The kernel's io_uring for reads of what lies in files as it is, and threads for all else.
     IoUring,
     /// Threads that make blocking calls.
     Threads,
@@ -54,22 +54,23 @@ pub enum Engine {
 pub struct QueueOptions {
     depth: u32,
     engine: Option<Engine>,
-    threads: usize,
+    threads: Option<usize>,
 }
 
 /// The most requests that a queue serves at once.
 const DEPTH_MAX: u32 = 4096;
-/// The most threads of a queue, unless the options say otherwise.
+/// The most threads of a queue, unless the options say otherwise: as many as keep a disk busy that is read from, and
+/// beside a ring those that write to the page cache.
 const THREADS: usize = 16;
+const THREADS_BESIDE_RING: usize = 4;
 /// A queue that waits for its disk's limits looks at them at least so often, since they may have changed.
 const LIMITS_AGE: Duration = Duration::from_millis(100);
 
 impl QueueOptions {
     /// At most `depth` requests are served at once; at least one and at most 4096. The best engine that is to be had
-    /// serves them, with at most 16 threads.
+    /// serves them, with a few threads.
     pub fn new(depth: u32) -> Self {
-        let depth = depth.clamp(1, DEPTH_MAX);
-        Self { depth, engine: None, threads: THREADS.min(depth as usize) }
+        Self { depth: depth.clamp(1, DEPTH_MAX), engine: None, threads: None }
     }
 
     /// This engine and no other.
@@ -82,7 +83,7 @@ impl QueueOptions {
     /// At most so many threads, at least one.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = threads.max(1);
+        self.threads = Some(threads);
         self
     }
 }
@@ -118,9 +119,8 @@ pub struct Completion {
 ///
 /// # Engines
 ///
-/// With [`Engine::IoUring`] the kernel serves reads that lie in one file, and writes and flushes where the
-/// disk is one file byte for byte; all else is done by a few threads of the queue's own, which begin when
-/// they are first needed. Many containers and older kernels do not allow io_uring; then all is done by threads. Which
+/// With [`Engine::IoUring`] the kernel serves reads of what lies in one file, and all else is done by a few threads
+/// of the queue's own, which begin when they are first needed. Many containers and older kernels do not allow io_uring; then all is done by threads. Which
 /// it is was found out when the queue was made: [`engine`](Self::engine).
 ///
 /// ```
@@ -169,10 +169,9 @@ impl Queue {
         let limiters = disk.limiters.clone();
         let disk = Disk { backend: Arc::clone(&disk.backend), limiters: None };
         let signal = Signal::new(limiters.is_some())?;
-        let useful = disk.backend.file().is_some() || disk.capabilities().in_files;
         let ring = match options.engine {
             Some(Engine::Threads) => None,
-            None if !useful => None,
+            None if !disk.capabilities().in_files => None,
             wanted => match Ring::new(options.depth, &signal.event) {
                 Ok(ring) => Some(ring),
                 Err(e) if wanted.is_some() => return Err(Error::io(e, "io_uring is not to be had")),
@@ -182,7 +181,9 @@ impl Queue {
                 }
             },
         };
-        let mut pool = Pool::new(&disk, &signal.event, options.threads);
+        let threads = if ring.is_some() { THREADS_BESIDE_RING } else { THREADS };
+        let threads = options.threads.unwrap_or(threads).min(options.depth as usize);
+        let mut pool = Pool::new(&disk, &signal.event, threads);
         if ring.is_none() {
             pool.grow()?;
         }
@@ -429,29 +430,23 @@ impl Queue {
         let (Some(ring), Some(request)) = (&mut self.ring, &mut self.slots[slot]) else {
             return self.start_on_thread(slot);
         };
-        let backend = &*self.disk.backend;
-        let place = match request.op {
-            Op::Read => match backend.extent(request.offset, request.len) {
-                Extent::File { file, offset, len } if len >= request.len => Some((file, offset)),
-                Extent::Zeroes { len } if len >= request.len => {
-                    request.memory.zero();
-                    return self.finish(slot, Ok(()));
-                }
-                _ => None,
-            },
-            Op::Write => backend.file().map(|file| (file, request.offset)),
-            Op::Flush => backend.file().filter(|_| !backend.read_only()).map(|file| (file, 0)),
-            Op::Discard | Op::WriteZeroes => None,
+        // Whether a write goes where the block is already is for the backend to decide, and threads write faster.
+        let extent = match request.op {
+            Op::Read => self.disk.backend.extent(request.offset, request.len),
+            _ => Extent::Backend { len: request.len },
         };
-        match place {
+        match extent {
             // SAFETY: the file is open as long as the backend is, which the queue keeps until the ring is empty. The
-            // memory is the request's, valid until it is reported, and the request stays in its slot until the
-            // ring gives that back, or moves only what the ring does not point to. No more slots are in use than the
-            // ring has entries.
-            Some((file, offset)) => unsafe {
-                ring.push(slot, request.op, file, offset, &mut request.memory);
+            // memory is the request's, valid until it is reported; the request stays in its slot as it is until the
+            // ring gives that back. No more slots are in use than the ring has entries.
+            Extent::File { file, offset, len } if len >= request.len => unsafe {
+                ring.push(slot, file, offset, &mut request.memory);
             },
-            None => self.start_on_thread(slot),
+            Extent::Zeroes { len } if len >= request.len => {
+                request.memory.zero();
+                self.finish(slot, Ok(()));
+            }
+            _ => self.start_on_thread(slot),
         }
     }
 
@@ -466,7 +461,7 @@ impl Queue {
         let mut again = std::mem::take(&mut self.unfinished);
         if let Some(mut ring) = self.ring.take() {
             ring.collect(|slot, result| match self.ended(slot, result) {
-                Next::Done(result) => self.finish(slot, result),
+                Next::Done => self.finish(slot, Ok(())),
                 next => again.push((slot, matches!(next, Next::Thread))),
             });
             self.ring = Some(ring);
@@ -480,19 +475,14 @@ impl Queue {
         self.begin();
     }
 
-    /// What to do after the ring has done some of a request.
+    /// What to do after the ring has done some of a read.
     fn ended(&mut self, slot: usize, result: Result<usize, i32>) -> Next {
         const AGAIN: [i32; 2] = [libc::EINTR, libc::EAGAIN];
-        let Some(request) = &mut self.slots[slot] else { return Next::Done(Ok(())) };
-        match (request.op, result) {
-            (_, Err(code)) if AGAIN.contains(&code) => Next::Again,
-            (Op::Flush, Ok(_)) => Next::Done(Ok(())),
-            // A failed synchronisation is told of once; to ask again would hear that all is well.
-            (Op::Flush, Err(code)) => {
-                Next::Done(Err(Error::io(std::io::Error::from_raw_os_error(code), "cannot flush the disk")))
-            }
-            (_, Ok(done)) if done as u64 >= request.len => Next::Done(Ok(())),
-            (_, Ok(done)) if done > 0 => {
+        let Some(request) = &mut self.slots[slot] else { return Next::Done };
+        match result {
+            Err(code) if AGAIN.contains(&code) => Next::Again,
+            Ok(done) if done as u64 >= request.len => Next::Done,
+            Ok(done) if done > 0 => {
                 request.memory.advance(done);
                 request.offset += done as u64;
                 request.len -= done as u64;
@@ -510,7 +500,7 @@ impl Queue {
 
 /// How a request goes on that the ring is done with.
 enum Next {
-    Done(Result<()>),
+    Done,
     Again,
     Thread,
 }
