@@ -23,8 +23,6 @@ const SEGMENTS_MAX: u32 = 126;
 const SEGMENT_BYTES_MAX: u32 = 128 << 10;
 /// The most data of a request that a driver forms by the two limits above.
 const DATA_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
-/// The most bytes that pass between disk and guest at once.
-const CHUNK: usize = 256 << 10;
 /// The most sectors of one discard or write-zeroes range: 64 MiB, so that also where a disk has to write
 /// each zero, nobody waits long for the request.
 const RANGE_SECTORS_MAX: u32 = 1 << 17;
@@ -43,8 +41,6 @@ const CONFIG_LEN: usize = 60;
 pub(crate) struct Block {
     disk: Disk,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    /// Where data passes through, so that nothing else ever sees a buffer that the guest changes.
-    bounce: Vec<u8>,
 }
 
 /// How a request ended: the status byte that the driver is told.
@@ -68,7 +64,7 @@ impl Block {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Self { disk, serial: id, bounce: Vec::new() }
+        Self { disk, serial: id }
     }
 
     /// The configuration space, `struct virtio_blk_config`.
@@ -144,30 +140,17 @@ impl Block {
         })
     }
 
-    fn read(&mut self, memory: &Memory, request: &Request<'_>) -> Result<Result<u32, Failure>, Malformed> {
+    fn read(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<u32, Failure>, Malformed> {
         let Some(start) = self.extent(request.sector, request.in_len) else { return Ok(Err(Failure::Io)) };
-        for (at, len) in chunks(request.in_len) {
-            self.bounce.resize(len.max(self.bounce.len()), 0);
-            let buf = &mut self.bounce[..len];
-            if let Err(error) = self.disk.read_at(buf, start + at) {
-                return Ok(Err(error.into()));
-            }
-            request.chain.writable.write(memory, at, buf)?;
-        }
-        Ok(Ok(request.in_len as u32))
+        let mut bufs = request.chain.writable.targets(memory, request.in_len)?;
+        let read = self.disk.read_vectored_at(&mut bufs, start);
+        Ok(read.map(|()| request.in_len as u32).map_err(Failure::from))
     }
 
-    fn write(&mut self, memory: &Memory, request: &Request<'_>) -> Result<Result<(), Failure>, Malformed> {
+    fn write(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<(), Failure>, Malformed> {
         let Some(start) = self.extent(request.sector, request.out_len) else { return Ok(Err(Failure::Io)) };
-        for (at, len) in chunks(request.out_len) {
-            self.bounce.resize(len.max(self.bounce.len()), 0);
-            let buf = &mut self.bounce[..len];
-            request.chain.readable.read(memory, HEADER_LEN + at, buf)?;
-            if let Err(error) = self.disk.write_at(buf, start + at) {
-                return Ok(Err(error.into()));
-            }
-        }
-        Ok(Ok(()))
+        let mut bufs = request.chain.readable.sources(memory, HEADER_LEN, request.out_len)?;
+        Ok(self.disk.write_vectored_at(&mut bufs, start).map_err(Failure::from))
     }
 
     fn flush(&self) -> Result<u32, Failure> {
@@ -257,9 +240,4 @@ struct Request<'a> {
     out_len: u64,
     /// Bytes of data from the device, before the status.
     in_len: u64,
-}
-
-/// The offset and length of each chunk of `len` bytes.
-fn chunks(len: u64) -> impl Iterator<Item = (u64, usize)> {
-    (0..len).step_by(CHUNK).map(move |at| (at, (len - at).min(CHUNK as u64) as usize))
 }

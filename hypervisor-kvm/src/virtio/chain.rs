@@ -1,5 +1,7 @@
 //! A descriptor chain, read from the guest's memory once and checked.
+#![allow(unsafe_code, reason = "disks are told where the guest's buffers lie")]
 
+use storage_block::{IoBuf, IoBufMut};
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -84,6 +86,48 @@ impl Buffers {
             let (piece, after) = rest.split_at(len);
             rest = after;
             memory.write_slice(piece, address).is_ok()
+        })
+    }
+
+    /// Where the first `len` bytes lie, for a disk to fill.
+    pub(crate) fn targets<'m>(&self, memory: &'m Memory, len: u64) -> Result<Vec<IoBufMut<'m>>, Malformed> {
+        let mut bufs = Vec::with_capacity(self.segments.len());
+        self.slices(memory, 0, len, |start, len| {
+            // SAFETY: the guest's memory is mapped for as long as it is borrowed, no reference to it is ever made,
+            // and whoever else uses it is the guest, or does so by volatile access.
+            bufs.push(unsafe { IoBufMut::from_raw(start, len) });
+        })?;
+        Ok(bufs)
+    }
+
+    /// Where `len` bytes from `offset` on lie, for a disk to take.
+    pub(crate) fn sources<'m>(
+        &self,
+        memory: &'m Memory,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<IoBuf<'m>>, Malformed> {
+        let mut bufs = Vec::with_capacity(self.segments.len());
+        self.slices(memory, offset, len, |start, len| {
+            // SAFETY: the guest's memory is mapped for as long as it is borrowed, and whoever changes it is the
+            // guest, or does so by volatile access.
+            bufs.push(unsafe { IoBuf::from_raw(start, len) });
+        })?;
+        Ok(bufs)
+    }
+
+    /// Calls `each` with where the pieces are mapped here.
+    fn slices(
+        &self,
+        memory: &Memory,
+        offset: u64,
+        len: u64,
+        mut each: impl FnMut(*mut u8, usize),
+    ) -> Result<(), Malformed> {
+        self.pieces(offset, len as usize, |address, len| {
+            memory
+                .get_slices(address, len)
+                .all(|slice| slice.map(|slice| each(slice.ptr_guard_mut().as_ptr(), slice.len())).is_ok())
         })
     }
 
