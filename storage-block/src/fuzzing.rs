@@ -22,6 +22,11 @@ pub fn snapshot(bytes: &[u8]) {
     assert_eq!(ids.as_flattened(), &bytes[..bytes.len() / 32 * 32]);
 }
 
+/// Requests of any kind, place and shape.
+pub fn disk_requests(bytes: &[u8]) {
+    crate::queue::fuzzing::disk_requests(bytes);
+}
+
 /// A pack's index: a record that is taken is the one that was written there, and nowhere else.
 pub fn pack_index(bytes: &[u8]) {
     for number in [0, 7] {
@@ -210,6 +215,7 @@ mod tests {
                 super::volume_log,
                 super::nbd_requests,
                 super::nbd_client,
+                super::disk_requests,
             ] {
                 target(&bytes);
                 *run += 1;

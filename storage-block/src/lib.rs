@@ -25,8 +25,12 @@
 //!
 //! # Input and output
 //!
-//! Every call does its work on the thread that makes it, with `pread` and `pwrite`; only the NBD server has
-//! threads. Handles are cheap to clone, may be used from any thread, and close with their last clone. A read never goes
+//! Every call of a [`Disk`] does its work on the thread that makes it, with `pread` and `pwrite`, and from the
+//! files into the caller's buffers without a copy, be they slices or a guest's memory ([`IoBufMut`]). Whoever wants
+//! many requests under way at once has a [`Queue`], which the kernel's io_uring serves or a few threads; a [`Limiter`]
+//! keeps either to so many operations and bytes in a second. Only queues and the NBD server have threads.
+//!
+//! Handles are cheap to clone, may be used from any thread, and close with their last clone. A read never goes
 //! through more than one snapshot, however many came before it.
 //!
 //! What a function says is durable survives a crash of the process and of the machine; what a disk was
@@ -48,7 +52,7 @@
 //!
 //! # Left out
 //!
-//! Compression, encryption, other image formats, asynchronous input and output, and stores that several hosts share.
+//! Compression, encryption, other image formats, futures, and stores that several hosts share.
 
 mod backend;
 mod bounce;

@@ -1,6 +1,9 @@
 //! Requests that are served while their submitter does other things.
 #![allow(unsafe_code, reason = "requests in flight use memory whose life their submitter promises")]
 
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::unwrap_used, reason = "it is test code, outside of a test function")]
+pub(crate) mod fuzzing;
 mod pool;
 mod request;
 mod ring;
