@@ -140,3 +140,40 @@ impl Job {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is left after the first bytes, however many, is the rest, and begins with a byte.
+    #[test]
+    fn advancing() {
+        let bytes: Vec<u8> = (0..30).collect();
+        let shapes: [&[usize]; 5] = [&[30], &[1, 29], &[10, 10, 10], &[29, 1], &[5, 1, 1, 1, 22]];
+        for lens in shapes {
+            for first in 0..30 {
+                let mut rest = &bytes[..];
+                let bufs: Vec<_> = lens
+                    .iter()
+                    .map(|len| {
+                        let (buf, after) = rest.split_at(*len);
+                        rest = after;
+                        IoBuf::new(buf)
+                    })
+                    .collect();
+                // SAFETY: the bytes outlive it.
+                let mut memory = unsafe { Memory::source(&bufs) };
+                memory.advance(first / 2);
+                memory.advance(first - first / 2);
+                let mut found = Vec::new();
+                for buf in memory.as_source() {
+                    let mut part = vec![0; buf.len()];
+                    buf.copy_to_slice(&mut part);
+                    found.extend(part);
+                }
+                assert_eq!(found, bytes[first..], "{first} bytes off {lens:?}");
+                assert!(memory.pieces().first().is_some_and(|piece| piece.len() > 0));
+            }
+        }
+    }
+}

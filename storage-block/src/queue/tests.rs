@@ -169,6 +169,19 @@ fn the_descriptor_tells_the_truth() {
     }
 }
 
+/// What ends without an engine is signalled too.
+#[test]
+fn what_is_refused_is_signalled() {
+    for mut queue in queues(&raw(&[7; 4096]), 4) {
+        assert!(readable(&mut queue), "for whatever had ended before anybody asked");
+        assert!(queue.completed().is_none() && !readable(&mut queue));
+        queue.read(1, 4096, vec![0; 1]);
+        queue.submit();
+        assert!(readable(&mut queue), "{:?}", queue.engine());
+        assert!(queue.completed().is_some_and(|done| done.result.is_err()));
+    }
+}
+
 fn readable(queue: &mut Queue) -> bool {
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut [PollFd::from_borrowed_fd(queue.fd(), PollFlags::IN)], Some(&now)).unwrap() > 0
