@@ -65,9 +65,11 @@ mod map;
 mod memory;
 pub mod nbd;
 mod pack;
+mod progress;
 mod raw;
 mod session;
 mod snapshot;
+mod sparse;
 mod store;
 mod sweep;
 pub mod testing;
@@ -76,13 +78,14 @@ mod volume;
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Disk, SECTOR};
 pub use error::{Error, ErrorKind, Result};
-pub use import::{Progress, SnapshotStats};
+pub use import::SnapshotStats;
 pub use memory::MemoryDisk;
+pub use progress::Progress;
 pub use raw::RawFile;
 pub use snapshot::Snapshot;
 pub use store::Store;
 pub use sweep::Reclaimed;
-pub use volume::Volume;
+pub use volume::{FrozenVolumes, Volume};
 
 #[cfg(test)]
 mod tests;
