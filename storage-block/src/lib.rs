@@ -51,6 +51,7 @@
 //! Compression, encryption, other image formats, asynchronous input and output, and stores that several hosts share.
 
 mod backend;
+mod changed;
 mod error;
 mod format;
 mod freeze;
@@ -77,6 +78,7 @@ mod volume;
 
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Disk, SECTOR};
+pub use changed::{Blocks, ChangedBlock, ChangedBlocks};
 pub use error::{Error, ErrorKind, Result};
 pub use import::SnapshotStats;
 pub use memory::MemoryDisk;
