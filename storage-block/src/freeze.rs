@@ -16,8 +16,8 @@ use crate::format::LEAF_IDS;
 use crate::sparse::Sparse;
 use crate::store::{lock, read, write};
 
-/// Chunks set aside for the snapshot; a writer that would make it more waits.
-const KEPT: usize = 256;
+/// Chunks set aside for the snapshot; a writer that would make it more waits, which in tests it often does.
+const KEPT: usize = if cfg!(test) { 4 } else { 256 };
 
 /// The freeze of a volume, if there is one.
 #[derive(Debug, Default)]
@@ -32,8 +32,8 @@ pub(crate) struct Freeze {
 
 /// What a freeze needs to know of its volume.
 pub(crate) trait Chunks {
-    /// How many bytes of a chunk the snapshot has to look at, by what the volume is now.
-    fn changed(&self, chunk: u64, span: Span) -> u64;
+    /// Which blocks of a chunk the snapshot has to look at, by what the volume is now, a bit for each.
+    fn changed(&self, chunk: u64, span: Span) -> u16;
 
     /// The bytes of a chunk as they are now, filled up with zeroes.
     fn read(&self, chunk: u64, span: Span) -> Result<Vec<u8>>;
@@ -53,7 +53,7 @@ pub(crate) struct Span {
 pub(crate) struct Kept {
     pub(crate) bytes: Vec<u8>,
     /// As [`Chunks::changed`] had it.
-    pub(crate) changed: u64,
+    pub(crate) changed: u16,
 }
 
 /// One freeze.

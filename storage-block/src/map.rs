@@ -88,8 +88,8 @@ impl StateMap {
         self.0.get(leaf as usize).is_some()
     }
 
-    /// How many blocks of a chunk are not in [`State::Base`].
-    pub(crate) fn changed_blocks(&self, chunk: u64) -> u64 {
+    /// Which blocks of a chunk are not in [`State::Base`], a bit for each.
+    pub(crate) fn changed_blocks(&self, chunk: u64) -> u16 {
         let block = chunk * CHUNK_BLOCKS;
         self.leaf(block).map_or(0, |leaf| changed_in(leaf, block))
     }
@@ -127,10 +127,15 @@ fn word(leaf: &[AtomicU64], block: u64) -> u64 {
     leaf[(block % LEAF_BLOCKS / WORD) as usize].load(Ordering::Acquire)
 }
 
-/// How many blocks of the chunk that begins with `block` are not in [`State::Base`].
-fn changed_in(leaf: &[AtomicU64], block: u64) -> u64 {
-    let bits = word(leaf, block) >> (2 * (block % WORD)) & u64::from(u32::MAX);
-    u64::from(((bits | bits >> 1) & LOW).count_ones())
+/// Which blocks of the chunk that begins with `block` are not in [`State::Base`], a bit for each.
+fn changed_in(leaf: &[AtomicU64], block: u64) -> u16 {
+    let bits = (word(leaf, block) >> (2 * (block % WORD))) as u32;
+    // Every second bit, and then these pushed together.
+    let mut blocks = (bits | bits >> 1) & LOW as u32;
+    for (by, mask) in [(1, 0x3333_3333), (2, 0x0f0f_0f0f), (4, 0x00ff_00ff), (8, 0xffff)] {
+        blocks = (blocks | blocks >> by) & mask;
+    }
+    blocks as u16
 }
 
 fn state(word: u64, block: u64) -> State {

@@ -234,7 +234,7 @@ impl<'f> Work<'f> {
     }
 
     fn put(&mut self, kept: Kept, session: &mut Session<'_>) -> Result<Id> {
-        self.stats.changed_bytes += kept.changed;
+        self.stats.changed_bytes += u64::from(kept.changed.count_ones()) * BLOCK;
         counted(session, &mut self.stats, |session| put_chunk(session, &kept.bytes))
     }
 }
@@ -260,13 +260,13 @@ impl Inner {
 }
 
 impl Chunks for Inner {
-    fn changed(&self, chunk: u64, span: Span) -> u64 {
+    fn changed(&self, chunk: u64, span: Span) -> u16 {
         let at = chunk * CHUNK;
         // There was nothing yet where the volume has grown since.
         if at >= span.size {
             return 0;
         }
-        let changed = self.map.changed_blocks(chunk) * BLOCK;
+        let changed = self.map.changed_blocks(chunk);
         if !span.whole {
             return changed;
         }
@@ -276,7 +276,8 @@ impl Chunks for Inner {
             Err(_) => true,
         };
         let any = changed != 0 || self.base.as_ref().is_some_and(in_base);
-        if any { CHUNK.min(span.size - at) } else { 0 }
+        let blocks = (span.size - at).min(CHUNK) / BLOCK;
+        if any { u16::MAX >> (CHUNK / BLOCK - blocks) } else { 0 }
     }
 
     fn read(&self, chunk: u64, span: Span) -> Result<Vec<u8>> {
