@@ -1,23 +1,22 @@
 //! Lists of blocks against what the bytes themselves say.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt as _;
 
-use super::memory;
 use crate::format::{CHUNK, LEAF_SPAN};
 use crate::testing::Random;
-use crate::{ErrorKind, Result, Snapshot, Store, Volume};
+use crate::{ErrorKind, MemoryDisk, Result, Snapshot, Store, Volume};
 
-/// The blocks that two lists of bytes differ in, and whether either has anything there.
-fn plain(before: &[u8], after: &[u8], block: usize) -> Vec<(u64, bool, bool)> {
-    let blocks = before.len().max(after.len()).div_ceil(block);
-    let part = |bytes: &[u8], at: usize| {
-        let mut part = bytes.get(at * block..bytes.len().min((at + 1) * block)).unwrap_or(&[]).to_vec();
-        part.resize(block, 0);
-        part
-    };
-    let any = |bytes: &[u8]| bytes.iter().any(|byte| *byte != 0);
-    let both = (0..blocks).map(|at| (at as u64, part(before, at), part(after, at)));
-    both.filter(|(_, a, b)| a != b).map(|(at, a, b)| (at, any(&a), any(&b))).collect()
+/// What a disk holds where it is not zero: a byte here and there.
+type Bytes = BTreeMap<u64, u8>;
+
+/// The blocks that two disks differ in, and whether either has anything there.
+fn plain(before: &Bytes, after: &Bytes, block: u64) -> Vec<(u64, bool, bool)> {
+    let differ = |at: &&u64| before.get(at) != after.get(at);
+    let blocks: BTreeSet<u64> =
+        before.keys().chain(after.keys()).filter(differ).map(|at| at / block).collect();
+    let any = |bytes: &Bytes, at: u64| bytes.range(at * block..(at + 1) * block).next().is_some();
+    blocks.into_iter().map(|at| (at, any(before, at), any(after, at))).collect()
 }
 
 fn changed(before: &Snapshot, after: &Snapshot, block: u64) -> Vec<(u64, bool, bool)> {
@@ -31,33 +30,31 @@ fn lists_agree_with_the_bytes() {
     let stores = ["a", "b"].map(|name| Store::open(dir.path().join(name)).unwrap());
     let mut random = Random(7);
     // Some end within a leaf, one within a chunk, and the third is the first with a few changes.
-    let sizes =
-        [LEAF_SPAN as usize * 2, (3 << 16) + 512, LEAF_SPAN as usize * 2, LEAF_SPAN as usize + (5 << 16), 0];
-    let mut disks: Vec<Vec<u8>> = Vec::new();
+    let sizes = [LEAF_SPAN * 2, (3 << 16) + 512, LEAF_SPAN * 2, LEAF_SPAN + (5 << 16), 0];
+    let mut disks: Vec<Bytes> = Vec::new();
+    let mut snapshots: Vec<Snapshot> = Vec::new();
     for (number, size) in sizes.into_iter().enumerate() {
-        let mut bytes = if number == 2 { disks[0].clone() } else { vec![0; size] };
-        for _ in 0..size.min(8) {
-            let at = random.below(size as u64) as usize;
-            bytes[at] ^= random.below(255) as u8 + 1;
+        let mut bytes = if number == 2 { disks[0].clone() } else { Bytes::new() };
+        let places = (0..size.min(8)).map(|_| random.below(size)).collect::<Vec<_>>();
+        for at in places.into_iter().chain(size.checked_sub(1)) {
+            bytes.insert(at, random.below(255) as u8 + 1);
         }
-        if size > 0 {
-            bytes[size - 1] = 9;
-        }
+        let disk = MemoryDisk::new(size).unwrap().into_disk();
+        bytes.iter().for_each(|(at, byte)| disk.write_at(&[*byte], *at).unwrap());
+        snapshots.push(stores[number % 2].import(&disk, &mut |_| ()).unwrap().0);
         disks.push(bytes);
     }
-    let snapshots: Vec<Snapshot> = (disks.iter().zip(stores.iter().cycle()))
-        .map(|(bytes, store)| store.import(&memory(bytes), &mut |_| ()).unwrap().0)
-        .collect();
     // One chunk, as EBS has it, three that no leaf is a multiple of, a leaf, and more than one.
     for chunks in [1, 8, 3, 1024, 1500] {
         let block = chunks * CHUNK;
         for (a, first) in disks.iter().zip(&snapshots) {
             let blocks: Vec<u64> = first.blocks(block).unwrap().collect::<Result<_>>().unwrap();
-            let held: Vec<u64> = plain(&[], a, block as usize).iter().map(|(at, ..)| *at).collect();
+            let held: Vec<u64> = plain(&Bytes::new(), a, block).iter().map(|(at, ..)| *at).collect();
             assert_eq!(blocks, held, "blocks of {chunks} chunks");
             for (b, second) in disks.iter().zip(&snapshots) {
-                let expected = plain(a, b, block as usize);
-                assert_eq!(changed(first, second, block), expected, "{} and {}, {chunks}", a.len(), b.len());
+                let expected = plain(a, b, block);
+                let sizes = (first.size(), second.size());
+                assert_eq!(changed(first, second, block), expected, "{sizes:?}, {chunks} chunks");
                 let Some((middle, ..)) = expected.get(expected.len() / 2) else { continue };
                 let rest = second.changed_blocks(first, block).unwrap().starting_at(*middle);
                 assert_eq!(rest.count(), expected.len() - expected.len() / 2);
