@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::{IoBuf, IoBufMut, Result, bounce};
 
-/// A fixed number of bytes that can be read and written at any offset.
+/// A number of bytes that can be read and written at any offset.
 ///
 /// Users never call a backend: they hold a [`Disk`](crate::Disk), which checks every request once, so that a
 /// backend may rely on what is said here. What a backend has to have is little; all else has a default that
@@ -47,7 +47,8 @@ use crate::{IoBuf, IoBufMut, Result, bounce};
 ///   returned `Ok`. No write outside a request's range is ever visible.
 /// - After an error the bytes of that request are undefined, those of others are not.
 pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
-    /// The size in bytes; a multiple of [`SECTOR`]. It does not change while the backend lives.
+    /// The size in bytes; a multiple of [`SECTOR`]. It may grow while the backend lives and never shrinks: what
+    /// lay within it does so for ever. It is asked at every request.
     fn size(&self) -> u64;
 
     /// Whether requests that change bytes are refused.

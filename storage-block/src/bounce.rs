@@ -1,7 +1,7 @@
 //! Vectored requests for backends that know slices alone: through a buffer where it must be, and past it
 //! where the bytes lie in a file.
 
-use crate::buffer::{read_all_at, take_first, total};
+use crate::buffer::{gather, read_all_at, scatter, take_first, total};
 use crate::{BlockBackend, Extent, IoBuf, IoBufMut, Result};
 
 /// The most bytes that pass through memory of this crate at once.
@@ -45,13 +45,7 @@ fn copy_in<B: BlockBackend + ?Sized>(
     while left > 0 {
         let len = left.min(BOUNCE) as usize;
         backend.read_at(&mut bounce[..len], offset)?;
-        take_first(&mut bufs, len, |part| {
-            let mut from = &bounce[..len];
-            for buf in part {
-                buf.copy_from_slice(from);
-                from = &from[buf.len()..];
-            }
-        });
+        take_first(&mut bufs, len, |part| scatter(&bounce[..len], part));
         (offset, left) = (offset + len as u64, left - len as u64);
     }
     Ok(())
@@ -67,13 +61,7 @@ pub(crate) fn write<B: BlockBackend + ?Sized>(
     let mut bounce = vec![0; left.min(BOUNCE) as usize];
     while left > 0 {
         let len = left.min(BOUNCE) as usize;
-        take_first(&mut bufs, len, |part| {
-            let mut to = &mut bounce[..len];
-            for buf in part {
-                buf.copy_to_slice(to);
-                to = &mut to[buf.len()..];
-            }
-        });
+        take_first(&mut bufs, len, |part| gather(part, &mut bounce[..len]));
         backend.write_at(&bounce[..len], offset)?;
         (offset, left) = (offset + len as u64, left - len as u64);
     }

@@ -230,6 +230,24 @@ pub(crate) fn take_first<B: Buffer, R>(
     result
 }
 
+/// Copies all bytes into one slice, which has room for them.
+pub(crate) fn gather(bufs: &[IoBuf<'_>], mut to: &mut [u8]) {
+    for buf in bufs {
+        let (part, rest) = to.split_at_mut(buf.len());
+        buf.copy_to_slice(part);
+        to = rest;
+    }
+}
+
+/// Fills the buffers from one slice, which has as many bytes.
+pub(crate) fn scatter(mut from: &[u8], bufs: &mut [IoBufMut<'_>]) {
+    for buf in bufs {
+        let (part, rest) = from.split_at(buf.len());
+        buf.copy_from_slice(part);
+        from = rest;
+    }
+}
+
 /// Takes the first `len` bytes off; there must be as many.
 fn advance<B: Buffer>(bufs: &mut &mut [B], len: usize) {
     take_first(bufs, len, |_| ());
@@ -310,12 +328,8 @@ mod tests {
             ];
             let mut rest = &mut bufs[..];
             let gather = |bufs: &[IoBuf<'_>]| {
-                let mut found = Vec::new();
-                for buf in bufs {
-                    let mut part = vec![0; buf.len()];
-                    buf.copy_to_slice(&mut part);
-                    found.extend(part);
-                }
+                let mut found = vec![0; total(bufs).unwrap() as usize];
+                gather(bufs, &mut found);
                 found
             };
             let first = take_first(&mut rest, cut, |first| {

@@ -55,7 +55,8 @@ impl Disk {
         Self { backend: Arc::new(backend), limiters: None }
     }
 
-    /// The size in bytes.
+    /// The size in bytes. A disk may grow while it is in use ([`Volume::grow`](crate::Volume::grow)); it never
+    /// shrinks.
     pub fn size(&self) -> u64 {
         self.backend.size()
     }

@@ -13,6 +13,8 @@ use std::path::Path;
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 
+use crate::{IoBuf, buffer};
+
 #[cfg(test)]
 use crate::tests::tape::{self, Op};
 
@@ -90,6 +92,17 @@ impl File {
         self.file.as_fd()
     }
 
+    /// Writes all of several buffers, from where they are.
+    pub(crate) fn write_all_vectored_at(&self, mut bufs: &mut [IoBuf<'_>], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        let bytes = to_vec(bufs);
+        act!(
+            &self.track,
+            Op::Write { offset, bytes },
+            buffer::write_all_at(self.file.as_fd(), &mut bufs, offset)
+        )
+    }
+
     pub(crate) fn metadata(&self) -> io::Result<Metadata> {
         self.file.metadata()
     }
@@ -121,6 +134,14 @@ impl File {
     pub(crate) fn flock(&self, operation: FlockOperation) -> rustix::io::Result<()> {
         rustix::fs::flock(&self.file, operation)
     }
+}
+
+/// What buffers that nobody else changes hold.
+#[cfg(test)]
+fn to_vec(bufs: &[IoBuf<'_>]) -> Vec<u8> {
+    let mut bytes = vec![0; buffer::total(bufs).unwrap_or(0) as usize];
+    buffer::gather(bufs, &mut bytes);
+    bytes
 }
 
 impl Read for File {

@@ -2,7 +2,9 @@
 //!
 //! A [`Store`] keeps [`Snapshot`]s: disks cut into chunks of 64 KiB, each stored once under its SHA-256 digest. A
 //! [`Volume`] begins as a snapshot, in the same time however large that is, and keeps what is written
-//! to it in a file of its own. A snapshot of a volume stores the chunks that have changed. Whatever can be read and
+//! to it in a file of its own. A snapshot of a volume stores the chunks that have changed, while the volume goes on
+//! being written; several volumes can be [frozen](Volume::freeze) at one instant, and
+//! [`Snapshot::changed_blocks`] lists what differs between two snapshots. Whatever can be read and
 //! written is a [`Disk`], and [`nbd::Server`] gives any disk to another process.
 //!
 //! ```
@@ -57,6 +59,7 @@
 mod backend;
 mod bounce;
 mod buffer;
+mod changed;
 mod disk;
 mod error;
 mod format;
@@ -73,10 +76,12 @@ mod map;
 mod memory;
 pub mod nbd;
 mod pack;
+mod progress;
 mod queue;
 mod raw;
 mod session;
 mod snapshot;
+mod sparse;
 mod store;
 mod sweep;
 pub mod testing;
@@ -85,17 +90,19 @@ mod volume;
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Capabilities, Extent, SECTOR};
 pub use buffer::{IoBuf, IoBufMut};
+pub use changed::{Blocks, ChangedBlock, ChangedBlocks};
 pub use disk::Disk;
 pub use error::{Error, ErrorKind, Result};
-pub use import::{Progress, SnapshotStats};
+pub use import::SnapshotStats;
 pub use limit::{IoLimits, Limiter, Rate};
 pub use memory::MemoryDisk;
+pub use progress::Progress;
 pub use queue::{Completion, Engine, Queue, QueueOptions};
 pub use raw::RawFile;
 pub use snapshot::Snapshot;
 pub use store::Store;
 pub use sweep::Reclaimed;
-pub use volume::Volume;
+pub use volume::{FrozenVolumes, Volume};
 
 #[cfg(test)]
 mod tests;
