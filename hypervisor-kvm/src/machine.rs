@@ -14,10 +14,11 @@ use crate::bus::Devices;
 use crate::error::{HostContext, Result};
 use crate::gate::Gate;
 use crate::memory::Memory;
+use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::virtio::{Block, VirtioDevice};
-use crate::{Kvm, acpi, cpu, kick, layout, memory, smbios, vcpu};
+use crate::{Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
 
 /// A machine's handle.
 #[derive(Debug)]
@@ -62,7 +63,8 @@ impl KvmMachine {
         }
         set_up_platform(&vm)?;
         let count = spec.vcpus.get();
-        acpi::write(&memory, count, spec.disks.len())?;
+        let transport = kvm.transport();
+        acpi::write(&memory, count, transport, spec.disks.len())?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
         }
@@ -77,9 +79,11 @@ impl KvmMachine {
         let devices = Devices {
             serial: serial_port(&vm, spec)?,
             power: Power::default(),
+            pci: (transport == Transport::Pci).then(Bus::new),
             disks: (spec.disks.iter().enumerate())
                 .map(|(n, disk)| {
-                    VirtioDevice::new(&vm, &memory, n, Block::new(disk.disk.clone(), &disk.serial))
+                    let block = Block::new(disk.disk.clone(), &disk.serial);
+                    VirtioDevice::new(&vm, &memory, n, transport, block)
                 })
                 .collect::<Result<_>>()?,
         };
@@ -172,7 +176,7 @@ impl Shared {
     }
 
     fn run_disk(&self, n: usize) {
-        if let Err(error) = self.devices.disks[n].serve(&self.gate) {
+        if let Err(error) = self.devices.disks[n].serve(&self.vm, &self.gate) {
             self.end(ExitCause::HostFailure(format!("disk {n} cannot be served: {error}")));
         }
     }
