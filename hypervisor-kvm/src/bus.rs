@@ -21,7 +21,7 @@ pub(crate) struct Devices {
     pub(crate) power: Power,
     /// Where devices are on PCI.
     pub(crate) pci: Option<Bus>,
-    pub(crate) disks: Vec<VirtioDevice>,
+    pub(crate) virtio: Vec<VirtioDevice>,
 }
 
 impl Devices {
@@ -90,16 +90,16 @@ impl Devices {
 
     fn device_at(&self, address: u64) -> Option<(&VirtioDevice, u64)> {
         if self.pci.is_some() {
-            return self.disks.iter().find_map(|device| Some((device, device.pci_offset_of(address)?)));
+            return self.virtio.iter().find_map(|device| Some((device, device.pci_offset_of(address)?)));
         }
         let from_first = address.checked_sub(layout::VIRTIO)?;
-        let device = self.disks.get((from_first / layout::VIRTIO_LEN) as usize)?;
+        let device = self.virtio.get((from_first / layout::VIRTIO_LEN) as usize)?;
         Some((device, from_first % layout::VIRTIO_LEN))
     }
 
     /// Number 0 is the host bridge's.
     fn pci_device(&self, number: usize) -> Option<&VirtioDevice> {
-        self.disks.get(number.checked_sub(1)?)
+        self.virtio.get(number.checked_sub(1)?)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
 //! [`Kvm`] makes machines of 64-bit x86: a kernel loaded directly, virtio block devices on
-//! virtio-mmio or PCI that a stock kernel finds through ACPI, a serial port, a power button, and nothing that
+//! virtio-mmio or PCI that a stock kernel finds through ACPI, an entropy device, a serial port, a power button, and nothing that
 //! an instance does not need.
 //!
 //! ```no_run
@@ -95,7 +95,7 @@ use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 
 use crate::error::{HostContext, unsupported};
-use crate::machine::KvmMachine;
+use crate::machine::{KvmMachine, OTHER_DEVICES};
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
@@ -219,7 +219,7 @@ impl Hypervisor for Kvm {
         capabilities.max_disks = match self.transport {
             Transport::Mmio => layout::VIRTIO_MAX,
             Transport::Pci => layout::PCI_MAX,
-        };
+        } - OTHER_DEVICES;
         capabilities
     }
 

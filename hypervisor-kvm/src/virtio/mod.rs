@@ -16,6 +16,7 @@ mod pci;
 #[cfg(test)]
 mod pci_tests;
 mod ring;
+mod rng;
 #[cfg(test)]
 mod tests;
 
@@ -38,13 +39,15 @@ pub(crate) use device::Device;
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;
+pub(crate) use rng::Rng;
 #[cfg(any(test, fuzzing))]
 pub(crate) use {
     mmio::Mmio,
     pci::{Pci, RANGE_LEN},
 };
 
-/// A device: its registers, which any vCPU may access, and its requests, which one thread serves.
+/// A device: its registers, which any vCPU may access, and its requests, which one thread serves: its own, or
+/// that of the vCPU whose driver notifies, where requests are few and done at once.
 ///
 /// A request is served under the registers' lock, so that a reset waits for the one under way, as
 /// the driver expects. The notification, which KVM handles, needs no lock.
@@ -52,7 +55,8 @@ pub(crate) use {
 pub(crate) struct VirtioDevice {
     port: Port,
     memory: Memory,
-    notification: EventFd,
+    /// By which KVM wakes the device's own thread.
+    notification: Option<EventFd>,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
@@ -65,8 +69,8 @@ enum Port {
 }
 
 impl VirtioDevice {
-    /// The `n`th device of a machine.
-    pub(crate) fn new(
+    /// The `n`th device of a machine, which a thread is going to [`serve`](Self::serve).
+    pub(crate) fn with_thread(
         vm: &VmFd,
         memory: &Memory,
         n: usize,
@@ -74,21 +78,37 @@ impl VirtioDevice {
         device: impl Device + 'static,
     ) -> Result<Self> {
         let notification = EventFd::new(libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-        let (port, heard) = match transport {
-            Transport::Mmio => {
-                let port = OnMmio::new(vm, n, device)?;
+        let device = Self::new(vm, memory, n, transport, device)?;
+        let heard = match &device.port {
+            Port::Mmio(_) => {
                 let at = IoEventAddress::Mmio(address(n) + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY));
                 // Whichever queue is notified: the thread looks at all of them.
-                (Port::Mmio(port), vm.register_ioevent(&notification, &at, NoDatamatch))
+                vm.register_ioevent(&notification, &at, NoDatamatch)
             }
-            Transport::Pci => {
-                let port = OnPci::new(n, device);
-                let heard = port.listen(vm, &notification);
-                (Port::Pci(Box::new(port)), heard)
-            }
+            Port::Pci(port) => port.listen(vm, &notification),
         };
         heard.host("KVM did not take a device's notification")?;
-        Ok(Self { port, memory: memory.clone(), notification, warned: AtomicBool::new(false) })
+        Ok(Self { notification: Some(notification), ..device })
+    }
+
+    /// The `n`th device of a machine, whose requests are served by the vCPU that notifies.
+    pub(crate) fn new(
+        vm: &VmFd,
+        memory: &Memory,
+        n: usize,
+        transport: Transport,
+        device: impl Device + 'static,
+    ) -> Result<Self> {
+        let port = match transport {
+            Transport::Mmio => Port::Mmio(OnMmio::new(vm, n, device)?),
+            Transport::Pci => Port::Pci(Box::new(OnPci::new(n, device))),
+        };
+        Ok(Self { port, memory: memory.clone(), notification: None, warned: AtomicBool::new(false) })
+    }
+
+    /// Whether a thread has to [`serve`](Self::serve) it.
+    pub(crate) fn needs_thread(&self) -> bool {
+        self.notification.is_some()
     }
 
     /// How far `address` is into the registers of this device on PCI, if it is.
@@ -113,7 +133,7 @@ impl VirtioDevice {
             Port::Mmio(mmio) => mmio.write(&self.memory, offset, data),
             Port::Pci(pci) => pci.write(vm, &self.memory, offset, data),
         };
-        self.follow(effect);
+        self.follow(vm, effect);
     }
 
     /// The guest reads PCI's configuration space, where there is one.
@@ -126,15 +146,17 @@ impl VirtioDevice {
     /// The guest writes to it.
     pub(crate) fn write_space(&self, vm: &VmFd, at: usize, data: &[u8]) {
         let Port::Pci(pci) = &self.port else { return };
-        self.follow(pci.write_space(vm, &self.memory, at, data));
-        if let Err(error) = pci.listen(vm, &self.notification) {
+        self.follow(vm, pci.write_space(vm, &self.memory, at, data));
+        if let Some(Err(error)) = self.notification.as_ref().map(|heard| pci.listen(vm, heard)) {
             tracing::warn!(%error, "KVM did not take the new place of a device's notification");
         }
     }
 
-    fn follow(&self, effect: Effect) {
+    fn follow(&self, vm: &VmFd, effect: Effect) {
         match effect {
-            Effect::Notify => self.wake(),
+            Effect::Notify if self.needs_thread() => self.wake(),
+            // No more than a queue holds: the vCPU has to get on, also where others keep adding.
+            Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| !self.step(vm)),
             Effect::Broken(why) => self.warn(why),
             Effect::None | Effect::Reset => {}
         }
@@ -142,17 +164,20 @@ impl VirtioDevice {
 
     /// Has [`serve`](Self::serve) look at the queues and at the gate.
     pub(crate) fn wake(&self) {
-        // Fails only where the counter is full, and then it is being read.
-        let _ = self.notification.write(1);
+        if let Some(notification) = &self.notification {
+            // Fails only where the counter is full, and then it is being read.
+            let _ = notification.write(1);
+        }
     }
 
     /// Serves requests until the machine ends. One thread calls this.
     pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
+        let Some(notification) = &self.notification else { return Ok(()) };
         while gate.pass() {
             if self.step(vm) {
                 continue;
             }
-            match self.notification.read() {
+            match notification.read() {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
