@@ -101,6 +101,7 @@ pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
         let size = self.size();
         Ok((offset < size).then_some(offset..size))
     }
+
     /// How the bytes from `offset` on can be read, `len` of them at most, and how many of them in that way.
     ///
     /// It is asked in front of reads, and by whoever must not wait: it looks at memory alone, and what it would

@@ -92,6 +92,19 @@ impl QueueOptions {
 }
 
 /// What became of a request.
+///
+/// ```
+/// use storage_block::{Completion, ErrorKind, MemoryDisk};
+///
+/// let mut queue = MemoryDisk::from_vec(vec![7; 512])?.into_disk().queue(1)?;
+/// queue.read(1, 0, vec![0; 512]);
+/// let Some(Completion { token: 1, result: Ok(()), buffer: Some(bytes) }) = queue.wait() else { unreachable!() };
+/// assert_eq!(bytes, [7; 512]);
+/// queue.read(2, 512, bytes);
+/// let refused = queue.wait().and_then(|done| done.result.err());
+/// assert_eq!(refused.map(|error| error.kind()), Some(ErrorKind::OutOfBounds));
+/// # Ok::<(), storage_block::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Completion {
     /// The submitter's name for it.

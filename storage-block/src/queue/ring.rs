@@ -22,8 +22,6 @@ pub(super) struct Ring {
     ring: IoUring,
     /// Entries that were pushed and have not ended.
     running: usize,
-    /// Entries that the kernel has not been told of.
-    unsent: usize,
 }
 
 impl std::fmt::Debug for Ring {
@@ -43,7 +41,7 @@ impl Ring {
             return Err(io::ErrorKind::Unsupported.into());
         }
         ring.submitter().register_eventfd(event.fd().as_raw_fd())?;
-        let mut ring = Self { ring, running: 0, unsent: 0 };
+        let mut ring = Self { ring, running: 0 };
         ring.signals(false);
         Ok(ring)
     }
@@ -84,7 +82,6 @@ impl Ring {
         let pushed = unsafe { self.ring.submission().push(&entry.user_data(slot as u64)) };
         debug_assert!(pushed.is_ok(), "more requests than the ring has entries");
         self.running += 1;
-        self.unsent += 1;
     }
 
     /// Tells the kernel of what was pushed.
@@ -98,23 +95,18 @@ impl Ring {
     }
 
     fn enter(&mut self, want: usize) {
-        if self.unsent == 0 && want == 0 {
+        if want == 0 && !self.unsent() {
             return;
         }
         // What a signal or a lack of memory keeps back is sent by the next call.
-        let sent = match want {
-            0 => self.ring.submit(),
-            _ => self.ring.submit_and_wait(want),
-        };
-        match sent {
-            Ok(sent) => self.unsent -= sent.min(self.unsent),
-            Err(error) => tracing::debug!(%error, "the kernel took no requests"),
+        if let Err(error) = self.ring.submit_and_wait(want) {
+            tracing::trace!(%error, "the kernel took no requests");
         }
     }
 
-    /// Whether the kernel has not been told of everything.
-    pub(super) fn unsent(&self) -> bool {
-        self.unsent > 0
+    /// Whether there is something that the kernel has not taken.
+    pub(super) fn unsent(&mut self) -> bool {
+        !self.ring.submission().is_empty()
     }
 
     /// Takes what has ended: the slot, and how many bytes were done, or the error's number.

@@ -23,11 +23,11 @@ fn queues(disk: &Disk, depth: u32) -> Vec<Queue> {
     let mut queues = vec![threads];
     match disk.queue_with(&QueueOptions::new(depth).engine(Engine::IoUring)) {
         Ok(queue) => queues.push(queue),
-        Err(error) => assert!(
-            std::env::var_os("CI").is_none(),
-            "io_uring is not to be had here: {error}: {:?}",
-            std::error::Error::source(&error)
-        ),
+        Err(error) => {
+            let why = format!("io_uring is not to be had here: {:?}", std::error::Error::source(&error));
+            assert!(std::env::var_os("CI").is_none(), "{why}");
+            eprintln!("threads alone are tested: {why}");
+        }
     }
     queues
 }

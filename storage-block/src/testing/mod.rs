@@ -1,6 +1,6 @@
 //! What every [`BlockBackend`](crate::BlockBackend) has to pass.
 
-mod queue;
+pub(crate) mod queue;
 mod vectored;
 
 use crate::{Disk, ErrorKind, IoBufMut, IoLimits, Limiter, Rate};

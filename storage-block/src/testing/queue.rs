@@ -12,7 +12,7 @@ enum Expect {
 }
 
 /// Random requests, several at once, by every engine that there is.
-pub(super) fn random_requests(disk: &Disk, count: usize) {
+pub(crate) fn random_requests(disk: &Disk, count: usize) {
     let mut oracle = vec![0; disk.size() as usize];
     let zone_len = disk.size() / ZONES;
     for engine in [Engine::Threads, Engine::IoUring] {

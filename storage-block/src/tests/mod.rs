@@ -9,6 +9,7 @@ mod full_disk;
 mod golden;
 mod grow;
 mod model;
+mod queue;
 mod store;
 pub(crate) mod tape;
 
