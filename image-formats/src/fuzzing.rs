@@ -1,0 +1,1 @@
+//! What the fuzz targets run, and the tests over the corpus. No part of the interface.
