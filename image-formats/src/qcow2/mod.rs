@@ -159,7 +159,7 @@ impl Image {
         while at < size && start.is_none_or(|start| at - start < DATA_STEP) {
             match (self.part(at, size - at)?, start) {
                 ((Part::Zeroes, _), Some(_)) => break,
-                ((Part::Zeroes, len), None) => at += len,
+                ((Part::Zeroes, len), None) => at = self.tables.skip_holes(at + len),
                 ((_, len), _) => {
                     start = start.or(Some(at));
                     at += len;

@@ -93,6 +93,17 @@ impl Tables {
         offset % cluster == 0 && offset >= cluster && offset < self.source.len() && !taken
     }
 
+    /// Where the next L2 table begins to matter, at or after an offset of the disk; its end where none does.
+    pub(super) fn skip_holes(&self, offset: u64) -> u64 {
+        let span = self.header.cluster() * (self.header.cluster() / 8);
+        let first = (offset / span) as usize;
+        let rest = self.l1.chunks_exact(8).skip(first);
+        match rest.zip(first as u64..).find(|(entry, _)| be64(entry, 0) & OFFSET != 0) {
+            Some((_, number)) => offset.max(number * span),
+            None => self.header.size,
+        }
+    }
+
     pub(super) fn is_l2(&self, offset: u64) -> bool {
         self.l2.binary_search(&offset).is_ok()
     }

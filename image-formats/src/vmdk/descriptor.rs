@@ -177,7 +177,7 @@ mod tests {
         for (body, kind) in [
             ("", ErrorKind::Corrupt),
             ("RW x ZERO", ErrorKind::Corrupt),
-            ("RW 1", ErrorKind::Unsupported),
+            ("RW 1", ErrorKind::Corrupt),
             ("RW 8 FLAT", ErrorKind::Corrupt),
             ("RW 8 FLAT \"x", ErrorKind::Corrupt),
             ("RW 8 FLAT \"x\" y", ErrorKind::Corrupt),
