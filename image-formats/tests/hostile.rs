@@ -334,7 +334,7 @@ fn vmdk_headers() {
                     "the name of a parent",
                     &text("ddb.virtualHWVersion = \"4\"", "parentFileNameHint=\"/a\"  "),
                 ),
-                ("a second extent", &text("# The Disk Data Base", "RW 1 FLAT \"/etc/shad\"")),
+                ("a second extent", &text("# The Disk Data Base", "RW 1 FLAT \"/etc/sha\"")),
             ],
         );
         check(

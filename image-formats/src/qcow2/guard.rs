@@ -13,6 +13,10 @@ use crate::ErrorKind;
 
 use super::tables::Tables;
 
+/// What an error is that the file is to blame for and not the image. imago keeps an error's kind, though not always the
+/// error, and makes none of this one.
+pub(super) const FILE_FAILED: io::ErrorKind = io::ErrorKind::BrokenPipe;
+
 /// Hands imago a header made for it, the L1 table that was checked, and L2 tables once they have been.
 #[derive(Debug)]
 pub(super) struct Guard {
@@ -63,7 +67,7 @@ impl Storage for Guard {
             self.read(&mut part, offset).map_err(|e| {
                 let kind = match e.kind() {
                     ErrorKind::Corrupt => io::ErrorKind::InvalidData,
-                    _ => io::ErrorKind::Other,
+                    _ => FILE_FAILED,
                 };
                 io::Error::new(kind, e)
             })?;

@@ -90,11 +90,11 @@ impl Header {
             return Err(unsupported("the disk in the qcow2 image has no bytes"));
         }
         let l1_entries = size.div_ceil(cluster * (cluster / 8));
+        if l1_entries > MAX_L1 / 8 {
+            return Err(Error::new(ErrorKind::TooLarge, "the L1 table of the qcow2 image is too large"));
+        }
         if u64::from(be32(head, 36)) < l1_entries {
             return Err(corrupt("the L1 table of the qcow2 image is too short for its disk"));
-        }
-        if l1_entries * 8 > MAX_L1 {
-            return Err(Error::new(ErrorKind::TooLarge, "the L1 table of the qcow2 image is too large"));
         }
         let l1_offset = be64(head, 40);
         check_table("L1 table", l1_offset, l1_entries * 8, cluster, len)?;

@@ -42,7 +42,7 @@ pub(crate) fn open(source: Source, options: &OpenOptions) -> Result<Disk> {
     let tables = Arc::new(Tables::load(source, options)?);
     let opened =
         contain(|| Qcow2::<Guard>::builder(Guard::new(&tables)).open(DenyImplicitOpenGate::default()));
-    let image = FormatAccess::new(opened.map_err(|e| e.as_error("the qcow2 image cannot be opened"))?);
+    let image = FormatAccess::new(opened.map_err(|e| e.into_error("the qcow2 image cannot be opened"))?);
     Disk::new(Image { image, tables }).map_err(|e| Error::disk(e, "the qcow2 image is no disk"))
 }
 
@@ -65,10 +65,10 @@ enum Failure {
 }
 
 impl Failure {
-    fn as_error(self, what: &str) -> Error {
+    fn into_error(self, what: &str) -> Error {
         match self {
-            Self::Said(e) if e.kind() == io::ErrorKind::InvalidData => corrupt(format!("{what} ({e})")),
-            Self::Said(e) => Error::io(e, what),
+            Self::Said(e) if e.kind() == guard::FILE_FAILED => Error::io(e, what),
+            Self::Said(e) => corrupt(format!("{what} ({e})")),
             Self::Panicked => corrupt(format!("{what}, and its reader gave up")),
         }
     }
@@ -104,14 +104,14 @@ impl Image {
         });
         match found {
             Ok((_, 0)) => Err(corrupt("the disk ends before its end")),
-            found => found.map_err(|e| e.as_error("the tables of the qcow2 image cannot be read")),
+            found => found.map_err(|e| e.into_error("the tables of the qcow2 image cannot be read")),
         }
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         if self.tables.header.packing == Packing::Deflate {
             let read = contain(|| self.image.read(buf, offset));
-            return read.map_err(|e| e.as_error("the qcow2 image cannot be read"));
+            return read.map_err(|e| e.into_error("the qcow2 image cannot be read"));
         }
         let mut done = 0;
         while done < buf.len() {
@@ -123,7 +123,7 @@ impl Image {
                 Part::Zeroes => into[..len].fill(0),
                 Part::Data => {
                     let read = contain(|| self.image.read(&mut into[..len], at));
-                    read.map_err(|e| e.as_error("the qcow2 image cannot be read"))?;
+                    read.map_err(|e| e.into_error("the qcow2 image cannot be read"))?;
                 }
                 Part::Packed => self.read_packed(&mut into[..len], at)?,
             }
