@@ -20,7 +20,7 @@ pub(crate) struct Source {
 impl Source {
     /// Opens a regular file or a block device, and waits for nothing: a pipe is not one.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let no_waiting = OFlags::NONBLOCK.bits().cast_signed();
+        let no_waiting = OFlags::NONBLOCK.bits() as i32;
         let file = OpenOptions::new().read(true).custom_flags(no_waiting).open(path);
         Self::from_file(file.map_err(|e| Error::io(e, "cannot be opened"))?)
     }

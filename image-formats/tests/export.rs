@@ -1,4 +1,5 @@
 //! Images that are exported are what QEMU thinks they should be.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Images that QEMU makes are read as it reads them.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
 
