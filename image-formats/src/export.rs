@@ -31,7 +31,8 @@ pub enum Compression {
     None,
     /// Deflate (RFC 1951), which every reader of the format knows.
     Zlib,
-    /// Zstandard (RFC 8878), which QEMU knows in qcow2 since version 5.1: faster to unpack.
+    /// Zstandard (RFC 8878), which QEMU knows in qcow2 since version 5.1 and unpacks faster. It is packed by pure Rust
+    /// that has one level, and becomes larger than with zlib: 53 MiB instead of 41 of 128 MiB of shared libraries.
     Zstd,
 }
 
