@@ -121,8 +121,10 @@ impl Error {
     /// The same as a disk says it, which is read long after it was opened.
     pub(crate) fn into_disk_error(self) -> storage_block::Error {
         match self.source {
-            Some(source) => storage_block::Error::io(io::Error::other(source), self.context),
-            None => storage_block::Error::new(storage_block::ErrorKind::Corrupt, self.context),
+            Some(source) if self.kind != ErrorKind::Corrupt => {
+                storage_block::Error::io(io::Error::other(source), self.context)
+            }
+            _ => storage_block::Error::new(storage_block::ErrorKind::Corrupt, self.context),
         }
     }
 }
