@@ -135,7 +135,7 @@ impl Header {
 /// What only version 3 says.
 fn version_3(head: &[u8], cluster: u64) -> Result<Packing> {
     let len = be32(head, 100);
-    if (len as usize) < LEN_3 || u64::from(len) > cluster || len % 8 != 0 || head.len() < LEN_3 {
+    if (len as usize) < LEN_3 || u64::from(len) > cluster || !len.is_multiple_of(8) || head.len() < LEN_3 {
         return Err(corrupt("the length of the qcow2 header is wrong"));
     }
     if be32(head, 96) > 6 {
@@ -189,7 +189,7 @@ fn check_extensions(head: &[u8], mut at: usize, cluster: u64) -> Result<()> {
 /// Checks that a table is aligned, not in the header's cluster, and within the file.
 fn check_table(what: &str, offset: u64, table_len: u64, cluster: u64, len: u64) -> Result<()> {
     let end = offset.checked_add(table_len);
-    if offset % cluster != 0 || offset == 0 || end.is_none_or(|end| end > len) {
+    if !offset.is_multiple_of(cluster) || offset == 0 || end.is_none_or(|end| end > len) {
         return Err(corrupt(format!("the {what} of the qcow2 image does not lie where one can")));
     }
     Ok(())

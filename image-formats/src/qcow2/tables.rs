@@ -90,7 +90,7 @@ impl Tables {
         let cluster = self.header.cluster();
         let table = self.header.l1_offset..self.header.l1_offset + self.l1.len() as u64;
         let taken = [&table, &self.header.refcount_table].iter().any(|table| table.contains(&offset));
-        offset % cluster == 0 && offset >= cluster && offset < self.source.len() && !taken
+        offset.is_multiple_of(cluster) && offset >= cluster && offset < self.source.len() && !taken
     }
 
     /// Where the next L2 table begins to matter, at or after an offset of the disk; its end where none does.
