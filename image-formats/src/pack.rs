@@ -41,6 +41,14 @@ pub(crate) fn unzlib(packed: &[u8], out: &mut [u8]) -> Result<usize> {
     if code == ReturnCode::Ok { Ok(unpacked.len()) } else { Err(corrupt("a zlib stream cannot be unpacked")) }
 }
 
+/// Fills `out` with what a raw deflate stream holds, whatever follows that.
+pub(crate) fn inflate(packed: &[u8], out: &mut [u8]) -> Result<()> {
+    let wanted = out.len();
+    let (unpacked, code) = zlib_rs::decompress_slice(out, packed, InflateConfig { window_bits: -15 });
+    let is_whole = unpacked.len() == wanted && code == ReturnCode::Ok;
+    if is_whole { Ok(()) } else { Err(corrupt("a deflate stream cannot be unpacked")) }
+}
+
 /// Packs as a Zstandard frame, if that fits in `limit` bytes.
 ///
 /// The packer is younger than any unpacker, so what it made is unpacked once before it is believed.

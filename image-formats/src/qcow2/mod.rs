@@ -1,8 +1,7 @@
 //! qcow2 images.
 //!
-//! They are read through imago, which follows the tables and unpacks what is packed with deflate. What imago does not
-//! do is done here: nothing of a hostile image reaches it unchecked (`header`, `tables`, `guard`), clusters packed with
-//! Zstandard are unpacked, and images are written (`write`), which imago does without packing only.
+//! They are read through imago, which follows the tables. What imago does not do is done here: nothing of a hostile
+//! image reaches it unchecked (`header`, `tables`, `guard`), packed clusters are unpacked, and images are written (`write`), which imago does without packing only.
 
 mod guard;
 mod header;
@@ -109,10 +108,6 @@ impl Image {
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        if self.tables.header.packing == Packing::Deflate {
-            let read = contain(|| self.image.read(buf, offset));
-            return read.map_err(|e| e.into_error("the qcow2 image cannot be read"));
-        }
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
@@ -132,7 +127,8 @@ impl Image {
         Ok(())
     }
 
-    /// Reads from clusters that are packed with Zstandard.
+    /// Reads from packed clusters. imago unpacks deflate too, but a stream that refers to what was before its beginning
+    /// gets it what lay in memory there.
     fn read_packed(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
         let cluster = self.tables.header.cluster();
         let mut unpacked = vec![0; cluster as usize];
@@ -141,7 +137,10 @@ impl Image {
             let place = self.tables.packed(offset)?.ok_or_else(gone)?;
             let mut packed = vec![0; place.len as usize];
             self.tables.source.read_padded_at(&mut packed, place.offset)?;
-            pack::unzstd(&packed, &mut unpacked)?;
+            match self.tables.header.packing {
+                Packing::Deflate => pack::inflate(&packed, &mut unpacked)?,
+                Packing::Zstd => pack::unzstd(&packed, &mut unpacked)?,
+            }
             let from = &unpacked[(offset % cluster) as usize..];
             let len = from.len().min(buf.len());
             let (now, later) = buf.split_at_mut(len);
