@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
+use std::time::Instant;
+
 use storage_block::{Engine, IoLimits, Limiter, MemoryDisk, QueueOptions, Rate, RawFile, Store, Volume};
 
 /// Threads and descriptors of this process.
@@ -42,7 +44,9 @@ fn queues_leave_nothing() {
                 }
                 drop(queue);
                 // A thread that has been joined may be listed for a moment more.
+                let dropped = Instant::now();
                 while held().0 > before.0 {
+                    assert!(dropped.elapsed().as_secs() < 60, "{engine:?}: threads are left");
                     std::thread::yield_now();
                 }
             }
