@@ -52,6 +52,8 @@ pub enum ErrorKind {
     InUse,
     /// Something of that name is there already.
     AlreadyExists,
+    /// It is encrypted, and the key to it is not at hand, or is another; nothing is damaged.
+    KeyUnavailable,
     /// Any other failure of the operating system.
     Io,
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, MAX_SIZE};
+use crate::keys::EncryptionKey;
 use crate::session::Session;
 use crate::store::{Inner, Store};
 use crate::{Disk, Error, Result, Snapshot};
@@ -51,7 +52,8 @@ pub struct SnapshotStats {
     /// Of an import, the bytes that were not known to be holes; of a volume's snapshot, the bytes of the
     /// 4 KiB blocks that have changed since the snapshot the volume began as.
     pub changed_bytes: u64,
-    /// Bytes that were not in the store yet and are now: chunks of 64 KiB, manifest leaves of 32 KiB.
+    /// Bytes that were not in the store yet and are now: chunks of 64 KiB and manifest leaves of 32 KiB, or what is
+    /// left of them where they are compressed.
     pub stored_bytes: u64,
 }
 
@@ -71,12 +73,36 @@ impl Store {
         disk: &Disk,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Snapshot, SnapshotStats)> {
+        self.import_with(disk, None, progress)
+    }
+
+    /// The same, encrypted: chunks are stored once for all that is stored under `key`, and never together
+    /// with others. The disk may be a snapshot under another key, or under none.
+    ///
+    /// # Errors
+    ///
+    /// As [`import`](Self::import).
+    pub fn import_encrypted(
+        &self,
+        disk: &Disk,
+        key: &EncryptionKey,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Snapshot, SnapshotStats)> {
+        self.import_with(disk, Some(key), progress)
+    }
+
+    pub(crate) fn import_with(
+        &self,
+        disk: &Disk,
+        key: Option<&EncryptionKey>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Snapshot, SnapshotStats)> {
         const STEP: u64 = 1 << 20;
         let total = disk.size();
         if total > MAX_SIZE {
             return Err(Error::invalid_size(total, "is more than 64 TiB"));
         }
-        let mut builder = Builder::new(&self.0, total, None);
+        let mut builder = Builder::new(&self.0, total, None, key);
         let mut buf = vec![0; STEP as usize];
         let mut done = 0;
         while let Some(data) = disk.next_data(done)? {
@@ -115,10 +141,15 @@ pub(crate) struct Builder<'s> {
 }
 
 impl<'s> Builder<'s> {
-    pub(crate) fn new(store: &'s Arc<Inner>, size: u64, base: Option<&'s Snapshot>) -> Self {
+    pub(crate) fn new(
+        store: &'s Arc<Inner>,
+        size: u64,
+        base: Option<&'s Snapshot>,
+        key: Option<&EncryptionKey>,
+    ) -> Self {
         let mut leaves = base.map_or_else(Vec::new, |base| base.root.leaves.clone());
         leaves.resize(format::leaf_count(size) as usize, HOLE);
-        let session = Session::begin(store);
+        let session = Session::begin(store, key);
         Self {
             store,
             session,
@@ -158,7 +189,7 @@ impl<'s> Builder<'s> {
     pub(crate) fn finish(mut self) -> Result<(Snapshot, SnapshotStats)> {
         self.finish_leaf()?;
         self.stats.stored_bytes = self.session.appended();
-        let bytes = format::encode_root(self.stats.size, &self.leaves);
+        let bytes = self.session.encode_root(self.stats.size, &self.leaves);
         let root = self.session.commit(&bytes)?;
         Ok((Snapshot::new(Arc::clone(self.store), root), self.stats))
     }

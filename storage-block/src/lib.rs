@@ -51,6 +51,9 @@
 //! Compression, encryption, other image formats, asynchronous input and output, and stores that several hosts share.
 
 mod backend;
+mod cache;
+mod cipher;
+mod codec;
 mod error;
 mod format;
 mod freeze;
@@ -60,10 +63,13 @@ mod fs;
 #[allow(clippy::unwrap_used, reason = "it is test code, outside of a test function")]
 pub mod fuzzing;
 mod import;
+pub mod keys;
 mod log;
 mod map;
 mod memory;
 pub mod nbd;
+mod options;
+mod overlay;
 mod pack;
 mod raw;
 mod session;
@@ -75,9 +81,11 @@ mod volume;
 
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Disk, SECTOR};
+pub use codec::Compression;
 pub use error::{Error, ErrorKind, Result};
 pub use import::{Progress, SnapshotStats};
 pub use memory::MemoryDisk;
+pub use options::{StoreOptions, VolumeOptions};
 pub use raw::RawFile;
 pub use snapshot::Snapshot;
 pub use store::Store;

@@ -3,14 +3,20 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use ami_core::Digest;
 
-use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN};
+use crate::codec;
+use crate::format::{
+    self, CHUNK, Encoding, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN, PACK_UNITS, RootParts, SLOT_UNITS, Slot,
+    UNIT, WrappedKey,
+};
+use crate::keys::EncryptionKey;
 use crate::pack::{self, Pack};
 use crate::store::{Inner, read};
-use crate::{BlockBackend, Disk, Error, ErrorKind, Result};
+use crate::{BlockBackend, Disk, Error, Result};
 
 /// An immutable disk in a [`Store`](crate::Store).
 ///
@@ -43,6 +49,9 @@ pub(crate) struct Root {
     pub(crate) digest: Digest,
     pub(crate) size: u64,
     pub(crate) leaves: Vec<Id>,
+    /// The key of an encrypted snapshot, as it is stored, and when somebody has come with the key to it.
+    wrapped: Option<WrappedKey>,
+    key: OnceLock<EncryptionKey>,
     tables: Box<[OnceLock<Table>]>,
 }
 
@@ -51,18 +60,68 @@ pub(crate) struct Root {
 #[derive(Debug)]
 struct Table {
     packs: Vec<Arc<Pack>>,
-    /// For each chunk [`NOWHERE`], [`LOST`], or the place in `packs` plus one above the slot.
-    entries: Box<[u32]>,
+    ids: Vec<Id>,
+    entries: Box<[AtomicU64]>,
 }
 
-/// A pack, and the number of a slot in it.
-type Slot<'t> = (&'t Arc<Pack>, u32);
+/// Where a chunk lies, in a word that is read and marked without a lock: [`NOWHERE`](Self::NOWHERE),
+/// [`LOST`](Self::LOST), or from the lowest bit the first unit, the place in the table's packs plus one, the length and
+/// the encoding; the highest bit says that nobody need look at the chunk's name any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Entry(u64);
 
-const NOWHERE: u32 = 0;
-const LOST: u32 = u32::MAX;
-/// One more than it takes, so that the entry after that of a pack's last slot is nobody's.
-const SLOT_BITS: u32 = 15;
-const _: () = assert!(format::PACK_SLOTS < 1 << SLOT_BITS && (LEAF_IDS as u32 + 1) < (LOST >> SLOT_BITS));
+impl Entry {
+    const NOWHERE: Self = Self(0);
+    const LOST: Self = Self(u64::MAX);
+    const PACK: u32 = 20;
+    const LEN: u32 = 32;
+    const ENCODING: u32 = 52;
+    const VERIFIED: u64 = 1 << 63;
+
+    fn new(pack: usize, slot: &Slot) -> Self {
+        let encoding = u64::from(slot.encoding.0) << Self::ENCODING;
+        let len = u64::from(slot.len) << Self::LEN;
+        Self(u64::from(slot.start) | (pack as u64 + 1) << Self::PACK | len | encoding)
+    }
+
+    fn start(self) -> u32 {
+        (self.0 & ((1 << Self::PACK) - 1)) as u32
+    }
+
+    fn pack(self) -> usize {
+        ((self.0 >> Self::PACK & ((1 << (Self::LEN - Self::PACK)) - 1)) as usize).saturating_sub(1)
+    }
+
+    fn slot(self) -> Slot {
+        let len = (self.0 >> Self::LEN & ((1 << (Self::ENCODING - Self::LEN)) - 1)) as u32;
+        let encoding = Encoding((self.0 >> Self::ENCODING & 0xff) as u8);
+        Slot { start: self.start(), len, crc: None, kind: Kind::Chunk, encoding }
+    }
+
+    /// Whether its bytes can be read from the pack's file as they are.
+    fn is_plain(self) -> bool {
+        self.0 >> Self::ENCODING == Self::VERIFIED >> Self::ENCODING
+    }
+
+    /// The entry of a chunk that lies behind this one's in the same pack and is like it in all else. A pack has fewer
+    /// units than there is room for, so that it is never the first of another pack.
+    fn next(self) -> Self {
+        if self == Self::NOWHERE { self } else { Self(self.0 + u64::from(SLOT_UNITS)) }
+    }
+}
+
+const _: () =
+    assert!(PACK_UNITS + SLOT_UNITS < 1 << Entry::PACK && CHUNK < 1 << (Entry::ENCODING - Entry::LEN));
+const _: () = assert!(LEAF_IDS + 1 < 1 << (Entry::LEN - Entry::PACK));
+
+/// What holds the bytes from some offset.
+enum Extent<'t> {
+    Hole,
+    /// A slot whose bytes are the disk's, and more such behind it.
+    Plain(&'t Arc<Pack>, u32),
+    /// A chunk that is compressed, encrypted, or not yet verified.
+    Chunk(&'t Table, usize),
+}
 
 impl Snapshot {
     pub(crate) fn new(store: Arc<Inner>, root: Arc<Root>) -> Self {
@@ -79,6 +138,16 @@ impl Snapshot {
         self.root.size
     }
 
+    /// Whether it is encrypted at rest.
+    pub fn encrypted(&self) -> bool {
+        self.root.wrapped().is_some()
+    }
+
+    /// The id of the key that wraps its data key, if it is encrypted.
+    pub fn key_id(&self) -> Option<&str> {
+        self.root.wrapped().map(|wrapped| wrapped.key_id.as_str())
+    }
+
     /// The disk, which can only be read.
     pub fn disk(&self) -> Disk {
         Disk::from_backend(self.clone())
@@ -93,8 +162,8 @@ impl Snapshot {
         for leaf in 0..self.root.leaves.len() {
             for id in self.leaf_ids(leaf)?.iter().filter(|id| **id != HOLE) {
                 let found = read(&self.store.index).find_open(id)?;
-                let Some((pack, slot)) = found else { return Err(lost(id)) };
-                pack::read_checked(&pack, slot, id, Kind::Chunk)?;
+                let Some((pack, slot)) = found else { return Err(pack::lost(Kind::Chunk, id)) };
+                pack::read_checked(&pack, &slot, id, self.root.key())?;
             }
         }
         Ok(())
@@ -104,7 +173,7 @@ impl Snapshot {
     pub(crate) fn leaf_ids(&self, leaf: usize) -> Result<Vec<Id>> {
         match self.root.leaves.get(leaf) {
             None | Some(&HOLE) => Ok(vec![HOLE; LEAF_IDS]),
-            Some(id) => Ok(format::split_ids(&read(&self.store.index).read(id, Kind::Leaf)?)),
+            Some(id) => Ok(format::split_ids(&read(&self.store.index).read_leaf(id)?)),
         }
     }
 
@@ -114,8 +183,9 @@ impl Snapshot {
             let (found, len) = self.extent(offset, buf.len() as u64)?;
             let (part, rest) = buf.split_at_mut(len as usize);
             match found {
-                None => part.fill(0),
-                Some((pack, slot)) => pack.read(slot, offset % CHUNK, part)?,
+                Extent::Hole => part.fill(0),
+                Extent::Plain(pack, start) => pack.read(start, offset % CHUNK, part)?,
+                Extent::Chunk(table, place) => self.read_chunk(table, place, offset % CHUNK, part)?,
             }
             (buf, offset) = (rest, offset + len);
         }
@@ -123,28 +193,65 @@ impl Snapshot {
     }
 
     /// What holds the bytes from `offset`, and how many of them, `len` at most, one read can get.
-    fn extent(&self, offset: u64, len: u64) -> Result<(Option<Slot<'_>>, u64)> {
+    fn extent(&self, offset: u64, len: u64) -> Result<(Extent<'_>, u64)> {
         let (leaf, within) = ((offset / LEAF_SPAN) as usize, offset % LEAF_SPAN);
         let len = len.min(LEAF_SPAN - within);
-        let Some(table) = self.table(leaf)? else { return Ok((None, len)) };
+        let Some(table) = self.table(leaf)? else { return Ok((Extent::Hole, len)) };
         let first = (within / CHUNK) as usize;
         let last = ((within + len - 1) / CHUNK) as usize;
-        let entry = table.entries[first];
-        if entry == LOST {
-            let ids = self.leaf_ids(leaf)?;
-            return Err(lost(&ids[first]));
+        let entry = table.entry(first);
+        if entry == Entry::LOST {
+            return Err(pack::lost(Kind::Chunk, &table.ids[first]));
         }
-        let step = u32::from(entry != NOWHERE);
-        let mut end = first;
-        while end < last && table.entries[end + 1] == table.entries[end] + step {
+        let one = len.min((first as u64 + 1) * CHUNK - within);
+        if entry != Entry::NOWHERE && !entry.is_plain() {
+            return Ok((Extent::Chunk(table, first), one));
+        }
+        let (mut end, mut next) = (first, entry.next());
+        while end < last && table.entry(end + 1) == next {
             end += 1;
+            next = next.next();
         }
         let len = len.min((end as u64 + 1) * CHUNK - within);
-        if entry == NOWHERE {
-            return Ok((None, len));
+        if entry == Entry::NOWHERE {
+            return Ok((Extent::Hole, len));
         }
-        let (pack, slot) = ((entry >> SLOT_BITS) as usize - 1, entry & ((1 << SLOT_BITS) - 1));
-        Ok((Some((&table.packs[pack], slot)), len))
+        Ok((Extent::Plain(&table.packs[entry.pack()], entry.start()), len))
+    }
+
+    /// Reads a part of one chunk, and the first time anybody does verifies all of it.
+    fn read_chunk(&self, table: &Table, place: usize, offset: u64, part: &mut [u8]) -> Result<()> {
+        let (entry, id, key) = (table.entry(place), &table.ids[place], self.root.key());
+        let (pack, slot) = (&table.packs[entry.pack()], entry.slot());
+        let verified = entry.0 & Entry::VERIFIED != 0 || !self.store.verify || pack.is_verified(slot.start);
+        if verified {
+            table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
+        }
+        let range = offset as usize..offset as usize + part.len();
+        if slot.encoding.compressed() {
+            // Only what has been verified, where that is asked for, gets in there.
+            if let Some(bytes) = self.store.cache.get(pack.number, slot.start) {
+                part.copy_from_slice(&bytes[range]);
+                return Ok(());
+            }
+        } else if verified {
+            return read_units(pack, &slot, id, key, offset, part);
+        }
+        let bytes = if verified {
+            let stored = pack.read_stored(&slot)?;
+            codec::decode(&slot, id, stored, key).map_err(|why| pack.damaged(slot.start, why))?
+        } else {
+            pack::read_checked(pack, &slot, id, key)?
+        };
+        part.copy_from_slice(&bytes[range]);
+        if !verified {
+            pack.set_verified(slot.start);
+            table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
+        }
+        if slot.encoding.compressed() {
+            self.store.cache.insert(pack.number, slot.start, &bytes.into());
+        }
+        Ok(())
     }
 
     /// Where the leaf's chunks lie; `None` where all of it is a hole.
@@ -166,46 +273,87 @@ impl Snapshot {
     fn make_table(&self, leaf: &Id) -> Result<Table> {
         // The guard keeps the packs' files there until they are open.
         let index = read(&self.store.index);
-        let ids = format::split_ids(&index.read(leaf, Kind::Leaf)?);
+        let ids = format::split_ids(&index.read_leaf(leaf)?);
         let mut packs = Vec::new();
         let mut numbers = HashMap::new();
         let mut entries = Vec::with_capacity(LEAF_IDS);
         for id in &ids {
-            entries.push(match (id, index.find(id)) {
-                (&HOLE, _) => NOWHERE,
-                (_, None) => LOST,
+            let found = index.find(id).filter(|(_, slot)| slot.kind == Kind::Chunk);
+            let entry = match (id, found) {
+                (&HOLE, _) => Entry::NOWHERE,
+                (_, None) => Entry::LOST,
                 (_, Some((pack, slot))) => {
                     let place = match numbers.get(&pack.number) {
                         Some(place) => *place,
                         None => {
                             pack.file()?;
-                            numbers.insert(pack.number, packs.len() as u32 + 1);
+                            numbers.insert(pack.number, packs.len());
                             packs.push(pack);
-                            packs.len() as u32
+                            packs.len() - 1
                         }
                     };
-                    place << SLOT_BITS | slot
+                    Entry::new(place, &slot)
                 }
-            });
+            };
+            entries.push(AtomicU64::new(entry.0));
         }
-        Ok(Table { packs, entries: entries.into() })
+        Ok(Table { packs, ids, entries: entries.into() })
     }
 
     /// The next range at or after `offset` that is no hole.
     pub(crate) fn next_stored(&self, mut offset: u64) -> Result<Option<Range<u64>>> {
         while offset < self.size() {
-            let (found, len) = self.extent(offset, LEAF_SPAN)?;
-            if found.is_some() {
-                return Ok(Some(offset..(offset + len).min(self.size())));
+            let (leaf, within) = ((offset / LEAF_SPAN) as usize, offset % LEAF_SPAN);
+            let rest = LEAF_SPAN - within;
+            let first = (within / CHUNK) as usize;
+            let Some(table) = self.table(leaf)? else {
+                offset += rest;
+                continue;
+            };
+            let stored = table.entry(first) != Entry::NOWHERE;
+            let same = |place: &usize| (table.entry(*place) != Entry::NOWHERE) == stored;
+            let end = first + (first..LEAF_IDS).take_while(same).count();
+            let next = offset - within + end as u64 * CHUNK;
+            if stored {
+                return Ok(Some(offset..next.min(self.size())));
             }
-            offset += len;
+            offset = next;
         }
         Ok(None)
     }
 }
 
-fn lost(id: &Id) -> Error {
-    Error::new(ErrorKind::Corrupt, format!("no pack holds the chunk {}", hex::encode(id)))
+impl Table {
+    fn entry(&self, place: usize) -> Entry {
+        Entry(self.entries[place].load(Ordering::Relaxed))
+    }
+}
+
+/// Reads a part of a chunk that is not compressed and needs no verification: the units that hold it, and no more.
+fn read_units(
+    pack: &Pack,
+    slot: &Slot,
+    id: &Id,
+    key: Option<&EncryptionKey>,
+    offset: u64,
+    part: &mut [u8],
+) -> Result<()> {
+    if !slot.encoding.encrypted() {
+        return pack.read(slot.start, offset, part);
+    }
+    let Some(key) = key else { return Err(pack.damaged(slot.start, codec::NO_KEY)) };
+    let (first, within) = (offset / UNIT, (offset % UNIT) as usize);
+    let tweak = codec::tweak(id).wrapping_add(u128::from(first));
+    if within == 0 && part.len() % UNIT as usize == 0 {
+        pack.read(slot.start, offset, part)?;
+        key.chunks().decrypt(part, tweak);
+        return Ok(());
+    }
+    let mut units = vec![0; (within + part.len()).next_multiple_of(UNIT as usize)];
+    pack.read(slot.start, first * UNIT, &mut units)?;
+    key.chunks().decrypt(&mut units, tweak);
+    part.copy_from_slice(&units[within..within + part.len()]);
+    Ok(())
 }
 
 impl fmt::Debug for Snapshot {
@@ -250,8 +398,28 @@ impl Root {
         if Digest::of(bytes) != digest {
             return Err(format!("its content does not have the digest {digest}"));
         }
-        let (size, leaves) = format::parse_root(bytes)?;
+        let RootParts { size, leaves, key: wrapped } = format::parse_root(bytes)?;
         let tables = leaves.iter().map(|_| OnceLock::new()).collect();
-        Ok(Self { digest, size, leaves, tables })
+        Ok(Self { digest, size, leaves, wrapped, key: OnceLock::new(), tables })
+    }
+
+    /// Gets the key of an encrypted snapshot from `unwrap`, unless it is there already.
+    pub(crate) fn unlock(&self, unwrap: impl FnOnce(&WrappedKey) -> Result<EncryptionKey>) -> Result<()> {
+        if let (Some(wrapped), None) = (&self.wrapped, self.key.get()) {
+            let key = unwrap(wrapped)?;
+            // Whoever loses this race has come with the same key.
+            let _ = self.key.set(key);
+        }
+        Ok(())
+    }
+
+    /// The key of an encrypted snapshot that has been unlocked.
+    pub(crate) fn key(&self) -> Option<&EncryptionKey> {
+        self.key.get()
+    }
+
+    /// The key of an encrypted snapshot, as it is stored.
+    pub(crate) fn wrapped(&self) -> Option<&WrappedKey> {
+        self.wrapped.as_ref()
     }
 }

@@ -1,12 +1,12 @@
 //! The one operation that deletes: snapshots nobody names, and the objects that only they had.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use ami_core::Digest;
 
-use crate::format::{CHUNK, HOLE, Id, Kind, PACK_HEADER};
+use crate::format::{HOLE, Id, PACK_HEADER, Slot, UNIT};
 use crate::fs;
 use crate::pack::{self, Index, Pack};
 use crate::session::Session;
@@ -65,7 +65,7 @@ impl Store {
         let (kept, dropped): (Vec<&Digest>, Vec<&Digest>) =
             all.iter().partition(|digest| keep.contains(digest) || open.contains(digest));
 
-        let mut live = HashMap::new();
+        let mut live = HashSet::new();
         for digest in kept {
             mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(digest)?), &mut live)?;
         }
@@ -81,22 +81,22 @@ impl Store {
     }
 }
 
-fn mark(snapshot: &Snapshot, live: &mut HashMap<Id, Kind>) -> Result<()> {
+fn mark(snapshot: &Snapshot, live: &mut HashSet<Id>) -> Result<()> {
     for (leaf, id) in snapshot.root.leaves.iter().enumerate() {
         // A leaf that another snapshot shares has been walked already.
-        if *id == HOLE || live.insert(*id, Kind::Leaf).is_some() {
+        if *id == HOLE || !live.insert(*id) {
             continue;
         }
         let chunks = snapshot.leaf_ids(leaf)?;
-        live.extend(chunks.into_iter().filter(|id| *id != HOLE).map(|id| (id, Kind::Chunk)));
+        live.extend(chunks.into_iter().filter(|id| *id != HOLE));
     }
     Ok(())
 }
 
 /// The live objects of a pack, and their slots.
-type Objects = Vec<(Id, u32)>;
+type Objects = Vec<(Id, Slot)>;
 
-fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> Result<()> {
+fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result<()> {
     let mut victims: BTreeMap<u32, (Arc<Pack>, Objects)> = BTreeMap::new();
     {
         let mut index = write(&inner.index);
@@ -104,14 +104,15 @@ fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> 
             victims.insert(*number, (Arc::clone(pack), Vec::new()));
         }
         for (id, place) in &index.places {
-            if let (true, Some((_, objects))) = (live.contains_key(id), victims.get_mut(&place.pack)) {
+            if let (true, Some((_, objects))) = (live.contains(id), victims.get_mut(&place.pack)) {
                 objects.push((*id, place.slot));
             }
         }
         let mut sized = Vec::new();
         for (number, (pack, objects)) in &victims {
-            let slots = file_len(&pack.path)?.saturating_sub(PACK_HEADER).div_ceil(CHUNK);
-            if objects.len() as u64 * 2 > slots {
+            let len = file_len(&pack.path)?.saturating_sub(PACK_HEADER);
+            let alive: u64 = objects.iter().map(|(_, slot)| u64::from(slot.units()) * UNIT).sum();
+            if alive * 2 > len {
                 sized.push(*number);
             }
         }
@@ -125,11 +126,10 @@ fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> 
     let mut session = Session::of_sweep(inner);
     let mut rotten = Vec::new();
     for (number, (pack, objects)) in &mut victims {
-        objects.sort_unstable_by_key(|(_, slot)| *slot);
+        objects.sort_unstable_by_key(|(_, slot)| slot.start);
         for (id, slot) in objects {
-            let kind = live[id];
-            match pack::read_checked(pack, *slot, id, kind) {
-                Ok(bytes) => session.append(kind, id, &bytes)?,
+            match read_to_carry(pack, slot, id) {
+                Ok(stored) => session.carry(id, slot, &stored)?,
                 // Its pack stays as it is, for whoever can mend it.
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     tracing::warn!(%error, "a damaged pack is kept");
@@ -154,8 +154,18 @@ fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> 
     drop_packs(&mut write(&inner.index), &inner.packs_dir(), &numbers)?;
     reclaimed.packs = numbers.len() as u64;
     reclaimed.bytes = freed.saturating_sub(written);
-    debug_assert!(live.keys().all(|id| read(&inner.index).places.contains_key(id)));
+    debug_assert!(live.iter().all(|id| read(&inner.index).places.contains_key(id)));
     Ok(())
+}
+
+/// An object as it is stored. Damage is not carried on: what can be is compared with its name, and what is
+/// encrypted, for which nobody needs to have the key here, with its checksum.
+fn read_to_carry(pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec<u8>> {
+    let stored = pack.read_whole(slot)?;
+    if !slot.encoding.encrypted() {
+        pack::check_stored(pack, slot, id, None, stored.clone())?;
+    }
+    Ok(stored)
 }
 
 /// Deletes packs and forgets what is in them. First they lose their names, so that a crash leaves

@@ -1,19 +1,21 @@
 //! Volumes: disks that begin as a snapshot and are their own from then on.
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use ami_core::Digest;
 
-use crate::format::{BLOCK, CHUNK, MAX_SIZE, Run, State};
+use crate::format::{BLOCK, CHUNK, MAX_SIZE, Run, State, VolumeKey};
 use crate::freeze::Freeze;
 use crate::fs::{self, File};
 use crate::import::Builder;
+use crate::keys::EncryptionKey;
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
+use crate::options::VolumeOptions;
+use crate::overlay::Overlay;
 use crate::store::{Locked, lock, parent, read, sync_dir, write};
 use crate::{BlockBackend, Disk, Error, ErrorKind, Result, Snapshot, SnapshotStats, Store};
 
@@ -64,8 +66,9 @@ struct Inner {
     dir: PathBuf,
     size: u64,
     base: Option<Snapshot>,
-    /// Holds the lock on the volume too.
-    overlay: Locked,
+    overlay: Overlay,
+    /// Of an encrypted volume.
+    key: Option<EncryptionKey>,
     map: StateMap,
     /// Held for reading by writes of whole blocks and of blocks that are in the overlay already; for
     /// writing by whatever takes a block out of the overlay, or carries bytes from a block's old place into
@@ -99,15 +102,7 @@ impl Volume {
     /// snapshot's and at most 64 TiB; [`AlreadyExists`](ErrorKind::AlreadyExists);
     /// [`NoSpace`](ErrorKind::NoSpace). After a failure nothing is left.
     pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
-        let volume = Self::create_unsynced(dir, base, size)?;
-        match volume.sync_created() {
-            Ok(()) => Ok(volume),
-            Err(error) => {
-                // What cannot be removed either is found by whoever looks for it.
-                let _ = volume.delete();
-                Err(error)
-            }
-        }
+        VolumeOptions::new().create(dir, base, size)
     }
 
     /// The same without waiting for the disk: nothing of the volume is durable, flushed or not, until
@@ -127,6 +122,15 @@ impl Volume {
     ///
     /// As [`create`](Self::create).
     pub fn create_unsynced(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+        VolumeOptions::new().create_unsynced(dir, base, size)
+    }
+
+    pub(crate) fn create_with(
+        dir: &Path,
+        base: Option<&Snapshot>,
+        size: u64,
+        key: Option<&EncryptionKey>,
+    ) -> Result<Self> {
         if size % BLOCK != 0 || size > MAX_SIZE {
             return Err(Error::invalid_size(size, "is not a multiple of 4096 bytes up to 64 TiB"));
         }
@@ -142,7 +146,7 @@ impl Volume {
         if let Err(e) = File::create_new(&path) {
             return Err(Error::io(e, format!("cannot create {}", path.display())));
         }
-        let created = Self::create_files(dir, base, size);
+        let created = Self::create_files(dir, base, size, key);
         if created.is_err() {
             let _ = fs::remove_file(&dir.join(LOG));
             let _ = fs::remove_file(&path);
@@ -153,13 +157,19 @@ impl Volume {
         created
     }
 
-    fn create_files(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+    fn create_files(
+        dir: &Path,
+        base: Option<&Snapshot>,
+        size: u64,
+        key: Option<&EncryptionKey>,
+    ) -> Result<Self> {
         let overlay = Locked::open(&dir.join(OVERLAY), false)?;
         overlay.set_len(size).map_err(|e| {
             Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
         })?;
-        let log = Log::create(&dir.join(LOG), size, base.map(Snapshot::digest))?;
-        Ok(Self::new(dir, base.cloned(), overlay, StateMap::new(size / BLOCK), log))
+        let volume_key = key.map(VolumeKey::new).transpose()?;
+        let log = Log::create(&dir.join(LOG), size, base.map(Snapshot::digest), volume_key)?;
+        Ok(Self::new(dir, base.cloned(), overlay, StateMap::new(size / BLOCK), log, key.cloned()))
     }
 
     /// Makes a new volume durable, with what has been flushed since.
@@ -196,18 +206,29 @@ impl Volume {
         if len != header.size {
             overlay.set_len(header.size).map_err(failed)?;
         }
-        let volume = Self::new(dir, base, overlay, map, log);
+        let key = header.key.as_ref().map(|key| store.0.unwrap(&key.wrapped)).transpose()?;
+        let volume = Self::new(dir, base, overlay, map, log, key);
         // Who had it before may have died with writes that no flush has covered, and they are read now.
         volume.0.dirty.store(true, Ordering::Release);
         Ok(volume)
     }
 
-    fn new(dir: &Path, base: Option<Snapshot>, overlay: Locked, map: StateMap, log: Log) -> Self {
+    fn new(
+        dir: &Path,
+        base: Option<Snapshot>,
+        overlay: Locked,
+        map: StateMap,
+        log: Log,
+        key: Option<EncryptionKey>,
+    ) -> Self {
+        let xts = log.header().key.as_ref().zip(key.as_ref()).map(|(stored, key)| key.overlay(&stored.salt));
+        let overlay = Overlay::new(overlay, xts);
         Self(Arc::new(Inner {
             dir: dir.to_owned(),
             size: log.header().size,
             base,
             overlay,
+            key,
             map,
             gate: RwLock::default(),
             snapshot: Mutex::default(),
@@ -234,6 +255,16 @@ impl Volume {
         self.0.base.as_ref().map(Snapshot::digest)
     }
 
+    /// Whether it is encrypted at rest.
+    pub fn encrypted(&self) -> bool {
+        self.0.key.is_some()
+    }
+
+    /// The key of an encrypted volume, for what is to share its chunks.
+    pub fn key(&self) -> Option<&EncryptionKey> {
+        self.0.key.as_ref()
+    }
+
     /// The disk. It stays usable when the volume's own handles are gone.
     pub fn disk(&self) -> Disk {
         Disk::from_backend(self.clone())
@@ -255,14 +286,17 @@ impl Volume {
         let _one_at_a_time = lock(&inner.snapshot);
         let gate = write(&inner.gate);
         let base = inner.base.as_ref();
-        if base.is_some_and(|base| !Arc::ptr_eq(&base.store, &store.0)) {
-            return store.import(&self.disk(), &mut |_| ());
+        // What the snapshot has stored is of no use in another store, nor under another key.
+        let key = inner.key.as_ref();
+        let wrapped = key.map(EncryptionKey::wrapped);
+        if base.is_some_and(|base| !Arc::ptr_eq(&base.store, &store.0) || base.root.wrapped() != wrapped) {
+            return store.import_with(&self.disk(), key, &mut |_| ());
         }
         let changed: Vec<(u64, u64)> = inner.map.changed_chunks().collect();
         let frozen = inner.freeze.begin(changed.iter().map(|(chunk, _)| *chunk));
         drop(gate);
 
-        let mut builder = Builder::new(&store.0, inner.size, base);
+        let mut builder = Builder::new(&store.0, inner.size, base, key);
         for (chunk, blocks) in changed {
             builder.set(chunk, &frozen.take(chunk, |chunk| inner.chunk(chunk))?)?;
             builder.stats.changed_bytes += blocks * BLOCK;
@@ -322,7 +356,7 @@ impl Inner {
             let (part, rest) = buf.split_at_mut(len as usize);
             match (state, &self.base) {
                 (State::Overlay, _) => {
-                    let read = self.overlay.read_exact_at(part, offset);
+                    let read = self.overlay.read_at(part, offset);
                     read.map_err(|e| self.io(e, "read"))?;
                 }
                 (State::Base, Some(base)) => base.read(part, offset)?,
@@ -362,7 +396,7 @@ impl Inner {
     /// Writes whole blocks, or blocks whose other bytes are in the overlay already.
     fn write_in_place(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.keep(offset, buf.len() as u64)?;
-        self.overlay.write_all_at(buf, offset).map_err(|e| self.io(e, "write"))?;
+        self.overlay.write_at(buf, offset).map_err(|e| self.io(e, "write"))?;
         let first = offset / BLOCK;
         let count = (offset + buf.len() as u64).div_ceil(BLOCK) - first;
         self.change(first, count, State::Overlay);
@@ -478,7 +512,7 @@ impl Inner {
         }
         // Whatever is on the list was written before, so its bytes are durable when the log says so.
         let runs = std::mem::take(&mut *lock(&self.pending));
-        if let Err(e) = self.overlay.sync_data() {
+        if let Err(e) = self.overlay.file().sync_data() {
             self.failed.store(true, Ordering::Release);
             return Err(self.io(e, "flush"));
         }

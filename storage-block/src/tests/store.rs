@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use ami_core::Digest;
 
 use super::{copy_dir, image, memory};
-use crate::format::{self, Kind};
-use crate::pack::slot_offset;
+use crate::format::{self, Kind, unit_offset};
 use crate::testing::compare;
 use crate::{ErrorKind, MemoryDisk, RawFile, Store, Volume};
 
@@ -361,16 +360,16 @@ fn one_read_spans_full_packs() {
     drop(Store::open(dir.path()).unwrap());
     let bytes = image(3, 0, 1);
     let (last, id) = (format::PACK_SLOTS - 1, *Digest::of(&bytes[..1 << 16]).as_bytes());
-    let mut index = format::index_header(0);
+    let mut index = format::index_header(1, 0);
     for slot in 0..last {
         let other = *Digest::of(&slot.to_le_bytes()).as_bytes();
-        index.extend(format::index_record(0, slot, &other, Kind::Chunk));
+        index.extend(format::index_record_1(0, slot, &other, Kind::Chunk));
     }
-    index.extend(format::index_record(0, last, &id, Kind::Chunk));
+    index.extend(format::index_record_1(0, last, &id, Kind::Chunk));
     std::fs::write(dir.path().join("packs/00000000.index"), index).unwrap();
     let pack = std::fs::File::create(dir.path().join("packs/00000000.pack")).unwrap();
-    pack.write_all_at(&format::pack_header(0), 0).unwrap();
-    pack.write_all_at(&bytes[..1 << 16], slot_offset(last)).unwrap();
+    pack.write_all_at(&format::pack_header(1, 0), 0).unwrap();
+    pack.write_all_at(&bytes[..1 << 16], unit_offset(last * format::SLOT_UNITS)).unwrap();
 
     let store = Store::open(dir.path()).unwrap();
     let (snapshot, stats) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
