@@ -3,7 +3,8 @@
 
 use ami_core::Digest;
 
-use crate::format::{Encoding, Id, Kind, Slot, UNIT};
+use crate::format::{BLOCK, Encoding, HOLE, Id, Kind, Patch, Slot, UNIT, units};
+use crate::import::is_zero;
 use crate::keys::EncryptionKey;
 
 /// Whether chunks are compressed.
@@ -40,42 +41,73 @@ pub enum Compression {
     },
 }
 
-/// An object as it is stored, without the zeroes that fill up its last unit; encrypted ones have none.
+/// Blocks that a chunk that is stored as what differs may have, so that reading it is not in too many pieces.
+const PATCH_MAX: u32 = 8;
+
+/// An object as it is stored: all units of it, whole.
 pub(crate) struct Stored {
     pub(crate) bytes: Vec<u8>,
-    /// Bytes that mean something, or of an encrypted object those that did before it was encrypted.
+    /// Bytes before the zeroes that fill up the last unit; those, too, are encrypted.
     pub(crate) len: u32,
     pub(crate) encoding: Encoding,
+    pub(crate) patch: Option<Patch>,
 }
 
-/// Makes an object what is stored. A chunk is encrypted if there is a key, a leaf never.
+/// Makes an object what is stored: whatever takes the fewest units. A chunk is encrypted if there is a key, a leaf never.
+/// `patch` is what the chunk may be stored as the difference from.
 pub(crate) fn encode(
     kind: Kind,
     id: &Id,
     bytes: &[u8],
     compression: Compression,
     key: Option<&EncryptionKey>,
+    patch: Option<Patch>,
 ) -> Stored {
-    let (mut bytes, mut encoding) = match compress(bytes, compression) {
-        Some(packed) => (packed, Encoding::LZ4),
-        None => (bytes.to_vec(), Encoding::RAW),
+    let zeroes = Patch { mask: mask_of(bytes), base: HOLE };
+    let blocks = |patch: &Patch| patch.mask.count_ones();
+    let small = |patch: &Patch| (1..=PATCH_MAX).contains(&blocks(patch)) && kind == Kind::Chunk;
+    let mut patch = [Some(zeroes), patch].into_iter().flatten().filter(small).min_by_key(blocks);
+    let packed = compress(bytes, compression);
+    let (mut stored, mut encoding) = match (packed, &patch) {
+        (Some(packed), patch) if patch.is_none_or(|patch| units(packed.len()) < blocks(&patch)) => {
+            (packed, Encoding::LZ4)
+        }
+        (_, Some(patch)) => {
+            (blocks_of(bytes, patch.mask).flat_map(|(_, block)| block).copied().collect(), Encoding::PATCH)
+        }
+        (_, None) => (bytes.to_vec(), Encoding::RAW),
     };
-    let len = bytes.len() as u32;
-    bytes.resize(bytes.len().next_multiple_of(UNIT as usize), 0);
+    if !encoding.patch() {
+        patch = None;
+    }
+    let len = stored.len() as u32;
+    stored.resize(stored.len().next_multiple_of(UNIT as usize), 0);
     if let (Kind::Chunk, Some(key)) = (kind, key) {
-        key.chunks().encrypt(&mut bytes, tweak(id));
+        let numbers = (0..16).filter(|block| patch.is_none_or(|patch| patch.mask >> block & 1 != 0));
+        for (unit, block) in stored.chunks_mut(UNIT as usize).zip(numbers) {
+            key.chunks().encrypt(unit, tweak(id).wrapping_add(block));
+        }
         encoding = encoding.with(Encoding::ENCRYPTED);
     }
-    Stored { bytes, len, encoding }
+    Stored { bytes: stored, len, encoding, patch }
+}
+
+/// The blocks that are not zero.
+fn mask_of(bytes: &[u8]) -> u16 {
+    blocks_of(bytes, u16::MAX).filter(|(_, block)| !is_zero(block)).fold(0, |mask, (at, _)| mask | 1 << at)
+}
+
+/// The blocks of a mask, with their numbers.
+fn blocks_of(bytes: &[u8], mask: u16) -> impl Iterator<Item = (u32, &[u8])> {
+    (0..).zip(bytes.chunks(BLOCK as usize)).filter(move |(at, _)| mask >> at & 1 != 0)
 }
 
 /// The compressed bytes, if that is worth it.
 fn compress(bytes: &[u8], compression: Compression) -> Option<Vec<u8>> {
     let Compression::WherePays { percent } = compression else { return None };
     let packed = lz4_flex::block::compress(bytes);
-    let units = |len: usize| len.div_ceil(UNIT as usize);
     let (before, after) = (units(bytes.len()), units(packed.len()));
-    (after < before && (before - after) * 100 >= usize::from(percent) * before).then_some(packed)
+    (after < before && (before - after) * 100 >= u32::from(percent) * before).then_some(packed)
 }
 
 /// The number of the first unit of a chunk: what is encrypted under it is that chunk alone.
@@ -88,8 +120,8 @@ pub(crate) fn tweak(id: &Id) -> u128 {
 /// What is wrong with an encrypted chunk of a snapshot that is not encrypted.
 pub(crate) const NO_KEY: &str = "is encrypted, and the snapshot is not";
 
-/// Makes what is stored, all units of it, an object again. `stored` may hold anything, and the object
-/// has still to be checked; that it has its length is.
+/// Makes what is stored, all units of it, an object again, which is no patch. `stored` may hold anything, and the
+/// object has still to be checked; that it has its length is.
 pub(crate) fn decode(
     slot: &Slot,
     id: &Id,

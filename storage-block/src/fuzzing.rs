@@ -6,7 +6,8 @@ use std::sync::{OnceLock, RwLock};
 
 use crate::codec;
 use crate::format::{
-    self, BLOCK, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Id, Kind, RootParts, Run, Slot, State,
+    self, BLOCK, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Kind, Patch, Record, RootParts, Run,
+    Slot, State,
 };
 use crate::keys::{EncryptionKey, LocalKey};
 use crate::map::StateMap;
@@ -41,27 +42,35 @@ pub fn pack_index(bytes: &[u8]) {
     let rest = bytes.get(INDEX_HEADER..).unwrap_or(bytes);
     for (record, place) in rest.chunks(INDEX_RECORD_1).zip(0..) {
         let read = |number, place, record: &[u8]| format::parse_index_record(1, number, place, record);
-        if let Some((id, slot)) = read(7, place, record) {
+        if let Some((id, slot, None)) = read(7, place, record) {
             assert_eq!(format::index_record_1(7, place, &id, slot.kind), record);
         }
         let Some(id) = record.first_chunk::<32>() else { continue };
         let written = format::index_record_1(7, place, id, Kind::Leaf);
         let slot =
             Slot { start: place * 16, len: 32 << 10, crc: None, kind: Kind::Leaf, encoding: Encoding::RAW };
-        check_record(&written, record[0], place, &read, (*id, slot));
+        check_record(&written, record[0], place, &read, (*id, slot, None));
     }
     for (record, place) in rest.chunks(INDEX_RECORD).zip(0..) {
         let read = |number, place, record: &[u8]| format::parse_index_record(2, number, place, record);
-        if let Some((id, slot)) = read(7, place, record) {
-            assert_eq!(format::index_record(7, place, &id, &slot), record);
+        if let Some((id, slot, patch)) = read(7, place, record) {
+            assert_eq!(format::index_record(7, place, &id, &slot, patch.as_ref()), record);
             assert!(slot.end() <= format::PACK_UNITS && slot.start < slot.end());
         }
         let Some(id) = record.first_chunk::<32>() else { continue };
-        let len = 1 + u32::from_le_bytes([id[1], id[2], 0, 0]) % 65535;
         let start = u32::from_le_bytes([id[3], id[4], 0, 0]);
-        let encoding = Encoding::LZ4.with(Encoding(id[5] & 2));
+        let patch =
+            Patch { mask: u16::from_le_bytes([id[1], id[2]]).clamp(1, u16::MAX - 1), base: [id[6]; 32] };
+        let (len, encoding, patch) = if id[5] & 4 == 0 {
+            (1 + u32::from(patch.mask) % 65535, Encoding::LZ4.with(Encoding(id[5] & 2)), None)
+        } else {
+            (patch.mask.count_ones() * 4096, Encoding(id[5] & 6), (patch.base != *id).then_some(patch))
+        };
         let slot = Slot { start, len, crc: Some(7), kind: Kind::Chunk, encoding };
-        check_record(&format::index_record(7, place, id, &slot), record[0], place, &read, (*id, slot));
+        let written = format::index_record(7, place, id, &slot, patch.as_ref());
+        if slot.encoding.patch() == patch.is_some() {
+            check_record(&written, record[0], place, &read, (*id, slot, patch));
+        }
     }
 }
 
@@ -70,8 +79,8 @@ fn check_record(
     written: &[u8],
     noise: u8,
     place: u32,
-    read: &dyn Fn(u32, u32, &[u8]) -> Option<(Id, Slot)>,
-    expected: (Id, Slot),
+    read: &dyn Fn(u32, u32, &[u8]) -> Option<Record>,
+    expected: Record,
 ) {
     assert_eq!(read(7, place, written), Some(expected));
     assert_eq!(read(7, place + 1, written), None);
@@ -101,15 +110,20 @@ pub fn stored_object(bytes: &[u8]) {
 
     let mut object: Vec<u8> = bytes.iter().copied().cycle().take(kind.len()).collect();
     object.resize(kind.len(), 0);
-    let percent = encoding;
-    let found = codec::encode(kind, &id, &object, Compression::WherePays { percent }, key);
+    let compression =
+        if encoding < 100 { Compression::WherePays { percent: encoding } } else { Compression::None };
+    let patch = Patch { mask: u16::from_le_bytes([low, high]), base: [9; 32] };
+    let found = codec::encode(kind, &id, &object, compression, key, Some(patch));
     let slot = Slot { start: 0, len: found.len, crc: None, kind, encoding: found.encoding };
     assert_eq!(slot.units() as usize * 4096, found.bytes.len());
-    assert!(
-        found.bytes.len() <= kind.len()
-            && slot.encoding.encrypted() == (kind == Kind::Chunk && key.is_some())
-    );
-    assert!(codec::decode(&slot, &id, found.bytes, key).unwrap() == object);
+    assert!(found.bytes.len() <= kind.len() && slot.encoding.patch() == found.patch.is_some());
+    assert_eq!(slot.encoding.encrypted(), kind == Kind::Chunk && key.is_some());
+    let written = format::index_record(7, 3, &id, &slot, found.patch.as_ref());
+    let crc = Some(0);
+    assert_eq!(format::parse_index_record(2, 7, 3, &written), Some((id, Slot { crc, ..slot }, found.patch)));
+    if found.patch.is_none() {
+        assert!(codec::decode(&slot, &id, found.bytes, key).unwrap() == object);
+    }
 }
 
 /// Blocks of the volume whose log is fuzzed: three leaves of the map and a part of one.
@@ -159,8 +173,12 @@ pub fn volume_log(bytes: &[u8]) {
     }
     assert_eq!((at, map.overlay_end()), (BLOCKS, overlay_end));
     let per_chunk = (format::CHUNK / BLOCK) as usize;
-    let changed: Vec<(u64, u64)> = (plain.chunks(per_chunk).zip(0..))
-        .map(|(chunk, number)| (number, chunk.iter().filter(|state| **state != State::Base).count() as u64))
+    let mask = |chunk: &[State]| {
+        let changed = chunk.iter().zip(0..).filter(|(state, _)| **state != State::Base);
+        changed.fold(0u16, |mask, (_, block)| mask | 1 << block)
+    };
+    let changed: Vec<(u64, u16)> = (plain.chunks(per_chunk).zip(0..))
+        .map(|(chunk, number)| (number, mask(chunk)))
         .filter(|(_, blocks)| *blocks > 0)
         .collect();
     assert_eq!(map.changed_chunks().collect::<Vec<_>>(), changed);

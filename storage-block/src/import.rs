@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, MAX_SIZE};
+use crate::format::{self, CHUNK, HOLE, Id, LEAF_IDS, MAX_SIZE};
 use crate::keys::EncryptionKey;
-use crate::session::Session;
+use crate::session::{Session, Was};
 use crate::store::{Inner, Store};
 use crate::{Disk, Error, Result, Snapshot};
 
@@ -116,7 +116,7 @@ impl Store {
                 let padded = len.next_multiple_of(CHUNK as usize);
                 buf[len..padded].fill(0);
                 for (chunk, number) in buf[..padded].chunks_exact(CHUNK as usize).zip(at / CHUNK..) {
-                    builder.set(number, chunk)?;
+                    builder.set(number, chunk, u16::MAX)?;
                 }
                 at += len as u64;
                 progress(Progress { done: at, total });
@@ -134,6 +134,7 @@ pub(crate) struct Builder<'s> {
     store: &'s Arc<Inner>,
     session: Session<'s>,
     base: Option<&'s Snapshot>,
+    key: Option<&'s EncryptionKey>,
     leaves: Vec<Id>,
     /// The leaf that chunks are coming in for.
     current: Option<(usize, Vec<Id>)>,
@@ -145,24 +146,24 @@ impl<'s> Builder<'s> {
         store: &'s Arc<Inner>,
         size: u64,
         base: Option<&'s Snapshot>,
-        key: Option<&EncryptionKey>,
+        key: Option<&'s EncryptionKey>,
     ) -> Self {
         let mut leaves = base.map_or_else(Vec::new, |base| base.root.leaves.clone());
         leaves.resize(format::leaf_count(size) as usize, HOLE);
-        let session = Session::begin(store, key);
+        let session = Session::begin(store);
         Self {
             store,
             session,
             base,
+            key,
             leaves,
             current: None,
             stats: SnapshotStats { size, ..Default::default() },
         }
     }
 
-    /// Sets a whole chunk.
-    pub(crate) fn set(&mut self, number: u64, bytes: &[u8]) -> Result<()> {
-        let id = if is_zero(bytes) { HOLE } else { self.session.put(Kind::Chunk, bytes)? };
+    /// Sets a whole chunk, of which the blocks in `changed` may differ from the base's.
+    pub(crate) fn set(&mut self, number: u64, bytes: &[u8], changed: u16) -> Result<()> {
         let (leaf, within) = ((number / LEAF_IDS as u64) as usize, (number % LEAF_IDS as u64) as usize);
         if self.current.as_ref().is_none_or(|(current, _)| *current != leaf) {
             self.finish_leaf()?;
@@ -173,7 +174,9 @@ impl<'s> Builder<'s> {
             self.current = Some((leaf, ids));
         }
         if let Some((_, ids)) = &mut self.current {
-            ids[within] = id;
+            let was = Was { id: ids[within], changed };
+            ids[within] =
+                if is_zero(bytes) { HOLE } else { self.session.put_chunk(bytes, self.key, Some(was))? };
         }
         Ok(())
     }
@@ -181,7 +184,7 @@ impl<'s> Builder<'s> {
     fn finish_leaf(&mut self) -> Result<()> {
         if let Some((leaf, ids)) = self.current.take() {
             let hole = ids.iter().all(|id| *id == HOLE);
-            self.leaves[leaf] = if hole { HOLE } else { self.session.put(Kind::Leaf, ids.as_flattened())? };
+            self.leaves[leaf] = if hole { HOLE } else { self.session.put_leaf(&ids)? };
         }
         Ok(())
     }
@@ -189,8 +192,9 @@ impl<'s> Builder<'s> {
     pub(crate) fn finish(mut self) -> Result<(Snapshot, SnapshotStats)> {
         self.finish_leaf()?;
         self.stats.stored_bytes = self.session.appended();
-        let bytes = self.session.encode_root(self.stats.size, &self.leaves);
-        let root = self.session.commit(&bytes)?;
+        let wrapped = self.key.map(EncryptionKey::wrapped);
+        let bytes = format::encode_root(self.stats.size, &self.leaves, wrapped);
+        let root = self.session.commit(&bytes, self.key)?;
         Ok((Snapshot::new(Arc::clone(self.store), root), self.stats))
     }
 }

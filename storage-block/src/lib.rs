@@ -68,6 +68,7 @@ mod log;
 mod map;
 mod memory;
 pub mod nbd;
+mod object;
 mod options;
 mod overlay;
 mod pack;

@@ -88,16 +88,17 @@ impl StateMap {
         }
     }
 
-    /// The chunks with a block that is not in [`State::Base`], and how many such blocks each has.
-    pub(crate) fn changed_chunks(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+    /// The chunks with a block that is not in [`State::Base`], and which blocks of each those are.
+    pub(crate) fn changed_chunks(&self) -> impl Iterator<Item = (u64, u16)> + '_ {
         let leaves = self.leaves.iter().zip(0u64..).filter_map(|(leaf, number)| Some((leaf.get()?, number)));
         leaves.flat_map(|(leaf, number)| {
             let first = number * (LEAF_SPAN / CHUNK);
             (0..LEAF_SPAN / CHUNK).filter_map(move |chunk| {
                 let block = chunk * CHUNK_BLOCKS;
                 let bits = word(leaf, block) >> (2 * (block % WORD)) & u64::from(u32::MAX);
-                let blocks = (bits | bits >> 1) & LOW;
-                (blocks != 0).then(|| (first + chunk, u64::from(blocks.count_ones())))
+                let blocks = (0..16).filter(|block| bits >> (2 * block) & 3 != 0);
+                let blocks = blocks.fold(0, |mask, block| mask | 1 << block);
+                (blocks != 0).then_some((first + chunk, blocks))
             })
         })
     }

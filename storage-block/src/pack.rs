@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::codec;
 use crate::format::{
-    self, INDEX_HEADER, Id, Kind, PACK_HEADER, PACK_UNITS, PACK_VERSION, SLOT_UNITS, Slot, UNIT, unit_offset,
+    self, HOLE, INDEX_HEADER, Id, Kind, PACK_HEADER, PACK_UNITS, PACK_VERSION, Patch, SLOT_UNITS, Slot, UNIT,
+    unit_offset,
 };
 use crate::fs::File;
-use crate::keys::EncryptionKey;
+use crate::object::{Base, Found, Patched};
 use crate::{Error, ErrorKind, Result};
 
 /// A pack with its final name. It is opened at its first read, and stays readable for whoever holds it
@@ -115,11 +115,12 @@ impl Pack {
     }
 }
 
-/// Where an object lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where an object lies, and what it differs from.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) pack: u32,
     pub(crate) slot: Slot,
+    pub(crate) patch: Option<Box<Patch>>,
 }
 
 /// How much of a pack is taken.
@@ -148,26 +149,49 @@ pub(crate) struct Index {
 }
 
 impl Index {
-    /// Where `id` lies, and in which pack.
-    pub(crate) fn find(&self, id: &Id) -> Option<(Arc<Pack>, Slot)> {
+    /// Where `id` lies, and what it differs from.
+    pub(crate) fn find(&self, id: &Id) -> Option<Found> {
         let place = self.places.get(id)?;
-        Some((Arc::clone(self.packs.get(&place.pack)?), place.slot))
+        let pack = |number| self.packs.get(number).map(Arc::clone);
+        let patch = match place.patch.as_deref() {
+            None => None,
+            Some(Patch { mask, base: HOLE }) => Some(Patched { mask: *mask, base: None }),
+            Some(Patch { mask, base }) => {
+                let of_base = self.places.get(base)?;
+                let base = Base { id: *base, pack: pack(&of_base.pack)?, slot: of_base.slot };
+                Some(Patched { mask: *mask, base: Some(base) })
+            }
+        };
+        Some(Found { pack: pack(&place.pack)?, slot: place.slot, patch })
     }
 
-    /// The same, with the pack's file open, so that it stays readable whatever the sweep does next.
-    pub(crate) fn find_open(&self, id: &Id) -> Result<Option<(Arc<Pack>, Slot)>> {
+    /// The same, with the packs' files open, so that it stays readable whatever the sweep does next.
+    pub(crate) fn find_open(&self, id: &Id) -> Result<Option<Found>> {
         let found = self.find(id);
-        if let Some((pack, _)) = &found {
-            pack.file()?;
+        if let Some(found) = &found {
+            found.open()?;
         }
         Ok(found)
     }
 
     /// Reads and checks the manifest leaf `id`.
     pub(crate) fn read_leaf(&self, id: &Id) -> Result<Vec<u8>> {
-        let found = self.find(id).filter(|(_, slot)| slot.kind == Kind::Leaf);
-        let Some((pack, slot)) = found else { return Err(lost(Kind::Leaf, id)) };
-        read_checked(&pack, &slot, id, None)
+        let found = self.find(id).filter(|found| found.slot.kind == Kind::Leaf);
+        found.ok_or_else(|| lost(Kind::Leaf, id))?.object(id).read_checked(None)
+    }
+
+    /// Forgets what differs from something that is not there: it cannot be read, and shall be stored again.
+    fn drop_lone_patches(&mut self) {
+        let is_base = |base: &Id| {
+            let found = self.places.get(base);
+            *base == HOLE
+                || found.is_some_and(|place| place.slot.kind == Kind::Chunk && place.patch.is_none())
+        };
+        let lone = |place: &Place| place.patch.as_ref().is_some_and(|patch| !is_base(&patch.base));
+        let lone: Vec<Id> = self.places.iter().filter(|(_, place)| lone(place)).map(|(id, _)| *id).collect();
+        for id in lone {
+            self.places.remove(&id);
+        }
     }
 
     /// Takes in the index of every pack in `dir`.
@@ -183,6 +207,7 @@ impl Index {
         for number in packs {
             index.load_pack(dir, number, pack_units)?;
         }
+        index.drop_lone_patches();
         index.next_number = index.packs.keys().next_back().map_or(0, |last| last + 1);
         Ok(index)
     }
@@ -221,12 +246,12 @@ impl Index {
             // A record that is not whole was being written in a crash, or has rotted since. Either way its
             // slot is not used, and nothing is appended where it could be hidden.
             match format::parse_index_record(version, number, taken.records, record) {
-                Some((id, slot)) => {
+                Some((id, slot, patch)) => {
                     if len < unit_offset(slot.end()) {
                         return Err(pack.cut_short(slot.start));
                     }
                     taken.units = taken.units.max(slot.end());
-                    self.places.insert(id, Place { pack: number, slot });
+                    self.places.insert(id, Place { pack: number, slot, patch: patch.map(Box::new) });
                 }
                 None => whole = false,
             }
@@ -243,32 +268,6 @@ impl Index {
 /// The error of an object that no pack has.
 pub(crate) fn lost(kind: Kind, id: &Id) -> Error {
     Error::new(ErrorKind::Corrupt, format!("no pack holds the {} {}", kind.name(), hex::encode(id)))
-}
-
-/// Reads an object and checks that it is what its name says.
-pub(crate) fn read_checked(
-    pack: &Pack,
-    slot: &Slot,
-    id: &Id,
-    key: Option<&EncryptionKey>,
-) -> Result<Vec<u8>> {
-    check_stored(pack, slot, id, key, pack.read_stored(slot)?)
-}
-
-/// The object that is stored as `stored`, if it is what its name says.
-pub(crate) fn check_stored(
-    pack: &Pack,
-    slot: &Slot,
-    id: &Id,
-    key: Option<&EncryptionKey>,
-    stored: Vec<u8>,
-) -> Result<Vec<u8>> {
-    let bytes = codec::decode(slot, id, stored, key).map_err(|why| pack.damaged(slot.start, why))?;
-    if codec::name(slot.kind, &bytes, key) != *id {
-        let what = format!("does not hold the {} {}", slot.kind.name(), hex::encode(id));
-        return Err(pack.damaged(slot.start, what));
-    }
-    Ok(bytes)
 }
 
 pub(crate) fn pack_path(dir: &Path, number: u32) -> PathBuf {

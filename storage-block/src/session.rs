@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::sync::RwLockReadGuard;
 
 use crate::codec::{self, Stored};
-use crate::format::{self, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_VERSION, Slot, UNIT, unit_offset};
+use crate::format::{
+    self, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset,
+};
 use crate::fs::{self, File};
 use crate::keys::EncryptionKey;
-use crate::pack::{self, Pack, Place, Taken};
+use crate::pack::{self, Index, Pack, Place, Taken};
 use crate::snapshot::Root;
 use crate::store::{Inner, read, sync_dir, write};
 use crate::{Error, Result};
@@ -24,8 +26,6 @@ const BUFFER: usize = 1 << 20;
 /// guard keeps the store from dropping an object that this session has found to be there already.
 pub(crate) struct Session<'s> {
     store: &'s Inner,
-    /// What chunks are named and encrypted with.
-    key: Option<EncryptionKey>,
     _sweep: Option<RwLockReadGuard<'s, ()>>,
     added: HashMap<Id, Place>,
     packs: Vec<Writing>,
@@ -47,22 +47,40 @@ struct Writing {
     records: Vec<u8>,
 }
 
+/// What a chunk was before some of its blocks were written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Was {
+    /// The chunk, encrypted with the same key; a hole where it was zero.
+    pub(crate) id: Id,
+    /// The blocks that were written.
+    pub(crate) changed: u16,
+}
+
+impl Was {
+    /// What it takes to store the chunk as the difference from one that is no patch itself.
+    fn patch(self, index: &Index) -> Option<Patch> {
+        match index.places.get(&self.id)?.patch.as_deref() {
+            None => Some(Patch { mask: self.changed, base: self.id }),
+            Some(patch) => Some(Patch { mask: self.changed | patch.mask, base: patch.base }),
+        }
+    }
+}
+
 impl<'s> Session<'s> {
-    /// A session that holds the sweep off, and whose chunks are encrypted if there is a key.
-    pub(crate) fn begin(store: &'s Inner, key: Option<&EncryptionKey>) -> Self {
-        Self::new(store, key.cloned(), Some(read(&store.sweep)))
+    /// A session that holds the sweep off.
+    pub(crate) fn begin(store: &'s Inner) -> Self {
+        Self::new(store, Some(read(&store.sweep)))
     }
 
     /// A session of the sweep itself.
     pub(crate) fn of_sweep(store: &'s Inner) -> Self {
-        Self::new(store, None, None)
+        Self::new(store, None)
     }
 
-    fn new(store: &'s Inner, key: Option<EncryptionKey>, sweep: Option<RwLockReadGuard<'s, ()>>) -> Self {
+    fn new(store: &'s Inner, sweep: Option<RwLockReadGuard<'s, ()>>) -> Self {
         let buffer = Vec::with_capacity(BUFFER);
         Self {
             store,
-            key,
             _sweep: sweep,
             added: HashMap::new(),
             packs: Vec::new(),
@@ -77,31 +95,65 @@ impl<'s> Session<'s> {
         self.appended
     }
 
-    /// Stores an object of `kind.len()` bytes unless it is there already; returns its id.
-    pub(crate) fn put(&mut self, kind: Kind, bytes: &[u8]) -> Result<Id> {
-        let id = codec::name(kind, bytes, self.key.as_ref());
-        self.put_named(kind, &id, bytes)?;
+    /// Stores a manifest leaf unless it is there already; returns its id.
+    pub(crate) fn put_leaf(&mut self, ids: &[Id]) -> Result<Id> {
+        let bytes = ids.as_flattened();
+        let id = codec::name(Kind::Leaf, bytes, None);
+        self.put(Kind::Leaf, &id, bytes, None, None)?;
         Ok(id)
     }
 
-    /// The same for an object whose id is known.
-    pub(crate) fn put_named(&mut self, kind: Kind, id: &Id, bytes: &[u8]) -> Result<()> {
-        if self.added.contains_key(id) || read(&self.store.index).places.contains_key(id) {
-            return Ok(());
-        }
-        let Stored { bytes, len, encoding } =
-            codec::encode(kind, id, bytes, self.store.compression, self.key.as_ref());
+    /// Stores a chunk, encrypted if there is a key; returns its id.
+    pub(crate) fn put_chunk(
+        &mut self,
+        bytes: &[u8],
+        key: Option<&EncryptionKey>,
+        was: Option<Was>,
+    ) -> Result<Id> {
+        let id = codec::name(Kind::Chunk, bytes, key);
+        self.put_named(&id, bytes, key, was)?;
+        Ok(id)
+    }
+
+    /// The same for a chunk whose id is known.
+    pub(crate) fn put_named(
+        &mut self,
+        id: &Id,
+        bytes: &[u8],
+        key: Option<&EncryptionKey>,
+        was: Option<Was>,
+    ) -> Result<()> {
+        self.put(Kind::Chunk, id, bytes, key, was)
+    }
+
+    fn put(
+        &mut self,
+        kind: Kind,
+        id: &Id,
+        bytes: &[u8],
+        key: Option<&EncryptionKey>,
+        was: Option<Was>,
+    ) -> Result<()> {
+        let patch = {
+            let index = read(&self.store.index);
+            if self.added.contains_key(id) || index.places.contains_key(id) {
+                return Ok(());
+            }
+            was.and_then(|was| was.patch(&index))
+        };
+        let Stored { bytes, len, encoding, patch } =
+            codec::encode(kind, id, bytes, self.store.compression, key, patch);
         let crc = Some(crc32c::crc32c(&bytes));
-        self.append(id, Slot { start: 0, len, crc, kind, encoding }, &bytes)
+        self.append(id, Slot { start: 0, len, crc, kind, encoding }, patch, &bytes)
     }
 
     /// Carries an object, as it is stored elsewhere, even if it is there already.
-    pub(crate) fn carry(&mut self, id: &Id, slot: &Slot, stored: &[u8]) -> Result<()> {
-        self.append(id, Slot { crc: Some(crc32c::crc32c(stored)), ..*slot }, stored)
+    pub(crate) fn carry(&mut self, id: &Id, slot: &Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
+        self.append(id, Slot { crc: Some(crc32c::crc32c(stored)), ..*slot }, patch, stored)
     }
 
     /// Appends all units of a slot, wherever it is to begin.
-    fn append(&mut self, id: &Id, slot: Slot, stored: &[u8]) -> Result<()> {
+    fn append(&mut self, id: &Id, slot: Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
         let max = self.store.pack_units;
         if self.packs.last().is_none_or(|writing| writing.taken.units + slot.units() > max) {
             self.write_out()?;
@@ -111,17 +163,13 @@ impl<'s> Session<'s> {
         let Some(writing) = self.packs.last_mut() else { return Ok(()) };
         let slot = Slot { start: writing.taken.units, ..slot };
         let number = writing.pack.number;
-        writing.records.extend_from_slice(&format::index_record(number, writing.taken.records, id, &slot));
+        let record = format::index_record(number, writing.taken.records, id, &slot, patch.as_ref());
+        writing.records.extend_from_slice(&record);
         writing.taken = Taken { records: writing.taken.records + 1, units: slot.end() };
-        self.added.insert(*id, Place { pack: number, slot });
+        self.added.insert(*id, Place { pack: number, slot, patch: patch.map(Box::new) });
         self.buffer.extend_from_slice(stored);
         self.appended += stored.len() as u64;
         if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }
-    }
-
-    /// The root of a snapshot of what has been appended.
-    pub(crate) fn encode_root(&self, size: u64, leaves: &[Id]) -> Vec<u8> {
-        format::encode_root(size, leaves, self.key.as_ref().map(EncryptionKey::wrapped))
     }
 
     /// Makes everything durable and known, and then the snapshot with this root.
@@ -130,8 +178,7 @@ impl<'s> Session<'s> {
     /// where a pack is new: four or five times however much there is, more only if several packs are filled.
     /// The index of a pack is written when the pack's bytes are durable, so that a record never speaks
     /// of bytes that a crash took; and a pack gets its final name after its index has.
-    pub(crate) fn commit(mut self, root: &[u8]) -> Result<Arc<Root>> {
-        let key = self.key.clone();
+    pub(crate) fn commit(mut self, root: &[u8], key: Option<&EncryptionKey>) -> Result<Arc<Root>> {
         self.finish(|store| store.publish_root(root, key))
     }
 

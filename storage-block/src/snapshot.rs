@@ -8,12 +8,12 @@ use std::sync::{Arc, OnceLock};
 
 use ami_core::Digest;
 
-use crate::codec;
 use crate::format::{
     self, CHUNK, Encoding, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN, PACK_UNITS, RootParts, SLOT_UNITS, Slot,
-    UNIT, WrappedKey,
+    WrappedKey,
 };
 use crate::keys::EncryptionKey;
+use crate::object::{Found, Object, Part, Patched};
 use crate::pack::{self, Pack};
 use crate::store::{Inner, read};
 use crate::{BlockBackend, Disk, Error, Result};
@@ -62,6 +62,8 @@ struct Table {
     packs: Vec<Arc<Pack>>,
     ids: Vec<Id>,
     entries: Box<[AtomicU64]>,
+    /// The chunks that are stored as what differs.
+    patches: HashMap<usize, Patched>,
 }
 
 /// Where a chunk lies, in a word that is read and marked without a lock: [`NOWHERE`](Self::NOWHERE),
@@ -98,6 +100,10 @@ impl Entry {
         Slot { start: self.start(), len, crc: None, kind: Kind::Chunk, encoding }
     }
 
+    fn is_verified(self) -> bool {
+        self.0 & Self::VERIFIED != 0
+    }
+
     /// Whether its bytes can be read from the pack's file as they are.
     fn is_plain(self) -> bool {
         self.0 >> Self::ENCODING == Self::VERIFIED >> Self::ENCODING
@@ -119,7 +125,7 @@ enum Extent<'t> {
     Hole,
     /// A slot whose bytes are the disk's, and more such behind it.
     Plain(&'t Arc<Pack>, u32),
-    /// A chunk that is compressed, encrypted, or not yet verified.
+    /// A chunk that is not stored as it is, or not yet verified.
     Chunk(&'t Table, usize),
 }
 
@@ -162,8 +168,8 @@ impl Snapshot {
         for leaf in 0..self.root.leaves.len() {
             for id in self.leaf_ids(leaf)?.iter().filter(|id| **id != HOLE) {
                 let found = read(&self.store.index).find_open(id)?;
-                let Some((pack, slot)) = found else { return Err(pack::lost(Kind::Chunk, id)) };
-                pack::read_checked(&pack, &slot, id, self.root.key())?;
+                let found = found.ok_or_else(|| pack::lost(Kind::Chunk, id))?;
+                found.object(id).read_checked(self.root.key())?;
             }
         }
         Ok(())
@@ -222,34 +228,22 @@ impl Snapshot {
     /// Reads a part of one chunk, and the first time anybody does verifies all of it.
     fn read_chunk(&self, table: &Table, place: usize, offset: u64, part: &mut [u8]) -> Result<()> {
         let (entry, id, key) = (table.entry(place), &table.ids[place], self.root.key());
-        let (pack, slot) = (&table.packs[entry.pack()], entry.slot());
-        let verified = entry.0 & Entry::VERIFIED != 0 || !self.store.verify || pack.is_verified(slot.start);
+        let (pack, slot) = (&*table.packs[entry.pack()], entry.slot());
+        let patch = if slot.encoding.patch() { table.patches.get(&place).map(Patched::part) } else { None };
+        let object = Object { own: Part { id, pack, slot }, patch };
+        let verified = entry.is_verified() || !self.store.verify || pack.is_verified(slot.start);
         if verified {
-            table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
-        }
-        let range = offset as usize..offset as usize + part.len();
-        if slot.encoding.compressed() {
-            // Only what has been verified, where that is asked for, gets in there.
-            if let Some(bytes) = self.store.cache.get(pack.number, slot.start) {
-                part.copy_from_slice(&bytes[range]);
-                return Ok(());
-            }
-        } else if verified {
-            return read_units(pack, &slot, id, key, offset, part);
-        }
-        let bytes = if verified {
-            let stored = pack.read_stored(&slot)?;
-            codec::decode(&slot, id, stored, key).map_err(|why| pack.damaged(slot.start, why))?
+            object.read(key, &self.store.cache, offset, part)?;
         } else {
-            pack::read_checked(pack, &slot, id, key)?
-        };
-        part.copy_from_slice(&bytes[range]);
-        if !verified {
+            let bytes = object.read_checked(key)?;
+            part.copy_from_slice(&bytes[offset as usize..][..part.len()]);
             pack.set_verified(slot.start);
-            table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
+            if slot.encoding.compressed() {
+                self.store.cache.insert(pack.number, slot.start, &bytes.into());
+            }
         }
-        if slot.encoding.compressed() {
-            self.store.cache.insert(pack.number, slot.start, &bytes.into());
+        if !entry.is_verified() {
+            table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -277,16 +271,21 @@ impl Snapshot {
         let mut packs = Vec::new();
         let mut numbers = HashMap::new();
         let mut entries = Vec::with_capacity(LEAF_IDS);
-        for id in &ids {
-            let found = index.find(id).filter(|(_, slot)| slot.kind == Kind::Chunk);
+        let mut patches = HashMap::new();
+        for (number, id) in ids.iter().enumerate() {
+            let found = index.find(id).filter(|found| found.slot.kind == Kind::Chunk);
             let entry = match (id, found) {
                 (&HOLE, _) => Entry::NOWHERE,
                 (_, None) => Entry::LOST,
-                (_, Some((pack, slot))) => {
+                (_, Some(found)) => {
+                    found.open()?;
+                    let Found { pack, slot, patch } = found;
+                    if let Some(patch) = patch {
+                        patches.insert(number, patch);
+                    }
                     let place = match numbers.get(&pack.number) {
                         Some(place) => *place,
                         None => {
-                            pack.file()?;
                             numbers.insert(pack.number, packs.len());
                             packs.push(pack);
                             packs.len() - 1
@@ -297,7 +296,7 @@ impl Snapshot {
             };
             entries.push(AtomicU64::new(entry.0));
         }
-        Ok(Table { packs, ids, entries: entries.into() })
+        Ok(Table { packs, ids, entries: entries.into(), patches })
     }
 
     /// The next range at or after `offset` that is no hole.
@@ -327,33 +326,6 @@ impl Table {
     fn entry(&self, place: usize) -> Entry {
         Entry(self.entries[place].load(Ordering::Relaxed))
     }
-}
-
-/// Reads a part of a chunk that is not compressed and needs no verification: the units that hold it, and no more.
-fn read_units(
-    pack: &Pack,
-    slot: &Slot,
-    id: &Id,
-    key: Option<&EncryptionKey>,
-    offset: u64,
-    part: &mut [u8],
-) -> Result<()> {
-    if !slot.encoding.encrypted() {
-        return pack.read(slot.start, offset, part);
-    }
-    let Some(key) = key else { return Err(pack.damaged(slot.start, codec::NO_KEY)) };
-    let (first, within) = (offset / UNIT, (offset % UNIT) as usize);
-    let tweak = codec::tweak(id).wrapping_add(u128::from(first));
-    if within == 0 && part.len() % UNIT as usize == 0 {
-        pack.read(slot.start, offset, part)?;
-        key.chunks().decrypt(part, tweak);
-        return Ok(());
-    }
-    let mut units = vec![0; (within + part.len()).next_multiple_of(UNIT as usize)];
-    pack.read(slot.start, first * UNIT, &mut units)?;
-    key.chunks().decrypt(&mut units, tweak);
-    part.copy_from_slice(&units[within..within + part.len()]);
-    Ok(())
 }
 
 impl fmt::Debug for Snapshot {

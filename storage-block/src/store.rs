@@ -199,7 +199,7 @@ impl Inner {
     }
 
     /// Writes a root where it is found from now on. Its objects are durable already.
-    pub(crate) fn publish_root(&self, bytes: &[u8], key: Option<EncryptionKey>) -> Result<Arc<Root>> {
+    pub(crate) fn publish_root(&self, bytes: &[u8], key: Option<&EncryptionKey>) -> Result<Arc<Root>> {
         let digest = Digest::of(bytes);
         let path = self.root_path(&digest);
         let root = Root::parse(digest, bytes).map_err(|why| Error::corrupt(&path, why))?;
@@ -212,7 +212,7 @@ impl Inner {
         }
         let root = self.remember(root);
         if let Some(key) = key {
-            root.unlock(|_| Ok(key))?;
+            root.unlock(|_| Ok(key.clone()))?;
         }
         Ok(root)
     }

@@ -8,7 +8,7 @@ use ami_core::Digest;
 
 use crate::format::{HOLE, Id, PACK_HEADER, Slot, UNIT};
 use crate::fs;
-use crate::pack::{self, Index, Pack};
+use crate::pack::{self, Index, Pack, Place};
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::{Error, ErrorKind, Result, Snapshot, Store};
@@ -69,6 +69,7 @@ impl Store {
         for digest in kept {
             mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(digest)?), &mut live)?;
         }
+        mark_bases(&read(&inner.index), &mut live);
         for digest in &dropped {
             let path = inner.root_path(digest);
             fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
@@ -93,8 +94,15 @@ fn mark(snapshot: &Snapshot, live: &mut HashSet<Id>) -> Result<()> {
     Ok(())
 }
 
-/// The live objects of a pack, and their slots.
-type Objects = Vec<(Id, Slot)>;
+/// What others differ from lives as long as they do.
+fn mark_bases(index: &Index, live: &mut HashSet<Id>) {
+    let base = |id: &Id| index.places.get(id)?.patch.as_ref().map(|patch| patch.base);
+    let bases: Vec<Id> = live.iter().filter_map(base).filter(|base| *base != HOLE).collect();
+    live.extend(bases);
+}
+
+/// The live objects of a pack, and their places.
+type Objects = Vec<(Id, Place)>;
 
 fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result<()> {
     let mut victims: BTreeMap<u32, (Arc<Pack>, Objects)> = BTreeMap::new();
@@ -105,13 +113,13 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
         }
         for (id, place) in &index.places {
             if let (true, Some((_, objects))) = (live.contains(id), victims.get_mut(&place.pack)) {
-                objects.push((*id, place.slot));
+                objects.push((*id, place.clone()));
             }
         }
         let mut sized = Vec::new();
         for (number, (pack, objects)) in &victims {
             let len = file_len(&pack.path)?.saturating_sub(PACK_HEADER);
-            let alive: u64 = objects.iter().map(|(_, slot)| u64::from(slot.units()) * UNIT).sum();
+            let alive: u64 = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum();
             if alive * 2 > len {
                 sized.push(*number);
             }
@@ -126,10 +134,10 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
     let mut session = Session::of_sweep(inner);
     let mut rotten = Vec::new();
     for (number, (pack, objects)) in &mut victims {
-        objects.sort_unstable_by_key(|(_, slot)| slot.start);
-        for (id, slot) in objects {
-            match read_to_carry(pack, slot, id) {
-                Ok(stored) => session.carry(id, slot, &stored)?,
+        objects.sort_unstable_by_key(|(_, place)| place.slot.start);
+        for (id, Place { slot, patch, .. }) in objects {
+            match read_to_carry(inner, pack, slot, id) {
+                Ok(stored) => session.carry(id, slot, patch.as_deref().copied(), &stored)?,
                 // Its pack stays as it is, for whoever can mend it.
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     tracing::warn!(%error, "a damaged pack is kept");
@@ -160,10 +168,11 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
 
 /// An object as it is stored. Damage is not carried on: what can be is compared with its name, and what is
 /// encrypted, for which nobody needs to have the key here, with its checksum.
-fn read_to_carry(pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec<u8>> {
+fn read_to_carry(inner: &Inner, pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec<u8>> {
     let stored = pack.read_whole(slot)?;
     if !slot.encoding.encrypted() {
-        pack::check_stored(pack, slot, id, None, stored.clone())?;
+        let found = read(&inner.index).find_open(id)?;
+        found.ok_or_else(|| pack::lost(slot.kind, id))?.object(id).read_checked(None)?;
     }
     Ok(stored)
 }

@@ -292,14 +292,14 @@ impl Volume {
         if base.is_some_and(|base| !Arc::ptr_eq(&base.store, &store.0) || base.root.wrapped() != wrapped) {
             return store.import_with(&self.disk(), key, &mut |_| ());
         }
-        let changed: Vec<(u64, u64)> = inner.map.changed_chunks().collect();
+        let changed: Vec<(u64, u16)> = inner.map.changed_chunks().collect();
         let frozen = inner.freeze.begin(changed.iter().map(|(chunk, _)| *chunk));
         drop(gate);
 
         let mut builder = Builder::new(&store.0, inner.size, base, key);
         for (chunk, blocks) in changed {
-            builder.set(chunk, &frozen.take(chunk, |chunk| inner.chunk(chunk))?)?;
-            builder.stats.changed_bytes += blocks * BLOCK;
+            builder.set(chunk, &frozen.take(chunk, |chunk| inner.chunk(chunk))?, blocks)?;
+            builder.stats.changed_bytes += u64::from(blocks.count_ones()) * BLOCK;
         }
         drop(frozen);
         builder.finish()

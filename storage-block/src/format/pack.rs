@@ -1,7 +1,8 @@
 //! Packs and their indices. Version 1 has slots of 64 KiB, one for each record; in version 2 a slot is as many
-//! units of 4 KiB as what is stored takes, and the record says where it begins, how long it is and how it is encoded.
+//! units of 4 KiB as what is stored takes, and the record says where it begins, how long it is, how it is encoded, and
+//! which other chunk it leaves out what is equal of.
 
-use super::{CHUNK, Id, Wrong, check_crc, check_magic, put, u32_at, u64_at};
+use super::{BLOCK, CHUNK, HOLE, Id, Wrong, check_crc, check_magic, put, u16_at, u32_at, u64_at};
 
 /// Where the first slot of a pack begins.
 pub(crate) const PACK_HEADER: u64 = 4096;
@@ -18,7 +19,7 @@ pub(crate) const INDEX_HEADER: usize = 64;
 /// Bytes of a record of the index of a pack of version 1.
 pub(crate) const INDEX_RECORD_1: usize = 40;
 /// Bytes of a record of the index of a pack of version 2.
-pub(crate) const INDEX_RECORD: usize = 52;
+pub(crate) const INDEX_RECORD: usize = 84;
 
 /// The version of packs that are written.
 pub(crate) const PACK_VERSION: u32 = 2;
@@ -31,9 +32,9 @@ const _: () = {
     assert!(PACK_VERSION == 2);
     assert!(PACK_HEADER == 4096 && PACK_SLOTS == 16384 && UNIT == 4096);
     assert!(SLOT_UNITS == 16 && PACK_UNITS == 262_144);
-    assert!(INDEX_HEADER == 64 && INDEX_RECORD_1 == 40 && INDEX_RECORD == 52);
+    assert!(INDEX_HEADER == 64 && INDEX_RECORD_1 == 40 && INDEX_RECORD == 84);
     assert!(Kind::Chunk as u32 == 1 && Kind::Leaf as u32 == 2);
-    assert!(Encoding::LZ4.0 == 1 && Encoding::ENCRYPTED.0 == 2);
+    assert!(Encoding::LZ4.0 == 1 && Encoding::ENCRYPTED.0 == 2 && Encoding::PATCH.0 == 4);
 };
 
 /// What an object is.
@@ -69,7 +70,8 @@ impl Kind {
     }
 }
 
-/// What has been done to an object's bytes before they were stored: compressed, then encrypted, or neither.
+/// What has been done to an object's bytes before they were stored: some of them left out, or compressed; and then
+/// encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Encoding(pub(crate) u8);
 
@@ -77,6 +79,7 @@ impl Encoding {
     pub(crate) const RAW: Self = Self(0);
     pub(crate) const LZ4: Self = Self(1);
     pub(crate) const ENCRYPTED: Self = Self(2);
+    pub(crate) const PATCH: Self = Self(4);
 
     pub(crate) fn compressed(self) -> bool {
         self.0 & Self::LZ4.0 != 0
@@ -86,9 +89,22 @@ impl Encoding {
         self.0 & Self::ENCRYPTED.0 != 0
     }
 
+    pub(crate) fn patch(self) -> bool {
+        self.0 & Self::PATCH.0 != 0
+    }
+
     pub(crate) fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
+}
+
+/// What a chunk is stored as that differs little from another, or from zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Patch {
+    /// A bit for each block that is stored, the lowest for the first; at least one, and not all.
+    pub(crate) mask: u16,
+    /// The chunk that the others are of, which is no patch itself; [`HOLE`] where they are zero.
+    pub(crate) base: Id,
 }
 
 /// How an object is stored, and where in its pack.
@@ -116,13 +132,21 @@ impl Slot {
     }
 
     /// Whether an object can be stored so.
-    fn is_sound(&self) -> bool {
+    fn is_sound(&self, id: &Id, patch: Option<&Patch>) -> bool {
         let full = self.kind.len() as u32;
-        let known = self.encoding.0 & !(Encoding::LZ4.0 | Encoding::ENCRYPTED.0) == 0;
-        // A leaf is never encrypted: what is alive can be found without any key.
-        let plain = self.kind == Kind::Chunk || !self.encoding.encrypted();
-        let len = if self.encoding.compressed() { 0 < self.len && self.len < full } else { self.len == full };
-        known && plain && len && self.start < PACK_UNITS && self.end() <= PACK_UNITS
+        let Encoding(bits) = self.encoding;
+        let known = bits & !(Encoding::LZ4.0 | Encoding::ENCRYPTED.0 | Encoding::PATCH.0) == 0;
+        // A leaf is stored so that what is alive can be found without any key.
+        let kind = self.kind == Kind::Chunk || bits & !Encoding::LZ4.0 == 0;
+        let len = match patch {
+            Some(Patch { mask: 0 | u16::MAX, .. }) => false,
+            Some(Patch { mask, base }) => {
+                !self.encoding.compressed() && self.len == mask.count_ones() * BLOCK as u32 && base != id
+            }
+            None if self.encoding.compressed() => 0 < self.len && self.len < full,
+            None => self.len == full,
+        };
+        known && kind && len && self.start < PACK_UNITS && self.end() <= PACK_UNITS
     }
 }
 
@@ -195,7 +219,13 @@ pub(crate) fn index_max(version: u32) -> usize {
 
 /// Record `place` of an index. Its checksum covers where it stands too, so that no record is ever taken
 /// for another's.
-pub(crate) fn index_record(number: u32, place: u32, id: &Id, slot: &Slot) -> [u8; INDEX_RECORD] {
+pub(crate) fn index_record(
+    number: u32,
+    place: u32,
+    id: &Id,
+    slot: &Slot,
+    patch: Option<&Patch>,
+) -> [u8; INDEX_RECORD] {
     let mut bytes = [0; INDEX_RECORD];
     put(&mut bytes, 0, id);
     put(&mut bytes, 32, &slot.start.to_le_bytes());
@@ -203,36 +233,46 @@ pub(crate) fn index_record(number: u32, place: u32, id: &Id, slot: &Slot) -> [u8
     put(&mut bytes, 40, &slot.crc.unwrap_or_default().to_le_bytes());
     bytes[44] = slot.kind as u8;
     bytes[45] = slot.encoding.0;
-    let crc = record_crc(number, place, &bytes[..48]);
-    put(&mut bytes, 48, &crc.to_le_bytes());
+    if let Some(patch) = patch {
+        put(&mut bytes, 46, &patch.mask.to_le_bytes());
+        put(&mut bytes, 48, &patch.base);
+    }
+    let crc = record_crc(number, place, &bytes[..80]);
+    put(&mut bytes, 80, &crc.to_le_bytes());
     bytes
 }
 
 /// What a record of an index of `version` says, if it is whole and can be true.
-pub(crate) fn parse_index_record(version: u32, number: u32, place: u32, bytes: &[u8]) -> Option<(Id, Slot)> {
+pub(crate) fn parse_index_record(version: u32, number: u32, place: u32, bytes: &[u8]) -> Option<Record> {
     let len = record_len(version);
     if bytes.len() != len || u32_at(bytes, len - 4) != record_crc(number, place, &bytes[..len - 4]) {
         return None;
     }
     let id: Id = bytes.get(..32)?.try_into().ok()?;
-    let slot = if version == 1 {
+    let (slot, patch) = if version == 1 {
         let kind = Kind::from_number(u8::try_from(u32_at(bytes, 32)).ok()?)?;
         let start = place.checked_mul(SLOT_UNITS)?;
-        Slot { start, len: kind.len() as u32, crc: None, kind, encoding: Encoding::RAW }
+        (Slot { start, len: kind.len() as u32, crc: None, kind, encoding: Encoding::RAW }, None)
     } else {
-        if bytes[46..48] != [0; 2] {
+        let encoding = Encoding(bytes[45]);
+        let patch = Patch { mask: u16_at(bytes, 46), base: bytes.get(48..80)?.try_into().ok()? };
+        if !encoding.patch() && (patch.mask != 0 || patch.base != HOLE) {
             return None;
         }
-        Slot {
+        let slot = Slot {
             start: u32_at(bytes, 32),
             len: u32_at(bytes, 36),
             crc: Some(u32_at(bytes, 40)),
             kind: Kind::from_number(bytes[44])?,
-            encoding: Encoding(bytes[45]),
-        }
+            encoding,
+        };
+        (slot, encoding.patch().then_some(patch))
     };
-    slot.is_sound().then_some((id, slot))
+    slot.is_sound(&id, patch.as_ref()).then_some((id, slot, patch))
 }
+
+/// What a record says: the object's name, where and how it is stored.
+pub(crate) type Record = (Id, Slot, Option<Patch>);
 
 fn record_crc(number: u32, place: u32, bytes: &[u8]) -> u32 {
     let place = (u64::from(number) << 32 | u64::from(place)).to_le_bytes();

@@ -97,7 +97,7 @@ fn damage_is_found_and_named() {
     for record in 0..3 {
         let copy = dir.path().join("copy");
         copy_dir(&whole, &copy);
-        damage(&copy.join(&index), &Flip(64 + record * 52));
+        damage(&copy.join(&index), &Flip(64 + record * 84));
         let error = read_all(&copy).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().starts_with("no pack holds the"), "{error}");
@@ -119,7 +119,7 @@ fn other_chunks_stay_readable() {
         let store = Store::open(dir.path()).unwrap();
         store.import(&memory(&bytes), &mut |_| ()).unwrap().0.digest()
     };
-    damage(&dir.path().join("packs/00000000.index"), &Damage::Flip(64 + 52));
+    damage(&dir.path().join("packs/00000000.index"), &Damage::Flip(64 + 84));
     let disk = Store::open(dir.path()).unwrap().snapshot(&digest).unwrap().disk();
     let mut buf = vec![0; 65536];
     for (chunk, ok) in [(0, true), (1, false), (2, true)] {
