@@ -54,6 +54,9 @@ pub enum ErrorKind {
     AlreadyExists,
     /// It is encrypted, and the key to it is not at hand, or is another; nothing is damaged.
     KeyUnavailable,
+    /// Whoever asked for it did not want it any more, and said so by
+    /// [`Progress::cancel`](crate::Progress::cancel).
+    Cancelled,
     /// Any other failure of the operating system.
     Io,
 }

@@ -52,6 +52,7 @@
 
 mod backend;
 mod cache;
+mod changed;
 mod cipher;
 mod codec;
 mod error;
@@ -72,9 +73,12 @@ mod object;
 mod options;
 mod overlay;
 mod pack;
+mod progress;
 mod raw;
+mod scrub;
 mod session;
 mod snapshot;
+mod sparse;
 mod store;
 mod sweep;
 pub mod testing;
@@ -82,16 +86,19 @@ mod volume;
 
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Disk, SECTOR};
+pub use changed::{Blocks, ChangedBlock, ChangedBlocks};
 pub use codec::Compression;
 pub use error::{Error, ErrorKind, Result};
-pub use import::{Progress, SnapshotStats};
+pub use import::SnapshotStats;
 pub use memory::MemoryDisk;
 pub use options::{StoreOptions, VolumeOptions};
+pub use progress::Progress;
 pub use raw::RawFile;
+pub use scrub::ScrubReport;
 pub use snapshot::Snapshot;
 pub use store::Store;
 pub use sweep::Reclaimed;
-pub use volume::Volume;
+pub use volume::{FrozenVolumes, Volume};
 
 #[cfg(test)]
 mod tests;

@@ -183,6 +183,12 @@ impl Snapshot {
         }
     }
 
+    /// The id of one chunk; that of a hole, beyond the end, too.
+    pub(crate) fn chunk_id(&self, number: u64) -> Result<Id> {
+        let (leaf, within) = ((number / LEAF_IDS as u64) as usize, (number % LEAF_IDS as u64) as usize);
+        Ok(self.table(leaf)?.map_or(HOLE, |table| table.ids[within]))
+    }
+
     /// Fills `buf` from `offset`; what lies beyond the end reads as zeroes.
     pub(crate) fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
         while !buf.is_empty() {

@@ -1,11 +1,15 @@
 //! Tests that look into files, or use what the conformance suite is made of.
 
+mod changed;
 mod compression;
 mod corrupt;
 mod crash;
+mod discard;
 mod encryption;
+mod freeze;
 mod full_disk;
 mod golden;
+mod grow;
 mod model;
 mod patches;
 mod store;

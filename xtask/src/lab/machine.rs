@@ -117,7 +117,7 @@ pub(super) struct Port {
 }
 
 impl Port {
-    fn listen(dir: &Path, name: &str) -> anyhow::Result<Self> {
+    pub(super) fn listen(dir: &Path, name: &str) -> anyhow::Result<Self> {
         let path = dir.join(name);
         let listener = UnixListener::bind(&path).context("cannot make a socket for the lab")?;
         Ok(Self { path, listener })

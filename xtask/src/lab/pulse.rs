@@ -23,6 +23,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Keeps the pulse until QEMU closes the port, and shuts `alive` down if the lab stands still before that.
 pub(super) fn feel(port: &Port, alive: &UnixStream) -> io::Result<()> {
+    feel_for(PATIENCE, port, alive)
+}
+
+fn feel_for(patience: Duration, port: &Port, alive: &UnixStream) -> io::Result<()> {
     let (mut stream, _) = port.listener.accept()?;
     stream.set_nonblocking(true)?;
     let (mut heard, mut answer) = (None, [0; 256]);
@@ -35,7 +39,7 @@ pub(super) fn feel(port: &Port, alive: &UnixStream) -> io::Result<()> {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        if heard.is_some_and(|heard| heard.elapsed() > PATIENCE) {
+        if heard.is_some_and(|heard| heard.elapsed() > patience) {
             return alive.shutdown(Shutdown::Both);
         }
         match stream.write(b".") {
@@ -46,4 +50,38 @@ pub(super) fn feel(port: &Port, alive: &UnixStream) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    /// Whether a lab that answers so many beats and then hangs or ends is found to stand still.
+    fn stands_still(answers: usize, hangs: bool) -> bool {
+        let dir = tempfile::tempdir().unwrap();
+        let port = Port::listen(dir.path(), "pulse").unwrap();
+        let mut lab = UnixStream::connect(dir.path().join("pulse")).unwrap();
+        let (mut still, alive) = UnixStream::pair().unwrap();
+        thread::scope(|scope| {
+            let pulse = scope.spawn(|| feel_for(Duration::from_millis(200), &port, &alive));
+            let mut beat = [0];
+            for _ in 0..answers {
+                lab.read_exact(&mut beat).unwrap();
+                lab.write_all(&beat).unwrap();
+            }
+            if !hangs {
+                drop(lab);
+            }
+            pulse.join().unwrap().unwrap();
+        });
+        still.set_nonblocking(true).unwrap();
+        matches!(still.read(&mut [0]), Ok(0))
+    }
+
+    #[test]
+    fn a_lab_that_answers_no_more_stands_still() {
+        assert!(stands_still(3, true));
+        assert!(!stands_still(5, false));
+    }
 }
