@@ -49,7 +49,7 @@ pub fn pack_index(bytes: &[u8]) {
         let written = format::index_record_1(7, place, id, Kind::Leaf);
         let slot =
             Slot { start: place * 16, len: 32 << 10, crc: None, kind: Kind::Leaf, encoding: Encoding::RAW };
-        check_record(&written, record[0], place, &read, (*id, slot, None));
+        check_record(&written, record[0], place, read, (*id, slot, None));
     }
     for (record, place) in rest.chunks(INDEX_RECORD).zip(0..) {
         let read = |number, place, record: &[u8]| format::parse_index_record(2, number, place, record);
@@ -69,7 +69,7 @@ pub fn pack_index(bytes: &[u8]) {
         let slot = Slot { start, len, crc: Some(7), kind: Kind::Chunk, encoding };
         let written = format::index_record(7, place, id, &slot, patch.as_ref());
         if slot.encoding.patch() == patch.is_some() {
-            check_record(&written, record[0], place, &read, (*id, slot, patch));
+            check_record(&written, record[0], place, read, (*id, slot, patch));
         }
     }
 }
@@ -79,7 +79,7 @@ fn check_record(
     written: &[u8],
     noise: u8,
     place: u32,
-    read: &dyn Fn(u32, u32, &[u8]) -> Option<Record>,
+    read: impl Fn(u32, u32, &[u8]) -> Option<Record>,
     expected: Record,
 ) {
     assert_eq!(read(7, place, written), Some(expected));

@@ -322,7 +322,7 @@ impl EncryptionKey {
     }
 
     /// The key that was stored with something.
-    pub(crate) fn unwrap(provider: Option<&dyn KeyProvider>, wrapped: &WrappedKey) -> Result<Self> {
+    pub(crate) fn from_wrapped(provider: Option<&dyn KeyProvider>, wrapped: &WrappedKey) -> Result<Self> {
         let key_id = &wrapped.key_id;
         let Some(provider) = provider else {
             let what = format!("it is encrypted with the key {key_id}, and the store has no keys");

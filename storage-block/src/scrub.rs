@@ -51,8 +51,8 @@ impl Store {
     /// Reads every object of every pack and compares it with its name, and sees that all that a snapshot consists of is
     /// there. It goes on after a damage, and reports all there are.
     ///
-    /// Everything else goes on meanwhile: reads, writes, imports and the sweep. What is stored or dropped while it runs
-    /// may be seen or not. It reads through the page cache of the system, so that what is there is not read from the
+    /// Everything else goes on meanwhile: reads, writes, imports and the sweep, to which all snapshots are open ones until
+    /// it ends. What is stored or dropped while it runs may be seen or not. It reads through the page cache of the system, so that what is there is not read from the
     /// disk, and it takes some 40 bytes of memory for each object.
     ///
     /// # Errors
@@ -108,7 +108,7 @@ fn open_roots(store: &Store, report: &mut ScrubReport) -> Result<Vec<Arc<Root>>>
         match opened {
             Ok(root) => {
                 // Whoever has not the key can still say whether the chunks are there.
-                let _ = root.unlock(|wrapped| inner.unwrap(wrapped));
+                let _ = root.unlock(|wrapped| inner.unlock(wrapped));
                 roots.push(root);
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {}

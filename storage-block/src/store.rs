@@ -145,7 +145,7 @@ impl Store {
             let _sweep = read(&self.0.sweep);
             self.0.open_root(digest)?
         };
-        root.unlock(|wrapped| self.0.unwrap(wrapped))?;
+        root.unlock(|wrapped| self.0.unlock(wrapped))?;
         Ok(Snapshot::new(Arc::clone(&self.0), root))
     }
 
@@ -165,8 +165,8 @@ impl Store {
 
 impl Inner {
     /// The key that was stored with something.
-    pub(crate) fn unwrap(&self, wrapped: &WrappedKey) -> Result<EncryptionKey> {
-        EncryptionKey::unwrap(self.keys.provider(), wrapped)
+    pub(crate) fn unlock(&self, wrapped: &WrappedKey) -> Result<EncryptionKey> {
+        EncryptionKey::from_wrapped(self.keys.provider(), wrapped)
     }
 
     pub(crate) fn packs_dir(&self) -> PathBuf {

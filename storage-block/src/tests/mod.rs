@@ -12,6 +12,7 @@ mod golden;
 mod grow;
 mod model;
 mod patches;
+mod scrub;
 mod store;
 pub(crate) mod tape;
 mod verification;

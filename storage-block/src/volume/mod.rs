@@ -208,7 +208,7 @@ impl Volume {
         if len != header.size {
             overlay.set_len(header.size).map_err(failed)?;
         }
-        let key = header.key.as_ref().map(|key| store.0.unwrap(&key.wrapped)).transpose()?;
+        let key = header.key.as_ref().map(|key| store.0.unlock(&key.wrapped)).transpose()?;
         let volume = Self::new(dir, base, overlay, map, log, key);
         // Who had it before may have died with writes that no flush has covered, and they are read now.
         volume.0.dirty.store(true, Ordering::Release);
