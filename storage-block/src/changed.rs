@@ -7,6 +7,21 @@ use crate::format::{CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
 use crate::{Error, Result, Snapshot};
 
 /// A block that differs between two snapshots, by [`Snapshot::changed_blocks`].
+///
+/// ```
+/// use storage_block::{ChangedBlock, Disk, Result};
+///
+/// /// Brings a copy of the earlier disk up to the later one.
+/// fn follow(copy: &Disk, later: &Disk, block_size: u64, changed: ChangedBlock) -> Result<()> {
+///     let at = changed.index * block_size;
+///     if !changed.after {
+///         return copy.discard(at, block_size.min(copy.size() - at));
+///     }
+///     let mut bytes = vec![0; block_size.min(later.size() - at) as usize];
+///     later.read_at(&mut bytes, at)?;
+///     copy.write_at(&bytes, at)
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct ChangedBlock {

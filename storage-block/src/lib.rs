@@ -2,7 +2,9 @@
 //!
 //! A [`Store`] keeps [`Snapshot`]s: disks cut into chunks of 64 KiB, each stored once under its SHA-256 digest. A
 //! [`Volume`] begins as a snapshot, in the same time however large that is, and keeps what is written
-//! to it in a file of its own. A snapshot of a volume stores the chunks that have changed. Whatever can be read and
+//! to it in a file of its own. A snapshot of a volume stores the chunks that have changed, while the volume goes on
+//! being written; several volumes can be [frozen](Volume::freeze) at one instant, and
+//! [`Snapshot::changed_blocks`] lists what differs between two snapshots. Whatever can be read and
 //! written is a [`Disk`], and [`nbd::Server`] gives any disk to another process.
 //!
 //! ```

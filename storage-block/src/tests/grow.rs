@@ -1,5 +1,6 @@
 //! Volumes that grow while they are in use.
 
+use super::full_disk::Small;
 use super::tape::{Op, Tape};
 use super::{image, memory};
 use crate::format::LEAF_SPAN;
@@ -115,4 +116,35 @@ fn half_grown_volumes_open_in_their_old_size() {
     bytes.resize(2 << 20, 0);
     compare(&volume.disk(), &bytes, "the same, grown");
     assert!(!path.join("log.tmp").exists());
+}
+
+/// Where there is no room for a log of the new size, the volume keeps the old one and goes on.
+#[test]
+fn volumes_that_cannot_grow_stay_as_they_are() {
+    let Some(small) = Small::mount(100) else { return };
+    let stores = tempfile::tempdir().unwrap();
+    let store = Store::open(stores.path()).unwrap();
+    let path = small.0.join("volume");
+    let volume = Volume::create(&path, None, 1 << 20).unwrap();
+    let disk = volume.disk();
+    let mut bytes = vec![0; 1 << 20];
+    for at in (0..1 << 20).step_by(4096) {
+        match disk.write_at(&[1; 4096], at) {
+            Ok(()) => bytes[at as usize..][..4096].fill(1),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::NoSpace);
+                break;
+            }
+        }
+    }
+    assert_eq!(volume.grow(2 << 20).map_err(|error| error.kind()), Err(ErrorKind::NoSpace));
+    assert!(!path.join("log.tmp").exists());
+    compare(&disk, &bytes, "a volume that could not grow");
+    disk.discard(0, 64 << 10).unwrap();
+    bytes[..64 << 10].fill(0);
+    disk.flush().unwrap();
+    volume.grow(2 << 20).unwrap();
+    bytes.resize(2 << 20, 0);
+    drop((disk, volume));
+    compare(&Volume::open(&path, &store).unwrap().disk(), &bytes, "it, when there was room again");
 }

@@ -80,8 +80,20 @@ impl Inner {
             return self.write_in_place(buf, offset);
         }
         drop(gate);
+        self.fetch_edges(offset, len);
         let _gate = self.enter_alone(offset, len);
         self.write_around(buf, offset)
+    }
+
+    /// Reads from the blocks that a range covers only in part, so that who brings the rest of them along finds it in
+    /// memory and nobody has to wait for a disk at the gate.
+    fn fetch_edges(&self, offset: u64, len: u64) {
+        for at in [offset, offset + len] {
+            if at % BLOCK != 0 {
+                // An error is met again, by who needs the bytes.
+                let _ = self.read(&mut [0], at - 1);
+            }
+        }
     }
 
     /// Writes whole blocks, or blocks whose other bytes are in the overlay already.
@@ -136,6 +148,7 @@ impl Inner {
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
+        self.fetch_edges(offset, len);
         let _gate = self.enter_alone(offset, len);
         let end = offset + len;
         let (first, last) = (offset.div_ceil(BLOCK), end / BLOCK);

@@ -116,6 +116,16 @@ impl Volume {
 
 /// Volumes at one instant, by [`Volume::freeze`]. While it lives, writers set aside what they are about to change;
 /// dropping it lets go of that instant.
+///
+/// ```
+/// use storage_block::{FrozenVolumes, Result, Snapshot};
+///
+/// fn total(frozen: FrozenVolumes) -> Result<(Vec<Snapshot>, u64)> {
+///     let made = frozen.store(&mut |progress| println!("{} of {}", progress.done, progress.total))?;
+///     let stored = made.iter().map(|(_, stats)| stats.stored_bytes).sum();
+///     Ok((made.into_iter().map(|(snapshot, _)| snapshot).collect(), stored))
+/// }
+/// ```
 pub struct FrozenVolumes {
     store: Store,
     volumes: Vec<FrozenVolume>,
