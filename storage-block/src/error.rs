@@ -52,6 +52,8 @@ pub enum ErrorKind {
     InUse,
     /// Something of that name is there already.
     AlreadyExists,
+    /// It is encrypted, and the key to it is not at hand, or is another; nothing is damaged.
+    KeyUnavailable,
     /// Whoever asked for it did not want it any more, and said so by
     /// [`Progress::cancel`](crate::Progress::cancel).
     Cancelled,

@@ -2,7 +2,15 @@
 //!
 //! All numbers are little-endian. Every decoder takes any bytes and answers with what is wrong.
 
+mod key;
+mod pack;
+mod root;
+
 use ami_core::Digest;
+
+pub(crate) use key::{KEY_CHECK, KEY_ID_MAX, KEY_MAX, WRAPPED_MAX, WrappedKey, encode_key, parse_key};
+pub(crate) use pack::*;
+pub(crate) use root::{RootParts, encode_root, parse_root};
 
 /// The unit of content addressing and of packs.
 pub(crate) const CHUNK: u64 = 64 << 10;
@@ -14,14 +22,6 @@ pub(crate) const LEAF_IDS: usize = 1024;
 pub(crate) const LEAF_BYTES: usize = LEAF_IDS * Digest::LEN;
 /// Bytes of disk that a manifest leaf speaks of.
 pub(crate) const LEAF_SPAN: u64 = CHUNK * LEAF_IDS as u64;
-/// Where the first slot of a pack begins.
-pub(crate) const PACK_HEADER: u64 = 4096;
-/// Slots in a full pack.
-pub(crate) const PACK_SLOTS: u32 = 16384;
-/// Where the first record of a pack's index begins.
-pub(crate) const INDEX_HEADER: usize = 64;
-/// Bytes of a record of a pack's index.
-pub(crate) const INDEX_RECORD: usize = 40;
 /// Bytes of a snapshot's root before its leaf digests.
 pub(crate) const ROOT_HEADER: usize = 64;
 /// Where the first batch of a volume's log begins.
@@ -37,24 +37,26 @@ pub(crate) const BATCH_MAX: usize = 65536;
 /// The size of the largest disk: 64 TiB, as in EBS.
 pub(crate) const MAX_SIZE: u64 = 64 << 40;
 
-/// The format version in every header. A change of any layout below is a new number.
-pub(crate) const VERSION: u32 = 1;
+/// The newest format version. Each kind of file has its own reasons to be of the older one, which is read for
+/// ever. A change of any layout is a new number.
+pub(crate) const VERSION: u32 = 2;
 
-const PACK_MAGIC: &[u8; 8] = b"BLKPACK\0";
-const INDEX_MAGIC: &[u8; 8] = b"BLKINDX\0";
-const ROOT_MAGIC: &[u8; 8] = b"BLKSNAP\0";
 const VOLUME_MAGIC: &[u8; 8] = b"BLKVOLM\0";
 const BATCH_MAGIC: u32 = 0x4843_5442;
-const SHA_256: u32 = 1;
+/// Where the checksum of the header of a volume's log stands in version 1, and in version 2.
+const LOG_CRC_1: usize = 64;
+const LOG_CRC: usize = LOG_HEADER as usize - 4;
+/// Bytes from which the key of an overlay is made, with the volume's data key.
+pub(crate) const SALT: usize = 32;
 
-// Files written with other numbers are out there for ever: none of these may change under VERSION 1.
+// Files written with other numbers are out there for ever: none of these may change under these versions.
 const _: () = {
-    assert!(VERSION == 1);
+    assert!(VERSION == 2);
     assert!(CHUNK == 65536 && BLOCK == 4096 && LEAF_IDS == 1024 && LEAF_BYTES == 32768);
-    assert!(LEAF_SPAN == 64 << 20 && PACK_HEADER == 4096 && PACK_SLOTS == 16384);
-    assert!(INDEX_HEADER == 64 && INDEX_RECORD == 40 && ROOT_HEADER == 64);
+    assert!(LEAF_SPAN == 64 << 20 && ROOT_HEADER == 64);
     assert!(LOG_HEADER == 4096 && LOG_ALIGN == 512 && BATCH_HEADER == 32 && BATCH_RECORD == 16);
     assert!(BATCH_MAX == 65536 && Digest::LEN == 32);
+    assert!(LOG_CRC_1 == 64 && LOG_CRC == 4092 && SALT == 32 && 100 + KEY_MAX <= LOG_CRC);
 };
 
 /// An id as it stands in a manifest; all zeroes is a hole.
@@ -62,25 +64,12 @@ pub(crate) type Id = [u8; Digest::LEN];
 /// The id of what is all zeroes and therefore not stored.
 pub(crate) const HOLE: Id = [0; Digest::LEN];
 
-/// What a slot of a pack holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    Chunk = 1,
-    Leaf = 2,
-}
-
-impl Kind {
-    /// The number of bytes in the slot that the digest is of.
-    pub(crate) const fn len(self) -> usize {
-        match self {
-            Self::Chunk => CHUNK as usize,
-            Self::Leaf => LEAF_BYTES,
-        }
-    }
-}
-
 /// Why bytes are not what they should be.
 pub(crate) type Wrong = String;
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
@@ -94,127 +83,34 @@ fn put(bytes: &mut [u8], at: usize, part: &[u8]) {
     bytes[at..at + part.len()].copy_from_slice(part);
 }
 
-/// Checks what all headers share: length, magic, version, and the checksum at `crc`.
-fn check_header(bytes: &[u8], len: usize, magic: &[u8; 8], crc: Option<usize>) -> Result<(), Wrong> {
+/// Checks what all headers share: length, magic, and the version, which it returns.
+fn check_magic(bytes: &[u8], len: usize, magic: &[u8; 8]) -> Result<u32, Wrong> {
     if bytes.len() < len {
         return Err(format!("its header ends after {} of {len} bytes", bytes.len()));
     }
     if &bytes[..8] != magic {
         return Err("it does not begin with its magic number".to_owned());
     }
-    let version = u32_at(bytes, 8);
-    if version != VERSION {
-        return Err(format!("it has format version {version}, and this is a reader of version {VERSION}"));
-    }
-    match crc {
-        Some(at) if u32_at(bytes, at) != crc32c::crc32c(&bytes[..at]) => {
-            Err("the checksum of its header is wrong".to_owned())
+    match u32_at(bytes, 8) {
+        version @ 1..=VERSION => Ok(version),
+        version => {
+            Err(format!("it has format version {version}, and this is a reader of versions 1 to {VERSION}"))
         }
-        _ => Ok(()),
     }
 }
 
-fn pack_like_header(magic: &[u8; 8], number: u32, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    put(&mut bytes, 0, magic);
-    put(&mut bytes, 8, &VERSION.to_le_bytes());
-    put(&mut bytes, 12, &(CHUNK as u32).to_le_bytes());
-    put(&mut bytes, 16, &u64::from(number).to_le_bytes());
-    let crc = crc32c::crc32c(&bytes[..24]);
-    put(&mut bytes, 24, &crc.to_le_bytes());
-    bytes
-}
-
-fn check_pack_like(bytes: &[u8], magic: &[u8; 8], number: u32, len: usize) -> Result<(), Wrong> {
-    check_header(bytes, len, magic, Some(24))?;
-    if u32_at(bytes, 12) != CHUNK as u32 {
-        return Err(format!("its slots have {} bytes", u32_at(bytes, 12)));
+/// Checks the checksum that stands at `at` and is of all bytes before it.
+fn check_crc(bytes: &[u8], at: usize) -> Result<(), Wrong> {
+    if u32_at(bytes, at) == crc32c::crc32c(&bytes[..at]) {
+        Ok(())
+    } else {
+        Err("the checksum of its header is wrong".to_owned())
     }
-    if u64_at(bytes, 16) != u64::from(number) {
-        return Err(format!("it says that it is pack {}", u64_at(bytes, 16)));
-    }
-    Ok(())
-}
-
-pub(crate) fn pack_header(number: u32) -> Vec<u8> {
-    pack_like_header(PACK_MAGIC, number, PACK_HEADER as usize)
-}
-
-pub(crate) fn check_pack_header(bytes: &[u8], number: u32) -> Result<(), Wrong> {
-    check_pack_like(bytes, PACK_MAGIC, number, PACK_HEADER as usize)
-}
-
-pub(crate) fn index_header(number: u32) -> Vec<u8> {
-    pack_like_header(INDEX_MAGIC, number, INDEX_HEADER)
-}
-
-pub(crate) fn check_index_header(bytes: &[u8], number: u32) -> Result<(), Wrong> {
-    check_pack_like(bytes, INDEX_MAGIC, number, INDEX_HEADER)
-}
-
-/// The record of one slot. Its checksum covers where it stands too, so that no record is ever taken
-/// for another's.
-pub(crate) fn index_record(number: u32, slot: u32, id: &Id, kind: Kind) -> [u8; INDEX_RECORD] {
-    let mut bytes = [0; INDEX_RECORD];
-    put(&mut bytes, 0, id);
-    put(&mut bytes, 32, &(kind as u32).to_le_bytes());
-    let crc = index_record_crc(number, slot, &bytes);
-    put(&mut bytes, 36, &crc.to_le_bytes());
-    bytes
-}
-
-/// What a record of exactly [`INDEX_RECORD`] bytes says, if it is whole.
-pub(crate) fn parse_index_record(number: u32, slot: u32, bytes: &[u8]) -> Option<(Id, Kind)> {
-    let id: Id = bytes.get(..32)?.try_into().ok()?;
-    if bytes.len() != INDEX_RECORD || u32_at(bytes, 36) != index_record_crc(number, slot, bytes) {
-        return None;
-    }
-    match u32_at(bytes, 32) {
-        1 => Some((id, Kind::Chunk)),
-        2 => Some((id, Kind::Leaf)),
-        _ => None,
-    }
-}
-
-fn index_record_crc(number: u32, slot: u32, bytes: &[u8]) -> u32 {
-    let place = (u64::from(number) << 32 | u64::from(slot)).to_le_bytes();
-    crc32c::crc32c_append(crc32c::crc32c(&place), &bytes[..36])
 }
 
 /// The number of leaves that a disk of `size` bytes has.
 pub(crate) fn leaf_count(size: u64) -> u64 {
     size.div_ceil(LEAF_SPAN)
-}
-
-pub(crate) fn encode_root(size: u64, leaves: &[Id]) -> Vec<u8> {
-    let mut bytes = vec![0; ROOT_HEADER];
-    put(&mut bytes, 0, ROOT_MAGIC);
-    put(&mut bytes, 8, &VERSION.to_le_bytes());
-    put(&mut bytes, 12, &SHA_256.to_le_bytes());
-    put(&mut bytes, 16, &(CHUNK as u32).to_le_bytes());
-    put(&mut bytes, 20, &(LEAF_IDS as u32).to_le_bytes());
-    put(&mut bytes, 24, &size.to_le_bytes());
-    put(&mut bytes, 32, &(leaves.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(leaves.as_flattened());
-    bytes
-}
-
-/// The size of the disk and the leaves' ids.
-pub(crate) fn parse_root(bytes: &[u8]) -> Result<(u64, Vec<Id>), Wrong> {
-    check_header(bytes, ROOT_HEADER, ROOT_MAGIC, None)?;
-    let shape = (u32_at(bytes, 12), u32_at(bytes, 16), u32_at(bytes, 20));
-    if shape != (SHA_256, CHUNK as u32, LEAF_IDS as u32) {
-        return Err(format!("its hash, chunk size and leaf size are {shape:?}"));
-    }
-    let (size, leaves) = (u64_at(bytes, 24), u64_at(bytes, 32));
-    if size % crate::SECTOR != 0 || size > MAX_SIZE || leaves != leaf_count(size) {
-        return Err(format!("it speaks of {size} bytes in {leaves} leaves"));
-    }
-    let ids = &bytes[ROOT_HEADER..];
-    if ids.len() as u64 != leaves * Digest::LEN as u64 {
-        return Err(format!("it has {} bytes for the ids of {leaves} leaves", ids.len()));
-    }
-    Ok((size, split_ids(ids)))
 }
 
 /// The ids in a list of them; `slice::as_chunks` is newer than the oldest compiler supported.
@@ -223,36 +119,71 @@ pub(crate) fn split_ids(bytes: &[u8]) -> Vec<Id> {
 }
 
 /// What the header of a volume's log says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct VolumeHeader {
     pub(crate) size: u64,
     pub(crate) base: Option<Digest>,
     /// Random, in every batch: a batch of another log is not one of this.
     pub(crate) log: u64,
+    /// Of an encrypted volume.
+    pub(crate) key: Option<VolumeKey>,
 }
 
+/// How an encrypted volume's overlay is encrypted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VolumeKey {
+    pub(crate) wrapped: WrappedKey,
+    /// Random: the overlays of two volumes with one data key have nothing in common.
+    pub(crate) salt: [u8; SALT],
+}
+
+/// Version 1 unless the volume is encrypted.
 pub(crate) fn encode_volume(header: &VolumeHeader) -> Vec<u8> {
     let mut bytes = vec![0; LOG_HEADER as usize];
+    let version: u32 = if header.key.is_some() { 2 } else { 1 };
     put(&mut bytes, 0, VOLUME_MAGIC);
-    put(&mut bytes, 8, &VERSION.to_le_bytes());
+    put(&mut bytes, 8, &version.to_le_bytes());
     put(&mut bytes, 12, &(BLOCK as u32).to_le_bytes());
     put(&mut bytes, 16, &header.size.to_le_bytes());
     put(&mut bytes, 24, &header.log.to_le_bytes());
     put(&mut bytes, 32, header.base.as_ref().map_or(&HOLE, |base| base.as_bytes()));
-    let crc = crc32c::crc32c(&bytes[..64]);
-    put(&mut bytes, 64, &crc.to_le_bytes());
+    let at = match &header.key {
+        None => LOG_CRC_1,
+        Some(key) => {
+            let wrapped = encode_key(&key.wrapped);
+            put(&mut bytes, 64, &key.salt);
+            put(&mut bytes, 96, &(wrapped.len() as u32).to_le_bytes());
+            put(&mut bytes, 100, &wrapped);
+            LOG_CRC
+        }
+    };
+    let crc = crc32c::crc32c(&bytes[..at]);
+    put(&mut bytes, at, &crc.to_le_bytes());
     bytes
 }
 
 pub(crate) fn parse_volume(bytes: &[u8]) -> Result<VolumeHeader, Wrong> {
-    check_header(bytes, LOG_HEADER as usize, VOLUME_MAGIC, Some(64))?;
+    let version = check_magic(bytes, LOG_HEADER as usize, VOLUME_MAGIC)?;
+    check_crc(bytes, if version == 1 { LOG_CRC_1 } else { LOG_CRC })?;
     let (block, size, log) = (u32_at(bytes, 12), u64_at(bytes, 16), u64_at(bytes, 24));
     if u64::from(block) != BLOCK || size % BLOCK != 0 || size > MAX_SIZE {
         return Err(format!("it speaks of {size} bytes in blocks of {block}"));
     }
     let mut base = HOLE;
     base.copy_from_slice(&bytes[32..64]);
-    Ok(VolumeHeader { size, log, base: (base != HOLE).then(|| Digest::from_bytes(base)) })
+    let base = (base != HOLE).then(|| Digest::from_bytes(base));
+    let key = if version == 1 { None } else { Some(parse_volume_key(bytes)?) };
+    Ok(VolumeHeader { size, base, log, key })
+}
+
+fn parse_volume_key(bytes: &[u8]) -> Result<VolumeKey, Wrong> {
+    let len = u32_at(bytes, 96) as usize;
+    if len > KEY_MAX {
+        return Err(format!("its wrapped key has {len} bytes"));
+    }
+    let mut salt = [0; SALT];
+    salt.copy_from_slice(&bytes[64..96]);
+    Ok(VolumeKey { wrapped: parse_key(&bytes[100..100 + len])?, salt })
 }
 
 /// Where a block's bytes are.

@@ -2,21 +2,30 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::RwLock;
+use std::sync::{OnceLock, RwLock};
 
-use crate::format::{self, BLOCK, INDEX_HEADER, INDEX_RECORD, Run, State};
+use crate::codec;
+use crate::format::{
+    self, BLOCK, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Kind, Patch, Record, RootParts, Run,
+    Slot, State,
+};
+use crate::keys::{EncryptionKey, LocalKey};
 use crate::map::StateMap;
 use crate::nbd::fuzzing as nbd;
-use crate::{Disk, MemoryDisk};
+use crate::{Compression, Disk, MemoryDisk};
 
 /// A snapshot's root, and a leaf: what is read is what is written.
 pub fn snapshot(bytes: &[u8]) {
-    if let Ok((size, leaves)) = format::parse_root(bytes) {
-        let mut again = format::encode_root(size, &leaves);
+    if let Ok(RootParts { size, leaves, key }) = format::parse_root(bytes) {
+        let mut again = format::encode_root(size, &leaves, key.as_ref());
         // What is reserved may hold anything, as the digest covers it too.
-        again[40..format::ROOT_HEADER].copy_from_slice(&bytes[40..format::ROOT_HEADER]);
+        let reserved = if key.is_some() { 44..format::ROOT_HEADER } else { 40..format::ROOT_HEADER };
+        again[reserved.clone()].copy_from_slice(&bytes[reserved]);
         assert_eq!(again, bytes);
         assert!(size <= format::MAX_SIZE && size.div_ceil(format::LEAF_SPAN) == leaves.len() as u64);
+    }
+    if let Ok(key) = format::parse_key(bytes) {
+        assert_eq!(format::encode_key(&key), bytes);
     }
     let ids = format::split_ids(bytes);
     assert_eq!(ids.as_flattened(), &bytes[..bytes.len() / 32 * 32]);
@@ -30,24 +39,95 @@ pub fn disk_requests(bytes: &[u8]) {
 /// A pack's index: a record that is taken is the one that was written there, and nowhere else.
 pub fn pack_index(bytes: &[u8]) {
     for number in [0, 7] {
-        let whole = format::check_index_header(bytes, number).is_ok();
-        let header = format::index_header(number);
-        assert!(!whole || bytes[..28] == header[..28]);
+        if let Ok(version) = format::check_index_header(bytes, number) {
+            assert_eq!(bytes[..28], format::index_header(version, number)[..28]);
+        }
         assert!(format::check_pack_header(bytes, number).is_err() || bytes.len() >= 4096);
     }
-    let records = bytes.get(INDEX_HEADER..).unwrap_or(bytes).chunks(INDEX_RECORD);
-    for (record, slot) in records.zip(0..) {
-        if let Some((id, kind)) = format::parse_index_record(7, slot, record) {
-            assert_eq!(format::index_record(7, slot, &id, kind), record);
+    let rest = bytes.get(INDEX_HEADER..).unwrap_or(bytes);
+    for (record, place) in rest.chunks(INDEX_RECORD_1).zip(0..) {
+        let read = |number, place, record: &[u8]| format::parse_index_record(1, number, place, record);
+        if let Some((id, slot, None)) = read(7, place, record) {
+            assert_eq!(format::index_record_1(7, place, &id, slot.kind), record);
         }
         let Some(id) = record.first_chunk::<32>() else { continue };
-        let written = format::index_record(7, slot, id, format::Kind::Leaf);
-        assert_eq!(format::parse_index_record(7, slot, &written), Some((*id, format::Kind::Leaf)));
-        assert_eq!(format::parse_index_record(7, slot + 1, &written), None);
-        assert_eq!(format::parse_index_record(8, slot, &written), None);
-        let mut torn = written;
-        torn[usize::from(record[0]) % INDEX_RECORD] ^= record[0] | 1;
-        assert_eq!(format::parse_index_record(7, slot, &torn), None);
+        let written = format::index_record_1(7, place, id, Kind::Leaf);
+        let slot =
+            Slot { start: place * 16, len: 32 << 10, crc: None, kind: Kind::Leaf, encoding: Encoding::RAW };
+        check_record(&written, record[0], place, read, (*id, slot, None));
+    }
+    for (record, place) in rest.chunks(INDEX_RECORD).zip(0..) {
+        let read = |number, place, record: &[u8]| format::parse_index_record(2, number, place, record);
+        if let Some((id, slot, patch)) = read(7, place, record) {
+            assert_eq!(format::index_record(7, place, &id, &slot, patch.as_ref()), record);
+            assert!(slot.end() <= format::PACK_UNITS && slot.start < slot.end());
+        }
+        let Some(id) = record.first_chunk::<32>() else { continue };
+        let start = u32::from_le_bytes([id[3], id[4], 0, 0]);
+        let patch =
+            Patch { mask: u16::from_le_bytes([id[1], id[2]]).clamp(1, u16::MAX - 1), base: [id[6]; 32] };
+        let (len, encoding, patch) = if id[5] & 4 == 0 {
+            (1 + u32::from(patch.mask) % 65535, Encoding::LZ4.with(Encoding(id[5] & 2)), None)
+        } else {
+            (patch.mask.count_ones() * 4096, Encoding(id[5] & 6), (patch.base != *id).then_some(patch))
+        };
+        let slot = Slot { start, len, crc: Some(7), kind: Kind::Chunk, encoding };
+        let written = format::index_record(7, place, id, &slot, patch.as_ref());
+        if slot.encoding.patch() == patch.is_some() {
+            check_record(&written, record[0], place, read, (*id, slot, patch));
+        }
+    }
+}
+
+/// That a record of pack 7 is read where it was written, and nowhere else, nor with a byte changed.
+fn check_record(
+    written: &[u8],
+    noise: u8,
+    place: u32,
+    read: impl Fn(u32, u32, &[u8]) -> Option<Record>,
+    expected: Record,
+) {
+    assert_eq!(read(7, place, written), Some(expected));
+    assert_eq!(read(7, place + 1, written), None);
+    assert_eq!(read(8, place, written), None);
+    let mut torn = written.to_vec();
+    torn[usize::from(noise) % written.len()] ^= noise | 1;
+    assert_eq!(read(7, place, &torn), None);
+}
+
+/// What is stored as an object, compressed and encrypted or neither: any bytes are read in bounds, and what was
+/// stored is read again.
+pub fn stored_object(bytes: &[u8]) {
+    let Some((&[kind, encoding, low, high], bytes)) = bytes.split_first_chunk() else { return };
+    static KEY: OnceLock<EncryptionKey> = OnceLock::new();
+    let key = KEY.get_or_init(|| EncryptionKey::new(&LocalKey::from_bytes([1; 32]), None).unwrap());
+    let key = (kind & 2 != 0).then_some(key);
+    let kind = if kind & 1 == 0 { Kind::Chunk } else { Kind::Leaf };
+    let id = codec::name(kind, bytes, key);
+
+    let mut stored = bytes.to_vec();
+    stored.resize(bytes.len().next_multiple_of(4096), 0);
+    let len = u32::from_le_bytes([low, high, 0, 0]).min(bytes.len() as u32);
+    let slot = Slot { start: 0, len, crc: None, kind, encoding: Encoding(encoding & 3) };
+    if let Ok(object) = codec::decode(&slot, &id, stored, key) {
+        assert_eq!(object.len(), kind.len());
+    }
+
+    let mut object: Vec<u8> = bytes.iter().copied().cycle().take(kind.len()).collect();
+    object.resize(kind.len(), 0);
+    let compression =
+        if encoding < 100 { Compression::WherePays { percent: encoding } } else { Compression::None };
+    let patch = Patch { mask: u16::from_le_bytes([low, high]), base: [9; 32] };
+    let found = codec::encode(kind, &id, &object, compression, key, Some(patch));
+    let slot = Slot { start: 0, len: found.len, crc: None, kind, encoding: found.encoding };
+    assert_eq!(slot.units() as usize * 4096, found.bytes.len());
+    assert!(found.bytes.len() <= kind.len() && slot.encoding.patch() == found.patch.is_some());
+    assert_eq!(slot.encoding.encrypted(), kind == Kind::Chunk && key.is_some());
+    let written = format::index_record(7, 3, &id, &slot, found.patch.as_ref());
+    let crc = Some(0);
+    assert_eq!(format::parse_index_record(2, 7, 3, &written), Some((id, Slot { crc, ..slot }, found.patch)));
+    if found.patch.is_none() {
+        assert!(codec::decode(&slot, &id, found.bytes, key).unwrap() == object);
     }
 }
 
@@ -58,7 +138,9 @@ const BLOCKS: u64 = 3 * 16384 + 777;
 /// leave a plain list of states.
 pub fn volume_log(bytes: &[u8]) {
     if let Ok(header) = format::parse_volume(bytes) {
-        assert_eq!(format::encode_volume(&header)[..68], bytes[..68]);
+        let key = header.key.as_ref().map(|key| format::encode_key(&key.wrapped).len());
+        let said = key.map_or(68, |len| 100 + len);
+        assert_eq!(format::encode_volume(&header)[..said], bytes[..said]);
     }
     if let Some((sequence, runs, len)) = format::parse_batch(1, BLOCKS, bytes) {
         assert!(len <= bytes.len() && runs.iter().all(|run| run.first + run.count <= BLOCKS));
@@ -216,6 +298,7 @@ mod tests {
             for target in [
                 super::snapshot,
                 super::pack_index,
+                super::stored_object,
                 super::volume_log,
                 super::nbd_requests,
                 super::nbd_client,

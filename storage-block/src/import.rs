@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use ami_core::Digest;
 
-use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, MAX_SIZE};
+use crate::format::{self, CHUNK, HOLE, Id, LEAF_IDS, MAX_SIZE};
 use crate::fs;
+use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
-use crate::session::Session;
+use crate::session::{Session, Was};
 use crate::{Disk, Error, Progress, Result, Snapshot, Store};
 
 /// What making a snapshot took.
@@ -32,7 +33,8 @@ pub struct SnapshotStats {
     /// Of an import, the bytes that were not known to be holes; of a volume's snapshot, the bytes of the
     /// 4 KiB blocks that have changed since the snapshot the volume began as.
     pub changed_bytes: u64,
-    /// Bytes that were not in the store yet and are now: chunks of 64 KiB, manifest leaves of 32 KiB.
+    /// Bytes that were not in the store yet and are now: chunks of 64 KiB and manifest leaves of 32 KiB, or what is
+    /// left of them where they are compressed, are nearly zero or differ little from what was there before.
     pub stored_bytes: u64,
     /// Of a volume's snapshot, how long its writers stood still; those of all volumes that were frozen with it stood
     /// still as long.
@@ -56,13 +58,37 @@ impl Store {
         disk: &Disk,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Snapshot, SnapshotStats)> {
+        self.import_with(disk, None, progress)
+    }
+
+    /// The same, encrypted: chunks are stored once for all that is stored under `key`, and never together
+    /// with others. The disk may be a snapshot under another key, or under none.
+    ///
+    /// # Errors
+    ///
+    /// As [`import`](Self::import).
+    pub fn import_encrypted(
+        &self,
+        disk: &Disk,
+        key: &EncryptionKey,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Snapshot, SnapshotStats)> {
+        self.import_with(disk, Some(key), progress)
+    }
+
+    fn import_with(
+        &self,
+        disk: &Disk,
+        key: Option<&EncryptionKey>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Snapshot, SnapshotStats)> {
         let size = disk.size();
         if size > MAX_SIZE {
             return Err(Error::invalid_size(size, "is more than 64 TiB"));
         }
         let mut report = Reporter::begin(size, progress)?;
         let mut session = Session::begin(&self.0);
-        let mut manifest = Manifest::new(size, None);
+        let mut manifest = Manifest::new(size, None, key);
         let mut stats = SnapshotStats { size, ..Default::default() };
         let mut buf = vec![0; Reporter::STEP as usize];
         let mut done = 0;
@@ -77,7 +103,7 @@ impl Store {
                 let padded = len.next_multiple_of(CHUNK as usize);
                 buf[len..padded].fill(0);
                 for (chunk, number) in buf[..padded].chunks_exact(CHUNK as usize).zip(at / CHUNK..) {
-                    let id = put_chunk(&mut session, chunk)?;
+                    let id = put_chunk(&mut session, chunk, key, None)?;
                     manifest.set(&mut session, number, id)?;
                 }
                 at += len as u64;
@@ -94,25 +120,32 @@ impl Store {
     }
 }
 
-/// Stores a whole chunk; one of zeroes is a hole.
-pub(crate) fn put_chunk(session: &mut Session<'_>, bytes: &[u8]) -> Result<Id> {
-    if is_zero(bytes) { Ok(HOLE) } else { session.put(Kind::Chunk, bytes) }
+/// Stores a whole chunk, encrypted if there is a key; one of zeroes is a hole.
+pub(crate) fn put_chunk(
+    session: &mut Session<'_>,
+    bytes: &[u8],
+    key: Option<&EncryptionKey>,
+    was: Option<Was>,
+) -> Result<Id> {
+    if is_zero(bytes) { Ok(HOLE) } else { session.put_chunk(bytes, key, was) }
 }
 
 /// A manifest in the making. The ids of chunks come in ascending order; the others are those of a base.
 pub(crate) struct Manifest<'b> {
     size: u64,
     base: Option<&'b Snapshot>,
+    key: Option<&'b EncryptionKey>,
     leaves: Vec<Id>,
     /// The leaf that ids are coming in for.
     current: Option<(usize, Vec<Id>)>,
 }
 
 impl<'b> Manifest<'b> {
-    pub(crate) fn new(size: u64, base: Option<&'b Snapshot>) -> Self {
+    /// A manifest of chunks that are encrypted with this key, and the base's with them.
+    pub(crate) fn new(size: u64, base: Option<&'b Snapshot>, key: Option<&'b EncryptionKey>) -> Self {
         let mut leaves = base.map_or_else(Vec::new, |base| base.root.leaves.clone());
         leaves.resize(format::leaf_count(size) as usize, HOLE);
-        Self { size, base, leaves, current: None }
+        Self { size, base, key, leaves, current: None }
     }
 
     pub(crate) fn set(&mut self, session: &mut Session<'_>, number: u64, id: Id) -> Result<()> {
@@ -134,26 +167,33 @@ impl<'b> Manifest<'b> {
     fn finish_leaf(&mut self, session: &mut Session<'_>) -> Result<()> {
         if let Some((leaf, ids)) = self.current.take() {
             let hole = ids.iter().all(|id| *id == HOLE);
-            self.leaves[leaf] = if hole { HOLE } else { session.put(Kind::Leaf, ids.as_flattened())? };
+            self.leaves[leaf] = if hole { HOLE } else { session.put_leaf(&ids)? };
         }
         Ok(())
     }
 
-    /// The bytes of the root.
-    pub(crate) fn finish(mut self, session: &mut Session<'_>) -> Result<Vec<u8>> {
+    pub(crate) fn finish(mut self, session: &mut Session<'_>) -> Result<NewRoot> {
         self.finish_leaf(session)?;
-        Ok(format::encode_root(self.size, &self.leaves))
+        let wrapped = self.key.map(EncryptionKey::wrapped);
+        let bytes = format::encode_root(self.size, &self.leaves, wrapped);
+        Ok(NewRoot { bytes, key: self.key.cloned() })
     }
 }
 
+/// A root that is still to be published.
+pub(crate) struct NewRoot {
+    bytes: Vec<u8>,
+    key: Option<EncryptionKey>,
+}
+
 /// Makes durable what a session has stored, and then the snapshots with these roots: all of them or none.
-pub(crate) fn publish(store: &Store, mut session: Session<'_>, roots: &[Vec<u8>]) -> Result<Vec<Snapshot>> {
+pub(crate) fn publish(store: &Store, mut session: Session<'_>, roots: &[NewRoot]) -> Result<Vec<Snapshot>> {
     session.finish(|inner| {
         let mut new = Vec::new();
-        let publish = |bytes: &Vec<u8>| {
+        let publish = |NewRoot { bytes, key }: &NewRoot| {
             let path = inner.root_path(&Digest::of(bytes));
             let known = path.exists();
-            let root = inner.publish_root(bytes)?;
+            let root = inner.publish_root(bytes, key.as_ref())?;
             if !known {
                 new.push(path);
             }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::format::{
     self, BATCH_HEADER, BATCH_MAX, BATCH_RECORD, BLOCK, LOG_ALIGN, LOG_HEADER, Run, State, VolumeHeader,
+    VolumeKey,
 };
 use crate::fs::{self, File};
 use crate::map::StateMap;
@@ -44,8 +45,13 @@ pub(crate) enum AppendError {
 
 impl Log {
     /// Makes a log. It is durable after [`sync_created`](Self::sync_created), but for its name.
-    pub(crate) fn create(path: &Path, size: u64, base: Option<ami_core::Digest>) -> Result<Self> {
-        let header = VolumeHeader { size, base, log: random()? };
+    pub(crate) fn create(
+        path: &Path,
+        size: u64,
+        base: Option<ami_core::Digest>,
+        key: Option<VolumeKey>,
+    ) -> Result<Self> {
+        let header = VolumeHeader { size, base, log: random()?, key };
         let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
         let file = File::create_new(path).map_err(failed)?;
         let mut bytes = format::encode_volume(&header);
@@ -67,7 +73,7 @@ impl Log {
         let mut log = Self {
             path: path.to_owned(),
             file,
-            header: VolumeHeader { size: 0, base: None, log: 0 },
+            header: VolumeHeader { size: 0, base: None, log: 0, key: None },
             sequence: 0,
             end: LOG_HEADER,
             len: 0,
@@ -81,8 +87,8 @@ impl Log {
         Ok((log, map))
     }
 
-    pub(crate) fn header(&self) -> VolumeHeader {
-        self.header
+    pub(crate) fn header(&self) -> &VolumeHeader {
+        &self.header
     }
 
     /// Appends runs and makes them durable.
@@ -207,6 +213,7 @@ impl Log {
         let mut old = Self {
             path: self.path.clone(),
             file: self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?,
+            header: self.header.clone(),
             sequence: 0,
             end: LOG_HEADER,
             ..*self
@@ -221,7 +228,7 @@ impl Log {
             }
             _ => {}
         }
-        let mut new = Self::create(path, size, self.header.base)?;
+        let mut new = Self::create(path, size, self.header.base, self.header.key.clone())?;
         // Its header too must be on the disk before it takes the old one's place.
         new.sync_created()?;
         for part in runs.chunks(BATCH_MAX) {
@@ -269,7 +276,6 @@ impl Window<'_> {
 
 fn random() -> Result<u64> {
     let mut bytes = [0; 8];
-    getrandom::fill(&mut bytes)
-        .map_err(|e| Error::io(std::io::Error::other(e), "cannot get random bytes"))?;
+    crate::keys::random(&mut bytes)?;
     Ok(u64::from_le_bytes(bytes))
 }

@@ -1,13 +1,18 @@
-//! Packs: files of 64 KiB slots, each slot an object named by its digest, each pack with an index.
+//! Packs: files of objects named by their digests, each pack with an index.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::format::{self, CHUNK, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_HEADER, PACK_SLOTS};
+use crate::format::{
+    self, HOLE, INDEX_HEADER, Id, Kind, PACK_HEADER, PACK_UNITS, PACK_VERSION, Patch, SLOT_UNITS, Slot, UNIT,
+    unit_offset,
+};
 use crate::fs::File;
+use crate::object::{Base, Found, Patched};
 use crate::{Error, ErrorKind, Result};
 
 /// A pack with its final name. It is opened at its first read, and stays readable for whoever holds it
@@ -16,16 +21,21 @@ use crate::{Error, ErrorKind, Result};
 pub(crate) struct Pack {
     pub(crate) number: u32,
     pub(crate) path: PathBuf,
+    version: u32,
     file: OnceLock<File>,
+    /// A bit for each unit at which an object begins that was read and found to be what its name says.
+    verified: OnceLock<Box<[AtomicU64]>>,
 }
 
 impl Pack {
-    pub(crate) fn new(number: u32, path: PathBuf) -> Self {
-        Self { number, path, file: OnceLock::new() }
+    pub(crate) fn new(number: u32, path: PathBuf, version: u32) -> Self {
+        Self { number, path, version, file: OnceLock::new(), verified: OnceLock::new() }
     }
 
+    /// A new one.
     pub(crate) fn with_file(number: u32, path: PathBuf, file: File) -> Self {
-        Self { number, path, file: OnceLock::from(file) }
+        let file = OnceLock::from(file);
+        Self { number, path, version: PACK_VERSION, file, verified: OnceLock::new() }
     }
 
     /// The open file.
@@ -38,7 +48,12 @@ impl Pack {
         let mut header = vec![0; PACK_HEADER as usize];
         file.read_exact_at(&mut header, 0)
             .map_err(|e| Error::io(e, format!("cannot read the header of {}", self.path.display())))?;
-        format::check_pack_header(&header, self.number).map_err(|why| Error::corrupt(&self.path, why))?;
+        let version =
+            format::check_pack_header(&header, self.number).map_err(|why| Error::corrupt(&self.path, why))?;
+        if version != self.version {
+            let why = format!("it is of version {version}, and its index of version {}", self.version);
+            return Err(Error::corrupt(&self.path, why));
+        }
         // Whoever loses this race has opened the same file.
         Ok(self.file.get_or_init(|| file))
     }
@@ -48,27 +63,83 @@ impl Pack {
         self.file.get()
     }
 
-    /// Reads from `offset` within the slots that begin at `slot`.
-    pub(crate) fn read(&self, slot: u32, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let at = slot_offset(slot) + offset;
-        self.file()?.read_exact_at(buf, at).map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                Error::corrupt(&self.path, format_args!("it ends before the end of slot {slot}"))
+    /// Reads from `offset` within the slot that begins at the unit `start`, and on into those behind it.
+    pub(crate) fn read(&self, start: u32, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.file()?.read_exact_at(buf, unit_offset(start) + offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => self.cut_short(start),
+            _ => {
+                Error::io(e, format!("cannot read slot {} of {}", self.slot_name(start), self.path.display()))
             }
-            _ => Error::io(e, format!("cannot read slot {slot} of {}", self.path.display())),
         })
+    }
+
+    /// All units of a slot.
+    pub(crate) fn read_stored(&self, slot: &Slot) -> Result<Vec<u8>> {
+        let mut stored = vec![0; slot.units() as usize * UNIT as usize];
+        self.read(slot.start, 0, &mut stored)?;
+        Ok(stored)
+    }
+
+    /// The same, and that they are what was once written where the index says that.
+    pub(crate) fn read_whole(&self, slot: &Slot) -> Result<Vec<u8>> {
+        let stored = self.read_stored(slot)?;
+        match slot.crc {
+            Some(crc) if crc != crc32c::crc32c(&stored) => {
+                Err(self
+                    .damaged(slot.start, format_args!("has not the checksum of its {}", slot.kind.name())))
+            }
+            _ => Ok(stored),
+        }
+    }
+
+    /// The error of a slot that is not what it should be.
+    pub(crate) fn damaged(&self, start: u32, what: impl std::fmt::Display) -> Error {
+        Error::corrupt(&self.path, format_args!("slot {} {what}", self.slot_name(start)))
+    }
+
+    fn cut_short(&self, start: u32) -> Error {
+        Error::corrupt(&self.path, format_args!("it ends before the end of slot {}", self.slot_name(start)))
+    }
+
+    /// A slot's number in its format: the first of its units, or of 16 of them.
+    fn slot_name(&self, start: u32) -> u32 {
+        if self.version == 1 { start / SLOT_UNITS } else { start }
+    }
+
+    /// Whether the object that begins at `unit` was verified since the store was opened.
+    pub(crate) fn is_verified(&self, unit: u32) -> bool {
+        let word = self.verified.get().and_then(|bits| bits.get(unit as usize / 64));
+        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (unit % 64) & 1 != 0)
+    }
+
+    pub(crate) fn set_verified(&self, unit: u32) {
+        let bits = self.verified.get_or_init(|| (0..PACK_UNITS / 64).map(|_| AtomicU64::new(0)).collect());
+        if let Some(word) = bits.get(unit as usize / 64) {
+            word.fetch_or(1 << (unit % 64), Ordering::Relaxed);
+        }
     }
 }
 
-pub(crate) fn slot_offset(slot: u32) -> u64 {
-    PACK_HEADER + u64::from(slot) * CHUNK
-}
-
-/// Where an object lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where an object lies, and what it differs from.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) pack: u32,
-    pub(crate) slot: u32,
+    pub(crate) slot: Slot,
+    pub(crate) patch: Option<Box<Patch>>,
+}
+
+/// How much of a pack is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Taken {
+    pub(crate) records: u32,
+    pub(crate) units: u32,
+}
+
+impl Taken {
+    /// Whether any object fits into what is left of a pack of so many units.
+    pub(crate) fn has_room(self, pack_units: u32) -> bool {
+        self.units + SLOT_UNITS <= pack_units
+    }
 }
 
 /// Every object of the store, in memory; it is what the packs' indices say together.
@@ -76,38 +147,60 @@ pub(crate) struct Place {
 pub(crate) struct Index {
     pub(crate) places: HashMap<Id, Place>,
     pub(crate) packs: BTreeMap<u32, Arc<Pack>>,
-    /// How many slots of a pack are taken, for those that have room and whose index is whole.
-    pub(crate) open: BTreeMap<u32, u32>,
+    /// How much of a pack is taken, for those that have room, whose index is whole, and that are of the
+    /// version that is written.
+    pub(crate) open: BTreeMap<u32, Taken>,
     pub(crate) next_number: u32,
 }
 
 impl Index {
-    /// Where `id` lies, and in which pack.
-    pub(crate) fn find(&self, id: &Id) -> Option<(Arc<Pack>, u32)> {
+    /// Where `id` lies, and what it differs from.
+    pub(crate) fn find(&self, id: &Id) -> Option<Found> {
         let place = self.places.get(id)?;
-        Some((Arc::clone(self.packs.get(&place.pack)?), place.slot))
+        let pack = |number| self.packs.get(number).map(Arc::clone);
+        let patch = match place.patch.as_deref() {
+            None => None,
+            Some(Patch { mask, base: HOLE }) => Some(Patched { mask: *mask, base: None }),
+            Some(Patch { mask, base }) => {
+                let of_base = self.places.get(base)?;
+                let base = Base { id: *base, pack: pack(&of_base.pack)?, slot: of_base.slot };
+                Some(Patched { mask: *mask, base: Some(base) })
+            }
+        };
+        Some(Found { pack: pack(&place.pack)?, slot: place.slot, patch })
     }
 
-    /// The same, with the pack's file open, so that it stays readable whatever the sweep does next.
-    pub(crate) fn find_open(&self, id: &Id) -> Result<Option<(Arc<Pack>, u32)>> {
+    /// The same, with the packs' files open, so that it stays readable whatever the sweep does next.
+    pub(crate) fn find_open(&self, id: &Id) -> Result<Option<Found>> {
         let found = self.find(id);
-        if let Some((pack, _)) = &found {
-            pack.file()?;
+        if let Some(found) = &found {
+            found.open()?;
         }
         Ok(found)
     }
 
-    /// Reads and checks the object `id`.
-    pub(crate) fn read(&self, id: &Id, kind: Kind) -> Result<Vec<u8>> {
-        let Some((pack, slot)) = self.find(id) else {
-            let what = format!("no pack holds the {} {}", kind.name(), hex::encode(id));
-            return Err(Error::new(ErrorKind::Corrupt, what));
+    /// Reads and checks the manifest leaf `id`.
+    pub(crate) fn read_leaf(&self, id: &Id) -> Result<Vec<u8>> {
+        let found = self.find(id).filter(|found| found.slot.kind == Kind::Leaf);
+        found.ok_or_else(|| lost(Kind::Leaf, id))?.object(id).read_checked(None)
+    }
+
+    /// Forgets what differs from something that is not there: it cannot be read, and shall be stored again.
+    fn drop_lone_patches(&mut self) {
+        let is_base = |base: &Id| {
+            let found = self.places.get(base);
+            *base == HOLE
+                || found.is_some_and(|place| place.slot.kind == Kind::Chunk && place.patch.is_none())
         };
-        read_checked(&pack, slot, id, kind)
+        let lone = |place: &Place| place.patch.as_ref().is_some_and(|patch| !is_base(&patch.base));
+        let lone: Vec<Id> = self.places.iter().filter(|(_, place)| lone(place)).map(|(id, _)| *id).collect();
+        for id in lone {
+            self.places.remove(&id);
+        }
     }
 
     /// Takes in the index of every pack in `dir`.
-    pub(crate) fn load(dir: &Path, pack_slots: u32) -> Result<Self> {
+    pub(crate) fn load(dir: &Path, pack_units: u32) -> Result<Self> {
         let mut index = Self::default();
         let mut packs = Vec::new();
         for entry in read_dir(dir)? {
@@ -117,20 +210,23 @@ impl Index {
         }
         packs.sort_unstable();
         for number in packs {
-            index.load_pack(dir, number, pack_slots)?;
+            index.load_pack(dir, number, pack_units)?;
         }
+        index.drop_lone_patches();
         index.next_number = index.packs.keys().next_back().map_or(0, |last| last + 1);
         Ok(index)
     }
 
-    fn load_pack(&mut self, dir: &Path, number: u32, pack_slots: u32) -> Result<()> {
+    fn load_pack(&mut self, dir: &Path, number: u32, pack_units: u32) -> Result<()> {
         let path = pack_path(dir, number);
         let index_path = index_path(dir, number);
         // Records that a process wrote and did not live to make durable are relied on from here on.
         let mut bytes = Vec::new();
-        let read = File::open(&index_path).and_then(|mut file| {
-            file.read_to_end(&mut bytes)?;
-            file.sync_data()
+        let read = File::open(&index_path).and_then(|file| {
+            let sync = file.sync_data();
+            // One byte more than there can be is enough to see that there is too much.
+            file.take(format::index_max(PACK_VERSION) as u64 + 1).read_to_end(&mut bytes)?;
+            sync
         });
         match read {
             Ok(()) => {}
@@ -139,59 +235,44 @@ impl Index {
             }
             Err(e) => return Err(Error::io(e, format!("cannot read {}", index_path.display()))),
         }
-        format::check_index_header(&bytes, number).map_err(|why| Error::corrupt(&index_path, why))?;
+        let version =
+            format::check_index_header(&bytes, number).map_err(|why| Error::corrupt(&index_path, why))?;
+        if bytes.len() > format::index_max(version) {
+            return Err(Error::corrupt(&index_path, "it speaks of more slots than a pack has"));
+        }
         let len = std::fs::metadata(&path)
             .map_err(|e| Error::io(e, format!("cannot look at {}", path.display())))?
             .len();
-        let records = bytes[INDEX_HEADER..].chunks_exact(INDEX_RECORD);
+        let pack = Pack::new(number, path, version);
+        let records = bytes[INDEX_HEADER..].chunks_exact(format::record_len(version));
         let mut whole = records.remainder().is_empty();
-        let mut count = 0;
+        let mut taken = Taken::default();
         for record in records {
             // A record that is not whole was being written in a crash, or has rotted since. Either way its
             // slot is not used, and nothing is appended where it could be hidden.
-            match format::parse_index_record(number, count, record) {
-                Some((id, kind)) => {
-                    if len < slot_offset(count) + kind.len() as u64 {
-                        return Err(Error::corrupt(
-                            &path,
-                            format_args!("it ends before the end of slot {count}"),
-                        ));
+            match format::parse_index_record(version, number, taken.records, record) {
+                Some((id, slot, patch)) => {
+                    if len < unit_offset(slot.end()) {
+                        return Err(pack.cut_short(slot.start));
                     }
-                    self.places.insert(id, Place { pack: number, slot: count });
+                    taken.units = taken.units.max(slot.end());
+                    self.places.insert(id, Place { pack: number, slot, patch: patch.map(Box::new) });
                 }
                 None => whole = false,
             }
-            count += 1;
+            taken.records += 1;
         }
-        self.packs.insert(number, Arc::new(Pack::new(number, path)));
-        if count > PACK_SLOTS {
-            return Err(Error::corrupt(&index_path, format_args!("it speaks of {count} slots")));
-        }
-        if whole && count < pack_slots {
-            self.open.insert(number, count);
+        self.packs.insert(number, Arc::new(pack));
+        if whole && version == PACK_VERSION && taken.has_room(pack_units) {
+            self.open.insert(number, taken);
         }
         Ok(())
     }
 }
 
-impl Kind {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Chunk => "chunk",
-            Self::Leaf => "manifest leaf",
-        }
-    }
-}
-
-/// Reads an object and checks that it is what its name says.
-pub(crate) fn read_checked(pack: &Pack, slot: u32, id: &Id, kind: Kind) -> Result<Vec<u8>> {
-    let mut bytes = vec![0; kind.len()];
-    pack.read(slot, 0, &mut bytes)?;
-    if ami_core::Digest::of(&bytes).as_bytes() != id {
-        let why = format!("slot {slot} does not hold the {} {}", kind.name(), hex::encode(id));
-        return Err(Error::corrupt(&pack.path, why));
-    }
-    Ok(bytes)
+/// The error of an object that no pack has.
+pub(crate) fn lost(kind: Kind, id: &Id) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("no pack holds the {} {}", kind.name(), hex::encode(id)))
 }
 
 pub(crate) fn pack_path(dir: &Path, number: u32) -> PathBuf {

@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::RwLockReadGuard;
 
-use ami_core::Digest;
-
-use crate::format::{self, CHUNK, INDEX_HEADER, INDEX_RECORD, Id, Kind};
+use crate::codec::{self, Stored};
+use crate::format::{
+    self, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset,
+};
 use crate::fs::{self, File};
-use crate::pack::{self, Pack, Place};
+use crate::keys::EncryptionKey;
+use crate::pack::{self, Index, Pack, Place, Taken};
 use crate::store::{Inner, read, sync_dir, write};
 use crate::{Error, Result};
 
@@ -37,11 +39,30 @@ struct Writing {
     index_path: PathBuf,
     /// The pack has its temporary name still.
     new: bool,
-    /// Taken slots before this session.
-    start: u32,
-    /// Taken slots with those in the buffer.
-    slots: u32,
+    /// What was taken before this session.
+    start: Taken,
+    /// What is taken with what is in the buffer.
+    taken: Taken,
     records: Vec<u8>,
+}
+
+/// What a chunk was before some of its blocks were written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Was {
+    /// The chunk, encrypted with the same key; a hole where it was zero.
+    pub(crate) id: Id,
+    /// The blocks that were written.
+    pub(crate) changed: u16,
+}
+
+impl Was {
+    /// What it takes to store the chunk as the difference from one that is no patch itself.
+    fn patch(self, index: &Index) -> Option<Patch> {
+        match index.places.get(&self.id)?.patch.as_deref() {
+            None => Some(Patch { mask: self.changed, base: self.id }),
+            Some(patch) => Some(Patch { mask: self.changed | patch.mask, base: patch.base }),
+        }
+    }
 }
 
 impl<'s> Session<'s> {
@@ -73,36 +94,80 @@ impl<'s> Session<'s> {
         self.appended
     }
 
-    /// Stores an object of `kind.len()` bytes unless it is there already; returns its id.
-    pub(crate) fn put(&mut self, kind: Kind, bytes: &[u8]) -> Result<Id> {
-        let id = *Digest::of(bytes).as_bytes();
-        self.put_named(kind, &id, bytes)?;
+    /// Stores a manifest leaf unless it is there already; returns its id.
+    pub(crate) fn put_leaf(&mut self, ids: &[Id]) -> Result<Id> {
+        let bytes = ids.as_flattened();
+        let id = codec::name(Kind::Leaf, bytes, None);
+        self.put(Kind::Leaf, &id, bytes, None, None)?;
         Ok(id)
     }
 
-    /// The same for an object whose id is known.
-    pub(crate) fn put_named(&mut self, kind: Kind, id: &Id, bytes: &[u8]) -> Result<()> {
-        if self.added.contains_key(id) || read(&self.store.index).places.contains_key(id) {
-            return Ok(());
-        }
-        self.append(kind, id, bytes)
+    /// Stores a chunk, encrypted if there is a key; returns its id.
+    pub(crate) fn put_chunk(
+        &mut self,
+        bytes: &[u8],
+        key: Option<&EncryptionKey>,
+        was: Option<Was>,
+    ) -> Result<Id> {
+        let id = codec::name(Kind::Chunk, bytes, key);
+        self.put_named(&id, bytes, key, was)?;
+        Ok(id)
     }
 
-    /// Stores an object even if it is there already.
-    pub(crate) fn append(&mut self, kind: Kind, id: &Id, bytes: &[u8]) -> Result<()> {
-        if self.packs.last().is_none_or(|writing| writing.slots >= self.store.pack_slots) {
+    /// The same for a chunk whose id is known.
+    pub(crate) fn put_named(
+        &mut self,
+        id: &Id,
+        bytes: &[u8],
+        key: Option<&EncryptionKey>,
+        was: Option<Was>,
+    ) -> Result<()> {
+        self.put(Kind::Chunk, id, bytes, key, was)
+    }
+
+    fn put(
+        &mut self,
+        kind: Kind,
+        id: &Id,
+        bytes: &[u8],
+        key: Option<&EncryptionKey>,
+        was: Option<Was>,
+    ) -> Result<()> {
+        let patch = {
+            let index = read(&self.store.index);
+            if self.added.contains_key(id) || index.places.contains_key(id) {
+                return Ok(());
+            }
+            was.and_then(|was| was.patch(&index))
+        };
+        let Stored { bytes, len, encoding, patch } =
+            codec::encode(kind, id, bytes, self.store.compression, key, patch);
+        let crc = Some(crc32c::crc32c(&bytes));
+        self.append(id, Slot { start: 0, len, crc, kind, encoding }, patch, &bytes)
+    }
+
+    /// Carries an object, as it is stored elsewhere, even if it is there already.
+    pub(crate) fn carry(&mut self, id: &Id, slot: &Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
+        self.append(id, Slot { crc: Some(crc32c::crc32c(stored)), ..*slot }, patch, stored)
+    }
+
+    /// Appends all units of a slot, wherever it is to begin.
+    fn append(&mut self, id: &Id, slot: Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
+        let max = self.store.pack_units;
+        if self.packs.last().is_none_or(|writing| writing.taken.units + slot.units() > max) {
             self.write_out()?;
             let next = self.open_pack()?;
             self.packs.push(next);
         }
         let Some(writing) = self.packs.last_mut() else { return Ok(()) };
-        let slot = writing.slots;
-        writing.slots += 1;
-        writing.records.extend_from_slice(&format::index_record(writing.pack.number, slot, id, kind));
-        self.added.insert(*id, Place { pack: writing.pack.number, slot });
-        self.buffer.extend_from_slice(bytes);
-        self.buffer.resize(self.buffer.len().next_multiple_of(CHUNK as usize), 0);
-        self.appended += kind.len() as u64;
+        let slot = Slot { start: writing.taken.units, ..slot };
+        let number = writing.pack.number;
+        let record = format::index_record(number, writing.taken.records, id, &slot, patch.as_ref());
+        writing.records.extend_from_slice(&record);
+        writing.taken = Taken { records: writing.taken.records + 1, units: slot.end() };
+        self.added.insert(*id, Place { pack: number, slot, patch: patch.map(Box::new) });
+        self.buffer.extend_from_slice(stored);
+        self.appended += stored.len() as u64;
         if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }
     }
 
@@ -119,11 +184,11 @@ impl<'s> Session<'s> {
             let failed = |e, path: &PathBuf| Error::io(e, format!("cannot write {}", path.display()));
             writing.pack.file()?.sync_data().map_err(|e| failed(e, &writing.pack.path))?;
             let at = if writing.new {
-                let header = format::index_header(writing.pack.number);
+                let header = format::index_header(PACK_VERSION, writing.pack.number);
                 writing.index.write_all_at(&header, 0).map_err(|e| failed(e, &writing.index_path))?;
                 INDEX_HEADER as u64
             } else {
-                index_offset(writing.start)
+                index_offset(writing.start.records)
             };
             writing.index.write_all_at(&writing.records, at).map_err(|e| failed(e, &writing.index_path))?;
             writing.index.sync_data().map_err(|e| failed(e, &writing.index_path))?;
@@ -151,10 +216,11 @@ impl<'s> Session<'s> {
             let number = writing.pack.number;
             if writing.new {
                 // The handle that wrote it knows the temporary name, and a reader opens by the final one.
-                index.packs.insert(number, Arc::new(Pack::new(number, pack::pack_path(&dir, number))));
+                let path = pack::pack_path(&dir, number);
+                index.packs.insert(number, Arc::new(Pack::new(number, path, PACK_VERSION)));
             }
-            if writing.slots < self.store.pack_slots {
-                index.open.insert(number, writing.slots);
+            if writing.taken.has_room(self.store.pack_units) {
+                index.open.insert(number, writing.taken);
             }
         }
         index.places.extend(self.added.drain());
@@ -180,7 +246,7 @@ impl<'s> Session<'s> {
                     index_path,
                     new: false,
                     start,
-                    slots: start,
+                    taken: start,
                     records,
                 });
             }
@@ -196,13 +262,14 @@ impl<'s> Session<'s> {
         };
         let file = create(&path)?;
         let made = create(&index_path).and_then(|index| {
-            let written = file.write_all_at(&format::pack_header(number), 0);
+            let written = file.write_all_at(&format::pack_header(PACK_VERSION, number), 0);
             written.map_err(|e| Error::io(e, format!("cannot write {}", path.display()))).map(|()| index)
         });
         match made {
             Ok(index) => {
                 let pack = Arc::new(Pack::with_file(number, path, file));
-                Ok(Writing { pack, index, index_path, new: true, start: 0, slots: 0, records: Vec::new() })
+                let (start, taken) = <(Taken, Taken)>::default();
+                Ok(Writing { pack, index, index_path, new: true, start, taken, records: Vec::new() })
             }
             Err(error) => {
                 let _ = fs::remove_file(&path);
@@ -214,8 +281,8 @@ impl<'s> Session<'s> {
 
     fn write_out(&mut self) -> Result<()> {
         if let (Some(writing), false) = (self.packs.last(), self.buffer.is_empty()) {
-            let slots = (self.buffer.len() as u64 / CHUNK) as u32;
-            let at = pack::slot_offset(writing.slots - slots);
+            let units = (self.buffer.len() as u64 / UNIT) as u32;
+            let at = unit_offset(writing.taken.units - units);
             let written = writing.pack.file()?.write_all_at(&self.buffer, at);
             written.map_err(|e| Error::io(e, format!("cannot write {}", writing.pack.path.display())))?;
         }
@@ -245,8 +312,8 @@ impl Drop for Session<'_> {
                 }
                 Ok(())
             } else {
-                let cut = writing.index.set_len(index_offset(writing.start));
-                let end = pack::slot_offset(writing.start);
+                let cut = writing.index.set_len(index_offset(writing.start.records));
+                let end = unit_offset(writing.start.units);
                 cut.and_then(|()| writing.pack.file().map_or(Ok(()), |pack| pack.set_len(end)))
             };
             match undone {
@@ -261,6 +328,6 @@ impl Drop for Session<'_> {
     }
 }
 
-fn index_offset(slots: u32) -> u64 {
-    (INDEX_HEADER + slots as usize * INDEX_RECORD) as u64
+fn index_offset(records: u32) -> u64 {
+    (INDEX_HEADER + records as usize * INDEX_RECORD) as u64
 }

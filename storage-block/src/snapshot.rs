@@ -3,14 +3,20 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use ami_core::Digest;
 
-use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN};
+use crate::format::{
+    self, CHUNK, Encoding, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN, PACK_UNITS, RootParts, SLOT_UNITS, Slot,
+    WrappedKey,
+};
+use crate::keys::EncryptionKey;
+use crate::object::{Found, Object, Part, Patched};
 use crate::pack::{self, Pack};
 use crate::store::{Inner, read};
-use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Extent, Result};
+use crate::{BlockBackend, Capabilities, Disk, Error, Result};
 
 /// An immutable disk in a [`Store`](crate::Store).
 ///
@@ -43,6 +49,9 @@ pub(crate) struct Root {
     pub(crate) digest: Digest,
     pub(crate) size: u64,
     pub(crate) leaves: Vec<Id>,
+    /// The key of an encrypted snapshot, as it is stored, and when somebody has come with the key to it.
+    wrapped: Option<WrappedKey>,
+    key: OnceLock<EncryptionKey>,
     tables: Box<[OnceLock<Table>]>,
 }
 
@@ -51,18 +60,74 @@ pub(crate) struct Root {
 #[derive(Debug)]
 struct Table {
     packs: Vec<Arc<Pack>>,
-    /// For each chunk [`NOWHERE`], [`LOST`], or the place in `packs` plus one above the slot.
-    entries: Box<[u32]>,
+    ids: Vec<Id>,
+    entries: Box<[AtomicU64]>,
+    /// The chunks that are stored as what differs.
+    patches: HashMap<usize, Patched>,
 }
 
-/// A pack, and the number of a slot in it.
-type Slot<'t> = (&'t Arc<Pack>, u32);
+/// Where a chunk lies, in a word that is read and marked without a lock: [`NOWHERE`](Self::NOWHERE),
+/// [`LOST`](Self::LOST), or from the lowest bit the first unit, the place in the table's packs plus one, the length and
+/// the encoding; the highest bit says that nobody need look at the chunk's name any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Entry(u64);
 
-const NOWHERE: u32 = 0;
-const LOST: u32 = u32::MAX;
-/// One more than it takes, so that the entry after that of a pack's last slot is nobody's.
-const SLOT_BITS: u32 = 15;
-const _: () = assert!(format::PACK_SLOTS < 1 << SLOT_BITS && (LEAF_IDS as u32 + 1) < (LOST >> SLOT_BITS));
+impl Entry {
+    const NOWHERE: Self = Self(0);
+    const LOST: Self = Self(u64::MAX);
+    const PACK: u32 = 20;
+    const LEN: u32 = 32;
+    const ENCODING: u32 = 52;
+    const VERIFIED: u64 = 1 << 63;
+
+    fn new(pack: usize, slot: &Slot) -> Self {
+        let encoding = u64::from(slot.encoding.0) << Self::ENCODING;
+        let len = u64::from(slot.len) << Self::LEN;
+        Self(u64::from(slot.start) | (pack as u64 + 1) << Self::PACK | len | encoding)
+    }
+
+    fn start(self) -> u32 {
+        (self.0 & ((1 << Self::PACK) - 1)) as u32
+    }
+
+    fn pack(self) -> usize {
+        ((self.0 >> Self::PACK & ((1 << (Self::LEN - Self::PACK)) - 1)) as usize).saturating_sub(1)
+    }
+
+    fn slot(self) -> Slot {
+        let len = (self.0 >> Self::LEN & ((1 << (Self::ENCODING - Self::LEN)) - 1)) as u32;
+        let encoding = Encoding((self.0 >> Self::ENCODING & 0xff) as u8);
+        Slot { start: self.start(), len, crc: None, kind: Kind::Chunk, encoding }
+    }
+
+    fn is_verified(self) -> bool {
+        self.0 & Self::VERIFIED != 0
+    }
+
+    /// Whether its bytes can be read from the pack's file as they are.
+    fn is_plain(self) -> bool {
+        self.0 >> Self::ENCODING == Self::VERIFIED >> Self::ENCODING
+    }
+
+    /// The entry of a chunk that lies behind this one's in the same pack and is like it in all else. A pack has fewer
+    /// units than there is room for, so that it is never the first of another pack.
+    fn next(self) -> Self {
+        if self == Self::NOWHERE { self } else { Self(self.0 + u64::from(SLOT_UNITS)) }
+    }
+}
+
+const _: () =
+    assert!(PACK_UNITS + SLOT_UNITS < 1 << Entry::PACK && CHUNK < 1 << (Entry::ENCODING - Entry::LEN));
+const _: () = assert!(LEAF_IDS + 1 < 1 << (Entry::LEN - Entry::PACK));
+
+/// What holds the bytes from some offset.
+enum Extent<'t> {
+    Hole,
+    /// A slot whose bytes are the disk's, and more such behind it.
+    Plain(&'t Arc<Pack>, u32),
+    /// A chunk that is not stored as it is, or not yet verified.
+    Chunk(&'t Table, usize),
+}
 
 impl Snapshot {
     pub(crate) fn new(store: Arc<Inner>, root: Arc<Root>) -> Self {
@@ -79,6 +144,16 @@ impl Snapshot {
         self.root.size
     }
 
+    /// Whether it is encrypted at rest.
+    pub fn encrypted(&self) -> bool {
+        self.root.wrapped().is_some()
+    }
+
+    /// The id of the key that wraps its data key, if it is encrypted.
+    pub fn key_id(&self) -> Option<&str> {
+        self.root.wrapped().map(|wrapped| wrapped.key_id.as_str())
+    }
+
     /// The disk, which can only be read.
     pub fn disk(&self) -> Disk {
         Disk::from_backend(self.clone())
@@ -93,8 +168,8 @@ impl Snapshot {
         for leaf in 0..self.root.leaves.len() {
             for id in self.leaf_ids(leaf)?.iter().filter(|id| **id != HOLE) {
                 let found = read(&self.store.index).find_open(id)?;
-                let Some((pack, slot)) = found else { return Err(lost(id)) };
-                pack::read_checked(&pack, slot, id, Kind::Chunk)?;
+                let found = found.ok_or_else(|| pack::lost(Kind::Chunk, id))?;
+                found.object(id).read_checked(self.root.key())?;
             }
         }
         Ok(())
@@ -104,8 +179,14 @@ impl Snapshot {
     pub(crate) fn leaf_ids(&self, leaf: usize) -> Result<Vec<Id>> {
         match self.root.leaves.get(leaf) {
             None | Some(&HOLE) => Ok(vec![HOLE; LEAF_IDS]),
-            Some(id) => Ok(format::split_ids(&read(&self.store.index).read(id, Kind::Leaf)?)),
+            Some(id) => Ok(format::split_ids(&read(&self.store.index).read_leaf(id)?)),
         }
+    }
+
+    /// The id of one chunk; that of a hole, beyond the end, too.
+    pub(crate) fn chunk_id(&self, number: u64) -> Result<Id> {
+        let (leaf, within) = ((number / LEAF_IDS as u64) as usize, (number % LEAF_IDS as u64) as usize);
+        Ok(self.table(leaf)?.map_or(HOLE, |table| table.ids[within]))
     }
 
     /// Fills `buf` from `offset`; what lies beyond the end reads as zeroes.
@@ -114,8 +195,9 @@ impl Snapshot {
             let (found, len) = self.extent(offset, buf.len() as u64)?;
             let (part, rest) = buf.split_at_mut(len as usize);
             match found {
-                None => part.fill(0),
-                Some((pack, slot)) => pack.read(slot, offset % CHUNK, part)?,
+                Extent::Hole => part.fill(0),
+                Extent::Plain(pack, start) => pack.read(start, offset % CHUNK, part)?,
+                Extent::Chunk(table, place) => self.read_chunk(table, place, offset % CHUNK, part)?,
             }
             (buf, offset) = (rest, offset + len);
         }
@@ -123,51 +205,78 @@ impl Snapshot {
     }
 
     /// What holds the bytes from `offset`, and how many of them, `len` at most, one read can get.
-    fn extent(&self, offset: u64, len: u64) -> Result<(Option<Slot<'_>>, u64)> {
+    fn extent(&self, offset: u64, len: u64) -> Result<(Extent<'_>, u64)> {
         let (leaf, within) = ((offset / LEAF_SPAN) as usize, offset % LEAF_SPAN);
         let len = len.min(LEAF_SPAN - within);
-        let Some(table) = self.table(leaf)? else { return Ok((None, len)) };
+        let Some(table) = self.table(leaf)? else { return Ok((Extent::Hole, len)) };
         let first = (within / CHUNK) as usize;
         let last = ((within + len - 1) / CHUNK) as usize;
-        let entry = table.entries[first];
-        if entry == LOST {
-            let ids = self.leaf_ids(leaf)?;
-            return Err(lost(&ids[first]));
+        let entry = table.entry(first);
+        if entry == Entry::LOST {
+            return Err(pack::lost(Kind::Chunk, &table.ids[first]));
         }
-        let step = u32::from(entry != NOWHERE);
-        let mut end = first;
-        while end < last && table.entries[end + 1] == table.entries[end] + step {
+        let one = len.min((first as u64 + 1) * CHUNK - within);
+        if entry != Entry::NOWHERE && !entry.is_plain() {
+            return Ok((Extent::Chunk(table, first), one));
+        }
+        let (mut end, mut next) = (first, entry.next());
+        while end < last && table.entry(end + 1) == next {
             end += 1;
+            next = next.next();
         }
         let len = len.min((end as u64 + 1) * CHUNK - within);
-        if entry == NOWHERE {
-            return Ok((None, len));
+        if entry == Entry::NOWHERE {
+            return Ok((Extent::Hole, len));
         }
-        let (pack, slot) = ((entry >> SLOT_BITS) as usize - 1, entry & ((1 << SLOT_BITS) - 1));
-        Ok((Some((&table.packs[pack], slot)), len))
+        Ok((Extent::Plain(&table.packs[entry.pack()], entry.start()), len))
     }
 
-    /// Where bytes lie, as far as that is in memory.
-    pub(crate) fn extent_in_memory(&self, offset: u64, len: u64) -> Extent<'_> {
+    /// Reads a part of one chunk, and the first time anybody does verifies all of it.
+    fn read_chunk(&self, table: &Table, place: usize, offset: u64, part: &mut [u8]) -> Result<()> {
+        let (entry, id, key) = (table.entry(place), &table.ids[place], self.root.key());
+        let (pack, slot) = (&*table.packs[entry.pack()], entry.slot());
+        let patch = if slot.encoding.patch() { table.patches.get(&place).map(Patched::part) } else { None };
+        let object = Object { own: Part { id, pack, slot }, patch };
+        let verified = entry.is_verified() || !self.store.verify || pack.is_verified(slot.start);
+        if verified {
+            object.read(key, &self.store.cache, offset, part)?;
+        } else {
+            let bytes = object.read_checked(key)?;
+            part.copy_from_slice(&bytes[offset as usize..][..part.len()]);
+            pack.set_verified(slot.start);
+            if slot.encoding.compressed() {
+                self.store.cache.insert(pack.number, slot.start, &bytes.into());
+            }
+        }
+        if !entry.is_verified() {
+            table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Where bytes lie, as far as that is in memory, and has been verified.
+    pub(crate) fn extent_in_memory(&self, offset: u64, len: u64) -> crate::Extent<'_> {
         let (leaf, within) = ((offset / LEAF_SPAN) as usize, offset % LEAF_SPAN);
         let known = match self.root.leaves.get(leaf) {
             None | Some(&HOLE) => true,
             Some(_) => self.root.tables[leaf].get().is_some(),
         };
-        if known {
-            match self.extent(offset, len) {
-                Ok((None, len)) => return Extent::Zeroes { len },
-                Ok((Some((pack, slot)), len)) => {
-                    if let Some(file) = pack.opened() {
-                        let offset = pack::slot_offset(slot) + offset % CHUNK;
-                        return Extent::File { file: file.for_reading(), offset, len };
-                    }
-                }
-                // Whoever reads it is told why it cannot be read.
-                Err(_) => {}
-            }
+        if !known {
+            return crate::Extent::Backend { len: len.min(LEAF_SPAN - within) };
         }
-        Extent::Backend { len: len.min(LEAF_SPAN - within) }
+        match self.extent(offset, len) {
+            Ok((Extent::Hole, len)) => crate::Extent::Zeroes { len },
+            Ok((Extent::Plain(pack, start), len)) => match pack.opened() {
+                Some(file) => {
+                    let offset = format::unit_offset(start) + offset % CHUNK;
+                    crate::Extent::File { file: file.for_reading(), offset, len }
+                }
+                None => crate::Extent::Backend { len },
+            },
+            Ok((Extent::Chunk(..), len)) => crate::Extent::Backend { len },
+            // Whoever reads it is told why it cannot be read.
+            Err(_) => crate::Extent::Backend { len: len.min(CHUNK - offset % CHUNK) },
+        }
     }
 
     /// Where the leaf's chunks lie; `None` where all of it is a hole.
@@ -189,46 +298,65 @@ impl Snapshot {
     fn make_table(&self, leaf: &Id) -> Result<Table> {
         // The guard keeps the packs' files there until they are open.
         let index = read(&self.store.index);
-        let ids = format::split_ids(&index.read(leaf, Kind::Leaf)?);
+        let ids = format::split_ids(&index.read_leaf(leaf)?);
         let mut packs = Vec::new();
         let mut numbers = HashMap::new();
         let mut entries = Vec::with_capacity(LEAF_IDS);
-        for id in &ids {
-            entries.push(match (id, index.find(id)) {
-                (&HOLE, _) => NOWHERE,
-                (_, None) => LOST,
-                (_, Some((pack, slot))) => {
+        let mut patches = HashMap::new();
+        for (number, id) in ids.iter().enumerate() {
+            let found = index.find(id).filter(|found| found.slot.kind == Kind::Chunk);
+            let entry = match (id, found) {
+                (&HOLE, _) => Entry::NOWHERE,
+                (_, None) => Entry::LOST,
+                (_, Some(found)) => {
+                    found.open()?;
+                    let Found { pack, slot, patch } = found;
+                    if let Some(patch) = patch {
+                        patches.insert(number, patch);
+                    }
                     let place = match numbers.get(&pack.number) {
                         Some(place) => *place,
                         None => {
-                            pack.file()?;
-                            numbers.insert(pack.number, packs.len() as u32 + 1);
+                            numbers.insert(pack.number, packs.len());
                             packs.push(pack);
-                            packs.len() as u32
+                            packs.len() - 1
                         }
                     };
-                    place << SLOT_BITS | slot
+                    Entry::new(place, &slot)
                 }
-            });
+            };
+            entries.push(AtomicU64::new(entry.0));
         }
-        Ok(Table { packs, entries: entries.into() })
+        Ok(Table { packs, ids, entries: entries.into(), patches })
     }
 
     /// The next range at or after `offset` that is no hole.
     pub(crate) fn next_stored(&self, mut offset: u64) -> Result<Option<Range<u64>>> {
         while offset < self.size() {
-            let (found, len) = self.extent(offset, LEAF_SPAN)?;
-            if found.is_some() {
-                return Ok(Some(offset..(offset + len).min(self.size())));
+            let (leaf, within) = ((offset / LEAF_SPAN) as usize, offset % LEAF_SPAN);
+            let rest = LEAF_SPAN - within;
+            let first = (within / CHUNK) as usize;
+            let Some(table) = self.table(leaf)? else {
+                offset += rest;
+                continue;
+            };
+            let stored = table.entry(first) != Entry::NOWHERE;
+            let same = |place: &usize| (table.entry(*place) != Entry::NOWHERE) == stored;
+            let end = first + (first..LEAF_IDS).take_while(same).count();
+            let next = offset - within + end as u64 * CHUNK;
+            if stored {
+                return Ok(Some(offset..next.min(self.size())));
             }
-            offset += len;
+            offset = next;
         }
         Ok(None)
     }
 }
 
-fn lost(id: &Id) -> Error {
-    Error::new(ErrorKind::Corrupt, format!("no pack holds the chunk {}", hex::encode(id)))
+impl Table {
+    fn entry(&self, place: usize) -> Entry {
+        Entry(self.entries[place].load(Ordering::Relaxed))
+    }
 }
 
 impl fmt::Debug for Snapshot {
@@ -266,7 +394,7 @@ impl BlockBackend for Snapshot {
         Capabilities { knows_holes: true, in_files: true, ..Capabilities::default() }
     }
 
-    fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
+    fn extent(&self, offset: u64, len: u64) -> crate::Extent<'_> {
         self.extent_in_memory(offset, len)
     }
 
@@ -281,8 +409,28 @@ impl Root {
         if Digest::of(bytes) != digest {
             return Err(format!("its content does not have the digest {digest}"));
         }
-        let (size, leaves) = format::parse_root(bytes)?;
+        let RootParts { size, leaves, key: wrapped } = format::parse_root(bytes)?;
         let tables = leaves.iter().map(|_| OnceLock::new()).collect();
-        Ok(Self { digest, size, leaves, tables })
+        Ok(Self { digest, size, leaves, wrapped, key: OnceLock::new(), tables })
+    }
+
+    /// Gets the key of an encrypted snapshot from `unwrap`, unless it is there already.
+    pub(crate) fn unlock(&self, unwrap: impl FnOnce(&WrappedKey) -> Result<EncryptionKey>) -> Result<()> {
+        if let (Some(wrapped), None) = (&self.wrapped, self.key.get()) {
+            let key = unwrap(wrapped)?;
+            // Whoever loses this race has come with the same key.
+            let _ = self.key.set(key);
+        }
+        Ok(())
+    }
+
+    /// The key of an encrypted snapshot that has been unlocked.
+    pub(crate) fn key(&self) -> Option<&EncryptionKey> {
+        self.key.get()
+    }
+
+    /// The key of an encrypted snapshot, as it is stored.
+    pub(crate) fn wrapped(&self) -> Option<&WrappedKey> {
+        self.wrapped.as_ref()
     }
 }

@@ -8,11 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use ami_core::Digest;
 use rustix::fs::FlockOperation;
 
-use crate::format::PACK_SLOTS;
+use crate::cache::Cache;
+use crate::format::WrappedKey;
 use crate::fs::{self, File};
+use crate::keys::EncryptionKey;
+use crate::options::{Keys, StoreOptions};
 use crate::pack::{Index, read_dir};
 use crate::snapshot::{Root, Snapshot};
-use crate::{Error, ErrorKind, Result};
+use crate::{Compression, Error, ErrorKind, Result};
 
 /// A directory of snapshots, whose chunks are stored once however many snapshots have them.
 ///
@@ -40,7 +43,12 @@ pub struct Store(pub(crate) Arc<Inner>);
 #[derive(Debug)]
 pub(crate) struct Inner {
     dir: PathBuf,
-    pub(crate) pack_slots: u32,
+    pub(crate) pack_units: u32,
+    pub(crate) compression: Compression,
+    /// Chunks are verified when they are first read.
+    pub(crate) verify: bool,
+    keys: Keys,
+    pub(crate) cache: Cache,
     pub(crate) index: RwLock<Index>,
     /// Held for writing while objects are dropped, for reading while something relies on them.
     pub(crate) sweep: RwLock<()>,
@@ -58,11 +66,16 @@ impl Store {
     /// [`InUse`](ErrorKind::InUse) if it is open already, [`Corrupt`](ErrorKind::Corrupt) if a pack is cut
     /// short or its index is damaged.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        Self::with_pack_slots(dir.as_ref().to_owned(), PACK_SLOTS)
+        Self::open_with(dir, &StoreOptions::new())
     }
 
-    /// A store whose new packs hold so many slots, fewer than they may.
-    pub(crate) fn with_pack_slots(dir: PathBuf, pack_slots: u32) -> Result<Self> {
+    /// The same with options.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_with(dir: impl AsRef<Path>, options: &StoreOptions) -> Result<Self> {
+        let dir = dir.as_ref().to_owned();
         let (packs, snapshots) = (dir.join(PACKS), dir.join(SNAPSHOTS));
         let new = !snapshots.is_dir();
         for made in [&packs, &snapshots] {
@@ -77,13 +90,43 @@ impl Store {
         clear_half_made(&packs)?;
         clear_half_made(&snapshots)?;
         clear_lone_indices(&packs)?;
-        let index = RwLock::new(Index::load(&packs, pack_slots)?);
+        let index = RwLock::new(Index::load(&packs, options.pack_units)?);
         // A process may have died between a name and its synchronisation, and what has a name is not
         // stored again.
         sync_dir(&packs)?;
         sync_dir(&snapshots)?;
-        let (sweep, roots) = (RwLock::new(()), Mutex::default());
-        Ok(Self(Arc::new(Inner { dir, pack_slots, index, sweep, roots, _lock: lock })))
+        Ok(Self(Arc::new(Inner {
+            dir,
+            pack_units: options.pack_units,
+            compression: options.compression,
+            verify: options.verify,
+            keys: options.keys.clone(),
+            cache: Cache::new(options.cache),
+            index,
+            sweep: RwLock::new(()),
+            roots: Mutex::default(),
+            _lock: lock,
+        })))
+    }
+
+    /// A store whose new packs hold so many chunks, fewer than they may.
+    #[cfg(test)]
+    pub(crate) fn with_pack_slots(dir: PathBuf, pack_slots: u32) -> Result<Self> {
+        let pack_units = pack_slots * crate::format::SLOT_UNITS;
+        Self::open_with(dir, &StoreOptions { pack_units, ..StoreOptions::new() })
+    }
+
+    /// A new data key, wrapped by the key `key_id` of the store's [`KeyProvider`](crate::keys::KeyProvider) or by its
+    /// default one. It is stored with what is encrypted with it, and nowhere else.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) if the store has no keys, or the provider does not have this one.
+    pub fn new_key(&self, key_id: Option<&str>) -> Result<EncryptionKey> {
+        match self.0.keys.provider() {
+            Some(provider) => EncryptionKey::new(provider, key_id),
+            None => Err(Error::new(ErrorKind::KeyUnavailable, "the store has no keys")),
+        }
     }
 
     /// The directory.
@@ -95,10 +138,15 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`NotFound`](ErrorKind::NotFound), [`Corrupt`](ErrorKind::Corrupt).
+    /// [`NotFound`](ErrorKind::NotFound), [`Corrupt`](ErrorKind::Corrupt);
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) if it is encrypted and the store does not have its key.
     pub fn snapshot(&self, digest: &Digest) -> Result<Snapshot> {
-        let _sweep = read(&self.0.sweep);
-        self.0.open_root(digest).map(|root| Snapshot::new(Arc::clone(&self.0), root))
+        let root = {
+            let _sweep = read(&self.0.sweep);
+            self.0.open_root(digest)?
+        };
+        root.unlock(|wrapped| self.0.unlock(wrapped))?;
+        Ok(Snapshot::new(Arc::clone(&self.0), root))
     }
 
     /// The snapshots there are, in the order of their digests.
@@ -116,6 +164,11 @@ impl Store {
 }
 
 impl Inner {
+    /// The key that was stored with something.
+    pub(crate) fn unlock(&self, wrapped: &WrappedKey) -> Result<EncryptionKey> {
+        EncryptionKey::from_wrapped(self.keys.provider(), wrapped)
+    }
+
     pub(crate) fn packs_dir(&self) -> PathBuf {
         self.dir.join(PACKS)
     }
@@ -146,7 +199,7 @@ impl Inner {
     }
 
     /// Writes a root where it is found from now on. Its objects are durable already.
-    pub(crate) fn publish_root(&self, bytes: &[u8]) -> Result<Arc<Root>> {
+    pub(crate) fn publish_root(&self, bytes: &[u8], key: Option<&EncryptionKey>) -> Result<Arc<Root>> {
         let digest = Digest::of(bytes);
         let path = self.root_path(&digest);
         let root = Root::parse(digest, bytes).map_err(|why| Error::corrupt(&path, why))?;
@@ -157,7 +210,11 @@ impl Inner {
             // The objects go with the failure, so the root must, too.
             sync_dir(&dir).inspect_err(|_| drop(fs::remove_file(&path)))?;
         }
-        Ok(self.remember(root))
+        let root = self.remember(root);
+        if let Some(key) = key {
+            root.unlock(|_| Ok(key.clone()))?;
+        }
+        Ok(root)
     }
 
     fn remember(&self, root: Root) -> Arc<Root> {

@@ -1,14 +1,14 @@
 //! The one operation that deletes: snapshots nobody names, and the objects that only they had.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use ami_core::Digest;
 
-use crate::format::{CHUNK, HOLE, Id, Kind, PACK_HEADER};
+use crate::format::{HOLE, Id, PACK_HEADER, Slot, UNIT};
 use crate::fs;
-use crate::pack::{self, Index, Pack};
+use crate::pack::{self, Index, Pack, Place};
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::{Error, ErrorKind, Result, Snapshot, Store};
@@ -65,10 +65,11 @@ impl Store {
         let (kept, dropped): (Vec<&Digest>, Vec<&Digest>) =
             all.iter().partition(|digest| keep.contains(digest) || open.contains(digest));
 
-        let mut live = HashMap::new();
+        let mut live = HashSet::new();
         for digest in kept {
             mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(digest)?), &mut live)?;
         }
+        mark_bases(&read(&inner.index), &mut live);
         for digest in &dropped {
             let path = inner.root_path(digest);
             fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
@@ -81,22 +82,29 @@ impl Store {
     }
 }
 
-fn mark(snapshot: &Snapshot, live: &mut HashMap<Id, Kind>) -> Result<()> {
+fn mark(snapshot: &Snapshot, live: &mut HashSet<Id>) -> Result<()> {
     for (leaf, id) in snapshot.root.leaves.iter().enumerate() {
         // A leaf that another snapshot shares has been walked already.
-        if *id == HOLE || live.insert(*id, Kind::Leaf).is_some() {
+        if *id == HOLE || !live.insert(*id) {
             continue;
         }
         let chunks = snapshot.leaf_ids(leaf)?;
-        live.extend(chunks.into_iter().filter(|id| *id != HOLE).map(|id| (id, Kind::Chunk)));
+        live.extend(chunks.into_iter().filter(|id| *id != HOLE));
     }
     Ok(())
 }
 
-/// The live objects of a pack, and their slots.
-type Objects = Vec<(Id, u32)>;
+/// What others differ from lives as long as they do.
+fn mark_bases(index: &Index, live: &mut HashSet<Id>) {
+    let base = |id: &Id| index.places.get(id)?.patch.as_ref().map(|patch| patch.base);
+    let bases: Vec<Id> = live.iter().filter_map(base).filter(|base| *base != HOLE).collect();
+    live.extend(bases);
+}
 
-fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> Result<()> {
+/// The live objects of a pack, and their places.
+type Objects = Vec<(Id, Place)>;
+
+fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result<()> {
     let mut victims: BTreeMap<u32, (Arc<Pack>, Objects)> = BTreeMap::new();
     {
         let mut index = write(&inner.index);
@@ -104,14 +112,15 @@ fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> 
             victims.insert(*number, (Arc::clone(pack), Vec::new()));
         }
         for (id, place) in &index.places {
-            if let (true, Some((_, objects))) = (live.contains_key(id), victims.get_mut(&place.pack)) {
-                objects.push((*id, place.slot));
+            if let (true, Some((_, objects))) = (live.contains(id), victims.get_mut(&place.pack)) {
+                objects.push((*id, place.clone()));
             }
         }
         let mut sized = Vec::new();
         for (number, (pack, objects)) in &victims {
-            let slots = file_len(&pack.path)?.saturating_sub(PACK_HEADER).div_ceil(CHUNK);
-            if objects.len() as u64 * 2 > slots {
+            let len = file_len(&pack.path)?.saturating_sub(PACK_HEADER);
+            let alive: u64 = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum();
+            if alive * 2 > len {
                 sized.push(*number);
             }
         }
@@ -125,11 +134,10 @@ fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> 
     let mut session = Session::of_sweep(inner);
     let mut rotten = Vec::new();
     for (number, (pack, objects)) in &mut victims {
-        objects.sort_unstable_by_key(|(_, slot)| *slot);
-        for (id, slot) in objects {
-            let kind = live[id];
-            match pack::read_checked(pack, *slot, id, kind) {
-                Ok(bytes) => session.append(kind, id, &bytes)?,
+        objects.sort_unstable_by_key(|(_, place)| place.slot.start);
+        for (id, Place { slot, patch, .. }) in objects {
+            match read_to_carry(inner, pack, slot, id) {
+                Ok(stored) => session.carry(id, slot, patch.as_deref().copied(), &stored)?,
                 // Its pack stays as it is, for whoever can mend it.
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     tracing::warn!(%error, "a damaged pack is kept");
@@ -154,8 +162,19 @@ fn sweep(inner: &Inner, live: &HashMap<Id, Kind>, reclaimed: &mut Reclaimed) -> 
     drop_packs(&mut write(&inner.index), &inner.packs_dir(), &numbers)?;
     reclaimed.packs = numbers.len() as u64;
     reclaimed.bytes = freed.saturating_sub(written);
-    debug_assert!(live.keys().all(|id| read(&inner.index).places.contains_key(id)));
+    debug_assert!(live.iter().all(|id| read(&inner.index).places.contains_key(id)));
     Ok(())
+}
+
+/// An object as it is stored. Damage is not carried on: what can be is compared with its name, and what is
+/// encrypted, for which nobody needs to have the key here, with its checksum.
+fn read_to_carry(inner: &Inner, pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec<u8>> {
+    let stored = pack.read_whole(slot)?;
+    if !slot.encoding.encrypted() {
+        let found = read(&inner.index).find_open(id)?;
+        found.ok_or_else(|| pack::lost(slot.kind, id))?.object(id).read_checked(None)?;
+    }
+    Ok(stored)
 }
 
 /// Deletes packs and forgets what is in them. First they lose their names, so that a crash leaves

@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use std::cell::Cell;
+use std::sync::Arc;
 
+use storage_block::keys::LocalKey;
 use storage_block::{
-    BlockBackend, Capabilities, Disk, IoLimits, Limiter, MemoryDisk, Rate, RawFile, Result, Store, Volume,
-    testing,
+    BlockBackend, Capabilities, Compression, Disk, IoLimits, Limiter, MemoryDisk, Rate, RawFile, Result,
+    Store, StoreOptions, Volume, VolumeOptions, testing,
 };
 
 #[test]
@@ -69,6 +71,39 @@ fn snapshot() {
         volume.disk().discard(offset as u64 + 70_000, 8192).unwrap();
         bytes[offset + 70_000..offset + 78_192].fill(0);
     }
+    let (next, _) = volume.snapshot(&store).unwrap();
+    testing::read_only(&next.disk(), &bytes);
+}
+
+/// Compressed, and encrypted: neither lies in a file as it is.
+#[test]
+fn encoded() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = StoreOptions::new()
+        .compression(Compression::WherePays { percent: 10 })
+        .keys(Arc::new(LocalKey::generate().unwrap()));
+    let store = Store::open_with(dir.path().join("store"), &options).unwrap();
+    let mut bytes: Vec<u8> = (0..(1u32 << 20)).map(|n| (n / 7) as u8).collect();
+    bytes[200_000..500_000].fill(0);
+    let image = MemoryDisk::from_vec(bytes.clone()).unwrap().into_disk();
+    let (base, _) = store.import(&image, &mut |_| ()).unwrap();
+    testing::read_only(&base.disk(), &bytes);
+
+    let key = store.new_key(None).unwrap();
+    let made = Cell::new(0);
+    testing::conformance(|size| {
+        made.set(made.get() + 1);
+        let path = dir.path().join(made.get().to_string());
+        let volume =
+            VolumeOptions::new().encrypt(&key).create(&path, Some(&base), size.max(1 << 20)).unwrap();
+        assert!(volume.encrypted());
+        volume.disk().discard(0, volume.size()).unwrap();
+        volume.disk()
+    });
+    let path = dir.path().join("volume");
+    let volume = VolumeOptions::new().encrypt(&key).create(&path, Some(&base), 1 << 20).unwrap();
+    volume.disk().write_at(&[9; 30_000], 180_000).unwrap();
+    bytes[180_000..210_000].fill(9);
     let (next, _) = volume.snapshot(&store).unwrap();
     testing::read_only(&next.disk(), &bytes);
 }

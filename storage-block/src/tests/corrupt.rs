@@ -66,7 +66,7 @@ fn damage_is_found_and_named() {
         (&pack, Flip(4096), "does not hold the chunk"),
         (&pack, Flip(4096 + 65536 + 9), "does not hold the chunk"),
         (&pack, Flip(leaf), "does not hold the manifest leaf"),
-        (&pack, Cut(leaf + 100), "ends before the end of slot 2"),
+        (&pack, Cut(leaf + 100), "ends before the end of slot 32"),
         (&pack, Cut(4096), "ends before the end of slot 0"),
         (&index, Flip(0), "magic"),
         (&index, Flip(8), "version"),
@@ -94,10 +94,10 @@ fn damage_is_found_and_named() {
     }
 
     // What a record of an index said is not to be had elsewhere, so the chunk is named instead.
-    for slot in 0..3 {
+    for record in 0..3 {
         let copy = dir.path().join("copy");
         copy_dir(&whole, &copy);
-        damage(&copy.join(&index), &Flip(64 + slot * 40));
+        damage(&copy.join(&index), &Flip(64 + record * 84));
         let error = read_all(&copy).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().starts_with("no pack holds the"), "{error}");
@@ -119,7 +119,7 @@ fn other_chunks_stay_readable() {
         let store = Store::open(dir.path()).unwrap();
         store.import(&memory(&bytes), &mut |_| ()).unwrap().0.digest()
     };
-    damage(&dir.path().join("packs/00000000.index"), &Damage::Flip(64 + 40));
+    damage(&dir.path().join("packs/00000000.index"), &Damage::Flip(64 + 84));
     let disk = Store::open(dir.path()).unwrap().snapshot(&digest).unwrap().disk();
     let mut buf = vec![0; 65536];
     for (chunk, ok) in [(0, true), (1, false), (2, true)] {

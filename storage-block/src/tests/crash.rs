@@ -203,7 +203,7 @@ fn the_wrong_order_would_be_seen() {
 fn long_logs_are_rewritten() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
-    let mut log = Log::create(&path, 1 << 30, None).unwrap();
+    let mut log = Log::create(&path, 1 << 30, None, None).unwrap();
     let expected = StateMap::default();
     let mut append = |runs: &[Run]| {
         runs.iter().for_each(|run| expected.set(*run));

@@ -69,7 +69,7 @@ fn what_was_in_the_snapshot_is_not_stored_again() {
     assert_eq!(std::fs::metadata(path.join("log")).unwrap().len(), log);
     let (snapshot, stats) = volume.snapshot(&store).unwrap();
     compare(&snapshot.disk(), &bytes, "a snapshot of what was discarded");
-    assert_eq!(stats.stored_bytes, 2 * (64 << 10) + (32 << 10), "{stats:?}");
+    assert_eq!(stats.stored_bytes, 2 * 4096 + (32 << 10), "{stats:?}");
     drop(disk);
 
     // Without an edge nothing is left to store but a leaf.

@@ -1,10 +1,15 @@
 //! Files written by earlier versions, which load for ever.
 
-use std::path::Path;
+use std::collections::{BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::{copy_dir, memory};
+use ami_core::Digest;
+
+use super::{copy_dir, image, memory};
+use crate::keys::LocalKey;
 use crate::testing::compare;
-use crate::{Store, Volume};
+use crate::{Compression, Store, StoreOptions, Volume};
 
 /// What the golden snapshot has: three chunks, the second a hole, and a sector.
 fn snapshot_bytes() -> Vec<u8> {
@@ -23,12 +28,49 @@ fn volume_bytes() -> Vec<u8> {
     bytes
 }
 
+const CHUNK: usize = 64 << 10;
 const DIGEST: &str = "sha256:c25b21c1008314eb78142cd9f4131008a50a6b95a105b1986983ac4c48b4b438";
 
+/// The encrypted snapshot of version 2, in whose name its data key has a part.
+const ENCRYPTED: &str = "sha256:5eac8acbe470b74db05e428ff00e3da24ee7b723f809b456c2aa00893cbfcf83";
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+fn open(dir: &Path) -> Store {
+    let options = StoreOptions::new()
+        .keys(Arc::new(LocalKey::from_bytes([1; 32])))
+        .compression(Compression::WherePays { percent: 20 });
+    Store::open_with(dir.join("store"), &options).unwrap()
+}
+
+/// The second snapshot of version 2: chunks that are stored as they are, compressed, nearly empty, and as what differs
+/// from the first.
+fn second_bytes() -> Vec<u8> {
+    let mut bytes = image(3, 0, 1);
+    bytes[1 << 16..2 << 16].fill(b'c');
+    bytes[2 << 16..].fill(0);
+    bytes[(2 << 16) + 8192..][..6].copy_from_slice(b"lonely");
+    bytes[4096..8192].fill(b'd');
+    bytes
+}
+
+/// Writes what [`files_of_version_2_load`] reads.
 fn write(dir: &Path) {
-    let store = Store::open(dir.join("v1/store")).unwrap();
+    let store = open(dir);
     let (snapshot, _) = store.import(&memory(&snapshot_bytes()), &mut |_| ()).unwrap();
-    let volume = Volume::create(&dir.join("v1/volume"), Some(&snapshot), 64 << 12).unwrap();
+    let mut before = second_bytes();
+    before[4096..8192].copy_from_slice(&image(1, 0, 1)[4096..8192]);
+    let (base, _) = store.import(&memory(&before), &mut |_| ()).unwrap();
+    let changed = Volume::create(&dir.join("changed"), Some(&base), base.size()).unwrap();
+    changed.disk().write_at(&[b'd'; 4096], 4096).unwrap();
+    changed.snapshot(&store).unwrap();
+    changed.delete().unwrap();
+
+    let key = store.new_key(None).unwrap();
+    let (encrypted, _) = store.import_encrypted(&snapshot.disk(), &key, &mut |_| ()).unwrap();
+    let volume = Volume::create(&dir.join("volume"), Some(&encrypted), 64 << 12).unwrap();
     let disk = volume.disk();
     disk.write_at(&[b'v'; 4096], 4096).unwrap();
     disk.write_at(&[b'w'; 4096], 60 << 12).unwrap();
@@ -36,27 +78,87 @@ fn write(dir: &Path) {
     disk.discard(2 << 16, 4096).unwrap();
     disk.discard(60 << 12, 4096).unwrap();
     disk.flush().unwrap();
-    eprintln!("written: {}", snapshot.digest());
+    eprintln!("written: {}", encrypted.digest());
+}
+
+fn check(dir: &Path, store: &Store, digest: Digest) {
+    let snapshot = store.snapshot(&digest).unwrap();
+    snapshot.verify().unwrap();
+    compare(&snapshot.disk(), &snapshot_bytes(), "the golden snapshot");
+    let volume = Volume::open(&dir.join("volume"), store).unwrap();
+    compare(&volume.disk(), &volume_bytes(), "the golden volume");
 }
 
 #[test]
 fn files_of_version_1_load() {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    if std::env::var_os("STORAGE_BLOCK_WRITE_GOLDEN").is_some() && !golden.join("v1").exists() {
-        std::fs::create_dir_all(golden.join("v1")).unwrap();
-        write(&golden);
-    }
     let dir = tempfile::tempdir().unwrap();
-    copy_dir(&golden.join("v1"), dir.path());
+    copy_dir(&golden().join("v1"), dir.path());
     let store = Store::open(dir.path().join("store")).unwrap();
     let digest = DIGEST.parse().unwrap();
     assert_eq!(store.snapshots().unwrap(), [digest]);
-    let snapshot = store.snapshot(&digest).unwrap();
-    snapshot.verify().unwrap();
-    compare(&snapshot.disk(), &snapshot_bytes(), "the golden snapshot");
-    let volume = Volume::open(&dir.path().join("volume"), &store).unwrap();
-    compare(&volume.disk(), &volume_bytes(), "the golden volume");
+    check(dir.path(), &store, digest);
     // The same bytes have the same name today, and need nothing stored.
     let (again, stats) = store.import(&memory(&snapshot_bytes()), &mut |_| ()).unwrap();
     assert_eq!((again.digest(), stats.stored_bytes), (digest, 0));
+}
+
+/// What is stored in a store of version 1 goes into packs of version 2 beside its own, and sweeps carry it over.
+#[test]
+fn stores_of_version_1_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&golden().join("v1"), dir.path());
+    let digest: Digest = DIGEST.parse().unwrap();
+    let mut bytes = snapshot_bytes();
+    bytes.resize(64 << 12, 0);
+    let second = {
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let base = store.snapshot(&digest).unwrap();
+        let volume = Volume::create(&dir.path().join("other"), Some(&base), 64 << 12).unwrap();
+        volume.disk().write_at(&[b'n'; 4096], 2 << 16).unwrap();
+        bytes[2 << 16..][..4096].fill(b'n');
+        for chunk in [0, 3] {
+            volume.disk().discard(chunk << 16, 1 << 16).unwrap();
+            bytes[chunk as usize * CHUNK..][..CHUNK].fill(0);
+        }
+        let (second, stats) = volume.snapshot(&store).unwrap();
+        assert_eq!(stats.stored_bytes, 4096 + (32 << 10), "it differs from a chunk in a pack of version 1");
+        let packs = super::contents(&dir.path().join("store/packs"));
+        let versions: Vec<u8> = packs.iter().map(|(_, bytes)| bytes[8]).collect();
+        assert_eq!(versions, [1, 1, 2, 2]);
+        second.digest()
+    };
+    let store = Store::open(dir.path().join("store")).unwrap();
+    assert!(store.scrub(&mut |_| ()).unwrap().damages.is_empty());
+    compare(&store.snapshot(&second).unwrap().disk(), &bytes, "packs of both versions");
+    // Of the old pack one chunk is alive as what another differs from, of four objects.
+    store.remove_unreferenced(&HashSet::from([second])).unwrap();
+    let snapshot = store.snapshot(&second).unwrap();
+    snapshot.verify().unwrap();
+    compare(&snapshot.disk(), &bytes, "after a sweep");
+    assert!(super::contents(&dir.path().join("store/packs")).iter().all(|(_, bytes)| bytes[8] == 2));
+}
+
+#[test]
+fn files_of_version_2_load() {
+    let v2 = golden().join("v2");
+    if std::env::var_os("STORAGE_BLOCK_WRITE_GOLDEN").is_some() && !v2.exists() {
+        std::fs::create_dir_all(&v2).unwrap();
+        write(&v2);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&v2, dir.path());
+    let store = open(dir.path());
+    check(dir.path(), &store, ENCRYPTED.parse().unwrap());
+    let plain = store.snapshot(&DIGEST.parse().unwrap()).unwrap();
+    compare(&plain.disk(), &snapshot_bytes(), "the golden snapshot that is not encrypted");
+    let (second, stats) = store.import(&memory(&second_bytes()), &mut |_| ()).unwrap();
+    assert_eq!(stats.stored_bytes, 0, "it is there already");
+    compare(&second.disk(), &second_bytes(), "the second golden snapshot");
+    let report = store.scrub(&mut |_| ()).unwrap();
+    assert!(report.damages.is_empty() && report.without_key == 0, "{report:?}");
+    assert_eq!(report.snapshots, 4);
+    // Each way of storing a chunk is among them.
+    let index = crate::store::read(&store.0.index);
+    let encodings: BTreeSet<u8> = index.places.values().map(|place| place.slot.encoding.0).collect();
+    assert_eq!(encodings, BTreeSet::from([0, 1, 3, 4, 6]));
 }

@@ -1,17 +1,22 @@
 //! Tests that look into files, or use what the conformance suite is made of.
 
 mod changed;
+mod compression;
 mod corrupt;
 mod crash;
 mod discard;
+mod encryption;
 mod freeze;
 mod full_disk;
 mod golden;
 mod grow;
 mod model;
+mod patches;
 mod queue;
+mod scrub;
 mod store;
 pub(crate) mod tape;
+mod verification;
 
 use std::path::Path;
 
@@ -45,4 +50,20 @@ fn copy_dir(from: &Path, to: &Path) {
             std::fs::copy(entry.path(), &target).unwrap();
         }
     }
+}
+
+/// All files under a directory, with their contents.
+fn contents(dir: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(contents(&path));
+        } else {
+            let bytes = std::fs::read(&path).unwrap();
+            found.push((path, bytes));
+        }
+    }
+    found.sort();
+    found
 }

@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use ami_core::Digest;
 
 use super::{copy_dir, image, memory};
-use crate::format::{self, Kind};
-use crate::pack::slot_offset;
+use crate::format::{self, Kind, unit_offset};
 use crate::testing::compare;
 use crate::{ErrorKind, MemoryDisk, RawFile, Store, Volume};
 
@@ -20,9 +19,9 @@ const LEAF: u64 = 32 << 10;
 fn images_come_back_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    // Chunks, bytes beyond them, and the chunks that are stored: all but every fourth.
+    // Chunks, bytes beyond them, and the blocks that are stored: those of all chunks but every fourth.
     for (chunks, tail, stored) in
-        [(0, 0, 0), (0, 512, 1), (1, 0, 1), (4, 512, 4), (5, 65024, 5), (1030, 0, 773)]
+        [(0, 0, 0), (0, 512, 1), (1, 0, 16), (4, 512, 49), (5, 65024, 80), (1030, 0, 773 * 16)]
     {
         let bytes = image(chunks, tail, chunks as u64 + tail as u64);
         let mut steps = Vec::new();
@@ -30,7 +29,7 @@ fn images_come_back_byte_for_byte() {
         compare(&snapshot.disk(), &bytes, "an imported image");
         snapshot.verify().unwrap();
         let leaves = (chunks as u64 * CHUNK + tail as u64).div_ceil(64 << 20);
-        assert_eq!(stats.stored_bytes, stored * CHUNK + leaves * LEAF, "{chunks} chunks and {tail} bytes");
+        assert_eq!(stats.stored_bytes, stored * 4096 + leaves * LEAF, "{chunks} chunks and {tail} bytes");
         assert_eq!(stats.size, bytes.len() as u64);
         assert!(steps.is_sorted_by_key(|progress| progress.done));
         assert_eq!(steps.last().map(|last| (last.done, last.total)), Some((stats.size, stats.size)));
@@ -69,7 +68,7 @@ fn large_sparse_images_take_no_time() {
     let (second, _) = volume.snapshot(&store).unwrap();
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     // The first chunk and the 100th gibibyte's are equal, the last one ends otherwise.
-    assert_eq!(stats.stored_bytes, 2 * CHUNK + 2 * LEAF);
+    assert_eq!(stats.stored_bytes, 2 * 4096 + 2 * LEAF);
     let mut buf = [1; 4096];
     for (disk, at, expected) in [
         (snapshot.disk(), 100 << 30, 7),
@@ -290,7 +289,7 @@ fn a_volume_can_be_snapshotted_into_another_store() {
     volume.disk().write_at(&[1; 100], 70_000).unwrap();
     bytes[70_000..70_100].fill(1);
     let (here, stats) = volume.snapshot(&first).unwrap();
-    assert_eq!((stats.changed_bytes, stats.stored_bytes), (4096, CHUNK + LEAF));
+    assert_eq!((stats.changed_bytes, stats.stored_bytes), (4096, 4096 + LEAF));
     let (there, _) = volume.snapshot(&second).unwrap();
     assert_eq!(here.digest(), there.digest());
     compare(&there.disk(), &bytes, "a snapshot in another store");
@@ -361,16 +360,16 @@ fn one_read_spans_full_packs() {
     drop(Store::open(dir.path()).unwrap());
     let bytes = image(3, 0, 1);
     let (last, id) = (format::PACK_SLOTS - 1, *Digest::of(&bytes[..1 << 16]).as_bytes());
-    let mut index = format::index_header(0);
+    let mut index = format::index_header(1, 0);
     for slot in 0..last {
         let other = *Digest::of(&slot.to_le_bytes()).as_bytes();
-        index.extend(format::index_record(0, slot, &other, Kind::Chunk));
+        index.extend(format::index_record_1(0, slot, &other, Kind::Chunk));
     }
-    index.extend(format::index_record(0, last, &id, Kind::Chunk));
+    index.extend(format::index_record_1(0, last, &id, Kind::Chunk));
     std::fs::write(dir.path().join("packs/00000000.index"), index).unwrap();
     let pack = std::fs::File::create(dir.path().join("packs/00000000.pack")).unwrap();
-    pack.write_all_at(&format::pack_header(0), 0).unwrap();
-    pack.write_all_at(&bytes[..1 << 16], slot_offset(last)).unwrap();
+    pack.write_all_at(&format::pack_header(1, 0), 0).unwrap();
+    pack.write_all_at(&bytes[..1 << 16], unit_offset(last * format::SLOT_UNITS)).unwrap();
 
     let store = Store::open(dir.path()).unwrap();
     let (snapshot, stats) = store.import(&memory(&bytes), &mut |_| ()).unwrap();

@@ -1,7 +1,6 @@
 //! How a volume is read and written.
 
 use std::ops::{Range, RangeInclusive};
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
@@ -27,7 +26,7 @@ impl Inner {
             let (part, rest) = buf.split_at_mut(len as usize);
             match (state, &self.base) {
                 (State::Overlay, _) => {
-                    let read = self.overlay.read_exact_at(part, offset);
+                    let read = self.overlay.read_at(part, offset);
                     read.map_err(|e| self.io(e, "read"))?;
                 }
                 (State::Base, Some(base)) => base.read(part, offset)?,
@@ -44,7 +43,10 @@ impl Inner {
         let (state, count) = self.map.run(offset / BLOCK, (within + len).div_ceil(BLOCK));
         let len = (count * BLOCK - within).min(len);
         match (state, &self.base) {
-            (State::Overlay, _) => Extent::File { file: self.overlay.for_reading(), offset, len },
+            (State::Overlay, _) => match self.overlay.for_reading() {
+                Some(file) => Extent::File { file, offset, len },
+                None => Extent::Backend { len },
+            },
             (State::Base, Some(base)) => base.extent_in_memory(offset, len),
             _ => Extent::Zeroes { len },
         }
@@ -109,7 +111,7 @@ impl Inner {
 
     /// Writes whole blocks, or blocks whose other bytes are in the overlay already.
     fn write_in_place(&self, bufs: &mut [IoBuf<'_>], offset: u64, len: u64) -> Result<()> {
-        self.overlay.write_all_vectored_at(bufs, offset).map_err(|e| self.io(e, "write"))?;
+        self.overlay.write_vectored_at(bufs, offset).map_err(|e| self.io(e, "write"))?;
         let first = offset / BLOCK;
         let count = (offset + len).div_ceil(BLOCK) - first;
         self.change(first, count, State::Overlay);
@@ -226,7 +228,7 @@ impl Inner {
         }
         // Whatever is on the list was written before, so its bytes are durable when the log says so.
         let runs = std::mem::take(&mut *lock(&self.pending));
-        if let Err(e) = self.overlay.sync_data() {
+        if let Err(e) = self.overlay.file().sync_data() {
             self.failed.store(true, Ordering::Release);
             return Err(self.io(e, "flush"));
         }
@@ -303,7 +305,7 @@ impl BlockBackend for Volume {
             discard_frees: true,
             cheap_zeroes: true,
             knows_holes: true,
-            in_files: true,
+            in_files: self.0.overlay.for_reading().is_some(),
             ..Capabilities::default()
         }
     }

@@ -12,11 +12,14 @@ use std::sync::{Arc, Mutex, RwLock};
 use ami_core::Digest;
 
 pub use self::snapshot::FrozenVolumes;
-use crate::format::{BLOCK, MAX_SIZE, Run};
+use crate::format::{BLOCK, MAX_SIZE, Run, VolumeKey};
 use crate::freeze::Freeze;
 use crate::fs::{self, File};
+use crate::keys::EncryptionKey;
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
+use crate::options::VolumeOptions;
+use crate::overlay::Overlay;
 use crate::store::{Locked, lock, parent, sync_dir};
 use crate::{Disk, Error, ErrorKind, Result, Snapshot, Store};
 
@@ -68,8 +71,9 @@ struct Inner {
     /// It never shrinks.
     size: AtomicU64,
     base: Option<Snapshot>,
-    /// Holds the lock on the volume too.
-    overlay: Locked,
+    overlay: Overlay,
+    /// Of an encrypted volume.
+    key: Option<EncryptionKey>,
     map: StateMap,
     /// Held for reading by writes of whole blocks and of blocks that are in the overlay already; for
     /// writing by whatever takes a block out of the overlay, or carries bytes from a block's old place into
@@ -101,15 +105,7 @@ impl Volume {
     /// snapshot's and at most 64 TiB; [`AlreadyExists`](ErrorKind::AlreadyExists);
     /// [`NoSpace`](ErrorKind::NoSpace). After a failure nothing is left.
     pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
-        let volume = Self::create_unsynced(dir, base, size)?;
-        match volume.sync_created() {
-            Ok(()) => Ok(volume),
-            Err(error) => {
-                // What cannot be removed either is found by whoever looks for it.
-                let _ = volume.delete();
-                Err(error)
-            }
-        }
+        VolumeOptions::new().create(dir, base, size)
     }
 
     /// The same without waiting for the disk: nothing of the volume is durable, flushed or not, until
@@ -129,6 +125,15 @@ impl Volume {
     ///
     /// As [`create`](Self::create).
     pub fn create_unsynced(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+        VolumeOptions::new().create_unsynced(dir, base, size)
+    }
+
+    pub(crate) fn create_with(
+        dir: &Path,
+        base: Option<&Snapshot>,
+        size: u64,
+        key: Option<&EncryptionKey>,
+    ) -> Result<Self> {
         check_size(size)?;
         if base.is_some_and(|base| base.size() > size) {
             return Err(Error::invalid_size(size, "is less than that of the snapshot"));
@@ -142,7 +147,7 @@ impl Volume {
         if let Err(e) = File::create_new(&path) {
             return Err(Error::io(e, format!("cannot create {}", path.display())));
         }
-        let created = Self::create_files(dir, base, size);
+        let created = Self::create_files(dir, base, size, key);
         if created.is_err() {
             let _ = fs::remove_file(&dir.join(LOG));
             let _ = fs::remove_file(&path);
@@ -153,13 +158,19 @@ impl Volume {
         created
     }
 
-    fn create_files(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+    fn create_files(
+        dir: &Path,
+        base: Option<&Snapshot>,
+        size: u64,
+        key: Option<&EncryptionKey>,
+    ) -> Result<Self> {
         let overlay = Locked::open(&dir.join(OVERLAY), false)?;
         overlay.set_len(size).map_err(|e| {
             Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
         })?;
-        let log = Log::create(&dir.join(LOG), size, base.map(Snapshot::digest))?;
-        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log))
+        let volume_key = key.map(VolumeKey::new).transpose()?;
+        let log = Log::create(&dir.join(LOG), size, base.map(Snapshot::digest), volume_key)?;
+        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned()))
     }
 
     /// Makes a new volume durable, with what has been flushed since.
@@ -178,6 +189,7 @@ impl Volume {
     /// # Errors
     ///
     /// [`NotFound`](ErrorKind::NotFound) if there is none, or its snapshot is gone;
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) if it is encrypted and the store does not have its key;
     /// [`InUse`](ErrorKind::InUse); [`Corrupt`](ErrorKind::Corrupt).
     pub fn open(dir: &Path, store: &Store) -> Result<Self> {
         let path = dir.join(OVERLAY);
@@ -196,18 +208,29 @@ impl Volume {
         if len != header.size {
             overlay.set_len(header.size).map_err(failed)?;
         }
-        let volume = Self::new(dir, base, overlay, map, log);
+        let key = header.key.as_ref().map(|key| store.0.unlock(&key.wrapped)).transpose()?;
+        let volume = Self::new(dir, base, overlay, map, log, key);
         // Who had it before may have died with writes that no flush has covered, and they are read now.
         volume.0.dirty.store(true, Ordering::Release);
         Ok(volume)
     }
 
-    fn new(dir: &Path, base: Option<Snapshot>, overlay: Locked, map: StateMap, log: Log) -> Self {
+    fn new(
+        dir: &Path,
+        base: Option<Snapshot>,
+        overlay: Locked,
+        map: StateMap,
+        log: Log,
+        key: Option<EncryptionKey>,
+    ) -> Self {
+        let xts = log.header().key.as_ref().zip(key.as_ref()).map(|(stored, key)| key.overlay(&stored.salt));
+        let overlay = Overlay::new(overlay, xts);
         Self(Arc::new(Inner {
             dir: dir.to_owned(),
             size: AtomicU64::new(log.header().size),
             base,
             overlay,
+            key,
             map,
             gate: RwLock::default(),
             freeze: Freeze::default(),
@@ -257,7 +280,7 @@ impl Volume {
             let less = || Error::invalid_size(size, "is less than that of the volume");
             return if size == old { Ok(()) } else { Err(less()) };
         }
-        inner.overlay.set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
+        inner.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
         match log.grow(size) {
             Ok(()) => {
                 inner.size.store(size, Ordering::Release);
@@ -265,7 +288,7 @@ impl Volume {
             }
             Err(AppendError::Write(error)) => {
                 // Nobody has written there, and opening would do it too.
-                let _ = inner.overlay.set_len(old);
+                let _ = inner.overlay.file().set_len(old);
                 Err(error)
             }
             Err(AppendError::Sync(error)) => {
@@ -283,6 +306,16 @@ impl Volume {
     /// The snapshot that the volume began as. The store must keep it for as long as there is the volume.
     pub fn base(&self) -> Option<Digest> {
         self.0.base.as_ref().map(Snapshot::digest)
+    }
+
+    /// Whether it is encrypted at rest.
+    pub fn encrypted(&self) -> bool {
+        self.0.key.is_some()
+    }
+
+    /// The key of an encrypted volume, for what is to share its chunks.
+    pub fn key(&self) -> Option<&EncryptionKey> {
+        self.0.key.as_ref()
     }
 
     /// The disk. It stays usable when the volume's own handles are gone.

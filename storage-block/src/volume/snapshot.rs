@@ -9,8 +9,9 @@ use super::{Inner, Volume};
 use crate::format::{BLOCK, CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
 use crate::freeze::{Chunks, Frozen, Kept, Span};
 use crate::import::{Manifest, publish, put_chunk};
+use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
-use crate::session::Session;
+use crate::session::{Session, Was};
 use crate::store::{read, write};
 use crate::{Progress, Result, Snapshot, SnapshotStats, Store};
 
@@ -19,7 +20,7 @@ impl Volume {
     ///
     /// Only chunks with changed blocks are read, hashed and, if the store has no such chunk, stored; all
     /// other parts of the manifest are those of the snapshot the volume began as. In a store that is not the one of
-    /// the volume's snapshot everything is stored.
+    /// the volume's snapshot, or under another key than the snapshot's, everything is stored.
     ///
     /// The volume goes on meanwhile. Writers stand still for the instant itself, which takes as long for a large volume
     /// as for a small one; [`SnapshotStats::paused`] says how long. Who then writes to a chunk that is still to be
@@ -173,8 +174,8 @@ impl FrozenVolumes {
         let mut report = Reporter::begin(chunks as u64 * CHUNK, progress)?;
         let (mut roots, mut done) = (Vec::new(), 0);
         for at in 0..works.len() {
-            let (size, base) = (works[at].frozen.span.size, works[at].base);
-            let mut manifest = Manifest::new(size, base);
+            let Work { volume, base, .. } = works[at];
+            let mut manifest = Manifest::new(works[at].frozen.span.size, base, volume.key.as_ref());
             for chunk in works[at].candidates() {
                 // Chunks that were changed first after the freeze come on top of those counted.
                 report.step(done)?;
@@ -232,7 +233,7 @@ impl<'f> Work<'f> {
     /// Stores what is set aside, where writers are about to wait for room; the volume's turn may be far off.
     fn relieve(&mut self, session: &mut Session<'_>) -> Result<()> {
         for (chunk, kept) in self.frozen.take_kept() {
-            let id = self.put(kept?, session)?;
+            let id = self.put(chunk, kept?, session)?;
             self.early.insert(chunk, id);
         }
         Ok(())
@@ -243,12 +244,17 @@ impl<'f> Work<'f> {
         if let Some(id) = self.early.remove(&chunk) {
             return Ok(Some(id));
         }
-        self.frozen.take(chunk, self.volume)?.map(|kept| self.put(kept, session)).transpose()
+        self.frozen.take(chunk, self.volume)?.map(|kept| self.put(chunk, kept, session)).transpose()
     }
 
-    fn put(&mut self, kept: Kept, session: &mut Session<'_>) -> Result<Id> {
+    fn put(&mut self, chunk: u64, kept: Kept, session: &mut Session<'_>) -> Result<Id> {
         self.stats.changed_bytes += u64::from(kept.changed.count_ones()) * BLOCK;
-        counted(session, &mut self.stats, |session| put_chunk(session, &kept.bytes))
+        let was = match self.base {
+            Some(base) => Some(Was { id: base.chunk_id(chunk)?, changed: kept.changed }),
+            None => None,
+        };
+        let key = self.volume.key.as_ref();
+        counted(session, &mut self.stats, |session| put_chunk(session, &kept.bytes, key, was))
     }
 }
 
@@ -267,7 +273,10 @@ fn counted<'s, T>(
 impl Inner {
     /// What a snapshot of the volume in `store` wants of it. Nobody writes.
     fn span(&self, store: &Store) -> Span {
-        let whole = self.base.as_ref().is_some_and(|base| !Arc::ptr_eq(&base.store, &store.0));
+        // What the snapshot has stored is of no use in another store, nor under another key.
+        let wrapped = self.key.as_ref().map(EncryptionKey::wrapped);
+        let unfit = |base: &Snapshot| !Arc::ptr_eq(&base.store, &store.0) || base.root.wrapped() != wrapped;
+        let whole = self.base.as_ref().is_some_and(unfit);
         Span { size: self.size(), whole }
     }
 }

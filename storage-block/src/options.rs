@@ -1,0 +1,158 @@
+//! What is chosen when a store is opened or a volume is made.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::format::PACK_UNITS;
+use crate::keys::{EncryptionKey, KeyProvider};
+use crate::{Compression, Result, Snapshot, Volume};
+
+/// Bytes of decompressed chunks that are kept unless another number is said.
+const CACHE: usize = 16 << 20;
+
+/// How a [`Store`](crate::Store) is opened. None of it is stored: the next who opens the store chooses anew.
+///
+/// ```
+/// use std::sync::Arc;
+/// use storage_block::keys::LocalKey;
+/// use storage_block::{Compression, Store, StoreOptions};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let options = StoreOptions::new()
+///     .compression(Compression::WherePays { percent: 20 })
+///     .cache_bytes(64 << 20)
+///     .keys(Arc::new(LocalKey::create(&dir.path().join("region.key"))?))
+///     .verify(false);
+/// let store = Store::open_with(dir.path().join("store"), &options)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    pub(crate) compression: Compression,
+    pub(crate) keys: Keys,
+    pub(crate) verify: bool,
+    pub(crate) cache: usize,
+    pub(crate) pack_units: u32,
+}
+
+impl StoreOptions {
+    /// No compression, no keys, chunks verified when they are first read.
+    pub fn new() -> Self {
+        Self {
+            compression: Compression::None,
+            keys: Keys(None),
+            verify: true,
+            cache: CACHE,
+            pack_units: PACK_UNITS,
+        }
+    }
+
+    /// Whether what is stored from now on is compressed.
+    pub fn compression(mut self, compression: Compression) -> Self {
+        self.compression = compression;
+        self
+    }
+
+    /// Who wraps and unwraps the keys of what is encrypted.
+    pub fn keys(mut self, provider: Arc<dyn KeyProvider>) -> Self {
+        self.keys = Keys(Some(provider));
+        self
+    }
+
+    /// Whether a chunk is compared with its name when it is first read after the store was opened: yes, unless this says
+    /// otherwise. It costs reading and hashing all 64 KiB of it, once; any later read of it costs nothing more.
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.verify = verify;
+        self
+    }
+
+    /// How many bytes of decompressed chunks are kept in memory: 16 MiB unless this says otherwise. It is taken up only
+    /// as compressed chunks are read.
+    pub fn cache_bytes(mut self, bytes: usize) -> Self {
+        self.cache = bytes;
+        self
+    }
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Who has the keys, if anybody.
+#[derive(Clone)]
+pub(crate) struct Keys(Option<Arc<dyn KeyProvider>>);
+
+impl Keys {
+    pub(crate) fn provider(&self) -> Option<&dyn KeyProvider> {
+        self.0.as_deref()
+    }
+}
+
+impl fmt::Debug for Keys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Keys").field(&self.0.as_deref().map(KeyProvider::default_key_id)).finish()
+    }
+}
+
+/// How a [`Volume`] is made: as [`Volume::create`] does it, or encrypted.
+///
+/// ```
+/// use std::sync::Arc;
+/// use storage_block::keys::LocalKey;
+/// use storage_block::{Store, StoreOptions, VolumeOptions};
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let options = StoreOptions::new().keys(Arc::new(LocalKey::generate()?));
+/// let store = Store::open_with(dir.path().join("store"), &options)?;
+/// let key = store.new_key(None)?;
+/// let volume = VolumeOptions::new().encrypt(&key).create(&dir.path().join("vol"), None, 1 << 30)?;
+/// assert!(volume.encrypted());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct VolumeOptions {
+    key: Option<EncryptionKey>,
+}
+
+impl VolumeOptions {
+    /// Encrypted as the snapshot is.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Encrypted under this key, whatever the snapshot is; [`keys`](crate::keys) says what that means for its snapshots.
+    pub fn encrypt(mut self, key: &EncryptionKey) -> Self {
+        self.key = Some(key.clone());
+        self
+    }
+
+    /// Makes a volume, as [`Volume::create`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Volume::create`].
+    pub fn create(&self, dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Volume> {
+        let volume = self.create_unsynced(dir, base, size)?;
+        match volume.sync_created() {
+            Ok(()) => Ok(volume),
+            Err(error) => {
+                // What cannot be removed either is found by whoever looks for it.
+                let _ = volume.delete();
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a volume, as [`Volume::create_unsynced`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Volume::create`].
+    pub fn create_unsynced(&self, dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Volume> {
+        let key = self.key.as_ref().or_else(|| base?.root.key());
+        Volume::create_with(dir, base, size, key)
+    }
+}

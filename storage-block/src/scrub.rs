@@ -1,0 +1,183 @@
+//! Looking through everything a store has for damage.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use ami_core::Digest;
+
+use crate::format::{HOLE, Id, UNIT};
+use crate::keys::EncryptionKey;
+use crate::pack::{self, Place};
+use crate::progress::Reporter;
+use crate::snapshot::Root;
+use crate::store::{Inner, read};
+use crate::{Error, ErrorKind, Progress, Result, Snapshot, Store};
+
+/// What [`Store::scrub`] has seen and found.
+///
+/// ```
+/// use storage_block::{MemoryDisk, Store};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let store = Store::open(dir.path())?;
+/// let image = MemoryDisk::from_vec(vec![7; 1 << 20])?.into_disk();
+/// store.import(&image, &mut |_| ())?;
+/// let report = store.scrub(&mut |progress| println!("{} of {}", progress.done, progress.total))?;
+/// for damage in &report.damages {
+///     eprintln!("{damage}");
+/// }
+/// assert!(report.damages.is_empty() && report.damaged_snapshots.is_empty());
+/// // Sixteen equal chunks are one object, the leaf of the manifest is another.
+/// assert_eq!((report.snapshots, report.objects, report.without_key), (1, 2, 0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct ScrubReport {
+    /// Snapshots whose manifests were read through.
+    pub snapshots: u64,
+    /// Chunks and manifest leaves that were read, whether or not a snapshot has them.
+    pub objects: u64,
+    /// Of these, the encrypted chunks whose keys are not at hand, or that no snapshot has: they were compared with
+    /// checksums, which find any accident, and not with their names, which nobody can forge.
+    pub without_key: u64,
+    /// Everything that is wrong, by what a read of it says.
+    pub damages: Vec<Error>,
+    /// The snapshots that cannot be read in full.
+    pub damaged_snapshots: Vec<Digest>,
+}
+
+impl Store {
+    /// Reads every object of every pack and compares it with its name, and sees that all that a snapshot consists of is
+    /// there. It goes on after a damage, and reports all there are.
+    ///
+    /// Everything else goes on meanwhile: reads, writes, imports and the sweep, to which all snapshots are open ones until
+    /// it ends. What is stored or dropped while it runs may be seen or not. It reads through the page cache of the system, so that what is there is not read from the
+    /// disk, and it takes some 40 bytes of memory for each object.
+    ///
+    /// # Errors
+    ///
+    /// [`Cancelled`](ErrorKind::Cancelled), or what the file system says to the list of snapshots. Damage, and a file
+    /// that cannot be read, is no error but in the report.
+    pub fn scrub(&self, progress: &mut dyn FnMut(Progress)) -> Result<ScrubReport> {
+        let inner = &self.0;
+        let mut report = ScrubReport::default();
+        let roots = open_roots(self, &mut report)?;
+        let keys = keys_of(inner, &roots);
+        let mut objects: Vec<(u32, u32, u64, Id)> = {
+            let index = read(&inner.index);
+            let place = |(id, place): (&Id, &Place)| {
+                (place.pack, place.slot.start, u64::from(place.slot.units()) * UNIT, *id)
+            };
+            index.places.iter().map(place).collect()
+        };
+        // In the order in which they lie.
+        objects.sort_unstable();
+
+        let mut reporter = Reporter::begin(objects.iter().map(|(.., len, _)| len).sum(), progress)?;
+        let (mut damaged, mut done) = (HashSet::new(), 0);
+        for (.., len, id) in &objects {
+            match check_object(inner, id, keys.get(id), &mut report) {
+                Ok(()) => {}
+                Err(error) => {
+                    report.damages.push(error);
+                    damaged.insert(*id);
+                }
+            }
+            done += len;
+            reporter.step(done)?;
+        }
+        for root in roots {
+            reporter.check()?;
+            check_snapshot(&Snapshot::new(Arc::clone(inner), root), &mut damaged, &mut report);
+        }
+        reporter.finish();
+        Ok(report)
+    }
+}
+
+/// The snapshots there are, which stay as long as their roots are open. A root that is damaged is one of the damages.
+fn open_roots(store: &Store, report: &mut ScrubReport) -> Result<Vec<Arc<Root>>> {
+    let inner = &store.0;
+    let mut roots = Vec::new();
+    for digest in store.snapshots()? {
+        let opened = {
+            let _sweep = read(&inner.sweep);
+            inner.open_root(&digest)
+        };
+        match opened {
+            Ok(root) => {
+                // Whoever has not the key can still say whether the chunks are there.
+                let _ = root.unlock(|wrapped| inner.unlock(wrapped));
+                roots.push(root);
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                report.damages.push(error);
+                report.damaged_snapshots.push(digest);
+            }
+        }
+    }
+    Ok(roots)
+}
+
+/// The keys of the chunks that are encrypted, as far as they are at hand. Manifests that cannot be read are found later.
+fn keys_of(inner: &Arc<Inner>, roots: &[Arc<Root>]) -> HashMap<Id, EncryptionKey> {
+    let mut keys = HashMap::new();
+    for root in roots {
+        let Some(key) = root.key() else { continue };
+        let snapshot = Snapshot::new(Arc::clone(inner), Arc::clone(root));
+        for leaf in 0..root.leaves.len() {
+            let ids = snapshot.leaf_ids(leaf).unwrap_or_default();
+            keys.extend(ids.into_iter().filter(|id| *id != HOLE).map(|id| (id, key.clone())));
+        }
+    }
+    keys
+}
+
+fn check_object(inner: &Inner, id: &Id, key: Option<&EncryptionKey>, report: &mut ScrubReport) -> Result<()> {
+    // Where it lies now: the sweep may have carried it elsewhere, or dropped it.
+    let Some(found) = read(&inner.index).find_open(id)? else { return Ok(()) };
+    report.objects += 1;
+    if found.slot.encoding.encrypted() && key.is_none() {
+        report.without_key += 1;
+        return found.pack.read_whole(&found.slot).map(drop);
+    }
+    found.object(id).read_checked(key).map(drop)
+}
+
+/// Sees that a snapshot's leaves and chunks are there, and that none of them is among the damaged.
+fn check_snapshot(snapshot: &Snapshot, damaged: &mut HashSet<Id>, report: &mut ScrubReport) {
+    report.snapshots += 1;
+    let root = &snapshot.root;
+    let mut whole = true;
+    for (leaf, leaf_id) in root.leaves.iter().enumerate() {
+        if damaged.contains(leaf_id) {
+            whole = false;
+            continue;
+        }
+        let ids = match snapshot.leaf_ids(leaf) {
+            Ok(ids) => ids,
+            Err(error) => {
+                report.damages.push(error);
+                damaged.insert(*leaf_id);
+                whole = false;
+                continue;
+            }
+        };
+        let index = read(&snapshot.store.index);
+        for id in ids.iter().filter(|id| **id != HOLE) {
+            if damaged.contains(id) {
+                whole = false;
+            } else if index.find(id).is_none() {
+                // Once, however many snapshots have it.
+                report.damages.push(pack::lost(crate::format::Kind::Chunk, id));
+                damaged.insert(*id);
+                whole = false;
+            }
+        }
+    }
+    if !whole {
+        report.damaged_snapshots.push(root.digest);
+    }
+}
