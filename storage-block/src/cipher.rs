@@ -85,7 +85,7 @@ fn xor(block: &mut Block, mask: u128) {
 
 /// Twice a number in the field that the mode counts in.
 fn double(tweak: u128) -> u128 {
-    tweak << 1 ^ (tweak >> 127) * 0x87
+    (tweak << 1) ^ ((tweak >> 127) * 0x87)
 }
 
 impl fmt::Debug for Xts {

@@ -11,8 +11,12 @@ use crate::keys::EncryptionKey;
 ///
 /// Chunks are stored as they are unless one asks for something else, because what is read most is read from the local
 /// disk: a 4 KiB read of a chunk that is stored as it is costs the read alone, and one of a compressed chunk costs the
-/// decompression of all its 64 KiB, unless it is among the few that are kept in memory. Compression is for a store
-/// that is short of space and not of processor time.
+/// decompression of all its 64 KiB, unless it is among the few that are kept in memory. Measured on an image of 512 MiB,
+/// most of it programs and libraries, with everything in the page cache: it took 276 MiB, random reads of 4 KiB fell to
+/// a twentieth and reading it from end to end to a fifth. Compression is for a store that is short of space and not of
+/// processor time.
+///
+/// It is LZ4, which is pure Rust and quick to read; zstd would save a fifth more, and needs a C compiler.
 ///
 /// A store has chunks of both kinds side by side: the choice is about what is stored from now on.
 ///

@@ -40,16 +40,17 @@
 //! of the kind: who can write to it can put an older block, or noise, in the place of a block.
 //!
 //! Who reads the files learns the size of a disk, which of its blocks are zero, discarded or never written, which
-//! chunks of it are equal to each other or to another snapshot's under the same key, how well each compresses where
-//! compression is on, and when what was written; and not what.
+//! chunks of it are equal to each other or to another snapshot's under the same key, or differ in a few blocks, how well
+//! each compresses where compression is on, and when what was written; and not what. Snapshots that are no longer wanted
+//! are removed without their keys.
 //!
 //! A volume made of an encrypted snapshot is encrypted under the snapshot's key, unless it is given another.
 //! A volume that was given another key than its snapshot has, or one where its snapshot has none, reads the
-//! snapshot's bytes as they are stored, and its own snapshots store everything under its key: the first
-//! takes as long as an import, and writers wait for it.
+//! snapshot's bytes as they are stored, and its own snapshots store everything under its key: each reads all of the
+//! disk, and the first stores all of it.
 //!
 //! Keys are overwritten in memory when they are dropped, and stand in no message. Chunks that were decrypted are kept
-//! in memory for a while only where they are compressed, too.
+//! in memory for a while where they are compressed, too, and by nobody else.
 
 use std::fmt;
 use std::fs::File;

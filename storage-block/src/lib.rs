@@ -49,12 +49,19 @@
 //!
 //! Disk contents, offsets and lengths, NBD clients and damaged files are not trusted. That nobody else
 //! changes the files of a store or a volume is: a lock keeps a second owner out, and not a stranger.
-//! Content is checked against its digest when it is imported, when manifests are read and by
-//! [`Snapshot::verify`], and not on each read of a chunk.
+//! A chunk is checked against its digest when it is first read after its store was opened, unless
+//! [`StoreOptions::verify`] says otherwise, and not on each read; manifests are whenever they are read.
+//! [`Snapshot::verify`] and [`Store::scrub`] check what nobody has read.
+//!
+//! # Space and secrecy
+//!
+//! A chunk that differs in a few blocks of 4 KiB from the one that was there before, or from zeroes, is stored as these
+//! blocks, so that small writes make small snapshots. [`Compression`] is off unless it is asked for, and says why.
+//! Snapshots and volumes can be encrypted, each under a key of its own: see [`keys`].
 //!
 //! # Left out
 //!
-//! Compression, encryption, other image formats, futures, and stores that several hosts share.
+//! Other image formats (see the crate `image-formats`), futures, and stores that several hosts share.
 
 mod backend;
 mod bounce;

@@ -163,7 +163,7 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// [`Corrupt`](ErrorKind::Corrupt) with the first chunk that is not, or what the file system says.
+    /// [`Corrupt`](crate::ErrorKind::Corrupt) with the first chunk that is not, or what the file system says.
     pub fn verify(&self) -> Result<()> {
         for leaf in 0..self.root.leaves.len() {
             for id in self.leaf_ids(leaf)?.iter().filter(|id| **id != HOLE) {

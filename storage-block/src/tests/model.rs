@@ -8,7 +8,7 @@ use ami_core::Digest;
 
 use super::memory;
 use crate::testing::{Random, compare, random_operation};
-use crate::{Store, Volume};
+use crate::{Compression, Store, StoreOptions, Volume};
 
 struct Model {
     dir: PathBuf,
@@ -16,19 +16,31 @@ struct Model {
     volumes: Vec<(Volume, Vec<u8>)>,
     snapshots: Vec<(Digest, Vec<u8>)>,
     made: usize,
+    opened: usize,
     random: Random,
 }
 
-/// Packs are small, so that there are many.
-fn open(dir: &Path) -> Store {
-    Store::with_pack_slots(dir.join("store"), 7).unwrap()
+/// Packs are small, so that there are many. Every other time what is stored is compressed, so that what is compressed
+/// and what is not lie side by side.
+fn open(dir: &Path, time: usize) -> Store {
+    let compression = if time % 2 == 0 { Compression::None } else { Compression::WherePays { percent: 10 } };
+    let options = StoreOptions { pack_units: 7 * 16, ..StoreOptions::new().compression(compression) };
+    Store::open_with(dir.join("store"), &options).unwrap()
 }
 
 impl Model {
     fn new(dir: &Path, seed: u64) -> Self {
-        let store = Some(open(dir));
+        let store = Some(open(dir, seed as usize));
         let (volumes, snapshots) = (Vec::new(), Vec::new());
-        Self { dir: dir.to_owned(), store, volumes, snapshots, made: 0, random: Random(seed) }
+        Self {
+            dir: dir.to_owned(),
+            store,
+            volumes,
+            snapshots,
+            made: 0,
+            opened: seed as usize,
+            random: Random(seed),
+        }
     }
 
     fn store(&self) -> &Store {
@@ -121,7 +133,8 @@ impl Model {
             closed.push((volume.dir().to_owned(), oracle));
         }
         self.store = None;
-        let store = open(&self.dir);
+        self.opened += 1;
+        let store = open(&self.dir, self.opened);
         for (dir, oracle) in closed {
             let volume = Volume::open(&dir, &store).unwrap();
             compare(&volume.disk(), &oracle, "a volume after the store was opened");
