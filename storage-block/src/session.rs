@@ -134,18 +134,19 @@ impl<'s> Session<'s> {
             writing.index.sync_data().map_err(|e| failed(e, &writing.index_path))?;
         }
         let dir = self.store.packs_dir();
-        let mut renamed = false;
-        for writing in self.packs.iter().filter(|writing| writing.new) {
-            let number = writing.pack.number;
-            for (from, to) in [
-                (&writing.index_path, pack::index_path(&dir, number)),
-                (&writing.pack.path, pack::pack_path(&dir, number)),
-            ] {
-                fs::rename(from, &to).map_err(|e| Error::io(e, format!("cannot name {}", to.display())))?;
+        // A pack whose name is durable has an index whose name is, in whatever order a file system keeps them.
+        let new: Vec<&Writing> = self.packs.iter().filter(|writing| writing.new).collect();
+        let name = |from: &PathBuf, to: PathBuf| {
+            fs::rename(from, &to).map_err(|e| Error::io(e, format!("cannot name {}", to.display())))
+        };
+        if !new.is_empty() {
+            for writing in &new {
+                name(&writing.index_path, pack::index_path(&dir, writing.pack.number))?;
             }
-            renamed = true;
-        }
-        if renamed {
+            sync_dir(&dir)?;
+            for writing in &new {
+                name(&writing.pack.path, pack::pack_path(&dir, writing.pack.number))?;
+            }
             sync_dir(&dir)?;
         }
         // Nobody who finds the root may fail to find its objects, and a root that cannot be written takes
