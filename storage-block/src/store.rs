@@ -64,16 +64,18 @@ impl Store {
     /// A store whose new packs hold so many slots, fewer than they may.
     pub(crate) fn with_pack_slots(dir: PathBuf, pack_slots: u32) -> Result<Self> {
         let (packs, snapshots) = (dir.join(PACKS), dir.join(SNAPSHOTS));
-        let new = !snapshots.is_dir();
+        // The lock is made last: where it is, the names above it are durable.
+        let lock = dir.join("lock");
+        let new = !lock.exists();
         for made in [&packs, &snapshots] {
             fs::create_dir_all(made)
                 .map_err(|e| Error::io(e, format!("cannot create {}", made.display())))?;
         }
-        let lock = Locked::open(&dir.join("lock"), true)?;
         if new {
             sync_dir(&dir)?;
             sync_dir(parent(&dir))?;
         }
+        let lock = Locked::open(&lock, true)?;
         clear_half_made(&packs)?;
         clear_half_made(&snapshots)?;
         clear_lone_indices(&packs)?;
