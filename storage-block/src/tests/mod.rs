@@ -4,7 +4,10 @@ mod corrupt;
 mod crash;
 mod full_disk;
 mod golden;
+mod history;
 mod model;
+mod power;
+mod replay;
 mod store;
 pub(crate) mod tape;
 

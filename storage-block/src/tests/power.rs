@@ -1,0 +1,219 @@
+//! Power cuts at every step of a history: whatever was promised is there, and of the rest any part.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
+use super::history::{History, Ledger};
+use super::replay::{Cut, Disk, Keep, Names, Replay};
+use super::tape::{Op, Step, Tape};
+use crate::testing::Random;
+
+/// A history, and what was done to the files.
+struct Recorded {
+    steps: Vec<Step>,
+    ledger: Ledger,
+    taken_over: Vec<Range<usize>>,
+}
+
+/// Memory, where there is any that can be written to like a disk.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+/// `count` things done by processes of which every one dies after about `life` of them.
+fn record(seed: u64, count: usize, life: usize) -> Recorded {
+    let dir = scratch();
+    let root = dir.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    let tape = Tape::record(&root, std::iter::empty());
+    let mut history = History::new(&root, tape.clone(), seed);
+    for step in 0..count {
+        if step % life == life - 1 {
+            history.die_soon();
+        }
+        history.step();
+    }
+    Recorded { steps: tape.steps(), ledger: history.ledger.clone(), taken_over: history.taken_over.clone() }
+}
+
+/// The power cuts tried after a step, when so many operations on names and on content are pending.
+fn cuts(names: usize, content: usize) -> Vec<Cut> {
+    let cut = |names, keep_names, keep_content| Cut { names, keep_names, keep_content };
+    let mut cuts = vec![
+        cut(Names::Any, Keep::All, Keep::All),
+        cut(Names::Any, Keep::Nothing, Keep::Nothing),
+        cut(Names::Any, Keep::All, Keep::Nothing),
+        cut(Names::Any, Keep::Nothing, Keep::All),
+        cut(Names::Ordered, Keep::Nothing, Keep::Nothing),
+    ];
+    for _ in 0..2 {
+        cuts.push(cut(Names::Ordered, Keep::Some, Keep::Some));
+        cuts.push(cut(Names::Any, Keep::Some, Keep::Some));
+        cuts.push(cut(Names::Any, Keep::All, Keep::Some));
+    }
+    for last in 0..names.min(4) {
+        cuts.push(cut(Names::Any, Keep::But(last), Keep::All));
+        cuts.push(cut(Names::Any, Keep::Only(last), Keep::Some));
+    }
+    for last in 0..content.min(3) {
+        cuts.push(cut(Names::Any, Keep::All, Keep::But(last)));
+        cuts.push(cut(Names::Ordered, Keep::Some, Keep::Only(last)));
+    }
+    cuts
+}
+
+/// Cuts the power after every `stride`th step, and now and then once more while what is left is opened. Returns
+/// how many different disks that left.
+fn power_cuts(recorded: &Recorded, steps: &[Step], stride: usize, seed: u64) -> Result<usize, String> {
+    let mut cutter =
+        Cutter { ledger: &recorded.ledger, random: Random(seed), dir: scratch(), seen: HashSet::new() };
+    let mut replay = Replay::from(Disk::default());
+    for now in 0..=steps.len() {
+        if now > 0 {
+            replay.step(&steps[now - 1]);
+        }
+        if now % stride != seed as usize % stride && now != steps.len() {
+            continue;
+        }
+        for disk in cutter.cut(&replay, now)? {
+            if cutter.random.below(150) == 0 {
+                cutter.cut_again(&disk, now)?;
+            }
+        }
+    }
+    Ok(cutter.seen.len())
+}
+
+struct Cutter<'l> {
+    ledger: &'l Ledger,
+    random: Random,
+    dir: tempfile::TempDir,
+    seen: HashSet<(u64, usize)>,
+}
+
+impl Cutter<'_> {
+    /// Checks every cut after the step `now`, and returns the disks that no other cut has left.
+    fn cut(&mut self, replay: &Replay, now: usize) -> Result<Vec<Disk>, String> {
+        let (names, content) = replay.pending();
+        let mut disks = Vec::new();
+        for cut in cuts(names, content) {
+            let disk = replay.cut(cut, &mut self.random);
+            // Where no more is promised than before, the same disk is no worse.
+            if !self.seen.insert((disk.digest(), self.ledger.promises(now))) {
+                continue;
+            }
+            let root = self.dir.path().join("root");
+            disk.put(&root);
+            let checked = self.ledger.check(&root, now, &mut self.random);
+            std::fs::remove_dir_all(&root).unwrap();
+            checked.map_err(|why| format!("after step {now}, {cut:?}: {why}"))?;
+            disks.push(disk);
+        }
+        Ok(disks)
+    }
+
+    /// Cuts the power at every step of opening what a cut has left.
+    fn cut_again(&mut self, disk: &Disk, now: usize) -> Result<(), String> {
+        let root = self.dir.path().join("root");
+        disk.put(&root);
+        let disk = Disk::load(&root);
+        let tape = Tape::record(&root, disk.names());
+        self.ledger.open_all(&root);
+        std::fs::remove_dir_all(&root).unwrap();
+        let mut replay = Replay::from(disk);
+        for step in tape.steps() {
+            replay.step(&step);
+            self.cut(&replay, now)
+                .map_err(|why| format!("{why}, and {} while it was opened", brief(&step)))?;
+        }
+        Ok(())
+    }
+}
+
+fn brief(step: &Step) -> String {
+    let mut text = format!("{step:?}");
+    text.truncate(120);
+    text
+}
+
+fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// `STORAGE_BLOCK_POWER_SEEDS` says how many histories.
+#[test]
+fn power_cuts_lose_nothing_that_was_promised() {
+    let mut states = 0;
+    let seeds = number("STORAGE_BLOCK_POWER_SEEDS", 2) as u64;
+    for seed in 1..=seeds {
+        let recorded = record(seed, 100, 25);
+        assert!(!recorded.taken_over.is_empty(), "seed {seed}: no process has died");
+        match power_cuts(&recorded, &recorded.steps, 1, seed) {
+            Ok(count) => states += count,
+            Err(why) => panic!("seed {seed}: {why}"),
+        }
+    }
+    println!("{states} disks after power cuts in {seeds} histories");
+}
+
+/// A synchronisation: of what, by the name that a file was made under or a directory's with a slash behind it, and
+/// whether a process made it that took over from one that had died.
+struct Sync<'s> {
+    of: &'s str,
+    taking_over: bool,
+}
+
+/// A record in which some synchronisations have been left out.
+fn without(recorded: &Recorded, left_out: fn(&Sync<'_>) -> bool) -> Vec<Step> {
+    let mut made = HashMap::new();
+    let mut left = recorded.steps.clone();
+    for (position, step) in left.iter_mut().enumerate() {
+        let name = match (&step.op, step.file) {
+            (Op::Create { path }, Some(file)) => {
+                made.insert(file, path.display().to_string());
+                continue;
+            }
+            (Op::Sync, Some(file)) => made[&file].clone(),
+            (Op::SyncDir { path }, _) => format!("{}/", path.display()),
+            _ => continue,
+        };
+        let taking_over = recorded.taken_over.iter().any(|range| range.contains(&position));
+        if left_out(&Sync { of: &name, taking_over }) {
+            // Of no file, it makes nothing durable.
+            *step = Step { file: None, op: Op::Sync };
+        }
+    }
+    left
+}
+
+/// Each kind of synchronisation is one that the test above would miss.
+#[test]
+fn synchronisations_left_out_would_be_seen() {
+    let kinds: [(&str, fn(&Sync<'_>) -> bool); 16] = [
+        ("packs", |sync| sync.of.ends_with(".pack.tmp")),
+        ("indices", |sync| sync.of.ends_with(".index.tmp")),
+        ("roots", |sync| sync.of.contains("/snapshots/.tmp")),
+        ("overlays", |sync| sync.of.ends_with("/overlay")),
+        ("logs", |sync| sync.of.ends_with("/log")),
+        ("names of packs", |sync| sync.of.ends_with("/packs/")),
+        ("names of roots", |sync| sync.of.ends_with("/snapshots/")),
+        ("names in a volume", |sync| sync.of.starts_with("volume-") && sync.of.ends_with('/')),
+        ("names of volumes", |sync| sync.of == "/"),
+        ("names in a store", |sync| sync.of.ends_with("/store/")),
+        ("a store's name", |sync| sync.of.ends_with("/deeper/")),
+        ("the name above", |sync| sync.of == "much/"),
+        ("indices when a store is opened", |sync| sync.taking_over && sync.of.ends_with(".index.tmp")),
+        ("packs when a store is opened", |sync| sync.taking_over && sync.of.ends_with("/packs/")),
+        ("roots when a store is opened", |sync| sync.taking_over && sync.of.ends_with("/snapshots/")),
+        ("logs when a volume is opened", |sync| sync.taking_over && sync.of.ends_with("/log")),
+    ];
+    let histories: Vec<Recorded> = (1..=8).map(|seed| record(seed, 60, 9)).collect();
+    for (what, left_out) in kinds {
+        let seen = histories.iter().zip(1..).find(|(history, seed)| {
+            let steps = without(history, left_out);
+            steps != history.steps && power_cuts(history, &steps, 2, *seed).is_err()
+        });
+        println!("{what}: seen in history {:?}", seen.map(|(_, seed)| seed));
+        assert!(seen.is_some(), "that {what} are not synchronised would not be seen");
+    }
+}
