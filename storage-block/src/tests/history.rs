@@ -250,6 +250,33 @@ impl History {
         self.store.clone().unwrap()
     }
 
+    /// One of everything that promises something. The process dies after so many operations, and the one that takes
+    /// over does what had not been done. Returns whether that many operations there were.
+    pub(crate) fn retry(&mut self, operations: usize) -> bool {
+        self.import(1).unwrap();
+        self.create().unwrap();
+        self.change(0).unwrap();
+        self.flush(0).unwrap();
+        let fault = Fault { at: self.now() + operations, error: rustix::io::Errno::IO, once: false };
+        self.tape.set_fault(Some(fault));
+        let acts: [fn(&mut Self) -> Result<()>; 6] = [
+            |history| history.import(2),
+            |history| history.change(0),
+            |history| history.flush(0),
+            |history| history.snapshot(0),
+            Self::sweep,
+            |history| history.import(1),
+        ];
+        for act in acts {
+            if act(self).is_err() {
+                self.revive();
+                act(self).unwrap();
+            }
+        }
+        self.tape.set_fault(None);
+        !self.taken_over.is_empty()
+    }
+
     /// Has the process die within the next operations.
     pub(crate) fn die_soon(&mut self) {
         let at = self.now() + self.random.below(14) as usize;
@@ -276,7 +303,10 @@ impl History {
         match self.random.below(26) {
             0 | 1 => self.snapshot(at),
             2 => self.sweep(),
-            3 if self.random.below(2) == 0 => self.import(),
+            3 if self.random.below(2) == 0 => {
+                let seed = self.random.below(4);
+                self.import(seed)
+            }
             4 if self.volumes.len() > 1 => self.delete(at),
             5 => self.reopen(at),
             6..=9 => self.flush(at),
@@ -359,8 +389,8 @@ impl History {
         Ok(())
     }
 
-    fn import(&mut self) -> Result<()> {
-        let content = Arc::new(image(2, 512, self.random.below(4)));
+    fn import(&mut self, seed: u64) -> Result<()> {
+        let content = Arc::new(image(2, 512, seed));
         let begun = self.now();
         let known = KnownSnapshot { begun, acked: None, dropped: None, content: Arc::clone(&content) };
         self.ledger.snapshots.push(known);
@@ -409,8 +439,18 @@ impl History {
     fn reopen(&mut self, at: usize) -> Result<()> {
         let (known, volume) = self.volumes.swap_remove(at);
         drop(volume);
-        let volume = Volume::open(&self.root.join(&self.ledger.volumes[known].dir), &self.store())?;
-        self.volumes.push((known, volume));
+        self.open(known)
+    }
+
+    /// Opens a volume, and takes what it holds for what it is to hold: what was not flushed may have gone.
+    fn open(&mut self, at: usize) -> Result<()> {
+        let began = self.now();
+        let known = &mut self.ledger.volumes[at];
+        let volume = Volume::open(&self.root.join(&known.dir), self.store.as_ref().unwrap())?;
+        let found = contents(&volume.disk())?;
+        known.check(&found, began + 1).unwrap();
+        known.versions.push((began, Arc::new(found)));
+        self.volumes.push((at, volume));
         Ok(())
     }
 
@@ -463,20 +503,15 @@ impl History {
     fn take_over(&mut self, at: usize) {
         let died = self.now();
         let known = &mut self.ledger.volumes[at];
-        let path = self.root.join(&known.dir);
         if known.acked.is_none() || known.dropped.is_some() {
             // Nobody relies on it.
             if known.dropped.is_none_or(|dropped| dropped.acked.is_none()) {
-                Volume::remove(&path).unwrap();
+                Volume::remove(&self.root.join(&known.dir)).unwrap();
                 let begun = known.dropped.map_or(died, |dropped| dropped.begun);
                 known.dropped = Some(Dropped { begun, acked: Some(self.tape.position()) });
             }
             return;
         }
-        let volume = Volume::open(&path, self.store.as_ref().unwrap()).unwrap();
-        let found = contents(&volume.disk()).unwrap();
-        known.check(&found, died + 1).unwrap();
-        known.versions.push((died, Arc::new(found)));
-        self.volumes.push((at, volume));
+        self.open(at).unwrap();
     }
 }

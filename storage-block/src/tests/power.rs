@@ -6,6 +6,10 @@ use std::ops::Range;
 use super::history::{History, Ledger};
 use super::replay::{Cut, Disk, Keep, Names, Replay};
 use super::tape::{Op, Step, Tape};
+use crate::format::{Run, State};
+use crate::fs;
+use crate::log::Log;
+use crate::map::StateMap;
 use crate::testing::Random;
 
 /// A history, and what was done to the files.
@@ -20,20 +24,41 @@ fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// `count` things done by processes of which every one dies after about `life` of them.
-fn record(seed: u64, count: usize, life: usize) -> Recorded {
+/// Records what `live` does with a history.
+fn record(seed: u64, live: impl FnOnce(&mut History)) -> Recorded {
     let dir = scratch();
     let root = dir.path().join("root");
     std::fs::create_dir(&root).unwrap();
     let tape = Tape::record(&root, std::iter::empty());
     let mut history = History::new(&root, tape.clone(), seed);
-    for step in 0..count {
-        if step % life == life - 1 {
-            history.die_soon();
+    live(&mut history);
+    let (ledger, taken_over) = (history.ledger.clone(), history.taken_over.clone());
+    Recorded { steps: tape.steps(), ledger, taken_over }
+}
+
+/// `count` things done by processes of which every one dies after about `life` of them.
+fn random(seed: u64, count: usize, life: usize) -> Recorded {
+    record(seed, |history| {
+        for step in 0..count {
+            if step % life == life - 1 {
+                history.die_soon();
+            }
+            history.step();
         }
-        history.step();
+    })
+}
+
+/// The same things each time, with a process that dies after one operation, after two, and so on.
+fn retried() -> Vec<Recorded> {
+    let mut all = Vec::new();
+    for operations in 0.. {
+        let mut died = true;
+        all.push(record(1, |history| died = history.retry(operations)));
+        if !died {
+            break;
+        }
     }
-    Recorded { steps: tape.steps(), ledger: history.ledger.clone(), taken_over: history.taken_over.clone() }
+    all
 }
 
 /// The power cuts tried after a step, when so many operations on names and on content are pending.
@@ -146,7 +171,7 @@ fn power_cuts_lose_nothing_that_was_promised() {
     let mut states = 0;
     let seeds = number("STORAGE_BLOCK_POWER_SEEDS", 2) as u64;
     for seed in 1..=seeds {
-        let recorded = record(seed, 100, 25);
+        let recorded = random(seed, 80, 20);
         assert!(!recorded.taken_over.is_empty(), "seed {seed}: no process has died");
         match power_cuts(&recorded, &recorded.steps, 1, seed) {
             Ok(count) => states += count,
@@ -163,8 +188,10 @@ struct Sync<'s> {
     taking_over: bool,
 }
 
+type LeftOut = fn(&Sync<'_>) -> bool;
+
 /// A record in which some synchronisations have been left out.
-fn without(recorded: &Recorded, left_out: fn(&Sync<'_>) -> bool) -> Vec<Step> {
+fn without(recorded: &Recorded, left_out: LeftOut) -> Vec<Step> {
     let mut made = HashMap::new();
     let mut left = recorded.steps.clone();
     for (position, step) in left.iter_mut().enumerate() {
@@ -186,10 +213,25 @@ fn without(recorded: &Recorded, left_out: fn(&Sync<'_>) -> bool) -> Vec<Step> {
     left
 }
 
+/// A process that dies at any operation, another that goes on with its work, and then a power cut.
+#[test]
+fn what_the_dead_left_is_durable_before_it_is_relied_on() {
+    let retried = retried();
+    let stride = number("STORAGE_BLOCK_POWER_STRIDE", 40);
+    let mut states = 0;
+    for (recorded, operations) in retried.iter().zip(0..) {
+        match power_cuts(recorded, &recorded.steps, stride, operations) {
+            Ok(count) => states += count,
+            Err(why) => panic!("the process died after {operations} operations: {why}"),
+        }
+    }
+    println!("{states} disks after power cuts, {} processes having died", retried.len() - 1);
+}
+
 /// Each kind of synchronisation is one that the test above would miss.
 #[test]
 fn synchronisations_left_out_would_be_seen() {
-    let kinds: [(&str, fn(&Sync<'_>) -> bool); 16] = [
+    let kinds: [(&str, LeftOut); 16] = [
         ("packs", |sync| sync.of.ends_with(".pack.tmp")),
         ("indices", |sync| sync.of.ends_with(".index.tmp")),
         ("roots", |sync| sync.of.contains("/snapshots/.tmp")),
@@ -207,13 +249,72 @@ fn synchronisations_left_out_would_be_seen() {
         ("roots when a store is opened", |sync| sync.taking_over && sync.of.ends_with("/snapshots/")),
         ("logs when a volume is opened", |sync| sync.taking_over && sync.of.ends_with("/log")),
     ];
-    let histories: Vec<Recorded> = (1..=8).map(|seed| record(seed, 60, 9)).collect();
+    let retried = retried();
+    let histories = [random(1, 50, 20)];
     for (what, left_out) in kinds {
-        let seen = histories.iter().zip(1..).find(|(history, seed)| {
-            let steps = without(history, left_out);
-            steps != history.steps && power_cuts(history, &steps, 2, *seed).is_err()
-        });
-        println!("{what}: seen in history {:?}", seen.map(|(_, seed)| seed));
+        let seen = |histories: &[Recorded], stride| {
+            histories.iter().position(|history| {
+                let steps = without(history, left_out);
+                steps != history.steps && power_cuts(history, &steps, stride, 1).is_err()
+            })
+        };
+        let seen = seen(&histories, 3).or_else(|| seen(&retried, 5));
         assert!(seen.is_some(), "that {what} are not synchronised would not be seen");
     }
+}
+
+/// A log that is rewritten says at every moment what it said before, or what the append said that came last.
+#[test]
+fn logs_are_rewritten_as_a_whole() {
+    let dir = scratch();
+    let (root, copy) = (dir.path().join("root"), dir.path().join("copy"));
+    std::fs::create_dir(&root).unwrap();
+    let tape = Tape::record(&root, std::iter::empty());
+    let (size, blocks) = (1 << 30, 1 << 18);
+    let mut log = Log::create(&root.join("log"), size, None).unwrap();
+    log.sync_created().unwrap();
+    fs::sync_dir(&root).unwrap();
+    let expected = StateMap::new(blocks);
+    let mut appends = vec![(tape.position(), expected.runs(0, blocks))];
+    let renamed = |tape: &Tape| tape.steps().iter().position(|step| matches!(step.op, Op::Rename { .. }));
+    for round in 0.. {
+        // Enough records for the log to be rewritten, and little that they come to.
+        let runs: Vec<Run> = (0..20_000)
+            .map(|n| Run { first: (n + round) % 5000, count: 1 + n % 3, state: State::Overlay })
+            .chain([Run { first: round * 7 % 5000, count: 3, state: State::Zero }])
+            .collect();
+        runs.iter().for_each(|run| expected.set(*run));
+        assert!(log.append(&runs).is_ok());
+        appends.push((tape.position(), expected.runs(0, blocks)));
+        if renamed(&tape).is_some_and(|at| at + 20 < tape.position()) {
+            break;
+        }
+        assert!(round < 20, "it is never rewritten");
+    }
+    drop(log);
+
+    let (steps, renamed) = (tape.steps(), renamed(&tape).unwrap());
+    let (mut replay, mut random, mut seen) = (Replay::from(Disk::default()), Random(1), HashSet::new());
+    for (step, now) in steps.iter().zip(1..) {
+        replay.step(step);
+        if now + 12 < renamed {
+            continue;
+        }
+        let acked = appends.iter().rposition(|(acked, _)| *acked <= now).unwrap();
+        let (names, content) = replay.pending();
+        for cut in cuts(names, content) {
+            let disk = replay.cut(cut, &mut random);
+            if !seen.insert((disk.digest(), acked)) {
+                continue;
+            }
+            disk.put(&copy);
+            let (_, map) =
+                Log::open(&copy.join("log")).unwrap_or_else(|e| panic!("step {now}, {cut:?}: {e}"));
+            std::fs::remove_dir_all(&copy).unwrap();
+            let found = map.runs(0, blocks);
+            let whole = appends[acked..].iter().take(2).any(|(_, runs)| *runs == found);
+            assert!(whole, "step {now}, {cut:?}: {} runs", found.len());
+        }
+    }
+    println!("{} logs after power cuts", seen.len());
 }
