@@ -3,6 +3,8 @@
 //!
 //! The process is this test itself. It says in lines on its standard output what it begins and what it has done.
 
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
 use std::collections::{BTreeMap, HashSet};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;

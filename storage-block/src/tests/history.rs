@@ -227,6 +227,7 @@ pub(crate) struct History {
     random: Random,
     /// Where on the tape a process began that took over from one that had died, and where it had opened everything.
     pub(crate) taken_over: Vec<Range<usize>>,
+    unharmed: bool,
 }
 
 impl History {
@@ -239,6 +240,7 @@ impl History {
             volumes: Vec::new(),
             random: Random(seed),
             taken_over: Vec::new(),
+            unharmed: false,
         }
     }
 
@@ -250,31 +252,88 @@ impl History {
         self.store.clone().unwrap()
     }
 
-    /// One of everything that promises something. The process dies after so many operations, and the one that takes
-    /// over does what had not been done. Returns whether that many operations there were.
-    pub(crate) fn retry(&mut self, operations: usize) -> bool {
+    /// Has the process die after so many more operations.
+    pub(crate) fn die_after(&mut self, operations: usize) {
+        let fault = Fault { at: self.now() + operations, error: rustix::io::Errno::IO, once: false };
+        self.tape.set_fault(Some(fault));
+    }
+
+    /// Has one operation fail after so many more.
+    pub(crate) fn fail_after(&mut self, operations: usize, error: rustix::io::Errno) {
+        self.tape.set_fault(Some(Fault { at: self.now() + operations, error, once: true }));
+    }
+
+    /// A store with a snapshot, and a volume that has been written to.
+    pub(crate) fn prepare(&mut self) {
         self.import(1).unwrap();
         self.create().unwrap();
         self.change(0).unwrap();
         self.flush(0).unwrap();
-        let fault = Fault { at: self.now() + operations, error: rustix::io::Errno::IO, once: false };
-        self.tape.set_fault(Some(fault));
-        let acts: [fn(&mut Self) -> Result<()>; 6] = [
+    }
+
+    /// One of everything, after [`prepare`](Self::prepare). What fails is told, and has to go well then. Returns
+    /// whether any has failed.
+    pub(crate) fn one_of_each(
+        &mut self,
+        mut before: impl FnMut(&Self),
+        mut failed: impl FnMut(&mut Self, Error),
+    ) -> bool {
+        let acts: [fn(&mut Self) -> Result<()>; 9] = [
             |history| history.import(2),
             |history| history.change(0),
             |history| history.flush(0),
+            Self::create,
             |history| history.snapshot(0),
             Self::sweep,
             |history| history.import(1),
+            |history| if history.volumes.len() > 1 { history.delete(1) } else { Ok(()) },
+            |history| history.import(3),
         ];
+        let mut any = false;
         for act in acts {
+            before(self);
+            let Err(error) = act(self) else { continue };
+            any = true;
+            failed(self, error);
             if act(self).is_err() {
-                self.revive();
+                // A volume that could not be made durable is not relied on until it has been opened again.
+                self.reopen(0).unwrap();
                 act(self).unwrap();
             }
         }
+        self.unharmed = self.tape.fault().is_some();
         self.tape.set_fault(None);
-        !self.taken_over.is_empty()
+        any
+    }
+
+    /// Whether the operation that was to fail in [`one_of_each`](Self::one_of_each) was never come to.
+    pub(crate) fn is_unharmed(&self) -> bool {
+        self.unharmed
+    }
+
+    /// Checks that something that failed has left nothing half-made, and what there was.
+    pub(crate) fn recover(&mut self) {
+        let began = self.now();
+        let listed = self.store().snapshots().unwrap();
+        for digest in listed {
+            let known = self.ledger.snapshots.iter().any(|known| known.digest() == Some(digest));
+            assert!(known, "{digest} was never acknowledged");
+        }
+        self.settle_snapshots(began);
+        for at in 0..self.ledger.volumes.len() {
+            let known = &self.ledger.volumes[at];
+            assert!(known.acked.is_some() || !self.root.join(&known.dir).exists(), "half a volume stays");
+            if !self.settle_removed(at) {
+                self.observe(at).unwrap();
+            }
+        }
+    }
+
+    /// Closes everything, and checks it like what a crash has left.
+    pub(crate) fn check_closed(&mut self) -> std::result::Result<(), String> {
+        self.volumes.clear();
+        self.store = None;
+        self.ledger.check(&self.root, self.now() + 1, &mut self.random)
     }
 
     /// Has the process die within the next operations.
@@ -343,9 +402,12 @@ impl History {
         } else {
             let volume = Volume::create_unsynced(&path, base.as_ref(), size)?;
             self.volumes.push((at, volume));
-            self.change(self.volumes.len() - 1)?;
-            self.flush(self.volumes.len() - 1)?;
-            self.volumes[self.volumes.len() - 1].1.sync_created()?;
+            let last = self.volumes.len() - 1;
+            let used = self.change(last).and_then(|()| self.flush(last));
+            if let Err(error) = used.and_then(|()| self.volumes[last].1.sync_created()) {
+                let _ = self.volumes.remove(last).1.delete();
+                return Err(error);
+            }
         }
         self.ledger.volumes[at].acked = Some(self.now());
         Ok(())
@@ -442,25 +504,43 @@ impl History {
         self.open(known)
     }
 
-    /// Opens a volume, and takes what it holds for what it is to hold: what was not flushed may have gone.
     fn open(&mut self, at: usize) -> Result<()> {
-        let began = self.now();
-        let known = &mut self.ledger.volumes[at];
-        let volume = Volume::open(&self.root.join(&known.dir), self.store.as_ref().unwrap())?;
-        let found = contents(&volume.disk())?;
-        known.check(&found, began + 1).unwrap();
-        known.versions.push((began, Arc::new(found)));
+        let volume =
+            Volume::open(&self.root.join(&self.ledger.volumes[at].dir), self.store.as_ref().unwrap())?;
         self.volumes.push((at, volume));
+        self.observe(at)
+    }
+
+    /// Takes what an open volume holds for what it is to hold: what was not flushed may have gone.
+    fn observe(&mut self, at: usize) -> Result<()> {
+        let now = self.now();
+        let Some((_, volume)) = self.volumes.iter().find(|(known, _)| *known == at) else { return Ok(()) };
+        let found = contents(&volume.disk())?;
+        let known = &mut self.ledger.volumes[at];
+        known.check(&found, now + 1).unwrap();
+        known.versions.push((now, Arc::new(found)));
         Ok(())
     }
 
     /// The process dies, and another takes over what it finds.
-    fn revive(&mut self) {
+    pub(crate) fn revive(&mut self) {
         self.volumes.clear();
         self.store = None;
         self.tape.set_fault(None);
         let died = self.now();
-        let store = open_store(&self.root).unwrap();
+        self.store = Some(open_store(&self.root).unwrap());
+        self.settle_snapshots(died);
+        for at in 0..self.ledger.volumes.len() {
+            if !self.settle_removed(at) {
+                self.open(at).unwrap();
+            }
+        }
+        self.taken_over.push(died..self.now());
+    }
+
+    /// Whether or not a call had returned that made or removed a snapshot, what is there counts from now on.
+    fn settle_snapshots(&mut self, began: usize) {
+        let store = self.store();
         let listed = store.snapshots().unwrap();
         let now = self.now();
         for at in 0..self.ledger.snapshots.len() {
@@ -475,16 +555,16 @@ impl History {
                 // It had not been acknowledged, or was to be removed: from now on it is there.
                 (Some(digest), None, _) => known.acked = Some((now, digest)),
                 (Some(digest), Some(_), Some(Dropped { acked: None, .. })) => {
-                    known.dropped = Some(Dropped { begun: died, acked: Some(now) });
+                    known.dropped = Some(Dropped { begun: began, acked: Some(now) });
                     let again = KnownSnapshot {
-                        begun: died,
+                        begun: began,
                         acked: Some((now, digest)),
                         dropped: None,
                         ..known.clone()
                     };
                     self.ledger.snapshots.push(again);
                 }
-                (None, None, _) => known.dropped = Some(Dropped { begun: died, acked: Some(now) }),
+                (None, None, _) => known.dropped = Some(Dropped { begun: began, acked: Some(now) }),
                 (None, Some(_), Some(dropped)) => {
                     known.dropped = Some(Dropped { acked: dropped.acked.or(Some(now)), ..dropped });
                 }
@@ -492,26 +572,20 @@ impl History {
                 (Some(_), Some(_), _) => {}
             }
         }
-        self.store = Some(store);
-        for at in 0..self.ledger.volumes.len() {
-            self.take_over(at);
-        }
-        self.taken_over.push(died..self.now());
     }
 
-    /// Opens a volume that another process had.
-    fn take_over(&mut self, at: usize) {
-        let died = self.now();
+    /// Removes a volume that was half-made or half-removed, as nobody relies on it. Returns whether it is gone.
+    fn settle_removed(&mut self, at: usize) -> bool {
+        let now = self.now();
         let known = &mut self.ledger.volumes[at];
-        if known.acked.is_none() || known.dropped.is_some() {
-            // Nobody relies on it.
-            if known.dropped.is_none_or(|dropped| dropped.acked.is_none()) {
-                Volume::remove(&self.root.join(&known.dir)).unwrap();
-                let begun = known.dropped.map_or(died, |dropped| dropped.begun);
-                known.dropped = Some(Dropped { begun, acked: Some(self.tape.position()) });
-            }
-            return;
+        if known.acked.is_some() && known.dropped.is_none() {
+            return false;
         }
-        self.open(at).unwrap();
+        if known.dropped.is_none_or(|dropped| dropped.acked.is_none()) {
+            Volume::remove(&self.root.join(&known.dir)).unwrap();
+            let begun = known.dropped.map_or(now, |dropped| dropped.begun);
+            known.dropped = Some(Dropped { begun, acked: Some(self.tape.position()) });
+        }
+        true
     }
 }

@@ -44,3 +44,13 @@ fn copy_dir(from: &Path, to: &Path) {
         }
     }
 }
+
+/// A directory in memory, where there is one.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+/// What an environment variable says.
+fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use ami_core::Digest;
 
-use super::memory;
+use super::{memory, number, scratch};
 use crate::testing::{Random, compare, random_operation};
 use crate::{Store, Volume};
 
@@ -56,11 +56,13 @@ impl Model {
     fn create(&mut self) {
         let choice = self.random.below(self.snapshots.len() as u64 + 1) as usize;
         let grown = self.random.below(40) as usize * 4096;
+        let most = 12 << 16;
         let (base, mut oracle) = match self.snapshots.get(choice) {
             Some((digest, bytes)) => (Some(self.store().snapshot(digest).unwrap()), bytes.clone()),
             None => (None, vec![0; 5 << 16]),
         };
-        oracle.resize(oracle.len().next_multiple_of(4096) + grown, 0);
+        let size = oracle.len().next_multiple_of(4096);
+        oracle.resize((size + grown).min(size.max(most)), 0);
         let dir = self.dir.join(format!("volume-{}", self.made));
         self.made += 1;
         let volume = Volume::create(&dir, base.as_ref(), oracle.len() as u64).unwrap();
@@ -132,24 +134,29 @@ impl Model {
     }
 }
 
-/// `STORAGE_BLOCK_MODEL_STEPS` makes it longer.
+/// Steps of one history.
+const HISTORY: usize = 10_000;
+
+/// `STORAGE_BLOCK_MODEL_STEPS` says how many, in several histories.
 #[test]
 fn random_histories_agree_with_memory() {
-    let steps = std::env::var("STORAGE_BLOCK_MODEL_STEPS").ok().and_then(|steps| steps.parse().ok());
-    for seed in 1..=3 {
-        let dir = tempfile::tempdir().unwrap();
+    let steps = number("STORAGE_BLOCK_MODEL_STEPS", 0);
+    let histories = if steps == 0 { vec![700; 3] } else { vec![HISTORY; steps.div_ceil(HISTORY)] };
+    for (steps, seed) in histories.into_iter().zip(1..) {
+        let dir = scratch();
         let mut model = Model::new(dir.path(), seed);
-        for _ in 0..steps.unwrap_or(700) {
+        for _ in 0..steps {
             model.step();
         }
         model.reopen_all();
+        println!("history {seed}: {steps} steps, {} volumes", model.made);
     }
 }
 
 /// The same where a manifest has several leaves.
 #[test]
 fn operations_across_leaves_agree_with_memory() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let store = Store::open(dir.path().join("store")).unwrap();
     let size = (64 << 20) + (3 << 16);
     let mut oracle = vec![0; size];

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::history::{History, Ledger};
 use super::replay::{Cut, Disk, Keep, Names, Replay};
 use super::tape::{Op, Step, Tape};
+use super::{number, scratch};
 use crate::format::{Run, State};
 use crate::fs;
 use crate::log::Log;
@@ -17,11 +18,6 @@ struct Recorded {
     steps: Vec<Step>,
     ledger: Ledger,
     taken_over: Vec<Range<usize>>,
-}
-
-/// Memory, where there is any that can be written to like a disk.
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 /// Records what `live` does with a history.
@@ -53,7 +49,11 @@ fn retried() -> Vec<Recorded> {
     let mut all = Vec::new();
     for operations in 0.. {
         let mut died = true;
-        all.push(record(1, |history| died = history.retry(operations)));
+        all.push(record(1, |history| {
+            history.prepare();
+            history.die_after(operations);
+            died = history.one_of_each(|_| (), |history, _| history.revive());
+        }));
         if !died {
             break;
         }
@@ -159,10 +159,6 @@ fn brief(step: &Step) -> String {
     let mut text = format!("{step:?}");
     text.truncate(120);
     text
-}
-
-fn number(variable: &str, default: usize) -> usize {
-    std::env::var(variable).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }
 
 /// `STORAGE_BLOCK_POWER_SEEDS` says how many histories.
