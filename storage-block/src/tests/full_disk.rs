@@ -143,13 +143,14 @@ fn logs_that_cannot_be_rewritten_go_on() {
 /// left and nothing else is lost, and then it goes well.
 #[test]
 fn any_operation_may_fail() {
-    for (error, kind) in [(Errno::NOSPC, ErrorKind::NoSpace), (Errno::IO, ErrorKind::Io)] {
+    let errors = [(Errno::NOSPC, ErrorKind::NoSpace), (Errno::IO, ErrorKind::Io)];
+    for ((error, kind), seed) in errors.into_iter().zip(1..) {
         for operations in 0.. {
             let dir = scratch();
             let root = dir.path().join("root");
             std::fs::create_dir(&root).unwrap();
             let tape = Tape::record(&root, std::iter::empty());
-            let mut history = History::new(&root, tape, 1);
+            let mut history = History::new(&root, tape, seed);
             history.prepare();
             history.fail_after(operations, error);
             history.one_of_each(
@@ -188,9 +189,9 @@ fn nothing_is_lost_for_want_of_space() {
         history.one_of_each(fill, |history, error| {
             failures += 1;
             assert_eq!(error.kind(), ErrorKind::NoSpace, "{kib} KiB: {error}");
-            history.recover();
             // Emptied and not removed: a child that another test is starting may hold it open still.
             std::fs::write(&filler, []).unwrap();
+            history.recover();
         });
         std::fs::write(&filler, []).unwrap();
         history.check_closed().unwrap_or_else(|why| panic!("with {kib} KiB: {why}"));

@@ -284,7 +284,7 @@ impl History {
             |history| history.flush(0),
             Self::create,
             |history| history.snapshot(0),
-            Self::sweep,
+            |history| history.sweep(100),
             |history| history.import(1),
             |history| if history.volumes.len() > 1 { history.delete(1) } else { Ok(()) },
             |history| history.import(3),
@@ -327,6 +327,12 @@ impl History {
                 self.observe(at).unwrap();
             }
         }
+        // What has gone is stored again, and not thought to be there.
+        self.import(1).unwrap();
+        self.import(2).unwrap();
+        for digest in self.store().snapshots().unwrap() {
+            self.store().snapshot(&digest).unwrap().verify().unwrap();
+        }
     }
 
     /// Closes everything, and checks it like what a crash has left.
@@ -361,7 +367,7 @@ impl History {
         let at = self.random.below(self.volumes.len() as u64) as usize;
         match self.random.below(26) {
             0 | 1 => self.snapshot(at),
-            2 => self.sweep(),
+            2 => self.sweep(2),
             3 if self.random.below(2) == 0 => {
                 let seed = self.random.below(4);
                 self.import(seed)
@@ -469,12 +475,13 @@ impl History {
         }
     }
 
-    /// Keeps what volumes need, and some of the others.
-    fn sweep(&mut self) -> Result<()> {
+    /// Keeps what volumes need, and of the others one in `one_in`.
+    fn sweep(&mut self, one_in: u64) -> Result<()> {
         let now = self.now();
         let bases: HashSet<Digest> = self.volumes.iter().filter_map(|(_, volume)| volume.base()).collect();
         let listed = self.store().snapshots()?;
-        let mut keep: HashSet<Digest> = listed.into_iter().filter(|_| self.random.below(2) == 0).collect();
+        let mut keep: HashSet<Digest> =
+            listed.into_iter().filter(|_| self.random.below(one_in) == 0).collect();
         keep.extend(&bases);
         for known in &mut self.ledger.snapshots {
             if known.dropped.is_none() && known.digest().is_some_and(|digest| !keep.contains(&digest)) {
