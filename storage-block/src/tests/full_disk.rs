@@ -14,10 +14,13 @@ use crate::testing::compare;
 use crate::{ErrorKind, Store, Volume};
 
 /// A file system of a fixed size, unmounted at the end.
-struct Small(PathBuf, #[expect(dead_code, reason = "removes the directory")] tempfile::TempDir);
+pub(super) struct Small(
+    pub(super) PathBuf,
+    #[expect(dead_code, reason = "removes the directory")] tempfile::TempDir,
+);
 
 impl Small {
-    fn mount(kib: u64) -> Option<Self> {
+    pub(super) fn mount(kib: u64) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let option = format!("size={kib}k");
         let mount =
@@ -149,7 +152,7 @@ fn any_operation_may_fail() {
             let dir = scratch();
             let root = dir.path().join("root");
             std::fs::create_dir(&root).unwrap();
-            let tape = Tape::record(&root, std::iter::empty());
+            let tape = Tape::record(&root);
             let mut history = History::new(&root, tape, seed);
             history.prepare();
             history.fail_after(operations, error);
@@ -178,7 +181,7 @@ fn nothing_is_lost_for_want_of_space() {
         let Some(small) = Small::mount(3 << 10) else { return };
         let (root, filler) = (small.0.join("root"), small.0.join("filler"));
         std::fs::create_dir(&root).unwrap();
-        let tape = Tape::record(&root, std::iter::empty());
+        let tape = Tape::record(&root);
         let mut history = History::new(&root, tape, kib + 1);
         history.prepare();
         let fill = |_: &History| {

@@ -39,6 +39,8 @@ struct KnownVolume {
     versions: Vec<(usize, Bytes)>,
     /// When a flush had returned, and the version that it covered.
     flushes: Vec<(usize, usize)>,
+    /// When it had been made larger, and its size from then on.
+    grown: Vec<(usize, usize)>,
 }
 
 /// When a removal began and when it had returned.
@@ -91,13 +93,21 @@ impl KnownVolume {
         let versions: Vec<&[u8]> =
             self.versions[flushed..].iter().take_while(|(at, _)| *at < now).map(|(_, v)| &v[..]).collect();
         let Some(newest) = versions.last() else { return Ok(()) };
-        if found.len() != newest.len() {
+        let least = self.grown.iter().filter(|(acked, _)| *acked <= now).map(|(_, len)| *len).max();
+        let sizes = versions.iter().map(|version| version.len());
+        if !sizes.filter(|len| Some(*len) >= least).any(|len| len == found.len()) {
             return Err(format!("{} has {} bytes", self.dir.display(), found.len()));
         }
+        // What is new of a larger volume is zero.
+        let part = |version: &[u8], at: usize, len: usize| {
+            let mut part = version.get(at..at + len).unwrap_or_default().to_vec();
+            part.resize(len, 0);
+            part
+        };
         for (number, sector) in found.chunks(512).enumerate() {
             let at = number * 512;
-            if !versions.iter().rev().any(|version| &version[at..at + sector.len()] == sector) {
-                let (found, newest) = (&sector[..4], &newest[at..at + 4]);
+            if !versions.iter().rev().any(|version| part(version, at, sector.len()) == sector) {
+                let (found, newest) = (&sector[..4], part(newest, at, 4));
                 let what =
                     format!("sector {number} of {} is {found:?}.., not {newest:?}", self.dir.display());
                 return Err(format!("{what}, nor one of {} since the flush", versions.len()));
@@ -115,7 +125,8 @@ impl Ledger {
             drops(snapshot.dropped) + usize::from(snapshot.acked.is_some_and(|(acked, _)| acked <= now))
         });
         let volumes = self.volumes.iter().map(|volume| {
-            let flushes = volume.flushes.iter().filter(|(acked, _)| *acked <= now).count();
+            let flushes =
+                volume.flushes.iter().chain(&volume.grown).filter(|(acked, _)| *acked <= now).count();
             drops(volume.dropped) + usize::from(volume.acked.is_some_and(|acked| acked <= now)) + flushes
         });
         snapshots.chain(volumes).sum()
@@ -278,12 +289,14 @@ impl History {
         mut before: impl FnMut(&Self),
         mut failed: impl FnMut(&mut Self, Error),
     ) -> bool {
-        let acts: [fn(&mut Self) -> Result<()>; 9] = [
+        let acts: [fn(&mut Self) -> Result<()>; 11] = [
             |history| history.import(2),
             |history| history.change(0),
             |history| history.flush(0),
             Self::create,
             |history| history.snapshot(0),
+            |history| history.grow(0),
+            Self::snapshot_all,
             |history| history.sweep(100),
             |history| history.import(1),
             |history| if history.volumes.len() > 1 { history.delete(1) } else { Ok(()) },
@@ -365,8 +378,10 @@ impl History {
             return self.create();
         }
         let at = self.random.below(self.volumes.len() as u64) as usize;
-        match self.random.below(26) {
+        match self.random.below(28) {
             0 | 1 => self.snapshot(at),
+            6 => self.snapshot_all(),
+            7 => self.grow(at),
             2 => self.sweep(2),
             3 if self.random.below(2) == 0 => {
                 let seed = self.random.below(4);
@@ -374,7 +389,7 @@ impl History {
             }
             4 if self.volumes.len() > 1 => self.delete(at),
             5 => self.reopen(at),
-            6..=9 => self.flush(at),
+            8..=11 => self.flush(at),
             _ => self.change(at),
         }
     }
@@ -401,6 +416,7 @@ impl History {
             dropped: None,
             versions,
             flushes,
+            grown: Vec::new(),
         });
         if self.random.below(2) == 0 {
             let volume = Volume::create(&path, base.as_ref(), size)?;
@@ -454,6 +470,38 @@ impl History {
         self.ledger.snapshots.push(KnownSnapshot { begun, acked: None, dropped: None, content });
         let digest = volume.snapshot(&self.store())?.0.digest();
         self.know(digest);
+        Ok(())
+    }
+
+    /// Snapshots of all volumes at one instant, after which one goes on before they are stored.
+    fn snapshot_all(&mut self) -> Result<()> {
+        let begun = self.now();
+        let first = self.ledger.snapshots.len();
+        for (known, _) in &self.volumes {
+            let content = Arc::clone(self.ledger.volumes[*known].current());
+            self.ledger.snapshots.push(KnownSnapshot { begun, acked: None, dropped: None, content });
+        }
+        let store = self.store();
+        let frozen = Volume::freeze(self.volumes.iter().map(|(_, volume)| volume), &store);
+        self.change(0)?;
+        let made = frozen.store(&mut |_| ())?;
+        let now = self.now();
+        for (known, (snapshot, _)) in self.ledger.snapshots[first..].iter_mut().zip(made) {
+            known.acked = Some((now, snapshot.digest()));
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, at: usize) -> Result<()> {
+        let now = self.now();
+        let (known, volume) = &self.volumes[at];
+        let known = &mut self.ledger.volumes[*known];
+        let mut bytes = known.current().to_vec();
+        bytes.resize(bytes.len() + self.random.below(3) as usize * 4096, 0);
+        let size = bytes.len();
+        known.versions.push((now, Arc::new(bytes)));
+        volume.grow(size as u64)?;
+        known.grown.push((self.tape.position(), size));
         Ok(())
     }
 

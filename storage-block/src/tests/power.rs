@@ -25,7 +25,7 @@ fn record(seed: u64, live: impl FnOnce(&mut History)) -> Recorded {
     let dir = scratch();
     let root = dir.path().join("root");
     std::fs::create_dir(&root).unwrap();
-    let tape = Tape::record(&root, std::iter::empty());
+    let tape = Tape::record(&root);
     let mut history = History::new(&root, tape.clone(), seed);
     live(&mut history);
     let (ledger, taken_over) = (history.ledger.clone(), history.taken_over.clone());
@@ -142,7 +142,7 @@ impl Cutter<'_> {
         let root = self.dir.path().join("root");
         disk.put(&root);
         let disk = Disk::load(&root);
-        let tape = Tape::record(&root, disk.names());
+        let tape = Tape::record_over(&root, disk.names());
         self.ledger.open_all(&root);
         std::fs::remove_dir_all(&root).unwrap();
         let mut replay = Replay::from(disk);
@@ -265,12 +265,12 @@ fn logs_are_rewritten_as_a_whole() {
     let dir = scratch();
     let (root, copy) = (dir.path().join("root"), dir.path().join("copy"));
     std::fs::create_dir(&root).unwrap();
-    let tape = Tape::record(&root, std::iter::empty());
+    let tape = Tape::record(&root);
     let (size, blocks) = (1 << 30, 1 << 18);
     let mut log = Log::create(&root.join("log"), size, None).unwrap();
     log.sync_created().unwrap();
     fs::sync_dir(&root).unwrap();
-    let expected = StateMap::new(blocks);
+    let expected = StateMap::default();
     let mut appends = vec![(tape.position(), expected.runs(0, blocks))];
     let renamed = |tape: &Tape| tape.steps().iter().position(|step| matches!(step.op, Op::Rename { .. }));
     for round in 0.. {

@@ -67,8 +67,16 @@ pub(crate) struct Track {
 static TAPES: Mutex<Vec<Weak<Tape>>> = Mutex::new(Vec::new());
 
 impl Tape {
+    /// Records what is done in a directory that is empty, or not there yet.
+    pub(crate) fn record(root: &Path) -> Arc<Self> {
+        Self::record_over(root, std::iter::empty())
+    }
+
     /// Records what is done in a directory where there are files with these names already.
-    pub(crate) fn record<'n>(root: &Path, there: impl Iterator<Item = (&'n PathBuf, FileId)>) -> Arc<Self> {
+    pub(crate) fn record_over<'n>(
+        root: &Path,
+        there: impl Iterator<Item = (&'n PathBuf, FileId)>,
+    ) -> Arc<Self> {
         let names: HashMap<PathBuf, FileId> = there.map(|(path, file)| (path.clone(), file)).collect();
         let state = State { files: names.len(), names, ..State::default() };
         let tape = Arc::new(Self { root: root.to_owned(), state: Mutex::new(state) });
@@ -178,7 +186,7 @@ fn what_is_done_to_files_is_recorded() {
 
     let dir = tempfile::tempdir().unwrap();
     let (here, elsewhere) = (dir.path().join("here"), dir.path().join("elsewhere"));
-    let tape = Tape::record(&here, std::iter::empty());
+    let tape = Tape::record(&here);
     for dir in [&here, &elsewhere] {
         fs::create_dir_all(dir).unwrap();
         let file = File::create_new(&dir.join("a")).unwrap();
