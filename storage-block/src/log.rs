@@ -9,7 +9,7 @@ use crate::format::{
 use crate::fs::{self, File};
 use crate::map::StateMap;
 use crate::raw::write_zeroes;
-use crate::store::sync_dir;
+use crate::store::{parent, sync_dir};
 use crate::{Error, Result};
 
 /// The length of a new log: zeroes are written ahead, so that most appends change no metadata.
@@ -75,9 +75,10 @@ impl Log {
         };
         let map = log.replay()?;
         log.clear_tail()?;
-        // A process may have died between a batch and its synchronisation. What is relied on from here
-        // on must not go with the power.
+        // A process may have died between a batch and its synchronisation, or between a log's name and its. What
+        // is relied on from here on must not go with the power.
         log.file.sync_data().map_err(|e| Error::io(e, format!("cannot flush {}", path.display())))?;
+        sync_dir(parent(path))?;
         Ok((log, map))
     }
 
