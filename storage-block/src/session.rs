@@ -108,8 +108,8 @@ impl<'s> Session<'s> {
 
     /// Makes everything durable and known, and then what `publish` does, which is to write the snapshots' roots.
     ///
-    /// This synchronises the pack and its index, a root and its directory, and one directory more
-    /// where a pack is new: four or five times however much there is, more only if several packs are filled or
+    /// This synchronises the pack and its index, a root and its directory, and twice one directory more
+    /// where a pack is new: four or six times however much there is, more only if several packs are filled or
     /// several snapshots made.
     /// The index of a pack is written when the pack's bytes are durable, so that a record never speaks
     /// of bytes that a crash took; and a pack gets its final name after its index has.
