@@ -13,10 +13,10 @@ use std::path::Path;
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 
-use crate::{IoBuf, buffer};
-
+use crate::store::parent;
 #[cfg(test)]
 use crate::tests::tape::{self, Op};
+use crate::{IoBuf, buffer};
 
 /// Does something that changes a file, and in tests has it recorded.
 macro_rules! act {
@@ -190,12 +190,15 @@ pub(crate) fn create_dir(path: &Path) -> io::Result<()> {
     act!(&tape::of(path), Op::CreateDir { path: path.into() }, std::fs::create_dir(path))
 }
 
+/// Makes a directory and those above it. The names of those above are durable then, and its own is not yet.
 pub(crate) fn create_dir_all(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        create_dir_all(parent)?;
+    let above = parent(path);
+    if !above.is_dir() {
+        create_dir_all(above)?;
+        sync_dir(parent(above))?;
     }
     match create_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),

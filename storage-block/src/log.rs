@@ -10,7 +10,7 @@ use crate::format::{
 use crate::fs::{self, File};
 use crate::map::StateMap;
 use crate::raw::write_zeroes;
-use crate::store::sync_dir;
+use crate::store::{parent, sync_dir};
 use crate::{Error, Result};
 
 /// The length of a new log: zeroes are written ahead, so that most appends change no metadata.
@@ -81,9 +81,10 @@ impl Log {
         };
         let map = log.replay()?;
         log.clear_tail()?;
-        // A process may have died between a batch and its synchronisation. What is relied on from here
-        // on must not go with the power.
+        // A process may have died between a batch and its synchronisation, or between a log's name and its. What
+        // is relied on from here on must not go with the power.
         log.file.sync_data().map_err(|e| Error::io(e, format!("cannot flush {}", path.display())))?;
+        sync_dir(parent(path))?;
         Ok((log, map))
     }
 
@@ -134,7 +135,7 @@ impl Log {
 
     /// Reads the log from its beginning to its last whole batch.
     fn replay(&mut self) -> Result<StateMap> {
-        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new() };
+        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new(), last: false };
         let corrupt = |why: String| Error::corrupt(&self.path, why);
         self.header = format::parse_volume(window.get(0, LOG_HEADER as usize)?).map_err(corrupt)?;
         let metadata = self.file.metadata();
@@ -174,7 +175,7 @@ impl Log {
     /// Zeroes what is left of a batch that a crash cut off.
     fn clear_tail(&mut self) -> Result<()> {
         let failed = |e| Error::io(e, format!("cannot clear the end of {}", self.path.display()));
-        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new() };
+        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new(), last: false };
         let mut at = self.end;
         while at < self.len {
             let bytes = window.get(at, LOG_ALIGN)?;
@@ -248,18 +249,24 @@ struct Window<'f> {
     path: &'f Path,
     at: u64,
     bytes: Vec<u8>,
+    /// Nothing comes behind `bytes`.
+    last: bool,
 }
 
 impl Window<'_> {
     /// `len` bytes from `at`, fewer only at the end of the file.
     fn get(&mut self, at: u64, len: usize) -> Result<&[u8]> {
         let held = self.at..self.at + self.bytes.len() as u64;
-        if at < held.start || at + len as u64 > held.end {
+        if at < held.start || (at + len as u64 > held.end && !self.last) {
             self.bytes.resize(len.max(2 * BATCH_BYTES), 0);
             let mut filled = 0;
+            self.last = false;
             while filled < self.bytes.len() {
                 match self.file.read_at(&mut self.bytes[filled..], at + filled as u64) {
-                    Ok(0) => break,
+                    Ok(0) => {
+                        self.last = true;
+                        break;
+                    }
                     Ok(read) => filled += read,
                     Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                     Err(e) => return Err(Error::io(e, format!("cannot read {}", self.path.display()))),
@@ -268,7 +275,7 @@ impl Window<'_> {
             self.bytes.truncate(filled);
             self.at = at;
         }
-        let start = (at - self.at) as usize;
+        let start = ((at - self.at) as usize).min(self.bytes.len());
         let end = (start + len).min(self.bytes.len());
         Ok(&self.bytes[start..end])
     }

@@ -173,8 +173,8 @@ impl<'s> Session<'s> {
 
     /// Makes everything durable and known, and then what `publish` does, which is to write the snapshots' roots.
     ///
-    /// This synchronises the pack and its index, a root and its directory, and one directory more
-    /// where a pack is new: four or five times however much there is, more only if several packs are filled or
+    /// This synchronises the pack and its index, a root and its directory, and twice one directory more
+    /// where a pack is new: four or six times however much there is, more only if several packs are filled or
     /// several snapshots made.
     /// The index of a pack is written when the pack's bytes are durable, so that a record never speaks
     /// of bytes that a crash took; and a pack gets its final name after its index has.
@@ -194,18 +194,19 @@ impl<'s> Session<'s> {
             writing.index.sync_data().map_err(|e| failed(e, &writing.index_path))?;
         }
         let dir = self.store.packs_dir();
-        let mut renamed = false;
-        for writing in self.packs.iter().filter(|writing| writing.new) {
-            let number = writing.pack.number;
-            for (from, to) in [
-                (&writing.index_path, pack::index_path(&dir, number)),
-                (&writing.pack.path, pack::pack_path(&dir, number)),
-            ] {
-                fs::rename(from, &to).map_err(|e| Error::io(e, format!("cannot name {}", to.display())))?;
+        // A pack whose name is durable has an index whose name is, in whatever order a file system keeps them.
+        let new: Vec<&Writing> = self.packs.iter().filter(|writing| writing.new).collect();
+        let name = |from: &PathBuf, to: PathBuf| {
+            fs::rename(from, &to).map_err(|e| Error::io(e, format!("cannot name {}", to.display())))
+        };
+        if !new.is_empty() {
+            for writing in &new {
+                name(&writing.index_path, pack::index_path(&dir, writing.pack.number))?;
             }
-            renamed = true;
-        }
-        if renamed {
+            sync_dir(&dir)?;
+            for writing in &new {
+                name(&writing.pack.path, pack::pack_path(&dir, writing.pack.number))?;
+            }
             sync_dir(&dir)?;
         }
         // Nobody who finds the root may fail to find its objects, and a root that cannot be written takes

@@ -77,16 +77,18 @@ impl Store {
     pub fn open_with(dir: impl AsRef<Path>, options: &StoreOptions) -> Result<Self> {
         let dir = dir.as_ref().to_owned();
         let (packs, snapshots) = (dir.join(PACKS), dir.join(SNAPSHOTS));
-        let new = !snapshots.is_dir();
+        // The lock is made last: where it is, the names above it are durable.
+        let lock = dir.join("lock");
+        let new = !lock.exists();
         for made in [&packs, &snapshots] {
             fs::create_dir_all(made)
                 .map_err(|e| Error::io(e, format!("cannot create {}", made.display())))?;
         }
-        let lock = Locked::open(&dir.join("lock"), true)?;
         if new {
             sync_dir(&dir)?;
             sync_dir(parent(&dir))?;
         }
+        let lock = Locked::open(&lock, true)?;
         clear_half_made(&packs)?;
         clear_half_made(&snapshots)?;
         clear_lone_indices(&packs)?;

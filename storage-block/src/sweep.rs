@@ -185,11 +185,14 @@ fn drop_packs(index: &mut Index, dir: &Path, numbers: &[u32]) -> Result<()> {
     }
     let failed = |e, number| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
     let doomed = |number| dir.join(format!("{number:08x}.pack.tmp"));
-    for &number in numbers {
+    let unnamed = numbers.iter().try_for_each(|&number| {
         fs::rename(&pack::pack_path(dir, number), &doomed(number)).map_err(|e| failed(e, number))?;
         index.packs.remove(&number);
-    }
+        Ok(())
+    });
+    // Also when one has kept its name: nobody may take what was in the others for stored.
     index.places.retain(|_, place| index.packs.contains_key(&place.pack));
+    unnamed?;
     sync_dir(dir)?;
     for &number in numbers {
         fs::remove_file(&pack::index_path(dir, number)).map_err(|e| failed(e, number))?;

@@ -1,21 +1,13 @@
-//! What a volume is after a crash: whatever was flushed, and of the rest any part.
-
-use std::path::Path;
+//! A volume's log, cut off in a crash and rewritten.
 
 use super::{image, memory};
 use crate::format::{Run, State};
 use crate::log::Log;
 use crate::map::StateMap;
-use crate::testing::{Random, compare, random_operation};
-use crate::{BlockBackend, Disk, ErrorKind, Result, Store, Volume};
+use crate::testing::compare;
+use crate::{ErrorKind, Store, Volume};
 
 const SECTOR: usize = 512;
-
-fn contents(disk: &Disk) -> Vec<u8> {
-    let mut bytes = vec![0; disk.size() as usize];
-    disk.read_at(&mut bytes, 0).unwrap();
-    bytes
-}
 
 /// The last batch cut short or damaged at every byte: what earlier flushes covered is there, and the blocks that
 /// the batch spoke of are what they were before.
@@ -78,124 +70,6 @@ fn a_torn_batch_is_as_if_never_written() {
     // A log that is shorter than it was made is no crash's work.
     std::fs::write(path.join("log"), &log[..used]).unwrap();
     assert_eq!(Volume::open(&path, &store).unwrap_err().kind(), ErrorKind::Corrupt);
-}
-
-/// The files of a volume at one moment.
-#[derive(Clone)]
-struct Files {
-    overlay: Vec<u8>,
-    log: Vec<u8>,
-}
-
-impl Files {
-    fn take(dir: &Path) -> Self {
-        let read = |name| std::fs::read(dir.join(name)).unwrap();
-        Self { overlay: read("overlay"), log: read("log") }
-    }
-
-    fn put(&self, dir: &Path) {
-        std::fs::create_dir_all(dir).unwrap();
-        std::fs::write(dir.join("overlay"), &self.overlay).unwrap();
-        std::fs::write(dir.join("log"), &self.log).unwrap();
-    }
-}
-
-/// Some sectors as they were, some as they became: what is on a disk when the power goes.
-fn mix(old: &[u8], new: &[u8], random: &mut Random) -> Vec<u8> {
-    let mut mixed = old.to_vec();
-    mixed.resize(new.len(), 0);
-    for (mixed, new) in mixed.chunks_mut(SECTOR).zip(new.chunks(SECTOR)) {
-        if random.below(2) == 0 {
-            mixed.copy_from_slice(new);
-        }
-    }
-    mixed
-}
-
-/// A disk whose flushes do nothing, so that the only ones are those of the test.
-#[derive(Debug)]
-struct Unflushed(Disk);
-
-impl BlockBackend for Unflushed {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.0.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.0.write_at(buf, offset)
-    }
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-    fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.0.discard(offset, len)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        self.0.write_zeroes(offset, len)
-    }
-}
-
-/// Checks that each sector is one that it has been since the last flush.
-fn check_sectors(found: &[u8], history: &[Vec<u8>]) -> std::result::Result<(), usize> {
-    for (number, sector) in found.chunks(SECTOR).enumerate() {
-        let range = number * SECTOR..number * SECTOR + sector.len();
-        if !history.iter().any(|bytes| &bytes[range.clone()] == sector) {
-            return Err(number);
-        }
-    }
-    Ok(())
-}
-
-/// Power cuts before, in and after a flush. `wrong` does what no flush may: the log before the data.
-fn power_cuts(rounds: usize, seed: u64, wrong: bool) -> std::result::Result<(), usize> {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path().join("store")).unwrap();
-    let mut oracle = image(6, 0, seed);
-    let (base, _) = store.import(&memory(&oracle), &mut |_| ()).unwrap();
-    let (path, copy) = (dir.path().join("volume"), dir.path().join("copy"));
-    let volume = Volume::create(&path, Some(&base), oracle.len() as u64).unwrap();
-    let disk = Disk::new(Unflushed(volume.disk())).unwrap();
-    let mut random = Random(seed);
-    for _ in 0..rounds {
-        let before = Files::take(&path);
-        let mut history = vec![oracle.clone()];
-        for _ in 0..=random.below(5) {
-            random_operation(&disk, &mut oracle, &mut random);
-            history.push(oracle.clone());
-        }
-        volume.disk().flush().unwrap();
-        let after = Files::take(&path);
-        for _ in 0..4 {
-            let data_on_its_way =
-                Files { overlay: mix(&before.overlay, &after.overlay, &mut random), ..before.clone() };
-            let log_on_its_way = Files { log: mix(&before.log, &after.log, &mut random), ..after.clone() };
-            let log_first = Files { overlay: before.overlay.clone(), ..after.clone() };
-            for files in if wrong { vec![log_first] } else { vec![data_on_its_way, log_on_its_way] } {
-                files.put(&copy);
-                let crashed = Volume::open(&copy, &store).unwrap();
-                check_sectors(&contents(&crashed.disk()), &history)?;
-            }
-        }
-        after.put(&copy);
-        let whole = Volume::open(&copy, &store).unwrap();
-        compare(&whole.disk(), &oracle, "after a flush");
-    }
-    Ok(())
-}
-
-#[test]
-fn power_cuts_lose_nothing_that_was_flushed() {
-    for seed in 1..=4 {
-        assert_eq!(power_cuts(25, seed, false), Ok(()), "seed {seed}");
-    }
-}
-
-/// The test above would see a log that is written before the data.
-#[test]
-fn the_wrong_order_would_be_seen() {
-    assert!((1..=4).any(|seed| power_cuts(25, seed, true).is_err()));
 }
 
 /// A log that grows is rewritten, and says the same afterwards.

@@ -3,7 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{image, memory};
+use rustix::io::Errno;
+
+use super::history::History;
+use super::tape::Tape;
+use super::{image, memory, scratch};
 use crate::format::{Run, State};
 use crate::log::Log;
 use crate::testing::compare;
@@ -34,6 +38,11 @@ impl Drop for Small {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
+}
+
+fn free(dir: &Path) -> u64 {
+    let stat = rustix::fs::statvfs(dir).unwrap();
+    stat.f_bavail * stat.f_frsize
 }
 
 fn used(dir: &Path) -> u64 {
@@ -131,4 +140,65 @@ fn logs_that_cannot_be_rewritten_go_on() {
         map.runs(0, 1 << 18).iter().filter(|run| run.state == State::Overlay).count(),
         rounds * 10_000
     );
+}
+
+/// Every operation on a file fails once, for want of space or of a disk that works: the call says so, nothing of it is
+/// left and nothing else is lost, and then it goes well.
+#[test]
+fn any_operation_may_fail() {
+    let errors = [(Errno::NOSPC, ErrorKind::NoSpace), (Errno::IO, ErrorKind::Io)];
+    for ((error, kind), seed) in errors.into_iter().zip(1..) {
+        for operations in 0.. {
+            let dir = scratch();
+            let root = dir.path().join("root");
+            std::fs::create_dir(&root).unwrap();
+            let tape = Tape::record(&root);
+            let mut history = History::new(&root, tape, seed);
+            history.prepare();
+            history.fail_after(operations, error);
+            history.one_of_each(
+                |_| (),
+                |history, error| {
+                    assert_eq!(error.kind(), kind, "operation {operations}: {error}");
+                    history.recover();
+                },
+            );
+            let what = format!("operation {operations} failed: {error}");
+            history.check_closed().unwrap_or_else(|why| panic!("{what}, and {why}"));
+            if history.is_unharmed() {
+                assert!(operations > 50, "only {operations} operations");
+                break;
+            }
+        }
+    }
+}
+
+/// The same with a file system that is full, with so much room left before each call.
+#[test]
+fn nothing_is_lost_for_want_of_space() {
+    let mut failures = 0;
+    for kib in (0..400).step_by(4) {
+        let Some(small) = Small::mount(3 << 10) else { return };
+        let (root, filler) = (small.0.join("root"), small.0.join("filler"));
+        std::fs::create_dir(&root).unwrap();
+        let tape = Tape::record(&root);
+        let mut history = History::new(&root, tape, kib + 1);
+        history.prepare();
+        let fill = |_: &History| {
+            std::fs::write(&filler, []).unwrap();
+            let len = free(&small.0).saturating_sub(kib << 10);
+            std::fs::write(&filler, vec![1; len as usize]).unwrap();
+        };
+        history.one_of_each(fill, |history, error| {
+            failures += 1;
+            assert_eq!(error.kind(), ErrorKind::NoSpace, "{kib} KiB: {error}");
+            // Emptied and not removed: a child that another test is starting may hold it open still.
+            std::fs::write(&filler, []).unwrap();
+            history.recover();
+        });
+        std::fs::write(&filler, []).unwrap();
+        history.check_closed().unwrap_or_else(|why| panic!("with {kib} KiB: {why}"));
+    }
+    println!("{failures} calls failed for want of space");
+    assert!(failures > 100);
 }

@@ -10,9 +10,12 @@ mod freeze;
 mod full_disk;
 mod golden;
 mod grow;
+mod history;
 mod model;
 mod patches;
+mod power;
 mod queue;
+mod replay;
 mod scrub;
 mod store;
 pub(crate) mod tape;
@@ -66,4 +69,14 @@ fn contents(dir: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     }
     found.sort();
     found
+}
+
+/// A directory in memory, where there is one.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+/// What an environment variable says.
+fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }

@@ -25,14 +25,14 @@ pub(crate) enum Op {
 /// A file, whatever its name is at the moment.
 pub(crate) type FileId = usize;
 
-/// What was done, and to which file if it was to one's content or it made one.
+/// What was done, and to which file, but for what is done to a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Step {
     pub(crate) file: Option<FileId>,
     pub(crate) op: Op,
 }
 
-/// A recorder for a directory that is empty when it begins, for as long as it lives.
+/// A recorder for a directory, for as long as it lives.
 #[derive(Debug)]
 pub(crate) struct Tape {
     root: PathBuf,
@@ -44,6 +44,16 @@ struct State {
     steps: Vec<Step>,
     names: HashMap<PathBuf, FileId>,
     files: usize,
+    fault: Option<Fault>,
+}
+
+/// What becomes of an operation when so many have been recorded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Fault {
+    pub(crate) at: usize,
+    pub(crate) error: rustix::io::Errno,
+    /// The one after it goes well again; else everything fails, as it does for a process that is dead.
+    pub(crate) once: bool,
 }
 
 /// Where a handle's operations are recorded.
@@ -57,12 +67,38 @@ pub(crate) struct Track {
 static TAPES: Mutex<Vec<Weak<Tape>>> = Mutex::new(Vec::new());
 
 impl Tape {
+    /// Records what is done in a directory that is empty, or not there yet.
     pub(crate) fn record(root: &Path) -> Arc<Self> {
-        let tape = Arc::new(Self { root: root.to_owned(), state: Mutex::default() });
+        Self::record_over(root, std::iter::empty())
+    }
+
+    /// Records what is done in a directory where there are files with these names already.
+    pub(crate) fn record_over<'n>(
+        root: &Path,
+        there: impl Iterator<Item = (&'n PathBuf, FileId)>,
+    ) -> Arc<Self> {
+        let names: HashMap<PathBuf, FileId> = there.map(|(path, file)| (path.clone(), file)).collect();
+        let state = State { files: names.len(), names, ..State::default() };
+        let tape = Arc::new(Self { root: root.to_owned(), state: Mutex::new(state) });
         let mut tapes = lock(&TAPES);
         tapes.retain(|tape| tape.strong_count() > 0);
         tapes.push(Arc::downgrade(&tape));
         tape
+    }
+
+    /// How much has been recorded.
+    pub(crate) fn position(&self) -> usize {
+        lock(&self.state).steps.len()
+    }
+
+    /// Has operations fail from now on, or none.
+    pub(crate) fn set_fault(&self, fault: Option<Fault>) {
+        lock(&self.state).fault = fault;
+    }
+
+    /// Whether a fault is still to come.
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        lock(&self.state).fault
     }
 
     pub(crate) fn steps(&self) -> Vec<Step> {
@@ -95,12 +131,23 @@ pub(crate) fn act<T>(
 ) -> io::Result<T> {
     let Some(track) = track else { return act() };
     let mut state = lock(&track.tape.state);
+    state.fail()?;
     let done = act()?;
     state.note(&track.tape.root, track.file, op());
     Ok(done)
 }
 
 impl State {
+    fn fail(&mut self) -> io::Result<()> {
+        match self.fault {
+            Some(fault) if fault.at <= self.steps.len() => {
+                self.fault = (!fault.once).then_some(fault);
+                Err(fault.error.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn note(&mut self, root: &Path, mut file: Option<FileId>, mut op: Op) {
         let relative = |path: &mut PathBuf| *path = path.strip_prefix(root).unwrap().to_owned();
         match &mut op {
@@ -116,13 +163,12 @@ impl State {
             Op::Rename { from, to } => {
                 relative(from);
                 relative(to);
-                if let Some(file) = self.names.remove(from) {
-                    self.names.insert(to.clone(), file);
-                }
+                file = self.names.remove(from);
+                self.names.extend(file.map(|file| (to.clone(), file)));
             }
             Op::Remove { path } => {
                 relative(path);
-                self.names.remove(path);
+                file = self.names.remove(path);
             }
             Op::CreateDir { path } | Op::RemoveDir { path } | Op::SyncDir { path } => relative(path),
             Op::Write { .. } | Op::SetLen { .. } | Op::Punch { .. } | Op::Sync => {}
@@ -162,7 +208,7 @@ fn what_is_done_to_files_is_recorded() {
     let whole = [
         step(None, Op::CreateDir { path: "".into() }),
         step(Some(0), create(Path::new("a"))),
-        step(None, Op::Rename { from: "a".into(), to: "b".into() }),
+        step(Some(0), Op::Rename { from: "a".into(), to: "b".into() }),
         step(Some(0), Op::Write { offset: 1, bytes: b"x".to_vec() }),
         step(Some(0), Op::Sync),
         step(Some(0), Op::SetLen { len: 5 }),
@@ -170,8 +216,8 @@ fn what_is_done_to_files_is_recorded() {
         step(Some(1), create(temporary)),
         step(Some(1), Op::Write { offset: 0, bytes: b"y".to_vec() }),
         step(Some(1), Op::Sync),
-        step(None, Op::Rename { from: temporary.clone(), to: "c".into() }),
-        step(None, Op::Remove { path: "b".into() }),
+        step(Some(1), Op::Rename { from: temporary.clone(), to: "c".into() }),
+        step(Some(0), Op::Remove { path: "b".into() }),
         step(None, Op::SyncDir { path: "".into() }),
     ];
     assert_eq!(steps, whole);

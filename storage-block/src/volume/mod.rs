@@ -145,6 +145,9 @@ impl Volume {
         };
         let path = dir.join(OVERLAY);
         if let Err(e) = File::create_new(&path) {
+            if new {
+                let _ = fs::remove_dir(dir);
+            }
             return Err(Error::io(e, format!("cannot create {}", path.display())));
         }
         let created = Self::create_files(dir, base, size, key);

@@ -1,0 +1,646 @@
+//! A random life of a store and its volumes, and what of it has to be there after a crash at any moment.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ami_core::Digest;
+
+use super::tape::{Fault, Tape};
+use super::{image, memory};
+use crate::testing::Random;
+use crate::{Disk, Error, ErrorKind, Result, Store, Volume};
+
+type Bytes = Arc<Vec<u8>>;
+
+/// What was done, with the position on the tape at which each call began and at which it had returned.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Ledger {
+    snapshots: Vec<KnownSnapshot>,
+    volumes: Vec<KnownVolume>,
+}
+
+#[derive(Debug, Clone)]
+struct KnownSnapshot {
+    begun: usize,
+    acked: Option<(usize, Digest)>,
+    dropped: Option<Dropped>,
+    content: Bytes,
+}
+
+#[derive(Debug, Clone)]
+struct KnownVolume {
+    dir: PathBuf,
+    begun: usize,
+    acked: Option<usize>,
+    dropped: Option<Dropped>,
+    /// What it held, one after the other, and when the call began that made it so.
+    versions: Vec<(usize, Bytes)>,
+    /// When a flush had returned, and the version that it covered.
+    flushes: Vec<(usize, usize)>,
+    /// When it had been made larger, and its size from then on.
+    grown: Vec<(usize, usize)>,
+}
+
+/// When a removal began and when it had returned.
+#[derive(Debug, Clone, Copy)]
+struct Dropped {
+    begun: usize,
+    acked: Option<usize>,
+}
+
+impl Dropped {
+    fn gone(this: Option<Self>, now: usize) -> bool {
+        this.is_some_and(|dropped| dropped.acked.is_some_and(|acked| acked <= now))
+    }
+
+    fn going(this: Option<Self>, now: usize) -> bool {
+        this.is_some_and(|dropped| dropped.begun < now)
+    }
+}
+
+impl KnownSnapshot {
+    fn digest(&self) -> Option<Digest> {
+        self.acked.map(|(_, digest)| digest)
+    }
+
+    fn must_be(&self, now: usize) -> bool {
+        self.acked.is_some_and(|(acked, _)| acked <= now) && !Dropped::going(self.dropped, now)
+    }
+
+    fn may_be(&self, now: usize) -> bool {
+        self.begun < now && !Dropped::gone(self.dropped, now)
+    }
+}
+
+impl KnownVolume {
+    fn current(&self) -> &Bytes {
+        &self.versions[self.versions.len() - 1].1
+    }
+
+    fn must_be(&self, now: usize) -> bool {
+        self.acked.is_some_and(|acked| acked <= now) && !Dropped::going(self.dropped, now)
+    }
+
+    fn may_be(&self, now: usize) -> bool {
+        self.begun < now && !Dropped::gone(self.dropped, now)
+    }
+
+    /// Checks that each sector is what it was at the last flush or has been since.
+    fn check(&self, found: &[u8], now: usize) -> std::result::Result<(), String> {
+        let flushed = self.flushes.iter().rev().find(|(acked, _)| *acked <= now).map_or(0, |(_, at)| *at);
+        let versions: Vec<&[u8]> =
+            self.versions[flushed..].iter().take_while(|(at, _)| *at < now).map(|(_, v)| &v[..]).collect();
+        let Some(newest) = versions.last() else { return Ok(()) };
+        let least = self.grown.iter().filter(|(acked, _)| *acked <= now).map(|(_, len)| *len).max();
+        let sizes = versions.iter().map(|version| version.len());
+        if !sizes.filter(|len| Some(*len) >= least).any(|len| len == found.len()) {
+            return Err(format!("{} has {} bytes", self.dir.display(), found.len()));
+        }
+        // What is new of a larger volume is zero.
+        let part = |version: &[u8], at: usize, len: usize| {
+            let mut part = version.get(at..at + len).unwrap_or_default().to_vec();
+            part.resize(len, 0);
+            part
+        };
+        for (number, sector) in found.chunks(512).enumerate() {
+            let at = number * 512;
+            if !versions.iter().rev().any(|version| part(version, at, sector.len()) == sector) {
+                let (found, newest) = (&sector[..4], part(newest, at, 4));
+                let what =
+                    format!("sector {number} of {} is {found:?}.., not {newest:?}", self.dir.display());
+                return Err(format!("{what}, nor one of {} since the flush", versions.len()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Ledger {
+    /// How many calls had returned that promise something.
+    pub(crate) fn promises(&self, now: usize) -> usize {
+        let drops = |dropped: Option<Dropped>| usize::from(Dropped::gone(dropped, now));
+        let snapshots = self.snapshots.iter().map(|snapshot| {
+            drops(snapshot.dropped) + usize::from(snapshot.acked.is_some_and(|(acked, _)| acked <= now))
+        });
+        let volumes = self.volumes.iter().map(|volume| {
+            let flushes =
+                volume.flushes.iter().chain(&volume.grown).filter(|(acked, _)| *acked <= now).count();
+            drops(volume.dropped) + usize::from(volume.acked.is_some_and(|acked| acked <= now)) + flushes
+        });
+        snapshots.chain(volumes).sum()
+    }
+
+    /// Opens whatever can be opened.
+    pub(crate) fn open_all(&self, root: &Path) {
+        let Ok(store) = open_store(root) else { return };
+        for known in &self.volumes {
+            let _ = Volume::open(&root.join(&known.dir), &store);
+        }
+    }
+
+    /// Opens what is in `root` and checks that it is what a crash at `now` may leave, and can be worked with.
+    pub(crate) fn check(
+        &self,
+        root: &Path,
+        now: usize,
+        random: &mut Random,
+    ) -> std::result::Result<(), String> {
+        let said = |what: &str, error: Error| format!("{what}: {error}");
+        let store = open_store(root).map_err(|e| said("the store does not open", e))?;
+        let listed = store.snapshots().map_err(|e| said("snapshots are not listed", e))?;
+        for known in self.snapshots.iter().filter(|known| known.must_be(now)) {
+            let digest = known.digest().filter(|digest| listed.contains(digest));
+            digest.ok_or_else(|| format!("{:?} is lost", known.digest()))?;
+        }
+        for digest in &listed {
+            let snapshot = store.snapshot(digest).map_err(|e| said("a snapshot does not open", e))?;
+            let found = contents(&snapshot.disk()).map_err(|e| said("a snapshot is not read", e))?;
+            let of_now = |known: &&KnownSnapshot| known.may_be(now) && *known.content == found;
+            self.snapshots.iter().find(of_now).ok_or_else(|| format!("{digest} is none of now"))?;
+            // All chunks have been compared, so this seldom finds more.
+            if random.below(8) == 0 {
+                snapshot.verify().map_err(|e| said("a snapshot is not whole", e))?;
+            }
+        }
+        for name in ["packs", "snapshots"] {
+            let left = crate::pack::read_dir(&store.dir().join(name)).map_err(|e| said("no directory", e))?;
+            if left.iter().any(|name| name.ends_with(".tmp")) {
+                return Err(format!("half-made files stay: {left:?}"));
+            }
+        }
+        for known in &self.volumes {
+            let dir = root.join(&known.dir);
+            match Volume::open(&dir, &store) {
+                Ok(_) if !known.may_be(now) => return Err(format!("{} is still there", known.dir.display())),
+                Ok(volume) => {
+                    let found = contents(&volume.disk()).map_err(|e| said("a volume is not read", e))?;
+                    known.check(&found, now)?;
+                    use_volume(&store, &volume, found, random).map_err(|e| said("it cannot go on", e))?;
+                }
+                Err(e) if known.must_be(now) => return Err(said("a volume does not open", e)),
+                // Half-made or half-removed: whoever owns the directory can clear it away.
+                Err(_) => Volume::remove(&dir).map_err(|e| said("a rest is not removed", e))?,
+            }
+        }
+        drop(store);
+        let store = open_store(root).map_err(|e| said("the store does not open again", e))?;
+        for digest in listed.iter().filter(|_| random.below(4) == 0) {
+            let snapshot = store.snapshot(digest).map_err(|e| said("it is gone after more work", e))?;
+            snapshot.verify().map_err(|e| said("it is not whole after more work", e))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes, flushes, makes a snapshot, and now and then collects everything but that.
+fn use_volume(store: &Store, volume: &Volume, mut bytes: Vec<u8>, random: &mut Random) -> Result<()> {
+    let at = random.below(bytes.len() as u64 / 512) * 512;
+    volume.disk().write_at(&[0xaa; 512], at)?;
+    bytes[at as usize..][..512].fill(0xaa);
+    volume.disk().flush()?;
+    if random.below(3) > 0 {
+        return Ok(());
+    }
+    let (snapshot, _) = volume.snapshot(store)?;
+    snapshot.verify()?;
+    if random.below(3) == 0 {
+        let keep: HashSet<Digest> = store.snapshots()?.into_iter().collect();
+        store.remove_unreferenced(&keep)?;
+        snapshot.verify()?;
+    }
+    if contents(&snapshot.disk())? == bytes {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Corrupt, "a new snapshot holds other bytes than the volume"))
+}
+
+fn contents(disk: &Disk) -> Result<Vec<u8>> {
+    let mut bytes = vec![0xee; disk.size() as usize];
+    disk.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// The store is deeper than one directory, and its packs are small, so that there are many.
+fn open_store(root: &Path) -> Result<Store> {
+    Store::with_pack_slots(root.join("much/deeper/store"), 5)
+}
+
+/// What is going on.
+pub(crate) struct History {
+    root: PathBuf,
+    tape: Arc<Tape>,
+    pub(crate) ledger: Ledger,
+    store: Option<Store>,
+    /// The volumes that are open, and their places in the ledger.
+    volumes: Vec<(usize, Volume)>,
+    random: Random,
+    /// Where on the tape a process began that took over from one that had died, and where it had opened everything.
+    pub(crate) taken_over: Vec<Range<usize>>,
+    unharmed: bool,
+}
+
+impl History {
+    pub(crate) fn new(root: &Path, tape: Arc<Tape>, seed: u64) -> Self {
+        Self {
+            root: root.to_owned(),
+            tape,
+            ledger: Ledger::default(),
+            store: Some(open_store(root).unwrap()),
+            volumes: Vec::new(),
+            random: Random(seed),
+            taken_over: Vec::new(),
+            unharmed: false,
+        }
+    }
+
+    fn now(&self) -> usize {
+        self.tape.position()
+    }
+
+    fn store(&self) -> Store {
+        self.store.clone().unwrap()
+    }
+
+    /// Has the process die after so many more operations.
+    pub(crate) fn die_after(&mut self, operations: usize) {
+        let fault = Fault { at: self.now() + operations, error: rustix::io::Errno::IO, once: false };
+        self.tape.set_fault(Some(fault));
+    }
+
+    /// Has one operation fail after so many more.
+    pub(crate) fn fail_after(&mut self, operations: usize, error: rustix::io::Errno) {
+        self.tape.set_fault(Some(Fault { at: self.now() + operations, error, once: true }));
+    }
+
+    /// A store with a snapshot, and a volume that has been written to.
+    pub(crate) fn prepare(&mut self) {
+        self.import(1).unwrap();
+        self.create().unwrap();
+        self.change(0).unwrap();
+        self.flush(0).unwrap();
+    }
+
+    /// One of everything, after [`prepare`](Self::prepare). What fails is told, and has to go well then. Returns
+    /// whether any has failed.
+    pub(crate) fn one_of_each(
+        &mut self,
+        mut before: impl FnMut(&Self),
+        mut failed: impl FnMut(&mut Self, Error),
+    ) -> bool {
+        let acts: [fn(&mut Self) -> Result<()>; 11] = [
+            |history| history.import(2),
+            |history| history.change(0),
+            |history| history.flush(0),
+            Self::create,
+            |history| history.snapshot(0),
+            |history| history.grow(0),
+            Self::snapshot_all,
+            |history| history.sweep(100),
+            |history| history.import(1),
+            |history| if history.volumes.len() > 1 { history.delete(1) } else { Ok(()) },
+            |history| history.import(3),
+        ];
+        let mut any = false;
+        for act in acts {
+            before(self);
+            let Err(error) = act(self) else { continue };
+            any = true;
+            failed(self, error);
+            if act(self).is_err() {
+                // A volume that could not be made durable is not relied on until it has been opened again.
+                self.reopen(0).unwrap();
+                act(self).unwrap();
+            }
+        }
+        self.unharmed = self.tape.fault().is_some();
+        self.tape.set_fault(None);
+        any
+    }
+
+    /// Whether the operation that was to fail in [`one_of_each`](Self::one_of_each) was never come to.
+    pub(crate) fn is_unharmed(&self) -> bool {
+        self.unharmed
+    }
+
+    /// Checks that something that failed has left nothing half-made, and what there was.
+    pub(crate) fn recover(&mut self) {
+        let began = self.now();
+        let listed = self.store().snapshots().unwrap();
+        for digest in listed {
+            let known = self.ledger.snapshots.iter().any(|known| known.digest() == Some(digest));
+            assert!(known, "{digest} was never acknowledged");
+        }
+        self.settle_snapshots(began);
+        for at in 0..self.ledger.volumes.len() {
+            let known = &self.ledger.volumes[at];
+            assert!(known.acked.is_some() || !self.root.join(&known.dir).exists(), "half a volume stays");
+            if !self.settle_removed(at) {
+                self.observe(at).unwrap();
+            }
+        }
+        // What has gone is stored again, and not thought to be there.
+        self.import(1).unwrap();
+        self.import(2).unwrap();
+        for digest in self.store().snapshots().unwrap() {
+            self.store().snapshot(&digest).unwrap().verify().unwrap();
+        }
+    }
+
+    /// Closes everything, and checks it like what a crash has left.
+    pub(crate) fn check_closed(&mut self) -> std::result::Result<(), String> {
+        self.volumes.clear();
+        self.store = None;
+        self.ledger.check(&self.root, self.now() + 1, &mut self.random)
+    }
+
+    /// Has the process die within the next operations.
+    pub(crate) fn die_soon(&mut self) {
+        let at = self.now() + self.random.below(14) as usize;
+        let fault = Fault { at, error: rustix::io::Errno::IO, once: false };
+        self.tape.set_fault(self.tape.fault().or(Some(fault)));
+    }
+
+    /// Does one thing.
+    pub(crate) fn step(&mut self) {
+        let done = self.try_step();
+        match (done, self.tape.fault()) {
+            (Ok(()), _) => {}
+            (Err(_), Some(fault)) if !fault.once => self.revive(),
+            (Err(error), _) => panic!("{error}"),
+        }
+    }
+
+    /// One thing, that may fail if the tape has it fail.
+    pub(crate) fn try_step(&mut self) -> Result<()> {
+        if self.volumes.is_empty() || (self.volumes.len() < 3 && self.random.below(20) == 0) {
+            return self.create();
+        }
+        let at = self.random.below(self.volumes.len() as u64) as usize;
+        match self.random.below(28) {
+            0 | 1 => self.snapshot(at),
+            6 => self.snapshot_all(),
+            7 => self.grow(at),
+            2 => self.sweep(2),
+            3 if self.random.below(2) == 0 => {
+                let seed = self.random.below(4);
+                self.import(seed)
+            }
+            4 if self.volumes.len() > 1 => self.delete(at),
+            5 => self.reopen(at),
+            8..=11 => self.flush(at),
+            _ => self.change(at),
+        }
+    }
+
+    fn create(&mut self) -> Result<()> {
+        let now = self.now();
+        let live: Vec<KnownSnapshot> =
+            self.ledger.snapshots.iter().filter(|s| s.must_be(now)).cloned().collect();
+        let base = live.get(self.random.below(live.len() as u64 + 1) as usize);
+        let mut bytes = base.map_or_else(|| vec![0; 2 << 16], |base| base.content.to_vec());
+        bytes.resize(bytes.len().next_multiple_of(4096) + self.random.below(3) as usize * 4096, 0);
+        let base =
+            base.and_then(KnownSnapshot::digest).map(|digest| self.store().snapshot(&digest)).transpose()?;
+        let size = bytes.len() as u64;
+        let at = self.ledger.volumes.len();
+        let dir = PathBuf::from(format!("volume-{at}"));
+        let path = self.root.join(&dir);
+        let versions = vec![(now, Arc::new(bytes))];
+        let flushes = Vec::new();
+        self.ledger.volumes.push(KnownVolume {
+            dir,
+            begun: now,
+            acked: None,
+            dropped: None,
+            versions,
+            flushes,
+            grown: Vec::new(),
+        });
+        if self.random.below(2) == 0 {
+            let volume = Volume::create(&path, base.as_ref(), size)?;
+            self.volumes.push((at, volume));
+        } else {
+            let volume = Volume::create_unsynced(&path, base.as_ref(), size)?;
+            self.volumes.push((at, volume));
+            let last = self.volumes.len() - 1;
+            let used = self.change(last).and_then(|()| self.flush(last));
+            if let Err(error) = used.and_then(|()| self.volumes[last].1.sync_created()) {
+                let _ = self.volumes.remove(last).1.delete();
+                return Err(error);
+            }
+        }
+        self.ledger.volumes[at].acked = Some(self.now());
+        Ok(())
+    }
+
+    fn change(&mut self, at: usize) -> Result<()> {
+        let now = self.now();
+        let (known, volume) = &self.volumes[at];
+        let known = &mut self.ledger.volumes[*known];
+        let mut bytes = known.current().to_vec();
+        let align = [512, 4096, 4096][self.random.below(3) as usize];
+        let offset = self.random.below(bytes.len() as u64 / align) * align;
+        let most = [2, 2, 24][self.random.below(3) as usize] * align;
+        let len = (self.random.below(most) + 1).next_multiple_of(align).min(bytes.len() as u64 - offset);
+        let fill = self.random.below(4).saturating_sub(1) as u8 * (self.random.below(80) as u8 + 1);
+        bytes[offset as usize..][..len as usize].fill(fill);
+        known.versions.push((now, Arc::new(bytes)));
+        match (fill, self.random.below(3)) {
+            (0, 0) => volume.disk().write_zeroes(offset, len),
+            (0, 1) => volume.disk().discard(offset, len),
+            _ => volume.disk().write_at(&vec![fill; len as usize], offset),
+        }
+    }
+
+    fn flush(&mut self, at: usize) -> Result<()> {
+        let (known, volume) = &self.volumes[at];
+        volume.disk().flush()?;
+        let now = self.tape.position();
+        let known = &mut self.ledger.volumes[*known];
+        known.flushes.push((now, known.versions.len() - 1));
+        Ok(())
+    }
+
+    fn snapshot(&mut self, at: usize) -> Result<()> {
+        let (known, volume) = &self.volumes[at];
+        let content = Arc::clone(self.ledger.volumes[*known].current());
+        let begun = self.now();
+        self.ledger.snapshots.push(KnownSnapshot { begun, acked: None, dropped: None, content });
+        let digest = volume.snapshot(&self.store())?.0.digest();
+        self.know(digest);
+        Ok(())
+    }
+
+    /// Snapshots of all volumes at one instant, after which one goes on before they are stored.
+    fn snapshot_all(&mut self) -> Result<()> {
+        let begun = self.now();
+        let first = self.ledger.snapshots.len();
+        for (known, _) in &self.volumes {
+            let content = Arc::clone(self.ledger.volumes[*known].current());
+            self.ledger.snapshots.push(KnownSnapshot { begun, acked: None, dropped: None, content });
+        }
+        let store = self.store();
+        let frozen = Volume::freeze(self.volumes.iter().map(|(_, volume)| volume), &store);
+        self.change(0)?;
+        let made = frozen.store(&mut |_| ())?;
+        let now = self.now();
+        for (known, (snapshot, _)) in self.ledger.snapshots[first..].iter_mut().zip(made) {
+            known.acked = Some((now, snapshot.digest()));
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, at: usize) -> Result<()> {
+        let now = self.now();
+        let (known, volume) = &self.volumes[at];
+        let known = &mut self.ledger.volumes[*known];
+        let mut bytes = known.current().to_vec();
+        bytes.resize(bytes.len() + self.random.below(3) as usize * 4096, 0);
+        let size = bytes.len();
+        known.versions.push((now, Arc::new(bytes)));
+        volume.grow(size as u64)?;
+        known.grown.push((self.tape.position(), size));
+        Ok(())
+    }
+
+    fn import(&mut self, seed: u64) -> Result<()> {
+        let content = Arc::new(image(2, 512, seed));
+        let begun = self.now();
+        let known = KnownSnapshot { begun, acked: None, dropped: None, content: Arc::clone(&content) };
+        self.ledger.snapshots.push(known);
+        let digest = self.store().import(&memory(&content), &mut |_| ())?.0.digest();
+        self.know(digest);
+        Ok(())
+    }
+
+    /// The last snapshot was made.
+    fn know(&mut self, digest: Digest) {
+        let now = self.now();
+        if let Some(last) = self.ledger.snapshots.last_mut() {
+            last.acked = Some((now, digest));
+        }
+    }
+
+    /// Keeps what volumes need, and of the others one in `one_in`.
+    fn sweep(&mut self, one_in: u64) -> Result<()> {
+        let now = self.now();
+        let bases: HashSet<Digest> = self.volumes.iter().filter_map(|(_, volume)| volume.base()).collect();
+        let listed = self.store().snapshots()?;
+        let mut keep: HashSet<Digest> =
+            listed.into_iter().filter(|_| self.random.below(one_in) == 0).collect();
+        keep.extend(&bases);
+        for known in &mut self.ledger.snapshots {
+            if known.dropped.is_none() && known.digest().is_some_and(|digest| !keep.contains(&digest)) {
+                known.dropped = Some(Dropped { begun: now, acked: None });
+            }
+        }
+        self.store().remove_unreferenced(&keep)?;
+        let now = self.now();
+        for dropped in self.ledger.snapshots.iter_mut().filter_map(|known| known.dropped.as_mut()) {
+            dropped.acked.get_or_insert(now);
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, at: usize) -> Result<()> {
+        let (known, volume) = self.volumes.swap_remove(at);
+        self.ledger.volumes[known].dropped = Some(Dropped { begun: self.now(), acked: None });
+        volume.delete()?;
+        self.ledger.volumes[known].dropped =
+            self.ledger.volumes[known].dropped.map(|dropped| Dropped { acked: Some(self.now()), ..dropped });
+        Ok(())
+    }
+
+    fn reopen(&mut self, at: usize) -> Result<()> {
+        let (known, volume) = self.volumes.swap_remove(at);
+        drop(volume);
+        self.open(known)
+    }
+
+    fn open(&mut self, at: usize) -> Result<()> {
+        let volume =
+            Volume::open(&self.root.join(&self.ledger.volumes[at].dir), self.store.as_ref().unwrap())?;
+        self.volumes.push((at, volume));
+        self.observe(at)
+    }
+
+    /// Takes what an open volume holds for what it is to hold: what was not flushed may have gone.
+    fn observe(&mut self, at: usize) -> Result<()> {
+        let now = self.now();
+        let Some((_, volume)) = self.volumes.iter().find(|(known, _)| *known == at) else { return Ok(()) };
+        let found = contents(&volume.disk())?;
+        let known = &mut self.ledger.volumes[at];
+        known.check(&found, now + 1).unwrap();
+        known.versions.push((now, Arc::new(found)));
+        Ok(())
+    }
+
+    /// The process dies, and another takes over what it finds.
+    pub(crate) fn revive(&mut self) {
+        self.volumes.clear();
+        self.store = None;
+        self.tape.set_fault(None);
+        let died = self.now();
+        self.store = Some(open_store(&self.root).unwrap());
+        self.settle_snapshots(died);
+        for at in 0..self.ledger.volumes.len() {
+            if !self.settle_removed(at) {
+                self.open(at).unwrap();
+            }
+        }
+        self.taken_over.push(died..self.now());
+    }
+
+    /// Whether or not a call had returned that made or removed a snapshot, what is there counts from now on.
+    fn settle_snapshots(&mut self, began: usize) {
+        let store = self.store();
+        let listed = store.snapshots().unwrap();
+        let now = self.now();
+        for at in 0..self.ledger.snapshots.len() {
+            let known = &mut self.ledger.snapshots[at];
+            let there = listed.iter().copied().find(|digest| {
+                known.digest().map_or_else(
+                    || contents(&store.snapshot(digest).unwrap().disk()).unwrap() == *known.content,
+                    |known| known == *digest,
+                )
+            });
+            match (there, known.acked, known.dropped) {
+                // It had not been acknowledged, or was to be removed: from now on it is there.
+                (Some(digest), None, _) => known.acked = Some((now, digest)),
+                (Some(digest), Some(_), Some(Dropped { acked: None, .. })) => {
+                    known.dropped = Some(Dropped { begun: began, acked: Some(now) });
+                    let again = KnownSnapshot {
+                        begun: began,
+                        acked: Some((now, digest)),
+                        dropped: None,
+                        ..known.clone()
+                    };
+                    self.ledger.snapshots.push(again);
+                }
+                (None, None, _) => known.dropped = Some(Dropped { begun: began, acked: Some(now) }),
+                (None, Some(_), Some(dropped)) => {
+                    known.dropped = Some(Dropped { acked: dropped.acked.or(Some(now)), ..dropped });
+                }
+                (None, Some(_), None) => panic!("{:?} is lost", known.digest()),
+                (Some(_), Some(_), _) => {}
+            }
+        }
+    }
+
+    /// Removes a volume that was half-made or half-removed, as nobody relies on it. Returns whether it is gone.
+    fn settle_removed(&mut self, at: usize) -> bool {
+        let now = self.now();
+        let known = &mut self.ledger.volumes[at];
+        if known.acked.is_some() && known.dropped.is_none() {
+            return false;
+        }
+        if known.dropped.is_none_or(|dropped| dropped.acked.is_none()) {
+            Volume::remove(&self.root.join(&known.dir)).unwrap();
+            let begun = known.dropped.map_or(now, |dropped| dropped.begun);
+            known.dropped = Some(Dropped { begun, acked: Some(self.tape.position()) });
+        }
+        true
+    }
+}
