@@ -52,6 +52,10 @@ pub enum ErrorKind {
     InUse,
     /// Something of that name is there already.
     AlreadyExists,
+    /// The other side of a connection has said what nobody may say there.
+    Protocol,
+    /// Nothing proves who is on the other side of a connection, and something should.
+    Untrusted,
     /// Any other failure of the operating system.
     Io,
 }
@@ -98,6 +102,14 @@ impl Error {
             _ => ErrorKind::Io,
         };
         Self { kind, context: context.into(), source: Some(Box::new(source)) }
+    }
+
+    pub(crate) fn with_source(
+        kind: ErrorKind,
+        context: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self { kind, context: context.into(), source: Some(source.into()) }
     }
 
     /// A file whose bytes are not what its format says.
