@@ -88,12 +88,8 @@ impl std::fmt::Display for Address {
 /// With the time limit that the standard library has for TCP alone: a listener whose queue is full makes one
 /// wait.
 fn connect_unix(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
-    let stream = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+    let stream =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_timeout(&stream, Timeout::Send, Some(timeout))?;
     rustix::net::connect(&stream, &SocketAddrUnix::new(path)?)?;
     Ok(stream)

@@ -2,6 +2,7 @@
 
 mod address;
 mod channel;
+mod client;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod proto;
@@ -10,6 +11,7 @@ mod server;
 mod tls;
 
 pub use self::address::Address;
+pub use self::client::{Client, ClientBuilder};
 pub use self::server::{MAX_CONNECTIONS, Quiesced, Server, ServerBuilder};
 #[cfg(feature = "tls")]
 pub use self::tls::{TlsClient, TlsServer};

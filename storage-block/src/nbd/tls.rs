@@ -94,9 +94,9 @@ impl TlsClient {
             .with_root_certificates(roots(ca)?);
         let config = match identity {
             None => config.with_no_client_auth(),
-            Some((certificates, key)) => config
-                .with_client_auth_cert(chain(certificates)?, private_key(key)?)
-                .map_err(untrusted)?,
+            Some((certificates, key)) => {
+                config.with_client_auth_cert(chain(certificates)?, private_key(key)?).map_err(untrusted)?
+            }
         };
         let name = ServerName::try_from(name.to_owned()).map_err(untrusted)?;
         Ok(Self { config: Arc::new(config), name })

@@ -131,10 +131,7 @@ impl<'e> Negotiation<'e> {
             let data = [&kind.to_be_bytes()[..], &parts.concat()].concat();
             bytes.extend(proto::option_reply(option, proto::REP_INFO, &data));
         };
-        info(
-            proto::INFO_EXPORT,
-            &[&agreed.disk.size().to_be_bytes(), &agreed.flags().to_be_bytes()],
-        );
+        info(proto::INFO_EXPORT, &[&agreed.disk.size().to_be_bytes(), &agreed.flags().to_be_bytes()]);
         let sizes = [1, 4096, proto::PAYLOAD_MAX].map(u32::to_be_bytes);
         info(proto::INFO_BLOCK_SIZE, &[sizes.as_flattened()]);
         if asked.contains(&proto::INFO_NAME) {
@@ -160,9 +157,9 @@ impl<'e> Negotiation<'e> {
         // All of a namespace, or just all, may be listed and not chosen.
         let all = !set && queries.is_empty();
         let found = all
-            || queries.iter().any(|query| {
-                *query == proto::ALLOCATION.as_bytes() || !set && *query == b"base:"
-            });
+            || queries
+                .iter()
+                .any(|query| *query == proto::ALLOCATION.as_bytes() || !set && *query == b"base:");
         let mut bytes = Vec::new();
         if found {
             let id = if set { CONTEXT_ID } else { 0 };
