@@ -2,7 +2,7 @@
 
 mod handshake;
 mod line;
-mod reply;
+pub(super) mod reply;
 
 use std::io;
 use std::ops::Range;
@@ -17,9 +17,6 @@ use super::channel::Channel;
 use super::proto::{self, Command, flag};
 use crate::store::{read, write};
 use crate::{BlockBackend, Disk, Error, ErrorKind, Result};
-
-#[cfg(any(test, fuzzing))]
-pub(super) use self::reply::{Head, Source};
 
 /// The handshake has to be over by then.
 const HANDSHAKE: Duration = Duration::from_secs(10);

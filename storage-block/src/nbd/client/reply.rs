@@ -12,14 +12,14 @@ const ERROR_MAX: u32 = 4096 + 14;
 const ERRORS: u32 = 16;
 
 /// Where the bytes of replies come from.
-pub(super) trait Source {
+pub(in crate::nbd) trait Source {
     fn fill(&mut self, buf: &mut [u8]) -> io::Result<()>;
 }
 
 /// How a reply, or a part of one, begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Head {
-    pub(super) handle: u64,
+pub(in crate::nbd) struct Head {
+    pub(in crate::nbd) handle: u64,
     part: Part,
 }
 
@@ -30,7 +30,7 @@ enum Part {
 }
 
 impl Head {
-    pub(super) fn receive(source: &mut impl Source) -> Result<Self> {
+    pub(in crate::nbd) fn receive(source: &mut impl Source) -> Result<Self> {
         let mut bytes = [0; CHUNK_LEN];
         source.fill(&mut bytes[..SIMPLE_LEN]).map_err(lost)?;
         let mut fields = Fields(&bytes[4..SIMPLE_LEN]);
@@ -51,24 +51,24 @@ impl Head {
 
 /// What a request will bring, and where it is put.
 #[derive(Debug)]
-pub(super) struct Expected<'b> {
-    pub(super) command: Command,
-    pub(super) structured: bool,
+pub(in crate::nbd) struct Expected<'b> {
+    pub(in crate::nbd) command: Command,
+    pub(in crate::nbd) structured: bool,
     /// Where the bytes that are read begin.
-    pub(super) offset: u64,
+    pub(in crate::nbd) offset: u64,
     /// Is filled with what is read.
-    pub(super) data: &'b mut [u8],
+    pub(in crate::nbd) data: &'b mut [u8],
     /// The parts of `data` that have come, from their beginnings to their ends.
     covered: BTreeMap<usize, usize>,
     /// The number of the metadata that is asked for, and what has come of it: an extent's length and state.
-    pub(super) context: Option<u32>,
-    pub(super) extent: Option<(u32, u32)>,
+    pub(in crate::nbd) context: Option<u32>,
+    pub(in crate::nbd) extent: Option<(u32, u32)>,
     errno: Option<u32>,
     errors: u32,
 }
 
 impl<'b> Expected<'b> {
-    pub(super) fn new(command: Command, structured: bool, offset: u64, data: &'b mut [u8]) -> Self {
+    pub(in crate::nbd) fn new(command: Command, structured: bool, offset: u64, data: &'b mut [u8]) -> Self {
         Self {
             command,
             structured,
@@ -88,7 +88,11 @@ impl<'b> Expected<'b> {
     /// # Errors
     ///
     /// When the server lies, or the connection fails; it is then of no use any more.
-    pub(super) fn take(&mut self, head: Head, source: &mut impl Source) -> Result<Option<Result<(), u32>>> {
+    pub(in crate::nbd) fn take(
+        &mut self,
+        head: Head,
+        source: &mut impl Source,
+    ) -> Result<Option<Result<(), u32>>> {
         match head.part {
             Part::Simple { errno } => {
                 let structured =

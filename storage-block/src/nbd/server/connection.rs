@@ -25,18 +25,18 @@ const QUICK: Duration = Duration::from_micros(50);
 
 /// A client's connection, and what serves it.
 #[derive(Debug)]
-pub(in super::super) struct Connection<'s> {
+pub(in crate::nbd) struct Connection<'s> {
     exports: &'s Exports,
     channel: Channel,
     gate: &'s RwLock<()>,
     stopping: &'s AtomicBool,
-    pub(super) handshake_timeout: Duration,
+    pub(in crate::nbd) handshake_timeout: Duration,
     #[cfg(feature = "tls")]
-    pub(super) tls: Option<&'s crate::nbd::TlsServer>,
+    pub(in crate::nbd) tls: Option<&'s crate::nbd::TlsServer>,
 }
 
 impl<'s> Connection<'s> {
-    pub(in super::super) fn new(
+    pub(in crate::nbd) fn new(
         exports: &'s Exports,
         socket: Arc<OwnedFd>,
         gate: &'s RwLock<()>,
@@ -54,7 +54,7 @@ impl<'s> Connection<'s> {
     }
 
     /// Serves the client until it goes, or does what no client may.
-    pub(in super::super) fn serve(mut self) -> io::Result<()> {
+    pub(in crate::nbd) fn serve(mut self) -> io::Result<()> {
         self.channel.limit(Instant::now() + self.handshake_timeout);
         let agreed = self.handshake();
         if let Ok(Some(agreed)) = &agreed {

@@ -8,10 +8,10 @@ use crate::store::{read, write};
 use crate::{Disk, Error, ErrorKind, Result};
 
 #[derive(Debug, Default)]
-pub(in super::super) struct Exports(RwLock<BTreeMap<String, Disk>>);
+pub(in crate::nbd) struct Exports(RwLock<BTreeMap<String, Disk>>);
 
 impl Exports {
-    pub(in super::super) fn add(&self, name: &str, disk: Disk) -> Result<()> {
+    pub(in crate::nbd) fn add(&self, name: &str, disk: Disk) -> Result<()> {
         if name.len() > NAME_MAX {
             let what = format!("a name of {} bytes is longer than an NBD export's can be", name.len());
             return Err(Error::new(ErrorKind::InvalidSize, what));
@@ -24,15 +24,15 @@ impl Exports {
         Ok(())
     }
 
-    pub(super) fn remove(&self, name: &str) -> Option<Disk> {
+    pub(in crate::nbd) fn remove(&self, name: &str) -> Option<Disk> {
         write(&self.0).remove(name)
     }
 
-    pub(super) fn get(&self, name: &[u8]) -> Option<Disk> {
+    pub(in crate::nbd) fn get(&self, name: &[u8]) -> Option<Disk> {
         read(&self.0).get(std::str::from_utf8(name).ok()?).cloned()
     }
 
-    pub(super) fn names(&self) -> Vec<String> {
+    pub(in crate::nbd) fn names(&self) -> Vec<String> {
         read(&self.0).keys().cloned().collect()
     }
 }

@@ -2,8 +2,8 @@
 
 mod accept;
 mod answer;
-mod connection;
-mod exports;
+pub(super) mod connection;
+pub(super) mod exports;
 mod input;
 pub(super) mod negotiation;
 mod replies;
@@ -28,9 +28,6 @@ use super::Address;
 use super::address::{stale, with_short};
 use crate::store::write;
 use crate::{Disk, Error, ErrorKind, Result};
-
-#[cfg(any(test, fuzzing))]
-pub(super) use self::{connection::Connection, exports::Exports};
 
 /// Connections served at the same time; further ones are closed at once.
 ///

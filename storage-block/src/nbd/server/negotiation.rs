@@ -7,7 +7,7 @@ use crate::nbd::proto::{self, Fields, flag};
 
 /// How far the two have come.
 #[derive(Debug)]
-pub(super) struct Negotiation<'e> {
+pub(in crate::nbd) struct Negotiation<'e> {
     exports: &'e Exports,
     tls: Tls,
     structured: bool,
@@ -17,7 +17,7 @@ pub(super) struct Negotiation<'e> {
 
 /// Whether the stream is encrypted, or has to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tls {
+pub(in crate::nbd) enum Tls {
     /// The server has no certificate.
     Off,
     /// Nothing else is talked about before.
@@ -27,13 +27,13 @@ pub(super) enum Tls {
 
 /// What is sent, and what comes after it.
 #[derive(Debug)]
-pub(super) struct Answer {
-    pub(super) bytes: Vec<u8>,
-    pub(super) then: Then,
+pub(in crate::nbd) struct Answer {
+    pub(in crate::nbd) bytes: Vec<u8>,
+    pub(in crate::nbd) then: Then,
 }
 
 #[derive(Debug)]
-pub(super) enum Then {
+pub(in crate::nbd) enum Then {
     More,
     /// The stream is encrypted from here on.
     StartTls,
@@ -43,29 +43,29 @@ pub(super) enum Then {
 
 /// What the requests will be about.
 #[derive(Debug, Clone)]
-pub(super) struct Agreed {
-    pub(super) disk: Disk,
+pub(in crate::nbd) struct Agreed {
+    pub(in crate::nbd) disk: Disk,
     /// Replies are structured.
-    pub(super) structured: bool,
+    pub(in crate::nbd) structured: bool,
     /// Block status was asked for.
-    pub(super) status: bool,
+    pub(in crate::nbd) status: bool,
 }
 
 /// The number that block status replies bear.
-pub(super) const CONTEXT_ID: u32 = 1;
+pub(in crate::nbd) const CONTEXT_ID: u32 = 1;
 
 impl<'e> Negotiation<'e> {
-    pub(super) fn new(exports: &'e Exports, tls: Tls) -> Self {
+    pub(in crate::nbd) fn new(exports: &'e Exports, tls: Tls) -> Self {
         Self { exports, tls, structured: false, context: None }
     }
 
     /// The stream is encrypted now; what was said before could have been said by anybody, and is forgotten.
-    pub(super) fn encrypted(&mut self) {
+    pub(in crate::nbd) fn encrypted(&mut self) {
         *self = Self::new(self.exports, Tls::On);
     }
 
     /// Answers an option. `zeroes` says whether the client wants the old padding after an export's name.
-    pub(super) fn option(&mut self, option: u32, data: &[u8], zeroes: bool) -> Answer {
+    pub(in crate::nbd) fn option(&mut self, option: u32, data: &[u8], zeroes: bool) -> Answer {
         let reply = |kind, then| Answer { bytes: proto::option_reply(option, kind, &[]), then };
         let refuse = |kind| reply(kind, Then::More);
         match option {
@@ -197,7 +197,7 @@ impl Agreed {
 }
 
 /// The name that an "info" or a "go" asks for, and what it wants to be told; `None` if it is malformed.
-pub(super) fn asked_name(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
+pub(in crate::nbd) fn asked_name(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
     let mut fields = Fields(data);
     let (name, count) = (fields.counted()?, fields.u16()?);
     let asked = (0..count).map(|_| fields.u16()).collect::<Option<Vec<_>>>()?;
@@ -205,7 +205,7 @@ pub(super) fn asked_name(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
 }
 
 /// The export and the queries of an option about metadata; `None` if it is malformed.
-pub(super) fn queries(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {
+pub(in crate::nbd) fn queries(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {
     let mut fields = Fields(data);
     let (name, count) = (fields.counted()?, fields.u32()?);
     // Each takes four bytes at least, so that the count cannot be far from the truth for long.
