@@ -8,7 +8,7 @@ use kvm_ioctls::VmFd;
 use crate::layout;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::VirtioDisk;
+use crate::virtio::VirtioDevice;
 
 const SERIAL: Range<u16> = layout::SERIAL_PORT..layout::SERIAL_PORT + 8;
 const PM1: Range<u16> = layout::PM1_EVENT_PORT..layout::PM1_CONTROL_PORT + 2;
@@ -18,7 +18,7 @@ const PM1: Range<u16> = layout::PM1_EVENT_PORT..layout::PM1_CONTROL_PORT + 2;
 pub(crate) struct Devices {
     pub(crate) serial: SerialPort,
     pub(crate) power: Power,
-    pub(crate) disks: Vec<VirtioDisk>,
+    pub(crate) disks: Vec<VirtioDevice>,
 }
 
 impl Devices {
@@ -73,7 +73,7 @@ impl Devices {
         self.power.press_button(|level| set_sci(vm, level));
     }
 
-    fn disk_at(&self, address: u64) -> Option<(&VirtioDisk, u64)> {
+    fn disk_at(&self, address: u64) -> Option<(&VirtioDevice, u64)> {
         let from_first = address.checked_sub(layout::VIRTIO)?;
         let disk = self.disks.get((from_first / layout::VIRTIO_LEN) as usize)?;
         Some((disk, from_first % layout::VIRTIO_LEN))

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::kernel::Kernel;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::{Block, Step, Transport};
+use crate::virtio::{Block, Mmio, Step};
 use crate::{layout, memory};
 
 const DISK: u64 = 64 << 10;
@@ -33,7 +33,7 @@ impl Input<'_> {
 pub fn virtio_block(bytes: &[u8]) {
     let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
     let disk = disk.into_disk();
-    let mut device = Transport::new(Block::new(disk.clone(), "vol-fuzz"));
+    let mut device = Mmio::new(Block::new(disk.clone(), "vol-fuzz"));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, at, low, high]) = input.take() {
@@ -59,7 +59,7 @@ pub fn virtio_block(bytes: &[u8]) {
                 assert!(memory.write_slice(&value[..len], GuestAddress(address)).is_ok());
             }
             _ => {
-                let step = device.step(&memory);
+                let step = device.step(&memory, 0);
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
                 broken |= matches!(step, Step::Broken(_));
             }

@@ -16,7 +16,7 @@ use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::VirtioDisk;
+use crate::virtio::{Block, VirtioDevice};
 use crate::{Kvm, acpi, cpu, kick, layout, memory, smbios, vcpu};
 
 /// A machine's handle.
@@ -78,7 +78,9 @@ impl KvmMachine {
             serial: serial_port(&vm, spec)?,
             power: Power::default(),
             disks: (spec.disks.iter().enumerate())
-                .map(|(n, disk)| VirtioDisk::new(&vm, &memory, n, disk))
+                .map(|(n, disk)| {
+                    VirtioDevice::new(&vm, &memory, n, Block::new(disk.disk.clone(), &disk.serial))
+                })
                 .collect::<Result<_>>()?,
         };
         let shared = Arc::new(Shared {
@@ -184,7 +186,7 @@ impl Shared {
     /// Has every worker look at the gate.
     fn wake(&self) {
         self.threads().vcpus.iter().for_each(kick::send);
-        self.devices.disks.iter().for_each(VirtioDisk::wake);
+        self.devices.disks.iter().for_each(VirtioDevice::wake);
     }
 
     /// A worker has left; the last one publishes the machine's end.

@@ -1,11 +1,14 @@
-//! Disks as the guest sees them: virtio block devices on virtio-mmio.
+//! Devices as the guest sees them: virtio on virtio-mmio.
 //!
-//! [`chain`], [`block`] and [`mmio`] are functions of what they are given; here are the descriptors
-//! and the thread that drive them.
+//! [`block`] and other [`device`]s, the [`core`] that drives them and the registers in [`mmio`] are
+//! functions of what they are given; here are the descriptors and the thread that drive them.
 
 mod block;
 mod chain;
+mod core;
+mod device;
 mod mmio;
+mod ring;
 #[cfg(test)]
 mod tests;
 
@@ -13,28 +16,29 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use instance_core::machine::DiskSpec;
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::core::Effect;
+pub(crate) use self::core::Step;
 use crate::error::{HostContext, Result};
 use crate::gate::Gate;
 use crate::layout;
 use crate::memory::Memory;
 pub(crate) use block::Block;
 use chain::Malformed;
-use mmio::Effect;
-pub(crate) use mmio::{Step, Transport};
+pub(crate) use device::Device;
+pub(crate) use mmio::Mmio;
 
-/// A disk: its registers, which any vCPU may access, and its requests, which one thread serves.
+/// A device: its registers, which any vCPU may access, and its requests, which one thread serves.
 ///
 /// A request is served under the registers' lock, so that a reset waits for the one under way, as
 /// the driver expects. The registers of the interrupt, which are used while requests run, and the
 /// notification, which KVM handles, need no lock.
 #[derive(Debug)]
-pub(crate) struct VirtioDisk {
-    transport: Mutex<Transport>,
+pub(crate) struct VirtioDevice {
+    registers: Mutex<Mmio>,
     memory: Memory,
     interrupt_status: AtomicU32,
     interrupt: EventFd,
@@ -43,17 +47,19 @@ pub(crate) struct VirtioDisk {
     warned: AtomicBool,
 }
 
-impl VirtioDisk {
-    /// The `n`th disk of a machine.
-    pub(crate) fn new(vm: &VmFd, memory: &Memory, n: usize, spec: &DiskSpec) -> Result<Self> {
+impl VirtioDevice {
+    /// The `n`th device of a machine.
+    pub(crate) fn new(vm: &VmFd, memory: &Memory, n: usize, device: impl Device + 'static) -> Result<Self> {
         let interrupt =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-        vm.register_irqfd(&interrupt, irq(n)).host("KVM did not take a disk's interrupt")?;
+        vm.register_irqfd(&interrupt, irq(n)).host("KVM did not take a device's interrupt")?;
         let notification = EventFd::new(libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
         let address = IoEventAddress::Mmio(address(n) + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY));
-        vm.register_ioevent(&notification, &address, 0u32).host("KVM did not take a disk's notification")?;
+        // Whichever queue is notified: the thread looks at all of them.
+        vm.register_ioevent(&notification, &address, NoDatamatch)
+            .host("KVM did not take a device's notification")?;
         Ok(Self {
-            transport: Mutex::new(Transport::new(Block::new(spec.disk.clone(), &spec.serial))),
+            registers: Mutex::new(Mmio::new(device)),
             memory: memory.clone(),
             interrupt_status: AtomicU32::new(0),
             interrupt,
@@ -81,8 +87,8 @@ impl VirtioDisk {
             self.interrupt_status.fetch_and(!u32::from_le_bytes(bits), Ordering::AcqRel);
             return;
         }
-        let mut transport = self.lock();
-        match transport.write(&self.memory, offset, data) {
+        let mut registers = self.lock();
+        match registers.write(&self.memory, offset, data) {
             Effect::None => {}
             Effect::Notify => self.wake(),
             // Under the lock, so that no interrupt of before the reset follows it.
@@ -91,7 +97,7 @@ impl VirtioDisk {
         }
     }
 
-    /// Has [`serve`](Self::serve) look at the queue and at the gate.
+    /// Has [`serve`](Self::serve) look at the queues and at the gate.
     pub(crate) fn wake(&self) {
         // Fails only where the counter is full, and then it is being read.
         let _ = self.notification.write(1);
@@ -112,10 +118,16 @@ impl VirtioDisk {
         Ok(())
     }
 
-    /// Serves one request; false if there is none.
+    /// Does a piece of work on each queue; false if there is none.
     fn step(&self) -> bool {
-        let mut transport = self.lock();
-        match transport.step(&self.memory) {
+        let queues = self.lock().queues();
+        // Each under a lock of its own, so that the driver gets in between.
+        (0..queues).map(|queue| self.step_queue(queue)).fold(false, |any, worked| any | worked)
+    }
+
+    fn step_queue(&self, queue: usize) -> bool {
+        let mut registers = self.lock();
+        match registers.step(&self.memory, queue) {
             Step::Idle => return false,
             Step::Served { interrupt: true } => self.raise(reg::VIRTIO_MMIO_INT_VRING),
             Step::Served { interrupt: false } => {}
@@ -128,7 +140,7 @@ impl VirtioDisk {
         if self.warned.swap(true, Ordering::Relaxed) {
             tracing::debug!(%why, "a guest's driver broke the rules again");
         } else {
-            tracing::warn!(%why, "a guest's driver broke the rules; its disk waits for a reset");
+            tracing::warn!(%why, "a guest's driver broke the rules; its device waits for a reset");
         }
         self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
     }
@@ -139,17 +151,17 @@ impl VirtioDisk {
         let _ = self.interrupt.write(1);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Transport> {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Mmio> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Where the registers of the `n`th disk are.
+/// Where the registers of the `n`th device are.
 pub(crate) fn address(n: usize) -> u64 {
     layout::VIRTIO + n as u64 * layout::VIRTIO_LEN
 }
 
-/// The interrupt of the `n`th disk.
+/// The interrupt of the `n`th device.
 pub(crate) fn irq(n: usize) -> u32 {
     layout::VIRTIO_IRQ + n as u32
 }

@@ -6,7 +6,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block::Block;
 use super::chain::Malformed;
-use super::mmio::{Effect, QUEUE_SIZE, Step, Transport};
+use super::core::{Effect, Step};
+use super::mmio::Mmio;
+use super::ring::QUEUE_SIZE;
 use crate::memory::{self, Memory};
 
 const MIB: u64 = 1 << 20;
@@ -46,7 +48,7 @@ const RO: u64 = 1 << 5;
 
 struct Driver {
     memory: Memory,
-    device: Transport,
+    device: Mmio,
     disk: Disk,
     sent: u16,
 }
@@ -56,7 +58,7 @@ type Descriptor = (u64, u32, u16, u16);
 impl Driver {
     fn new(disk: Disk) -> Self {
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        let device = Transport::new(Block::new(disk.clone(), "vol-0123"));
+        let device = Mmio::new(Block::new(disk.clone(), "vol-0123"));
         Self { memory, device, disk, sent: 0 }
     }
 
@@ -147,7 +149,7 @@ impl Driver {
             self.put_descriptor(DESCRIPTORS, n, (address, len, flags | next, n + 1));
         }
         self.offer(0);
-        self.device.step(&self.memory)
+        self.device.step(&self.memory, 0)
     }
 
     fn put_header(&self, kind: u32, sector: u64) {
@@ -206,7 +208,7 @@ fn serves_a_good_driver() {
     assert_eq!((&bytes[..512], &bytes[512..]), (&[0; 512][..], &[7; 512][..]));
     driver.put_data(&Driver::range(4, 1, 0));
     assert_eq!(driver.request(DISCARD, 0, 16, 0), (OK, 1));
-    assert_eq!(driver.device.step(&driver.memory), Step::Idle);
+    assert_eq!(driver.device.step(&driver.memory, 0), Step::Idle);
     // Round the ring more than once.
     for n in 0..600u32 {
         driver.put_data(&n.to_le_bytes().repeat(128));
@@ -360,7 +362,7 @@ fn a_bad_driver_stops_its_device_until_it_resets_it() {
         driver.disk.write_at(&[5; 512], 0).unwrap();
         assert_eq!(driver.request(FLUSH, 0, 0, 0), (OK, 1));
         misbehave(&mut driver);
-        let broken = driver.device.step(&driver.memory);
+        let broken = driver.device.step(&driver.memory, 0);
         let Step::Broken(Malformed(why)) = broken else { panic!("{expect}: {broken:?}") };
         assert_eq!(why, *expect);
         assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET, "{expect}");
@@ -401,7 +403,7 @@ fn a_queue_that_cannot_be_is_refused() {
         assert!(matches!(effect, Effect::Broken(_)), "{size} {addresses:x?}: {effect:?}");
         assert_eq!(driver.get(reg::VIRTIO_MMIO_QUEUE_READY), 0);
         driver.set(reg::VIRTIO_MMIO_STATUS, 15);
-        assert_eq!(driver.device.step(&driver.memory), Step::Idle);
+        assert_eq!(driver.device.step(&driver.memory, 0), Step::Idle);
     }
 }
 
