@@ -267,40 +267,40 @@ fn options_are_answered_as_they_should() {
     let blocks = (3, [&[0, 3][..], &[1u32, 4096, 32 << 20].map(u32::to_be_bytes).concat()].concat());
     let flags = 0b1001_0110_1101;
     let mut step = 0;
-    let mut check = |number: u32, data: &[u8], expected: &[(u32, Vec<u8>)]| {
+    let mut check = |number: u32, data: &[u8], expected: &[&(u32, Vec<u8>)]| {
         step += 1;
         stream.write_all(&option(number, data)).unwrap();
-        for (kind, data) in expected {
-            assert_eq!(answer(&mut stream), (number, *kind, data.clone()), "step {step}");
+        for &&(kind, ref data) in expected {
+            assert_eq!(answer(&mut stream), (number, kind, data.clone()), "step {step}");
         }
     };
-    check(3, b"", &[export(""), export("a/\u{e4}"), export("b"), done.clone()]);
+    check(3, b"", &[&export(""), &export("a/\u{e4}"), &export("b"), &done]);
     // Metadata goes with structured replies alone.
-    check(list, &name("b"), &[invalid.clone()]);
-    check(set, &context("b", &["base:allocation"]), &[invalid.clone()]);
-    check(6, &[0, 0, 0, 1, b'b', 0, 0], &[info(flags), blocks.clone(), done.clone()]);
-    check(8, b"x", &[invalid.clone()]);
-    check(8, b"", &[done.clone()]);
+    check(list, &name("b"), &[&invalid]);
+    check(set, &context("b", &["base:allocation"]), &[&invalid]);
+    check(6, &[0, 0, 0, 1, b'b', 0, 0], &[&info(flags), &blocks, &done]);
+    check(8, b"x", &[&invalid]);
+    check(8, b"", &[&done]);
     check(
         6,
         &[0, 0, 0, 1, b'b', 0, 1, 0, 1],
-        &[info(flags | 1 << 7), blocks.clone(), (3, vec![0, 1, b'b']), done.clone()],
+        &[&info(flags | 1 << 7), &blocks, &(3, vec![0, 1, b'b']), &done],
     );
-    check(list, &name("b"), &[allocation(0), done.clone()]);
-    check(list, &context("b", &["base:"]), &[allocation(0), done.clone()]);
-    check(list, &context("b", &["qemu:"]), &[done.clone()]);
-    check(list, &context("b", &["x", "base:allocation"]), &[allocation(0), done.clone()]);
-    check(list, &name("none"), &[unknown.clone()]);
-    check(set, &name("b"), &[done.clone()]);
-    check(set, &context("b", &["base:"]), &[done.clone()]);
-    check(set, &context("none", &["base:allocation"]), &[unknown.clone()]);
-    check(set, &context("b", &["base:allocation"])[..9], &[invalid.clone()]);
-    check(set, &[&context("b", &[])[..], b"x"].concat(), &[invalid.clone()]);
-    check(set, &[0, 0, 0, 1, b'b', 255, 255, 255, 255], &[invalid.clone()]);
+    check(list, &name("b"), &[&allocation(0), &done]);
+    check(list, &context("b", &["base:"]), &[&allocation(0), &done]);
+    check(list, &context("b", &["qemu:"]), &[&done]);
+    check(list, &context("b", &["x", "base:allocation"]), &[&allocation(0), &done]);
+    check(list, &name("none"), &[&unknown]);
+    check(set, &name("b"), &[&done]);
+    check(set, &context("b", &["base:"]), &[&done]);
+    check(set, &context("none", &["base:allocation"]), &[&unknown]);
+    check(set, &context("b", &["base:allocation"])[..9], &[&invalid]);
+    check(set, &[&context("b", &[])[..], b"x"].concat(), &[&invalid]);
+    check(set, &[0, 0, 0, 1, b'b', 255, 255, 255, 255], &[&invalid]);
     // What was agreed on for one export is not for another.
-    check(set, &context("b", &["base:allocation"]), &[allocation(1), done.clone()]);
-    check(6, &[0, 0, 0, 1, b'x', 0, 0], &[unknown.clone()]);
-    check(7, &[0, 0, 0, 0, 0, 0], &[info(flags | 1 << 7), blocks.clone(), done.clone()]);
+    check(set, &context("b", &["base:allocation"]), &[&allocation(1), &done]);
+    check(6, &[0, 0, 0, 1, b'x', 0, 0], &[&unknown]);
+    check(7, &[0, 0, 0, 0, 0, 0], &[&info(flags | 1 << 7), &blocks, &done]);
     stream.write_all(&request(0, 7, 0, 512)).unwrap();
     assert_eq!(chunk(&mut stream), (1, 0x8001, vec![0, 0, 0, 22, 0, 0]));
 

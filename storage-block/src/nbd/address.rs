@@ -49,11 +49,7 @@ impl Address {
     pub(super) fn connect(&self, timeout: Duration) -> io::Result<OwnedFd> {
         match self {
             Self::Unix(path) => with_short(path, |path| connect_unix(path, timeout)),
-            Self::Tcp(address) => {
-                let stream = TcpStream::connect_timeout(address, timeout)?;
-                stream.set_nodelay(true)?;
-                Ok(stream.into())
-            }
+            Self::Tcp(address) => tune_tcp(TcpStream::connect_timeout(address, timeout)?),
         }
     }
 }
@@ -92,7 +88,22 @@ fn connect_unix(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_timeout(&stream, Timeout::Send, Some(timeout))?;
     rustix::net::connect(&stream, &SocketAddrUnix::new(path)?)?;
-    Ok(stream)
+    Ok(tune_unix(stream))
+}
+
+/// A connected socket, made to take more at once: it says how often the two sides have to take turns over a large
+/// piece.
+pub(super) fn tune_unix(stream: OwnedFd) -> OwnedFd {
+    // It is as right with less.
+    let _ = sockopt::set_socket_send_buffer_size(&stream, 1 << 20);
+    stream
+}
+
+/// A connected socket, made not to wait for more to send, and to notice when the other side's host is gone.
+pub(super) fn tune_tcp(stream: TcpStream) -> io::Result<OwnedFd> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(&stream, true)?;
+    Ok(stream.into())
 }
 
 /// Whether nobody listens on it, though it is a socket, as a process that died leaves behind.

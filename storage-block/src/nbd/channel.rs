@@ -9,10 +9,6 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{SendAncillaryBuffer, SendFlags, Shutdown};
 
-/// What the kernel is asked to keep of a reply that the other side has not read yet: it says how often the two
-/// have to take turns over one large piece.
-const SEND_BUFFER: usize = 1 << 20;
-
 /// One thread at a time may receive; sending is put in order by whoever calls.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -31,8 +27,6 @@ pub(super) struct Wire {
 
 impl Channel {
     pub(super) fn new(socket: Arc<OwnedFd>) -> Self {
-        // It is as right with less.
-        let _ = sockopt::set_socket_send_buffer_size(&*socket, SEND_BUFFER);
         Self {
             wire: Wire { socket, deadline: None },
             #[cfg(feature = "tls")]

@@ -206,7 +206,7 @@ pub(super) fn protocol(what: &str) -> Error {
     Error::new(ErrorKind::Protocol, what)
 }
 
-/// The connection has gone in the middle of the handshake.
+/// The connection has gone, or is not what both want.
 pub(super) fn lost(error: io::Error) -> Error {
     #[cfg(feature = "tls")]
     if crate::nbd::tls::is_about_trust(&error) {
@@ -217,7 +217,7 @@ pub(super) fn lost(error: io::Error) -> Error {
         );
     }
     if error.kind() == io::ErrorKind::UnexpectedEof {
-        return Error::with_source(ErrorKind::Protocol, "the NBD server has hung up", error);
+        return Error::with_source(ErrorKind::Io, "the NBD server has hung up", error);
     }
     Error::with_source(ErrorKind::Io, "the connection to the NBD server is lost", error)
 }

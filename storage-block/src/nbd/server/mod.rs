@@ -25,7 +25,7 @@ use rustix::net::Shutdown;
 
 use self::exports::Exports;
 use super::Address;
-use super::address::{stale, with_short};
+use super::address::{stale, tune_tcp, tune_unix, with_short};
 use crate::store::write;
 use crate::{Disk, Error, ErrorKind, Result};
 
@@ -34,8 +34,8 @@ use crate::{Disk, Error, ErrorKind, Result};
 /// ```
 /// use storage_block::nbd::MAX_CONNECTIONS;
 ///
-/// let memory = MAX_CONNECTIONS * 4 * (32 << 20);
-/// assert_eq!(memory, 4 << 30, "the most that all clients of a server can have it reserve");
+/// let payload = MAX_CONNECTIONS * 4 * (32 << 20);
+/// assert_eq!(payload, 4 << 30, "the most that all clients of a server can have it hold for them");
 /// ```
 pub const MAX_CONNECTIONS: usize = 32;
 
@@ -288,12 +288,8 @@ enum Listener {
 impl Listener {
     fn accept(&self) -> io::Result<OwnedFd> {
         match self {
-            Self::Unix(listener) => Ok(listener.accept()?.0.into()),
-            Self::Tcp(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_nodelay(true)?;
-                Ok(stream.into())
-            }
+            Self::Unix(listener) => Ok(tune_unix(listener.accept()?.0.into())),
+            Self::Tcp(listener) => tune_tcp(listener.accept()?.0),
         }
     }
 }
