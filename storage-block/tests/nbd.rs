@@ -153,10 +153,14 @@ fn quiescing_holds_requests_off() {
     let quiesced = server.quiesce();
     stream.write_all(&request(0, 1, 0, 4)).unwrap();
     stream.write_all(&[1; 4]).unwrap();
+    // However long one waits.
+    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(stream.read(&mut [0]).is_err());
     let mut bytes = [0; 4];
     disk.read_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [0; 4]);
     drop(quiesced);
+    stream.set_read_timeout(None).unwrap();
     assert_eq!(reply(&mut stream), 0);
     disk.read_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [1; 4]);
@@ -423,8 +427,8 @@ fn requests_that_come_together_are_answered_together() {
     let mut bytes = Vec::new();
     for number in 0..200u64 {
         bytes.extend(request(0, 0, number * 512, 512));
-        bytes.extend(request(0, 1, number * 512, 512));
-        bytes.extend([4; 512]);
+        bytes.extend(request(0, 1, number * 512, 511));
+        bytes.extend([4; 511]);
     }
     // The last in halves.
     let (last, halves) = (request(0, 1, 0, 100_000), [5; 100_000]);
@@ -448,7 +452,8 @@ fn requests_that_come_together_are_answered_together() {
     writer.join().unwrap();
     let mut found = vec![0; 100 << 10];
     disk.read_at(&mut found, 0).unwrap();
-    assert!(found[..100_000].iter().all(|byte| *byte == 5) && found[100_000..].iter().all(|byte| *byte == 4));
+    assert!(found[..100_000].iter().all(|byte| *byte == 5));
+    assert!(found[100_352..].chunks(512).all(|part| part[..511] == [4; 511] && part[511] == 3));
 }
 
 #[test]
@@ -481,6 +486,18 @@ fn who_dawdles_in_the_handshake_is_cut_off() {
     assert!((limit..Duration::from_secs(8)).contains(&begun.elapsed()));
     through.write_all(&request(0, 3, 0, 0)).unwrap();
     assert_eq!(reply(&mut through), 0);
+}
+
+#[test]
+fn one_connection_too_many_is_closed() {
+    let (_dir, server, _disk) = server(1 << 20);
+    let mut served: Vec<UnixStream> = (0..nbd::MAX_CONNECTIONS).map(|_| connect(&server)).collect();
+    let mut refused = UnixStream::connect(path(&server)).unwrap();
+    assert!(hung_up(&mut refused));
+    for stream in &mut served {
+        stream.write_all(&request(0, 3, 0, 0)).unwrap();
+        assert_eq!(reply(stream), 0);
+    }
 }
 
 #[test]

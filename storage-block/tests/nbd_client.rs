@@ -69,6 +69,37 @@ fn conforms_on_nbdkit() {
     }
 }
 
+/// What is less than a block is put into its place in one, at both ends.
+#[test]
+fn parts_of_blocks_are_put_in_their_places() {
+    if !have(&["nbdkit"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let policy = ["--filter=blocksize-policy", "memory", "1M", "blocksize-minimum=4096"];
+    let error = ["blocksize-preferred=4096", "blocksize-error-policy=error"];
+    let _daemon = Daemon::start(&socket, &[&["nbdkit", "-f"], &policy[..], &error].concat());
+    let disk = nbd::Client::connect(socket, "").unwrap().into_disk();
+    let mut oracle = vec![0; 1 << 20];
+    for (number, (offset, len)) in
+        [(0, 1), (5, 4000), (4000, 200), (4095, 4098), (8192, 4096), (100, 50_000), (4096, 9000), (77, 8115)]
+            .into_iter()
+            .enumerate()
+    {
+        let bytes: Vec<u8> = (0..len).map(|at| (at % 251 + number * 7) as u8).collect();
+        disk.write_at(&bytes, offset as u64).unwrap();
+        oracle[offset..offset + len].copy_from_slice(&bytes);
+        disk.write_zeroes((offset + len / 3) as u64, (len / 2) as u64).unwrap();
+        oracle[offset + len / 3..][..len / 2].fill(0);
+        let mut found = vec![0; 1 << 20];
+        disk.read_at(&mut found, 0).unwrap();
+        assert!(found == oracle, "{len} bytes at {offset}");
+        disk.read_at(&mut found[..len], offset as u64).unwrap();
+        assert!(found[..len] == oracle[offset..offset + len], "{len} bytes at {offset}");
+    }
+}
+
 /// Ranges that may hold data.
 fn data(disk: &Disk) -> Vec<std::ops::Range<u64>> {
     let (mut at, mut found) = (0, Vec::new());
@@ -183,6 +214,15 @@ const SIZE: u64 = 1 << 20;
 /// A server that does as it is told: it comes to terms with a client, and answers its first request with
 /// `reply`, which gets the request's handle.
 fn lying(structured: bool, reply: impl FnOnce(&[u8]) -> Vec<u8> + Send + 'static) -> nbd::Client {
+    lying_for(Duration::from_millis(300), structured, reply)
+}
+
+/// The same with a client of this patience.
+fn lying_for(
+    patience: Duration,
+    structured: bool,
+    reply: impl FnOnce(&[u8]) -> Vec<u8> + Send + 'static,
+) -> nbd::Client {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("s")).unwrap();
     std::thread::spawn(move || {
@@ -195,8 +235,8 @@ fn lying(structured: bool, reply: impl FnOnce(&[u8]) -> Vec<u8> + Send + 'static
             let _ = stream.read_to_end(&mut Vec::new());
         }
     });
-    let timeouts = (Duration::from_secs(5), Duration::from_millis(300));
-    nbd::Client::builder("").timeouts(timeouts.0, timeouts.1).connect(dir.path().join("s")).unwrap()
+    let client = nbd::Client::builder("").timeouts(Duration::from_secs(5), patience);
+    client.connect(dir.path().join("s")).unwrap()
 }
 
 /// An answer to an option.
@@ -329,19 +369,26 @@ fn lies_about_holes_are_errors() {
 }
 
 #[test]
-fn nobody_waits_for_a_server_that_has_gone_silent() {
-    let begun = Instant::now();
-    let disk = lying(true, |_| Vec::new()).into_disk();
-    std::thread::scope(|scope| {
-        for number in 0..70u64 {
-            let disk = &disk;
-            scope.spawn(move || {
-                let kind = disk.read_at(&mut [0; 512], number * 512).map_err(|error| error.kind());
-                assert_eq!(kind, Err(ErrorKind::Io));
-            });
-        }
-    });
-    assert!(begun.elapsed() < Duration::from_secs(10));
+fn what_one_learns_of_the_server_all_learn() {
+    let silence: Reply = |_| Vec::new();
+    for (reply, patience, kind) in [
+        (silence, Duration::from_millis(300), ErrorKind::Io),
+        // Who sleeps is woken, long before its time.
+        (|_| vec![0; 16], Duration::from_secs(100), ErrorKind::Protocol),
+    ] {
+        let begun = Instant::now();
+        let disk = lying_for(patience, true, reply).into_disk();
+        std::thread::scope(|scope| {
+            for number in 0..70u64 {
+                let disk = &disk;
+                scope.spawn(move || {
+                    let found = disk.read_at(&mut [0; 512], number * 512).map_err(|error| error.kind());
+                    assert_eq!(found, Err(kind));
+                });
+            }
+        });
+        assert!(begun.elapsed() < Duration::from_secs(20));
+    }
 }
 
 /// What becomes of a handshake with a server that says just this.
