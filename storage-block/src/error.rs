@@ -56,6 +56,9 @@ pub enum ErrorKind {
     Protocol,
     /// Nothing proves who is on the other side of a connection, and something should.
     Untrusted,
+    /// Whoever asked for it did not want it any more, and said so by
+    /// [`Progress::cancel`](crate::Progress::cancel).
+    Cancelled,
     /// Any other failure of the operating system.
     Io,
 }

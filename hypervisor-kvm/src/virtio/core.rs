@@ -68,6 +68,10 @@ impl Core {
         self.offered
     }
 
+    pub(crate) fn accepted(&self) -> u64 {
+        self.accepted
+    }
+
     pub(crate) fn status(&self) -> u32 {
         self.status
     }
@@ -79,6 +83,11 @@ impl Core {
     /// Whether a queue is ready; none that does not exist is.
     pub(crate) fn queue_ready(&self, n: usize) -> bool {
         self.rings.get(n).is_some_and(Ring::ready)
+    }
+
+    /// What the driver has said of a queue, if there is one.
+    pub(crate) fn described(&self, n: usize) -> Option<&Description> {
+        self.rings.get(n).map(Ring::described)
     }
 
     pub(crate) fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -6,6 +6,7 @@ use virtio_bindings::virtio_mmio as reg;
 
 use super::core::{Core, Effect, Step};
 use super::device::Device;
+use super::half::{half, set_half};
 use super::ring::{Description, QUEUE_SIZE};
 use crate::memory::Memory;
 
@@ -114,22 +115,5 @@ impl Mmio {
             _ => return Effect::None,
         };
         self.core.describe(self.queue_select as usize, |queue| set_half(field(queue), select, value))
-    }
-}
-
-/// The half of a 64-bit value that a selector names; others are zero.
-fn half(value: u64, select: u32) -> u32 {
-    match select {
-        0 => value as u32,
-        1 => (value >> 32) as u32,
-        _ => 0,
-    }
-}
-
-fn set_half(value: &mut u64, select: u32, half: u32) {
-    match select {
-        0 => *value = *value & !0xffff_ffff | u64::from(half),
-        1 => *value = *value & 0xffff_ffff | u64::from(half) << 32,
-        _ => {}
     }
 }

@@ -21,7 +21,7 @@ pub(crate) struct Ring {
 }
 
 /// Where the driver says that a queue is, and of what size: taken over when it is made ready.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Description {
     pub(crate) size: u32,
     pub(crate) descriptors: u64,
@@ -29,14 +29,25 @@ pub(crate) struct Description {
     pub(crate) used: u64,
 }
 
+impl Description {
+    /// Of the largest size there is, which a driver may leave as it is.
+    fn new() -> Self {
+        Self { size: QUEUE_SIZE.into(), descriptors: 0, available: 0, used: 0 }
+    }
+}
+
 impl Ring {
     /// A queue that nobody has described yet.
     pub(crate) fn new() -> Self {
-        Self { queue: new_queue(), described: Description::default() }
+        Self { queue: new_queue(), described: Description::new() }
     }
 
     pub(crate) fn ready(&self) -> bool {
         self.queue.ready()
+    }
+
+    pub(crate) fn described(&self) -> &Description {
+        &self.described
     }
 
     /// Changes the description; fails where the queue is in use.

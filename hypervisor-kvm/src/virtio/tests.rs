@@ -7,8 +7,10 @@ use vm_memory::{Bytes, GuestAddress};
 use super::block::Block;
 use super::chain::Malformed;
 use super::core::{Effect, Step};
+use super::device::Device;
 use super::mmio::Mmio;
 use super::ring::QUEUE_SIZE;
+use super::rng::Rng;
 use crate::memory::{self, Memory};
 
 const MIB: u64 = 1 << 20;
@@ -57,9 +59,12 @@ type Descriptor = (u64, u32, u16, u16);
 
 impl Driver {
     fn new(disk: Disk) -> Self {
+        Self::of(Block::new(disk.clone(), "vol-0123"), disk)
+    }
+
+    fn of(device: impl Device + 'static, disk: Disk) -> Self {
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        let device = Mmio::new(Block::new(disk.clone(), "vol-0123"));
-        Self { memory, device, disk, sent: 0 }
+        Self { memory, device: Mmio::new(device), disk, sent: 0 }
     }
 
     /// A driver that has done all the steps of initialisation (virtio 1.2, 3.1.1), accepting `features`.
@@ -478,4 +483,26 @@ fn every_register_takes_every_width() {
         assert_eq!(driver.device.write(&driver.memory, 0x70, &[0; 8][..len]), Effect::None);
     }
     assert_eq!(driver.request(FLUSH, 0, 0, 0), (OK, 1), "no odd width has reset it");
+}
+
+#[test]
+fn random_bytes_are_as_many_as_asked_for_and_never_the_same() {
+    let mut driver = Driver::of(Rng, MemoryDisk::new(512).unwrap().into_disk());
+    driver.negotiate(VERSION_1);
+    driver.set_queue(QUEUE_SIZE, [DESCRIPTORS, AVAILABLE, USED]);
+    driver.set(reg::VIRTIO_MMIO_STATUS, 15);
+    let mut seen = vec![vec![0; 32]];
+    for (n, (asked, got)) in (0..).zip([(32, 32), (32, 32), (0, 0), (64 << 10, 4096)]) {
+        driver.put_data(&[0; 4096]);
+        assert_eq!(driver.send(&[(DATA, asked, WRITE)]), Step::Served { interrupt: true });
+        let written: u32 = driver.memory.read_obj(GuestAddress(USED + 8 + 8 * n)).unwrap();
+        assert_eq!(written, got);
+        if got > 0 {
+            let bytes = driver.data(32);
+            assert!(!seen.contains(&bytes), "{bytes:?}");
+            seen.push(bytes);
+        }
+    }
+    // A request with nothing to write to is answered with nothing.
+    assert_eq!(driver.send(&[(DATA, 16, 0)]), Step::Served { interrupt: true });
 }
