@@ -18,8 +18,8 @@ use crate::store::{lock, read};
 
 /// Requests of one connection that are served at the same time.
 const WORKERS: usize = 4;
-/// Replies are sent when they are so many bytes.
-const ENOUGH: usize = 64 << 10;
+/// Replies are sent when they are so many, or so many bytes: who waits for them has something to do meanwhile.
+const ENOUGH: (usize, usize) = (8, 64 << 10);
 /// A disk that answers small requests in less is as quick as waking a thread to ask it.
 const QUICK: Duration = Duration::from_micros(50);
 
@@ -165,14 +165,17 @@ impl Service<'_> {
         let channel = &self.connection.channel;
         let (mut data, mut replies) = (Replies::default(), Replies::default());
         let mut input = lock(&self.input);
+        let mut waiting = 0;
         loop {
-            if replies.len() >= ENOUGH || !input.ready() {
+            if waiting >= ENOUGH.0 || replies.len() >= ENOUGH.1 || !input.ready() {
                 self.send(&mut replies)?;
+                waiting = 0;
             }
             let Some(request) = input.next(channel) else { return self.send(&mut replies) };
             if self.at_once(&request) {
                 let Some(data) = input.payload(&request, channel) else { return self.send(&mut replies) };
                 self.answer(&request, data, &mut replies);
+                waiting += 1;
                 continue;
             }
             // Nobody waits for this one but who has asked for it.
