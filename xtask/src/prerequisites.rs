@@ -22,6 +22,7 @@ pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux
 pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
 pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };
 pub(crate) const NBDCOPY: Tool = Tool { program: "nbdcopy", package: "libnbd-bin" };
+pub(crate) const NBDKIT: Tool = Tool { program: "nbdkit", package: "nbdkit" };
 pub(crate) const FIO: Tool = Tool { program: "fio", package: "fio" };
 pub(crate) const LZ4: Tool = Tool { program: "lz4", package: "lz4" };
 pub(crate) const XZ: Tool = Tool { program: "xz", package: "xz-utils" };
