@@ -1,5 +1,6 @@
 //! Disks served over NBD, by this library and by `qemu-nbd`, and worked on by fio.
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -93,12 +94,15 @@ impl QemuNbd {
         let mut command = Command::new("qemu-nbd");
         command.args(["--persistent", "--shared=8", "--cache=writeback", "--aio=threads", "--discard=unmap"]);
         command.arg(format!("--format={format}")).arg("--socket").arg(&socket).arg(image);
-        let child = command.stdin(Stdio::null()).spawn().context("cannot run qemu-nbd")?;
+        // It complains of clients that come only to see whether it is there.
+        let complaints = socket.with_extension("log");
+        command.stdin(Stdio::null()).stderr(File::create(&complaints)?);
+        let child = command.spawn().context("cannot run qemu-nbd")?;
         let mut served = Self { child, socket };
         let begun = Instant::now();
         while UnixStream::connect(&served.socket).is_err() {
             if let Some(status) = served.child.try_wait()? {
-                bail!("qemu-nbd ended with {status}");
+                bail!("qemu-nbd ended with {status}: {}", std::fs::read_to_string(&complaints)?.trim());
             }
             ensure!(begun.elapsed() < Duration::from_secs(10), "qemu-nbd does not serve");
             std::thread::sleep(Duration::from_millis(5));
@@ -126,14 +130,14 @@ fn beside_qemu(bench: &Bench, job: Job) -> anyhow::Result<Measurement> {
     let image = dir.path().join("disk.raw");
     corpus::copy(&bench.image(GIB)?, &image, bench.bytes(GIB))?;
     evict(&image)?;
-    std::io::copy(&mut std::fs::File::open(&image)?, &mut std::io::sink())?;
+    std::io::copy(&mut File::open(&image)?, &mut std::io::sink())?;
     let own = nbd::Server::bind(dir.path().join("own.sock"), RawFile::open(&image, false)?.into_disk())?;
     let theirs = QemuNbd::serve(&image, "raw", dir.path().join("qemu.sock"))?;
     let again = QemuNbd::serve(&image, "raw", dir.path().join("again.sock"))?;
     let run = |socket: &Path| {
         let took = job.run(bench, socket)?;
         // No side has the other's writes in its time.
-        std::fs::File::open(&image)?.sync_all()?;
+        File::open(&image)?.sync_all()?;
         Ok(took)
     };
     median_speed(
