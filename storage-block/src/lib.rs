@@ -54,6 +54,7 @@ mod backend;
 mod error;
 mod format;
 mod freeze;
+mod fs;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 #[allow(clippy::unwrap_used, reason = "it is test code, outside of a test function")]

@@ -1,12 +1,12 @@
 //! The log that says which blocks a volume's overlay holds.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::format::{
     self, BATCH_HEADER, BATCH_MAX, BATCH_RECORD, BLOCK, LOG_ALIGN, LOG_HEADER, Run, State, VolumeHeader,
 };
+use crate::fs::{self, File};
 use crate::map::StateMap;
 use crate::raw::write_zeroes;
 use crate::store::sync_dir;
@@ -47,7 +47,7 @@ impl Log {
     pub(crate) fn create(path: &Path, size: u64, base: Option<ami_core::Digest>) -> Result<Self> {
         let header = VolumeHeader { size, base, log: random()? };
         let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
-        let file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed)?;
+        let file = File::create_new(path).map_err(failed)?;
         let mut bytes = format::encode_volume(&header);
         bytes.resize(INITIAL as usize, 0);
         file.write_all_at(&bytes, 0).map_err(failed)?;
@@ -62,8 +62,8 @@ impl Log {
 
     /// Opens a log and replays it. What a crash cut off at its end was never acknowledged, and goes.
     pub(crate) fn open(path: &Path) -> Result<(Self, StateMap)> {
-        let file = File::options().read(true).write(true).open(path);
-        let file = file.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
+        let file =
+            File::open_writable(path).map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
         let mut log = Self {
             path: path.to_owned(),
             file,
@@ -98,7 +98,7 @@ impl Log {
                 Err(AppendError::Write(error)) => {
                     tracing::warn!(log = %self.path.display(), %error, "cannot rewrite the log");
                     self.rewritten = self.end;
-                    let _ = std::fs::remove_file(self.path.with_extension("tmp"));
+                    let _ = fs::remove_file(&self.path.with_extension("tmp"));
                 }
                 result => result?,
             }
@@ -181,7 +181,7 @@ impl Log {
     fn rewrite(&mut self) -> Result<(), AppendError> {
         let path = self.path.with_extension("tmp");
         let mut new = self.write_anew(&path).map_err(AppendError::Write)?;
-        std::fs::rename(&path, &self.path).map_err(|e| {
+        fs::rename(&path, &self.path).map_err(|e| {
             AppendError::Write(Error::io(e, format!("cannot replace {}", self.path.display())))
         })?;
         // From here on only the new log has a name, whether or not that is durable.
@@ -207,7 +207,7 @@ impl Log {
         let mut runs = map.runs(0, self.header.size / BLOCK);
         runs.retain(|run| run.state != State::Base);
 
-        match std::fs::remove_file(path) {
+        match fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io(e, format!("cannot remove {}", path.display())));
             }

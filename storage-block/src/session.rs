@@ -1,7 +1,6 @@
 //! One writer's way into the packs: objects are appended, made durable together, and only then known.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use std::sync::RwLockReadGuard;
 use ami_core::Digest;
 
 use crate::format::{self, CHUNK, INDEX_HEADER, INDEX_RECORD, Id, Kind};
+use crate::fs::{self, File};
 use crate::pack::{self, Pack, Place};
 use crate::snapshot::Root;
 use crate::store::{Inner, read, sync_dir, write};
@@ -141,8 +141,7 @@ impl<'s> Session<'s> {
                 (&writing.index_path, pack::index_path(&dir, number)),
                 (&writing.pack.path, pack::pack_path(&dir, number)),
             ] {
-                std::fs::rename(from, &to)
-                    .map_err(|e| Error::io(e, format!("cannot name {}", to.display())))?;
+                fs::rename(from, &to).map_err(|e| Error::io(e, format!("cannot name {}", to.display())))?;
             }
             renamed = true;
         }
@@ -177,7 +176,7 @@ impl<'s> Session<'s> {
             drop(index);
             if let Some(pack) = opened {
                 let index_path = pack::index_path(&dir, number);
-                let file = File::options().write(true).open(&index_path);
+                let file = File::open_writable(&index_path);
                 let file = file.map_err(|e| Error::io(e, format!("cannot open {}", index_path.display())))?;
                 let records = Vec::new();
                 return Ok(Writing {
@@ -198,8 +197,7 @@ impl<'s> Session<'s> {
         let path = dir.join(format!("{number:08x}.pack.tmp"));
         let index_path = dir.join(format!("{number:08x}.index.tmp"));
         let create = |path: &PathBuf| {
-            let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
-            file.map_err(|e| Error::io(e, format!("cannot create {}", path.display())))
+            File::create(path).map_err(|e| Error::io(e, format!("cannot create {}", path.display())))
         };
         let file = create(&path)?;
         let made = create(&index_path).and_then(|index| {
@@ -212,8 +210,8 @@ impl<'s> Session<'s> {
                 Ok(Writing { pack, index, index_path, new: true, start: 0, slots: 0, records: Vec::new() })
             }
             Err(error) => {
-                let _ = std::fs::remove_file(&path);
-                let _ = std::fs::remove_file(&index_path);
+                let _ = fs::remove_file(&path);
+                let _ = fs::remove_file(&index_path);
                 Err(error)
             }
         }
@@ -248,7 +246,7 @@ impl Drop for Session<'_> {
                     writing.index_path.clone(),
                 ];
                 for name in &names {
-                    let _ = std::fs::remove_file(name);
+                    let _ = fs::remove_file(name);
                 }
                 Ok(())
             } else {

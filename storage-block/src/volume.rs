@@ -1,6 +1,5 @@
 //! Volumes: disks that begin as a snapshot and are their own from then on.
 
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -8,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use ami_core::Digest;
-use rustix::fs::FallocateFlags;
 
 use crate::format::{BLOCK, CHUNK, MAX_SIZE, Run, State};
 use crate::freeze::Freeze;
+use crate::fs::{self, File};
 use crate::import::Builder;
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
@@ -134,22 +133,21 @@ impl Volume {
         if base.is_some_and(|base| base.size() > size) {
             return Err(Error::invalid_size(size, "is less than that of the snapshot"));
         }
-        let new = match std::fs::create_dir(dir) {
+        let new = match fs::create_dir(dir) {
             Ok(()) => true,
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => false,
             Err(e) => return Err(Error::io(e, format!("cannot create {}", dir.display()))),
         };
         let path = dir.join(OVERLAY);
-        let made = File::options().read(true).write(true).create_new(true).open(&path);
-        if let Err(e) = made {
+        if let Err(e) = File::create_new(&path) {
             return Err(Error::io(e, format!("cannot create {}", path.display())));
         }
         let created = Self::create_files(dir, base, size);
         if created.is_err() {
-            let _ = std::fs::remove_file(dir.join(LOG));
-            let _ = std::fs::remove_file(&path);
+            let _ = fs::remove_file(&dir.join(LOG));
+            let _ = fs::remove_file(&path);
             if new {
-                let _ = std::fs::remove_dir(dir);
+                let _ = fs::remove_dir(dir);
             }
         }
         created
@@ -307,9 +305,9 @@ fn remove_files(dir: &Path) -> Result<()> {
     };
     for name in [LOG, "tmp", OVERLAY] {
         let path = if name == "tmp" { dir.join(LOG).with_extension(name) } else { dir.join(name) };
-        gone(std::fs::remove_file(&path), &path)?;
+        gone(fs::remove_file(&path), &path)?;
     }
-    gone(std::fs::remove_dir(dir), dir)?;
+    gone(fs::remove_dir(dir), dir)?;
     let parent = parent(dir);
     if parent.exists() { sync_dir(parent) } else { Ok(()) }
 }
@@ -428,8 +426,7 @@ impl Inner {
                 State::Overlay => {
                     self.change(at, count, State::Zero);
                     // Whether or not the space comes back, the blocks are zero.
-                    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                    let _ = rustix::fs::fallocate(&*self.overlay, punch, at * BLOCK, count * BLOCK);
+                    let _ = self.overlay.punch(at * BLOCK, count * BLOCK);
                 }
             }
             at += count;

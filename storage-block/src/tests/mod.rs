@@ -6,6 +6,7 @@ mod full_disk;
 mod golden;
 mod model;
 mod store;
+pub(crate) mod tape;
 
 use std::path::Path;
 
