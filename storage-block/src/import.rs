@@ -1,11 +1,12 @@
 //! How bytes become a snapshot: chunks into packs, ids into leaves, leaves into a root.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, MAX_SIZE};
 use crate::session::Session;
 use crate::store::{Inner, Store};
-use crate::{Disk, Error, Result, Snapshot};
+use crate::{Digest, Disk, Error, Result, Snapshot, pipeline};
 
 /// How far an import has come.
 ///
@@ -71,35 +72,61 @@ impl Store {
         disk: &Disk,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Snapshot, SnapshotStats)> {
-        const STEP: u64 = 1 << 20;
         let total = disk.size();
         if total > MAX_SIZE {
             return Err(Error::invalid_size(total, "is more than 64 TiB"));
         }
         let mut builder = Builder::new(&self.0, total, None);
-        let mut buf = vec![0; STEP as usize];
-        let mut done = 0;
-        while let Some(data) = disk.next_data(done)? {
-            // Ranges may meet within a chunk: whole chunks are read, and none twice.
-            let mut at = (data.start / CHUNK * CHUNK).max(done);
-            let end = data.end.next_multiple_of(CHUNK).min(total);
-            while at < end {
-                let len = (end - at).min(STEP) as usize;
-                disk.read_at(&mut buf[..len], at)?;
-                builder.stats.changed_bytes += len as u64;
-                let padded = len.next_multiple_of(CHUNK as usize);
-                buf[len..padded].fill(0);
-                for (chunk, number) in buf[..padded].chunks_exact(CHUNK as usize).zip(at / CHUNK..) {
-                    builder.set(number, chunk)?;
-                }
-                at += len as u64;
-                progress(Progress { done: at, total });
+        let read = |step: Range<u64>, buf: &mut Vec<u8>| {
+            let len = (step.end - step.start) as usize;
+            buf.resize(len.next_multiple_of(CHUNK as usize), 0);
+            disk.read_at(&mut buf[..len], step.start)?;
+            buf[len..].fill(0);
+            let ids: Vec<Id> = buf.chunks_exact(CHUNK as usize).map(chunk_id).collect();
+            Ok((step, ids))
+        };
+        pipeline::in_order(Steps { disk, done: 0, data: 0..0 }, read, |(step, ids), bytes| {
+            builder.stats.changed_bytes += step.end - step.start;
+            let chunks = bytes.chunks_exact(CHUNK as usize).zip(ids);
+            for ((chunk, id), number) in chunks.zip(step.start / CHUNK..) {
+                builder.set_named(number, &id, chunk)?;
             }
-            done = end;
-        }
+            progress(Progress { done: step.end, total });
+            Ok(())
+        })?;
         let made = builder.finish()?;
         progress(Progress { done: total, total });
         Ok(made)
+    }
+}
+
+/// The parts of a disk that may hold data, in pieces of whole chunks.
+struct Steps<'d> {
+    disk: &'d Disk,
+    /// All before is done or no data.
+    done: u64,
+    /// What is left of the range of data that was found last.
+    data: Range<u64>,
+}
+
+impl Iterator for Steps<'_> {
+    type Item = Result<Range<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        const STEP: u64 = 1 << 20;
+        while self.data.is_empty() {
+            let data = match self.disk.next_data(self.done) {
+                Ok(data) => data?,
+                Err(error) => return Some(Err(error)),
+            };
+            // Ranges may meet within a chunk: whole chunks are read, and none twice.
+            let end = data.end.next_multiple_of(CHUNK).min(self.disk.size());
+            self.data = (data.start / CHUNK * CHUNK).max(self.done)..end;
+            self.done = end;
+        }
+        let step = self.data.start..self.data.end.min(self.data.start + STEP);
+        self.data.start = step.end;
+        Some(Ok(step))
     }
 }
 
@@ -131,7 +158,14 @@ impl<'s> Builder<'s> {
 
     /// Sets a whole chunk.
     pub(crate) fn set(&mut self, number: u64, bytes: &[u8]) -> Result<()> {
-        let id = if is_zero(bytes) { HOLE } else { self.session.put(Kind::Chunk, bytes)? };
+        self.set_named(number, &chunk_id(bytes), bytes)
+    }
+
+    /// The same for a chunk whose id is known.
+    pub(crate) fn set_named(&mut self, number: u64, id: &Id, bytes: &[u8]) -> Result<()> {
+        if *id != HOLE {
+            self.session.put_named(Kind::Chunk, id, bytes)?;
+        }
         let (leaf, within) = ((number / LEAF_IDS as u64) as usize, (number % LEAF_IDS as u64) as usize);
         if self.current.as_ref().is_none_or(|(current, _)| *current != leaf) {
             self.finish_leaf()?;
@@ -142,7 +176,7 @@ impl<'s> Builder<'s> {
             self.current = Some((leaf, ids));
         }
         if let Some((_, ids)) = &mut self.current {
-            ids[within] = id;
+            ids[within] = *id;
         }
         Ok(())
     }
@@ -162,6 +196,11 @@ impl<'s> Builder<'s> {
         let root = self.session.commit(&bytes)?;
         Ok((Snapshot::new(Arc::clone(self.store), root), self.stats))
     }
+}
+
+/// What names a chunk; the one of zeroes is a hole.
+fn chunk_id(bytes: &[u8]) -> Id {
+    if is_zero(bytes) { HOLE } else { *Digest::of(bytes).as_bytes() }
 }
 
 /// Whether all bytes are zero; in words, so that it is as fast as reading them.

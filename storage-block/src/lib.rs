@@ -26,7 +26,8 @@
 //! # Input and output
 //!
 //! Every call does its work on the thread that makes it, with `pread` and `pwrite`; only the NBD server has
-//! threads. Handles are cheap to clone, may be used from any thread, and close with their last clone. A read never goes
+//! threads, and an import while it lasts. Handles are cheap to clone, may be used from any thread, and close
+//! with their last clone. A read never goes
 //! through more than one snapshot, however many came before it.
 //!
 //! What a function says is durable survives a crash of the process and of the machine; what a disk was
@@ -65,6 +66,7 @@ mod map;
 mod memory;
 pub mod nbd;
 mod pack;
+mod pipeline;
 mod raw;
 mod session;
 mod snapshot;
