@@ -38,7 +38,12 @@ impl Side {
         }
     }
 
-    fn read_at(&self, buf: &mut [u8], at: u64) -> anyhow::Result<()> {
+    /// Fills `buf` from there.
+    ///
+    /// # Errors
+    ///
+    /// What reading met.
+    pub fn read_at(&self, buf: &mut [u8], at: u64) -> anyhow::Result<()> {
         match self {
             Self::Disk(disk) => disk.read_at(buf, at)?,
             Self::File(file, _) => file.read_exact_at(buf, at)?,
@@ -63,7 +68,11 @@ impl Side {
     }
 
     /// Fills the page cache, for all in the same way.
-    fn warm(&self) -> anyhow::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// What reading met.
+    pub fn warm(&self) -> anyhow::Result<()> {
         let mut buf = vec![0; MIB as usize];
         (0..self.size()).step_by(MIB as usize).try_for_each(|at| self.read_at(&mut buf, at))
     }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use rustix::fs::Advice;
 use storage_block::{RawFile, Snapshot, Store};
-use tempfile::TempDir;
+pub use tempfile::TempDir;
 
 use crate::samples::{Measurement, Rounds};
 

@@ -49,4 +49,12 @@ const FIGURES: &[Figure] = &[
     at_least("nbd_write_4k", 1.0),
     at_least("nbd_read_1m", 1.0),
     at_least("nbd_write_1m", 1.0),
+    // A volume's speed in units of that of a qcow2 overlay: made by qemu-img, open in imago, served by qemu-nbd.
+    reported("clone_beside_qemu_img", Place::Rivals),
+    reported("random_read_beside_imago", Place::Rivals),
+    reported("random_overwrite_beside_imago", Place::Rivals),
+    reported("random_overwrite_first_beside_imago", Place::Rivals),
+    reported("sequential_read_beside_imago", Place::Rivals),
+    reported("nbd_read_4k_beside_qcow2", Place::Rivals),
+    reported("nbd_write_4k_beside_qcow2", Place::Rivals),
 ];
