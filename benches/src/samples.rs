@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use rustix::time::{ClockId, Timespec, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// A figure's value and the raw samples it was computed from, in seconds, by what was timed.
@@ -35,6 +36,39 @@ pub struct Rounds {
     pub rounds: usize,
     /// How often each thing is done in a round.
     pub batch: usize,
+}
+
+/// The time that a processor has spent on this thread, or on all of this process. What works in memory
+/// takes nothing else, and others' work is not in it.
+#[derive(Debug)]
+pub struct ProcessorTime {
+    clock: ClockId,
+    begun: Timespec,
+}
+
+impl ProcessorTime {
+    /// That of this thread, from now on.
+    #[must_use]
+    pub fn of_thread() -> Self {
+        Self::of(ClockId::ThreadCPUTime)
+    }
+
+    /// That of this process, from now on.
+    #[must_use]
+    pub fn of_process() -> Self {
+        Self::of(ClockId::ProcessCPUTime)
+    }
+
+    fn of(clock: ClockId) -> Self {
+        Self { clock, begun: clock_gettime(clock) }
+    }
+
+    /// What it has come to.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        let spent = clock_gettime(self.clock) - self.begun;
+        Duration::try_from(spent).unwrap_or_default()
+    }
 }
 
 /// Something that can be timed, and its name.

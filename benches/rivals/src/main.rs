@@ -103,7 +103,7 @@ fn random_overwrite_first(bench: &Bench) -> anyhow::Result<Measurement> {
     let writes = bench.bytes(8192) as usize;
     beside_imago(bench, &overlays, |side, round| {
         let blocks = &order[round as usize * writes..][..writes];
-        write_blocks(side, blocks.iter().copied(), None)
+        write_blocks(side, blocks.iter().copied())
     })
 }
 
@@ -112,7 +112,7 @@ fn random_overwrite(bench: &Bench) -> anyhow::Result<Measurement> {
     let overlays = Overlays::new(bench)?;
     let order = shuffled(overlays.size() / BLOCK);
     let blocks = &order[..bench.bytes(8192) as usize];
-    beside_imago(bench, &overlays, |side, _| write_blocks(side, blocks.iter().copied(), None))
+    beside_imago(bench, &overlays, |side, _| write_blocks(side, blocks.iter().copied()))
 }
 
 /// What fio makes of a new clone each time.

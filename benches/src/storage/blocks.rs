@@ -1,4 +1,8 @@
 //! Reading and writing a volume beside a raw file.
+//!
+//! One request after the other in the page cache is nothing but a processor's work, and it is its time that
+//! counts: neither what else runs nor what a disk is busy with is in it. Many at a time, and flushes, wait
+//! for each other and for the disk, and there the clock on the wall counts.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -11,7 +15,7 @@ use storage_block::{Disk, RawFile, Store, Volume};
 use tempfile::TempDir;
 
 use super::{BLOCK, Bench, GIB, MIB, corpus, evict, import};
-use crate::samples::{Measurement, Rounds, median_speed};
+use crate::samples::{Measurement, ProcessorTime, Rounds, median_speed};
 
 /// What random requests are spread over.
 const SIZE: u64 = GIB;
@@ -202,37 +206,30 @@ pub fn read_blocks(side: &Side, reads: u64, depth: u64, seed: u64) -> anyhow::Re
         }
         anyhow::Ok(())
     };
-    let begun = Instant::now();
     if depth == 1 {
+        let begun = ProcessorTime::of_thread();
         work(seed)?;
-    } else {
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..depth).map(|n| scope.spawn(move || work(seed * depth + n))).collect();
-            threads
-                .into_iter()
-                .try_for_each(|thread| thread.join().map_err(|_| anyhow!("a reader panicked"))?)
-        })?;
+        return Ok(begun.elapsed());
     }
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..depth).map(|n| scope.spawn(move || work(seed * depth + n))).collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined.map(|done| done.map_err(|_| anyhow!("a reader panicked"))?).collect::<anyhow::Result<()>>()
+    })?;
     Ok(begun.elapsed())
 }
 
-/// Writes to these blocks, with a flush after each `flush_every`; what remains is flushed when the time is up.
+/// Writes to these blocks, and flushes when the time is up.
 ///
 /// # Errors
 ///
 /// Those of the side.
-pub fn write_blocks(
-    side: &Side,
-    blocks: impl Iterator<Item = u64>,
-    flush_every: Option<u64>,
-) -> anyhow::Result<Duration> {
+pub fn write_blocks(side: &Side, blocks: impl Iterator<Item = u64>) -> anyhow::Result<Duration> {
     let buf = [0x5a; BLOCK as usize];
-    let begun = Instant::now();
-    for (block, n) in blocks.zip(1..) {
+    let begun = ProcessorTime::of_thread();
+    for block in blocks {
         side.write_at(&buf, block * BLOCK)?;
-        if flush_every.is_some_and(|every| n % every == 0) {
-            side.flush()?;
-        }
     }
     let took = begun.elapsed();
     side.flush()?;
@@ -251,13 +248,11 @@ pub fn sequentially(
 ) -> anyhow::Result<Duration> {
     let quarter = side.size() / 4;
     let first = round % 4 * quarter;
-    let begun = Instant::now();
+    let begun = ProcessorTime::of_thread();
     for at in (first..first + quarter).step_by(MIB as usize) {
         each(side, at)?;
     }
-    let took = begun.elapsed();
-    side.flush()?;
-    Ok(took)
+    Ok(begun.elapsed())
 }
 
 /// The blocks of a disk in a random order.
@@ -281,9 +276,9 @@ pub(super) fn random_overwrite(bench: &Bench) -> anyhow::Result<Measurement> {
     let beside = Beside::new(bench)?;
     beside.touch()?;
     beside.warm()?;
-    beside.compare(bench.rounds(25), |side, round| {
+    beside.compare(bench.rounds(15), |side, round| {
         let (mut random, blocks) = (Random::new(round), side.size() / BLOCK);
-        write_blocks(side, (0..bench.bytes(WRITES)).map(|_| random.below(blocks)), None)
+        write_blocks(side, (0..bench.bytes(WRITES)).map(|_| random.below(blocks)))
     })
 }
 
@@ -292,10 +287,23 @@ pub(super) fn random_overwrite_first(bench: &Bench) -> anyhow::Result<Measuremen
     beside.warm()?;
     let order = shuffled(beside.volume.size() / BLOCK);
     let writes = bench.bytes(WRITES) as usize;
-    beside.compare(bench.rounds(25), |side, round| {
+    beside.compare(bench.rounds(15), |side, round| {
         let blocks = &order[round as usize * writes..][..writes];
-        write_blocks(side, blocks.iter().copied(), None)
+        write_blocks(side, blocks.iter().copied())
     })
+}
+
+/// With a flush after every 32 blocks, which is most of what it takes.
+fn write_and_flush(side: &Side, blocks: impl Iterator<Item = u64>) -> anyhow::Result<Duration> {
+    let buf = [0x5a; BLOCK as usize];
+    let begun = Instant::now();
+    for (block, n) in blocks.zip(1..) {
+        side.write_at(&buf, block * BLOCK)?;
+        if n % 32 == 0 {
+            side.flush()?;
+        }
+    }
+    Ok(begun.elapsed())
 }
 
 pub(super) fn random_overwrite_flushed(bench: &Bench) -> anyhow::Result<Measurement> {
@@ -304,7 +312,16 @@ pub(super) fn random_overwrite_flushed(bench: &Bench) -> anyhow::Result<Measurem
     beside.warm()?;
     beside.compare(bench.rounds(15), |side, round| {
         let (mut random, blocks) = (Random::new(round), side.size() / BLOCK);
-        write_blocks(side, (0..1024).map(|_| random.below(blocks)), Some(32))
+        write_and_flush(side, (0..512).map(|_| random.below(blocks)))
+    })
+}
+
+pub(super) fn random_overwrite_first_flushed(bench: &Bench) -> anyhow::Result<Measurement> {
+    let beside = Beside::new(bench)?;
+    beside.warm()?;
+    let order = shuffled(beside.volume.size() / BLOCK);
+    beside.compare(bench.rounds(15), |side, round| {
+        write_and_flush(side, order[round as usize * 512..][..512].iter().copied())
     })
 }
 
@@ -322,7 +339,9 @@ pub(super) fn sequential_write(bench: &Bench) -> anyhow::Result<Measurement> {
     beside.touch()?;
     beside.warm()?;
     let buf = vec![0x5a; MIB as usize];
-    beside.compare(bench.rounds(15), |side, round| {
-        sequentially(side, round, |side, at| side.write_at(&buf, at))
+    beside.compare(bench.rounds(8), |side, round| {
+        let took = sequentially(side, round, |side, at| side.write_at(&buf, at));
+        side.flush()?;
+        took
     })
 }

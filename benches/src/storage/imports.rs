@@ -11,7 +11,7 @@ use storage_block::{Digest, Store, Volume};
 
 use super::blocks::Random;
 use super::{BLOCK, Bench, GIB, MIB, corpus, import};
-use crate::samples::{Measurement, median_ratio, median_speed};
+use crate::samples::{Measurement, ProcessorTime, median_ratio, median_speed};
 
 /// What is imported.
 const IMAGE: u64 = 4 * GIB;
@@ -28,13 +28,13 @@ fn timed_import(bench: &Bench, image: &Path) -> anyhow::Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// The time that hashing takes, the reading left out.
+/// The time that hashing takes one processor, the reading left out.
 fn timed_hash(image: &Path) -> anyhow::Result<Duration> {
     let file = File::open(image)?;
     let (mut buf, mut took) = (vec![0; MIB as usize], Duration::ZERO);
     for at in (0..file.metadata()?.len()).step_by(MIB as usize) {
         file.read_exact_at(&mut buf, at)?;
-        let begun = Instant::now();
+        let begun = ProcessorTime::of_thread();
         for chunk in buf.chunks(CHUNK as usize) {
             black_box(Digest::of(chunk));
         }
@@ -62,6 +62,18 @@ pub(super) fn over_copy(bench: &Bench) -> anyhow::Result<Measurement> {
     };
     let (mut copy, mut again) = (copy, copy);
     median_speed(bench.rounds(2), ("import", &mut import), ("copy", &mut copy), ("copy again", &mut again))
+}
+
+/// What an import takes of all processors, over what hashing alone takes of one.
+pub(super) fn processor_time(bench: &Bench) -> anyhow::Result<Measurement> {
+    let image = bench.image(IMAGE / 4)?;
+    let mut import = || {
+        let begun = ProcessorTime::of_process();
+        timed_import(bench, &image)?;
+        Ok(begun.elapsed())
+    };
+    let mut hash = || timed_hash(&image);
+    median_ratio(bench.rounds(5), ("import", &mut import), ("SHA-256", &mut hash))
 }
 
 /// A quarter of the image, so that the disk keeps up.
