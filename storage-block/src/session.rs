@@ -11,14 +11,13 @@ use ami_core::Digest;
 use crate::format::{self, CHUNK, INDEX_HEADER, INDEX_RECORD, Id, Kind};
 use crate::fs::{self, File};
 use crate::pack::{self, Pack, Place};
-use crate::snapshot::Root;
 use crate::store::{Inner, read, sync_dir, write};
 use crate::{Error, Result};
 
 /// Objects wait here until so many bytes can be written at once.
 const BUFFER: usize = 1 << 20;
 
-/// What is being appended. Dropped without [`commit`](Self::commit) it leaves nothing behind.
+/// What is being appended. Dropped without [`finish`](Self::finish) it leaves nothing behind.
 ///
 /// Sessions run side by side, each in packs of its own, so none ever waits for another's disk. The
 /// guard keeps the store from dropping an object that this session has found to be there already.
@@ -107,17 +106,13 @@ impl<'s> Session<'s> {
         if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }
     }
 
-    /// Makes everything durable and known, and then the snapshot with this root.
+    /// Makes everything durable and known, and then what `publish` does, which is to write the snapshots' roots.
     ///
-    /// This synchronises the pack and its index, the root and its directory, and one directory more
-    /// where a pack is new: four or five times however much there is, more only if several packs are filled.
+    /// This synchronises the pack and its index, a root and its directory, and one directory more
+    /// where a pack is new: four or five times however much there is, more only if several packs are filled or
+    /// several snapshots made.
     /// The index of a pack is written when the pack's bytes are durable, so that a record never speaks
     /// of bytes that a crash took; and a pack gets its final name after its index has.
-    pub(crate) fn commit(mut self, root: &[u8]) -> Result<Arc<Root>> {
-        self.finish(|store| store.publish_root(root))
-    }
-
-    /// The same with anything else in the place of the root.
     pub(crate) fn finish<T>(&mut self, publish: impl FnOnce(&Inner) -> Result<T>) -> Result<T> {
         self.write_out()?;
         for writing in &self.packs {

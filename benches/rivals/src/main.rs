@@ -68,9 +68,7 @@ fn beside_imago(
 ) -> anyhow::Result<Measurement> {
     let volume = overlays.volume()?;
     let (theirs, ours) = (Side::Disk(imago_disk::open(&overlays.qcow2()?)?), Side::Disk(volume.disk()));
-    overlays.evict()?;
-    theirs.warm()?;
-    ours.warm()?;
+    overlays.warm()?;
     let work = std::cell::RefCell::new(&mut work);
     let numbered = |side: Side| {
         let (work, round) = (&work, Cell::new(0));

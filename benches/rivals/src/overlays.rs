@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use ami_benches::storage::{Bench, evict, import};
+use ami_benches::storage::{Bench, evict, import, warm};
 use anyhow::{Context as _, ensure};
 use storage_block::{Snapshot, Store, Volume};
 
@@ -55,9 +55,10 @@ impl<'b> Overlays<'b> {
         Ok(path)
     }
 
-    /// Drops the image and the store from the page cache.
-    pub(crate) fn evict(&self) -> anyhow::Result<()> {
+    /// Fills the page cache with the image and the store, each file in the same way.
+    pub(crate) fn warm(&self) -> anyhow::Result<()> {
         let all: [&Path; 2] = [&self.image, self.dir.path()];
-        all.into_iter().try_for_each(evict)
+        all.into_iter().try_for_each(evict)?;
+        all.into_iter().try_for_each(warm)
     }
 }

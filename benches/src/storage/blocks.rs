@@ -14,7 +14,7 @@ use anyhow::anyhow;
 use storage_block::{Disk, RawFile, Store, Volume};
 use tempfile::TempDir;
 
-use super::{BLOCK, Bench, GIB, MIB, corpus, evict, import};
+use super::{BLOCK, Bench, GIB, MIB, corpus, evict, import, warm};
 use crate::samples::{Measurement, ProcessorTime, Rounds, median_speed};
 
 /// What random requests are spread over.
@@ -70,16 +70,6 @@ impl Side {
         }
         Ok(())
     }
-
-    /// Fills the page cache, for all in the same way.
-    ///
-    /// # Errors
-    ///
-    /// What reading met.
-    pub fn warm(&self) -> anyhow::Result<()> {
-        let mut buf = vec![0; MIB as usize];
-        (0..self.size()).step_by(MIB as usize).try_for_each(|at| self.read_at(&mut buf, at))
-    }
 }
 
 /// A volume and two raw files with the same content.
@@ -125,14 +115,14 @@ impl Beside {
         Ok([Side::Disk(self.volume.disk()), raw(&self.raw[0])?, raw(&self.raw[1])?])
     }
 
-    /// Fills the page cache with each side.
+    /// Fills the page cache with all of it, each file in the same way.
     ///
     /// # Errors
     ///
     /// What the file system says.
     pub fn warm(&self) -> anyhow::Result<()> {
         evict(self.dir.path())?;
-        self.sides()?.iter().try_for_each(Side::warm)
+        warm(self.dir.path())
     }
 
     /// Writes all of the volume, so that nothing of it is the snapshot's any more, as the files were.

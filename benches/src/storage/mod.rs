@@ -11,6 +11,8 @@ pub mod nbd;
 mod space;
 
 use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -112,22 +114,42 @@ pub fn import(store: &Store, image: &Path) -> anyhow::Result<Snapshot> {
     Ok(store.import(&disk, &mut |_| ())?.0)
 }
 
+/// Calls `each` with every file below a path, or with the path's own file.
+fn each_file(path: &Path, each: &mut dyn FnMut(&File) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path)? {
+            each_file(&entry?.path(), each)?;
+        }
+    } else if path.is_file() {
+        each(&File::open(path)?)?;
+    }
+    Ok(())
+}
+
 /// Makes the files below `path` durable and drops them from the page cache.
 ///
 /// # Errors
 ///
 /// What the file system says.
 pub fn evict(path: &Path) -> anyhow::Result<()> {
-    if path.is_dir() {
-        for entry in std::fs::read_dir(path)? {
-            evict(&entry?.path())?;
-        }
-        return Ok(());
-    }
-    if path.is_file() {
-        let file = File::open(path)?;
+    each_file(path, &mut |file| {
         file.sync_all()?;
-        rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
-    }
-    Ok(())
+        Ok(rustix::fs::fadvise(file, 0, None, Advice::DontNeed)?)
+    })
+}
+
+/// Fills the page cache with the files below `path`, each from one end to the other. Files that are mostly holes
+/// are left out: nothing is read from them.
+///
+/// # Errors
+///
+/// What the file system says.
+pub fn warm(path: &Path) -> anyhow::Result<()> {
+    let mut buf = vec![0; MIB as usize];
+    each_file(path, &mut |mut file| {
+        let metadata = file.metadata()?;
+        let filled = metadata.blocks() * 512 >= metadata.len() / 2;
+        while filled && file.read(&mut buf)? > 0 {}
+        Ok(())
+    })
 }
