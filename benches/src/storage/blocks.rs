@@ -177,7 +177,7 @@ impl Random {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        (u128::from(self.0) * u128::from(bound) >> 64) as u64
+        ((u128::from(self.0) * u128::from(bound)) >> 64) as u64
     }
 }
 
@@ -204,8 +204,8 @@ pub fn read_blocks(side: &Side, reads: u64, depth: u64, seed: u64) -> anyhow::Re
     let begun = Instant::now();
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..depth).map(|n| scope.spawn(move || work(seed * depth + n))).collect();
-        let joined = threads.into_iter().map(|thread| thread.join());
-        joined.map(|done| done.map_err(|_| anyhow!("a reader panicked"))?).collect::<anyhow::Result<()>>()
+        let mut joined = threads.into_iter().map(|thread| thread.join());
+        joined.try_for_each(|done| done.map_err(|_| anyhow!("a reader panicked"))?)
     })?;
     Ok(begun.elapsed())
 }
