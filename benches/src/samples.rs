@@ -166,8 +166,8 @@ mod tests {
     }
 
     /// Something that takes so many milliseconds, time after time.
-    fn taking(millis: &[u64]) -> impl FnMut() -> anyhow::Result<Duration> {
-        let mut millis = millis.to_vec().into_iter();
+    fn taking(millis: &[u64]) -> impl FnMut() -> anyhow::Result<Duration> + '_ {
+        let mut millis = millis.iter().copied();
         move || Ok(Duration::from_millis(millis.next().unwrap()))
     }
 
