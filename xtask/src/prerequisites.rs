@@ -29,6 +29,7 @@ pub(crate) const XZ: Tool = Tool { program: "xz", package: "xz-utils" };
 pub(crate) const ZSTD: Tool = Tool { program: "zstd", package: "zstd" };
 pub(crate) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
 pub(crate) const QEMU_IO: Tool = Tool { program: "qemu-io", package: "qemu-utils" };
+pub(crate) const QEMU_NBD: Tool = Tool { program: "qemu-nbd", package: "qemu-utils" };
 pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
 
 /// Makes sure that `tools` are there. A command calls this once, with all that it needs, before it does
