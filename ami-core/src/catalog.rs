@@ -188,13 +188,7 @@ impl Catalog for MemoryCatalog {
         let mut images = self.write();
         let id = current.id();
         let Some(kept) = images.get(&id) else { return Err(Error::not_found(&id)) };
-        if next.ami() != kept.ami() || next.ami().created() != kept.ami().created() {
-            let message = format!("the record of {id} cannot be replaced by one of {}", next.id());
-            return Err(Error::new(ErrorKind::InvalidParameterValue, message));
-        }
-        if kept != current {
-            return Err(Error::conflict(&id));
-        }
+        current.check_update(kept, &next)?;
         check_name_is_free(&images, &next)?;
         images.insert(id, next);
         Ok(())

@@ -163,6 +163,11 @@ impl Error {
     pub fn code(&self) -> &'static str {
         self.code
     }
+
+    /// What caused it, for an error of another crate's that says the same.
+    pub fn into_source(self) -> Option<Box<dyn StdError + Send + Sync>> {
+        self.source
+    }
 }
 
 impl fmt::Display for Error {

@@ -311,6 +311,27 @@ impl Image {
         Ok(Self { description: self.description.clone(), product_codes, ..Self::pending(ami) })
     }
 
+    /// Checks that `next` can take the place of this record while `kept` is the one that is kept: for those who
+    /// implement a [`Catalog`](crate::Catalog).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameterValue`] if `next` is of another image, [`ErrorKind::Conflict`] if `kept` is
+    /// another record than this.
+    pub fn check_update(&self, kept: &Self, next: &Self) -> Result<(), Error> {
+        let id = self.id();
+        if next.ami != kept.ami || next.ami.created() != kept.ami.created() {
+            return Err(invalid_value(format!(
+                "the record of {id} cannot be replaced by one of {}",
+                next.id()
+            )));
+        }
+        if kept != self {
+            return Err(Error::conflict(&id));
+        }
+        Ok(())
+    }
+
     /// The image itself.
     pub fn ami(&self) -> &AnyAmi {
         &self.ami

@@ -1,0 +1,46 @@
+//! What is put in order when a region is opened.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use crate::description::StateReason;
+use crate::garbage::remove_others;
+use crate::instance::Cell;
+use crate::record::{InstanceRecord, VolumeRecord};
+use crate::region::Inner;
+use crate::{InstanceState, Result, Transition};
+
+impl Inner {
+    /// Puts in order what the last owner left.
+    pub(crate) fn recover(&self) -> Result<()> {
+        for record in self.store.all::<InstanceRecord>()? {
+            self.recover_instance(record)?;
+        }
+        let volumes: HashSet<String> =
+            self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
+        remove_others(&self.paths.volumes(), &volumes)?;
+        remove_others(&self.paths.instances(), &HashSet::new())?;
+        self.collect_garbage()
+    }
+
+    fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
+        let state = record.description.state;
+        let gone = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated);
+        if gone || !record.launched {
+            return self.forget(&record);
+        }
+        if let Some(next) = state.after(Transition::Lost) {
+            record.description.state = next;
+            record.description.state_reason = Some(StateReason::new(
+                "Server.InternalError",
+                format!("the process that owned the region ended while the instance was {state}"),
+            ));
+            self.store.commit(|c| c.put(&record))?;
+        }
+        self.tokens.remember(&record);
+        self.directory.set(record.description.clone());
+        let cell = Arc::new(Cell::new(record));
+        self.cells().insert(cell.id, cell);
+        Ok(())
+    }
+}
