@@ -10,7 +10,7 @@ use storage_block::Volume;
 
 use crate::capacity::Claim;
 use crate::console::Console;
-use crate::description::{InstanceDescription, StateReason};
+use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::images::CreatedImage;
 use crate::machine::Machine;
@@ -283,8 +283,14 @@ impl Live {
     /// Ends the machine and makes durable what its guest has written: a guest is told that a write
     /// is done when the volume has it, and no end of its machine takes that back.
     pub(crate) fn end_machine(&mut self) -> Result<()> {
+        self.end_machine_of(|_| true)
+    }
+
+    /// The same for some of the volumes.
+    pub(crate) fn end_machine_of(&mut self, keep: impl Fn(&Attachment) -> bool) -> Result<()> {
         self.machine = None;
-        let flushed = self.volumes.iter().map(|volume| volume.disk().flush());
+        let volumes = self.record.description.attachments.iter().zip(&self.volumes);
+        let flushed = volumes.filter(|(a, _)| keep(a)).map(|(_, volume)| volume.disk().flush());
         flushed.collect::<Result<(), _>>().map_err(|e| Error::storage(e, "cannot flush a volume"))
     }
 }

@@ -170,6 +170,10 @@ impl Inner {
             InstanceState::ShuttingDown => {}
             _ => self.transition(cell, live, Transition::Terminate, Some(reason.clone()))?,
         }
+        // A volume that goes on has what the guest was told it has; where that fails, the end is none the less.
+        if let Err(e) = live.end_machine_of(|attachment| !attachment.delete_on_termination) {
+            tracing::error!(instance = %cell.id, error = chain(&e), "what a kept volume should hold is lost");
+        }
         self.power_off(live);
         let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
         let doomed: Vec<_> = doomed.map(|a| a.volume_id).collect();
