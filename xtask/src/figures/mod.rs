@@ -8,6 +8,7 @@
 
 mod facts;
 mod launch;
+mod region;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +25,7 @@ use crate::workspace;
 use facts::Facts;
 
 /// The areas that have figures.
-const AREAS: &[(&str, &[Figure])] = &[("launch", launch::FIGURES)];
+const AREAS: &[(&str, &[Figure])] = &[("launch", launch::FIGURES), ("region", region::FIGURES)];
 
 /// In the lab counted instructions are slow, most of all on a busy host.
 const LAB_DEADLINE: Duration = Duration::from_secs(600);

@@ -1,0 +1,14 @@
+//! The figures of the region itself.
+
+use super::{Figure, Place};
+
+pub(super) const FIGURES: &[Figure] = &[
+    // From the call of `launch` until all is durable, as a multiple of one append that is made durable.
+    Figure { name: "launch_over_append", unit: "x", bar: 2.0, place: Place::Host },
+    // A page of 100 of 10,000 instances by a filter.
+    Figure { name: "describe_10000", unit: "ms", bar: 1.0, place: Place::Host },
+    // The same as a multiple of that of 100 instances.
+    Figure { name: "describe_10000_over_100", unit: "x", bar: 3.0, place: Place::Host },
+    // A launch from 16 threads takes a fifth of the time of one from one thread, with the same durability.
+    Figure { name: "launch_16_threads_over_1", unit: "x", bar: 0.2, place: Place::Host },
+];
