@@ -113,7 +113,8 @@ impl Record for SnapshotRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InstanceRecord {
     pub(crate) description: InstanceDescription,
-    /// Whether the launch was ever acknowledged. One that was not leaves nothing behind.
+    /// Whether its volumes were durable when this was written. A launch commits its record while they are made
+    /// so; of one that a crash cut off, they may be missing, and then nobody was promised anything.
     pub(crate) launched: bool,
     /// What it boots if that is not read from its root volume.
     pub(crate) direct_boot: Option<BootPlan>,

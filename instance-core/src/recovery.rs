@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use storage_block::Volume;
+
 use crate::description::StateReason;
 use crate::garbage::remove_others;
 use crate::instance::Cell;
@@ -26,9 +28,10 @@ impl Inner {
     fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
         let state = record.description.state;
         let gone = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated);
-        if gone || !record.launched {
+        if gone || !record.launched && !self.is_whole(&record) {
             return self.forget(&record);
         }
+        record.launched = true;
         if let Some(next) = state.after(Transition::Lost) {
             record.description.state = next;
             record.description.state_reason = Some(StateReason::new(
@@ -42,5 +45,15 @@ impl Inner {
         let cell = Arc::new(Cell::new(record));
         self.cells().insert(cell.id, cell);
         Ok(())
+    }
+
+    /// Whether a launch that may have been cut off got as far as it had to: it runs, and has its volumes.
+    fn is_whole(&self, record: &InstanceRecord) -> bool {
+        let description = &record.description;
+        description.state != InstanceState::Pending
+            && description
+                .attachments
+                .iter()
+                .all(|a| Volume::open(&self.paths.volume(a.volume_id), &self.blocks).is_ok())
     }
 }

@@ -184,13 +184,8 @@ impl Inner {
             self.cells().insert(cell.id, cell.clone());
             self.announce(&StateChange::of(&description));
         }
-        self.make_machines(&mut launching, &boot);
-        let up = launching.iter().filter(|one| one.done.is_ok()).count();
-        let enough = up >= usize::try_from(spec.min_count).unwrap_or(usize::MAX);
-        let outcome = match enough {
-            true => self.commit_started(&mut launching),
-            false => Err(first_failure(&mut launching)),
-        };
+        let min = usize::try_from(spec.min_count).unwrap_or(usize::MAX);
+        let outcome = self.make(&mut launching, &boot, min);
         let mut running = Vec::new();
         for one in launching {
             match (&outcome, &one.done) {
@@ -326,9 +321,12 @@ impl Inner {
         Ok(claims)
     }
 
-    /// Makes volumes and machines, and says of each instance what came of it. The volumes become durable while
-    /// the machines are made, so that only one of the two is waited for.
-    fn make_machines(&self, launching: &mut [Launching<'_>], boot: &Boot) {
+    /// Makes volumes, machines and records, and says of each instance what came of it; an error if fewer than
+    /// `min` run.
+    ///
+    /// The volumes become durable while the machines are made and the records committed, so that only one of
+    /// the two is waited for. The records say so: see [`InstanceRecord::launched`].
+    fn make(&self, launching: &mut [Launching<'_>], boot: &Boot, min: usize) -> Result<()> {
         for one in launching.iter_mut() {
             match self.make_volumes(one.planned) {
                 Ok(volumes) => one.hold.volumes = volumes,
@@ -339,22 +337,36 @@ impl Inner {
         let sync = || -> Vec<Result<(), storage_block::Error>> {
             volumes.iter().map(|volumes| volumes.iter().try_for_each(Volume::sync_created)).collect()
         };
-        let synced = thread::scope(|scope| {
+        let (started, synced) = thread::scope(|scope| {
             let syncing = thread::Builder::new().name("sync-volumes".to_owned()).spawn_scoped(scope, sync);
             for one in launching.iter_mut().filter(|one| one.done.is_ok()) {
                 one.done = self.power_on(one.cell, &mut one.hold, boot.clone());
             }
-            match syncing {
+            let started = enough(launching, min).and_then(|()| self.commit_started(launching));
+            let synced = match syncing {
                 Ok(syncing) => syncing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
                 // No thread to be had: in this one, then.
                 Err(_) => sync(),
-            }
+            };
+            (started, synced)
         });
+        let started = started?;
         for (one, synced) in launching.iter_mut().zip(synced) {
             if let (Ok(()), Err(e)) = (&one.done, synced) {
                 one.done = Err(Error::storage(e, "cannot make a volume durable"));
             }
         }
+        enough(launching, min)?;
+        let running = launching.iter_mut().zip(started);
+        for (one, record) in running.filter(|(one, _)| one.done.is_ok()) {
+            let Some(record) = record else { continue };
+            // With whatever is committed next: until then opening the region looks at the volumes themselves.
+            if let Err(e) = self.store.later(|c| c.put(&record)) {
+                tracing::warn!(instance = %one.cell.id, error = chain(&e), "cannot note that a launch is whole");
+            }
+            self.publish(one.cell, &mut one.hold, record);
+        }
+        Ok(())
     }
 
     fn make_volumes(&self, planned: &[Planned]) -> Result<Vec<Volume>> {
@@ -370,24 +382,22 @@ impl Inner {
     }
 
     /// Commits all instances that run, and all that is theirs, in one: what a crash leaves of a launch is all
-    /// of it or nothing.
-    fn commit_started(&self, launching: &mut [Launching<'_>]) -> Result<()> {
-        let mut started = Vec::new();
-        for one in launching.iter_mut().filter(|one| one.done.is_ok()) {
-            let mut record = one.hold.after(Transition::Started, None)?;
-            record.launched = true;
-            started.push((one, record));
-        }
+    /// of it or nothing. Gives their records as they are once their volumes are durable.
+    fn commit_started(&self, launching: &[Launching<'_>]) -> Result<Vec<Option<InstanceRecord>>> {
+        let started = launching.iter().map(|one| match one.done {
+            Ok(()) => one.hold.after(Transition::Started, None).map(Some),
+            Err(_) => Ok(None),
+        });
+        let mut started = started.collect::<Result<Vec<_>>>()?;
         self.store.commit(|c| {
-            started.iter().try_for_each(|(one, record)| {
+            launching.iter().zip(&started).try_for_each(|(one, record)| {
+                let Some(record) = record else { return Ok(()) };
                 one.planned.iter().try_for_each(|p| c.put(&p.record))?;
                 c.put(record)
             })
         })?;
-        for (one, record) in started {
-            self.publish(one.cell, &mut one.hold, record);
-        }
-        Ok(())
+        started.iter_mut().flatten().for_each(|record| record.launched = true);
+        Ok(started)
     }
 
     /// Leaves nothing of a launch that failed. Files that cannot be removed now are when the region is opened
@@ -444,9 +454,15 @@ impl Inner {
     }
 }
 
-fn first_failure(launching: &mut [Launching<'_>]) -> Error {
+/// The first failure, if fewer than `min` are without one.
+fn enough(launching: &mut [Launching<'_>], min: usize) -> Result<()> {
+    if launching.iter().filter(|one| one.done.is_ok()).count() >= min {
+        return Ok(());
+    }
     let mut failures = launching.iter_mut().filter_map(|one| std::mem::replace(&mut one.done, Ok(())).err());
-    failures.next().unwrap_or_else(|| Error::new(ErrorKind::Internal, "a launch failed without a reason"))
+    Err(failures
+        .next()
+        .unwrap_or_else(|| Error::new(ErrorKind::Internal, "a launch failed without a reason")))
 }
 
 fn not_found_to_boot(id: AmiId) -> Error {

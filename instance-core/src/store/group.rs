@@ -18,6 +18,8 @@ pub(super) struct Group {
 #[derive(Debug, Default)]
 struct Queue {
     waiting: Vec<Waiting>,
+    /// What goes in front of the next batch, and is waited for by nobody.
+    later: Vec<Change>,
     /// Somebody writes, or has been told to.
     led: bool,
 }
@@ -82,7 +84,14 @@ impl Group {
                 return done;
             }
         }
-        let batch = std::mem::take(&mut lock(&self.queue).waiting);
+        let mut queue = lock(&self.queue);
+        let mut batch = std::mem::take(&mut queue.waiting);
+        let later = std::mem::take(&mut queue.later);
+        drop(queue);
+        if !later.is_empty() {
+            let turn = Arc::new(Turn::default());
+            batch.insert(0, Waiting { changes: later, durability: Durability::Eventual, turn });
+        }
         self.write(batch);
         let mut queue = lock(&self.queue);
         match queue.waiting.first() {
@@ -94,6 +103,11 @@ impl Group {
             News::Done(done) => done,
             News::Lead => Err(Error::new(ErrorKind::Internal, "a commit that was written leads again")),
         }
+    }
+
+    /// Leaves changes to the next batch.
+    pub(super) fn later(&self, changes: Vec<Change>) {
+        lock(&self.queue).later.extend(changes);
     }
 
     /// Writes what a batch wants and tells each of its members.
@@ -120,6 +134,18 @@ impl Group {
     fn contained(&self, changes: &[Change], durability: Durability) -> Result<()> {
         catch_unwind(AssertUnwindSafe(|| self.state.apply(changes, durability)))
             .unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "the state store panicked")))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let later = std::mem::take(&mut lock(&self.queue).later);
+        if !later.is_empty() {
+            // Nobody was promised it.
+            if let Err(e) = self.contained(&later, Durability::Immediate) {
+                tracing::warn!(error = crate::error::chain(&e), "what was left for later is not written");
+            }
+        }
     }
 }
 
@@ -163,6 +189,17 @@ mod tests {
 
     fn put(key: &str) -> Vec<Change> {
         vec![Change { table: "t", key: key.to_owned(), value: Some(Vec::new()) }]
+    }
+
+    #[test]
+    fn what_is_for_later_goes_in_front_of_what_comes_next() {
+        let group = Group::new(Box::new(MemoryStateStore::new()));
+        group.later([put("a"), put("b")].concat());
+        assert_eq!(group.state().scan("t").unwrap(), []);
+        let gone = Change { value: None, ..put("a").remove(0) };
+        group.apply(vec![gone], Durability::Eventual).unwrap();
+        let left: Vec<String> = group.state().scan("t").unwrap().into_iter().map(|(key, _)| key).collect();
+        assert_eq!(left, ["b"]);
     }
 
     #[test]

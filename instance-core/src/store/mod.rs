@@ -71,6 +71,15 @@ impl Store {
         self.apply(Durability::Eventual, change)
     }
 
+    /// Makes the changes with the next that anybody makes, in front of them, or when the region is closed.
+    /// Readers do not see them until then; a crash may lose them.
+    pub(crate) fn later(&self, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
+        let mut changes = Changes(Vec::new());
+        change(&mut changes)?;
+        self.0.later(changes.0);
+        Ok(())
+    }
+
     fn apply(&self, durability: Durability, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
         let mut changes = Changes(Vec::new());
         change(&mut changes)?;
