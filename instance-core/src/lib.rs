@@ -27,6 +27,11 @@
 //! - [`Instance`]: an object made from an image. [`InstanceState`] is its life, [`InstanceDescription`]
 //!   what is known of it, [`Console`](console::Console) its serial console, and
 //!   [`Shell`](shell::Shell) a session on that.
+//! - A region is used as an account: [`Region::as_account`]. [`Region::run_instances`] launches with a
+//!   [`LaunchSpec`]; images, instances, volumes, snapshots and tags are described by requests with EC2's
+//!   filters ([`Describe`], [`DescribeTags`], [`ami_core::DescribeImages`]). [`Capacity`] is what the host
+//!   holds.
+//! - [`state_store`]: where a region keeps what it knows, if not in its own file.
 //! - [`machine`]: what a region asks of a hypervisor. [`testing`] has the suite that every hypervisor
 //!   passes, and one that runs nothing.
 //! - [`watch`]: values that can be waited for, by blocking or as a future of no particular runtime.
@@ -47,8 +52,8 @@
 //!
 //! # Left out
 //!
-//! Networks, key pairs, volumes attached to an instance that runs, instance store volumes, and EC2's
-//! API over HTTP. How machines run is a hypervisor crate's.
+//! Networks, key pairs, serving metadata, volumes attached to an instance that runs, hibernation, instance
+//! store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor crate's.
 
 mod boot_cache;
 mod capacity;

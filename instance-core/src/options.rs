@@ -87,9 +87,9 @@ impl RegionOptions {
     ///
     /// # Errors
     ///
-    /// [`RegionInUse`](ErrorKind::RegionInUse) if it has an owner,
-    /// [`InvalidParameter`](ErrorKind::InvalidParameter) if it has another name or account,
-    /// [`Corrupt`](ErrorKind::Corrupt) if its files are not what they should be or of a format that
+    /// [`RegionInUse`](crate::ErrorKind::RegionInUse) if it has an owner,
+    /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter) if it has another name or account,
+    /// [`Corrupt`](crate::ErrorKind::Corrupt) if its files are not what they should be or of a format that
     /// this version does not know, or what the host met.
     pub fn open<H: Hypervisor>(self, dir: impl AsRef<Path>, hypervisor: H) -> Result<Region<H>> {
         Ok(Region::of(Inner::open(self, dir.as_ref(), Box::new(hypervisor))?))

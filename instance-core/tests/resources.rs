@@ -271,7 +271,8 @@ fn instances_are_found_by_every_filter_and_in_pages() {
     let (image, id) = (ami.id().to_string(), large[0].id().to_string());
     let volume = large[0].describe().attachments[0].volume_id.to_string();
     let (reservation, owner) = (three.id.to_string(), region.account().to_string());
-    let table: &[(&[(&str, &[&str])], usize)] = &[
+    type Filters<'a> = &'a [(&'a str, &'a [&'a str])];
+    let table: &[(Filters<'_>, usize)] = &[
         (&[], 6),
         (&[("architecture", &["x86_64"])], 6),
         (&[("block-device-mapping.delete-on-termination", &["false"])], 6),
