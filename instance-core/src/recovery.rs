@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use ami_core::ReservationId;
 use storage_block::Volume;
 
 use crate::description::StateReason;
@@ -15,8 +16,15 @@ use crate::{InstanceState, Result, Transition};
 impl Inner {
     /// Puts in order what the last owner left.
     pub(crate) fn recover(&self) -> Result<()> {
-        for record in self.store.all::<InstanceRecord>()? {
-            self.recover_instance(record)?;
+        let records = self.store.all::<InstanceRecord>()?;
+        // What a crash leaves of a launch is all of its instances or none.
+        let cut_off: HashSet<ReservationId> = (records.iter())
+            .filter(|record| !record.launched && !self.is_whole(record))
+            .map(|record| record.description.reservation_id)
+            .collect();
+        for record in records {
+            let cut_off = !record.launched && cut_off.contains(&record.description.reservation_id);
+            self.recover_instance(record, cut_off)?;
         }
         let volumes: HashSet<String> =
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
@@ -25,10 +33,10 @@ impl Inner {
         self.collect_garbage()
     }
 
-    fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
+    fn recover_instance(&self, mut record: InstanceRecord, cut_off: bool) -> Result<()> {
         let state = record.description.state;
         let gone = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated);
-        if gone || !record.launched && !self.is_whole(&record) {
+        if gone || cut_off {
             return self.forget(&record);
         }
         record.launched = true;

@@ -306,8 +306,9 @@ fn an_old_region_becomes_one_of_this_version_and_loses_nothing() {
     let of_both = |name: &String| before.keys().any(|table| name.split('.').next() == Some(table));
     let optional =
         |name: &String| [".ebs_bandwidth", "launch_permissions"].iter().any(|part| name.contains(part));
-    let missing: Vec<_> = (fields(&newest).difference(&fields(&after)).cloned())
+    let missing: Vec<_> = (fields(&newest).difference(&fields(&after)))
         .filter(|name| of_both(name) && !optional(name))
+        .cloned()
         .collect();
     assert_eq!(missing, Vec::<String>::new());
 }
