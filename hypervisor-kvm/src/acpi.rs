@@ -1,9 +1,12 @@
 //! The ACPI tables (ACPI 6.5): processors, interrupts, power, and where the devices are.
 
-use acpi_tables::aml::{Device, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate};
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, IO, Interrupt, Memory32Fixed, Name, Package, Path,
+    ResourceTemplate,
+};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
-use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -13,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::error::{HostContext, Result};
 use crate::layout;
 use crate::memory::Memory;
-use crate::virtio;
+use crate::{Transport, virtio};
 
 const OEM: [u8; 6] = *b"AMI-RS";
 const OEM_TABLE: [u8; 8] = *b"INSTANCE";
@@ -27,10 +30,10 @@ const NO_CMOS_CLOCK: u16 = 1 << 5;
 const LEGACY_DEVICES: u16 = 1 << 0;
 
 /// Writes the tables for so many processors and disks. The first of them is at [`layout::ACPI`].
-pub(crate) fn write(memory: &Memory, vcpus: u32, disks: usize) -> Result<()> {
+pub(crate) fn write(memory: &Memory, vcpus: u32, transport: Transport, disks: usize) -> Result<()> {
     let mut tables = Tables { next: layout::ACPI + 64, bytes: Vec::new() };
     let facs = tables.put(&FACS::new());
-    let dsdt = tables.put_table(&dsdt(disks));
+    let dsdt = tables.put_table(&dsdt(transport, disks));
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .firmware_ctrl_32(facs as u32)
@@ -47,8 +50,7 @@ pub(crate) fn write(memory: &Memory, vcpus: u32, disks: usize) -> Result<()> {
     fadt.pm1a_cnt_blk = u32::from(layout::PM1_CONTROL_PORT).into();
     fadt.pm1_cnt_len = 2;
     fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_CMOS_CLOCK).into();
-    fadt.reset_reg =
-        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(layout::RESET_PORT));
+    fadt.reset_reg = GAS::new(Space::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(layout::RESET_PORT));
     fadt.reset_value = layout::RESET_VALUE;
     let fadt = tables.put(&fadt.finalize());
     let madt = tables.put_table(&madt(vcpus));
@@ -94,13 +96,14 @@ impl Tables {
 }
 
 /// The devices, and how to power off.
-fn dsdt(disks: usize) -> Sdt {
+fn dsdt(transport: Transport, disks: usize) -> Sdt {
     let mut code = Vec::new();
     let (off, zero) = (layout::SLEEP_TYPE_OFF, 0u8);
     Name::new(Path::new("_S5_"), &Package::new(vec![&off, &off, &zero, &zero])).to_aml_bytes(&mut code);
     serial_port(&mut code);
-    for n in 0..disks {
-        disk(n, &mut code);
+    match transport {
+        Transport::Mmio => (0..disks).for_each(|n| virtio_mmio(n, &mut code)),
+        Transport::Pci => pci_bus(&mut code),
     }
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, 2, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&code);
@@ -122,7 +125,7 @@ fn serial_port(code: &mut Vec<u8>) {
 }
 
 /// A virtio-mmio device; Linux knows its id (`drivers/virtio/virtio_mmio.c`).
-fn disk(n: usize, code: &mut Vec<u8>) {
+fn virtio_mmio(n: usize, code: &mut Vec<u8>) {
     let registers = Memory32Fixed::new(true, virtio::address(n) as u32, layout::VIRTIO_LEN as u32);
     let interrupt = Interrupt::new(true, true, false, false, virtio::irq(n));
     Device::new(
@@ -132,6 +135,31 @@ fn disk(n: usize, code: &mut Vec<u8>) {
             &Name::new(Path::new("_UID"), &(n as u32)),
             &Name::new(Path::new("_CCA"), &aml::ONE),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&registers, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(code);
+}
+
+/// The host bridge of a PCI bus: what is behind it the guest finds by itself. Interrupts are messages.
+fn pci_bus(code: &mut Vec<u8>) {
+    let bus = AddressSpace::<u16>::new_bus_number(0, 0);
+    let ports = IO::new(layout::PCI_ADDRESS_PORT, layout::PCI_ADDRESS_PORT, 1, 8);
+    let memory = AddressSpace::<u32>::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        layout::PCI_MEMORY,
+        layout::PCI_MEMORY_END - 1,
+        None,
+    );
+    Device::new(
+        Path::new("_SB_.PCI0"),
+        vec![
+            &Name::new(Path::new("_HID"), &aml::EISAName::new("PNP0A03")),
+            &Name::new(Path::new("_UID"), &aml::ZERO),
+            &Name::new(Path::new("_ADR"), &aml::ZERO),
+            &Name::new(Path::new("_BBN"), &aml::ZERO),
+            &Name::new(Path::new("_CCA"), &aml::ONE),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&bus, &ports, &memory])),
         ],
     )
     .to_aml_bytes(code);
@@ -168,7 +196,7 @@ mod tests {
     /// The tables as a guest finds them: by the RSDP, then the XSDT's entries, then the FADT's.
     fn found(vcpus: u32, disks: usize) -> Vec<([u8; 4], Vec<u8>)> {
         let memory = crate::memory::allocate(NonZeroU32::new(2).unwrap()).unwrap();
-        write(&memory, vcpus, disks).unwrap();
+        write(&memory, vcpus, Transport::Mmio, disks).unwrap();
         let bytes = |address: u64, len: usize| {
             let mut bytes = vec![0; len];
             memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();

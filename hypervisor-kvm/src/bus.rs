@@ -6,9 +6,10 @@ use instance_core::machine::ExitCause;
 use kvm_ioctls::VmFd;
 
 use crate::layout;
+use crate::pci::{self, Access, Bus};
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::VirtioDisk;
+use crate::virtio::VirtioDevice;
 
 const SERIAL: Range<u16> = layout::SERIAL_PORT..layout::SERIAL_PORT + 8;
 const PM1: Range<u16> = layout::PM1_EVENT_PORT..layout::PM1_CONTROL_PORT + 2;
@@ -18,7 +19,9 @@ const PM1: Range<u16> = layout::PM1_EVENT_PORT..layout::PM1_CONTROL_PORT + 2;
 pub(crate) struct Devices {
     pub(crate) serial: SerialPort,
     pub(crate) power: Power,
-    pub(crate) disks: Vec<VirtioDisk>,
+    /// Where devices are on PCI.
+    pub(crate) pci: Option<Bus>,
+    pub(crate) virtio: Vec<VirtioDevice>,
 }
 
 impl Devices {
@@ -32,6 +35,12 @@ impl Devices {
             }
         } else if PM1.contains(&port) {
             self.power.read(port, data);
+        } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
+            if let Access::Device(number, at) = bus.read(port, data) {
+                if let Some(device) = self.pci_device(number) {
+                    device.read_space(at, data);
+                }
+            }
         }
     }
 
@@ -43,6 +52,12 @@ impl Devices {
             }
         } else if PM1.contains(&port) {
             self.power.write(port, data, |level| set_sci(vm, level))?;
+        } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
+            if let Access::Device(number, at) = bus.write(port, data) {
+                if let Some(device) = self.pci_device(number) {
+                    device.write_space(vm, at, data);
+                }
+            }
         }
         match (port, data) {
             (layout::RESET_PORT, &[value]) if value & layout::RESET_VALUE == layout::RESET_VALUE => {
@@ -56,15 +71,15 @@ impl Devices {
     /// The guest reads an address that is not RAM.
     pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((disk, offset)) = self.disk_at(address) {
-            disk.read(offset, data);
+        if let Some((device, offset)) = self.device_at(address) {
+            device.read(offset, data);
         }
     }
 
     /// The guest writes an address that is not RAM.
-    pub(crate) fn memory_write(&self, address: u64, data: &[u8]) {
-        if let Some((disk, offset)) = self.disk_at(address) {
-            disk.write(offset, data);
+    pub(crate) fn memory_write(&self, vm: &VmFd, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.device_at(address) {
+            device.write(vm, offset, data);
         }
     }
 
@@ -73,10 +88,18 @@ impl Devices {
         self.power.press_button(|level| set_sci(vm, level));
     }
 
-    fn disk_at(&self, address: u64) -> Option<(&VirtioDisk, u64)> {
+    fn device_at(&self, address: u64) -> Option<(&VirtioDevice, u64)> {
+        if self.pci.is_some() {
+            return self.virtio.iter().find_map(|device| Some((device, device.pci_offset_of(address)?)));
+        }
         let from_first = address.checked_sub(layout::VIRTIO)?;
-        let disk = self.disks.get((from_first / layout::VIRTIO_LEN) as usize)?;
-        Some((disk, from_first % layout::VIRTIO_LEN))
+        let device = self.virtio.get((from_first / layout::VIRTIO_LEN) as usize)?;
+        Some((device, from_first % layout::VIRTIO_LEN))
+    }
+
+    /// Number 0 is the host bridge's.
+    fn pci_device(&self, number: usize) -> Option<&VirtioDevice> {
+        self.virtio.get(number.checked_sub(1)?)
     }
 }
 

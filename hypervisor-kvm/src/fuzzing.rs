@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::kernel::Kernel;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::{Block, Step, Transport};
+use crate::virtio::{Block, Effect, Mmio, Pci, RANGE_LEN, Step};
 use crate::{layout, memory};
 
 const DISK: u64 = 64 << 10;
@@ -33,7 +33,7 @@ impl Input<'_> {
 pub fn virtio_block(bytes: &[u8]) {
     let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
     let disk = disk.into_disk();
-    let mut device = Transport::new(Block::new(disk.clone(), "vol-fuzz"));
+    let mut device = Mmio::new(Block::new(disk.clone(), "vol-fuzz"));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, at, low, high]) = input.take() {
@@ -59,13 +59,50 @@ pub fn virtio_block(bytes: &[u8]) {
                 assert!(memory.write_slice(&value[..len], GuestAddress(address)).is_ok());
             }
             _ => {
-                let step = device.step(&memory);
+                let step = device.step(&memory, 0);
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
                 broken |= matches!(step, Step::Broken(_));
             }
         }
     }
     assert_eq!(disk.size(), DISK);
+}
+
+/// A guest that writes what it likes to its memory, and to a block device on PCI by its configuration space
+/// and its registers.
+pub fn virtio_pci(bytes: &[u8]) {
+    let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
+    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz"), layout::PCI_MEMORY);
+    let mut input = Input(bytes);
+    let mut broken = false;
+    while let Some([action, low, high]) = input.take() {
+        let at = u16::from_le_bytes([low, high]);
+        let len = 1 << (action >> 4 & 3);
+        let value = input.take::<8>().unwrap_or_default();
+        match action % 5 {
+            0 => {
+                let done = device.write(&memory, at.into(), &value[..len]);
+                broken = done.effect != Effect::Reset && (broken || matches!(done.effect, Effect::Broken(_)));
+            }
+            1 => {
+                let done = device.write_space(&memory, usize::from(at % 256), &value[..len]);
+                broken = done.effect != Effect::Reset && (broken || matches!(done.effect, Effect::Broken(_)));
+            }
+            2 => {
+                device.read(at.into(), &mut [0; 8][..len]);
+                device.read_space(usize::from(at), &mut [0; 8][..len]);
+            }
+            3 => assert!(memory.write_slice(&value[..len], GuestAddress(at.into())).is_ok()),
+            _ => {
+                let step = device.step(&memory, usize::from(low % 2));
+                assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
+                broken |= matches!(step, Step::Broken(_));
+                let _ = (device.queue_message(low.into()), device.config_message());
+            }
+        }
+        let range = device.range();
+        assert!(range.is_none_or(|range| range.end - range.start == u64::from(RANGE_LEN)));
+    }
 }
 
 /// A kernel file of these bytes. What is accepted fits into the machine.
@@ -104,11 +141,12 @@ mod tests {
     fn the_bodies_hold_on_the_seeds() {
         let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
         let mut count = 0;
-        for target in ["kvm_virtio_block", "kvm_kernel", "kvm_ports"] {
+        for target in ["kvm_virtio_block", "kvm_virtio_pci", "kvm_kernel", "kvm_ports"] {
             for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
                 let bytes = std::fs::read(seed.unwrap().path()).unwrap();
                 for len in (0..=bytes.len()).step_by(7).chain([bytes.len()]) {
                     super::virtio_block(&bytes[..len]);
+                    super::virtio_pci(&bytes[..len]);
                     super::ports(&bytes[..len]);
                     super::kernel(&bytes[..len]);
                 }
@@ -131,6 +169,7 @@ mod tests {
                 bytes.extend(random.to_le_bytes());
             }
             super::virtio_block(&bytes);
+            super::virtio_pci(&bytes);
             super::ports(&bytes);
             super::kernel(&[b"\x7fELF", &bytes[..]].concat());
         }

@@ -10,7 +10,7 @@
 //! | `0x0002_0000` | kernel command line |
 //! | `0x0009_fc00..0x0010_0000` | reserved; ACPI tables from `0x000e_0000`, the RSDP first; SMBIOS from `0x000f_0000` |
 //! | `0x0010_0000..` | RAM: the kernel, and the initrd at the end of it, below 2 GiB |
-//! | `0xc000_0000..0x1_0000_0000` | no RAM: virtio devices, IOAPIC, local APICs |
+//! | `0xc000_0000..0x1_0000_0000` | no RAM: PCI devices, virtio-mmio devices, IOAPIC, local APICs |
 //! | `0x1_0000_0000..` | the RAM that does not fit below |
 
 /// The first processor's descriptor table.
@@ -57,6 +57,15 @@ pub(crate) const VIRTIO_LEN: u64 = 0x1000;
 pub(crate) const VIRTIO_IRQ: u32 = 10;
 /// How many virtio-mmio devices there are interrupts for: the IOAPIC has 24 inputs.
 pub(crate) const VIRTIO_MAX: usize = 14;
+
+/// Addresses of PCI devices.
+pub(crate) const PCI_MEMORY: u32 = 0xc000_0000;
+/// The end of them.
+pub(crate) const PCI_MEMORY_END: u32 = 0xd000_0000;
+/// How many devices a PCI bus has beside the host bridge.
+pub(crate) const PCI_MAX: usize = 31;
+/// The port that takes the address of a byte in PCI's configuration; the data's four follow it.
+pub(crate) const PCI_ADDRESS_PORT: u16 = 0xcf8;
 
 /// Local APICs.
 pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;

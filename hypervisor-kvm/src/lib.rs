@@ -1,7 +1,7 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
 //! [`Kvm`] makes machines of 64-bit x86: a kernel loaded directly, virtio block devices on
-//! virtio-mmio that a stock kernel finds through ACPI, a serial port, a power button, and nothing that
+//! virtio-mmio or PCI that a stock kernel finds through ACPI, an entropy device, a serial port, a power button, and nothing that
 //! an instance does not need.
 //!
 //! ```no_run
@@ -49,7 +49,7 @@
 //!
 //! # What it leaves out
 //!
-//! Networks, hot-plugging, saving and restoring, firmware, PCI, 32-bit kernels, other hosts than x86-64
+//! Networks, hot-plugging, saving and restoring, firmware, 32-bit kernels, other hosts than x86-64
 //! Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
@@ -75,6 +75,7 @@ mod kick;
 mod layout;
 mod machine;
 mod memory;
+mod pci;
 mod power;
 mod probe;
 mod serial;
@@ -94,7 +95,7 @@ use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 
 use crate::error::{HostContext, unsupported};
-use crate::machine::KvmMachine;
+use crate::machine::{KvmMachine, OTHER_DEVICES};
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
@@ -122,7 +123,30 @@ const NEEDED: [(Cap, &str); 6] = [
 /// # Ok::<(), instance_core::machine::MachineError>(())
 /// ```
 #[derive(Debug, Clone)]
-pub struct Kvm(Arc<Inner>);
+pub struct Kvm {
+    inner: Arc<Inner>,
+    transport: Transport,
+}
+
+/// How the guest finds virtio devices and reaches them.
+///
+/// ```
+/// use hypervisor_kvm::{Kvm, Transport};
+/// use instance_core::machine::Hypervisor;
+///
+/// if let Ok(kvm) = Kvm::open() {
+///     assert!(kvm.capabilities().max_disks < kvm.with_transport(Transport::Pci).capabilities().max_disks);
+/// }
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Transport {
+    /// Each at an address and with an interrupt of its own, which ACPI names: the fastest to boot.
+    #[default]
+    Mmio,
+    /// On a PCI bus, with interrupts that are messages (MSI-X).
+    Pci,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -165,27 +189,42 @@ impl Kvm {
         let execution = probe::measure(&device)?;
         let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
-        capabilities.max_disks = layout::VIRTIO_MAX;
         capabilities.power_button = true;
-        Ok(Self(Arc::new(Inner { device, cpuid, capabilities })))
+        let inner = Arc::new(Inner { device, cpuid, capabilities });
+        Ok(Self { inner, transport: Transport::default() })
+    }
+
+    /// The same, with another transport for the machines made by it.
+    #[must_use]
+    pub fn with_transport(self, transport: Transport) -> Self {
+        Self { transport, ..self }
     }
 
     fn device(&self) -> &kvm_ioctls::Kvm {
-        &self.0.device
+        &self.inner.device
     }
 
     fn cpuid(&self) -> &CpuId {
-        &self.0.cpuid
+        &self.inner.cpuid
+    }
+
+    fn transport(&self) -> Transport {
+        self.transport
     }
 }
 
 impl Hypervisor for Kvm {
     fn capabilities(&self) -> Capabilities {
-        self.0.capabilities.clone()
+        let mut capabilities = self.inner.capabilities.clone();
+        capabilities.max_disks = match self.transport {
+            Transport::Mmio => layout::VIRTIO_MAX,
+            Transport::Pci => layout::PCI_MAX,
+        } - OTHER_DEVICES;
+        capabilities
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
-        self.0.capabilities.check(&spec)?;
+        self.capabilities().check(&spec)?;
         Ok(Box::new(KvmMachine::create(self, &spec)?))
     }
 }

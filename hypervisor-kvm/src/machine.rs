@@ -14,10 +14,14 @@ use crate::bus::Devices;
 use crate::error::{HostContext, Result};
 use crate::gate::Gate;
 use crate::memory::Memory;
+use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::VirtioDisk;
-use crate::{Kvm, acpi, cpu, kick, layout, memory, smbios, vcpu};
+use crate::virtio::{Block, Rng, VirtioDevice};
+use crate::{Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
+
+/// The virtio devices that every machine has besides its disks: the entropy device.
+pub(crate) const OTHER_DEVICES: usize = 1;
 
 /// A machine's handle.
 #[derive(Debug)]
@@ -44,7 +48,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Threads {
     vcpus: Vec<JoinHandle<()>>,
-    disks: Vec<JoinHandle<()>>,
+    devices: Vec<JoinHandle<()>>,
     ids: Vec<ThreadId>,
 }
 
@@ -62,7 +66,8 @@ impl KvmMachine {
         }
         set_up_platform(&vm)?;
         let count = spec.vcpus.get();
-        acpi::write(&memory, count, spec.disks.len())?;
+        let transport = kvm.transport();
+        acpi::write(&memory, count, transport, spec.disks.len() + OTHER_DEVICES)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
         }
@@ -74,12 +79,18 @@ impl KvmMachine {
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>>>()?;
+        let mut virtio = (spec.disks.iter().enumerate())
+            .map(|(n, disk)| {
+                let block = Block::new(disk.disk.clone(), &disk.serial);
+                VirtioDevice::with_thread(&vm, &memory, n, transport, block)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, Rng)?);
         let devices = Devices {
             serial: serial_port(&vm, spec)?,
             power: Power::default(),
-            disks: (spec.disks.iter().enumerate())
-                .map(|(n, disk)| VirtioDisk::new(&vm, &memory, n, disk))
-                .collect::<Result<_>>()?,
+            pci: (transport == Transport::Pci).then(Bus::new),
+            virtio,
         };
         let shared = Arc::new(Shared {
             name: spec.name.clone(),
@@ -109,9 +120,11 @@ impl KvmMachine {
             let thread = self.shared.spawn(&format!("vcpu{n}"), move |shared| shared.run_vcpu(vcpu))?;
             self.shared.threads().vcpus.push(thread);
         }
-        for n in 0..self.shared.devices.disks.len() {
+        for n in
+            (0..self.shared.devices.virtio.len()).filter(|n| self.shared.devices.virtio[*n].needs_thread())
+        {
             let thread = self.shared.spawn(&format!("disk{n}"), move |shared| shared.run_disk(n))?;
-            self.shared.threads().disks.push(thread);
+            self.shared.threads().devices.push(thread);
         }
         Ok(())
     }
@@ -170,7 +183,7 @@ impl Shared {
     }
 
     fn run_disk(&self, n: usize) {
-        if let Err(error) = self.devices.disks[n].serve(&self.gate) {
+        if let Err(error) = self.devices.virtio[n].serve(&self.vm, &self.gate) {
             self.end(ExitCause::HostFailure(format!("disk {n} cannot be served: {error}")));
         }
     }
@@ -184,7 +197,7 @@ impl Shared {
     /// Has every worker look at the gate.
     fn wake(&self) {
         self.threads().vcpus.iter().for_each(kick::send);
-        self.devices.disks.iter().for_each(VirtioDisk::wake);
+        self.devices.virtio.iter().for_each(VirtioDevice::wake);
     }
 
     /// A worker has left; the last one publishes the machine's end.
@@ -272,7 +285,7 @@ impl Machine for KvmMachine {
         }
         self.shared.gate.wait_until_over();
         let threads = std::mem::take(&mut *self.shared.threads());
-        for thread in threads.vcpus.into_iter().chain(threads.disks) {
+        for thread in threads.vcpus.into_iter().chain(threads.devices) {
             // A thread that panicked has ended the machine as well: see `Leaving`.
             let _ = thread.join();
         }

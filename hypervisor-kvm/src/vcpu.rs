@@ -47,7 +47,7 @@ pub(crate) fn run(
                 continue;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                devices.memory_write(address, data);
+                devices.memory_write(vm, address, data);
                 continue;
             }
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Some(ExitCause::PowerOff),

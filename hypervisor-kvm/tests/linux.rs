@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
-use hypervisor_kvm::Kvm;
+use hypervisor_kvm::{Kvm, Transport};
 use instance_core::console::Console;
 use instance_core::machine::{Boot, BootFile, ExitCause, Hypervisor, MachineSpec, MachineState};
 use instance_core::testing::conformance::TestBed;
@@ -28,8 +28,8 @@ fn kvm_conforms_with_linux() {
         return skip("this host's KVM emulates guest kernels; `cargo xtask test` runs this in the lab");
     }
     boots_by_the_64_bit_entry(&kvm);
-    TestBed {
-        hypervisor: &kvm,
+    let bed = |kvm| TestBed {
+        hypervisor: kvm,
         boot: linux(true),
         architecture: Architecture::X86_64,
         foreign_architecture: Architecture::Arm64,
@@ -37,8 +37,11 @@ fn kvm_conforms_with_linux() {
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 256,
-    }
-    .run();
+    };
+    bed(&kvm).run();
+    println!("on PCI:");
+    let on_pci = kvm.clone().with_transport(Transport::Pci);
+    bed(&on_pci).run_those(|check| check.contains("disk") || check.contains("gives everything back"));
 }
 
 fn boots_by_the_64_bit_entry(kvm: &Kvm) {

@@ -7,7 +7,7 @@ use ami_core::{
     AccountId, Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Image, ImageState, Manifest,
     RegionName, SnapshotId, VolumeType,
 };
-use storage_block::{Snapshot, SnapshotStats};
+use storage_block::{FrozenVolumes, Snapshot, SnapshotStats, Volume};
 
 use crate::boot_cache::{BootPlan, Found};
 use crate::description::StateReason;
@@ -196,9 +196,9 @@ impl Inner {
         // Before anything is copied.
         self.check_free(name, &cell.owner, &self.region.name)?;
         let parent = self.parent(live.record.description.image_id)?;
-        let begun = Instant::now();
-        let taken = self.snapshot_volumes(cell, live)?;
-        let paused = begun.elapsed();
+        let (frozen, paused) = self.freeze_volumes(cell, live)?;
+        let taken = frozen.store(&mut |_| ());
+        let taken = taken.map_err(|e| Error::storage(e, "cannot take a snapshot of a volume"))?;
         let ami = child_of(&parent, live, name, &taken, self)?;
         let plan = match (&live.record.direct_boot, taken.first()) {
             (Some(plan), _) => plan.clone(),
@@ -222,23 +222,23 @@ impl Inner {
         }
     }
 
-    /// Snapshots of all volumes at one instant, in the order of the attachments.
-    fn snapshot_volumes(&self, cell: &Cell, live: &mut Live) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+    /// All volumes at one instant, in the order of the attachments, and how long the instance stood still.
+    fn freeze_volumes(&self, cell: &Cell, live: &mut Live) -> Result<(FrozenVolumes, Duration)> {
         let state = live.record.description.state;
-        let take = |volumes: &[storage_block::Volume]| -> Result<Vec<_>> {
-            let taken = volumes.iter().map(|v| v.snapshot(&self.blocks));
-            taken.map(|t| t.map_err(|e| Error::storage(e, "cannot take a snapshot of a volume"))).collect()
-        };
+        let begun = Instant::now();
         match (&live.machine, state) {
             (Some(machine), InstanceState::Running) => {
                 machine.pause().map_err(|e| Error::machine(e, format!("cannot pause {}", cell.id)))?;
-                let taken = take(&live.volumes);
+                let frozen = Volume::freeze(&live.volumes, &self.blocks);
                 if let Err(e) = machine.resume() {
+                    drop(frozen);
                     return Err(self.not_resumed(cell, live, e));
                 }
-                taken
+                Ok((frozen, begun.elapsed()))
             }
-            (None, InstanceState::Stopped) => take(&self.open_volumes(live)?),
+            (None, InstanceState::Stopped) => {
+                Ok((Volume::freeze(&self.open_volumes(live)?, &self.blocks), begun.elapsed()))
+            }
             _ => {
                 let what = format!("{} is {state}, in which no image can be made of it", cell.id);
                 Err(Error::new(ErrorKind::IncorrectInstanceState, what))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::{Error, Result};
 
-/// A fixed number of bytes that can be read and written at any offset.
+/// A number of bytes that can be read and written at any offset.
 ///
 /// Users never call a backend: they hold a [`Disk`], which checks every request once, so that a
 /// backend may rely on what is said here.
@@ -45,7 +45,8 @@ use crate::{Error, Result};
 ///   returned `Ok`. No write outside a request's range is ever visible.
 /// - After an error the bytes of that request are undefined, those of others are not.
 pub trait BlockBackend: Send + Sync + fmt::Debug + 'static {
-    /// The size in bytes; a multiple of [`SECTOR`]. It does not change while the backend lives.
+    /// The size in bytes; a multiple of [`SECTOR`]. It may grow while the backend lives and never shrinks: what
+    /// lay within it does so for ever. It is asked at every request.
     fn size(&self) -> u64;
 
     /// Whether requests that change bytes are refused.
@@ -132,7 +133,8 @@ impl Disk {
         Self(Arc::new(backend))
     }
 
-    /// The size in bytes.
+    /// The size in bytes. A disk may grow while it is in use ([`Volume::grow`](crate::Volume::grow)); it never
+    /// shrinks.
     pub fn size(&self) -> u64 {
         self.0.size()
     }

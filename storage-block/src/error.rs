@@ -52,6 +52,9 @@ pub enum ErrorKind {
     InUse,
     /// Something of that name is there already.
     AlreadyExists,
+    /// Whoever asked for it did not want it any more, and said so by
+    /// [`Progress::cancel`](crate::Progress::cancel).
+    Cancelled,
     /// Any other failure of the operating system.
     Io,
 }

@@ -1,34 +1,15 @@
 //! How bytes become a snapshot: chunks into packs, ids into leaves, leaves into a root.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use ami_core::Digest;
 
 use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, MAX_SIZE};
+use crate::fs;
+use crate::progress::Reporter;
 use crate::session::Session;
-use crate::store::{Inner, Store};
-use crate::{Disk, Error, Result, Snapshot};
-
-/// How far an import has come.
-///
-/// ```
-/// # use storage_block::{MemoryDisk, Store};
-/// use storage_block::Progress;
-///
-/// # let dir = tempfile::tempdir()?;
-/// # let store = Store::open(dir.path())?;
-/// # let image = MemoryDisk::from_vec(vec![7; 4 << 20])?.into_disk();
-/// let mut percent = Vec::new();
-/// store.import(&image, &mut |p: Progress| percent.push(p.done * 100 / p.total))?;
-/// assert!(percent.is_sorted() && percent.last() == Some(&100));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Progress {
-    /// Bytes of the disk behind us, holes with them.
-    pub done: u64,
-    /// Bytes of the disk.
-    pub total: u64,
-}
+use crate::{Disk, Error, Progress, Result, Snapshot, Store};
 
 /// What making a snapshot took.
 ///
@@ -53,88 +34,91 @@ pub struct SnapshotStats {
     pub changed_bytes: u64,
     /// Bytes that were not in the store yet and are now: chunks of 64 KiB, manifest leaves of 32 KiB.
     pub stored_bytes: u64,
+    /// Of a volume's snapshot, how long its writers stood still; those of all volumes that were frozen with it stood
+    /// still as long.
+    pub paused: Duration,
 }
 
 impl Store {
     /// Makes a snapshot of a disk, which should not change meanwhile.
     ///
     /// Chunks of zeroes are not stored and holes not read, so a large sparse image takes no longer than
-    /// its data. Chunks that any snapshot has are not stored again. `progress` is called about once
-    /// for every megabyte. When it returns, the snapshot is durable; when it fails, nothing of it is left.
+    /// its data. Chunks that any snapshot has are not stored again. `progress` is called at the beginning, about once
+    /// for every megabyte and at the end. When it returns, the snapshot is durable; when it fails, nothing of it is
+    /// left.
     ///
     /// # Errors
     ///
-    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) above 64 TiB, [`NoSpace`](crate::ErrorKind::NoSpace), what
-    /// the disk says to being read.
+    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) above 64 TiB, [`NoSpace`](crate::ErrorKind::NoSpace),
+    /// [`Cancelled`](crate::ErrorKind::Cancelled), what the disk says to being read.
     pub fn import(
         &self,
         disk: &Disk,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Snapshot, SnapshotStats)> {
-        const STEP: u64 = 1 << 20;
-        let total = disk.size();
-        if total > MAX_SIZE {
-            return Err(Error::invalid_size(total, "is more than 64 TiB"));
+        let size = disk.size();
+        if size > MAX_SIZE {
+            return Err(Error::invalid_size(size, "is more than 64 TiB"));
         }
-        let mut builder = Builder::new(&self.0, total, None);
-        let mut buf = vec![0; STEP as usize];
+        let mut report = Reporter::begin(size, progress)?;
+        let mut session = Session::begin(&self.0);
+        let mut manifest = Manifest::new(size, None);
+        let mut stats = SnapshotStats { size, ..Default::default() };
+        let mut buf = vec![0; Reporter::STEP as usize];
         let mut done = 0;
-        while let Some(data) = disk.next_data(done)? {
+        while let Some(data) = disk.next_data(done)?.filter(|data| data.start < size) {
             // Ranges may meet within a chunk: whole chunks are read, and none twice.
             let mut at = (data.start / CHUNK * CHUNK).max(done);
-            let end = data.end.next_multiple_of(CHUNK).min(total);
+            let end = data.end.next_multiple_of(CHUNK).min(size);
             while at < end {
-                let len = (end - at).min(STEP) as usize;
+                let len = (end - at).min(Reporter::STEP) as usize;
                 disk.read_at(&mut buf[..len], at)?;
-                builder.stats.changed_bytes += len as u64;
+                stats.changed_bytes += len as u64;
                 let padded = len.next_multiple_of(CHUNK as usize);
                 buf[len..padded].fill(0);
                 for (chunk, number) in buf[..padded].chunks_exact(CHUNK as usize).zip(at / CHUNK..) {
-                    builder.set(number, chunk)?;
+                    let id = put_chunk(&mut session, chunk)?;
+                    manifest.set(&mut session, number, id)?;
                 }
                 at += len as u64;
-                progress(Progress { done: at, total });
+                report.reach(at)?;
             }
             done = end;
         }
-        let made = builder.finish()?;
-        progress(Progress { done: total, total });
-        Ok(made)
+        let root = manifest.finish(&mut session)?;
+        stats.stored_bytes = session.appended();
+        report.check()?;
+        let snapshot = publish(self, session, &[root])?.swap_remove(0);
+        report.finish();
+        Ok((snapshot, stats))
     }
 }
 
-/// Makes a snapshot out of chunks that come in ascending order; the others are those of a base.
-pub(crate) struct Builder<'s> {
-    store: &'s Arc<Inner>,
-    session: Session<'s>,
-    base: Option<&'s Snapshot>,
-    leaves: Vec<Id>,
-    /// The leaf that chunks are coming in for.
-    current: Option<(usize, Vec<Id>)>,
-    pub(crate) stats: SnapshotStats,
+/// Stores a whole chunk; one of zeroes is a hole.
+pub(crate) fn put_chunk(session: &mut Session<'_>, bytes: &[u8]) -> Result<Id> {
+    if is_zero(bytes) { Ok(HOLE) } else { session.put(Kind::Chunk, bytes) }
 }
 
-impl<'s> Builder<'s> {
-    pub(crate) fn new(store: &'s Arc<Inner>, size: u64, base: Option<&'s Snapshot>) -> Self {
+/// A manifest in the making. The ids of chunks come in ascending order; the others are those of a base.
+pub(crate) struct Manifest<'b> {
+    size: u64,
+    base: Option<&'b Snapshot>,
+    leaves: Vec<Id>,
+    /// The leaf that ids are coming in for.
+    current: Option<(usize, Vec<Id>)>,
+}
+
+impl<'b> Manifest<'b> {
+    pub(crate) fn new(size: u64, base: Option<&'b Snapshot>) -> Self {
         let mut leaves = base.map_or_else(Vec::new, |base| base.root.leaves.clone());
         leaves.resize(format::leaf_count(size) as usize, HOLE);
-        let session = Session::begin(store);
-        Self {
-            store,
-            session,
-            base,
-            leaves,
-            current: None,
-            stats: SnapshotStats { size, ..Default::default() },
-        }
+        Self { size, base, leaves, current: None }
     }
 
-    /// Sets a whole chunk.
-    pub(crate) fn set(&mut self, number: u64, bytes: &[u8]) -> Result<()> {
-        let id = if is_zero(bytes) { HOLE } else { self.session.put(Kind::Chunk, bytes)? };
+    pub(crate) fn set(&mut self, session: &mut Session<'_>, number: u64, id: Id) -> Result<()> {
         let (leaf, within) = ((number / LEAF_IDS as u64) as usize, (number % LEAF_IDS as u64) as usize);
         if self.current.as_ref().is_none_or(|(current, _)| *current != leaf) {
-            self.finish_leaf()?;
+            self.finish_leaf(session)?;
             let ids = match self.base {
                 Some(base) => base.leaf_ids(leaf)?,
                 None => vec![HOLE; LEAF_IDS],
@@ -147,21 +131,40 @@ impl<'s> Builder<'s> {
         Ok(())
     }
 
-    fn finish_leaf(&mut self) -> Result<()> {
+    fn finish_leaf(&mut self, session: &mut Session<'_>) -> Result<()> {
         if let Some((leaf, ids)) = self.current.take() {
             let hole = ids.iter().all(|id| *id == HOLE);
-            self.leaves[leaf] = if hole { HOLE } else { self.session.put(Kind::Leaf, ids.as_flattened())? };
+            self.leaves[leaf] = if hole { HOLE } else { session.put(Kind::Leaf, ids.as_flattened())? };
         }
         Ok(())
     }
 
-    pub(crate) fn finish(mut self) -> Result<(Snapshot, SnapshotStats)> {
-        self.finish_leaf()?;
-        self.stats.stored_bytes = self.session.appended();
-        let bytes = format::encode_root(self.stats.size, &self.leaves);
-        let root = self.session.commit(&bytes)?;
-        Ok((Snapshot::new(Arc::clone(self.store), root), self.stats))
+    /// The bytes of the root.
+    pub(crate) fn finish(mut self, session: &mut Session<'_>) -> Result<Vec<u8>> {
+        self.finish_leaf(session)?;
+        Ok(format::encode_root(self.size, &self.leaves))
     }
+}
+
+/// Makes durable what a session has stored, and then the snapshots with these roots: all of them or none.
+pub(crate) fn publish(store: &Store, mut session: Session<'_>, roots: &[Vec<u8>]) -> Result<Vec<Snapshot>> {
+    session.finish(|inner| {
+        let mut new = Vec::new();
+        let publish = |bytes: &Vec<u8>| {
+            let path = inner.root_path(&Digest::of(bytes));
+            let known = path.exists();
+            let root = inner.publish_root(bytes)?;
+            if !known {
+                new.push(path);
+            }
+            Ok(Snapshot::new(Arc::clone(&store.0), root))
+        };
+        let published: Result<Vec<Snapshot>> = roots.iter().map(publish).collect();
+        if published.is_err() {
+            new.iter().for_each(|path| drop(fs::remove_file(path)));
+        }
+        published
+    })
 }
 
 /// Whether all bytes are zero; in words, so that it is as fast as reading them.

@@ -2,7 +2,9 @@
 //!
 //! A [`Store`] keeps [`Snapshot`]s: disks cut into chunks of 64 KiB, each stored once under its SHA-256 digest. A
 //! [`Volume`] begins as a snapshot, in the same time however large that is, and keeps what is written
-//! to it in a file of its own. A snapshot of a volume stores the chunks that have changed. Whatever can be read and
+//! to it in a file of its own. A snapshot of a volume stores the chunks that have changed, while the volume goes on
+//! being written; several volumes can be [frozen](Volume::freeze) at one instant, and
+//! [`Snapshot::changed_blocks`] lists what differs between two snapshots. Whatever can be read and
 //! written is a [`Disk`], and [`nbd::Server`] gives any disk to another process.
 //!
 //! ```
@@ -51,9 +53,11 @@
 //! Compression, encryption, other image formats, asynchronous input and output, and stores that several hosts share.
 
 mod backend;
+mod changed;
 mod error;
 mod format;
 mod freeze;
+mod fs;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 #[allow(clippy::unwrap_used, reason = "it is test code, outside of a test function")]
@@ -64,9 +68,11 @@ mod map;
 mod memory;
 pub mod nbd;
 mod pack;
+mod progress;
 mod raw;
 mod session;
 mod snapshot;
+mod sparse;
 mod store;
 mod sweep;
 pub mod testing;
@@ -74,14 +80,16 @@ mod volume;
 
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Disk, SECTOR};
+pub use changed::{Blocks, ChangedBlock, ChangedBlocks};
 pub use error::{Error, ErrorKind, Result};
-pub use import::{Progress, SnapshotStats};
+pub use import::SnapshotStats;
 pub use memory::MemoryDisk;
+pub use progress::Progress;
 pub use raw::RawFile;
 pub use snapshot::Snapshot;
 pub use store::Store;
 pub use sweep::Reclaimed;
-pub use volume::Volume;
+pub use volume::{FrozenVolumes, Volume};
 
 #[cfg(test)]
 mod tests;

@@ -1,12 +1,12 @@
 //! The log that says which blocks a volume's overlay holds.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::format::{
     self, BATCH_HEADER, BATCH_MAX, BATCH_RECORD, BLOCK, LOG_ALIGN, LOG_HEADER, Run, State, VolumeHeader,
 };
+use crate::fs::{self, File};
 use crate::map::StateMap;
 use crate::raw::write_zeroes;
 use crate::store::sync_dir;
@@ -47,7 +47,7 @@ impl Log {
     pub(crate) fn create(path: &Path, size: u64, base: Option<ami_core::Digest>) -> Result<Self> {
         let header = VolumeHeader { size, base, log: random()? };
         let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
-        let file = File::options().read(true).write(true).create_new(true).open(path).map_err(failed)?;
+        let file = File::create_new(path).map_err(failed)?;
         let mut bytes = format::encode_volume(&header);
         bytes.resize(INITIAL as usize, 0);
         file.write_all_at(&bytes, 0).map_err(failed)?;
@@ -62,8 +62,8 @@ impl Log {
 
     /// Opens a log and replays it. What a crash cut off at its end was never acknowledged, and goes.
     pub(crate) fn open(path: &Path) -> Result<(Self, StateMap)> {
-        let file = File::options().read(true).write(true).open(path);
-        let file = file.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
+        let file =
+            File::open_writable(path).map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
         let mut log = Self {
             path: path.to_owned(),
             file,
@@ -93,17 +93,21 @@ impl Log {
             self.append_batch(part)?;
         }
         if self.end > REWRITE_MIN && self.end / 2 > self.rewritten {
-            match self.rewrite() {
+            match self.rewrite(self.header.size) {
                 // The log as it is stays good, so a failure costs nothing but space.
                 Err(AppendError::Write(error)) => {
                     tracing::warn!(log = %self.path.display(), %error, "cannot rewrite the log");
                     self.rewritten = self.end;
-                    let _ = std::fs::remove_file(self.path.with_extension("tmp"));
                 }
                 result => result?,
             }
         }
         Ok(())
+    }
+
+    /// Says that the volume has another size from now on, which is durable on return.
+    pub(crate) fn grow(&mut self, size: u64) -> Result<(), AppendError> {
+        self.rewrite(size)
     }
 
     fn append_batch(&mut self, runs: &[Run]) -> Result<(), AppendError> {
@@ -134,7 +138,7 @@ impl Log {
             return Err(corrupt(format!("it has been cut to {} bytes", self.len)));
         }
         let blocks = self.header.size / BLOCK;
-        let map = StateMap::new(blocks);
+        let map = StateMap::default();
         loop {
             let bytes = window.get(self.end, BATCH_BYTES)?;
             let Some((sequence, runs, len)) = format::parse_batch(self.header.log, blocks, bytes) else {
@@ -177,12 +181,16 @@ impl Log {
         Ok(())
     }
 
-    /// Writes the log anew with what it comes to, beside the old one, and takes its place.
-    fn rewrite(&mut self) -> Result<(), AppendError> {
+    /// Writes the log anew with what it comes to, for a volume of this size, and takes the place of the old one.
+    fn rewrite(&mut self, size: u64) -> Result<(), AppendError> {
         let path = self.path.with_extension("tmp");
-        let mut new = self.write_anew(&path).map_err(AppendError::Write)?;
-        std::fs::rename(&path, &self.path).map_err(|e| {
-            AppendError::Write(Error::io(e, format!("cannot replace {}", self.path.display())))
+        let renamed = self.write_anew(&path, size).and_then(|new| {
+            let failed = |e| Error::io(e, format!("cannot replace {}", self.path.display()));
+            fs::rename(&path, &self.path).map_err(failed).map(|()| new)
+        });
+        let mut new = renamed.map_err(|error| {
+            let _ = fs::remove_file(&path);
+            AppendError::Write(error)
         })?;
         // From here on only the new log has a name, whether or not that is durable.
         new.rewritten = new.end;
@@ -194,8 +202,8 @@ impl Log {
         }
     }
 
-    /// A new log at `path` that says what this one comes to.
-    fn write_anew(&self, path: &Path) -> Result<Self> {
+    /// A new log at `path` that says what this one comes to, durable but for its name.
+    fn write_anew(&self, path: &Path, size: u64) -> Result<Self> {
         let mut old = Self {
             path: self.path.clone(),
             file: self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?,
@@ -207,13 +215,15 @@ impl Log {
         let mut runs = map.runs(0, self.header.size / BLOCK);
         runs.retain(|run| run.state != State::Base);
 
-        match std::fs::remove_file(path) {
+        match fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io(e, format!("cannot remove {}", path.display())));
             }
             _ => {}
         }
-        let mut new = Self::create(path, self.header.size, self.header.base)?;
+        let mut new = Self::create(path, size, self.header.base)?;
+        // Its header too must be on the disk before it takes the old one's place.
+        new.sync_created()?;
         for part in runs.chunks(BATCH_MAX) {
             new.append_batch(part).map_err(|failed| match failed {
                 AppendError::Write(error) | AppendError::Sync(error) => error,

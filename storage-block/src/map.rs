@@ -1,9 +1,9 @@
 //! Which of a volume's blocks are its own: two bits for each, in memory only where any is.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::format::{BLOCK, CHUNK, LEAF_SPAN, Run, State};
+use crate::sparse::Sparse;
 
 /// Blocks in a word.
 const WORD: u64 = 32;
@@ -11,25 +11,20 @@ const WORD: u64 = 32;
 const LEAF_WORDS: usize = (LEAF_SPAN / BLOCK / WORD) as usize;
 const LEAF_BLOCKS: u64 = LEAF_SPAN / BLOCK;
 const CHUNK_BLOCKS: u64 = CHUNK / BLOCK;
+const LEAF_CHUNKS: u64 = LEAF_SPAN / CHUNK;
 /// The low bit of every block's two.
 const LOW: u64 = 0x5555_5555_5555_5555;
 
-/// The state of every block; [`State::Base`] where nothing was said.
+/// The state of every block of a disk of any size; [`State::Base`] where nothing was said.
+///
+/// A volume's blocks never come back to [`State::Base`].
 ///
 /// A state is read with acquire ordering and set with release ordering: who sees a block in the overlay
 /// sees the bytes that were written there before.
-#[derive(Debug)]
-pub(crate) struct StateMap {
-    blocks: u64,
-    leaves: Box<[OnceLock<Box<[AtomicU64]>>]>,
-}
+#[derive(Debug, Default)]
+pub(crate) struct StateMap(Sparse<Box<[AtomicU64]>>);
 
 impl StateMap {
-    pub(crate) fn new(blocks: u64) -> Self {
-        let leaves = (0..blocks.div_ceil(LEAF_BLOCKS)).map(|_| OnceLock::new()).collect();
-        Self { blocks, leaves }
-    }
-
     pub(crate) fn get(&self, block: u64) -> State {
         self.leaf(block).map_or(State::Base, |leaf| state(word(leaf, block), block % WORD))
     }
@@ -74,7 +69,7 @@ impl StateMap {
         let (mut block, end) = (run.first, run.first + run.count);
         while block < end {
             let part = (end - block).min(WORD - block % WORD);
-            let leaf = self.leaves[(block / LEAF_BLOCKS) as usize].get_or_init(empty_leaf);
+            let leaf = self.0.get_or_init((block / LEAF_BLOCKS) as usize, empty_leaf);
             let mask = (u64::MAX >> (64 - 2 * part)) << (2 * (block % WORD));
             let bits = (LOW * run.state as u64) & mask;
             let cell = &leaf[(block % LEAF_BLOCKS / WORD) as usize];
@@ -88,28 +83,37 @@ impl StateMap {
         }
     }
 
-    /// The chunks with a block that is not in [`State::Base`], and how many such blocks each has.
-    pub(crate) fn changed_chunks(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let leaves = self.leaves.iter().zip(0u64..).filter_map(|(leaf, number)| Some((leaf.get()?, number)));
-        leaves.flat_map(|(leaf, number)| {
-            let first = number * (LEAF_SPAN / CHUNK);
-            (0..LEAF_SPAN / CHUNK).filter_map(move |chunk| {
-                let block = chunk * CHUNK_BLOCKS;
-                let bits = word(leaf, block) >> (2 * (block % WORD)) & u64::from(u32::MAX);
-                let blocks = (bits | bits >> 1) & LOW;
-                (blocks != 0).then(|| (first + chunk, u64::from(blocks.count_ones())))
-            })
+    /// Whether anything was said of any block of a leaf's.
+    pub(crate) fn has_leaf(&self, leaf: u64) -> bool {
+        self.0.get(leaf as usize).is_some()
+    }
+
+    /// Which blocks of a chunk are not in [`State::Base`], a bit for each.
+    pub(crate) fn changed_blocks(&self, chunk: u64) -> u16 {
+        let block = chunk * CHUNK_BLOCKS;
+        self.leaf(block).map_or(0, |leaf| changed_in(leaf, block))
+    }
+
+    /// The chunks with a block that is not in [`State::Base`].
+    pub(crate) fn changed_chunks(&self) -> impl Iterator<Item = u64> + '_ {
+        self.0.iter().flat_map(|(number, leaf)| {
+            let chunks = number * LEAF_CHUNKS..(number + 1) * LEAF_CHUNKS;
+            chunks.filter(|chunk| changed_in(leaf, chunk * CHUNK_BLOCKS) != 0)
         })
     }
 
     /// One past the last block in the overlay.
     pub(crate) fn overlay_end(&self) -> u64 {
-        let runs = self.runs(0, self.blocks);
-        runs.iter().rev().find(|run| run.state == State::Overlay).map_or(0, |run| run.first + run.count)
+        let in_overlay = |leaf: u64| {
+            let runs = self.runs(leaf * LEAF_BLOCKS, LEAF_BLOCKS);
+            runs.into_iter().rev().find(|run| run.state == State::Overlay)
+        };
+        let last = self.0.iter().rev().find_map(|(leaf, _)| in_overlay(leaf));
+        last.map_or(0, |run| run.first + run.count)
     }
 
     fn leaf(&self, block: u64) -> Option<&[AtomicU64]> {
-        self.leaves.get((block / LEAF_BLOCKS) as usize)?.get().map(|leaf| &**leaf)
+        self.0.get((block / LEAF_BLOCKS) as usize).map(|leaf| &**leaf)
     }
 }
 
@@ -121,6 +125,17 @@ fn empty_leaf() -> Box<[AtomicU64]> {
 
 fn word(leaf: &[AtomicU64], block: u64) -> u64 {
     leaf[(block % LEAF_BLOCKS / WORD) as usize].load(Ordering::Acquire)
+}
+
+/// Which blocks of the chunk that begins with `block` are not in [`State::Base`], a bit for each.
+fn changed_in(leaf: &[AtomicU64], block: u64) -> u16 {
+    let bits = (word(leaf, block) >> (2 * (block % WORD))) as u32;
+    // Every second bit, and then these pushed together.
+    let mut blocks = (bits | bits >> 1) & LOW as u32;
+    for (by, mask) in [(1, 0x3333_3333), (2, 0x0f0f_0f0f), (4, 0x00ff_00ff), (8, 0xffff)] {
+        blocks = (blocks | blocks >> by) & mask;
+    }
+    blocks as u16
 }
 
 fn state(word: u64, block: u64) -> State {

@@ -1,13 +1,13 @@
 //! Packs: files of 64 KiB slots, each slot an object named by its digest, each pack with an index.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use crate::format::{self, CHUNK, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_HEADER, PACK_SLOTS};
+use crate::fs::File;
 use crate::{Error, ErrorKind, Result};
 
 /// A pack with its final name. It is opened at its first read, and stays readable for whoever holds it
@@ -33,7 +33,7 @@ impl Pack {
         if let Some(file) = self.file.get() {
             return Ok(file);
         }
-        let open = File::options().read(true).write(true).open(&self.path);
+        let open = File::open_writable(&self.path);
         let file = open.map_err(|e| Error::io(e, format!("cannot open {}", self.path.display())))?;
         let mut header = vec![0; PACK_HEADER as usize];
         file.read_exact_at(&mut header, 0)

@@ -151,7 +151,7 @@ pub(crate) fn zero_range(file: &File, offset: u64, len: u64) -> std::io::Result<
 }
 
 /// Writes zeroes, allocating the range.
-pub(crate) fn write_zeroes(file: &File, mut offset: u64, mut len: u64) -> std::io::Result<()> {
+pub(crate) fn write_zeroes(file: &impl FileExt, mut offset: u64, mut len: u64) -> std::io::Result<()> {
     static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
     while len > 0 {
         let part = len.min(ZEROES.len() as u64);

@@ -1,7 +1,6 @@
 //! One writer's way into the packs: objects are appended, made durable together, and only then known.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,15 +9,15 @@ use std::sync::RwLockReadGuard;
 use ami_core::Digest;
 
 use crate::format::{self, CHUNK, INDEX_HEADER, INDEX_RECORD, Id, Kind};
+use crate::fs::{self, File};
 use crate::pack::{self, Pack, Place};
-use crate::snapshot::Root;
 use crate::store::{Inner, read, sync_dir, write};
 use crate::{Error, Result};
 
 /// Objects wait here until so many bytes can be written at once.
 const BUFFER: usize = 1 << 20;
 
-/// What is being appended. Dropped without [`commit`](Self::commit) it leaves nothing behind.
+/// What is being appended. Dropped without [`finish`](Self::finish) it leaves nothing behind.
 ///
 /// Sessions run side by side, each in packs of its own, so none ever waits for another's disk. The
 /// guard keeps the store from dropping an object that this session has found to be there already.
@@ -107,17 +106,13 @@ impl<'s> Session<'s> {
         if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }
     }
 
-    /// Makes everything durable and known, and then the snapshot with this root.
+    /// Makes everything durable and known, and then what `publish` does, which is to write the snapshots' roots.
     ///
-    /// This synchronises the pack and its index, the root and its directory, and one directory more
-    /// where a pack is new: four or five times however much there is, more only if several packs are filled.
+    /// This synchronises the pack and its index, a root and its directory, and one directory more
+    /// where a pack is new: four or five times however much there is, more only if several packs are filled or
+    /// several snapshots made.
     /// The index of a pack is written when the pack's bytes are durable, so that a record never speaks
     /// of bytes that a crash took; and a pack gets its final name after its index has.
-    pub(crate) fn commit(mut self, root: &[u8]) -> Result<Arc<Root>> {
-        self.finish(|store| store.publish_root(root))
-    }
-
-    /// The same with anything else in the place of the root.
     pub(crate) fn finish<T>(&mut self, publish: impl FnOnce(&Inner) -> Result<T>) -> Result<T> {
         self.write_out()?;
         for writing in &self.packs {
@@ -141,8 +136,7 @@ impl<'s> Session<'s> {
                 (&writing.index_path, pack::index_path(&dir, number)),
                 (&writing.pack.path, pack::pack_path(&dir, number)),
             ] {
-                std::fs::rename(from, &to)
-                    .map_err(|e| Error::io(e, format!("cannot name {}", to.display())))?;
+                fs::rename(from, &to).map_err(|e| Error::io(e, format!("cannot name {}", to.display())))?;
             }
             renamed = true;
         }
@@ -177,7 +171,7 @@ impl<'s> Session<'s> {
             drop(index);
             if let Some(pack) = opened {
                 let index_path = pack::index_path(&dir, number);
-                let file = File::options().write(true).open(&index_path);
+                let file = File::open_writable(&index_path);
                 let file = file.map_err(|e| Error::io(e, format!("cannot open {}", index_path.display())))?;
                 let records = Vec::new();
                 return Ok(Writing {
@@ -198,8 +192,7 @@ impl<'s> Session<'s> {
         let path = dir.join(format!("{number:08x}.pack.tmp"));
         let index_path = dir.join(format!("{number:08x}.index.tmp"));
         let create = |path: &PathBuf| {
-            let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
-            file.map_err(|e| Error::io(e, format!("cannot create {}", path.display())))
+            File::create(path).map_err(|e| Error::io(e, format!("cannot create {}", path.display())))
         };
         let file = create(&path)?;
         let made = create(&index_path).and_then(|index| {
@@ -212,8 +205,8 @@ impl<'s> Session<'s> {
                 Ok(Writing { pack, index, index_path, new: true, start: 0, slots: 0, records: Vec::new() })
             }
             Err(error) => {
-                let _ = std::fs::remove_file(&path);
-                let _ = std::fs::remove_file(&index_path);
+                let _ = fs::remove_file(&path);
+                let _ = fs::remove_file(&index_path);
                 Err(error)
             }
         }
@@ -248,7 +241,7 @@ impl Drop for Session<'_> {
                     writing.index_path.clone(),
                 ];
                 for name in &names {
-                    let _ = std::fs::remove_file(name);
+                    let _ = fs::remove_file(name);
                 }
                 Ok(())
             } else {

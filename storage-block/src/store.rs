@@ -1,8 +1,6 @@
 //! The store: the directory of packs and snapshots, and who may use it.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Write as _;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -11,6 +9,7 @@ use ami_core::Digest;
 use rustix::fs::FlockOperation;
 
 use crate::format::PACK_SLOTS;
+use crate::fs::{self, File};
 use crate::pack::{Index, read_dir};
 use crate::snapshot::{Root, Snapshot};
 use crate::{Error, ErrorKind, Result};
@@ -67,7 +66,7 @@ impl Store {
         let (packs, snapshots) = (dir.join(PACKS), dir.join(SNAPSHOTS));
         let new = !snapshots.is_dir();
         for made in [&packs, &snapshots] {
-            std::fs::create_dir_all(made)
+            fs::create_dir_all(made)
                 .map_err(|e| Error::io(e, format!("cannot create {}", made.display())))?;
         }
         let lock = Locked::open(&dir.join("lock"), true)?;
@@ -154,11 +153,9 @@ impl Inner {
         if !path.exists() {
             let dir = self.snapshots_dir();
             let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
-            let mut file = tempfile::Builder::new().suffix(".tmp").tempfile_in(&dir).map_err(failed)?;
-            file.write_all(bytes).and_then(|()| file.as_file().sync_data()).map_err(failed)?;
-            file.persist(&path).map_err(|e| failed(e.error))?;
+            fs::write_named(&path, bytes).map_err(failed)?;
             // The objects go with the failure, so the root must, too.
-            sync_dir(&dir).inspect_err(|_| drop(std::fs::remove_file(&path)))?;
+            sync_dir(&dir).inspect_err(|_| drop(fs::remove_file(&path)))?;
         }
         Ok(self.remember(root))
     }
@@ -186,9 +183,9 @@ pub(crate) struct Locked(File);
 impl Locked {
     /// Opens `path`, making it if `create` says so, and takes the lock.
     pub(crate) fn open(path: &Path, create: bool) -> Result<Self> {
-        let file = File::options().read(true).write(true).create(create).truncate(false).open(path);
+        let file = if create { File::open_or_create(path) } else { File::open_writable(path) };
         let file = file.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match file.flock(FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self(file)),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 Err(Error::new(ErrorKind::InUse, format!("{} is in use", path.display())))
@@ -202,7 +199,7 @@ impl Drop for Locked {
     fn drop(&mut self) {
         // Closing alone is not enough: a child that another thread is starting just now has the file too,
         // until it is another program.
-        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+        let _ = self.0.flock(FlockOperation::Unlock);
     }
 }
 
@@ -218,7 +215,7 @@ impl Deref for Locked {
 fn clear_half_made(dir: &Path) -> Result<()> {
     for name in read_dir(dir)?.iter().filter(|name| name.ends_with(".tmp")) {
         let path = dir.join(name);
-        std::fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+        fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
     }
     Ok(())
 }
@@ -229,7 +226,7 @@ fn clear_lone_indices(packs: &Path) -> Result<()> {
         if let Some(number) = crate::pack::number_of(&name, "index") {
             if !crate::pack::pack_path(packs, number).exists() {
                 let path = packs.join(&name);
-                std::fs::remove_file(&path)
+                fs::remove_file(&path)
                     .map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
             }
         }
@@ -238,8 +235,7 @@ fn clear_lone_indices(packs: &Path) -> Result<()> {
 }
 
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
-    let synced = File::open(dir).and_then(|dir| dir.sync_all());
-    synced.map_err(|e| Error::io(e, format!("cannot make {} durable", dir.display())))
+    fs::sync_dir(dir).map_err(|e| Error::io(e, format!("cannot make {} durable", dir.display())))
 }
 
 pub(crate) fn parent(dir: &Path) -> &Path {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Weak};
 use ami_core::Digest;
 
 use crate::format::{CHUNK, HOLE, Id, Kind, PACK_HEADER};
+use crate::fs;
 use crate::pack::{self, Index, Pack};
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
@@ -70,8 +71,7 @@ impl Store {
         }
         for digest in &dropped {
             let path = inner.root_path(digest);
-            std::fs::remove_file(&path)
-                .map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+            fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
         }
         // A root that a crash brings back must find its chunks.
         sync_dir(&inner.snapshots_dir())?;
@@ -167,14 +167,14 @@ fn drop_packs(index: &mut Index, dir: &Path, numbers: &[u32]) -> Result<()> {
     let failed = |e, number| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
     let doomed = |number| dir.join(format!("{number:08x}.pack.tmp"));
     for &number in numbers {
-        std::fs::rename(pack::pack_path(dir, number), doomed(number)).map_err(|e| failed(e, number))?;
+        fs::rename(&pack::pack_path(dir, number), &doomed(number)).map_err(|e| failed(e, number))?;
         index.packs.remove(&number);
     }
     index.places.retain(|_, place| index.packs.contains_key(&place.pack));
     sync_dir(dir)?;
     for &number in numbers {
-        std::fs::remove_file(pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
-        std::fs::remove_file(doomed(number)).map_err(|e| failed(e, number))?;
+        fs::remove_file(&pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
+        fs::remove_file(&doomed(number)).map_err(|e| failed(e, number))?;
     }
     Ok(())
 }

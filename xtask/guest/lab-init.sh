@@ -1,9 +1,10 @@
 #!/bin/sh
 # The lab: mounts the disk it was given as a root file system, runs /lab/run in it, and reports.
 #
-# Four serial ports lead to the host: the command's standard output and standard error, "status" for
-# what the lab itself has to say, "files" for an archive of what is brought back. The status port says
-# "up" first; then "exit N" when the command has ended, or "failed WHY" when it could not be run.
+# Five serial ports lead to the host: the command's standard output and standard error, "status" for
+# what the lab itself has to say, "files" for an archive of what is brought back, and "pulse", whose bytes
+# are sent back. The status port says "up" first; then "exit N" when the command has ended, or
+# "failed WHY" when it could not be run.
 
 export PATH=/bin
 mount -t devtmpfs devtmpfs /dev
@@ -37,6 +38,9 @@ status=$(port status)
 output=$(port output)
 errors=$(port errors)
 files=$(port files)
+pulse=$(port pulse)
+# A port is opened once.
+cat <>"$pulse" >&0 &
 echo up >"$status"
 
 [ -c /dev/kvm ] || fail "its kernel offers no /dev/kvm: QEMU does not emulate AMD's virtualisation"

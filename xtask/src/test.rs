@@ -51,6 +51,8 @@ const PACKAGES_TOGETHER: u32 = 90;
 const BARE_GUEST: &str = "/lab/bare-guest";
 /// How long a test binary may take in the lab. It takes two minutes, on a busy machine more.
 const TEST_PATIENCE: Duration = Duration::from_secs(600);
+/// How often the emulator may fail before a test of ours has.
+const LAB_TRIES: usize = 3;
 /// How long the quick start may take there. It takes 40 seconds.
 const QUICKSTART_PATIENCE: Duration = Duration::from_secs(300);
 
@@ -134,7 +136,7 @@ fn test_in_lab(name: &str) -> Result<()> {
     if let Some(ci) = env::var_os("CI") {
         lab = lab.env("CI", ci);
     }
-    run_in_lab(lab)
+    run_in_lab(&lab)
 }
 
 /// By the command that users give, not by this process: building the tests may have replaced its program.
@@ -144,12 +146,17 @@ fn quickstart_in_lab() -> Result<()> {
     cargo(&lab, &[])
 }
 
-fn run_in_lab(lab: Lab) -> Result<()> {
-    match lab.run(io::stdout(), io::stderr())? {
-        Ended::Exit(0) => Ok(()),
-        Ended::Exit(status) => bail!("it ended with exit status {status}"),
-        Ended::Late => bail!("it was not done by its deadline"),
+/// Once more where the emulator failed, and not what it was to run.
+fn run_in_lab(lab: &Lab) -> Result<()> {
+    for _ in 0..LAB_TRIES {
+        match lab.clone().run(io::stdout(), io::stderr())? {
+            Ended::Exit(0) => return Ok(()),
+            Ended::Exit(status) => bail!("it ended with exit status {status}"),
+            Ended::Late => bail!("it was not done by its deadline"),
+            Ended::StoodStill => eprintln!("==> the lab stood still, which is the emulator's fault"),
+        }
     }
+    bail!("the lab stood still {LAB_TRIES} times")
 }
 
 /// Builds the test and answers where cargo put it.

@@ -1,7 +1,6 @@
 //! The virtio block device (virtio 1.2, 5.2): one request in, one answer out.
 //!
-//! No thread, descriptor or register is known here: a request is a checked [`Chain`], and its effect
-//! is on a [`Disk`] and the guest's memory.
+//! A request is a checked [`Chain`], and its effect is on a [`Disk`] and the guest's memory.
 
 use storage_block::{Disk, SECTOR};
 use virtio_bindings::virtio_blk::{
@@ -10,8 +9,11 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::chain::{Chain, Malformed};
+use super::device::Device;
+use super::ring::Running;
 use crate::memory::Memory;
 
 /// The most descriptors of a request: header, data, status. Half the queue's size, so that two
@@ -34,9 +36,7 @@ const RANGE_LEN: u64 = 16;
 const HEADER_LEN: u64 = 16;
 
 /// The bytes of the configuration space.
-pub(crate) const CONFIG_LEN: usize = 60;
-/// The device type.
-pub(crate) const DEVICE_ID: u32 = 2;
+const CONFIG_LEN: usize = 60;
 
 /// A block device.
 #[derive(Debug)]
@@ -71,20 +71,8 @@ impl Block {
         Self { disk, serial: id, bounce: Vec::new() }
     }
 
-    /// The features that are offered.
-    pub(crate) fn features(&self) -> u64 {
-        let mut bits =
-            vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
-        if self.disk.read_only() {
-            bits.push(VIRTIO_BLK_F_RO);
-        } else {
-            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
-        }
-        bits.into_iter().fold(0, |features, bit| features | 1 << bit)
-    }
-
     /// The configuration space, `struct virtio_blk_config`.
-    pub(crate) fn config(&self) -> [u8; CONFIG_LEN] {
+    fn config(&self) -> [u8; CONFIG_LEN] {
         let mut config = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &(self.disk.size() / SECTOR).to_le_bytes());
@@ -103,7 +91,7 @@ impl Block {
     /// Serves a request and writes its status. Returns how many bytes were written to the guest.
     ///
     /// `features` are those that the driver accepted.
-    pub(crate) fn serve(&mut self, memory: &Memory, chain: &Chain, features: u64) -> Result<u32, Malformed> {
+    fn answer(&mut self, memory: &Memory, chain: &Chain, features: u64) -> Result<u32, Malformed> {
         let mut header = [0; HEADER_LEN as usize];
         chain.readable.read(memory, 0, &mut header).map_err(|_| Malformed("a request without a header"))?;
         let Some(status_at) = chain.writable.len().checked_sub(1) else {
@@ -223,6 +211,40 @@ impl Block {
         let start = sector.checked_mul(SECTOR)?;
         let end = start.checked_add(len)?;
         (len.is_multiple_of(SECTOR) && len <= DATA_MAX && end <= self.disk.size()).then_some(start)
+    }
+}
+
+impl Device for Block {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let mut bits =
+            vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
+        if self.disk.read_only() {
+            bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        }
+        bits.into_iter().fold(0, |features, bit| features | 1 << bit)
+    }
+
+    fn queues(&self) -> usize {
+        1
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.config();
+        let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    }
+
+    fn serve(&mut self, _queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
+        let Some(chain) = ring.next()? else { return Ok(false) };
+        let written = self.answer(ring.memory(), &chain, features)?;
+        ring.put_used(&chain, written)?;
+        Ok(true)
     }
 }
 

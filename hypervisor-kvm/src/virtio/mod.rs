@@ -1,109 +1,183 @@
-//! Disks as the guest sees them: virtio block devices on virtio-mmio.
+//! Devices as the guest sees them: virtio, on virtio-mmio or on PCI.
 //!
-//! [`chain`], [`block`] and [`mmio`] are functions of what they are given; here are the descriptors
+//! [`block`] and other [`device`]s, the [`core`] that drives them and the registers in [`mmio`] and
+//! [`pci`] are functions of what they are given; here, in [`on_mmio`] and in [`on_pci`] are the descriptors
 //! and the thread that drive them.
 
 mod block;
 mod chain;
+mod core;
+mod device;
+mod half;
 mod mmio;
+mod on_mmio;
+mod on_pci;
+mod pci;
+#[cfg(test)]
+mod pci_tests;
+mod ring;
+mod rng;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use instance_core::machine::DiskSpec;
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
+pub(crate) use self::core::Effect;
+pub(crate) use self::core::Step;
+use crate::Transport;
 use crate::error::{HostContext, Result};
 use crate::gate::Gate;
-use crate::layout;
 use crate::memory::Memory;
 pub(crate) use block::Block;
 use chain::Malformed;
-use mmio::Effect;
-pub(crate) use mmio::{Step, Transport};
+pub(crate) use device::Device;
+use on_mmio::OnMmio;
+pub(crate) use on_mmio::{address, irq};
+use on_pci::OnPci;
+pub(crate) use rng::Rng;
+#[cfg(any(test, fuzzing))]
+pub(crate) use {
+    mmio::Mmio,
+    pci::{Pci, RANGE_LEN},
+};
 
-/// A disk: its registers, which any vCPU may access, and its requests, which one thread serves.
+/// A device: its registers, which any vCPU may access, and its requests, which one thread serves: its own, or
+/// that of the vCPU whose driver notifies, where requests are few and done at once.
 ///
 /// A request is served under the registers' lock, so that a reset waits for the one under way, as
-/// the driver expects. The registers of the interrupt, which are used while requests run, and the
-/// notification, which KVM handles, need no lock.
+/// the driver expects. The notification, which KVM handles, needs no lock.
 #[derive(Debug)]
-pub(crate) struct VirtioDisk {
-    transport: Mutex<Transport>,
+pub(crate) struct VirtioDevice {
+    port: Port,
     memory: Memory,
-    interrupt_status: AtomicU32,
-    interrupt: EventFd,
-    notification: EventFd,
+    /// By which KVM wakes the device's own thread.
+    notification: Option<EventFd>,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
 
-impl VirtioDisk {
-    /// The `n`th disk of a machine.
-    pub(crate) fn new(vm: &VmFd, memory: &Memory, n: usize, spec: &DiskSpec) -> Result<Self> {
-        let interrupt =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-        vm.register_irqfd(&interrupt, irq(n)).host("KVM did not take a disk's interrupt")?;
+/// By which transport the guest reaches it.
+#[derive(Debug)]
+enum Port {
+    Mmio(OnMmio),
+    Pci(Box<OnPci>),
+}
+
+impl VirtioDevice {
+    /// The `n`th device of a machine, which a thread is going to [`serve`](Self::serve).
+    pub(crate) fn with_thread(
+        vm: &VmFd,
+        memory: &Memory,
+        n: usize,
+        transport: Transport,
+        device: impl Device + 'static,
+    ) -> Result<Self> {
         let notification = EventFd::new(libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-        let address = IoEventAddress::Mmio(address(n) + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY));
-        vm.register_ioevent(&notification, &address, 0u32).host("KVM did not take a disk's notification")?;
-        Ok(Self {
-            transport: Mutex::new(Transport::new(Block::new(spec.disk.clone(), &spec.serial))),
-            memory: memory.clone(),
-            interrupt_status: AtomicU32::new(0),
-            interrupt,
-            notification,
-            warned: AtomicBool::new(false),
-        })
+        let device = Self::new(vm, memory, n, transport, device)?;
+        let heard = match &device.port {
+            Port::Mmio(_) => {
+                let at = IoEventAddress::Mmio(address(n) + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY));
+                // Whichever queue is notified: the thread looks at all of them.
+                vm.register_ioevent(&notification, &at, NoDatamatch)
+            }
+            Port::Pci(port) => port.listen(vm, &notification),
+        };
+        heard.host("KVM did not take a device's notification")?;
+        Ok(Self { notification: Some(notification), ..device })
+    }
+
+    /// The `n`th device of a machine, whose requests are served by the vCPU that notifies.
+    pub(crate) fn new(
+        vm: &VmFd,
+        memory: &Memory,
+        n: usize,
+        transport: Transport,
+        device: impl Device + 'static,
+    ) -> Result<Self> {
+        let port = match transport {
+            Transport::Mmio => Port::Mmio(OnMmio::new(vm, n, device)?),
+            Transport::Pci => Port::Pci(Box::new(OnPci::new(n, device))),
+        };
+        Ok(Self { port, memory: memory.clone(), notification: None, warned: AtomicBool::new(false) })
+    }
+
+    /// Whether a thread has to [`serve`](Self::serve) it.
+    pub(crate) fn needs_thread(&self) -> bool {
+        self.notification.is_some()
+    }
+
+    /// How far `address` is into the registers of this device on PCI, if it is.
+    pub(crate) fn pci_offset_of(&self, address: u64) -> Option<u64> {
+        match &self.port {
+            Port::Mmio(_) => None,
+            Port::Pci(pci) => pci.offset_of(address),
+        }
     }
 
     /// The guest reads a register.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
-        let status = self.interrupt_status.load(Ordering::Acquire);
-        match <&mut [u8; 4]>::try_from(&mut *data) {
-            Ok(word) if offset == u64::from(reg::VIRTIO_MMIO_INTERRUPT_STATUS) => {
-                *word = status.to_le_bytes()
-            }
-            _ => self.lock().read(offset, data, status),
+        match &self.port {
+            Port::Mmio(mmio) => mmio.read(offset, data),
+            Port::Pci(pci) => pci.read(offset, data),
         }
     }
 
     /// The guest writes a register.
-    pub(crate) fn write(&self, offset: u64, data: &[u8]) {
-        if let (true, Ok(bits)) =
-            (offset == u64::from(reg::VIRTIO_MMIO_INTERRUPT_ACK), <[u8; 4]>::try_from(data))
-        {
-            self.interrupt_status.fetch_and(!u32::from_le_bytes(bits), Ordering::AcqRel);
-            return;
-        }
-        let mut transport = self.lock();
-        match transport.write(&self.memory, offset, data) {
-            Effect::None => {}
-            Effect::Notify => self.wake(),
-            // Under the lock, so that no interrupt of before the reset follows it.
-            Effect::Reset => self.interrupt_status.store(0, Ordering::Release),
-            Effect::Broken(why) => self.broken(why),
+    pub(crate) fn write(&self, vm: &VmFd, offset: u64, data: &[u8]) {
+        let effect = match &self.port {
+            Port::Mmio(mmio) => mmio.write(&self.memory, offset, data),
+            Port::Pci(pci) => pci.write(vm, &self.memory, offset, data),
+        };
+        self.follow(vm, effect);
+    }
+
+    /// The guest reads PCI's configuration space, where there is one.
+    pub(crate) fn read_space(&self, at: usize, data: &mut [u8]) {
+        if let Port::Pci(pci) = &self.port {
+            pci.read_space(at, data);
         }
     }
 
-    /// Has [`serve`](Self::serve) look at the queue and at the gate.
+    /// The guest writes to it.
+    pub(crate) fn write_space(&self, vm: &VmFd, at: usize, data: &[u8]) {
+        let Port::Pci(pci) = &self.port else { return };
+        self.follow(vm, pci.write_space(vm, &self.memory, at, data));
+        if let Some(Err(error)) = self.notification.as_ref().map(|heard| pci.listen(vm, heard)) {
+            tracing::warn!(%error, "KVM did not take the new place of a device's notification");
+        }
+    }
+
+    fn follow(&self, vm: &VmFd, effect: Effect) {
+        match effect {
+            Effect::Notify if self.needs_thread() => self.wake(),
+            // No more than a queue holds: the vCPU has to get on, also where others keep adding.
+            Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| !self.step(vm)),
+            Effect::Broken(why) => self.warn(why),
+            Effect::None | Effect::Reset => {}
+        }
+    }
+
+    /// Has [`serve`](Self::serve) look at the queues and at the gate.
     pub(crate) fn wake(&self) {
-        // Fails only where the counter is full, and then it is being read.
-        let _ = self.notification.write(1);
+        if let Some(notification) = &self.notification {
+            // Fails only where the counter is full, and then it is being read.
+            let _ = notification.write(1);
+        }
     }
 
     /// Serves requests until the machine ends. One thread calls this.
-    pub(crate) fn serve(&self, gate: &Gate) -> io::Result<()> {
+    pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
+        let Some(notification) = &self.notification else { return Ok(()) };
         while gate.pass() {
-            if self.step() {
+            if self.step(vm) {
                 continue;
             }
-            match self.notification.read() {
+            match notification.read() {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -112,44 +186,32 @@ impl VirtioDisk {
         Ok(())
     }
 
-    /// Serves one request; false if there is none.
-    fn step(&self) -> bool {
-        let mut transport = self.lock();
-        match transport.step(&self.memory) {
-            Step::Idle => return false,
-            Step::Served { interrupt: true } => self.raise(reg::VIRTIO_MMIO_INT_VRING),
-            Step::Served { interrupt: false } => {}
-            Step::Broken(why) => self.broken(why),
-        }
-        true
+    /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
+    /// False if there is none.
+    fn step(&self, vm: &VmFd) -> bool {
+        let queues = match &self.port {
+            Port::Mmio(mmio) => mmio.queues(),
+            Port::Pci(pci) => pci.queues(),
+        };
+        (0..queues).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
     }
 
-    fn broken(&self, why: Malformed) {
+    fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
+        let step = match &self.port {
+            Port::Mmio(mmio) => mmio.step(&self.memory, queue),
+            Port::Pci(pci) => pci.step(vm, &self.memory, queue),
+        };
+        if let Step::Broken(why) = step {
+            self.warn(why);
+        }
+        step != Step::Idle
+    }
+
+    fn warn(&self, why: Malformed) {
         if self.warned.swap(true, Ordering::Relaxed) {
             tracing::debug!(%why, "a guest's driver broke the rules again");
         } else {
-            tracing::warn!(%why, "a guest's driver broke the rules; its disk waits for a reset");
+            tracing::warn!(%why, "a guest's driver broke the rules; its device waits for a reset");
         }
-        self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
     }
-
-    fn raise(&self, bit: u32) {
-        self.interrupt_status.fetch_or(bit, Ordering::AcqRel);
-        // Fails only where the interrupt has been raised very often and not been seen.
-        let _ = self.interrupt.write(1);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Transport> {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Where the registers of the `n`th disk are.
-pub(crate) fn address(n: usize) -> u64 {
-    layout::VIRTIO + n as u64 * layout::VIRTIO_LEN
-}
-
-/// The interrupt of the `n`th disk.
-pub(crate) fn irq(n: usize) -> u32 {
-    layout::VIRTIO_IRQ + n as u32
 }

@@ -6,7 +6,11 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block::Block;
 use super::chain::Malformed;
-use super::mmio::{Effect, QUEUE_SIZE, Step, Transport};
+use super::core::{Effect, Step};
+use super::device::Device;
+use super::mmio::Mmio;
+use super::ring::QUEUE_SIZE;
+use super::rng::Rng;
 use crate::memory::{self, Memory};
 
 const MIB: u64 = 1 << 20;
@@ -46,7 +50,7 @@ const RO: u64 = 1 << 5;
 
 struct Driver {
     memory: Memory,
-    device: Transport,
+    device: Mmio,
     disk: Disk,
     sent: u16,
 }
@@ -55,9 +59,12 @@ type Descriptor = (u64, u32, u16, u16);
 
 impl Driver {
     fn new(disk: Disk) -> Self {
+        Self::of(Block::new(disk.clone(), "vol-0123"), disk)
+    }
+
+    fn of(device: impl Device + 'static, disk: Disk) -> Self {
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        let device = Transport::new(Block::new(disk.clone(), "vol-0123"));
-        Self { memory, device, disk, sent: 0 }
+        Self { memory, device: Mmio::new(device), disk, sent: 0 }
     }
 
     /// A driver that has done all the steps of initialisation (virtio 1.2, 3.1.1), accepting `features`.
@@ -147,7 +154,7 @@ impl Driver {
             self.put_descriptor(DESCRIPTORS, n, (address, len, flags | next, n + 1));
         }
         self.offer(0);
-        self.device.step(&self.memory)
+        self.device.step(&self.memory, 0)
     }
 
     fn put_header(&self, kind: u32, sector: u64) {
@@ -206,7 +213,7 @@ fn serves_a_good_driver() {
     assert_eq!((&bytes[..512], &bytes[512..]), (&[0; 512][..], &[7; 512][..]));
     driver.put_data(&Driver::range(4, 1, 0));
     assert_eq!(driver.request(DISCARD, 0, 16, 0), (OK, 1));
-    assert_eq!(driver.device.step(&driver.memory), Step::Idle);
+    assert_eq!(driver.device.step(&driver.memory, 0), Step::Idle);
     // Round the ring more than once.
     for n in 0..600u32 {
         driver.put_data(&n.to_le_bytes().repeat(128));
@@ -360,7 +367,7 @@ fn a_bad_driver_stops_its_device_until_it_resets_it() {
         driver.disk.write_at(&[5; 512], 0).unwrap();
         assert_eq!(driver.request(FLUSH, 0, 0, 0), (OK, 1));
         misbehave(&mut driver);
-        let broken = driver.device.step(&driver.memory);
+        let broken = driver.device.step(&driver.memory, 0);
         let Step::Broken(Malformed(why)) = broken else { panic!("{expect}: {broken:?}") };
         assert_eq!(why, *expect);
         assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET, "{expect}");
@@ -401,7 +408,7 @@ fn a_queue_that_cannot_be_is_refused() {
         assert!(matches!(effect, Effect::Broken(_)), "{size} {addresses:x?}: {effect:?}");
         assert_eq!(driver.get(reg::VIRTIO_MMIO_QUEUE_READY), 0);
         driver.set(reg::VIRTIO_MMIO_STATUS, 15);
-        assert_eq!(driver.device.step(&driver.memory), Step::Idle);
+        assert_eq!(driver.device.step(&driver.memory, 0), Step::Idle);
     }
 }
 
@@ -476,4 +483,26 @@ fn every_register_takes_every_width() {
         assert_eq!(driver.device.write(&driver.memory, 0x70, &[0; 8][..len]), Effect::None);
     }
     assert_eq!(driver.request(FLUSH, 0, 0, 0), (OK, 1), "no odd width has reset it");
+}
+
+#[test]
+fn random_bytes_are_as_many_as_asked_for_and_never_the_same() {
+    let mut driver = Driver::of(Rng, MemoryDisk::new(512).unwrap().into_disk());
+    driver.negotiate(VERSION_1);
+    driver.set_queue(QUEUE_SIZE, [DESCRIPTORS, AVAILABLE, USED]);
+    driver.set(reg::VIRTIO_MMIO_STATUS, 15);
+    let mut seen = vec![vec![0; 32]];
+    for (n, (asked, got)) in (0..).zip([(32, 32), (32, 32), (0, 0), (64 << 10, 4096)]) {
+        driver.put_data(&[0; 4096]);
+        assert_eq!(driver.send(&[(DATA, asked, WRITE)]), Step::Served { interrupt: true });
+        let written: u32 = driver.memory.read_obj(GuestAddress(USED + 8 + 8 * n)).unwrap();
+        assert_eq!(written, got);
+        if got > 0 {
+            let bytes = driver.data(32);
+            assert!(!seen.contains(&bytes), "{bytes:?}");
+            seen.push(bytes);
+        }
+    }
+    // A request with nothing to write to is answered with nothing.
+    assert_eq!(driver.send(&[(DATA, 16, 0)]), Step::Served { interrupt: true });
 }

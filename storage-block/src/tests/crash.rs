@@ -204,7 +204,7 @@ fn long_logs_are_rewritten() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     let mut log = Log::create(&path, 1 << 30, None).unwrap();
-    let expected = StateMap::new(1 << 18);
+    let expected = StateMap::default();
     let mut append = |runs: &[Run]| {
         runs.iter().for_each(|run| expected.set(*run));
         assert!(log.append(runs).is_ok());

@@ -10,10 +10,13 @@ use crate::testing::compare;
 use crate::{ErrorKind, Store, Volume};
 
 /// A file system of a fixed size, unmounted at the end.
-struct Small(PathBuf, #[expect(dead_code, reason = "removes the directory")] tempfile::TempDir);
+pub(super) struct Small(
+    pub(super) PathBuf,
+    #[expect(dead_code, reason = "removes the directory")] tempfile::TempDir,
+);
 
 impl Small {
-    fn mount(kib: u64) -> Option<Self> {
+    pub(super) fn mount(kib: u64) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let option = format!("size={kib}k");
         let mount =

@@ -1,11 +1,16 @@
 //! Tests that look into files, or use what the conformance suite is made of.
 
+mod changed;
 mod corrupt;
 mod crash;
+mod discard;
+mod freeze;
 mod full_disk;
 mod golden;
+mod grow;
 mod model;
 mod store;
+pub(crate) mod tape;
 
 use std::path::Path;
 

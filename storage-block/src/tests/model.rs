@@ -1,6 +1,7 @@
 //! Volumes, snapshots and clones against plain memory, with everything opened anew now and then.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use ami_core::Digest;
@@ -40,7 +41,9 @@ impl Model {
         }
         let at = self.random.below(self.volumes.len() as u64) as usize;
         match self.random.below(60) {
-            0 | 1 => self.snapshot(at),
+            0 | 1 => self.snapshot(at..at + 1),
+            6 => self.snapshot(0..self.volumes.len()),
+            7 => self.grow(at),
             2 => self.reopen_volume(at),
             3 if self.random.below(4) == 0 => self.reopen_all(),
             4 => self.sweep(),
@@ -68,17 +71,37 @@ impl Model {
         self.volumes.push((volume, oracle));
     }
 
-    fn snapshot(&mut self, at: usize) {
-        let (volume, oracle) = &self.volumes[at];
-        let (snapshot, _) = volume.snapshot(self.store()).unwrap();
-        compare(&snapshot.disk(), oracle, "a snapshot");
-        snapshot.verify().unwrap();
-        // The digest is one of the content alone, however it came about.
-        let (imported, stats) = self.store().import(&memory(oracle), &mut |_| ()).unwrap();
-        assert_eq!((imported.digest(), stats.stored_bytes), (snapshot.digest(), 0));
-        if !self.snapshots.iter().any(|(digest, _)| *digest == snapshot.digest()) {
-            self.snapshots.push((snapshot.digest(), oracle.clone()));
+    /// Snapshots of volumes at one instant, after which each goes on before they are stored.
+    fn snapshot(&mut self, range: Range<usize>) {
+        let frozen =
+            Volume::freeze(self.volumes[range.clone()].iter().map(|(volume, _)| volume), self.store());
+        let then: Vec<Vec<u8>> =
+            self.volumes[range.clone()].iter().map(|(_, oracle)| oracle.clone()).collect();
+        for (volume, oracle) in &mut self.volumes[range] {
+            // Few enough that none has to wait, for who stores them comes after.
+            random_operation(&volume.disk(), &mut oracle[..3 << 16], &mut self.random);
         }
+        let made = frozen.store(&mut |_| ()).unwrap();
+        for ((snapshot, _), oracle) in made.into_iter().zip(then) {
+            compare(&snapshot.disk(), &oracle, "a snapshot");
+            snapshot.verify().unwrap();
+            // The digest is one of the content alone, however it came about.
+            let (imported, stats) = self.store().import(&memory(&oracle), &mut |_| ()).unwrap();
+            assert_eq!((imported.digest(), stats.stored_bytes), (snapshot.digest(), 0));
+            if !self.snapshots.iter().any(|(digest, _)| *digest == snapshot.digest()) {
+                self.snapshots.push((snapshot.digest(), oracle));
+            }
+        }
+    }
+
+    fn grow(&mut self, at: usize) {
+        let (volume, oracle) = &mut self.volumes[at];
+        // What grows is snapshotted and cloned, and a long history should not end in large disks.
+        let room = (40_usize << 16).saturating_sub(oracle.len()) / 4096;
+        let size = oracle.len() + self.random.below(30).min(room as u64) as usize * 4096;
+        volume.grow(size as u64).unwrap();
+        oracle.resize(size, 0);
+        compare(&volume.disk(), oracle, "a volume that grew");
     }
 
     fn reopen_volume(&mut self, at: usize) {

@@ -178,7 +178,7 @@ fn failed_imports_leave_nothing() {
 }
 
 /// The names and lengths of all files.
-fn files(dir: &std::path::Path) -> Vec<(String, u64)> {
+pub(super) fn files(dir: &std::path::Path) -> Vec<(String, u64)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let entry = entry.unwrap();
@@ -346,7 +346,7 @@ fn snapshots_are_of_one_instant() {
     });
 }
 
-struct Stop<'s>(&'s AtomicBool);
+pub(super) struct Stop<'s>(pub(super) &'s AtomicBool);
 
 impl Drop for Stop<'_> {
     fn drop(&mut self) {

@@ -161,6 +161,7 @@ impl Figure {
                     Ended::Exit(0) => said,
                     Ended::Exit(status) => bail!("the measurement failed in the lab with status {status}"),
                     Ended::Late => bail!("the lab took longer than {LAB_DEADLINE:?}"),
+                    Ended::StoodStill => bail!("the lab stood still"),
                 }
             }
         };

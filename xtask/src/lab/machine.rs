@@ -12,8 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::AsFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::Lab;
 use super::work::WorkDir;
+use super::{Lab, pulse};
 use crate::guest::Artifacts;
 use crate::process;
 
@@ -43,6 +43,8 @@ pub(super) enum End {
     NotUp,
     /// It was ended, for the command took longer than its deadline.
     Late,
+    /// It was ended, for it did nothing any more: the emulator is at fault, and not the command.
+    StoodStill,
 }
 
 /// Boots the lab with `disk`, which lies in `disk_dir`, and waits for its end. What the command writes
@@ -56,23 +58,28 @@ pub(super) fn run(
 ) -> anyhow::Result<Finished> {
     // A socket's path has to be short.
     let sockets = tempfile::Builder::new().prefix("lab-").tempdir().context("cannot make a directory")?;
-    let [output_port, errors_port, status_port, files_port] =
+    let [output_port, errors_port, status_port, files_port, pulse_port] =
         PORTS.map(|name| Port::listen(sockets.path(), name));
-    let (output_port, errors_port, status_port, files_port) =
-        (output_port?, errors_port?, status_port?, files_port?);
+    let (output_port, errors_port, status_port, files_port, pulse_port) =
+        (output_port?, errors_port?, status_port?, files_port?, pulse_port?);
     let mut qemu = command(lab, artifacts, disk, sockets.path()).spawn().context("cannot start QEMU")?;
     let (kernel, emulator) = (qemu.stdout.take(), qemu.stderr.take());
     // Closed by the thread that hears the lab say that it is up.
     let (up, waits_for_up) = UnixStream::pair().context("cannot make a socket")?;
+    // Shut down by the thread that feels the lab's pulse when there is none.
+    let (still, alive) = UnixStream::pair().context("cannot make a socket")?;
     // Open files outlive their names: once the lab is up, nothing is left that could stay behind.
     let mut until_up = Some((sockets, disk_dir, waits_for_up));
 
     thread::scope(|scope| {
         // The status port last: its thread removes the sockets as it ends.
-        let releases = [&output_port, &errors_port, &files_port, &status_port].map(|port| port.path.clone());
+        let ports = [&output_port, &errors_port, &files_port, &pulse_port, &status_port];
+        let releases = ports.map(|port| port.path.clone());
         let output = scope.spawn(|| output_port.pump(|bytes| pass_on(&mut output, bytes)));
         let errors = scope.spawn(|| errors_port.pump(|bytes| pass_on(&mut errors, bytes)));
         let files = scope.spawn(|| files_port.gather());
+        // Time that is counted shall not depend on what comes from outside.
+        let pulse = scope.spawn(|| if lab.icount { Ok(()) } else { pulse::feel(&pulse_port, &alive) });
         let status = scope.spawn(move || {
             let mut status = Vec::new();
             status_port.pump(|bytes| {
@@ -85,13 +92,14 @@ pub(super) fn run(
         let kernel = scope.spawn(|| kernel.map(tail).unwrap_or_default());
         let emulator = scope.spawn(|| emulator.map(tail).unwrap_or_default());
 
-        let end = wait(&mut qemu, &up, lab.deadline);
+        let end = wait(&mut qemu, &up, &still, lab.deadline);
         for path in releases {
             // Lets a thread go that waits for a QEMU which ended before it connected.
             drop(UnixStream::connect(path));
         }
         join(output)?;
         join(errors)?;
+        join(pulse)?;
         let status = String::from_utf8_lossy(&join(status)?).into_owned();
         let files = join(files)?;
         let console = [kernel.join(), emulator.join()].map(Result::unwrap_or_default).concat();
@@ -100,16 +108,16 @@ pub(super) fn run(
 }
 
 /// The names of the ports, as the lab's init knows them.
-const PORTS: [&str; 4] = ["output", "errors", "status", "files"];
+const PORTS: [&str; 5] = ["output", "errors", "status", "files", "pulse"];
 
 /// A port's host end: QEMU connects to it, and closes it when it ends.
-struct Port {
+pub(super) struct Port {
     path: PathBuf,
-    listener: UnixListener,
+    pub(super) listener: UnixListener,
 }
 
 impl Port {
-    fn listen(dir: &Path, name: &str) -> anyhow::Result<Self> {
+    pub(super) fn listen(dir: &Path, name: &str) -> anyhow::Result<Self> {
         let path = dir.join(name);
         let listener = UnixListener::bind(&path).context("cannot make a socket for the lab")?;
         Ok(Self { path, listener })
@@ -161,8 +169,13 @@ fn tail(mut stream: impl Read) -> String {
 }
 
 /// Waits for QEMU's end, and brings it about where the lab isn't up or the command not done in time.
-fn wait(qemu: &mut Child, up: &UnixStream, deadline: Option<Duration>) -> anyhow::Result<End> {
-    let end = await_end(qemu, up, deadline);
+fn wait(
+    qemu: &mut Child,
+    up: &UnixStream,
+    still: &UnixStream,
+    deadline: Option<Duration>,
+) -> anyhow::Result<End> {
+    let end = await_end(qemu, up, still, deadline);
     if !matches!(end, Ok(End::Own)) {
         qemu.kill().context("cannot end QEMU")?;
     }
@@ -170,13 +183,22 @@ fn wait(qemu: &mut Child, up: &UnixStream, deadline: Option<Duration>) -> anyhow
     end
 }
 
-fn await_end(qemu: &Child, up: &UnixStream, deadline: Option<Duration>) -> anyhow::Result<End> {
+fn await_end(
+    qemu: &Child,
+    up: &UnixStream,
+    still: &UnixStream,
+    deadline: Option<Duration>,
+) -> anyhow::Result<End> {
     let pid = i32::try_from(qemu.id()).ok().and_then(Pid::from_raw).context("QEMU has no process id")?;
     let process = pidfd_open(pid, PidfdFlags::empty()).context("cannot open QEMU's process")?;
     if !any_ready(&[&process, up], Some(BOOT_PATIENCE))? {
         return Ok(End::NotUp);
     }
-    Ok(if any_ready(&[&process], deadline)? { End::Own } else { End::Late })
+    Ok(match any_ready(&[&process, still], deadline)? {
+        false => End::Late,
+        true if any_ready(&[&process], Some(Duration::ZERO))? => End::Own,
+        true => End::StoodStill,
+    })
 }
 
 /// Whether something happens to one of `files` within `patience`.

@@ -22,6 +22,7 @@
 mod closure;
 mod machine;
 mod payload;
+mod pulse;
 mod work;
 
 use std::ffi::{OsStr, OsString};
@@ -112,6 +113,10 @@ pub(crate) fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
             eprintln!("error: the command was not done by its deadline");
             Ok(ExitCode::from(EXIT_LATE))
         }
+        Ok(Ended::StoodStill) => {
+            eprintln!("error: the lab stood still, which is QEMU's fault and not the command's; try again");
+            Ok(ExitCode::from(EXIT_FAILED))
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
             Ok(ExitCode::from(EXIT_FAILED))
@@ -151,6 +156,7 @@ fn find_program(name: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// A command that is to run in the lab.
+#[derive(Clone)]
 pub(crate) struct Lab {
     program: PathBuf,
     args: Vec<OsString>,
@@ -172,6 +178,8 @@ pub(crate) enum Ended {
     Exit(u8),
     /// Not before the deadline.
     Late,
+    /// Not at all: the lab stood still, which is the emulator's fault and says nothing of the command.
+    StoodStill,
 }
 
 impl Lab {
@@ -275,7 +283,7 @@ impl Lab {
         let (disk, dir) = self.build_disk()?;
         let finished = machine::run(&self, &artifacts, (&disk, dir), output, errors)?;
         let ended = ended(&finished)?;
-        if ended != Ended::Late {
+        if matches!(ended, Ended::Exit(_)) {
             self.unpack(&finished.files)?;
         }
         Ok(ended)
@@ -323,6 +331,7 @@ fn ended(finished: &machine::Finished) -> anyhow::Result<Ended> {
     }
     let what = match finished.end {
         machine::End::Late => return Ok(Ended::Late),
+        machine::End::StoodStill => return Ok(Ended::StoodStill),
         machine::End::NotUp => "the lab did not come up",
         machine::End::Own => "the lab ended before its command did",
     };

@@ -1,0 +1,185 @@
+//! What the transports have in common: the status, the features and the queues of a device (virtio 1.2,
+//! sections 2 and 3).
+//!
+//! A function of what the driver does: no thread, no descriptor.
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::chain::Malformed;
+use super::device::Device;
+use super::ring::{Description, Ring};
+use crate::memory::Memory;
+
+/// What the transports offer for every device.
+const TRANSPORT: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// A device, and how far its driver has come with it.
+#[derive(Debug)]
+pub(crate) struct Core {
+    device: Box<dyn Device>,
+    offered: u64,
+    accepted: u64,
+    status: u32,
+    rings: Vec<Ring>,
+}
+
+/// What else an access of the driver does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// Nothing.
+    None,
+    /// There may be requests in the queues.
+    Notify,
+    /// The device was reset: no interrupt of before is pending.
+    Reset,
+    /// The driver broke the rules and is told by a configuration change interrupt.
+    Broken(Malformed),
+}
+
+/// What [`Core::step`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// There is nothing to do before the next notification.
+    Idle,
+    /// Some work was done, and whether the driver wants to be interrupted.
+    Served { interrupt: bool },
+    /// As [`Effect::Broken`].
+    Broken(Malformed),
+}
+
+impl Core {
+    /// A device that nobody has used yet.
+    pub(crate) fn new(device: Box<dyn Device>) -> Self {
+        let rings = (0..device.queues()).map(|_| Ring::new()).collect();
+        Self { offered: device.features() | TRANSPORT, accepted: 0, status: 0, rings, device }
+    }
+
+    /// The device type.
+    pub(crate) fn kind(&self) -> u32 {
+        self.device.kind()
+    }
+
+    pub(crate) fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    pub(crate) fn accepted(&self) -> u64 {
+        self.accepted
+    }
+
+    pub(crate) fn status(&self) -> u32 {
+        self.status
+    }
+
+    pub(crate) fn queues(&self) -> usize {
+        self.rings.len()
+    }
+
+    /// Whether a queue is ready; none that does not exist is.
+    pub(crate) fn queue_ready(&self, n: usize) -> bool {
+        self.rings.get(n).is_some_and(Ring::ready)
+    }
+
+    /// What the driver has said of a queue, if there is one.
+    pub(crate) fn described(&self, n: usize) -> Option<&Description> {
+        self.rings.get(n).map(Ring::described)
+    }
+
+    pub(crate) fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_config(offset, data);
+    }
+
+    pub(crate) fn write_config(&mut self, offset: u64, data: &[u8]) {
+        self.device.write_config(offset, data);
+    }
+
+    /// The driver changes the features that it accepts, which it may until they are settled.
+    pub(crate) fn accept(&mut self, change: impl FnOnce(&mut u64)) {
+        if self.status & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
+            change(&mut self.accepted);
+        }
+    }
+
+    /// The driver describes a queue. What it says of one that does not exist is ignored.
+    pub(crate) fn describe(&mut self, n: usize, change: impl FnOnce(&mut Description)) -> Effect {
+        match self.rings.get_mut(n).map(|ring| ring.describe(change)) {
+            Some(Err(why)) => self.break_down(why),
+            _ => Effect::None,
+        }
+    }
+
+    /// The driver says that a queue is ready, or takes it back.
+    pub(crate) fn set_ready(&mut self, memory: &Memory, n: usize, ready: bool) -> Effect {
+        let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let Some(ring) = self.rings.get_mut(n) else { return Effect::None };
+        if !ready {
+            ring.stop();
+            return Effect::None;
+        }
+        match ring.make_ready(memory, event_idx) {
+            Ok(()) => Effect::None,
+            Err(why) => self.break_down(why),
+        }
+    }
+
+    /// The driver writes the status.
+    pub(crate) fn set_status(&mut self, value: u32) -> Effect {
+        if value == 0 {
+            self.status = 0;
+            self.accepted = 0;
+            self.rings.iter_mut().for_each(|ring| *ring = Ring::new());
+            self.device.reset();
+            return Effect::Reset;
+        }
+        const DRIVER_BITS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
+            | VIRTIO_CONFIG_S_DRIVER
+            | VIRTIO_CONFIG_S_DRIVER_OK
+            | VIRTIO_CONFIG_S_FEATURES_OK
+            | VIRTIO_CONFIG_S_FAILED;
+        let mut added = value & DRIVER_BITS & !self.status;
+        if added & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_acceptable() {
+            added &= !VIRTIO_CONFIG_S_FEATURES_OK;
+        }
+        self.status |= added;
+        // Requests may have been put into the queue before the driver was done.
+        if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 { Effect::Notify } else { Effect::None }
+    }
+
+    fn features_are_acceptable(&self) -> bool {
+        self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn break_down(&mut self, why: Malformed) -> Effect {
+        self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
+        Effect::Broken(why)
+    }
+
+    /// Has the device do a piece of work on a queue, if there is any and the driver is ready.
+    pub(crate) fn step(&mut self, memory: &Memory, n: usize) -> Step {
+        const WORKING: u32 = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+        const STOPPED: u32 = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
+        if self.status & (WORKING | STOPPED) != WORKING || !self.queue_ready(n) {
+            return Step::Idle;
+        }
+        match self.try_step(memory, n) {
+            Ok(step) => step,
+            Err(why) => {
+                self.break_down(why);
+                Step::Broken(why)
+            }
+        }
+    }
+
+    fn try_step(&mut self, memory: &Memory, n: usize) -> Result<Step, Malformed> {
+        let Some(ring) = self.rings.get_mut(n) else { return Ok(Step::Idle) };
+        let mut running = ring.run(memory);
+        let worked = self.device.serve(n, &mut running, self.accepted)?;
+        let interrupt = running.wants_interrupt()?;
+        Ok(if worked || interrupt { Step::Served { interrupt } } else { Step::Idle })
+    }
+}

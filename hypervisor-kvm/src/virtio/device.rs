@@ -1,0 +1,35 @@
+//! What a virtio device is to the transport that carries it.
+
+use std::fmt;
+
+use super::chain::Malformed;
+use super::ring::Running;
+
+/// The logic of a device: a function of what the driver puts into its queues, without threads,
+/// descriptors or registers.
+///
+/// The transport calls it with one thing at a time. What the driver breaks is [`Malformed`]: the device then
+/// waits for a reset, and nothing else notices.
+pub(crate) trait Device: fmt::Debug + Send {
+    /// The device type (virtio 1.2, section 5).
+    fn kind(&self) -> u32;
+
+    /// The features of its type that are offered; those of the transport come to them.
+    fn features(&self) -> u64;
+
+    /// How many queues it has.
+    fn queues(&self) -> usize;
+
+    /// The driver reads its configuration. What lies beyond its end stays as it is in `data`, zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// The driver writes its configuration; most have nothing that can be written.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Does a bounded piece of work on a queue whose driver is ready, with the `features` that it accepted.
+    /// False if there is nothing to do before the driver's next notification.
+    fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed>;
+
+    /// The driver has reset it, or begins.
+    fn reset(&mut self) {}
+}

@@ -1,0 +1,129 @@
+//! A device on PCI, wired up: its registers, wherever the guest puts them, and interrupts that are
+//! messages.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::core::{Effect, Step};
+use super::device::Device;
+use super::pci::{Done, NOTIFY, Pci, RANGE_LEN};
+use crate::layout;
+use crate::memory::Memory;
+use crate::pci::msix::Message;
+
+#[derive(Debug)]
+pub(super) struct OnPci {
+    registers: Mutex<Pci>,
+    /// Where the registers are; [`NOWHERE`] while the guest does not want them anywhere.
+    address: AtomicU64,
+    /// Where KVM hears notifications, if it has come to that.
+    notified_at: Mutex<Option<u64>>,
+}
+
+const NOWHERE: u64 = u64::MAX;
+
+impl OnPci {
+    /// As the `n`th device of a machine.
+    pub(super) fn new(n: usize, device: impl Device + 'static) -> Self {
+        let address = layout::PCI_MEMORY + n as u32 * RANGE_LEN;
+        Self {
+            registers: Mutex::new(Pci::new(device, address)),
+            address: AtomicU64::new(address.into()),
+            notified_at: Mutex::default(),
+        }
+    }
+
+    pub(super) fn queues(&self) -> usize {
+        self.lock().queues()
+    }
+
+    /// Has KVM hear notifications where the driver makes them.
+    ///
+    /// While the registers are nowhere it hears them where they were, which is harmless: a guest that looks
+    /// how many there are takes them away for a moment.
+    pub(super) fn listen(&self, vm: &VmFd, notification: &EventFd) -> Result<(), kvm_ioctls::Error> {
+        let address = self.address.load(Ordering::Acquire);
+        let mut notified_at = self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if address == NOWHERE || *notified_at == Some(address) {
+            return Ok(());
+        }
+        let at = |address: u64| IoEventAddress::Mmio(address + NOTIFY);
+        if let Some(before) = notified_at.take() {
+            vm.unregister_ioevent(notification, &at(before), NoDatamatch)?;
+        }
+        vm.register_ioevent(notification, &at(address), NoDatamatch)?;
+        *notified_at = Some(address);
+        Ok(())
+    }
+
+    /// How far `address` is into the registers, if it is.
+    pub(super) fn offset_of(&self, address: u64) -> Option<u64> {
+        let offset = address.checked_sub(self.address.load(Ordering::Acquire))?;
+        (offset < u64::from(RANGE_LEN)).then_some(offset)
+    }
+
+    pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
+        self.lock().read(offset, data);
+    }
+
+    pub(super) fn write(&self, vm: &VmFd, memory: &Memory, offset: u64, data: &[u8]) -> Effect {
+        let mut registers = self.lock();
+        let done = registers.write(memory, offset, data);
+        finish(vm, &mut registers, done)
+    }
+
+    pub(super) fn read_space(&self, at: usize, data: &mut [u8]) {
+        self.lock().read_space(at, data);
+    }
+
+    /// The guest writes to the configuration space, by which it may also move the registers.
+    pub(super) fn write_space(&self, vm: &VmFd, memory: &Memory, at: usize, data: &[u8]) -> Effect {
+        let mut registers = self.lock();
+        let done = registers.write_space(memory, at, data);
+        self.address.store(registers.range().map_or(NOWHERE, |range| range.start), Ordering::Release);
+        finish(vm, &mut registers, done)
+    }
+
+    pub(super) fn step(&self, vm: &VmFd, memory: &Memory, queue: usize) -> Step {
+        let mut registers = self.lock();
+        let step = registers.step(memory, queue);
+        let message = match step {
+            Step::Served { interrupt: true } => registers.queue_message(queue),
+            Step::Broken(_) => registers.config_message(),
+            Step::Served { interrupt: false } | Step::Idle => None,
+        };
+        if let Some(message) = message {
+            send(vm, message);
+        }
+        step
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pci> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn finish(vm: &VmFd, registers: &mut Pci, done: Done) -> Effect {
+    done.messages.into_iter().for_each(|message| send(vm, message));
+    if let (Effect::Broken(_), Some(message)) = (done.effect, registers.config_message()) {
+        send(vm, message);
+    }
+    done.effect
+}
+
+/// Sends an interrupt. The guest says where to, so that it may be to nobody.
+fn send(vm: &VmFd, message: Message) {
+    let msi = kvm_msi {
+        address_lo: message.address as u32,
+        address_hi: (message.address >> 32) as u32,
+        data: message.data,
+        ..Default::default()
+    };
+    if let Err(error) = vm.signal_msi(msi) {
+        tracing::debug!(%error, "KVM did not take an interrupt");
+    }
+}

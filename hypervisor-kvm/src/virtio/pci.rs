@@ -1,0 +1,344 @@
+//! The registers of a virtio device on PCI (virtio 1.2, 4.1), without what came before version 1.
+//!
+//! A function of what the driver writes and reads: no thread, no descriptor.
+
+use std::ops::Range;
+
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+
+use super::core::{Core, Effect, Step};
+use super::device::Device;
+use super::half::{half, set_half};
+use super::ring::Description;
+use crate::memory::Memory;
+use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::msix::{CONTROL_BITS, Message, Msix};
+
+/// The bytes of addresses that a device takes.
+pub(crate) const RANGE_LEN: u32 = 0x8000;
+/// Where the driver notifies, whichever queue.
+pub(crate) const NOTIFY: u64 = 0x3000;
+
+/// The parts of the range, each on a page of its own.
+const PART_LEN: u64 = 0x1000;
+const COMMON: u64 = 0;
+const ISR: u64 = 0x1000;
+const DEVICE: u64 = 0x2000;
+const MSIX_TABLE: u64 = 0x4000;
+const MSIX_PENDING: u64 = 0x5000;
+
+const VENDOR: u16 = 0x1af4;
+/// Device ids begin here, with the device type added.
+const FIRST_DEVICE: u16 = 0x1040;
+/// A device for this transport alone.
+const REVISION: u8 = 1;
+const CAPABILITY_VENDOR: u8 = 9;
+const CAPABILITY_MSIX: u8 = 0x11;
+/// No interrupt.
+const NO_VECTOR: u16 = 0xffff;
+/// The window's fields, from the capability's beginning: which part, where, how many bytes, and these.
+const WINDOW_OFFSET: usize = 8;
+const WINDOW_LENGTH: usize = 12;
+const WINDOW_DATA: usize = 16;
+
+/// What the capabilities point to (4.1.4).
+const COMMON_KIND: u8 = 1;
+const NOTIFY_KIND: u8 = 2;
+const ISR_KIND: u8 = 3;
+const DEVICE_KIND: u8 = 4;
+const WINDOW_KIND: u8 = 5;
+
+/// The fields of the common configuration, `struct virtio_pci_common_cfg` (4.1.4.3).
+mod common {
+    pub(super) const OFFERED_SELECT: u64 = 0;
+    pub(super) const OFFERED: u64 = 4;
+    pub(super) const ACCEPTED_SELECT: u64 = 8;
+    pub(super) const ACCEPTED: u64 = 12;
+    pub(super) const CONFIG_VECTOR: u64 = 16;
+    pub(super) const QUEUES: u64 = 18;
+    pub(super) const STATUS: u64 = 20;
+    pub(super) const QUEUE_SELECT: u64 = 22;
+    pub(super) const QUEUE_SIZE: u64 = 24;
+    pub(super) const QUEUE_VECTOR: u64 = 26;
+    pub(super) const QUEUE_ENABLE: u64 = 28;
+    pub(super) const DESCRIPTORS: u64 = 32;
+    pub(super) const DESCRIPTORS_HIGH: u64 = 36;
+    pub(super) const AVAILABLE: u64 = 40;
+    pub(super) const AVAILABLE_HIGH: u64 = 44;
+    pub(super) const USED: u64 = 48;
+    pub(super) const USED_HIGH: u64 = 52;
+}
+
+/// The registers, with the device behind them.
+#[derive(Debug)]
+pub(crate) struct Pci {
+    core: Core,
+    config: ConfigSpace,
+    msix: Msix,
+    msix_at: usize,
+    window_at: usize,
+    offered_select: u32,
+    accepted_select: u32,
+    queue_select: u16,
+    config_vector: u16,
+    queue_vectors: Vec<u16>,
+}
+
+/// What an access did besides.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    pub(crate) effect: Effect,
+    /// Messages that need wait no longer.
+    pub(crate) messages: Vec<Message>,
+}
+
+impl From<Effect> for Done {
+    fn from(effect: Effect) -> Self {
+        Self { effect, messages: Vec::new() }
+    }
+}
+
+impl From<Vec<Message>> for Done {
+    fn from(messages: Vec<Message>) -> Self {
+        Self { effect: Effect::None, messages }
+    }
+}
+
+impl Pci {
+    /// The registers, at `address`, of a device that nobody has used yet.
+    pub(crate) fn new(device: impl Device + 'static, address: u32) -> Self {
+        let core = Core::new(Box::new(device));
+        let kind = core.kind();
+        let mut config = ConfigSpace::new(Identity {
+            vendor: VENDOR,
+            device: FIRST_DEVICE + kind as u16,
+            revision: REVISION,
+            class: class(kind),
+            subsystem_vendor: VENDOR,
+            subsystem: FIRST_DEVICE + kind as u16,
+        });
+        config.set_range(address, RANGE_LEN);
+        let msix = Msix::new(core.queues() + 1);
+        let part = |kind: u8, at: u64, len: u64, more: &[u8]| {
+            let mut body = vec![16 + more.len() as u8, kind, 0, 0, 0, 0];
+            body.extend((at as u32).to_le_bytes());
+            body.extend((len as u32).to_le_bytes());
+            body.extend(more);
+            body
+        };
+        for (kind, at, more) in [
+            (COMMON_KIND, COMMON, &[][..]),
+            (ISR_KIND, ISR, &[]),
+            (DEVICE_KIND, DEVICE, &[]),
+            // Every queue is notified at the same place.
+            (NOTIFY_KIND, NOTIFY, &0u32.to_le_bytes()),
+        ] {
+            config.add_capability(CAPABILITY_VENDOR, &part(kind, at, PART_LEN, more));
+        }
+        let window = part(WINDOW_KIND, 0, 0, &[0; 4]);
+        let window_at = config.add_capability(CAPABILITY_VENDOR, &window);
+        config.allow(window_at + WINDOW_OFFSET, &[0xff; 8]);
+        let mut table = ((msix.vectors() - 1) as u16).to_le_bytes().to_vec();
+        table.extend((MSIX_TABLE as u32).to_le_bytes());
+        table.extend((MSIX_PENDING as u32).to_le_bytes());
+        let msix_at = config.add_capability(CAPABILITY_MSIX, &table);
+        config.allow(msix_at + 2, &CONTROL_BITS.to_le_bytes());
+        Self {
+            config,
+            msix,
+            msix_at,
+            window_at,
+            offered_select: 0,
+            accepted_select: 0,
+            queue_select: 0,
+            config_vector: NO_VECTOR,
+            queue_vectors: vec![NO_VECTOR; core.queues()],
+            core,
+        }
+    }
+
+    /// How many queues the device has.
+    pub(crate) fn queues(&self) -> usize {
+        self.core.queues()
+    }
+
+    /// See [`Core::step`].
+    pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
+        self.core.step(memory, queue)
+    }
+
+    /// The message that tells the driver of a queue's used ring.
+    pub(crate) fn queue_message(&mut self, queue: usize) -> Option<Message> {
+        let vector = self.queue_vectors.get(queue).copied()?;
+        self.msix.raise(vector)
+    }
+
+    /// The message that tells the driver of a change of the configuration.
+    pub(crate) fn config_message(&mut self) -> Option<Message> {
+        self.msix.raise(self.config_vector)
+    }
+
+    /// The addresses at which it answers, where the guest has it answer.
+    pub(crate) fn range(&self) -> Option<Range<u64>> {
+        self.config.range()
+    }
+
+    /// The guest reads the configuration space.
+    pub(crate) fn read_space(&mut self, at: usize, data: &mut [u8]) {
+        if let Some((register, len)) = self.window(at, data.len()) {
+            return self.read(register, &mut data[..len]);
+        }
+        self.config.read(at, data);
+    }
+
+    /// The guest writes to the configuration space.
+    pub(crate) fn write_space(&mut self, memory: &Memory, at: usize, data: &[u8]) -> Done {
+        if let Some((register, len)) = self.window(at, data.len()) {
+            return self.write(memory, register, &data[..len]);
+        }
+        self.config.write(at, data);
+        self.msix.set_control(self.config.word(self.msix_at + 2)).into()
+    }
+
+    /// What an access at `at` of the configuration space means, if it is one to the window through which
+    /// a driver reaches the registers that cannot map them (virtio 1.2, 4.1.4.9).
+    fn window(&self, at: usize, len: usize) -> Option<(u64, usize)> {
+        let register = self.config.double_word(self.window_at + WINDOW_OFFSET);
+        let window = self.config.double_word(self.window_at + WINDOW_LENGTH) as usize;
+        let meant = at == self.window_at + WINDOW_DATA && matches!(window, 1 | 2 | 4) && window <= len;
+        meant.then_some((u64::from(register), window))
+    }
+
+    /// The driver reads at `offset` of the range.
+    pub(crate) fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let at = offset % PART_LEN;
+        match offset - at {
+            COMMON => self.read_common(at, data),
+            DEVICE => self.core.read_config(at, data),
+            MSIX_TABLE => self.msix.read_table(at as usize, data),
+            MSIX_PENDING => self.msix.read_pending(at as usize, data),
+            // The interrupt status is for interrupts that are no messages, of which there are none.
+            _ => {}
+        }
+    }
+
+    /// The driver writes at `offset` of the range.
+    pub(crate) fn write(&mut self, memory: &Memory, offset: u64, data: &[u8]) -> Done {
+        let at = offset % PART_LEN;
+        match offset - at {
+            COMMON => self.write_common(memory, at, data).into(),
+            DEVICE => {
+                self.core.write_config(at, data);
+                Effect::None.into()
+            }
+            NOTIFY => Effect::Notify.into(),
+            MSIX_TABLE => self.msix.write_table(at as usize, data).into(),
+            _ => Effect::None.into(),
+        }
+    }
+
+    /// A field of the common configuration, which is read in its own width (4.1.3.1); wider ones in halves.
+    fn read_common(&self, at: u64, data: &mut [u8]) {
+        let queue = usize::from(self.queue_select);
+        let described = self.core.described(queue);
+        let of_queue = |value: fn(&Description) -> u64| described.map_or(0, value);
+        let (value, width) = match at {
+            common::OFFERED_SELECT => (self.offered_select.into(), 4),
+            common::OFFERED => (half(self.core.offered(), self.offered_select).into(), 4),
+            common::ACCEPTED_SELECT => (self.accepted_select.into(), 4),
+            common::ACCEPTED => (half(self.core.accepted(), self.accepted_select).into(), 4),
+            common::CONFIG_VECTOR => (self.config_vector.into(), 2),
+            common::QUEUES => (self.core.queues() as u64, 2),
+            common::STATUS => (self.core.status().into(), 1),
+            common::QUEUE_SELECT => (self.queue_select.into(), 2),
+            common::QUEUE_SIZE => (of_queue(|queue| queue.size.into()), 2),
+            common::QUEUE_VECTOR => (self.queue_vectors.get(queue).copied().unwrap_or(NO_VECTOR).into(), 2),
+            common::QUEUE_ENABLE => (self.core.queue_ready(queue).into(), 2),
+            common::DESCRIPTORS => (of_queue(|queue| queue.descriptors), 8),
+            common::DESCRIPTORS_HIGH => (of_queue(|queue| queue.descriptors) >> 32, 4),
+            common::AVAILABLE => (of_queue(|queue| queue.available), 8),
+            common::AVAILABLE_HIGH => (of_queue(|queue| queue.available) >> 32, 4),
+            common::USED => (of_queue(|queue| queue.used), 8),
+            common::USED_HIGH => (of_queue(|queue| queue.used) >> 32, 4),
+            // The generation never changes within what a driver reads as one; notifications are all at the
+            // first place.
+            _ => (0, 8),
+        };
+        let bytes = value.to_le_bytes();
+        data.iter_mut().zip(&bytes[..width]).for_each(|(to, from)| *to = *from);
+    }
+
+    fn write_common(&mut self, memory: &Memory, at: u64, data: &[u8]) -> Effect {
+        let mut bytes = [0; 8];
+        bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+        let value = u64::from_le_bytes(bytes);
+        let queue = usize::from(self.queue_select);
+        match (at, data.len()) {
+            (common::OFFERED_SELECT, 4) => self.offered_select = value as u32,
+            (common::ACCEPTED_SELECT, 4) => self.accepted_select = value as u32,
+            (common::ACCEPTED, 4) => {
+                let select = self.accepted_select;
+                self.core.accept(|accepted| set_half(accepted, select, value as u32));
+            }
+            (common::CONFIG_VECTOR, 2) => self.config_vector = self.vector(value as u16),
+            (common::STATUS, 1) => return self.set_status(value as u32),
+            (common::QUEUE_SELECT, 2) => self.queue_select = value as u16,
+            (common::QUEUE_SIZE, 2) => {
+                return self.core.describe(queue, |queue| queue.size = value as u32);
+            }
+            (common::QUEUE_VECTOR, 2) => {
+                let vector = self.vector(value as u16);
+                self.queue_vectors.iter_mut().skip(queue).take(1).for_each(|of_queue| *of_queue = vector);
+            }
+            // A driver never writes zero here (4.1.4.3.2): a queue ends with a reset.
+            (common::QUEUE_ENABLE, 2) if value == 1 => {
+                return self.core.set_ready(memory, queue, true);
+            }
+            (at, len @ (4 | 8)) => return self.write_address(at, len, value),
+            _ => {}
+        }
+        Effect::None
+    }
+
+    fn write_address(&mut self, at: u64, len: usize, value: u64) -> Effect {
+        let (field, high): (fn(&mut Description) -> &mut u64, bool) = match at {
+            common::DESCRIPTORS => (|queue| &mut queue.descriptors, false),
+            common::DESCRIPTORS_HIGH => (|queue| &mut queue.descriptors, true),
+            common::AVAILABLE => (|queue| &mut queue.available, false),
+            common::AVAILABLE_HIGH => (|queue| &mut queue.available, true),
+            common::USED => (|queue| &mut queue.used, false),
+            common::USED_HIGH => (|queue| &mut queue.used, true),
+            _ => return Effect::None,
+        };
+        self.core.describe(usize::from(self.queue_select), |queue| match (len, high) {
+            (8, false) => *field(queue) = value,
+            _ => set_half(field(queue), u32::from(high), value as u32),
+        })
+    }
+
+    fn set_status(&mut self, value: u32) -> Effect {
+        let effect = self.core.set_status(value);
+        if effect == Effect::Reset {
+            (self.offered_select, self.accepted_select, self.queue_select) = (0, 0, 0);
+            self.config_vector = NO_VECTOR;
+            self.queue_vectors.fill(NO_VECTOR);
+            self.msix.clear();
+        }
+        effect
+    }
+
+    /// The vector that the driver asks for; one that there is not it reads back as none.
+    fn vector(&self, asked: u16) -> u16 {
+        if usize::from(asked) < self.msix.vectors() { asked } else { NO_VECTOR }
+    }
+}
+
+/// The PCI class of a device type.
+fn class(kind: u32) -> u32 {
+    match kind {
+        VIRTIO_ID_BLOCK => 0x01_80_00,
+        VIRTIO_ID_NET => 0x02_00_00,
+        _ => 0xff_00_00,
+    }
+}

@@ -1,0 +1,190 @@
+//! What is done to the files of stores and volumes, in one place.
+//!
+//! Whatever changes a file or a name, or makes either durable, is done here and by the standard library's
+//! names, so that a test can record it and play it back into every state that a crash could leave. Nothing
+//! is added to the calls outside of tests. Reading needs no recording, and paths are looked at and listed with
+//! [`std::fs`].
+
+use std::fs::{Metadata, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, FlockOperation};
+
+#[cfg(test)]
+use crate::tests::tape::{self, Op};
+
+/// Does something that changes a file, and in tests has it recorded.
+macro_rules! act {
+    ($tape:expr, $op:expr, $act:expr) => {{
+        #[cfg(test)]
+        let result = tape::act($tape, || $op, || $act);
+        #[cfg(not(test))]
+        let result = $act;
+        result
+    }};
+}
+
+/// An open file. It gives out no descriptor, so that nothing is done to it unseen.
+#[derive(Debug)]
+pub(crate) struct File {
+    file: std::fs::File,
+    #[cfg(test)]
+    track: Option<tape::Track>,
+}
+
+impl File {
+    /// Opens a file for reading, and for being made durable.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        OpenOptions::new().read(true).open(path).map(|file| Self::new(file, path))
+    }
+
+    /// Opens a file for reading and writing.
+    pub(crate) fn open_writable(path: &Path) -> io::Result<Self> {
+        OpenOptions::new().read(true).write(true).open(path).map(|file| Self::new(file, path))
+    }
+
+    /// The same, making it if it is not there.
+    pub(crate) fn open_or_create(path: &Path) -> io::Result<Self> {
+        Self::made(OpenOptions::new().read(true).write(true).create(true).truncate(false), path)
+    }
+
+    /// Makes a file that is not there yet.
+    pub(crate) fn create_new(path: &Path) -> io::Result<Self> {
+        Self::made(OpenOptions::new().read(true).write(true).create_new(true), path)
+    }
+
+    /// Makes a file, or empties the one that is there.
+    pub(crate) fn create(path: &Path) -> io::Result<Self> {
+        let file = Self::open_or_create(path)?;
+        file.set_len(0)?;
+        Ok(file)
+    }
+
+    fn made(options: &OpenOptions, path: &Path) -> io::Result<Self> {
+        let file = act!(&tape::of(path), Op::Create { path: path.into() }, options.open(path))?;
+        Ok(Self::new(file, path))
+    }
+
+    #[cfg_attr(not(test), expect(unused_variables, reason = "tests alone ask for the name"))]
+    fn new(file: std::fs::File, path: &Path) -> Self {
+        Self {
+            file,
+            #[cfg(test)]
+            track: tape::of_file(path),
+        }
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            file: self.file.try_clone()?,
+            #[cfg(test)]
+            track: self.track.clone(),
+        })
+    }
+
+    pub(crate) fn metadata(&self) -> io::Result<Metadata> {
+        self.file.metadata()
+    }
+
+    pub(crate) fn set_len(&self, len: u64) -> io::Result<()> {
+        act!(&self.track, Op::SetLen { len }, self.file.set_len(len))
+    }
+
+    /// Gives the space of a range back, where the file system can; the range reads as zeroes then.
+    pub(crate) fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        act!(
+            &self.track,
+            Op::Punch { offset, len },
+            rustix::fs::fallocate(&self.file, flags, offset, len).map_err(io::Error::from)
+        )
+    }
+
+    /// Makes the file's bytes and its length durable.
+    pub(crate) fn sync_data(&self) -> io::Result<()> {
+        act!(&self.track, Op::Sync, self.file.sync_data())
+    }
+
+    /// The same with its metadata; not its name.
+    pub(crate) fn sync_all(&self) -> io::Result<()> {
+        act!(&self.track, Op::Sync, self.file.sync_all())
+    }
+
+    pub(crate) fn flock(&self, operation: FlockOperation) -> rustix::io::Result<()> {
+        rustix::fs::flock(&self.file, operation)
+    }
+}
+
+impl Read for File {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.file.read(buf)
+    }
+}
+
+impl FileExt for File {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
+        act!(&self.track, Op::Write { offset, bytes: buf.into() }, self.file.write_at(buf, offset))
+    }
+}
+
+/// Writes a file under a name of its own, makes its bytes durable and gives it the name `path`, whose
+/// directory is still to be made durable. A failure leaves nothing.
+pub(crate) fn write_named(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(0o600);
+    let create = |path: &Path| File::made(&options, path);
+    let (file, temporary) = tempfile::Builder::new().suffix(".tmp").make_in(dir, create)?.into_parts();
+    let written = file.write_all_at(bytes, 0).and_then(|()| file.sync_data());
+    let named = written.and_then(|()| rename(&temporary, path));
+    if named.is_err() {
+        let _ = remove_file(&temporary);
+    }
+    // It has no such name any more.
+    let _ = temporary.keep();
+    named
+}
+
+pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    act!(&tape::of(from), Op::Rename { from: from.into(), to: to.into() }, std::fs::rename(from, to))
+}
+
+pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
+    act!(&tape::of(path), Op::Remove { path: path.into() }, std::fs::remove_file(path))
+}
+
+pub(crate) fn create_dir(path: &Path) -> io::Result<()> {
+    act!(&tape::of(path), Op::CreateDir { path: path.into() }, std::fs::create_dir(path))
+}
+
+pub(crate) fn create_dir_all(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        create_dir_all(parent)?;
+    }
+    match create_dir(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        result => result,
+    }
+}
+
+pub(crate) fn remove_dir(path: &Path) -> io::Result<()> {
+    act!(&tape::of(path), Op::RemoveDir { path: path.into() }, std::fs::remove_dir(path))
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
+    act!(
+        &tape::of(path),
+        Op::SyncDir { path: path.into() },
+        std::fs::File::open(path).and_then(|dir| dir.sync_all())
+    )
+}

@@ -1,0 +1,308 @@
+//! How a volume is read and written.
+
+use std::ops::{Range, RangeInclusive};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
+
+use super::{Inner, Volume};
+use crate::format::{BLOCK, CHUNK, LEAF_SPAN, Run, State};
+use crate::log::AppendError;
+use crate::store::{lock, read, write};
+use crate::{BlockBackend, Error, ErrorKind, Result};
+
+/// How much is written in one go: a snapshot that is to begin waits for writes under way.
+const WRITE: u64 = 1 << 20;
+/// How much is zeroed in one go.
+const ZERO: u64 = LEAF_SPAN;
+
+impl Inner {
+    pub(super) fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
+        while !buf.is_empty() {
+            let within = offset % BLOCK;
+            let blocks = (within + buf.len() as u64).div_ceil(BLOCK);
+            let (state, count) = self.map.run(offset / BLOCK, blocks);
+            let len = (count * BLOCK - within).min(buf.len() as u64);
+            let (part, rest) = buf.split_at_mut(len as usize);
+            match (state, &self.base) {
+                (State::Overlay, _) => {
+                    let read = self.overlay.read_exact_at(part, offset);
+                    read.map_err(|e| self.io(e, "read"))?;
+                }
+                (State::Base, Some(base)) => base.read(part, offset)?,
+                _ => part.fill(0),
+            }
+            (buf, offset) = (rest, offset + len);
+        }
+        Ok(())
+    }
+
+    /// Lets writers in with this one, once no snapshot needs what is in these bytes. `len` is not zero.
+    fn enter(&self, offset: u64, len: u64) -> RwLockReadGuard<'_, ()> {
+        let chunks = chunks(offset, len);
+        loop {
+            // What may take long is done outside of the gate.
+            self.freeze.keep(chunks.clone(), self);
+            let gate = read(&self.gate);
+            if self.freeze.lets(chunks.clone()) {
+                return gate;
+            }
+        }
+    }
+
+    /// The same for one who has to be alone.
+    fn enter_alone(&self, offset: u64, len: u64) -> RwLockWriteGuard<'_, ()> {
+        let chunks = chunks(offset, len);
+        loop {
+            self.freeze.keep(chunks.clone(), self);
+            let gate = write(&self.gate);
+            if self.freeze.lets(chunks.clone()) {
+                return gate;
+            }
+        }
+    }
+
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let mut rest = buf;
+        for part in parts(offset, buf.len() as u64, WRITE) {
+            let (now, later) = rest.split_at((part.end - part.start) as usize);
+            self.write_part(now, part.start)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn write_part(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let len = buf.len() as u64;
+        let end = offset + len;
+        let gate = self.enter(offset, len);
+        let in_place = |at: u64| at % BLOCK == 0 || self.map.get(at / BLOCK) == State::Overlay;
+        if in_place(offset) && in_place(end) {
+            return self.write_in_place(buf, offset);
+        }
+        drop(gate);
+        self.fetch_edges(offset, len);
+        let _gate = self.enter_alone(offset, len);
+        self.write_around(buf, offset)
+    }
+
+    /// Reads from the blocks that a range covers only in part, so that who brings the rest of them along finds it in
+    /// memory and nobody has to wait for a disk at the gate.
+    fn fetch_edges(&self, offset: u64, len: u64) {
+        for at in [offset, offset + len] {
+            if at % BLOCK != 0 {
+                // An error is met again, by who needs the bytes.
+                let _ = self.read(&mut [0], at - 1);
+            }
+        }
+    }
+
+    /// Writes whole blocks, or blocks whose other bytes are in the overlay already.
+    fn write_in_place(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.overlay.write_all_at(buf, offset).map_err(|e| self.io(e, "write"))?;
+        let first = offset / BLOCK;
+        let count = (offset + buf.len() as u64).div_ceil(BLOCK) - first;
+        self.change(first, count, State::Overlay);
+        self.dirty.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes part of a block whose other bytes are elsewhere, and brings these along. Nobody else writes.
+    fn write_around(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let (from, to) = (offset / BLOCK * BLOCK, end.next_multiple_of(BLOCK));
+        let mut blocks = vec![0; (to - from) as usize];
+        let last = blocks.len() - BLOCK as usize;
+        if offset != from {
+            self.read(&mut blocks[..BLOCK as usize], from)?;
+        }
+        if end != to && (last > 0 || offset == from) {
+            self.read(&mut blocks[last..], to - BLOCK)?;
+        }
+        blocks[(offset - from) as usize..][..buf.len()].copy_from_slice(buf);
+        self.write_in_place(&blocks, from)
+    }
+
+    /// Puts blocks into a state, and on the list for the log those that were not in it.
+    ///
+    /// The list comes first: who finds a block in its new state may rely on the next flush to log it.
+    fn change(&self, first: u64, count: u64, state: State) {
+        let (mut at, end) = (first, first + count);
+        while at < end {
+            let (old, count) = self.map.run(at, end - at);
+            if old != state {
+                let run = Run { first: at, count, state };
+                let mut pending = lock(&self.pending);
+                match pending.last_mut() {
+                    Some(last) if last.state == state && last.first + last.count == at => last.count += count,
+                    _ => pending.push(run),
+                }
+                drop(pending);
+                self.map.set(run);
+            }
+            at += count;
+        }
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        parts(offset, len, ZERO).try_for_each(|part| self.zero_range(part.start, part.end - part.start))
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
+        self.fetch_edges(offset, len);
+        let _gate = self.enter_alone(offset, len);
+        let end = offset + len;
+        let (first, last) = (offset.div_ceil(BLOCK), end / BLOCK);
+        if first > last {
+            return self.zero_part(offset, len);
+        }
+        self.zero_part(offset, first * BLOCK - offset)?;
+        self.zero_part(last * BLOCK, end - last * BLOCK)?;
+        let mut at = first;
+        while at < last {
+            let (state, count) = self.map.run(at, last - at);
+            match state {
+                State::Zero => {}
+                State::Base => self.zero_base(at, at + count)?,
+                State::Overlay => {
+                    self.change(at, count, State::Zero);
+                    // Whether or not the space comes back, the blocks are zero.
+                    let _ = self.overlay.punch(at * BLOCK, count * BLOCK);
+                }
+            }
+            at += count;
+        }
+        self.dirty.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Zeroes blocks of the snapshot, but for those that are zero already: to discard a whole empty
+    /// disk shall cost nothing.
+    fn zero_base(&self, mut first: u64, end: u64) -> Result<()> {
+        let Some(base) = &self.base else { return Ok(()) };
+        while let Some(stored) = base.next_stored(first * BLOCK)? {
+            let start = stored.start / BLOCK;
+            if start >= end {
+                break;
+            }
+            let stop = stored.end.div_ceil(BLOCK).min(end);
+            self.change(start, stop - start, State::Zero);
+            first = stop;
+            if first >= end {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Zeroes less than a block, within one.
+    fn zero_part(&self, offset: u64, len: u64) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        match self.map.get(offset / BLOCK) {
+            State::Zero => return Ok(()),
+            State::Base if self.base.is_none() => return Ok(()),
+            _ => {}
+        }
+        self.write_around(&vec![0; len as usize], offset)
+    }
+
+    fn flush(&self) -> Result<()> {
+        let mut log = lock(&self.log);
+        self.check_durable()?;
+        if !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        // Whatever is on the list was written before, so its bytes are durable when the log says so.
+        let runs = std::mem::take(&mut *lock(&self.pending));
+        if let Err(e) = self.overlay.sync_data() {
+            self.failed.store(true, Ordering::Release);
+            return Err(self.io(e, "flush"));
+        }
+        match log.append(&runs) {
+            Ok(()) => Ok(()),
+            Err(AppendError::Sync(error)) => {
+                self.failed.store(true, Ordering::Release);
+                Err(error)
+            }
+            Err(AppendError::Write(error)) => {
+                lock(&self.pending).splice(..0, runs);
+                self.dirty.store(true, Ordering::Release);
+                Err(error)
+            }
+        }
+    }
+
+    /// An error if nobody knows what is on the disk.
+    pub(super) fn check_durable(&self) -> Result<()> {
+        match self.failed.load(Ordering::Acquire) {
+            true => {
+                let what = format!("an earlier flush of {} has failed", self.dir.display());
+                Err(Error::new(ErrorKind::Io, what))
+            }
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn io(&self, error: std::io::Error, what: &str) -> Error {
+        Error::io(error, format!("cannot {what} the overlay in {}", self.dir.display()))
+    }
+}
+
+/// The chunks that have any of these bytes. `len` is not zero.
+fn chunks(offset: u64, len: u64) -> RangeInclusive<u64> {
+    offset / CHUNK..=(offset + len - 1) / CHUNK
+}
+
+/// Cuts a range at the multiples of `step`.
+fn parts(offset: u64, len: u64, step: u64) -> impl Iterator<Item = Range<u64>> {
+    let end = offset + len;
+    let next = move |part: &Range<u64>| (part.end < end).then(|| part.end..end.min(part.end + step));
+    let first = offset..end.min((offset / step + 1) * step);
+    std::iter::successors(Some(first), next)
+}
+
+impl BlockBackend for Volume {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.0.read(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.0.write(buf, offset)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.zero(offset, len)
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        let inner = &*self.0;
+        let (mut block, end) = (offset / BLOCK, inner.size() / BLOCK);
+        while block < end {
+            let (state, count) = inner.map.run(block, end - block);
+            let run = block * BLOCK..(block + count) * BLOCK;
+            let found = match (state, &inner.base) {
+                (State::Overlay, _) => Some(run),
+                (State::Base, Some(base)) => base
+                    .next_stored(run.start.max(offset))?
+                    .map(|stored| stored.start..stored.end.min(run.end))
+                    .filter(|stored| stored.start < stored.end),
+                _ => None,
+            };
+            if found.is_some() {
+                return Ok(found);
+            }
+            block += count;
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,345 @@
+//! Volumes: disks that begin as a snapshot and are their own from then on.
+
+mod io;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use ami_core::Digest;
+
+pub use self::snapshot::FrozenVolumes;
+use crate::format::{BLOCK, MAX_SIZE, Run};
+use crate::freeze::Freeze;
+use crate::fs::{self, File};
+use crate::log::{AppendError, Log};
+use crate::map::StateMap;
+use crate::store::{Locked, lock, parent, sync_dir};
+use crate::{Disk, Error, ErrorKind, Result, Snapshot, Store};
+
+/// A disk that can be written, and that begins as a snapshot or as zeroes.
+///
+/// A volume is a directory with two files: the overlay holds the blocks of 4 KiB that the volume has
+/// written, each at its own offset, and the log says which those are. Nothing of the snapshot is copied, so that
+/// making a volume takes the same time however large it is. A read goes to the overlay or to the
+/// snapshot's packs, and never further.
+///
+/// # Durability
+///
+/// A flush makes the overlay durable and then, if blocks were written for the first time, the log: one
+/// synchronisation or two, none if nothing was written since the last. After a crash the volume is what
+/// it was at the last flush, and of each block written since either that or something newer. When a
+/// synchronisation fails the kernel forgets what it could not write, so this and every later
+/// flush is an error until the volume is opened again.
+///
+/// Cheap to clone; all clones are the same volume.
+///
+/// ```
+/// use storage_block::{MemoryDisk, Store, Volume};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let store = Store::open(dir.path().join("store"))?;
+/// let image = MemoryDisk::from_vec(vec![7; 1 << 20])?.into_disk();
+/// let (snapshot, _) = store.import(&image, &mut |_| ())?;
+///
+/// let volume = Volume::create(&dir.path().join("vol"), Some(&snapshot), 8 << 20)?;
+/// volume.disk().write_at(&[9; 512], 0)?;
+/// volume.disk().flush()?;
+/// let (next, stats) = volume.snapshot(&store)?;
+/// assert_eq!((next.size(), stats.changed_bytes), (volume.size(), 4096));
+///
+/// let dir = volume.dir().to_owned();
+/// drop(volume);
+/// let volume = Volume::open(&dir, &store)?;
+/// assert_eq!(volume.base(), Some(snapshot.digest()));
+/// volume.delete()?;
+/// Volume::remove(&dir)?; // of one that is not open; here nothing is left
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Volume(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    /// It never shrinks.
+    size: AtomicU64,
+    base: Option<Snapshot>,
+    /// Holds the lock on the volume too.
+    overlay: Locked,
+    map: StateMap,
+    /// Held for reading by writes of whole blocks and of blocks that are in the overlay already; for
+    /// writing by whatever takes a block out of the overlay, or carries bytes from a block's old place into
+    /// its new one, or wants nobody to write.
+    gate: RwLock<()>,
+    freeze: Freeze,
+    /// What the log does not say yet, in the order in which it happened.
+    pending: Mutex<Vec<Run>>,
+    log: Mutex<Log>,
+    /// Something was written since the last flush began.
+    dirty: AtomicBool,
+    /// A synchronisation has failed.
+    failed: AtomicBool,
+}
+
+const OVERLAY: &str = "overlay";
+const LOG: &str = "log";
+
+impl Volume {
+    /// Makes a volume of `size` bytes in `dir`, which is made too; its parent exists.
+    ///
+    /// It is durable on return. That takes three synchronisations, of the log, of `dir` and of its parent; on
+    /// a journalling file system the first does the work of all three. The overlay is left out: what is lost of it
+    /// in a crash is its length, which opening restores.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidSize`](ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the
+    /// snapshot's and at most 64 TiB; [`AlreadyExists`](ErrorKind::AlreadyExists);
+    /// [`NoSpace`](ErrorKind::NoSpace). After a failure nothing is left.
+    pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+        let volume = Self::create_unsynced(dir, base, size)?;
+        match volume.sync_created() {
+            Ok(()) => Ok(volume),
+            Err(error) => {
+                // What cannot be removed either is found by whoever looks for it.
+                let _ = volume.delete();
+                Err(error)
+            }
+        }
+    }
+
+    /// The same without waiting for the disk: nothing of the volume is durable, flushed or not, until
+    /// [`sync_created`](Self::sync_created) has returned. For those who have something else to do meanwhile.
+    ///
+    /// ```
+    /// use storage_block::Volume;
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let volume = Volume::create_unsynced(&dir.path().join("vol"), None, 1 << 30)?;
+    /// volume.disk().write_at(b"at work", 0)?;
+    /// volume.sync_created()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](Self::create).
+    pub fn create_unsynced(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+        check_size(size)?;
+        if base.is_some_and(|base| base.size() > size) {
+            return Err(Error::invalid_size(size, "is less than that of the snapshot"));
+        }
+        let new = match fs::create_dir(dir) {
+            Ok(()) => true,
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => false,
+            Err(e) => return Err(Error::io(e, format!("cannot create {}", dir.display()))),
+        };
+        let path = dir.join(OVERLAY);
+        if let Err(e) = File::create_new(&path) {
+            return Err(Error::io(e, format!("cannot create {}", path.display())));
+        }
+        let created = Self::create_files(dir, base, size);
+        if created.is_err() {
+            let _ = fs::remove_file(&dir.join(LOG));
+            let _ = fs::remove_file(&path);
+            if new {
+                let _ = fs::remove_dir(dir);
+            }
+        }
+        created
+    }
+
+    fn create_files(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
+        let overlay = Locked::open(&dir.join(OVERLAY), false)?;
+        overlay.set_len(size).map_err(|e| {
+            Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
+        })?;
+        let log = Log::create(&dir.join(LOG), size, base.map(Snapshot::digest))?;
+        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log))
+    }
+
+    /// Makes a new volume durable, with what has been flushed since.
+    ///
+    /// # Errors
+    ///
+    /// What the file system says. The volume may then be there after a crash, or not.
+    pub fn sync_created(&self) -> Result<()> {
+        lock(&self.0.log).sync_created()?;
+        sync_dir(&self.0.dir)?;
+        sync_dir(parent(&self.0.dir))
+    }
+
+    /// Opens the volume in `dir`, whose snapshot is in `store`.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](ErrorKind::NotFound) if there is none, or its snapshot is gone;
+    /// [`InUse`](ErrorKind::InUse); [`Corrupt`](ErrorKind::Corrupt).
+    pub fn open(dir: &Path, store: &Store) -> Result<Self> {
+        let path = dir.join(OVERLAY);
+        let overlay = Locked::open(&path, false)?;
+        let (log, map) = Log::open(&dir.join(LOG))?;
+        let header = log.header();
+        let base = header.base.map(|base| store.snapshot(&base)).transpose()?;
+        if base.as_ref().is_some_and(|base| base.size() > header.size) {
+            return Err(Error::corrupt(&dir.join(LOG), "the volume is smaller than its snapshot"));
+        }
+        let failed = |e| Error::io(e, format!("cannot open {}", path.display()));
+        let len = overlay.metadata().map_err(failed)?.len();
+        if len < map.overlay_end() * BLOCK {
+            return Err(Error::corrupt(&path, format_args!("it has been cut to {len} bytes")));
+        }
+        if len != header.size {
+            overlay.set_len(header.size).map_err(failed)?;
+        }
+        let volume = Self::new(dir, base, overlay, map, log);
+        // Who had it before may have died with writes that no flush has covered, and they are read now.
+        volume.0.dirty.store(true, Ordering::Release);
+        Ok(volume)
+    }
+
+    fn new(dir: &Path, base: Option<Snapshot>, overlay: Locked, map: StateMap, log: Log) -> Self {
+        Self(Arc::new(Inner {
+            dir: dir.to_owned(),
+            size: AtomicU64::new(log.header().size),
+            base,
+            overlay,
+            map,
+            gate: RwLock::default(),
+            freeze: Freeze::default(),
+            pending: Mutex::default(),
+            log: Mutex::new(log),
+            dirty: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+        }))
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    /// Makes the volume larger while it is in use; what is new reads as zeroes.
+    ///
+    /// It is durable on return, and a crash before leaves the volume in its old size or in its new one. Its disks
+    /// have the new size from then on: whoever has told a guest the old one asks
+    /// [`Disk::size`] again, which costs no more than a load.
+    ///
+    /// ```
+    /// use storage_block::{ErrorKind, Volume};
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let volume = Volume::create(&dir.path().join("vol"), None, 1 << 30)?;
+    /// let disk = volume.disk();
+    /// volume.grow(2 << 30)?;
+    /// disk.write_at(b"there is room now", 3 << 29)?;
+    /// assert_eq!(disk.size(), 2 << 30);
+    /// assert_eq!(volume.grow(1 << 30).err().map(|error| error.kind()), Some(ErrorKind::InvalidSize));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidSize`](ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the volume has and
+    /// at most 64 TiB; [`NoSpace`](ErrorKind::NoSpace), or what else the file system says. The size is the old one
+    /// then.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let inner = &*self.0;
+        let mut log = lock(&inner.log);
+        inner.check_durable()?;
+        check_size(size)?;
+        let old = inner.size();
+        if size <= old {
+            let less = || Error::invalid_size(size, "is less than that of the volume");
+            return if size == old { Ok(()) } else { Err(less()) };
+        }
+        inner.overlay.set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
+        match log.grow(size) {
+            Ok(()) => {
+                inner.size.store(size, Ordering::Release);
+                Ok(())
+            }
+            Err(AppendError::Write(error)) => {
+                // Nobody has written there, and opening would do it too.
+                let _ = inner.overlay.set_len(old);
+                Err(error)
+            }
+            Err(AppendError::Sync(error)) => {
+                inner.failed.store(true, Ordering::Release);
+                Err(error)
+            }
+        }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// The snapshot that the volume began as. The store must keep it for as long as there is the volume.
+    pub fn base(&self) -> Option<Digest> {
+        self.0.base.as_ref().map(Snapshot::digest)
+    }
+
+    /// The disk. It stays usable when the volume's own handles are gone.
+    pub fn disk(&self) -> Disk {
+        Disk::from_backend(self.clone())
+    }
+
+    /// Deletes the volume. Disks of it that are still held keep its bytes until they are dropped.
+    ///
+    /// # Errors
+    ///
+    /// What the file system says.
+    pub fn delete(self) -> Result<()> {
+        remove_files(&self.0.dir)
+    }
+
+    /// Deletes the volume in `dir`, whole or half-made, without opening it. It is no error if there is
+    /// nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`InUse`](ErrorKind::InUse), or what the file system says.
+    pub fn remove(dir: &Path) -> Result<()> {
+        let _lock = match Locked::open(&dir.join(OVERLAY), false) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            lock => lock.ok(),
+        };
+        remove_files(dir)
+    }
+}
+
+impl Inner {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+}
+
+fn check_size(size: u64) -> Result<()> {
+    if size % BLOCK != 0 || size > MAX_SIZE {
+        return Err(Error::invalid_size(size, "is not a multiple of 4096 bytes up to 64 TiB"));
+    }
+    Ok(())
+}
+
+/// The log first: without it there is no volume.
+fn remove_files(dir: &Path) -> Result<()> {
+    let gone = |result: std::io::Result<()>, path: &Path| match result {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(e, format!("cannot remove {}", path.display())))
+        }
+        _ => Ok(()),
+    };
+    for name in [LOG, "tmp", OVERLAY] {
+        let path = if name == "tmp" { dir.join(LOG).with_extension(name) } else { dir.join(name) };
+        gone(fs::remove_file(&path), &path)?;
+    }
+    gone(fs::remove_dir(dir), dir)?;
+    let parent = parent(dir);
+    if parent.exists() { sync_dir(parent) } else { Ok(()) }
+}

@@ -1,0 +1,300 @@
+//! Snapshots of volumes that go on being written.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Inner, Volume};
+use crate::format::{BLOCK, CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
+use crate::freeze::{Chunks, Frozen, Kept, Span};
+use crate::import::{Manifest, publish, put_chunk};
+use crate::progress::Reporter;
+use crate::session::Session;
+use crate::store::{read, write};
+use crate::{Progress, Result, Snapshot, SnapshotStats, Store};
+
+impl Volume {
+    /// Makes a snapshot of the volume as it is at one instant, written but not yet flushed bytes with it.
+    ///
+    /// Only chunks with changed blocks are read, hashed and, if the store has no such chunk, stored; all
+    /// other parts of the manifest are those of the snapshot the volume began as. In a store that is not the one of
+    /// the volume's snapshot everything is stored.
+    ///
+    /// The volume goes on meanwhile. Writers stand still for the instant itself, which takes as long for a large volume
+    /// as for a small one; [`SnapshotStats::paused`] says how long. Who then writes to a chunk that is still to be
+    /// read sets its 64 KiB aside first, and waits only when 16 MiB are set aside that are not stored yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::import`].
+    pub fn snapshot(&self, store: &Store) -> Result<(Snapshot, SnapshotStats)> {
+        self.snapshot_with(store, &mut |_| ())
+    }
+
+    /// The same, with somebody who is told how far it is and may cancel it.
+    ///
+    /// ```
+    /// use storage_block::{ErrorKind, Store, Volume};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let store = Store::open(dir.path().join("store"))?;
+    /// let volume = Volume::create(&dir.path().join("vol"), None, 1 << 30)?;
+    /// volume.disk().write_at(&[7; 8 << 20], 0)?;
+    /// let mut seen = 0;
+    /// volume.snapshot_with(&store, &mut |progress| seen = progress.done)?;
+    /// assert_eq!(seen, 8 << 20);
+    ///
+    /// volume.disk().write_at(&[8; 8 << 20], 0)?;
+    /// let ended = volume.snapshot_with(&store, &mut |progress| progress.cancel());
+    /// assert_eq!(ended.err().map(|error| error.kind()), Some(ErrorKind::Cancelled));
+    /// assert_eq!(store.snapshots()?.len(), 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot`](Self::snapshot), and [`Cancelled`](crate::ErrorKind::Cancelled).
+    pub fn snapshot_with(
+        &self,
+        store: &Store,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Snapshot, SnapshotStats)> {
+        Ok(Self::freeze([self], store).store(progress)?.swap_remove(0))
+    }
+
+    /// Holds on to what several volumes are at one instant, for snapshots of them all in `store`.
+    ///
+    /// No write is in one of the snapshots that began after a write that is missing in another had returned. It waits
+    /// for other snapshots of these volumes; if one of them is named twice there is one snapshot of it, and it is
+    /// returned twice.
+    ///
+    /// ```
+    /// use storage_block::{Store, Volume};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let store = Store::open(dir.path().join("store"))?;
+    /// let make = |name| Volume::create(&dir.path().join(name), None, 1 << 30);
+    /// let (data, journal) = (make("data")?, make("journal")?);
+    /// data.disk().write_at(b"old", 0)?;
+    ///
+    /// let frozen = Volume::freeze([&data, &journal], &store);
+    /// data.disk().write_at(b"new", 0)?; // it goes on
+    /// println!("writers stood still for {:?}", frozen.paused());
+    /// let snapshots = frozen.store(&mut |_| ())?;
+    /// let mut found = [0; 3];
+    /// snapshots[0].0.disk().read_at(&mut found, 0)?;
+    /// assert_eq!((&found, snapshots.len()), (b"old", 2));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn freeze<'v>(volumes: impl IntoIterator<Item = &'v Self>, store: &Store) -> FrozenVolumes {
+        let named: Vec<&Arc<Inner>> = volumes.into_iter().map(|volume| &volume.0).collect();
+        let mut once = named.clone();
+        // In an order of their own, so that two who freeze the same volumes never wait for each other.
+        once.sort_by_key(|inner| Arc::as_ptr(inner));
+        once.dedup_by_key(|inner| Arc::as_ptr(inner));
+        once.iter().for_each(|inner| inner.freeze.take_turn());
+        // Storing waits for a sweep under way, and nobody should have to set chunks aside for so long.
+        drop(read(&store.0.sweep));
+
+        let begun = Instant::now();
+        let gates: Vec<_> = once.iter().map(|inner| write(&inner.gate)).collect();
+        let begin = |inner: &&Arc<Inner>| inner.freeze.begin(inner.span(store));
+        let frozen: Vec<Arc<Frozen>> = once.iter().map(begin).collect();
+        drop(gates);
+        let paused = begun.elapsed();
+
+        let order = named.iter().map(|inner| once.iter().position(|other| Arc::ptr_eq(inner, other)));
+        let order = order.flatten().collect();
+        let volumes = once.into_iter().zip(frozen);
+        let volumes =
+            volumes.map(|(inner, frozen)| FrozenVolume { volume: Arc::clone(inner), frozen }).collect();
+        FrozenVolumes { store: store.clone(), volumes, order, paused }
+    }
+}
+
+/// Volumes at one instant, by [`Volume::freeze`]. While it lives, writers set aside what they are about to change;
+/// dropping it lets go of that instant.
+///
+/// ```
+/// use storage_block::{FrozenVolumes, Result, Snapshot};
+///
+/// fn total(frozen: FrozenVolumes) -> Result<(Vec<Snapshot>, u64)> {
+///     let made = frozen.store(&mut |progress| println!("{} of {}", progress.done, progress.total))?;
+///     let stored = made.iter().map(|(_, stats)| stats.stored_bytes).sum();
+///     Ok((made.into_iter().map(|(snapshot, _)| snapshot).collect(), stored))
+/// }
+/// ```
+pub struct FrozenVolumes {
+    store: Store,
+    volumes: Vec<FrozenVolume>,
+    /// The place in `volumes` of each that was named.
+    order: Vec<usize>,
+    paused: Duration,
+}
+
+struct FrozenVolume {
+    volume: Arc<Inner>,
+    frozen: Arc<Frozen>,
+}
+
+impl Drop for FrozenVolume {
+    fn drop(&mut self) {
+        self.volume.freeze.end();
+    }
+}
+
+impl fmt::Debug for FrozenVolumes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dirs = self.volumes.iter().map(|frozen| &frozen.volume.dir);
+        f.debug_struct("FrozenVolumes").field("volumes", &dirs.collect::<Vec<_>>()).finish_non_exhaustive()
+    }
+}
+
+impl FrozenVolumes {
+    /// How long writers stood still for the instant.
+    pub fn paused(&self) -> Duration {
+        self.paused
+    }
+
+    /// Makes the snapshots, one volume after the other and all durable together: all are there or none is,
+    /// whatever fails, short of a crash in the last moment. In the order in which the volumes were named.
+    ///
+    /// # Errors
+    ///
+    /// As [`Volume::snapshot_with`].
+    pub fn store(self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+        let mut session = Session::begin(&self.store.0);
+        let mut works: Vec<Work<'_>> = self.volumes.iter().map(|frozen| self.work(frozen)).collect();
+        let chunks: usize = works.iter().map(|work| work.candidates().count()).sum();
+        let mut report = Reporter::begin(chunks as u64 * CHUNK, progress)?;
+        let (mut roots, mut done) = (Vec::new(), 0);
+        for at in 0..works.len() {
+            let (size, base) = (works[at].frozen.span.size, works[at].base);
+            let mut manifest = Manifest::new(size, base);
+            for chunk in works[at].candidates() {
+                // Chunks that were changed first after the freeze come on top of those counted.
+                report.step(done)?;
+                done += CHUNK;
+                for work in &mut works {
+                    work.relieve(&mut session)?;
+                }
+                if let Some(id) = works[at].take(chunk, &mut session)? {
+                    let set = |session: &mut Session<'_>| manifest.set(session, chunk, id);
+                    counted(&mut session, &mut works[at].stats, set)?;
+                }
+            }
+            roots.push(counted(&mut session, &mut works[at].stats, |session| manifest.finish(session))?);
+        }
+        report.check()?;
+        let snapshots = publish(&self.store, session, &roots)?;
+        report.finish();
+        Ok(self.order.iter().map(|at| (snapshots[*at].clone(), works[*at].stats)).collect())
+    }
+
+    fn work<'f>(&self, frozen: &'f FrozenVolume) -> Work<'f> {
+        let FrozenVolume { volume, frozen } = frozen;
+        let base = if frozen.span.whole { None } else { volume.base.as_ref() };
+        let stats = SnapshotStats { size: frozen.span.size, paused: self.paused, ..Default::default() };
+        Work { volume, frozen, base, early: HashMap::new(), stats }
+    }
+}
+
+/// A frozen volume that is being stored.
+struct Work<'f> {
+    volume: &'f Inner,
+    frozen: &'f Frozen,
+    base: Option<&'f Snapshot>,
+    /// Chunks that were set aside and stored before their turn.
+    early: HashMap<u64, Id>,
+    stats: SnapshotStats,
+}
+
+impl<'f> Work<'f> {
+    /// The chunks that may have to be stored, in order: those that have to be by what the volume is now, of
+    /// which those that were changed since turn out to be none.
+    fn candidates(&self) -> Box<dyn Iterator<Item = u64> + 'f> {
+        let (volume, span) = (self.volume, self.frozen.span);
+        if !span.whole {
+            return Box::new(volume.map.changed_chunks());
+        }
+        let base = volume.base.as_ref().map_or(&[][..], |base| &base.root.leaves);
+        let in_base = |leaf: &u64| base.get(*leaf as usize).is_some_and(|id| *id != HOLE);
+        let leaves =
+            (0..leaf_count(span.size)).filter(move |leaf| volume.map.has_leaf(*leaf) || in_base(leaf));
+        let chunks = leaves.flat_map(|leaf| leaf * LEAF_IDS as u64..(leaf + 1) * LEAF_IDS as u64);
+        Box::new(chunks.filter(move |chunk| volume.changed(*chunk, span) != 0))
+    }
+
+    /// Stores what is set aside, where writers are about to wait for room; the volume's turn may be far off.
+    fn relieve(&mut self, session: &mut Session<'_>) -> Result<()> {
+        for (chunk, kept) in self.frozen.take_kept() {
+            let id = self.put(kept?, session)?;
+            self.early.insert(chunk, id);
+        }
+        Ok(())
+    }
+
+    /// The id of a chunk, stored; `None` if it is as it is in the base.
+    fn take(&mut self, chunk: u64, session: &mut Session<'_>) -> Result<Option<Id>> {
+        if let Some(id) = self.early.remove(&chunk) {
+            return Ok(Some(id));
+        }
+        self.frozen.take(chunk, self.volume)?.map(|kept| self.put(kept, session)).transpose()
+    }
+
+    fn put(&mut self, kept: Kept, session: &mut Session<'_>) -> Result<Id> {
+        self.stats.changed_bytes += u64::from(kept.changed.count_ones()) * BLOCK;
+        counted(session, &mut self.stats, |session| put_chunk(session, &kept.bytes))
+    }
+}
+
+/// Does something with the session, and counts what it stores.
+fn counted<'s, T>(
+    session: &mut Session<'s>,
+    stats: &mut SnapshotStats,
+    act: impl FnOnce(&mut Session<'s>) -> Result<T>,
+) -> Result<T> {
+    let before = session.appended();
+    let done = act(session);
+    stats.stored_bytes += session.appended() - before;
+    done
+}
+
+impl Inner {
+    /// What a snapshot of the volume in `store` wants of it. Nobody writes.
+    fn span(&self, store: &Store) -> Span {
+        let whole = self.base.as_ref().is_some_and(|base| !Arc::ptr_eq(&base.store, &store.0));
+        Span { size: self.size(), whole }
+    }
+}
+
+impl Chunks for Inner {
+    fn changed(&self, chunk: u64, span: Span) -> u16 {
+        let at = chunk * CHUNK;
+        // There was nothing yet where the volume has grown since.
+        if at >= span.size {
+            return 0;
+        }
+        let changed = self.map.changed_blocks(chunk);
+        if !span.whole {
+            return changed;
+        }
+        let in_base = |base: &Snapshot| match base.next_stored(at) {
+            Ok(found) => found.is_some_and(|found| found.start < at + CHUNK),
+            // Reading it will say what is wrong.
+            Err(_) => true,
+        };
+        let any = changed != 0 || self.base.as_ref().is_some_and(in_base);
+        let blocks = (span.size - at).min(CHUNK) / BLOCK;
+        if any { u16::MAX >> (CHUNK / BLOCK - blocks) } else { 0 }
+    }
+
+    fn read(&self, chunk: u64, span: Span) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; CHUNK as usize];
+        let at = chunk * CHUNK;
+        let len = (span.size - at).min(CHUNK) as usize;
+        Self::read(self, &mut bytes[..len], at)?;
+        Ok(bytes)
+    }
+}

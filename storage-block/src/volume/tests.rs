@@ -1,0 +1,65 @@
+//! What can be seen only from inside.
+
+use std::time::{Duration, Instant};
+
+use super::Volume;
+use crate::format::{Run, State};
+use crate::store::read;
+use crate::{ErrorKind, Store};
+
+/// A terabyte with four million changed chunks is frozen as fast as one with none.
+#[test]
+fn the_pause_is_that_of_an_instant() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let volume = Volume::create(&dir.path().join("volume"), None, 1 << 40).unwrap();
+    let pause = || {
+        let paused = || Volume::freeze([&volume], &store).paused();
+        // The machine may have other things to do than one of them.
+        (0..7).map(|_| paused()).min().unwrap()
+    };
+    let empty = pause();
+    const CHUNKS: u64 = 4 << 20;
+    for chunk in 0..CHUNKS {
+        volume.0.map.set(Run { first: chunk * 64, count: 1, state: State::Zero });
+    }
+    let full = pause();
+    eprintln!("paused for {empty:?} with no chunk changed, for {full:?} with {CHUNKS}");
+    assert!(full < Duration::from_millis(5), "{full:?}");
+
+    // What takes long comes afterwards, and can be cancelled.
+    let mut total = 0;
+    let frozen = Volume::freeze([&volume], &store);
+    let begun = Instant::now();
+    let ended = frozen.store(&mut |progress| {
+        total = progress.total;
+        progress.cancel();
+    });
+    eprintln!("counting them took {:?}", begun.elapsed());
+    assert_eq!((ended.unwrap_err().kind(), total), (ErrorKind::Cancelled, CHUNKS << 16));
+}
+
+/// No volume is frozen, and let go on, before all stand still.
+#[test]
+fn none_is_frozen_before_all_stand_still() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let mut volumes = ["a", "b"].map(|name| Volume::create(&dir.path().join(name), None, 1 << 20).unwrap());
+    volumes.sort_by_key(|volume| std::sync::Arc::as_ptr(&volume.0));
+    let [first, second] = &volumes;
+    std::thread::scope(|scope| {
+        let writing = read(&second.0.gate);
+        let freezing = scope.spawn(|| Volume::freeze(&volumes, &store));
+        let begun = Instant::now();
+        while first.0.gate.try_read().is_ok() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "the first volume does not stand still");
+            std::thread::yield_now();
+        }
+        assert!(first.0.freeze.lets(0..=0), "the first volume is frozen before the second stands still");
+        drop(writing);
+        let frozen = freezing.join().unwrap();
+        assert!(volumes.iter().all(|volume| !volume.0.freeze.lets(0..=0)));
+        drop(frozen);
+        assert!(volumes.iter().all(|volume| volume.0.freeze.lets(0..=0)));
+    });
+}
