@@ -36,6 +36,10 @@ impl World {
         world.put("shared", OWNER, |i| assert!(i.launch_permissions_mut().add(account(FRIEND))));
         world.put("public", OWNER, |i| i.launch_permissions_mut().set_public(true));
         world.put("disabled", OWNER, |i| i.set_state(ImageState::Disabled).unwrap());
+        world.put("invalid", OWNER, |i| {
+            i.launch_permissions_mut().set_public(true);
+            i.set_state(ImageState::Invalid).unwrap();
+        });
         world.put("deprecated", OWNER, |i| {
             i.launch_permissions_mut().set_public(true);
             i.set_deprecation(Some("2020-01-01T00:00:00Z".parse().unwrap()));
@@ -78,11 +82,11 @@ fn an_account_is_told_of_what_it_may_launch_and_asks_for() {
     let all = DescribeImages::new;
     let name = |name: &str| Filter::new("name", [name]).unwrap();
     let table: [(&str, DescribeImages, &[&str]); 18] = [
-        (OWNER, all(), &["deprecated", "linux", "private", "public", "shared", "sold"]),
+        (OWNER, all(), &["deprecated", "invalid", "linux", "private", "public", "shared", "sold"]),
         (
             OWNER,
             all().include_disabled(true).owner("self".parse().unwrap()),
-            &["deprecated", "disabled", "private", "public", "shared"],
+            &["deprecated", "disabled", "invalid", "private", "public", "shared"],
         ),
         (FRIEND, all(), &["linux", "public", "shared", "sold"]),
         (FRIEND, all().include_disabled(true), &["linux", "public", "shared", "sold"]),
@@ -129,6 +133,7 @@ fn who_may_not_is_told_so_under_ec2s_code() {
         (FRIEND, "deprecated", ["", "", "", not_yours]),
         (FRIEND, "sold", ["", "", not_yours, not_yours]),
         (STRANGER, "sold", ["", "", "", ""]),
+        (FRIEND, "invalid", [missing, unavailable, unavailable, missing]),
         (OWNER, "disabled", ["", unavailable, unavailable, ""]),
         (FRIEND, "disabled", [missing, not_yours, not_yours, missing]),
     ];
@@ -243,7 +248,7 @@ fn pages_hold_every_image_once() {
     let mine = world.catalog.as_account(account(OWNER));
     let whole = mine.describe(&DescribeImages::new()).unwrap();
     assert_eq!(whole.next_token, None);
-    for size in [1, 2, 7, 28, 29, 1000] {
+    for size in [1, 2, 7, 29, 30, 1000] {
         let (mut found, mut request) = (Vec::new(), DescribeImages::new().max_results(size));
         loop {
             let page = mine.describe(&request).unwrap();

@@ -250,3 +250,35 @@ impl Filterable for InstanceDescription {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::testing::{FakeHypervisor, tiny_elf};
+    use crate::{DirectBoot, ImageSource, LaunchSpec, Region};
+    use ami_core::{Ami, X86_64};
+
+    /// An entry that stays behind would be passed over by every answer, and make each take longer.
+    #[test]
+    fn nothing_stays_of_an_instance_that_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let disk = storage_block::MemoryDisk::new(1 << 20).unwrap().into_disk();
+        let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+        let ami = region.register_image(Ami::<X86_64>::builder("base"), source).unwrap();
+        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).count(2, 2).tag("stage", "test");
+        let both = region.run_instances(&ami, spec.client_token("both")).unwrap().instances;
+        region.create_tags(&[both[0].id().into()], &[("stage", "production")]).unwrap();
+        let stages =
+            |shelves: &Shelves| shelves.index["tag:stage"].values().map(BTreeSet::len).sum::<usize>();
+        assert_eq!(stages(&region.inner.directory.read()), 2, "a value that was replaced is not found");
+        assert_eq!(region.inner.directory.read().attached.len(), 2);
+        both.iter().for_each(|instance| instance.terminate().unwrap());
+        assert_eq!(region.inner.directory.read().attached.len(), 0);
+        region.inner.forget_terminated(Instant::now() + Duration::from_secs(60 * 60));
+        let shelves = region.inner.directory.read();
+        assert!(shelves.descriptions.is_empty() && shelves.index.is_empty(), "{shelves:?}");
+    }
+}
