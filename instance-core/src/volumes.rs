@@ -306,7 +306,7 @@ impl Inner {
         let volume =
             Volume::create(&self.paths.volume(record.id), base.as_ref(), record.size).map_err(failed)?;
         if let Err(e) = self.store.commit(|c| c.put(&record)) {
-            // The commit may have got as far as to say so; then the volume is there, and empty of use.
+            // The commit may have got as far as to be there: record and files go.
             if let Err(left) = self.remove_volumes(&[record.id]) {
                 tracing::error!(volume = %record.id, error = %left, "a failed volume left something behind");
             }
