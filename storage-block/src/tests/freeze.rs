@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use super::full_disk::Small;
 use super::store::{Stop, files};
 use super::{image, memory};
 use crate::testing::{Random, compare};
@@ -250,4 +251,31 @@ fn writers_do_not_fail_for_a_snapshot() {
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     volume.disk().read_at(&mut buf, 0).unwrap();
     assert_eq!((buf, store.snapshots().unwrap().len()), ([2; 4096], 1));
+}
+
+/// Snapshots of volumes frozen together are all there or none is, wherever a full disk ends it.
+#[test]
+fn volumes_are_stored_together_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let volumes = ["a", "b", "c"].map(|name| Volume::create(&dir.path().join(name), None, 1 << 20).unwrap());
+    for (volume, seed) in volumes.iter().zip(1..) {
+        volume.disk().write_at(&image(1, 0, seed), 0).unwrap();
+    }
+    let mut failed = 0;
+    // From no room for a pack to room for everything.
+    for kib in (8..).step_by(4) {
+        let Some(small) = Small::mount(kib) else { return };
+        let store = Store::open(small.0.join("store")).unwrap();
+        let before = files(store.dir());
+        match Volume::freeze(&volumes, &store).store(&mut |_| ()) {
+            Ok(made) => {
+                assert_eq!((made.len(), store.snapshots().unwrap().len()), (3, 3));
+                break;
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::NoSpace, "{kib} KiB: {error}"),
+        }
+        assert_eq!(files(store.dir()), before, "{kib} KiB");
+        failed += 1;
+    }
+    assert!(failed > 10, "it failed {failed} times");
 }

@@ -6,15 +6,15 @@ use std::sync::atomic::Ordering;
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Inner, Volume};
-use crate::format::{BLOCK, CHUNK, LEAF_SPAN, Run, State};
+use crate::format::{BLOCK, CHUNK, Run, State};
 use crate::log::AppendError;
 use crate::store::{lock, read, write};
 use crate::{BlockBackend, Error, ErrorKind, Result};
 
 /// How much is written in one go: a snapshot that is to begin waits for writes under way.
 const WRITE: u64 = 1 << 20;
-/// How much is zeroed in one go.
-const ZERO: u64 = LEAF_SPAN;
+/// How much is zeroed in one go: to give back what is in the page cache takes a millisecond for so much.
+const ZERO: u64 = 8 << 20;
 
 impl Inner {
     pub(super) fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {

@@ -113,8 +113,11 @@ impl Volume {
     }
 }
 
-/// Volumes at one instant, by [`Volume::freeze`]. While it lives, writers set aside what they are about to change;
-/// dropping it lets go of that instant.
+/// Volumes at one instant, by [`Volume::freeze`].
+///
+/// While it lives, writers set aside what they are about to change, and wait when that is 16 MiB in a volume: it should
+/// be stored soon, or dropped, which lets go of the instant. Another snapshot of the same volumes waits for its end,
+/// also on the thread that holds it.
 ///
 /// ```
 /// use storage_block::{FrozenVolumes, Result, Snapshot};
