@@ -9,6 +9,7 @@ mod bare;
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod guest;
 pub mod launch;
+pub mod region;
 pub mod samples;
 pub mod storage;
 
@@ -28,6 +29,10 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "first_instruction" => launch::first_instruction(),
         "first_userspace_line" => launch::first_userspace_line(),
         "launch_256g_over_1g" => launch::launch_256g_over_1g(),
+        "launch_over_append" => region::launch_over_append(),
+        "describe_10000" => region::describe_10000(),
+        "describe_10000_over_100" => region::describe_10000_over_100(),
+        "launch_16_threads_over_1" => region::launch_16_threads_over_1(),
         _ => storage::measure(name, bench),
     }
 }

@@ -121,8 +121,10 @@ fn over_nbd(bench: &Bench, job: Job) -> anyhow::Result<Measurement> {
         || run(QemuNbd::serve(&overlays.qcow2()?, "qcow2", overlays.path("qemu.sock"))?.socket());
     let mut ours = || {
         let volume = overlays.volume()?;
-        let server = Server::bind(overlays.path("own.sock"), volume.disk())?;
-        let took = run(server.path());
+        let socket = overlays.path("own.sock");
+        let server = Server::bind(&socket, volume.disk())?;
+        let took = run(&socket);
+        drop(server);
         volume.delete()?;
         took
     };

@@ -131,7 +131,8 @@ fn beside_qemu(bench: &Bench, job: Job) -> anyhow::Result<Measurement> {
     corpus::copy(&bench.image(GIB)?, &image, bench.bytes(GIB))?;
     evict(&image)?;
     std::io::copy(&mut File::open(&image)?, &mut std::io::sink())?;
-    let own = nbd::Server::bind(dir.path().join("own.sock"), RawFile::open(&image, false)?.into_disk())?;
+    let socket = dir.path().join("own.sock");
+    let _own = nbd::Server::bind(&socket, RawFile::open(&image, false)?.into_disk())?;
     let theirs = QemuNbd::serve(&image, "raw", dir.path().join("qemu.sock"))?;
     let again = QemuNbd::serve(&image, "raw", dir.path().join("again.sock"))?;
     let run = |socket: &Path| {
@@ -142,7 +143,7 @@ fn beside_qemu(bench: &Bench, job: Job) -> anyhow::Result<Measurement> {
     };
     median_speed(
         bench.rounds(7),
-        ("own server", &mut || run(own.path())),
+        ("own server", &mut || run(&socket)),
         ("qemu-nbd", &mut || run(theirs.socket())),
         ("qemu-nbd again", &mut || run(again.socket())),
     )
