@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::error::Error;
-use crate::{AmiId, ErrorKind, Image, ImageState, Query};
+use crate::{AccountId, AccountImages, AmiId, ErrorKind, Image, ImageState, Query};
 
 /// Where the records of images are kept.
 ///
@@ -33,7 +33,7 @@ use crate::{AmiId, ErrorKind, Image, ImageState, Query};
 ///   concerns several records: ids and names.
 /// - Within one region and owner, no two images have the same name. Images that are deregistered do not
 ///   count.
-/// - Who may do what is the caller's to decide, by [`Image::may_launch`] and [`Query::visible_to`].
+/// - It asks for no permission: [`CatalogExt::as_account`] does, by [`Image::authorize`].
 /// - Any thread may call at any time.
 ///
 /// [`testing::catalog_conformance`](crate::testing::catalog_conformance) checks an implementation.
@@ -96,6 +96,11 @@ pub trait Catalog: Send + Sync {
 /// # Ok::<(), ami_core::Error>(())
 /// ```
 pub trait CatalogExt: Catalog {
+    /// The images as `account` sees and changes them: EC2's calls, each with its permission.
+    fn as_account(&self, account: AccountId) -> AccountImages<'_, Self> {
+        AccountImages::new(self, account)
+    }
+
     /// Changes the record of an image, again with the new one if someone else changed it meanwhile, and
     /// gives the record as it is kept then.
     ///
@@ -183,13 +188,7 @@ impl Catalog for MemoryCatalog {
         let mut images = self.write();
         let id = current.id();
         let Some(kept) = images.get(&id) else { return Err(Error::not_found(&id)) };
-        if next.ami() != kept.ami() || next.ami().created() != kept.ami().created() {
-            let message = format!("the record of {id} cannot be replaced by one of {}", next.id());
-            return Err(Error::new(ErrorKind::InvalidParameterValue, message));
-        }
-        if kept != current {
-            return Err(Error::conflict(&id));
-        }
+        current.check_update(kept, &next)?;
         check_name_is_free(&images, &next)?;
         images.insert(id, next);
         Ok(())

@@ -50,12 +50,16 @@ pub enum ErrorKind {
     ArchitectureMismatch,
     /// A tag's key breaks the rule for keys.
     MalformedTagKey,
-    /// There are more tags than an image can have.
+    /// There are more tags than a resource can have.
     TagLimitExceeded,
     /// The state of an image does not allow the change.
     IncorrectState,
     /// Someone else changed the image in the meantime.
     Conflict,
+    /// A token is not that of an earlier page.
+    InvalidNextToken,
+    /// A text is no id of anything that can have tags.
+    InvalidResourceId,
     /// The catalog's own storage failed.
     Internal,
 }
@@ -79,6 +83,8 @@ impl ErrorKind {
             Self::MalformedTagKey => "InvalidTagKey.Malformed",
             Self::TagLimitExceeded => "TagLimitExceeded",
             Self::IncorrectState | Self::Conflict => "IncorrectState",
+            Self::InvalidNextToken => "InvalidNextToken",
+            Self::InvalidResourceId => "InvalidID",
             Self::Internal => "InternalError",
         }
     }
@@ -156,6 +162,11 @@ impl Error {
     /// The code of EC2's error, such as `InvalidAMIID.NotFound`.
     pub fn code(&self) -> &'static str {
         self.code
+    }
+
+    /// What caused it, for an error of another crate's that says the same.
+    pub fn into_source(self) -> Option<Box<dyn StdError + Send + Sync>> {
+        self.source
     }
 }
 

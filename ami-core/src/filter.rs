@@ -3,12 +3,11 @@
 use std::str::FromStr;
 
 use crate::error::{Error, invalid_value, quote};
-use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerAlias, Timestamp};
+use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerAlias, Pattern, Timestamp};
 
 /// A condition on images: a field has one of several values.
 ///
-/// In a value, `*` stands for any characters, `?` for one, and `\` takes the meaning away from the
-/// character after it. Upper and lower case differ.
+/// A value is a [`Pattern`], with `*` and `?`.
 ///
 /// | Name | Compared with |
 /// |---|---|
@@ -37,7 +36,7 @@ use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerA
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Filter {
     field: Field,
-    patterns: Vec<String>,
+    patterns: Vec<Pattern>,
 }
 
 impl Filter {
@@ -52,7 +51,8 @@ impl Filter {
     /// name for images, or if there is no value or too many.
     pub fn new<V: Into<String>>(name: &str, values: impl IntoIterator<Item = V>) -> Result<Self, Error> {
         let field = name.parse()?;
-        let patterns: Vec<String> = values.into_iter().take(Self::MAX_VALUES + 1).map(Into::into).collect();
+        let patterns: Vec<Pattern> =
+            values.into_iter().take(Self::MAX_VALUES + 1).map(Pattern::new).collect();
         if !(1..=Self::MAX_VALUES).contains(&patterns.len()) {
             let message = format!("the filter {} must have 1 to {} values", quote(name), Self::MAX_VALUES);
             return Err(invalid_value(message));
@@ -62,7 +62,7 @@ impl Filter {
 
     /// Whether the condition holds for `image`.
     pub fn matches(&self, image: &Image) -> bool {
-        self.field.values(image).iter().any(|value| self.patterns.iter().any(|p| matches_pattern(p, value)))
+        self.field.values(image).iter().any(|value| self.patterns.iter().any(|p| p.matches(value)))
     }
 }
 
@@ -172,39 +172,6 @@ impl Field {
             Self::VirtualizationType => vec![manifest.virtualization_type().to_string()],
             Self::VolumeSize => volumes().map(|v| v.volume_size_gib().to_string()).collect(),
             Self::VolumeType => volumes().map(|v| v.volume_type().to_string()).collect(),
-        }
-    }
-}
-
-/// Whether `text` has the form `pattern`. Takes at most the product of both lengths: on a mismatch
-/// only the last `*` takes one character more, since the earlier ones gain nothing by it.
-fn matches_pattern(pattern: &str, text: &str) -> bool {
-    let (mut pattern, mut text) = (pattern.chars(), text.chars());
-    // Where to go on after a mismatch: after the last `*`, and one character further in the text.
-    let mut retry = None;
-    loop {
-        let text_before = text.clone();
-        let fits = match (pattern.next(), text.next()) {
-            (None, None) => return true,
-            (Some('*'), _) => {
-                text = text_before;
-                retry = Some((pattern.clone(), text.clone()));
-                true
-            }
-            (Some('?'), Some(_)) => true,
-            // A backslash at the very end stands for itself.
-            (Some('\\'), Some(c)) => pattern.next().unwrap_or('\\') == c,
-            (Some(p), Some(c)) => p == c,
-            (None, Some(_)) | (Some(_), None) => false,
-        };
-        if !fits {
-            let Some((after_star, mut rest)) = retry else { return false };
-            if rest.next().is_none() {
-                return false;
-            }
-            pattern = after_star.clone();
-            text = rest.clone();
-            retry = Some((after_star, rest));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, ErrorKind, check_text, invalid_value, words};
-use crate::{AccountId, AmiId, AnyAmi, RegionName, Tags, Timestamp};
+use crate::{AccountId, Action, AmiId, AnyAmi, RegionName, Tags, Timestamp};
 
 words! {
     /// The state of an image.
@@ -279,7 +279,7 @@ impl Image {
     /// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
     /// # let owner = *ami.owner();
     /// let mut image = Image::pending(ami.clone());
-    /// assert!(image.check_launch(&owner).is_err(), "its content is not there yet");
+    /// assert!(!image.may_launch(&owner), "its content is not there yet");
     /// image.set_state(ImageState::Available)?;
     /// image.tags_mut().insert("stage", "production")?;
     /// image.set_description("serves the directory")?; // at most Image::MAX_DESCRIPTION characters
@@ -303,19 +303,33 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// Those of [`check_launch`](Self::check_launch), since who may not launch may not copy;
-    /// [`ErrorKind::AuthFailure`] for another account's image that carries a product code; and
-    /// [`ErrorKind::MalformedName`].
+    /// Those of [`authorize`](Self::authorize) for [`Action::Copy`], and [`ErrorKind::MalformedName`].
     pub fn copy_to(&self, caller: &AccountId, region: &RegionName, name: &str) -> Result<Self, Error> {
-        self.check_launch(caller)?;
-        if !self.product_codes.is_empty() && caller != self.ami.owner() {
-            let message =
-                format!("the image {} has a product code and cannot be copied by {caller}", self.id());
-            return Err(Error::new(ErrorKind::AuthFailure, message));
-        }
+        self.authorize(caller, Action::Copy)?;
         let ami = self.ami.copy_to(region, caller, name)?;
         let product_codes = self.product_codes.clone();
         Ok(Self { description: self.description.clone(), product_codes, ..Self::pending(ami) })
+    }
+
+    /// Checks that `next` can take the place of this record while `kept` is the one that is kept: for those who
+    /// implement a [`Catalog`](crate::Catalog).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameterValue`] if `next` is of another image, [`ErrorKind::Conflict`] if `kept` is
+    /// another record than this.
+    pub fn check_update(&self, kept: &Self, next: &Self) -> Result<(), Error> {
+        let id = self.id();
+        if next.ami != kept.ami || next.ami.created() != kept.ami.created() {
+            return Err(invalid_value(format!(
+                "the record of {id} cannot be replaced by one of {}",
+                next.id()
+            )));
+        }
+        if kept != self {
+            return Err(Error::conflict(&id));
+        }
+        Ok(())
     }
 
     /// The image itself.
@@ -422,60 +436,6 @@ impl Image {
         code.validate()?;
         self.product_codes.insert(code);
         Ok(())
-    }
-
-    /// Whether `account` sees the image in a list. The owner always does; others do while it is
-    /// available and they may launch it. See also [`is_deprecated`](Self::is_deprecated).
-    pub fn is_visible_to(&self, account: &AccountId) -> bool {
-        self.ami.owner() == account
-            || self.state == ImageState::Available && self.launch_permissions.allows(account)
-    }
-
-    /// Whether `account` may launch the image now.
-    pub fn may_launch(&self, account: &AccountId) -> bool {
-        self.check_launch(account).is_ok()
-    }
-
-    /// Whether `account` may launch the image now, and if not, why.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::AuthFailure`] without permission, [`ErrorKind::Unavailable`] if the image is in
-    /// another state than available. An account without permission does not learn the state.
-    pub fn check_launch(&self, account: &AccountId) -> Result<(), Error> {
-        if self.ami.owner() != account && !self.launch_permissions.allows(account) {
-            let message = format!("account {account} has no permission for the image {}", self.id());
-            return Err(Error::new(ErrorKind::AuthFailure, message));
-        }
-        if self.state != ImageState::Available {
-            let message = format!("the image {} is {}", self.id(), self.state);
-            return Err(Error::new(ErrorKind::Unavailable, message));
-        }
-        Ok(())
-    }
-
-    /// Where the image stands in the view of `viewer`, or `None` if they do not see it.
-    ///
-    /// | Category | Which images |
-    /// |---|---|
-    /// | My AMIs | the viewer owns it |
-    /// | Quick Start | the owner alias is `amazon` |
-    /// | Marketplace | the owner alias is `aws-marketplace` |
-    /// | Shared | the viewer is named in the launch permissions |
-    /// | Community | it is public |
-    ///
-    /// The first row that fits decides.
-    pub fn category(&self, viewer: &AccountId) -> Option<Category> {
-        if !self.is_visible_to(viewer) {
-            return None;
-        }
-        Some(match self.owner_alias {
-            _ if self.ami.owner() == viewer => Category::MyAmis,
-            Some(OwnerAlias::Amazon) => Category::QuickStart,
-            Some(OwnerAlias::AwsMarketplace) => Category::Marketplace,
-            _ if self.launch_permissions.accounts.contains(viewer) => Category::Shared,
-            _ => Category::Community,
-        })
     }
 }
 

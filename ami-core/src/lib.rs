@@ -25,13 +25,17 @@
 //! - [`Image`]: the record that a region keeps of an `Ami`, with what its owner can change: state,
 //!   launch permissions, tags, description, deprecation.
 //! - [`Catalog`]: where the records are kept; [`Query`] and [`Filter`] choose among them.
+//! - [`AccountImages`]: a catalog as one account uses it, with EC2's calls. [`Image::authorize`] decides who
+//!   may see, launch, copy or change an image, and nothing else does.
+//! - [`ResourceId`], [`Page`] and [`Pattern`]: what the answers about images and about other resources share.
 //!
 //! The format of a manifest is that of [`Manifest::to_canonical_json`]; golden files in `tests/golden` keep it.
 //!
 //! # Input, output and errors
 //!
-//! No function opens a file, a socket or a thread. The system's clock is read by [`Timestamp::now`],
-//! and by [`AmiBuilder::build`] where no time is given; its random numbers by `random` of the ids.
+//! No function opens a file, a socket or a thread. The system's clock is read by [`Timestamp::now`], and
+//! by [`AmiBuilder::build`] and [`AccountImages`] where no time is given; its random numbers by `random` of
+//! the ids.
 //! The rest depends on its arguments alone.
 //!
 //! An [`Error`] has a [`kind`](Error::kind) to match on and EC2's [`code`](Error::code). Text that does not
@@ -50,11 +54,15 @@
 //! instance store images, ENA, SR-IOV, TPM, UEFI and IMDS settings, IOPS and throughput of volumes, and
 //! protection against deregistration.
 
+mod access;
+mod account;
 mod ami;
 mod arch;
+mod attribute;
 mod boot;
 mod builder;
 mod catalog;
+mod describe;
 mod device;
 mod digest;
 mod error;
@@ -65,17 +73,24 @@ pub mod fuzzing;
 mod id;
 mod image;
 mod manifest;
+mod page;
+mod pattern;
 mod region;
+mod resource;
 mod software;
 mod tags;
 pub mod testing;
 mod time;
 
+pub use access::Action;
+pub use account::AccountImages;
 pub use ami::{Ami, AnyAmi, ArchitectureMismatch};
 pub use arch::{AnyArch, Arch, Architecture, Arm64, UnknownArchitecture, X86, X86_64};
+pub use attribute::{Grantee, ModifyImageAttribute};
 pub use boot::{Boot, BootMode, BootSource};
 pub use builder::AmiBuilder;
 pub use catalog::{Catalog, CatalogExt, MemoryCatalog};
+pub use describe::{DescribeImages, ExecutableUser, Owner};
 pub use device::{BlockDeviceKind, BlockDeviceMapping, DeviceName, Ebs, VolumeType};
 pub use digest::{Digest, DigestWriter, MalformedDigest};
 pub use error::{Error, ErrorKind};
@@ -83,7 +98,10 @@ pub use filter::{Filter, Query};
 pub use id::*;
 pub use image::{Category, Image, ImageState, LaunchPermissions, OwnerAlias, ProductCode, ProductCodeKind};
 pub use manifest::{Manifest, VirtualizationType};
+pub use page::{Page, PageRequest};
+pub use pattern::Pattern;
 pub use region::{AccountId, RegionName};
+pub use resource::{ResourceId, ResourceType};
 pub use software::{OperatingSystem, OsFamily, Software};
 pub use tags::Tags;
 pub use time::Timestamp;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, invalid_value, quote};
 
-/// The tags of an image, within EC2's limits: 50 tags, keys of 1 to 128 characters that do not begin
+/// The tags of a resource, within EC2's limits: 50 tags, keys of 1 to 128 characters that do not begin
 /// with `aws:`, values of at most 256 characters.
 ///
 /// ```
@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, invalid_value, quote};
 pub struct Tags(BTreeMap<String, String>);
 
 impl Tags {
-    /// The most tags that an image has.
+    /// The most tags that a resource has.
     pub const MAX: usize = 50;
 
     /// No tags.

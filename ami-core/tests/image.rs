@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
-    AccountId, Ami, AnyAmi, Architecture, Arm64, BlockDeviceMapping, Category, Digest, ErrorKind, Image,
-    ImageState, OwnerAlias, ProductCode, ProductCodeKind, RegionName, Tags, Timestamp, X86, X86_64,
+    AccountId, Action, Ami, AnyAmi, Architecture, Arm64, BlockDeviceMapping, Category, Digest, ErrorKind,
+    Image, ImageState, OwnerAlias, ProductCode, ProductCodeKind, RegionName, Tags, Timestamp, X86, X86_64,
 };
 use serde_json::{Value, json};
 
@@ -166,7 +166,7 @@ fn who_may_launch() {
     for (image, expected) in cases {
         for (who, code) in [OWNER, FRIEND, STRANGER].into_iter().zip(expected) {
             assert_eq!(
-                image.check_launch(&account(who)).err().map(|err| err.code()),
+                image.authorize(&account(who), Action::Launch).err().map(|err| err.code()),
                 code,
                 "{who}: {image:?}"
             );

@@ -183,7 +183,11 @@ pub fn first_userspace_line() -> anyhow::Result<Measurement> {
     launcher.launch_until(FIRST_LINE)?;
     let samples = (0..3).map(|_| Ok(launcher.launch_until(FIRST_LINE)?.as_secs_f64()));
     let samples = samples.collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(Measurement { value: median(samples.clone()), samples: [("launch".to_owned(), samples)].into() })
+    Ok(Measurement {
+        value: median(samples.clone()),
+        noise: None,
+        samples: [("launch".to_owned(), samples)].into(),
+    })
 }
 
 /// The launch of a 256 GiB image as a multiple of that of a 1 GiB image.

@@ -9,22 +9,48 @@ mod bare;
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod guest;
 pub mod launch;
+pub mod region;
 pub mod samples;
+pub mod storage;
 
-use anyhow::bail;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use crate::samples::Measurement;
+use crate::storage::Bench;
 
 /// Takes the measurement of this name.
 ///
 /// # Errors
 ///
 /// When there is none, or what it needs is not there.
-pub fn measure(name: &str) -> anyhow::Result<Measurement> {
+pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
     match name {
         "first_instruction" => launch::first_instruction(),
         "first_userspace_line" => launch::first_userspace_line(),
         "launch_256g_over_1g" => launch::launch_256g_over_1g(),
-        _ => bail!("there is no measurement {name:?}"),
+        "launch_over_append" => region::launch_over_append(),
+        "describe_10000" => region::describe_10000(),
+        "describe_10000_over_100" => region::describe_10000_over_100(),
+        "launch_16_threads_over_1" => region::launch_16_threads_over_1(),
+        _ => storage::measure(name, bench),
+    }
+}
+
+/// The whole of a program that takes one measurement, called as `PROGRAM NAME [DIR [quick]]`.
+pub fn run(measure: impl Fn(&str, &Bench) -> anyhow::Result<Measurement>) -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let name = args.next().unwrap_or_default();
+    let dir = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
+    let bench = Bench::new(&dir, args.next().is_some_and(|arg| arg == "quick"));
+    match measure(&name, &bench).and_then(|measured| Ok(serde_json::to_string(&measured)?)) {
+        Ok(json) => {
+            println!("{json}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -14,8 +14,8 @@ use boot_image::{BootEntry, Kernel};
 use serde::{Deserialize, Serialize};
 use storage_block::Disk;
 
+use crate::garbage::remove_any;
 use crate::machine::{Boot, BootFile};
-use crate::region::remove_any;
 use crate::{Error, ErrorKind, Result};
 
 /// What is to be loaded, by digests of files in the cache.
@@ -188,7 +188,7 @@ fn refused(e: boot_image::Error, what: &str) -> Error {
         Boot::Io => (ErrorKind::Internal, "it cannot be read"),
         _ => (ErrorKind::NotBootable, "take one that this library reads"),
     };
-    Error::new(kind, format!("{what} cannot be booted: {advice}")).caused_by(e)
+    Error::new(kind, format!("{what} cannot be booted: {advice}")).with_source(e)
 }
 
 #[cfg(test)]

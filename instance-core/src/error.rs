@@ -46,9 +46,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The region has no such image.
+    /// A text is no id of its kind.
+    MalformedId,
+    /// There is no such image, or none that the account sees.
     ImageNotFound,
-    /// The image is there but not `available`, or not for this account.
+    /// The image is there but not `available`.
     ImageUnavailable,
     /// The account has an image of that name already.
     ImageNameDuplicate,
@@ -58,17 +60,51 @@ pub enum ErrorKind {
     NotBootable,
     /// Image, instance type and hypervisor are not of one architecture.
     ArchitectureMismatch,
-    /// The region has no such instance.
+    /// The account has no such instance.
     InstanceNotFound,
     /// The instance's state does not allow it.
     IncorrectInstanceState,
     /// No instance type of that name.
     InvalidInstanceType,
+    /// The account has no such volume.
+    VolumeNotFound,
+    /// The volume is attached to an instance.
+    VolumeInUse,
+    /// The account has no such snapshot.
+    SnapshotNotFound,
+    /// An image needs the snapshot.
+    SnapshotInUse,
+    /// The state of an image or a volume does not allow it.
+    IncorrectState,
+    /// A text is no id of anything that can have tags.
+    InvalidResourceId,
+    /// A tag's key breaks the rule for keys.
+    MalformedTagKey,
+    /// There are more tags than a resource can have.
+    TagLimitExceeded,
+    /// A block device mapping cannot be.
+    InvalidBlockDeviceMapping,
     /// A parameter that no call can take.
     InvalidParameter,
+    /// Parameters that exclude each other.
+    InvalidParameterCombination,
+    /// A parameter without a default was not given.
+    MissingParameter,
+    /// A token is not that of an earlier page.
+    InvalidNextToken,
+    /// The client token is that of a launch with other parameters.
+    IdempotentParameterMismatch,
+    /// The instance is protected against it.
+    OperationNotPermitted,
+    /// The account may not do this.
+    AuthFailure,
+    /// Only asked whether it would be done: it would.
+    DryRunOperation,
+    /// Only asked whether it would be done: the account may not do this.
+    UnauthorizedOperation,
     /// This library, or this hypervisor, cannot do that.
     Unsupported,
-    /// The host cannot hold it: no disk space.
+    /// The host cannot hold it: no memory, no vCPUs or no disk space.
     InsufficientCapacity,
     /// Another process, or another handle of this one, has the region open.
     RegionInUse,
@@ -98,7 +134,18 @@ pub struct Error {
 }
 
 impl Error {
-    pub(crate) fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+    /// An error of `kind` about what `context` says. A [`StateStore`](crate::state_store::StateStore) makes
+    /// its errors so.
+    ///
+    /// ```
+    /// use std::error::Error as _;
+    /// use instance_core::{Error, ErrorKind};
+    ///
+    /// let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+    /// let err = Error::new(ErrorKind::Internal, "cannot write the table").with_source(full);
+    /// assert!(err.code() == "InternalError" && err.source().is_some());
+    /// ```
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
         Self { kind, code: None, context: context.into(), source: None }
     }
 
@@ -108,7 +155,9 @@ impl Error {
         self
     }
 
-    pub(crate) fn caused_by(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+    /// The same with its cause.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
     }
@@ -124,6 +173,7 @@ impl Error {
             return code;
         }
         match self.kind {
+            ErrorKind::MalformedId => "InvalidParameterValue",
             ErrorKind::ImageNotFound => "InvalidAMIID.NotFound",
             ErrorKind::ImageUnavailable => "InvalidAMIID.Unavailable",
             ErrorKind::ImageNameDuplicate => "InvalidAMIName.Duplicate",
@@ -132,6 +182,23 @@ impl Error {
             ErrorKind::NotBootable => "ImportFailed.UnsupportedDisk",
             ErrorKind::InstanceNotFound => "InvalidInstanceID.NotFound",
             ErrorKind::IncorrectInstanceState => "IncorrectInstanceState",
+            ErrorKind::VolumeNotFound => "InvalidVolume.NotFound",
+            ErrorKind::VolumeInUse => "VolumeInUse",
+            ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",
+            ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
+            ErrorKind::IncorrectState => "IncorrectState",
+            ErrorKind::InvalidResourceId => "InvalidID",
+            ErrorKind::MalformedTagKey => "InvalidTagKey.Malformed",
+            ErrorKind::TagLimitExceeded => "TagLimitExceeded",
+            ErrorKind::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
+            ErrorKind::InvalidParameterCombination => "InvalidParameterCombination",
+            ErrorKind::MissingParameter => "MissingParameter",
+            ErrorKind::InvalidNextToken => "InvalidNextToken",
+            ErrorKind::IdempotentParameterMismatch => "IdempotentParameterMismatch",
+            ErrorKind::OperationNotPermitted => "OperationNotPermitted",
+            ErrorKind::AuthFailure => "AuthFailure",
+            ErrorKind::DryRunOperation => "DryRunOperation",
+            ErrorKind::UnauthorizedOperation => "UnauthorizedOperation",
             ErrorKind::Unsupported => "UnsupportedOperation",
             ErrorKind::InsufficientCapacity => "InsufficientInstanceCapacity",
             ErrorKind::RegionInUse => "ResourceInUse",
@@ -146,7 +213,7 @@ impl Error {
             }
             _ => ErrorKind::Internal,
         };
-        Self::of_host(kind, context).caused_by(source)
+        Self::of_host(kind, context).with_source(source)
     }
 
     /// Where the disk is full, what to do is the same whatever was being done.
@@ -167,7 +234,7 @@ impl Error {
             Storage::InvalidSize => ErrorKind::InvalidParameter,
             _ => ErrorKind::Internal,
         };
-        Self::of_host(kind, context).caused_by(source)
+        Self::of_host(kind, context).with_source(source)
     }
 
     pub(crate) fn machine(source: MachineError, context: impl Into<String>) -> Self {
@@ -177,7 +244,7 @@ impl Error {
             Machine::Boot => ErrorKind::NotBootable,
             _ => ErrorKind::Hypervisor,
         };
-        Self::new(kind, context).caused_by(source)
+        Self::new(kind, context).with_source(source)
     }
 }
 
@@ -190,5 +257,44 @@ impl fmt::Display for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_deref().map(|e| e as _)
+    }
+}
+
+/// What `ami-core` says of an image, a tag, a filter or a page, under this crate's kinds.
+impl From<ami_core::Error> for Error {
+    fn from(e: ami_core::Error) -> Self {
+        use ami_core::ErrorKind as Ami;
+        let kind = match e.kind() {
+            Ami::MalformedId => ErrorKind::MalformedId,
+            Ami::NotFound => ErrorKind::ImageNotFound,
+            Ami::Unavailable => ErrorKind::ImageUnavailable,
+            Ami::DuplicateName => ErrorKind::ImageNameDuplicate,
+            Ami::AuthFailure => ErrorKind::AuthFailure,
+            Ami::InvalidBlockDeviceMapping => ErrorKind::InvalidBlockDeviceMapping,
+            Ami::InvalidParameterCombination => ErrorKind::InvalidParameterCombination,
+            Ami::MissingParameter => ErrorKind::MissingParameter,
+            Ami::ArchitectureMismatch => ErrorKind::ArchitectureMismatch,
+            Ami::MalformedTagKey => ErrorKind::MalformedTagKey,
+            Ami::TagLimitExceeded => ErrorKind::TagLimitExceeded,
+            Ami::IncorrectState | Ami::Conflict => ErrorKind::IncorrectState,
+            Ami::InvalidNextToken => ErrorKind::InvalidNextToken,
+            Ami::InvalidResourceId => ErrorKind::InvalidResourceId,
+            Ami::MalformedName | Ami::InvalidManifest | Ami::DigestMismatch => ErrorKind::InvalidImage,
+            Ami::Internal => ErrorKind::Internal,
+            _ => ErrorKind::InvalidParameter,
+        };
+        let same = Self::new(kind, e.to_string()).with_code(e.code());
+        match e.into_source().map(|source| source.downcast::<Self>()) {
+            // An error of this crate's that went through a catalogue of `ami-core`.
+            Some(Ok(ours)) => *ours,
+            Some(Err(source)) => same.with_source(source),
+            None => same,
+        }
+    }
+}
+
+impl From<ami_core::MalformedId> for Error {
+    fn from(e: ami_core::MalformedId) -> Self {
+        ami_core::Error::from(e).into()
     }
 }

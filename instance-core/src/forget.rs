@@ -28,7 +28,13 @@ impl Inner {
             Ok(())
         });
         match removed {
-            Ok(()) => self.cells().retain(|id, _| !ids.contains(id)),
+            Ok(()) => {
+                self.cells().retain(|id, _| !ids.contains(id));
+                for id in ids {
+                    self.directory.remove(id);
+                    self.tokens.forget(id);
+                }
+            }
             Err(e) => tracing::warn!(error = chain(&e), "cannot forget terminated instances yet"),
         }
     }

@@ -3,124 +3,24 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Digest, Image, Manifest};
-use storage_block::{Disk, FrozenVolumes, Progress, Snapshot, SnapshotStats, Volume};
+use ami_core::{
+    AccountId, Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Image, ImageState, Manifest,
+    RegionName, SnapshotId, VolumeType,
+};
+use storage_block::{FrozenVolumes, Snapshot, SnapshotStats, Volume};
 
 use crate::boot_cache::{BootPlan, Found};
+use crate::description::StateReason;
 use crate::error::chain;
+use crate::image_source::{ImageSource, Root};
 use crate::instance::{Cell, Live};
 use crate::lifecycle::no_root_volume;
 use crate::machine::{Machine, MachineError};
-use crate::record::{FormerImage, ImageRecord, StateReason};
+use crate::record::{FormerImage, ImageRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
 
 const GIB: u64 = 1 << 30;
-
-/// The device name of an image's root volume unless another is given.
-const ROOT_DEVICE: &str = "/dev/xvda";
-
-/// Where the bytes of an image come from: a root disk, and perhaps a kernel beside it.
-///
-/// ```
-/// use ami_core::{Ami, X86_64};
-/// use instance_core::testing::{FakeHypervisor, tiny_elf};
-/// use instance_core::{DirectBoot, ImageSource, Region};
-/// use storage_block::MemoryDisk;
-///
-/// let dir = tempfile::tempdir()?;
-/// let region = Region::open(dir.path(), FakeHypervisor::new())?;
-/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
-/// let mut seen = 0;
-/// let mut progress = |p: storage_block::Progress| seen = p.done;
-/// let source = ImageSource::new(&disk)
-///     .root_device("/dev/sda1")
-///     .boot(DirectBoot::new(tiny_elf(), None, "console=ttyS0")) // the disk has no kernel on it
-///     .progress(&mut progress);
-/// let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
-/// assert_eq!(ami.manifest().root_device_name().as_str(), "/dev/sda1");
-/// assert_eq!(seen, disk.size());
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-pub struct ImageSource<'a> {
-    root: &'a Disk,
-    root_device: &'a str,
-    boot: Option<DirectBoot>,
-    progress: Option<&'a mut dyn FnMut(Progress)>,
-}
-
-impl<'a> ImageSource<'a> {
-    /// A root disk that boots by itself: a partition table or an ext4 file system with a kernel in
-    /// `/boot`.
-    pub fn new(root: &'a Disk) -> Self {
-        Self { root, root_device: ROOT_DEVICE, boot: None, progress: None }
-    }
-
-    /// The device name of the root volume; `/dev/xvda` if this is not called.
-    #[must_use]
-    pub fn root_device(mut self, name: &'a str) -> Self {
-        self.root_device = name;
-        self
-    }
-
-    /// A kernel that the image carries beside the disk.
-    #[must_use]
-    pub fn boot(mut self, boot: DirectBoot) -> Self {
-        self.boot = Some(boot);
-        self
-    }
-
-    /// Told how far the copying is.
-    #[must_use]
-    pub fn progress(mut self, progress: &'a mut dyn FnMut(Progress)) -> Self {
-        self.progress = Some(progress);
-        self
-    }
-}
-
-impl std::fmt::Debug for ImageSource<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ImageSource")
-            .field("root", self.root)
-            .field("boot", &self.boot)
-            .finish_non_exhaustive()
-    }
-}
-
-/// A kernel, an initial RAM disk and a command line.
-///
-/// ```no_run
-/// use instance_core::DirectBoot;
-///
-/// let kernel = std::fs::read("vmlinuz")?;
-/// let initrd = std::fs::read("initrd.img")?;
-/// let boot = DirectBoot::new(kernel, Some(initrd), "console=ttyS0 root=/dev/vda1");
-/// # Ok::<(), std::io::Error>(())
-/// ```
-#[derive(Clone)]
-pub struct DirectBoot {
-    kernel: Vec<u8>,
-    initrd: Option<Vec<u8>>,
-    command_line: String,
-}
-
-impl DirectBoot {
-    /// A kernel as distributions ship it (`vmlinuz`) or unpacked (`vmlinux`).
-    pub fn new(kernel: Vec<u8>, initrd: Option<Vec<u8>>, command_line: impl Into<String>) -> Self {
-        Self { kernel, initrd, command_line: command_line.into() }
-    }
-}
-
-impl std::fmt::Debug for DirectBoot {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (kernel, initrd) = (self.kernel.len(), self.initrd.as_ref().map(Vec::len));
-        f.debug_struct("DirectBoot")
-            .field("kernel_bytes", &kernel)
-            .field("initrd_bytes", &initrd)
-            .field("command_line", &self.command_line)
-            .finish()
-    }
-}
 
 /// What making an image of an instance gave.
 ///
@@ -167,69 +67,43 @@ impl<H> Region<H> {
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity). Nothing is left of it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
         let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = self.inner.import(builder, source);
+        let made = self.inner.import(*self.account(), builder, source);
         drop(making);
         made.inspect_err(|_| self.inner.discard_half_made())
-    }
-
-    /// Deregisters an image. Instances made from it go on; the bytes that nothing else names go.
-    ///
-    /// ```
-    /// # use ami_core::{Ami, X86_64};
-    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
-    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
-    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
-    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
-    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
-    /// let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
-    /// region.deregister_image(ami.id())?;
-    /// let gone = region.image(ami.id()).err().map(|e| e.kind());
-    /// assert_eq!(gone, Some(ErrorKind::ImageNotFound));
-    /// let next = server.create_image("web-2")?; // it goes on
-    /// assert_eq!(region.image(next.ami.id())?.ami(), &next.ami);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what the host met.
-    pub fn deregister_image(&self, id: AmiId) -> Result<()> {
-        let inner = &self.inner;
-        let _alone = inner.making_images.write().unwrap_or_else(PoisonError::into_inner);
-        inner.forget_image(id)?;
-        inner.collect_garbage()
     }
 }
 
 impl Inner {
-    fn forget_image(&self, id: AmiId) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
-        let record = self.image(id)?;
-        let instances = self.instances_that_live()?;
-        self.store.commit(|c| {
-            c.remove::<ImageRecord>(id);
-            match instances.iter().any(|i| i.description.image_id == id) {
-                true => c.put(&FormerImage(record.image)),
-                false => Ok(()),
-            }
-        })
-    }
-
-    fn import<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
+    fn import<A: Arch>(
+        &self,
+        owner: AccountId,
+        builder: AmiBuilder<A>,
+        source: ImageSource<'_>,
+    ) -> Result<Ami<A>> {
+        let stored = match source.root {
+            Root::Disk(_) => None,
+            Root::Snapshot(id) => Some((id, self.content(&self.snapshot(owner, id)?.digest)?)),
+        };
         // What cannot boot is refused before its bytes are copied.
         let direct = source.boot.is_some();
-        let found = match source.boot {
-            Some(boot) => Found::with_kernel(&boot.kernel, boot.initrd, boot.command_line)?,
-            None => Found::on_disk(source.root)?,
+        let found = match (source.boot, source.root, &stored) {
+            (Some(boot), ..) => Found::with_kernel(&boot.kernel, boot.initrd, boot.command_line)?,
+            (None, Root::Disk(disk), _) => Found::on_disk(disk)?,
+            (None, _, Some((_, snapshot))) => Found::on_disk(&snapshot.disk())?,
+            (None, Root::Snapshot(_), None) => return Err(no_root_volume()),
         };
-        let mut nobody = |_| ();
-        let progress = source.progress.unwrap_or(&mut nobody);
-        let (snapshot, _) = self
-            .blocks
-            .import(source.root, progress)
-            .map_err(|e| Error::storage(e, "cannot copy the disk into the region"))?;
+        let (snapshots, snapshot) = match (source.root, stored) {
+            (Root::Disk(disk), _) => {
+                let mut nobody = |_| ();
+                let progress = source.progress.unwrap_or(&mut nobody);
+                let imported = self.blocks.import(disk, progress);
+                let (snapshot, _) =
+                    imported.map_err(|e| Error::storage(e, "cannot copy the disk into the region"))?;
+                (Vec::new(), snapshot)
+            }
+            (_, Some((id, snapshot))) => (vec![id], snapshot),
+            (Root::Snapshot(_), None) => return Err(no_root_volume()),
+        };
         let plan = self.boot.keep(&found)?;
         let boot = match direct {
             true => Boot::direct(plan.kernel, plan.initrd, plan.command_line.clone()),
@@ -239,11 +113,11 @@ impl Inner {
             .root_device(source.root_device)
             .block_device(root_mapping(source.root_device, &snapshot)?)
             .boot(boot)
-            .build(&self.region.name, &self.region.account)
+            .build(&self.region.name, &owner)
             .map_err(invalid_image)?;
         found.check_architecture(ami.architecture())?;
         self.check_mappings(ami.manifest())?;
-        self.register(ami.clone().into_any(), plan)?;
+        self.register(ami.clone().into_any(), plan, snapshots)?;
         Ok(ami)
     }
 
@@ -261,7 +135,7 @@ impl Inner {
                     let what = format!("{name}: the region has no snapshot {digest}");
                     Error::new(ErrorKind::InvalidImage, what)
                         .with_code("InvalidSnapshot.NotFound")
-                        .caused_by(e)
+                        .with_source(e)
                 })?;
                 ebs.check_snapshot_size(snapshot.size()).map_err(invalid_image)?;
             }
@@ -269,17 +143,30 @@ impl Inner {
         Ok(())
     }
 
-    fn register(&self, ami: AnyAmi, boot: BootPlan) -> Result<()> {
+    fn register(&self, ami: AnyAmi, boot: BootPlan, snapshots: Vec<SnapshotId>) -> Result<()> {
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
-        self.check_name(ami.name())?;
-        self.store.commit(|c| c.put(&ImageRecord { image: Image::new(ami), boot }))
+        self.check_name(&ami)?;
+        for id in &snapshots {
+            self.snapshot(*ami.owner(), *id)?;
+        }
+        self.store.commit(|c| c.put(&ImageRecord { image: Image::new(ami), boot: Some(boot), snapshots }))
     }
 
-    /// Refuses a name that an image of this account has.
-    fn check_name(&self, name: &str) -> Result<()> {
+    /// Refuses a name that an image of this owner has.
+    pub(crate) fn check_name(&self, ami: &AnyAmi) -> Result<()> {
+        self.check_free(ami.name(), ami.owner(), ami.region())
+    }
+
+    fn check_free(&self, name: &str, owner: &AccountId, region: &RegionName) -> Result<()> {
         let images = self.store.all::<ImageRecord>()?;
-        let holds = |ami: &AnyAmi| ami.name() == name && *ami.owner() == self.region.account;
-        match images.iter().find(|r| holds(r.image.ami())) {
+        let holds = |image: &Image| {
+            let ami = image.ami();
+            ami.name() == name
+                && ami.owner() == owner
+                && ami.region() == region
+                && image.state() != ImageState::Deregistered
+        };
+        match images.iter().find(|r| holds(&r.image)) {
             None => Ok(()),
             Some(holder) => {
                 let what = format!("the name {name:?} is that of the image {}", holder.image.id());
@@ -289,7 +176,7 @@ impl Inner {
     }
 
     /// Removes what an image that failed has left; the error that made it fail is the one to tell.
-    fn discard_half_made(&self) {
+    pub(crate) fn discard_half_made(&self) {
         let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = self.collect_garbage() {
             tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
@@ -307,7 +194,7 @@ impl Inner {
 
     fn create_image_held(&self, cell: &Cell, live: &mut Live, name: &str) -> Result<CreatedImage> {
         // Before anything is copied.
-        self.check_name(name)?;
+        self.check_free(name, &cell.owner, &self.region.name)?;
         let parent = self.parent(live.record.description.image_id)?;
         let (frozen, paused) = self.freeze_volumes(cell, live)?;
         let taken = frozen.store(&mut |_| ());
@@ -318,7 +205,7 @@ impl Inner {
             (None, Some((root, _))) => self.boot.keep_from_disk(&root.disk())?,
             (None, None) => return Err(no_root_volume()),
         };
-        self.register(ami.clone(), plan)?;
+        self.register(ami.clone(), plan, Vec::new())?;
         Ok(CreatedImage {
             ami,
             changed_bytes: taken.iter().map(|(_, stats)| stats.changed_bytes).sum(),
@@ -371,7 +258,7 @@ impl Inner {
     }
 }
 
-/// The image of an instance: its parent's with the instance's bytes.
+/// The image of an instance: what its parent says of it, with the instance's volumes as they are now.
 fn child_of(
     parent: &AnyAmi,
     live: &Live,
@@ -380,22 +267,22 @@ fn child_of(
     region: &Inner,
 ) -> Result<AnyAmi> {
     let manifest = parent.manifest();
-    let attachments = live.record.description.attachments.iter();
-    let snapshots: Vec<(&str, Digest)> =
-        attachments.zip(taken).map(|(a, (s, _))| (a.device_name.as_str(), s.digest())).collect();
-    let mappings = manifest.block_device_mappings().iter().map(|mapping| {
-        let taken = snapshots.iter().find(|(device, _)| *device == mapping.device_name());
-        match (mapping.as_ebs(), taken) {
-            (Some(ebs), Some((device, snapshot))) => {
-                BlockDeviceMapping::ebs(*device, *snapshot, ebs.volume_size_gib())
-                    .delete_on_termination(ebs.delete_on_termination())
-                    .volume_type(ebs.volume_type())
-            }
-            _ => mapping.clone(),
-        }
-    });
+    let description = &live.record.description;
+    let mut mappings = Vec::new();
+    for (attachment, (snapshot, _)) in description.attachments.iter().zip(taken) {
+        let volume: Option<VolumeRecord> = region.store.get(&attachment.volume_id.to_string())?;
+        let volume_type = volume.map_or(VolumeType::Gp3, |volume| volume.volume_type);
+        let mapping =
+            BlockDeviceMapping::ebs(&attachment.device_name, snapshot.digest(), gib(snapshot.size())?);
+        mappings
+            .push(mapping.delete_on_termination(attachment.delete_on_termination).volume_type(volume_type));
+    }
+    // What is no volume the image has as its parent had it.
+    let others = manifest.block_device_mappings().iter().filter(|m| m.as_ebs().is_none());
+    let taken: Vec<&str> = description.attachments.iter().map(|a| a.device_name.as_str()).collect();
+    mappings.extend(others.filter(|m| !taken.contains(&m.device_name())).cloned());
     let mut builder = AnyAmi::builder_for(parent.architecture(), name)
-        .root_device(manifest.root_device_name().as_str())
+        .root_device(&description.root_device_name)
         .block_devices(mappings)
         .software_list(manifest.software().iter().cloned())
         .boot(manifest.boot().clone())
@@ -403,18 +290,20 @@ fn child_of(
     if let Some(os) = manifest.operating_system() {
         builder = builder.operating_system(os.clone());
     }
-    builder.build(&region.region.name, &region.region.account).map_err(invalid_image)
+    builder.build(&region.region.name, &description.owner).map_err(invalid_image)
 }
 
 /// EC2 counts volumes in whole GiB; a smaller disk gets a volume with room to grow.
 fn root_mapping(device: &str, snapshot: &Snapshot) -> Result<BlockDeviceMapping> {
-    let gib = u32::try_from(snapshot.size().div_ceil(GIB).max(1));
-    let gib =
-        gib.map_err(|_| Error::new(ErrorKind::InvalidParameter, "the disk is too large for a volume"))?;
-    Ok(BlockDeviceMapping::ebs(device, snapshot.digest(), gib))
+    Ok(BlockDeviceMapping::ebs(device, snapshot.digest(), gib(snapshot.size())?))
+}
+
+fn gib(bytes: u64) -> Result<u32> {
+    u32::try_from(bytes.div_ceil(GIB).max(1))
+        .map_err(|_| Error::new(ErrorKind::InvalidParameter, "the disk is too large for a volume"))
 }
 
 fn invalid_image(e: ami_core::Error) -> Error {
     let code = e.code();
-    Error::new(ErrorKind::InvalidImage, "the image description breaks a rule").with_code(code).caused_by(e)
+    Error::new(ErrorKind::InvalidImage, "the image description breaks a rule").with_code(code).with_source(e)
 }

@@ -5,18 +5,20 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use ami_core::{AnyAmi, InstanceId};
+use ami_core::{AccountId, AnyAmi, InstanceId};
 use storage_block::Volume;
 
+use crate::capacity::Claim;
 use crate::console::Console;
+use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::images::CreatedImage;
 use crate::machine::Machine;
-use crate::record::{InstanceDescription, InstanceRecord};
+use crate::record::InstanceRecord;
 use crate::region::Owner;
 use crate::supervisor::Message;
 use crate::watch::{Publisher, Watch};
-use crate::{Error, ErrorKind, InstanceState, Result};
+use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
 /// An instance: an object made from an AMI. Cheap to clone; all clones are the same instance.
 ///
@@ -61,6 +63,10 @@ pub struct Instance {
 impl Instance {
     pub(crate) fn new(region: Arc<Owner>, cell: Arc<Cell>) -> Self {
         Self { region, cell }
+    }
+
+    pub(crate) fn parts(&self) -> (&Owner, &Cell) {
+        (&self.region, &self.cell)
     }
 
     /// Its id.
@@ -112,7 +118,8 @@ impl Instance {
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState), also if it was terminated
-    /// meanwhile, or what the host met.
+    /// meanwhile, [`OperationNotPermitted`](ErrorKind::OperationNotPermitted) if it is protected against
+    /// being stopped, or what the host met.
     pub fn stop(&self, patience: Duration) -> Result<()> {
         self.region.stop(&self.cell, patience)
     }
@@ -122,6 +129,7 @@ impl Instance {
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped;
+    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity) if the host cannot hold it now;
     /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel, after
     /// which it is stopped again; or what the host met.
     pub fn start(&self) -> Result<()> {
@@ -144,7 +152,8 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// What the host met.
+    /// [`OperationNotPermitted`](ErrorKind::OperationNotPermitted) if it is protected against being terminated
+    /// or stopped, or what the host met.
     pub fn terminate(&self) -> Result<()> {
         self.region.terminate(&self.cell)
     }
@@ -188,6 +197,7 @@ impl fmt::Debug for Instance {
 #[derive(Debug)]
 pub(crate) struct Cell {
     pub(crate) id: InstanceId,
+    pub(crate) owner: AccountId,
     pub(crate) console: Console,
     pub(crate) description: Publisher<InstanceDescription>,
     live: Mutex<Live>,
@@ -203,6 +213,8 @@ pub(crate) struct Live {
     pub(crate) machine: Option<Box<dyn Machine>>,
     /// Its volumes while it has a machine, in the order of its attachments.
     pub(crate) volumes: Vec<Volume>,
+    /// What it takes of the host while it has a machine.
+    pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
     pub(crate) generation: u64,
 }
@@ -212,9 +224,10 @@ impl Cell {
         let description = record.description.clone();
         Self {
             id: description.id,
+            owner: description.owner,
             console: Console::new(),
             description: Publisher::new(description),
-            live: Mutex::new(Live { record, machine: None, volumes: Vec::new(), generation: 0 }),
+            live: Mutex::new(Live { record, machine: None, volumes: Vec::new(), claim: None, generation: 0 }),
             terminated: Mutex::new(None),
         }
     }
@@ -254,12 +267,40 @@ impl Cell {
 }
 
 impl Live {
+    /// The record in the next state.
+    pub(crate) fn after(&self, by: Transition, reason: Option<StateReason>) -> Result<InstanceRecord> {
+        let mut record = self.record.clone();
+        let description = &mut record.description;
+        let now = description.state;
+        description.state = now.after(by).ok_or_else(|| {
+            let what = format!("{} is {now}, from which it cannot be {}", description.id, words(by));
+            Error::new(ErrorKind::IncorrectInstanceState, what)
+        })?;
+        description.state_reason = reason;
+        Ok(record)
+    }
+
     /// Ends the machine and makes durable what its guest has written: a guest is told that a write
     /// is done when the volume has it, and no end of its machine takes that back.
     pub(crate) fn end_machine(&mut self) -> Result<()> {
+        self.end_machine_of(|_| true)
+    }
+
+    /// The same for some of the volumes.
+    pub(crate) fn end_machine_of(&mut self, keep: impl Fn(&Attachment) -> bool) -> Result<()> {
         self.machine = None;
-        let flushed = self.volumes.iter().map(|volume| volume.disk().flush());
+        let volumes = self.record.description.attachments.iter().zip(&self.volumes);
+        let flushed = volumes.filter(|(a, _)| keep(a)).map(|(_, volume)| volume.disk().flush());
         flushed.collect::<Result<(), _>>().map_err(|e| Error::storage(e, "cannot flush a volume"))
+    }
+}
+
+fn words(by: Transition) -> &'static str {
+    match by {
+        Transition::Start => "started",
+        Transition::Stop => "stopped",
+        Transition::Terminate => "terminated",
+        _ => "moved on",
     }
 }
 

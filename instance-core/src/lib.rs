@@ -27,6 +27,11 @@
 //! - [`Instance`]: an object made from an image. [`InstanceState`] is its life, [`InstanceDescription`]
 //!   what is known of it, [`Console`](console::Console) its serial console, and
 //!   [`Shell`](shell::Shell) a session on that.
+//! - A region is used as an account: [`Region::as_account`]. [`Region::run_instances`] launches with a
+//!   [`LaunchSpec`]; images, instances, volumes, snapshots and tags are described by requests with EC2's
+//!   filters ([`Describe`], [`DescribeTags`], [`ami_core::DescribeImages`]). [`Capacity`] is what the host
+//!   holds.
+//! - [`state_store`]: where a region keeps what it knows, if not in its own file.
 //! - [`machine`]: what a region asks of a hypervisor. [`testing`] has the suite that every hypervisor
 //!   passes, and one that runs nothing.
 //! - [`watch`]: values that can be waited for, by blocking or as a future of no particular runtime.
@@ -47,14 +52,20 @@
 //!
 //! # Left out
 //!
-//! Networks, key pairs, volumes attached to an instance that runs, instance store volumes, and EC2's
-//! API over HTTP. How machines run is a hypervisor crate's.
+//! Networks, key pairs, serving metadata, volumes attached to an instance that runs, hibernation, instance
+//! store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor crate's.
 
 mod boot_cache;
+mod capacity;
 pub mod console;
-mod database;
+mod describe;
+mod description;
+mod directory;
 mod error;
 mod forget;
+mod garbage;
+mod image_calls;
+mod image_source;
 mod images;
 mod instance;
 mod instance_type;
@@ -62,20 +73,38 @@ mod launch;
 mod lifecycle;
 mod lock;
 pub mod machine;
+mod metadata_options;
+mod migrate;
+mod modify;
+mod options;
 mod record;
+mod recovery;
 mod region;
 pub mod shell;
+mod snapshots;
 mod state;
+pub mod state_store;
 mod store;
 mod supervisor;
+mod tags;
 pub mod testing;
+mod volumes;
 pub mod watch;
 
+pub use capacity::Capacity;
+pub use describe::{Describe, DescribeInstances, DescribeSnapshots, DescribeVolumes};
+pub use description::{Attachment, InstanceDescription, ShutdownBehavior, StateReason};
 pub use error::{Error, ErrorKind, Result};
-pub use images::{CreatedImage, DirectBoot, ImageSource};
+pub use image_calls::RegionCatalog;
+pub use image_source::{DirectBoot, ImageSource};
+pub use images::CreatedImage;
 pub use instance::Instance;
-pub use instance_type::InstanceType;
-pub use launch::LaunchSpec;
-pub use record::{Attachment, InstanceDescription, ShutdownBehavior, StateReason};
-pub use region::{Region, RegionOptions, StateChange};
+pub use instance_type::{EbsBandwidth, InstanceType};
+pub use launch::{LaunchSpec, Reservation};
+pub use metadata_options::{HttpTokens, MetadataOptions};
+pub use options::RegionOptions;
+pub use region::{Region, StateChange};
+pub use snapshots::{SnapshotDescription, SnapshotState};
 pub use state::{InstanceState, Transition};
+pub use tags::{DescribeTags, TagDescription};
+pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

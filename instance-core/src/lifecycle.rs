@@ -6,13 +6,14 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ami_core::Digest;
+use ami_core::{Digest, Timestamp};
 use storage_block::Volume;
 
+use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Boot, DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec};
-use crate::record::{InstanceDescription, InstanceRecord, ShutdownBehavior, StateReason};
+use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
 use crate::store::Changes;
 use crate::supervisor::Message;
@@ -49,27 +50,32 @@ impl Inner {
         reason: Option<StateReason>,
         change: impl FnOnce(&mut Changes) -> Result<()>,
     ) -> Result<()> {
-        let mut record: InstanceRecord = live.record.clone();
-        let now = record.description.state;
-        let Some(next) = now.after(by) else {
-            let what = format!("{} is {now}, from which it cannot be {}", cell.id, words(by));
-            return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
-        };
-        record.description.state = next;
-        record.description.state_reason = reason;
+        let record = live.after(by, reason)?;
         self.store.commit(|c| {
             change(c)?;
             c.put(&record)
         })?;
-        // In this order: whoever is told of a state finds it.
-        cell.description.set(record.description.clone());
-        self.announce(&StateChange::of(&record.description));
-        live.record = record;
+        self.publish(cell, live, record);
         Ok(())
+    }
+
+    /// Tells everybody of a record that was committed.
+    pub(crate) fn publish(&self, cell: &Cell, live: &mut Live, record: InstanceRecord) {
+        let moved = record.description.state != live.record.description.state;
+        // In this order: whoever is told of a state finds it.
+        self.directory.set(record.description.clone());
+        cell.description.set(record.description.clone());
+        if moved {
+            self.announce(&StateChange::of(&record.description));
+        }
+        live.record = record;
     }
 
     pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
         let mut live = cell.hold(self.supervisor.sender());
+        if live.record.description.stop_protection {
+            return Err(protected(cell, "stopped"));
+        }
         match live.record.description.state {
             InstanceState::Stopped => return Ok(()),
             // An earlier stop failed half way; this one finishes it.
@@ -107,7 +113,12 @@ impl Inner {
             let reason = StateReason::new("Server.InternalError", "the machine was lost");
             self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
         }
-        self.transition(cell, &mut live, Transition::Start, None)?;
+        let mut record = live.after(Transition::Start, None)?;
+        record.description.launch_time = Timestamp::now();
+        live.claim = Some(self.meter.claim(&record.description.instance_type)?);
+        let begun = self.store.commit(|c| c.put(&record));
+        begun.inspect_err(|_| live.claim = None)?;
+        self.publish(cell, &mut live, record);
         let begun = self.power_on_again(cell, &mut live);
         begun.and_then(|()| self.transition(cell, &mut live, Transition::Started, None)).or_else(|e| {
             self.power_off(&mut live);
@@ -130,7 +141,10 @@ impl Inner {
     /// Gives a running instance a new machine, or stops it where that fails.
     fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
         let ended = live.end_machine();
+        // What it takes of the host it keeps.
+        let claim = live.claim.take();
         self.power_off(live);
+        live.claim = claim;
         ended.and_then(|()| self.power_on_again(cell, live)).inspect_err(|e| {
             let reason = StateReason::new("Server.InternalError", format!("cannot reboot: {}", chain(e)));
             self.lose(cell, live, reason);
@@ -140,6 +154,12 @@ impl Inner {
     pub(crate) fn terminate(&self, cell: &Cell) -> Result<()> {
         self.forget_terminated(Instant::now());
         let mut live = cell.hold(self.supervisor.sender());
+        let description = &live.record.description;
+        let protection = description.termination_protection || description.stop_protection;
+        // One that is on its way goes it to the end.
+        if protection && description.state.after(Transition::Terminate).is_some() {
+            return Err(protected(cell, "terminated"));
+        }
         self.terminate_held(cell, &mut live, StateReason::user_initiated())
     }
 
@@ -149,6 +169,10 @@ impl Inner {
             // An earlier termination failed half way; this one finishes it.
             InstanceState::ShuttingDown => {}
             _ => self.transition(cell, live, Transition::Terminate, Some(reason.clone()))?,
+        }
+        // A volume that goes on has what the guest was told it has; where that fails, the end is none the less.
+        if let Err(e) = live.end_machine_of(|attachment| !attachment.delete_on_termination) {
+            tracing::error!(instance = %cell.id, error = chain(&e), "what a kept volume should hold is lost");
         }
         self.power_off(live);
         let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
@@ -264,6 +288,7 @@ impl Inner {
     pub(crate) fn power_off(&self, live: &mut Live) {
         live.machine = None;
         live.volumes.clear();
+        live.claim = None;
         let dir = self.paths.instance(live.record.description.id);
         if let Err(e) = fs::remove_dir_all(&dir) {
             if e.kind() != std::io::ErrorKind::NotFound {
@@ -315,13 +340,9 @@ fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> bool {
     pressed.is_ok()
 }
 
-fn words(by: Transition) -> &'static str {
-    match by {
-        Transition::Start => "started",
-        Transition::Stop => "stopped",
-        Transition::Terminate => "terminated",
-        _ => "moved on",
-    }
+fn protected(cell: &Cell, against: &str) -> Error {
+    let what = format!("{} may not be {against}; take back its protection first", cell.id);
+    Error::new(ErrorKind::OperationNotPermitted, what)
 }
 
 /// Lets the compiler check that handles go between threads.

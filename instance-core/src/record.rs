@@ -1,16 +1,11 @@
 //! What a region keeps of its images, instances and volumes.
 
-use std::collections::BTreeMap;
-use std::fmt;
-
-use ami_core::{
-    AccountId, AmiId, Architecture, Digest, Image, InstanceId, RegionName, ReservationId, VolumeId,
-};
+use ami_core::{AccountId, Digest, Image, RegionName, SnapshotId, Tags, Timestamp, VolumeId, VolumeType};
 use serde::{Deserialize, Serialize};
 
+use crate::InstanceDescription;
 use crate::boot_cache::BootPlan;
 use crate::store::Record;
-use crate::{InstanceState, InstanceType};
 
 /// The region itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,11 +13,12 @@ pub(crate) struct RegionRecord {
     /// The version of the directory's format.
     pub(crate) format: u32,
     pub(crate) name: RegionName,
+    /// The account whose the region's handles are unless another is named.
     pub(crate) account: AccountId,
 }
 
 impl RegionRecord {
-    pub(crate) const FORMAT: u32 = 1;
+    pub(crate) const FORMAT: u32 = 2;
     pub(crate) const KEY: &'static str = "region";
 }
 
@@ -38,7 +34,11 @@ impl Record for RegionRecord {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ImageRecord {
     pub(crate) image: Image,
-    pub(crate) boot: BootPlan,
+    /// What it boots; of an image that was put into the catalogue as a record alone, that is found out when it
+    /// is launched.
+    pub(crate) boot: Option<BootPlan>,
+    /// The snapshots of a user's that it was registered of, which stay for as long as it does.
+    pub(crate) snapshots: Vec<SnapshotId>,
 }
 
 impl Record for ImageRecord {
@@ -67,10 +67,16 @@ impl Record for FormerImage {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VolumeRecord {
     pub(crate) id: VolumeId,
+    pub(crate) owner: AccountId,
     /// In bytes.
     pub(crate) size: u64,
-    /// The snapshot whose bytes it began with.
+    /// The content that it began with.
     pub(crate) base: Option<Digest>,
+    /// The snapshot that it was made of, if it was made of one by its id.
+    pub(crate) snapshot_id: Option<SnapshotId>,
+    pub(crate) volume_type: VolumeType,
+    pub(crate) created: Timestamp,
+    pub(crate) tags: Tags,
 }
 
 impl Record for VolumeRecord {
@@ -81,121 +87,41 @@ impl Record for VolumeRecord {
     }
 }
 
-/// What happens when the guest powers itself off (`InstanceInitiatedShutdownBehavior`).
-///
-/// ```
-/// use instance_core::{LaunchSpec, ShutdownBehavior};
-///
-/// // A worker that is gone when it powers itself off.
-/// let worker = LaunchSpec::new("t3.micro".parse()?).shutdown_behavior(ShutdownBehavior::Terminate);
-/// assert_eq!(ShutdownBehavior::default(), ShutdownBehavior::Stop);
-/// # Ok::<(), instance_core::Error>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ShutdownBehavior {
-    /// The instance is stopped, and can be started again.
-    #[default]
-    Stop,
-    /// The instance is terminated.
-    Terminate,
-}
-
-/// Why an instance is in its state (`StateReason`); [`InstanceDescription`] shows it in use.
+/// A snapshot that a user made of a volume. Those that images name have no record: they are the image's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct StateReason {
-    /// EC2's code, such as `Client.UserInitiatedShutdown`.
-    pub code: String,
-    /// The same in words.
-    pub message: String,
+pub(crate) struct SnapshotRecord {
+    pub(crate) id: SnapshotId,
+    pub(crate) owner: AccountId,
+    pub(crate) digest: Digest,
+    pub(crate) volume_id: VolumeId,
+    /// In bytes.
+    pub(crate) size: u64,
+    pub(crate) description: String,
+    pub(crate) created: Timestamp,
+    pub(crate) tags: Tags,
 }
 
-impl StateReason {
-    pub(crate) fn new(code: &str, message: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), message: message.into() }
+impl Record for SnapshotRecord {
+    const TABLE: &'static str = "snapshots";
+
+    fn key(&self) -> String {
+        self.id.to_string()
     }
-
-    pub(crate) fn user_initiated() -> Self {
-        Self::new("Client.UserInitiatedShutdown", "asked for by the user")
-    }
-}
-
-impl fmt::Display for StateReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code, self.message)
-    }
-}
-
-/// A volume at its place in an instance; [`InstanceDescription`] shows it in use.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct Attachment {
-    /// The device name in the image's block device mapping.
-    pub device_name: String,
-    /// The volume.
-    pub volume_id: VolumeId,
-    /// Whether the volume goes with the instance.
-    pub delete_on_termination: bool,
-}
-
-/// What is known of an instance, as `DescribeInstances` tells it: a copy, which does not change with
-/// the instance.
-///
-/// ```
-/// # use ami_core::{Ami, X86_64};
-/// # use instance_core::testing::{FakeHypervisor, tiny_elf};
-/// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
-/// # let dir = tempfile::tempdir()?;
-/// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
-/// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
-/// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
-/// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
-/// let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?).tag("Name", "one"))?;
-/// let running = instance.describe();
-/// assert_eq!((running.image_id, running.instance_type.name()), (ami.id(), "t2.nano"));
-/// assert_eq!(running.tags["Name"], "one");
-/// let root = &running.attachments[0];
-/// assert_eq!((root.device_name.as_str(), root.delete_on_termination), ("/dev/xvda", true));
-///
-/// instance.stop(std::time::Duration::from_secs(60))?;
-/// let why = instance.describe().state_reason.ok_or("a stop has a reason")?;
-/// assert_eq!(why.code, "Client.UserInitiatedShutdown");
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct InstanceDescription {
-    /// Its id.
-    pub id: InstanceId,
-    /// The launch that it came from.
-    pub reservation_id: ReservationId,
-    /// The image that it was made from.
-    pub image_id: AmiId,
-    /// Its architecture.
-    pub architecture: Architecture,
-    /// Its hardware.
-    pub instance_type: InstanceType,
-    /// Its state.
-    pub state: InstanceState,
-    /// Why it is in that state, where there is something to say.
-    pub state_reason: Option<StateReason>,
-    /// What happens when the guest powers itself off.
-    pub shutdown_behavior: ShutdownBehavior,
-    /// Its volumes, the root volume first.
-    pub attachments: Vec<Attachment>,
-    /// Its tags.
-    pub tags: BTreeMap<String, String>,
 }
 
 /// An instance as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InstanceRecord {
     pub(crate) description: InstanceDescription,
-    /// Whether the launch was ever acknowledged. One that was not leaves nothing behind.
+    /// Whether its volumes were durable when this was written. A launch commits its record while they are made
+    /// so; of one that a crash cut off, they may be missing, and then nobody was promised anything.
     pub(crate) launched: bool,
     /// What it boots if that is not read from its root volume.
     pub(crate) direct_boot: Option<BootPlan>,
+    /// What its guest is told by its metadata, in base64.
+    pub(crate) user_data: Option<String>,
+    /// What its launch was asked for with, by which a repeated one is known.
+    pub(crate) parameters: Option<Digest>,
 }
 
 impl Record for InstanceRecord {

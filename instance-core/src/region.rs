@@ -1,6 +1,6 @@
 //! A region: a directory with its images, volumes and instances, and the process that owns it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::marker::PhantomData;
@@ -10,17 +10,24 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
 
-use ami_core::{AccountId, AmiId, Digest, Image, InstanceId, RegionName, VolumeId};
-use storage_block::{Store as BlockStore, Volume};
+use ami_core::{AccountId, AmiId, Digest, InstanceId, Page, RegionName, VolumeId};
+use storage_block::{Snapshot, Store as BlockStore};
 
 use crate::boot_cache::BootCache;
+use crate::capacity::Meter;
+use crate::describe::DescribeInstances;
+use crate::description::{InstanceDescription, StateReason};
+use crate::directory::{Directory, not_found};
 use crate::instance::{Cell, Instance};
+use crate::launch::{InFlight, Tokens};
 use crate::lock::Lock;
 use crate::machine::{Capabilities, Hypervisor};
-use crate::record::{FormerImage, ImageRecord, InstanceRecord, RegionRecord, StateReason, VolumeRecord};
-use crate::store::{Record, Store};
+use crate::migrate::migrate;
+use crate::options::RegionOptions;
+use crate::record::{ImageRecord, RegionRecord};
+use crate::store::{RedbStore, Store};
 use crate::supervisor::Supervisor;
-use crate::{Error, ErrorKind, InstanceState, Result, Transition};
+use crate::{Error, ErrorKind, InstanceState, Result};
 
 /// A region, kept in a directory and owned by this handle's process.
 ///
@@ -70,12 +77,13 @@ use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 /// ```
 pub struct Region<H = Box<dyn Hypervisor>> {
     pub(crate) inner: Arc<Owner>,
+    account: AccountId,
     hypervisor: PhantomData<fn() -> H>,
 }
 
 impl<H> Clone for Region<H> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), hypervisor: PhantomData }
+        Self { inner: self.inner.clone(), account: self.account, hypervisor: PhantomData }
     }
 }
 
@@ -83,65 +91,9 @@ impl<H> fmt::Debug for Region<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Region")
             .field("name", self.name())
+            .field("account", self.account())
             .field("dir", &self.inner.paths.root)
             .finish_non_exhaustive()
-    }
-}
-
-/// How to open a region.
-///
-/// ```
-/// use instance_core::RegionOptions;
-/// use instance_core::testing::FakeHypervisor;
-///
-/// let dir = tempfile::tempdir()?;
-/// let options = RegionOptions::new().name("eu-central-1".parse()?).account("123456789012".parse()?);
-/// let region = options.open(dir.path(), FakeHypervisor::new())?;
-/// assert_eq!(region.name().as_str(), "eu-central-1");
-/// assert_eq!(region.account().to_string(), "123456789012");
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Debug, Clone, Default)]
-pub struct RegionOptions {
-    name: Option<RegionName>,
-    account: Option<AccountId>,
-}
-
-impl RegionOptions {
-    /// The defaults: a name that is nobody else's, and account 000000000000.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// The name of the region. The ids of its images depend on it; it is given once, when the
-    /// directory is made.
-    #[must_use]
-    pub fn name(mut self, name: RegionName) -> Self {
-        self.name = Some(name);
-        self
-    }
-
-    /// The account that owns what is made here, given once, when the directory is made.
-    #[must_use]
-    pub fn account(mut self, account: AccountId) -> Self {
-        self.account = Some(account);
-        self
-    }
-
-    /// Opens the region in `dir`, made when it is not there.
-    ///
-    /// What an earlier process left half done is finished or undone first: see
-    /// [`Region::open`].
-    ///
-    /// # Errors
-    ///
-    /// [`RegionInUse`](ErrorKind::RegionInUse) if it has an owner,
-    /// [`InvalidParameter`](ErrorKind::InvalidParameter) if it has another name or account,
-    /// [`Corrupt`](ErrorKind::Corrupt) if its files are not what they should be or of a format that
-    /// this version does not know, or what the host met.
-    pub fn open<H: Hypervisor>(self, dir: impl AsRef<Path>, hypervisor: H) -> Result<Region<H>> {
-        let inner = Inner::open(self, dir.as_ref(), Box::new(hypervisor))?;
-        Ok(Region { inner: Arc::new(Owner(inner)), hypervisor: PhantomData })
     }
 }
 
@@ -161,14 +113,47 @@ impl<H: Hypervisor> Region<H> {
 }
 
 impl<H> Region<H> {
+    pub(crate) fn of(inner: Arc<Inner>) -> Self {
+        let account = inner.region.account;
+        Self { inner: Arc::new(Owner(inner)), account, hypervisor: PhantomData }
+    }
+
     /// The region's name.
     pub fn name(&self) -> &RegionName {
         &self.inner.region.name
     }
 
-    /// The account that owns what is made here.
+    /// The account that this handle acts for: it owns what is made with it, sees what is its own or shared
+    /// with it, and changes what is its own.
     pub fn account(&self) -> &AccountId {
-        &self.inner.region.account
+        &self.account
+    }
+
+    /// The same region for another account. Accounts need not be made: each has what it makes.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, Grantee, ModifyImageAttribute, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// let friend = region.as_account("210987654321".parse()?);
+    /// let refused = friend.launch(&ami, LaunchSpec::new("t2.nano".parse()?)).unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::AuthFailure);
+    ///
+    /// let share = ModifyImageAttribute::new().add_launch_permission(Grantee::Account(*friend.account()));
+    /// region.modify_image_attribute(ami.id(), &share)?;
+    /// let server = friend.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+    /// assert_eq!(server.describe().owner, *friend.account());
+    /// assert!(region.instance(server.id()).is_err(), "it is the friend's alone");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn as_account(&self, account: AccountId) -> Self {
+        Self { account, ..self.clone() }
     }
 
     /// What its hypervisor can do.
@@ -176,42 +161,51 @@ impl<H> Region<H> {
         self.inner.hypervisor.capabilities()
     }
 
-    /// Its images, in the order of their ids.
-    ///
-    /// # Errors
-    ///
-    /// What reading the state store met.
-    pub fn images(&self) -> Result<Vec<Image>> {
-        Ok(self.inner.store.all::<ImageRecord>()?.into_iter().map(|r| r.image).collect())
+    /// How many vCPUs and how much memory in MiB the machines of all accounts take, out of the region's
+    /// [`Capacity`](crate::Capacity).
+    pub fn used_capacity(&self) -> (u64, u64) {
+        self.inner.meter.used()
     }
 
-    /// The image with this id.
-    ///
-    /// # Errors
-    ///
-    /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what reading the state store met.
-    pub fn image(&self, id: AmiId) -> Result<Image> {
-        Ok(self.inner.image(id)?.image)
-    }
-
-    /// Its instances, in the order of their ids. Those that were terminated are among them for an hour,
-    /// or until the region is closed.
+    /// The account's instances, in the order of their ids. Those that were terminated are among them for an
+    /// hour, or until the region is closed.
     pub fn instances(&self) -> Vec<Instance> {
-        self.inner.cells().values().map(|cell| Instance::new(self.inner.clone(), cell.clone())).collect()
+        let theirs = self.inner.directory.all(self.account);
+        let cells = self.inner.cells();
+        let cells = theirs.iter().filter_map(|d| cells.get(&d.id));
+        cells.map(|cell| Instance::new(self.inner.clone(), cell.clone())).collect()
     }
 
-    /// The instance with this id.
+    /// The account's instances that the request asks for (`DescribeInstances`).
+    ///
+    /// Filters: `architecture`, `block-device-mapping.delete-on-termination`, `.device-name` and `.volume-id`,
+    /// `client-token`, `image-id`, `instance-id`, `instance-state-code`, `instance-state-name`,
+    /// `instance-type`, `key-name`, `launch-index`, `launch-time`, `metadata-options.http-endpoint` and
+    /// `.http-tokens`, `owner-id`, `reservation-id`, `root-device-name`, `root-device-type`,
+    /// `state-reason-code` and `-message`, `tag:KEY`, `tag-key`, `virtualization-type`. A page of one of
+    /// `client-token`, `image-id`, `instance-state-name`, `instance-type`, `key-name`, `owner-id`,
+    /// `reservation-id` or a tag, without wildcards, takes as long in a large region as in a small one.
+    ///
+    /// # Errors
+    ///
+    /// [`InstanceNotFound`](ErrorKind::InstanceNotFound) for an id that is not there,
+    /// [`InvalidParameter`](ErrorKind::InvalidParameter) for another filter or size of a page,
+    /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for ids in pages, and
+    /// [`InvalidNextToken`](ErrorKind::InvalidNextToken).
+    pub fn describe_instances(&self, request: &DescribeInstances) -> Result<Page<InstanceDescription>> {
+        self.inner.directory.describe(self.account, request)
+    }
+
+    /// The account's instance with this id.
     ///
     /// # Errors
     ///
     /// [`InstanceNotFound`](ErrorKind::InstanceNotFound).
     pub fn instance(&self, id: InstanceId) -> Result<Instance> {
-        let cell = self.inner.cells().get(&id).cloned();
-        let missing = || Error::new(ErrorKind::InstanceNotFound, format!("the instance {id} does not exist"));
-        Ok(Instance::new(self.inner.clone(), cell.ok_or_else(missing)?))
+        Ok(Instance::new(self.inner.clone(), self.inner.cell(self.account, id)?))
     }
 
-    /// Every change of state of every instance from now on, as it is committed.
+    /// Every change of state of every instance, of whatever account, from now on, as it is committed.
     ///
     /// ```
     /// # use instance_core::{Region, testing::FakeHypervisor};
@@ -310,6 +304,10 @@ impl Drop for Owner {
 pub(crate) struct Inner {
     pub(crate) supervisor: Supervisor,
     pub(crate) cells: Mutex<BTreeMap<InstanceId, Arc<Cell>>>,
+    pub(crate) directory: Directory,
+    pub(crate) tokens: Tokens,
+    pub(crate) in_flight: InFlight,
+    pub(crate) meter: Meter,
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
@@ -321,13 +319,20 @@ pub(crate) struct Inner {
     /// Held for the moment in which a launch looks at its image and names what it needs of it, and for that
     /// in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
     pub(crate) naming: Mutex<()>,
+    /// Held while the record of a volume or a snapshot is looked at and changed. Taken after an instance and
+    /// after `naming`, where these are held too.
+    pub(crate) resources: Mutex<()>,
     pub(crate) listeners: Mutex<Vec<Sender<StateChange>>>,
     pub(crate) paths: Paths,
     _lock: Lock,
 }
 
 impl Inner {
-    fn open(options: RegionOptions, dir: &Path, hypervisor: Box<dyn Hypervisor>) -> Result<Arc<Self>> {
+    pub(crate) fn open(
+        mut options: RegionOptions,
+        dir: &Path,
+        hypervisor: Box<dyn Hypervisor>,
+    ) -> Result<Arc<Self>> {
         let failed = |e| Error::io(e, format!("cannot make the region directory {}", dir.display()));
         fs::create_dir_all(dir).map_err(failed)?;
         let paths = Paths { root: dir.canonicalize().map_err(failed)? };
@@ -335,10 +340,15 @@ impl Inner {
         for dir in [paths.volumes(), paths.instances()] {
             fs::create_dir_all(dir).map_err(failed)?;
         }
-        let store = Store::open(&paths.root.join("region.db"))?;
+        let state = match options.state_store.take() {
+            Some(state) => state,
+            None => Box::new(RedbStore::open(&paths.root.join("region.db"))?),
+        };
+        let store = Store::new(state);
+        migrate(&store)?;
         let region = match store.get::<RegionRecord>(RegionRecord::KEY)? {
             Some(region) => check_identity(region, &options)?,
-            None => new_identity(&store, options, &paths)?,
+            None => new_identity(&store, &options, &paths)?,
         };
         let blocks = BlockStore::open(paths.blocks())
             .map_err(|e| Error::storage(e, "cannot open the region's snapshots"))?;
@@ -347,6 +357,10 @@ impl Inner {
         let inner = Arc::new(Self {
             supervisor,
             cells: Mutex::default(),
+            directory: Directory::default(),
+            tokens: Tokens::default(),
+            in_flight: InFlight::default(),
+            meter: Meter::new(options.capacity),
             hypervisor,
             region,
             store,
@@ -354,6 +368,7 @@ impl Inner {
             boot,
             making_images: RwLock::default(),
             naming: Mutex::default(),
+            resources: Mutex::default(),
             listeners: Mutex::default(),
             paths,
             _lock: lock,
@@ -373,106 +388,27 @@ impl Inner {
         self.store.get(&id.to_string())?.ok_or_else(missing)
     }
 
+    /// The instance with this id, if it is the account's.
+    pub(crate) fn cell(&self, owner: AccountId, id: InstanceId) -> Result<Arc<Cell>> {
+        let cell = self.cells().get(&id).cloned();
+        cell.filter(|cell| cell.owner == owner).ok_or_else(|| not_found(id))
+    }
+
+    /// The content with this digest.
+    pub(crate) fn content(&self, digest: &Digest) -> Result<Snapshot> {
+        self.blocks.snapshot(digest).map_err(|e| match e.kind() {
+            storage_block::ErrorKind::NotFound => {
+                let what = format!("the region does not hold the content {digest}");
+                Error::new(ErrorKind::SnapshotNotFound, what).with_source(e)
+            }
+            _ => Error::storage(e, format!("cannot open the content {digest}")),
+        })
+    }
+
     /// Tells whoever listens.
     pub(crate) fn announce(&self, change: &StateChange) {
         let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain(|listener| listener.send(change.clone()).is_ok());
-    }
-
-    /// Removes every snapshot and boot file that no image and no volume needs. The caller holds
-    /// [`making_images`](Self::making_images) for writing, or is alone.
-    pub(crate) fn collect_garbage(&self) -> Result<()> {
-        let images = self.store.all::<ImageRecord>()?;
-        let mut keep: HashSet<Digest> = images.iter().flat_map(snapshots_of).collect();
-        keep.extend(self.store.all::<VolumeRecord>()?.iter().filter_map(|v| v.base));
-        self.blocks
-            .remove_unreferenced(&keep)
-            .map_err(|e| Error::storage(e, "cannot remove the snapshots that nothing names"))?;
-        let instances = self.instances_that_live()?;
-        self.forget_former_images(&instances)?;
-        let plans =
-            images.iter().map(|i| &i.boot).chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()));
-        self.boot.remove_unreferenced(plans)
-    }
-
-    /// The records of instances that need what they were made from.
-    pub(crate) fn instances_that_live(&self) -> Result<Vec<InstanceRecord>> {
-        let mut instances = self.store.all::<InstanceRecord>()?;
-        instances.retain(|i| i.description.state != InstanceState::Terminated);
-        Ok(instances)
-    }
-
-    /// Forgets the deregistered images that no instance was made from any more.
-    fn forget_former_images(&self, instances: &[InstanceRecord]) -> Result<()> {
-        let mut former = self.store.all::<FormerImage>()?;
-        former.retain(|f| instances.iter().all(|i| i.description.image_id != f.0.ami().id()));
-        if former.is_empty() {
-            return Ok(());
-        }
-        self.store.commit(|c| {
-            former.iter().for_each(|f| c.remove::<FormerImage>(f.key()));
-            Ok(())
-        })
-    }
-
-    /// Puts in order what the last owner left.
-    fn recover(&self) -> Result<()> {
-        for record in self.store.all::<InstanceRecord>()? {
-            self.recover_instance(record)?;
-        }
-        let volumes: HashSet<String> =
-            self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
-        remove_others(&self.paths.volumes(), &volumes)?;
-        remove_others(&self.paths.instances(), &HashSet::new())?;
-        self.collect_garbage()
-    }
-
-    fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
-        let state = record.description.state;
-        let gone = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated);
-        if gone || !record.launched {
-            return self.forget(&record);
-        }
-        if let Some(next) = state.after(Transition::Lost) {
-            record.description.state = next;
-            record.description.state_reason = Some(StateReason::new(
-                "Server.InternalError",
-                format!("the process that owned the region ended while the instance was {state}"),
-            ));
-            self.store.commit(|c| c.put(&record))?;
-        }
-        let cell = Arc::new(Cell::new(record));
-        self.cells().insert(cell.id, cell);
-        Ok(())
-    }
-
-    /// Removes an instance's record and the volumes that go with it.
-    pub(crate) fn forget(&self, record: &InstanceRecord) -> Result<()> {
-        let doomed =
-            record.description.attachments.iter().filter(|a| a.delete_on_termination || !record.launched);
-        let doomed: Vec<VolumeId> = doomed.map(|a| a.volume_id).collect();
-        self.remove_volumes(&doomed)?;
-        self.store.commit(|c| {
-            c.remove::<InstanceRecord>(record.description.id);
-            Ok(())
-        })
-    }
-
-    /// Removes volumes: their records first, so that a crash leaves files that nothing names, not
-    /// names without files.
-    pub(crate) fn remove_volumes(&self, ids: &[VolumeId]) -> Result<()> {
-        if ids.is_empty() {
-            return Ok(());
-        }
-        self.store.commit(|c| {
-            ids.iter().for_each(|id| c.remove::<VolumeRecord>(id));
-            Ok(())
-        })?;
-        for id in ids {
-            Volume::remove(&self.paths.volume(*id))
-                .map_err(|e| Error::storage(e, format!("cannot remove the volume {id}")))?;
-        }
-        Ok(())
     }
 }
 
@@ -485,19 +421,9 @@ impl Drop for Inner {
     }
 }
 
-fn snapshots_of(record: &ImageRecord) -> Vec<Digest> {
-    let mappings = record.image.ami().manifest().block_device_mappings();
-    mappings.iter().filter_map(|m| m.as_ebs()?.snapshot().copied()).collect()
-}
-
 /// Who the region is, if that is who it is taken for.
 fn check_identity(region: RegionRecord, options: &RegionOptions) -> Result<RegionRecord> {
     let invalid = |what: String| Err(Error::new(ErrorKind::InvalidParameter, what));
-    if region.format != RegionRecord::FORMAT {
-        let (found, known) = (region.format, RegionRecord::FORMAT);
-        let what = format!("the region directory has format {found}; this version knows format {known}");
-        return Err(Error::new(ErrorKind::Corrupt, what));
-    }
     if options.name.as_ref().is_some_and(|name| *name != region.name) {
         return invalid(format!("the region is called {}", region.name));
     }
@@ -508,7 +434,7 @@ fn check_identity(region: RegionRecord, options: &RegionOptions) -> Result<Regio
 }
 
 /// Makes a region of a directory that is none yet.
-fn new_identity(store: &Store, options: RegionOptions, paths: &Paths) -> Result<RegionRecord> {
+fn new_identity(store: &Store, options: &RegionOptions, paths: &Paths) -> Result<RegionRecord> {
     // What nothing names is removed when a region is opened: with its store, it would lose everything.
     for dir in [paths.volumes(), paths.snapshots()] {
         if fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) {
@@ -520,8 +446,8 @@ fn new_identity(store: &Store, options: RegionOptions, paths: &Paths) -> Result<
             return Err(Error::new(ErrorKind::Corrupt, what));
         }
     }
-    let name = match options.name {
-        Some(name) => name,
+    let name = match &options.name {
+        Some(name) => name.clone(),
         None => unique_name()?,
     };
     let account = match options.account {
@@ -541,24 +467,4 @@ fn unique_name() -> Result<RegionName> {
 
 fn parse_own<T: std::str::FromStr>(text: &str) -> Result<T> {
     text.parse().map_err(|_| Error::new(ErrorKind::Internal, format!("{text} cannot be parsed")))
-}
-
-/// Removes every directory in `dir` that is not in `keep`.
-fn remove_others(dir: &Path, keep: &HashSet<String>) -> Result<()> {
-    let failed = |e| Error::io(e, format!("cannot clear {}", dir.display()));
-    for entry in fs::read_dir(dir).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        if !keep.contains(entry.file_name().to_string_lossy().as_ref()) {
-            remove_any(&entry.path()).map_err(failed)?;
-        }
-    }
-    Ok(())
-}
-
-/// Removes a file or a directory, whatever somebody has put there.
-pub(crate) fn remove_any(path: &Path) -> std::io::Result<()> {
-    match path.symlink_metadata()?.is_dir() {
-        true => fs::remove_dir_all(path),
-        false => fs::remove_file(path),
-    }
 }

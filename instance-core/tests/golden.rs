@@ -8,24 +8,37 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, BlockDeviceMapping, Digest, OperatingSystem, Software, X86_64};
+use ami_core::{
+    Ami, BlockDeviceMapping, Digest, Grantee, ModifyImageAttribute, OperatingSystem, Software, VolumeType,
+    X86_64,
+};
 use common::{TestRegion, everything, files, open};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DirectBoot, ImageSource, Instance, InstanceState, LaunchSpec, RegionOptions, ShutdownBehavior,
+    DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance, InstanceState,
+    LaunchSpec, RegionOptions, ShutdownBehavior, VolumeSpec, VolumeState,
 };
 use redb::{ReadableTable, TableDefinition, TableHandle};
 use serde_json::Value;
 use storage_block::{MemoryDisk, RawFile};
 
+const OTHER: &str = "210987654321";
 const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda1";
 
-fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1")
+/// The versions of the format that there have been.
+const VERSIONS: [u32; 2] = [1, 2];
+
+/// The region that a version wrote.
+fn golden(version: u32) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/v{version}"))
 }
 
-/// Makes a region with a record of every kind: images of a disk and of an instance, one that was deregistered,
-/// instances that are stopped, and their volumes.
+fn newest() -> u32 {
+    VERSIONS[VERSIONS.len() - 1]
+}
+
+/// Makes a region with a record of every kind: images of a disk, of a snapshot and of an instance, one that was
+/// deregistered, instances that are stopped, their volumes, and those and the snapshot of another account.
 fn make(dir: &Path) {
     let options =
         RegionOptions::new().name("eu-central-1".parse().unwrap()).account("123456789012".parse().unwrap());
@@ -41,7 +54,13 @@ fn make(dir: &Path) {
         region.register_image(builder, ImageSource::new(&disk).boot(boot)).unwrap()
     };
     let launch = |ami: &Ami<X86_64>, name: &str| {
-        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).tag("Name", name);
+        let spec = LaunchSpec::new("t2.nano".parse().unwrap())
+            .user_data("#!/bin/sh")
+            .key_name("laptop")
+            .client_token(name)
+            .termination_protection(name == "object")
+            .volume_tag("Name", name)
+            .tag("Name", name);
         region.launch(ami, spec.shutdown_behavior(ShutdownBehavior::Terminate)).unwrap()
     };
     let (web, former) = (register("web"), register("former"));
@@ -52,6 +71,16 @@ fn make(dir: &Path) {
     instance.create_image("web-2").unwrap();
     launch(&former, "orphan").stop(Duration::ZERO).unwrap();
     region.deregister_image(former.id()).unwrap();
+
+    let other = region.as_account(OTHER.parse().unwrap());
+    let volume = other.create_volume(VolumeSpec::new(1)).unwrap();
+    let snapshot = other.create_snapshot(volume.id, "of a volume").unwrap();
+    other.create_tags(&[snapshot.id.into()], &[("stage", "golden")]).unwrap();
+    other.create_volume(VolumeSpec::of_snapshot(snapshot.id).volume_type(VolumeType::Gp2)).unwrap();
+    let source = ImageSource::of_snapshot(snapshot.id).boot(DirectBoot::new(tiny_elf(), None, COMMAND_LINE));
+    let ami = other.register_image(Ami::<X86_64>::builder("of-a-snapshot"), source).unwrap();
+    let public = ModifyImageAttribute::new().add_launch_permission(Grantee::All);
+    other.modify_image_attribute(ami.id(), &public).unwrap();
 }
 
 /// Tells the guest something and waits for the answer.
@@ -91,10 +120,10 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// A copy of the golden region.
-fn old_region() -> (tempfile::TempDir, PathBuf) {
+fn old_region(version: u32) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("region");
-    copy(&golden(), &path);
+    copy(&golden(version), &path);
     (dir, path)
 }
 
@@ -102,9 +131,10 @@ fn old_region() -> (tempfile::TempDir, PathBuf) {
 #[test]
 #[ignore = "writes the golden region of a new version of the format"]
 fn write() {
-    assert!(!golden().exists(), "what was written once stays as it is");
-    make(&golden());
-    make_small(&golden());
+    let golden = golden(newest());
+    assert!(!golden.exists(), "what was written once stays as it is");
+    make(&golden);
+    make_small(&golden);
 }
 
 /// The records of a closed region, read as the document says, by table and key.
@@ -150,14 +180,19 @@ fn by_name(region: &TestRegion, name: &str) -> Instance {
 }
 
 #[test]
-fn an_old_region_opens_and_its_instances_start() {
-    let (_dir, path) = old_region();
+fn a_region_of_every_version_opens_and_its_instances_start() {
+    VERSIONS.into_iter().for_each(opens_and_starts);
+}
+
+fn opens_and_starts(version: u32) {
+    let (_dir, path) = old_region(version);
     let region = open(&path);
     assert_eq!(
         (region.name().as_str(), region.account().to_string()),
         ("eu-central-1", "123456789012".into())
     );
-    let images = region.images().unwrap();
+    let mut images = region.images().unwrap();
+    images.retain(|image| image.ami().owner() == region.account());
     let mut names: Vec<&str> = images.iter().map(|image| image.ami().name()).collect();
     names.sort_unstable();
     assert_eq!(names, ["web", "web-2"]);
@@ -176,6 +211,13 @@ fn an_old_region_opens_and_its_instances_start() {
     instance.start().unwrap();
     ask(&instance, "read 0 0", "data object");
     ask(&instance, "read 1 0", "data data");
+    assert_eq!((described.owner, described.root_device_name.as_str()), (*region.account(), "/dev/xvda"));
+    assert_eq!(described.instance_type, "t2.nano".parse().unwrap());
+    let volumes = region.describe_volumes(&DescribeVolumes::new()).unwrap().items;
+    assert!(volumes.len() == 4 && volumes.iter().all(|v| v.state == VolumeState::InUse), "{volumes:?}");
+    if version > 1 {
+        knows_what_version_2_knows(&region, &instance);
+    }
 
     // Its image has the bytes that it had, and the one that is gone is known for what it was.
     for (name, bytes) in [("web", "data class"), ("web-2", "data object")] {
@@ -189,9 +231,33 @@ fn an_old_region_opens_and_its_instances_start() {
     assert_eq!(made.ami.manifest().software().len(), 1);
 }
 
+fn knows_what_version_2_knows(region: &TestRegion, instance: &Instance) {
+    let described = instance.describe();
+    assert_eq!(
+        (described.key_name.as_deref(), described.client_token.as_deref()),
+        (Some("laptop"), Some("object"))
+    );
+    assert_eq!(instance.user_data().as_deref(), Some(&b"#!/bin/sh"[..]));
+    assert_eq!(instance.terminate().unwrap_err().code(), "OperationNotPermitted");
+    let other = region.as_account(OTHER.parse().unwrap());
+    let [snapshot] = &other.describe_snapshots(&DescribeSnapshots::new()).unwrap().items[..] else {
+        panic!()
+    };
+    assert_eq!((snapshot.description.as_str(), snapshot.tags.get("stage")), ("of a volume", Some("golden")));
+    assert_eq!(other.delete_snapshot(snapshot.id).unwrap_err().code(), "InvalidSnapshot.InUse");
+    let mut types: Vec<_> = (other.describe_volumes(&DescribeVolumes::new()).unwrap().items.iter())
+        .map(|v| (v.snapshot_id, v.volume_type))
+        .collect();
+    types.sort();
+    assert_eq!(types, [(None, VolumeType::Gp3), (Some(snapshot.id), VolumeType::Gp2)]);
+    let public = region.images().unwrap();
+    let public = public.iter().find(|image| image.ami().name() == "of-a-snapshot").unwrap();
+    region.launch(public.ami(), LaunchSpec::new("t2.nano".parse().unwrap())).unwrap().terminate().unwrap();
+}
+
 #[test]
-fn opening_an_old_region_changes_nothing() {
-    let (_dir, path) = old_region();
+fn opening_a_region_of_this_version_changes_nothing() {
+    let (_dir, path) = old_region(newest());
     let before = records(&path);
     let kept: BTreeMap<_, _> =
         files(&path).into_iter().filter(|(name, _)| name.starts_with("boot/")).collect();
@@ -206,10 +272,69 @@ fn opening_an_old_region_changes_nothing() {
     assert_eq!(records(&path), before);
 }
 
+/// Whether all that `old` says is in `new`, but for the version.
+fn says_as_much(old: &Value, new: &Value) -> bool {
+    match (old, new) {
+        (Value::Object(old), Value::Object(new)) => old.iter().all(|(name, value)| {
+            name == "format" || new.get(name).is_some_and(|other| says_as_much(value, other))
+        }),
+        (Value::Array(old), Value::Array(new)) => {
+            old.len() == new.len() && old.iter().zip(new).all(|(old, new)| says_as_much(old, new))
+        }
+        (old, new) => old == new,
+    }
+}
+
+#[test]
+fn an_old_region_becomes_one_of_this_version_and_loses_nothing() {
+    let (_dir, path) = old_region(1);
+    let before = records(&path);
+    drop(open(&path));
+    let after = records(&path);
+    assert_eq!(after["region"]["region"]["format"], newest());
+    for (table, all) in &before {
+        assert_eq!(all.keys().collect::<Vec<_>>(), after[table].keys().collect::<Vec<_>>(), "{table}");
+        for (key, record) in all {
+            assert!(says_as_much(record, &after[table][key]), "{table} {key}: {record}");
+        }
+    }
+    drop(open(&path));
+    assert_eq!(records(&path), after, "once is enough");
+    // Every field of this version is there.
+    let (_dir, newest) = old_region(newest());
+    let newest = records(&newest);
+    let of_both = |name: &String| before.keys().any(|table| name.split('.').next() == Some(table));
+    let optional =
+        |name: &String| [".ebs_bandwidth", "launch_permissions"].iter().any(|part| name.contains(part));
+    let missing: Vec<_> = (fields(&newest).difference(&fields(&after)))
+        .filter(|name| of_both(name) && !optional(name))
+        .cloned()
+        .collect();
+    assert_eq!(missing, Vec::<String>::new());
+}
+
+#[test]
+fn a_region_of_a_later_version_is_refused() {
+    let (_dir, path) = old_region(newest());
+    let mut region = records(&path)["region"]["region"].clone();
+    region["format"] = (newest() + 1).into();
+    let json = serde_json::to_vec(&region).unwrap();
+    let covered = [b"region\0region\0", &json[..]].concat();
+    let value = [Digest::of(&covered).as_bytes(), &json[..]].concat();
+    let database = redb::Database::open(path.join("region.db")).unwrap();
+    let transaction = database.begin_write().unwrap();
+    let table = TableDefinition::<&str, &[u8]>::new("region");
+    transaction.open_table(table).unwrap().insert("region", &value[..]).unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    let refused = common::try_open(&path).unwrap_err();
+    common::check(&refused, ErrorKind::Corrupt, "InternalError", &["has format 3"]);
+}
+
 /// A field that is renamed or added is a change of the format: to be described, with a golden region of its own.
 #[test]
-fn a_new_region_has_the_same_records_as_an_old_one() {
-    let (_dir, old) = old_region();
+fn a_new_region_has_the_same_records_as_the_newest_golden_one() {
+    let (_dir, old) = old_region(newest());
     let new = old.with_file_name("new");
     make(&new);
     let (old, new) = (records(&old), records(&new));
@@ -218,7 +343,14 @@ fn a_new_region_has_the_same_records_as_an_old_one() {
     let count = |records: &BTreeMap<String, BTreeMap<String, Value>>| -> Vec<(String, usize)> {
         records.iter().map(|(table, all)| (table.clone(), all.len())).collect()
     };
-    let tables = [("former-images", 1), ("images", 2), ("instances", 2), ("region", 1), ("volumes", 4)];
+    let tables = [
+        ("former-images", 1),
+        ("images", 3),
+        ("instances", 2),
+        ("region", 1),
+        ("snapshots", 1),
+        ("volumes", 6),
+    ];
     assert_eq!(count(&old), tables.map(|(table, n)| (table.to_owned(), n)));
     assert_eq!(count(&new), count(&old));
 }

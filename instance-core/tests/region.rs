@@ -350,7 +350,7 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
         assert_eq!((kind, code.as_str()), (expected, expected_code));
     }
     let tags = spec().tag("aws:mine", "");
-    assert_eq!(region.launch(&base, tags).unwrap_err().kind(), ErrorKind::InvalidParameter);
+    assert_eq!(region.launch(&base, tags).unwrap_err().kind(), ErrorKind::MalformedTagKey);
     assert_eq!(files(dir.path()), before);
 }
 

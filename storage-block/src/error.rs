@@ -54,6 +54,10 @@ pub enum ErrorKind {
     AlreadyExists,
     /// It is encrypted, and the key to it is not at hand, or is another; nothing is damaged.
     KeyUnavailable,
+    /// The other side of a connection has said what nobody may say there.
+    Protocol,
+    /// Nothing proves who is on the other side of a connection, and something should.
+    Untrusted,
     /// Whoever asked for it did not want it any more, and said so by
     /// [`Progress::cancel`](crate::Progress::cancel).
     Cancelled,
@@ -103,6 +107,14 @@ impl Error {
             _ => ErrorKind::Io,
         };
         Self { kind, context: context.into(), source: Some(Box::new(source)) }
+    }
+
+    pub(crate) fn with_source(
+        kind: ErrorKind,
+        context: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self { kind, context: context.into(), source: Some(source.into()) }
     }
 
     /// A file whose bytes are not what its format says.

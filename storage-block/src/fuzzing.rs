@@ -1,9 +1,8 @@
 //! What the fuzz targets run, and the tests over the corpus. No part of the interface.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::sync::{OnceLock, RwLock};
+use std::sync::OnceLock;
 
+use crate::Compression;
 use crate::codec;
 use crate::format::{
     self, BLOCK, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Kind, Patch, Record, RootParts, Run,
@@ -11,8 +10,6 @@ use crate::format::{
 };
 use crate::keys::{EncryptionKey, LocalKey};
 use crate::map::StateMap;
-use crate::nbd::fuzzing as nbd;
-use crate::{Compression, Disk, MemoryDisk};
 
 /// A snapshot's root, and a leaf: what is read is what is written.
 pub fn snapshot(bytes: &[u8]) {
@@ -189,99 +186,8 @@ pub fn volume_log(bytes: &[u8]) {
     assert_eq!(found, changed);
 }
 
-/// Requests of an NBD client: on a disk, in one session, against a plain list of bytes.
-pub fn nbd_requests(bytes: &[u8]) {
-    const SIZE: usize = 64 << 10;
-    nbd::request(bytes);
-    let disk = memory(SIZE);
-    let mut plain = vec![0; SIZE];
-    session(&disk, |stream| {
-        for (number, word) in bytes.chunks_exact(9).take(40).enumerate() {
-            let command = u16::from(word[0] % 8);
-            let flags = u16::from(word[1] & 3) & if word[1] & 0x80 == 0 { 1 } else { 3 };
-            // Mostly within the disk, and sometimes beyond its end or that of all numbers.
-            let mut offset = u64::from(u16::from_le_bytes([word[2], word[3]]));
-            let mut len = u32::from(u16::from_le_bytes([word[4], word[5]])) >> (word[6] % 8);
-            if word[7] == 0xff {
-                offset = u64::MAX - offset;
-            }
-            if word[7] == 0xfe && command != 1 {
-                len = u32::MAX - len;
-            }
-            if command == 2 {
-                continue;
-            }
-            let data = vec![word[8]; if command == 1 { len as usize } else { 0 }];
-            let handle = (number as u64).to_be_bytes();
-            stream.write_all(&nbd::encode(flags, command, handle, offset, len)).unwrap();
-            stream.write_all(&data).unwrap();
-            let mut reply = [0; 16];
-            stream.read_exact(&mut reply).unwrap();
-            let errno = u32::from_be_bytes([reply[4], reply[5], reply[6], reply[7]]);
-            assert_eq!(reply[8..], handle);
-
-            let end = offset.checked_add(u64::from(len)).filter(|end| *end <= SIZE as u64);
-            let known = if command == 6 { 3 } else { 1 };
-            let fine = match command {
-                3 => flags & !known == 0,
-                0 | 1 | 4 | 6 => flags & !known == 0 && end.is_some(),
-                _ => false,
-            };
-            assert_eq!(errno == 0, fine, "command {command}, flags {flags}, {len} at {offset}: {errno}");
-            let (Some(end), true) = (end, fine) else { continue };
-            let range = offset as usize..end as usize;
-            match command {
-                0 => {
-                    let mut found = vec![0; len as usize];
-                    stream.read_exact(&mut found).unwrap();
-                    assert!(found == plain[range], "{len} bytes at {offset}");
-                }
-                1 => plain[range].fill(word[8]),
-                4 | 6 => plain[range].fill(0),
-                _ => {}
-            }
-        }
-    });
-    let mut found = vec![0; SIZE];
-    disk.read_at(&mut found, 0).unwrap();
-    assert!(found == plain);
-}
-
-/// A client that says anything: it is served or hung up on, and no thread stays.
-pub fn nbd_client(bytes: &[u8]) {
-    let disk = memory(4096);
-    let (client, server) = UnixStream::pair().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let _ = nbd::serve(&disk, &server, &RwLock::default());
-            let _ = rustix::net::shutdown(&server, rustix::net::Shutdown::Both);
-        });
-        scope.spawn(|| {
-            // Whatever it answers is read, so that it never waits for room.
-            let _ = std::io::copy(&mut &client, &mut std::io::sink());
-        });
-        let _ = (&client).write_all(bytes);
-        let _ = rustix::net::shutdown(&client, rustix::net::Shutdown::Write);
-    });
-}
-
-fn memory(size: usize) -> Disk {
-    MemoryDisk::from_vec(vec![0; size]).unwrap().into_disk()
-}
-
-/// A session after the handshake, to its orderly end.
-fn session(disk: &Disk, talk: impl FnOnce(&mut UnixStream)) {
-    let (mut client, server) = UnixStream::pair().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(|| nbd::serve(disk, &server, &RwLock::default()).unwrap());
-        let mut greeting = [0; 18];
-        client.read_exact(&mut greeting).unwrap();
-        client.write_all(&nbd::export_name()).unwrap();
-        client.read_exact(&mut [0; 10]).unwrap();
-        talk(&mut client);
-        client.write_all(&nbd::encode(0, 2, [0; 8], 0, 0)).unwrap();
-    });
-}
+/// What the fuzz targets of the NBD server and client run.
+pub use crate::nbd::fuzzing::{nbd_client, nbd_negotiation, nbd_replies, nbd_requests, nbd_server};
 
 #[cfg(test)]
 mod tests {
@@ -301,8 +207,11 @@ mod tests {
                 super::stored_object,
                 super::volume_log,
                 super::nbd_requests,
+                super::nbd_negotiation,
                 super::nbd_client,
                 super::disk_requests,
+                super::nbd_replies,
+                super::nbd_server,
             ] {
                 target(&bytes);
                 *run += 1;

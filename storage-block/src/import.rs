@@ -1,16 +1,17 @@
 //! How bytes become a snapshot: chunks into packs, ids into leaves, leaves into a root.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ami_core::Digest;
 
-use crate::format::{self, CHUNK, HOLE, Id, LEAF_IDS, MAX_SIZE};
+use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, MAX_SIZE};
 use crate::fs;
 use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
 use crate::session::{Session, Was};
-use crate::{Disk, Error, Progress, Result, Snapshot, Store};
+use crate::{Disk, Error, Progress, Result, Snapshot, Store, codec, pipeline};
 
 /// What making a snapshot took.
 ///
@@ -90,27 +91,25 @@ impl Store {
         let mut session = Session::begin(&self.0);
         let mut manifest = Manifest::new(size, None, key);
         let mut stats = SnapshotStats { size, ..Default::default() };
-        let mut buf = vec![0; Reporter::STEP as usize];
-        let mut done = 0;
-        while let Some(data) = disk.next_data(done)?.filter(|data| data.start < size) {
-            // Ranges may meet within a chunk: whole chunks are read, and none twice.
-            let mut at = (data.start / CHUNK * CHUNK).max(done);
-            let end = data.end.next_multiple_of(CHUNK).min(size);
-            while at < end {
-                let len = (end - at).min(Reporter::STEP) as usize;
-                disk.read_at(&mut buf[..len], at)?;
-                stats.changed_bytes += len as u64;
-                let padded = len.next_multiple_of(CHUNK as usize);
-                buf[len..padded].fill(0);
-                for (chunk, number) in buf[..padded].chunks_exact(CHUNK as usize).zip(at / CHUNK..) {
-                    let id = put_chunk(&mut session, chunk, key, None)?;
-                    manifest.set(&mut session, number, id)?;
+        let read = |step: Range<u64>, buf: &mut Vec<u8>| {
+            let len = (step.end - step.start) as usize;
+            buf.resize(len.next_multiple_of(CHUNK as usize), 0);
+            disk.read_at(&mut buf[..len], step.start)?;
+            buf[len..].fill(0);
+            let ids: Vec<Id> = buf.chunks_exact(CHUNK as usize).map(|chunk| chunk_id(chunk, key)).collect();
+            Ok((step, ids))
+        };
+        pipeline::in_order(Steps { disk, size, done: 0, data: 0..0 }, read, |(step, ids), bytes| {
+            stats.changed_bytes += step.end - step.start;
+            let chunks = bytes.chunks_exact(CHUNK as usize).zip(ids);
+            for ((chunk, id), number) in chunks.zip(step.start / CHUNK..) {
+                if id != HOLE {
+                    session.put_named(&id, chunk, key, None)?;
                 }
-                at += len as u64;
-                report.reach(at)?;
+                manifest.set(&mut session, number, id)?;
             }
-            done = end;
-        }
+            report.reach(step.end)
+        })?;
         let root = manifest.finish(&mut session)?;
         stats.stored_bytes = session.appended();
         report.check()?;
@@ -118,6 +117,42 @@ impl Store {
         report.finish();
         Ok((snapshot, stats))
     }
+}
+
+/// The parts of a disk that may hold data, in pieces of whole chunks.
+struct Steps<'d> {
+    disk: &'d Disk,
+    /// How much of the disk there is to be read.
+    size: u64,
+    /// All before is done or no data.
+    done: u64,
+    /// What is left of the range of data that was found last.
+    data: Range<u64>,
+}
+
+impl Iterator for Steps<'_> {
+    type Item = Result<Range<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.data.is_empty() {
+            let data = match self.disk.next_data(self.done) {
+                Ok(data) => data.filter(|data| data.start < self.size)?,
+                Err(error) => return Some(Err(error)),
+            };
+            // Ranges may meet within a chunk: whole chunks are read, and none twice.
+            let end = data.end.next_multiple_of(CHUNK).min(self.size);
+            self.data = (data.start / CHUNK * CHUNK).max(self.done)..end;
+            self.done = end;
+        }
+        let step = self.data.start..self.data.end.min(self.data.start + Reporter::STEP);
+        self.data.start = step.end;
+        Some(Ok(step))
+    }
+}
+
+/// What names a chunk, under its key if there is one; one of zeroes is a hole.
+fn chunk_id(bytes: &[u8], key: Option<&EncryptionKey>) -> Id {
+    if is_zero(bytes) { HOLE } else { codec::name(Kind::Chunk, bytes, key) }
 }
 
 /// Stores a whole chunk, encrypted if there is a key; one of zeroes is a hole.

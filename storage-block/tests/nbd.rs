@@ -1,170 +1,13 @@
-//! The server against clients that others wrote, and against bytes that no client sends.
+//! The server against bytes, those that a client sends and those that none does.
 
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::time::{Duration, Instant};
 
-use storage_block::{Disk, ErrorKind, MemoryDisk, RawFile, Store, Volume, nbd};
-
-/// Whether the tool is there; a test that cannot run says so, and fails under CI.
-fn have(tool: &str) -> bool {
-    let found = Command::new(tool).arg("--version").output().is_ok();
-    if !found {
-        skip(&format!("{tool} is not installed; the NBD server is not tested with it"));
-    }
-    found
-}
-
-fn skip(why: &str) {
-    assert!(std::env::var_os("CI").is_none(), "{why}");
-    eprintln!("SKIPPED: {why}");
-}
-
-fn run(tool: &str, args: &[&str]) -> String {
-    let output = Command::new(tool).args(args).output().unwrap();
-    let text =
-        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).join("");
-    assert!(output.status.success(), "{tool} {args:?} failed: {text}");
-    text
-}
-
-fn uri(socket: &Path) -> String {
-    format!("nbd+unix:///?socket={}", socket.display())
-}
-
-fn image(len: usize) -> Vec<u8> {
-    let mut state = 1u32;
-    let mut bytes = vec![0; len];
-    for (at, byte) in bytes.iter_mut().enumerate() {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        *byte = if at >> 18 & 1 == 0 { (state >> 24) as u8 } else { 0 };
-    }
-    bytes
-}
-
-#[test]
-fn libnbd_tools() {
-    if !have("nbdinfo") || !have("nbdcopy") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let bytes = image(40 << 20);
-    let raw = dir.path().join("raw");
-    std::fs::write(&raw, &bytes).unwrap();
-    let store = Store::open(dir.path().join("store")).unwrap();
-    let (snapshot, _) = store.import(&RawFile::open(&raw, true).unwrap().into_disk(), &mut |_| ()).unwrap();
-
-    let socket = dir.path().join("s");
-    let server = nbd::Server::bind(&socket, snapshot.disk()).unwrap();
-    let info = run("nbdinfo", &[&uri(&socket)]);
-    for line in
-        ["protocol: newstyle-fixed", "export-size: 41943040", "is_read_only: true", "can_multi_conn: true"]
-    {
-        assert!(info.contains(line), "{info}");
-    }
-    assert!(run("nbdinfo", &["--list", &uri(&socket)]).contains("export=\"\""));
-    let copy = dir.path().join("copy");
-    run("nbdcopy", &[&uri(&socket), copy.to_str().unwrap()]);
-    assert!(std::fs::read(&copy).unwrap() == bytes);
-    drop(server);
-    assert!(!socket.exists());
-
-    // Into a volume, over several connections at once.
-    let volume = Volume::create(&dir.path().join("volume"), None, 40 << 20).unwrap();
-    let server = nbd::Server::bind(&socket, volume.disk()).unwrap();
-    run("nbdcopy", &["--flush", "--connections=4", raw.to_str().unwrap(), &uri(&socket)]);
-    drop(server);
-    let (copied, stats) = volume.snapshot(&store).unwrap();
-    assert_eq!((copied.digest(), stats.stored_bytes), (snapshot.digest(), 0));
-}
-
-#[test]
-fn qemu_tools() {
-    if !have("qemu-img") || !have("qemu-io") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let bytes = image(8 << 20);
-    let raw = dir.path().join("raw");
-    std::fs::write(&raw, &bytes).unwrap();
-    let store = Store::open(dir.path().join("store")).unwrap();
-    let (snapshot, _) = store.import(&RawFile::open(&raw, true).unwrap().into_disk(), &mut |_| ()).unwrap();
-    let volume = Volume::create(&dir.path().join("volume"), Some(&snapshot), 8 << 20).unwrap();
-    let socket = dir.path().join("s");
-    let server = nbd::Server::bind(&socket, volume.disk()).unwrap();
-    let (uri, raw) = (uri(&socket), raw.to_str().unwrap());
-    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", raw, &uri]);
-
-    // The same to the raw file and to the volume: plain, forced, zeroed and trimmed.
-    let commands = [
-        "write -P 1 0 512",
-        "write -P 2 3584 1024",
-        "write -f -P 3 65024 70000",
-        "aio_write -P 4 1M 2M",
-        "aio_write -P 5 4M 64k",
-        "aio_flush",
-        "write -z 1500k 300k",
-        "write -z -u 5M 100k",
-        "write -P 6 5M 4k",
-        "flush",
-        "read -P 6 5M 4k",
-        "read -P 3 65024 70000",
-        "read -P 0 1500k 300k",
-    ];
-    let args: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
-    for target in [raw, &uri] {
-        let said = run("qemu-io", &[&["-f", "raw", target], &args[..]].concat());
-        assert!(!said.contains("failed"), "{said}");
-    }
-    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", raw, &uri]);
-    run("qemu-io", &["-f", "raw", &uri, "-c", "discard 2M 1M", "-c", "flush", "-c", "read -P 0 2M 1M"]);
-    let converted = dir.path().join("converted.qcow2");
-    let converted = converted.to_str().unwrap();
-    run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &uri, converted]);
-    run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &uri, converted]);
-    drop(server);
-
-    // It was all flushed: the volume opened anew is the same.
-    drop(volume);
-    let volume = Volume::open(&dir.path().join("volume"), &store).unwrap();
-    let _server = nbd::Server::bind(&socket, volume.disk()).unwrap();
-    run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &uri, converted]);
-}
-
-#[test]
-fn fio_verifies() {
-    if !have("fio") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("s");
-    let volume = Volume::create(&dir.path().join("volume"), None, 16 << 20).unwrap();
-    let _server = nbd::Server::bind(&socket, volume.disk()).unwrap();
-    let help = run("fio", &["--enghelp"]);
-    if !help.contains("nbd") {
-        skip("this fio has no NBD engine");
-        return;
-    }
-    let uri = format!("--uri={}", uri(&socket));
-    run(
-        "fio",
-        &[
-            "--name=v",
-            "--ioengine=nbd",
-            &uri,
-            "--rw=randwrite",
-            "--bsrange=512-128k",
-            "--iodepth=16",
-            "--size=16M",
-        ]
-        .into_iter()
-        .chain(["--verify=crc32c", "--verify_fatal=1", "--fsync=64", "--blockalign=512"])
-        .collect::<Vec<_>>(),
-    );
-}
+use storage_block::{Disk, ErrorKind, MemoryDisk, RawFile, nbd};
 
 fn server(size: u64) -> (tempfile::TempDir, nbd::Server, Disk) {
     let dir = tempfile::tempdir().unwrap();
@@ -173,9 +16,16 @@ fn server(size: u64) -> (tempfile::TempDir, nbd::Server, Disk) {
     (dir, server, disk)
 }
 
+fn path(server: &nbd::Server) -> &Path {
+    match server.address() {
+        nbd::Address::Unix(path) => path,
+        other => panic!("{other} is no Unix socket"),
+    }
+}
+
 /// A client that has been through the handshake.
 fn connect(server: &nbd::Server) -> UnixStream {
-    let mut stream = UnixStream::connect(server.path()).unwrap();
+    let mut stream = UnixStream::connect(path(server)).unwrap();
     stream.read_exact(&mut [0; 18]).unwrap();
     stream.write_all(&3u32.to_be_bytes()).unwrap();
     stream.write_all(&option(1, b"")).unwrap();
@@ -223,7 +73,7 @@ fn requests_that_cannot_be_are_errors() {
         (0x80, 0, 0, 1, 22),
         (0, 4, size, 1, 28),
         (0, 6, u64::MAX, u32::MAX, 28),
-        (0, 7, 0, 512, 95),
+        (0, 7, 0, 512, 22),
         (0, 99, 0, 0, 95),
         (1, 3, 0, 0, 0),
         (0, 6, 0, size as u32, 0),
@@ -247,7 +97,7 @@ fn requests_that_cannot_be_are_errors() {
 fn whoever_breaks_the_protocol_is_hung_up_on() {
     let (_dir, server, _disk) = server(1 << 20);
     let before_options = |bytes: &[u8]| {
-        let mut stream = UnixStream::connect(server.path()).unwrap();
+        let mut stream = UnixStream::connect(path(&server)).unwrap();
         stream.read_exact(&mut [0; 18]).unwrap();
         let _ = stream.write_all(bytes);
         stream
@@ -275,7 +125,7 @@ fn whoever_breaks_the_protocol_is_hung_up_on() {
         (6, &[0, 0, 0, 1, b'x', 0, 0], 0x8000_0006),
         (3, b"x", 0x8000_0003),
         (5, b"", 0x8000_0001),
-        (8, b"", 0x8000_0001),
+        (8, b"", 1),
         (2, b"", 1),
     ] {
         let mut stream = before_options(&[&flags[..], &option(number, data)].concat());
@@ -303,10 +153,14 @@ fn quiescing_holds_requests_off() {
     let quiesced = server.quiesce();
     stream.write_all(&request(0, 1, 0, 4)).unwrap();
     stream.write_all(&[1; 4]).unwrap();
+    // However long one waits.
+    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(stream.read(&mut [0]).is_err());
     let mut bytes = [0; 4];
     disk.read_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [0; 4]);
     drop(quiesced);
+    stream.set_read_timeout(None).unwrap();
     assert_eq!(reply(&mut stream), 0);
     disk.read_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [1; 4]);
@@ -316,19 +170,19 @@ fn quiescing_holds_requests_off() {
 fn dropping_the_server_ends_everything() {
     let (_dir, server, disk) = server(32 << 20);
     // Clients that are silent, in the handshake and after it, and one that reads no reply.
-    let mut handshake = UnixStream::connect(server.path()).unwrap();
+    let mut handshake = UnixStream::connect(path(&server)).unwrap();
     let mut silent = connect(&server);
     let mut deaf = connect(&server);
     for _ in 0..8 {
         deaf.write_all(&request(0, 0, 0, 32 << 20)).unwrap();
     }
-    let path = server.path().to_owned();
+    let path = path(&server).to_owned();
     drop(server);
     assert!(!path.exists());
     handshake.read_exact(&mut [0; 18]).unwrap();
     assert!(hung_up(&mut handshake) && hung_up(&mut silent));
     // Nobody else holds the disk's backend any more, so the socket can be served again.
-    nbd::Server::bind(&path, disk).unwrap();
+    nbd::Server::bind(path, disk).unwrap();
 }
 
 #[test]
@@ -338,7 +192,7 @@ fn sockets_with_long_names_and_in_the_way() {
     let deep = dir.path().join("d".repeat(100)).join("e".repeat(100));
     std::fs::create_dir_all(&deep).unwrap();
     let server = nbd::Server::bind(deep.join("socket"), disk.clone()).unwrap();
-    assert!(server.path().exists());
+    assert!(path(&server).exists());
     let kind = |path: &Path| nbd::Server::bind(path, disk.clone()).map(|_| ()).map_err(|error| error.kind());
     assert_eq!(kind(&deep.join("socket")), Err(ErrorKind::InUse));
     drop(server);
@@ -354,4 +208,317 @@ fn sockets_with_long_names_and_in_the_way() {
     drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
     assert!(stale.exists());
     assert_eq!(kind(&stale), Ok(()));
+}
+
+/// A client that has asked for structured replies and block status.
+fn connect_structured(server: &nbd::Server) -> UnixStream {
+    let mut stream = UnixStream::connect(path(server)).unwrap();
+    stream.read_exact(&mut [0; 18]).unwrap();
+    stream.write_all(&3u32.to_be_bytes()).unwrap();
+    stream.write_all(&option(8, b"")).unwrap();
+    assert_eq!(answer(&mut stream), (8, 1, vec![]));
+    stream.write_all(&option(10, &context("", &["base:allocation"]))).unwrap();
+    assert_eq!(answer(&mut stream), (10, 4, [&[0, 0, 0, 1][..], b"base:allocation"].concat()));
+    assert_eq!(answer(&mut stream), (10, 1, vec![]));
+    stream.write_all(&option(7, &[0; 6])).unwrap();
+    while answer(&mut stream).1 != 1 {}
+    stream
+}
+
+/// What an option about metadata brings along.
+fn context(export: &str, queries: &[&str]) -> Vec<u8> {
+    let counted = |text: &str| [&(text.len() as u32).to_be_bytes()[..], text.as_bytes()].concat();
+    let queries: Vec<Vec<u8>> = queries.iter().map(|query| counted(query)).collect();
+    [&counted(export)[..], &(queries.len() as u32).to_be_bytes(), &queries.concat()].concat()
+}
+
+/// The next answer to an option: which, its kind, and what it says.
+fn answer(stream: &mut UnixStream) -> (u32, u32, Vec<u8>) {
+    let mut head = [0; 20];
+    stream.read_exact(&mut head).unwrap();
+    assert_eq!(head[..8], 0x0003_e889_0455_65a9u64.to_be_bytes());
+    let number = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap());
+    let mut data = vec![0; number(16) as usize];
+    stream.read_exact(&mut data).unwrap();
+    (number(8), number(12), data)
+}
+
+/// The next chunk of a reply: its flags, its kind, and what it says.
+fn chunk(stream: &mut UnixStream) -> (u16, u16, Vec<u8>) {
+    let mut head = [0; 20];
+    stream.read_exact(&mut head).unwrap();
+    assert_eq!((&head[..4], &head[8..16]), (&[0x66, 0x8e, 0x33, 0xef][..], &b"handle.."[..]));
+    let mut data = vec![0; u32::from_be_bytes(head[16..].try_into().unwrap()) as usize];
+    stream.read_exact(&mut data).unwrap();
+    (u16::from_be_bytes([head[4], head[5]]), u16::from_be_bytes([head[6], head[7]]), data)
+}
+
+#[test]
+fn options_are_answered_as_they_should() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = || MemoryDisk::new(1 << 20).unwrap().into_disk();
+    let server = nbd::Server::builder().export("", disk()).export("b", disk()).export("a/\u{e4}", disk());
+    let server = server.bind(dir.path().join("s")).unwrap();
+    let mut stream = UnixStream::connect(path(&server)).unwrap();
+    stream.read_exact(&mut [0; 18]).unwrap();
+    stream.write_all(&3u32.to_be_bytes()).unwrap();
+    let name = |name: &str| context(name, &[]);
+    let (list, set) = (9, 10);
+    let allocation = |id: u8| (4, [&[0, 0, 0, id][..], b"base:allocation"].concat());
+    let (done, invalid, unknown) = ((1, vec![]), (0x8000_0003u32, vec![]), (0x8000_0006u32, vec![]));
+    let export = |name: &str| (2, [&[0, 0, 0, name.len() as u8][..], name.as_bytes()].concat());
+    let info = |flags: u16| (3, [&[0, 0][..], &(1u64 << 20).to_be_bytes(), &flags.to_be_bytes()].concat());
+    let blocks = (3, [&[0, 3][..], &[1u32, 4096, 32 << 20].map(u32::to_be_bytes).concat()].concat());
+    let flags = 0b1001_0110_1101;
+    let mut step = 0;
+    let mut check = |number: u32, data: &[u8], expected: &[&(u32, Vec<u8>)]| {
+        step += 1;
+        stream.write_all(&option(number, data)).unwrap();
+        for &&(kind, ref data) in expected {
+            assert_eq!(answer(&mut stream), (number, kind, data.clone()), "step {step}");
+        }
+    };
+    check(3, b"", &[&export(""), &export("a/\u{e4}"), &export("b"), &done]);
+    // Metadata goes with structured replies alone.
+    check(list, &name("b"), &[&invalid]);
+    check(set, &context("b", &["base:allocation"]), &[&invalid]);
+    check(6, &[0, 0, 0, 1, b'b', 0, 0], &[&info(flags), &blocks, &done]);
+    check(8, b"x", &[&invalid]);
+    check(8, b"", &[&done]);
+    check(
+        6,
+        &[0, 0, 0, 1, b'b', 0, 1, 0, 1],
+        &[&info(flags | 1 << 7), &blocks, &(3, vec![0, 1, b'b']), &done],
+    );
+    check(list, &name("b"), &[&allocation(0), &done]);
+    check(list, &context("b", &["base:"]), &[&allocation(0), &done]);
+    check(list, &context("b", &["qemu:"]), &[&done]);
+    check(list, &context("b", &["x", "base:allocation"]), &[&allocation(0), &done]);
+    check(list, &name("none"), &[&unknown]);
+    check(set, &name("b"), &[&done]);
+    check(set, &context("b", &["base:"]), &[&done]);
+    check(set, &context("none", &["base:allocation"]), &[&unknown]);
+    check(set, &context("b", &["base:allocation"])[..9], &[&invalid]);
+    check(set, &[&context("b", &[])[..], b"x"].concat(), &[&invalid]);
+    check(set, &[0, 0, 0, 1, b'b', 255, 255, 255, 255], &[&invalid]);
+    // What was agreed on for one export is not for another.
+    check(set, &context("b", &["base:allocation"]), &[&allocation(1), &done]);
+    check(6, &[0, 0, 0, 1, b'x', 0, 0], &[&unknown]);
+    check(7, &[0, 0, 0, 0, 0, 0], &[&info(flags | 1 << 7), &blocks, &done]);
+    stream.write_all(&request(0, 7, 0, 512)).unwrap();
+    assert_eq!(chunk(&mut stream), (1, 0x8001, vec![0, 0, 0, 22, 0, 0]));
+
+    // Exports come and go, and who has one keeps it.
+    assert_eq!(server.add("b", disk()).map_err(|e| e.kind()), Err(ErrorKind::AlreadyExists));
+    assert!(server.remove("").is_some() && server.remove("").is_none());
+    stream.write_all(&request(0, 3, 0, 0)).unwrap();
+    assert_eq!(reply(&mut stream), 0);
+    let mut stream = UnixStream::connect(path(&server)).unwrap();
+    stream.read_exact(&mut [0; 18]).unwrap();
+    stream.write_all(&[&3u32.to_be_bytes()[..], &option(7, &[0; 6])].concat()).unwrap();
+    assert_eq!(answer(&mut stream), (7, unknown.0, vec![]));
+    server.add("", disk()).unwrap();
+    stream.write_all(&option(1, b"")).unwrap();
+    stream.read_exact(&mut [0; 10]).unwrap();
+}
+
+#[test]
+fn holes_are_told_of() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let disk = RawFile::create(dir.path().join("raw"), 8 * MIB).unwrap().into_disk();
+    disk.write_at(&[7; 4096], 2 * MIB).unwrap();
+    disk.write_at(&[8; 4096], 2 * MIB + 8192).unwrap();
+    let server = nbd::Server::bind(dir.path().join("s"), disk).unwrap();
+    let mut stream = connect_structured(&server);
+    let status = |extents: &[[u32; 2]]| {
+        [&[0, 0, 0, 1][..], &extents.concat().into_iter().flat_map(u32::to_be_bytes).collect::<Vec<_>>()]
+            .concat()
+    };
+    let hole = |at: u64, len: u32| [&at.to_be_bytes()[..], &len.to_be_bytes()].concat();
+    let data = |at: u64, parts: &[(u8, usize)]| {
+        let bytes: Vec<u8> = parts.iter().flat_map(|(byte, len)| vec![*byte; *len]).collect();
+        [&at.to_be_bytes()[..], &bytes].concat()
+    };
+    let error = |errno: u8| vec![0, 0, 0, errno, 0, 0];
+    let rest = (6 * MIB - 12288) as u32;
+    let islands = [(7, 4096), (0, 4096), (8, 4096)];
+    for (flags, kind, offset, len, chunks) in [
+        (
+            0,
+            7,
+            0,
+            8 * MIB as u32,
+            &[(1, 5, status(&[[2 << 20, 3], [4096, 0], [4096, 3], [4096, 0], [rest, 3]]))][..],
+        ),
+        (8, 7, 0, 8 << 20, &[(1, 5, status(&[[2 << 20, 3]]))]),
+        (8, 7, 2 * MIB + 5, 8 << 10, &[(1, 5, status(&[[4091, 0]]))]),
+        (0, 7, 2 * MIB + 4095, 2, &[(1, 5, status(&[[1, 0], [1, 3]]))]),
+        (0, 7, 0, 0, &[(1, 0x8001, error(22))]),
+        (0, 7, 8 * MIB - 1, 2, &[(1, 0x8001, error(22))]),
+        (2, 7, 0, 512, &[(1, 0x8001, error(22))]),
+        // Reads: a hole worth it, none worth it, and one piece because it is asked for.
+        (0, 0, MIB, 1 << 20, &[(1, 2, hole(MIB, 1 << 20))]),
+        (
+            0,
+            0,
+            2 * MIB - 65536,
+            131_072,
+            &[
+                (0, 2, hole(2 * MIB - 65536, 65536)),
+                (0, 1, data(2 * MIB, &islands)),
+                (1, 2, hole(2 * MIB + 12288, 65536 - 12288)),
+            ],
+        ),
+        (0, 0, 2 * MIB, 12288, &[(1, 1, data(2 * MIB, &islands))]),
+        (4, 0, 2 * MIB - 65536, 65536 + 4096, &[(1, 1, data(2 * MIB - 65536, &[(0, 65536), (7, 4096)]))]),
+        (0, 0, 2 * MIB, 0, &[(1, 0, vec![])]),
+        (0, 0, 8 * MIB, 1, &[(1, 0x8001, error(22))]),
+        (0, 0, 0, u32::MAX, &[(1, 0x8001, error(22))]),
+        (2, 0, 0, 1, &[(1, 0x8001, error(22))]),
+    ] {
+        stream.write_all(&request(flags, kind, offset, len)).unwrap();
+        for (number, expected) in chunks.iter().enumerate() {
+            assert!(chunk(&mut stream) == *expected, "chunk {number} of {flags} {kind} {offset} {len}");
+        }
+    }
+}
+
+/// The blocks a file takes on the disk below.
+fn allocated(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).unwrap().blocks()
+}
+
+#[test]
+fn zeroes_make_holes_unless_they_must_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("raw");
+    let disk = RawFile::create(&raw, 4 << 20).unwrap().into_disk();
+    disk.write_at(&vec![9; 4 << 20], 0).unwrap();
+    disk.flush().unwrap();
+    let full = allocated(&raw);
+    let server = nbd::Server::bind(dir.path().join("s"), disk.clone()).unwrap();
+    let mut stream = connect(&server);
+    // Force unit access is 1, no hole 2, fast 16.
+    for (flags, errno, zeroed, taken) in [
+        (2 | 16, 95, false, full),
+        (2 | 1, 0, true, full),
+        (4, 22, true, full),
+        (16 | 1, 0, true, full - (1 << 20) / 512),
+    ] {
+        stream.write_all(&request(flags, 6, 1 << 20, 1 << 20)).unwrap();
+        assert_eq!(reply(&mut stream), errno, "{flags}");
+        let mut found = vec![1; 4 << 20];
+        disk.read_at(&mut found, 0).unwrap();
+        for (at, part) in found.chunks(1 << 20).enumerate() {
+            let expected = if at == 1 && zeroed { 0 } else { 9 };
+            assert!(part.iter().all(|byte| *byte == expected), "{flags}: part {at}");
+        }
+        assert_eq!(allocated(&raw), taken, "{flags}");
+    }
+}
+
+#[test]
+fn requests_that_come_together_are_answered_together() {
+    let (_dir, server, disk) = server(1 << 20);
+    disk.write_at(&[3; 1 << 20], 0).unwrap();
+    let mut stream = connect(&server);
+    let mut bytes = Vec::new();
+    for number in 0..200u64 {
+        bytes.extend(request(0, 0, number * 512, 512));
+        bytes.extend(request(0, 1, number * 512, 511));
+        bytes.extend([4; 511]);
+    }
+    // The last in halves.
+    let (last, halves) = (request(0, 1, 0, 100_000), [5; 100_000]);
+    bytes.extend(&last);
+    let writer = {
+        let mut stream = stream.try_clone().unwrap();
+        std::thread::spawn(move || {
+            stream.write_all(&bytes).unwrap();
+            stream.write_all(&halves[..7]).unwrap();
+            stream.write_all(&halves[7..]).unwrap();
+        })
+    };
+    for _ in 0..200 {
+        assert_eq!(reply(&mut stream), 0);
+        let mut found = [0; 512];
+        stream.read_exact(&mut found).unwrap();
+        assert!(found == [3; 512]);
+        assert_eq!(reply(&mut stream), 0);
+    }
+    assert_eq!(reply(&mut stream), 0);
+    writer.join().unwrap();
+    let mut found = vec![0; 100 << 10];
+    disk.read_at(&mut found, 0).unwrap();
+    assert!(found[..100_000].iter().all(|byte| *byte == 5));
+    assert!(found[100_352..].chunks(512).all(|part| part[..511] == [4; 511] && part[511] == 3));
+}
+
+#[test]
+fn who_dawdles_in_the_handshake_is_cut_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    let limit = Duration::from_millis(300);
+    let server = nbd::Server::builder().export("", disk).handshake_timeout(limit);
+    let server = server.bind(dir.path().join("s")).unwrap();
+    let begun = Instant::now();
+    let mut silent = UnixStream::connect(path(&server)).unwrap();
+    let mut slow = UnixStream::connect(path(&server)).unwrap();
+    let dripping = {
+        let mut slow = slow.try_clone().unwrap();
+        std::thread::spawn(move || {
+            // One that always has something to say, and never comes to the point.
+            let listing = [&3u32.to_be_bytes()[..], &option(3, b"").repeat(1 << 20)].concat();
+            listing.iter().try_for_each(|byte| {
+                std::thread::sleep(Duration::from_millis(1));
+                slow.write_all(&[*byte])
+            })
+        })
+    };
+    // Whoever is through is not in a hurry.
+    let mut through = connect(&server);
+    for stream in [&mut silent, &mut slow] {
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    assert!(dripping.join().unwrap().is_err());
+    assert!((limit..Duration::from_secs(8)).contains(&begun.elapsed()));
+    through.write_all(&request(0, 3, 0, 0)).unwrap();
+    assert_eq!(reply(&mut through), 0);
+}
+
+#[test]
+fn one_connection_too_many_is_closed() {
+    let (_dir, server, _disk) = server(1 << 20);
+    let mut served: Vec<UnixStream> = (0..nbd::MAX_CONNECTIONS).map(|_| connect(&server)).collect();
+    let mut refused = UnixStream::connect(path(&server)).unwrap();
+    assert!(hung_up(&mut refused));
+    for stream in &mut served {
+        stream.write_all(&request(0, 3, 0, 0)).unwrap();
+        assert_eq!(reply(stream), 0);
+    }
+}
+
+#[test]
+fn ports_are_for_this_host_alone() {
+    let (_dir, _server, disk) = server(1 << 20);
+    let bind = |address: &str| {
+        let server = nbd::Server::builder().export("x", disk.clone());
+        server.bind(address.parse::<std::net::SocketAddr>().unwrap())
+    };
+    for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:0"] {
+        assert_eq!(bind(address).err().map(|error| error.kind()), Some(ErrorKind::Untrusted), "{address}");
+    }
+    let server = bind("127.0.0.1:0").unwrap();
+    let nbd::Address::Tcp(port) = server.address().clone() else { panic!("it is a port") };
+    assert_eq!(bind(&port.to_string()).err().map(|error| error.kind()), Some(ErrorKind::InUse));
+    let client = nbd::Client::connect(port, "x").unwrap().into_disk();
+    client.write_at(b"hello", 1000).unwrap();
+    let mut found = [0; 5];
+    disk.read_at(&mut found, 1000).unwrap();
+    assert_eq!(&found, b"hello");
+    drop(server);
+    assert!(client.flush().is_err());
+    assert_eq!(nbd::Client::connect(port, "x").err().map(|error| error.kind()), Some(ErrorKind::Io));
 }

@@ -22,12 +22,14 @@ pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux
 pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
 pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };
 pub(crate) const NBDCOPY: Tool = Tool { program: "nbdcopy", package: "libnbd-bin" };
+pub(crate) const NBDKIT: Tool = Tool { program: "nbdkit", package: "nbdkit" };
 pub(crate) const FIO: Tool = Tool { program: "fio", package: "fio" };
 pub(crate) const LZ4: Tool = Tool { program: "lz4", package: "lz4" };
 pub(crate) const XZ: Tool = Tool { program: "xz", package: "xz-utils" };
 pub(crate) const ZSTD: Tool = Tool { program: "zstd", package: "zstd" };
 pub(crate) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
 pub(crate) const QEMU_IO: Tool = Tool { program: "qemu-io", package: "qemu-utils" };
+pub(crate) const QEMU_NBD: Tool = Tool { program: "qemu-nbd", package: "qemu-utils" };
 pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
 
 /// Makes sure that `tools` are there. A command calls this once, with all that it needs, before it does

@@ -1,7 +1,8 @@
-//! For those who implement or use a hypervisor in tests: a machine without a guest, and the suite
-//! that every hypervisor passes.
+//! For tests: the conformance suites of the crate's traits, and a hypervisor that runs nothing.
 
 pub mod conformance;
 mod fake;
+mod state_store;
 
 pub use fake::{FakeHypervisor, fake_kernel, tiny_elf};
+pub use state_store::state_store_conformance;

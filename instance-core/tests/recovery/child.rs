@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use ami_core::{Ami, AmiId, AnyAmi, BlockDeviceMapping, X86_64};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{DirectBoot, ImageSource, Instance, InstanceState, LaunchSpec, Region, Result};
+use instance_core::{
+    DescribeSnapshots, DescribeVolumes, DirectBoot, ImageSource, Instance, InstanceState, LaunchSpec, Region,
+    Result, VolumeSpec, VolumeState,
+};
 use storage_block::MemoryDisk;
 
 use super::{CHILD, PLACES, Random, TestRegion, ask, soon};
@@ -44,7 +47,7 @@ fn act(region: &TestRegion, random: &mut Random) -> Result<()> {
     instances.retain(|i| i.state() != InstanceState::Terminated);
     let word = format!("w{}", random.below(1_000_000));
     let any_image = random.one(&images).copied();
-    match (random.below(24), random.one(&instances)) {
+    match (random.below(34), random.one(&instances)) {
         (0 | 1, _) if images.len() < 4 => register(region, random, &word)?,
         (2..=4, _) if instances.len() < 3 => {
             let Some(id) = any_image else { return Ok(()) };
@@ -55,13 +58,28 @@ fn act(region: &TestRegion, random: &mut Random) -> Result<()> {
             let volumes: Vec<String> = volumes.iter().map(|a| a.volume_id.to_string()).collect();
             say(&format!("done {} {}", instance.id(), volumes.join(" ")));
         }
+        (24, _) if instances.len() < 2 => {
+            let Some(id) = any_image else { return Ok(()) };
+            say(&format!("begin run {id}"));
+            let ami = region.image(id)?.ami().typed::<X86_64>().unwrap();
+            let spec = LaunchSpec::new("t2.nano".parse()?).count(2, 2).client_token(word);
+            let words: Vec<String> = (region.run_instances(&ami, spec)?.instances.iter())
+                .flat_map(|i| {
+                    let volumes = i.describe().attachments.into_iter().map(|a| a.volume_id.to_string());
+                    [i.id().to_string()].into_iter().chain(volumes)
+                })
+                .collect();
+            say(&format!("done {}", words.join(" ")));
+        }
+        (25..=31, instance) => act_on_resources(region, random, instance, &word)?,
         (5, Some(_)) if images.len() > 2 => {
             let Some(id) = any_image else { return Ok(()) };
             say(&format!("begin deregister {id}"));
             region.deregister_image(id)?;
             say("done");
         }
-        (6 | 7, Some(instance)) if images.len() < 5 => {
+        // With an extra volume the image would have three disks, of which the model knows nothing.
+        (6 | 7, Some(instance)) if images.len() < 5 && instance.describe().attachments.len() == 2 => {
             say(&format!("begin create {} {word}", instance.id()));
             say(&format!("done {}", described(&instance.create_image(&word)?.ami)));
         }
@@ -91,6 +109,69 @@ fn act(region: &TestRegion, random: &mut Random) -> Result<()> {
             }
         },
         _ => {}
+    }
+    Ok(())
+}
+
+/// Something with a volume, a snapshot or a tag.
+fn act_on_resources(
+    region: &TestRegion,
+    random: &mut Random,
+    instance: Option<&Instance>,
+    word: &str,
+) -> Result<()> {
+    let volumes = region.describe_volumes(&DescribeVolumes::new())?.items;
+    let snapshots = region.describe_snapshots(&DescribeSnapshots::new())?.items;
+    let free: Vec<_> = volumes.iter().filter(|v| v.state == VolumeState::Available).collect();
+    let of_snapshot = random.one(&snapshots).map(|s| s.id);
+    match random.below(7) {
+        0 if free.len() < 6 => {
+            let snapshot = of_snapshot.filter(|_| random.below(2) == 0);
+            let base = snapshot.map_or("-".to_owned(), |id| id.to_string());
+            say(&format!("begin volume {base}"));
+            let spec = snapshot.map_or(VolumeSpec::new(1), VolumeSpec::of_snapshot);
+            say(&format!("done {}", region.create_volume(spec)?.id));
+        }
+        1 if !free.is_empty() => {
+            let id = free[random.below(free.len())].id;
+            say(&format!("begin delete-volume {id}"));
+            region.delete_volume(id)?;
+            say("done");
+        }
+        2 if snapshots.len() < 4 => {
+            let Some(volume) = random.one(&volumes) else { return Ok(()) };
+            say(&format!("begin snapshot {}", volume.id));
+            let made = region.create_snapshot(volume.id, word)?;
+            say(&format!("done {} {}", made.id, made.digest.to_hex()));
+        }
+        3 => {
+            let Some(id) = of_snapshot else { return Ok(()) };
+            say(&format!("begin delete-snapshot {id}"));
+            region.delete_snapshot(id)?;
+            say("done");
+        }
+        4 => {
+            let Some(instance) = instance else { return Ok(()) };
+            act_on(instance, &format!("tag {word}"), |i| {
+                region.create_tags(&[i.id().into()], &[("word", word)])
+            })?;
+        }
+        5 => {
+            let stopped = instance.filter(|i| i.state() == InstanceState::Stopped);
+            let (Some(instance), Some(volume)) = (stopped, free.first()) else { return Ok(()) };
+            if instance.describe().attachments.len() == 2 {
+                act_on(instance, &format!("attach {}", volume.id), |i| {
+                    region.attach_volume(volume.id, i.id(), "/dev/sdg")
+                })?;
+            }
+        }
+        _ => {
+            let stopped = instance.filter(|i| i.state() == InstanceState::Stopped);
+            let extra = stopped.and_then(|i| i.describe().attachments.get(2).map(|a| (i, a.volume_id)));
+            if let Some((instance, volume)) = extra {
+                act_on(instance, &format!("detach {volume}"), |_| region.detach_volume(volume))?;
+            }
+        }
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use ami_core::{AnyAmi, Digest, X86_64};
-use instance_core::{InstanceState, LaunchSpec};
+use instance_core::{DescribeSnapshots, DescribeVolumes, InstanceState, LaunchSpec, VolumeDescription};
 
 use super::child::kernel;
 use super::{PLACES, TestRegion, ask};
@@ -34,6 +34,8 @@ struct Instance {
     snapshots: Vec<String>,
     /// Why it is stopped, or will be found so; nothing while it runs.
     stopped: Option<&'static str>,
+    /// Its tag.
+    tag: Option<String>,
 }
 
 /// The images and instances that were acknowledged, by their ids.
@@ -43,6 +45,10 @@ pub(crate) struct Model {
     instances: BTreeMap<String, Instance>,
     /// Volumes that outlived their instances, with the snapshots that they need.
     kept: BTreeMap<String, Vec<String>>,
+    /// Those of them that are attached to an instance, beside its own.
+    attached: BTreeMap<String, String>,
+    /// Snapshots that were made of volumes, with their digests.
+    snapshots: BTreeMap<String, String>,
     /// The action that was begun and not acknowledged.
     under_way: Option<Vec<String>>,
     /// What the child has said since the last kill.
@@ -97,6 +103,20 @@ impl Model {
             }
             "deregister" => drop(self.images.remove(subject).unwrap()),
             "launch" => self.add_instance(result, subject),
+            "run" => {
+                assert_eq!(result.len(), 6, "two instances with two volumes each, or none: {result:?}");
+                result.chunks(3).for_each(|one| self.add_instance(one, subject));
+            }
+            "volume" => {
+                let base = self.snapshots.get(subject).cloned();
+                self.kept.insert(result[0].clone(), base.into_iter().collect());
+            }
+            "delete-volume" => drop(self.kept.remove(subject).unwrap()),
+            "snapshot" => drop(self.snapshots.insert(result[0].clone(), result[1].clone())),
+            "delete-snapshot" => drop(self.snapshots.remove(subject).unwrap()),
+            "tag" => self.instance(subject).tag = Some(action[2].clone()),
+            "attach" => drop(self.attached.insert(action[2].clone(), subject.to_owned())),
+            "detach" => drop(self.attached.remove(&action[2]).unwrap()),
             "terminate" => self.remove_instance(subject),
             "write" => {
                 let place: usize = action[2].parse().unwrap();
@@ -123,13 +143,15 @@ impl Model {
         let volumes = described[1..].to_vec();
         let unflushed = Default::default();
         let durable = words.clone();
-        let instance = Instance { words, durable, unflushed, kernel, volumes, snapshots, stopped: None };
+        let (stopped, tag) = (None, None);
+        let instance = Instance { words, durable, unflushed, kernel, volumes, snapshots, stopped, tag };
         assert!(self.instances.insert(described[0].clone(), instance).is_none(), "an id was given twice");
     }
 
     /// The root volume goes with its instance, the second is kept.
     fn remove_instance(&mut self, id: &str) {
         let gone = self.instances.remove(id).unwrap();
+        self.attached.retain(|_, holder| holder != id);
         self.kept.insert(gone.volumes[1].clone(), but_the_roots(&gone.snapshots));
     }
 
@@ -145,12 +167,14 @@ impl Model {
         let found: Vec<String> = instances.iter().map(|i| i.id().to_string()).collect();
         assert_eq!(found, self.instances.keys().cloned().collect::<Vec<_>>(), "instances, {when}");
         self.check_files(dir, &when);
+        self.check_resources(region, &when);
 
         for instance in instances {
             let id = instance.id().to_string();
             let known = self.instance(&id);
             let description = instance.describe();
             assert_eq!(description.state, InstanceState::Stopped, "{id}, {when}");
+            assert_eq!(description.tags.get("word"), known.tag.as_ref(), "{id}, {when}");
             let reason = description.state_reason.unwrap();
             if under_way.get(1) != Some(&id) {
                 assert_eq!(reason.code, known.stopped.unwrap_or(LOST), "{id}, {when}: {reason}");
@@ -183,21 +207,61 @@ impl Model {
             [i.ami().id().to_string()].into_iter().chain(snapshots).collect::<Vec<_>>()
         });
         let instances = region.instances();
-        let new = instances.iter().find(|i| !self.instances.contains_key(&i.id().to_string())).map(|i| {
-            let volumes = i.describe().attachments.into_iter().map(|a| a.volume_id.to_string());
-            [i.id().to_string()].into_iter().chain(volumes).collect::<Vec<_>>()
-        });
+        let new: Vec<String> = (instances.iter())
+            .filter(|i| !self.instances.contains_key(&i.id().to_string()))
+            .flat_map(|i| {
+                let volumes = i.describe().attachments.into_iter().map(|a| a.volume_id.to_string());
+                [i.id().to_string()].into_iter().chain(volumes)
+            })
+            .collect();
+        let new = Some(new).filter(|new| !new.is_empty());
+        let (volumes, snapshots) = resources(region);
+        let known = self.instances.values().flat_map(|i| &i.volumes).chain(self.kept.keys());
+        let volume = volumes.keys().find(|id| !known.clone().any(|known| known == *id)).cloned();
+        let snapshot = snapshots.iter().find(|(id, _)| !self.snapshots.contains_key(*id));
+        let snapshot = snapshot.map(|(id, digest)| vec![id.clone(), digest.clone()]);
         let gone = |id: &String| {
             !images.iter().any(|i| i.ami().id().to_string() == *id)
                 && !instances.iter().any(|i| i.id().to_string() == *id)
         };
         match (action.as_str(), image, new) {
-            ("register" | "create", Some(described), _) | ("launch", _, Some(described)) => {
+            ("register" | "create", Some(described), _) | ("launch" | "run", _, Some(described)) => {
                 self.acknowledge(under_way, &described);
+            }
+            ("volume", ..) => {
+                if let Some(id) = volume {
+                    self.acknowledge(under_way, &[id]);
+                }
+            }
+            ("snapshot", ..) => {
+                if let Some(described) = snapshot {
+                    self.acknowledge(under_way, &described);
+                }
+            }
+            ("delete-volume", ..) if !volumes.contains_key(subject) => self.acknowledge(under_way, &[]),
+            ("delete-snapshot", ..) if !snapshots.contains_key(subject) => self.acknowledge(under_way, &[]),
+            ("attach", ..) if volumes[&rest[0]].is_some() => self.acknowledge(under_way, &[]),
+            ("detach", ..) if volumes[&rest[0]].is_none() => self.acknowledge(under_way, &[]),
+            ("tag", ..) => {
+                let tagged = instances.iter().find(|i| i.id().to_string() == *subject).unwrap();
+                if tagged.describe().tags.get("word") == Some(&rest[0]) {
+                    self.acknowledge(under_way, &[]);
+                }
             }
             ("deregister" | "terminate", ..) if gone(subject) => self.acknowledge(under_way, &[]),
             _ => {}
         }
+    }
+
+    /// What the region says of volumes and snapshots is what was acknowledged.
+    fn check_resources(&self, region: &TestRegion, when: &str) {
+        let (volumes, snapshots) = resources(region);
+        assert_eq!(snapshots, self.snapshots, "snapshots, {when}");
+        let own = self.instances.iter().flat_map(|(id, i)| i.volumes.iter().map(move |v| (v, Some(id))));
+        let others = self.kept.keys().map(|v| (v, self.attached.get(v)));
+        let expected: BTreeMap<String, Option<String>> =
+            own.chain(others).map(|(volume, holder)| (volume.clone(), holder.cloned())).collect();
+        assert_eq!(volumes, expected, "volumes, {when}");
     }
 
     /// Nothing lies in the directory that nothing names, and nothing that is named is missing.
@@ -206,7 +270,8 @@ impl Model {
         let volumes = instances.clone().flat_map(|i| i.volumes.clone()).chain(self.kept.keys().cloned());
         let snapshots = (images.clone().flat_map(|i| i.snapshots.clone()))
             .chain(instances.clone().flat_map(|i| i.snapshots.clone()))
-            .chain(self.kept.values().flatten().cloned());
+            .chain(self.kept.values().flatten().cloned())
+            .chain(self.snapshots.values().cloned());
         let kernels = images.map(|i| i.kernel).chain(instances.map(|i| i.kernel));
         let kernels = kernels.map(|number| Digest::of(&kernel(number)).to_hex());
         for (place, expected) in [
@@ -238,7 +303,7 @@ impl Model {
         }
     }
 
-    /// Takes everything away but the volumes that were kept.
+    /// Takes everything away but the volumes that were kept and the snapshots.
     pub(crate) fn take_down(&mut self, region: &TestRegion) {
         for instance in region.instances() {
             instance.terminate().unwrap();
@@ -249,6 +314,17 @@ impl Model {
         }
         self.images.clear();
     }
+}
+
+/// The volumes of a region with the instances that have them, and its snapshots with their digests.
+fn resources(region: &TestRegion) -> (BTreeMap<String, Option<String>>, BTreeMap<String, String>) {
+    let volumes = region.describe_volumes(&DescribeVolumes::new()).unwrap().items.into_iter();
+    let holder = |v: &VolumeDescription| v.attachment.as_ref().map(|a| a.instance_id.to_string());
+    let snapshots = region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items.into_iter();
+    (
+        volumes.map(|v| (v.id.to_string(), holder(&v))).collect(),
+        snapshots.map(|s| (s.id.to_string(), s.digest.to_hex())).collect(),
+    )
 }
 
 impl Instance {

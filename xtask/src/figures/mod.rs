@@ -1,15 +1,20 @@
-//! `cargo xtask figures AREA`: measures what has a bar, and says what falls short of it.
+//! `cargo xtask figures AREA [FIGURE…]`: measures what has a bar, and says what falls short of it.
 //!
-//! A line a figure, `name value bar ok|short`; smaller is better. The raw samples and the facts of the host
-//! go to a file of the run's own in `target/figures/AREA`. The exit status is 1 if a figure falls short.
+//! A line a figure, `name value bar ok|short`, with what the same comparison gives for two equal things
+//! where that is measured too. The raw samples and the facts of the host go to a file of the run's own in
+//! `target/figures/AREA`. The exit status is 1 if a figure falls short.
 //!
 //! The measurements are in the crate `ami-benches`, whose program `measure` takes one by its name, here or
-//! in the lab. Adding an area: a table of figures in a module of its own, one line in [`AREAS`].
+//! in the lab, and in `ami-rivals`, which compares with other libraries. Adding an area: a table of figures in
+//! a module of its own, one line in [`AREAS`].
 
+mod bar;
 mod facts;
 mod launch;
+mod region;
+mod storage;
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
@@ -20,89 +25,66 @@ use clap::builder::PossibleValuesParser;
 use serde::{Deserialize, Serialize};
 
 use crate::lab::{Ended, Lab};
+use crate::prerequisites::{self, Tool};
 use crate::workspace;
+use bar::{Figure, Kept, Measurement, Place};
 use facts::Facts;
 
 /// The areas that have figures.
-const AREAS: &[(&str, &[Figure])] = &[("launch", launch::FIGURES)];
+const AREAS: &[Area] = &[launch::AREA, region::AREA, storage::AREA];
 
 /// In the lab counted instructions are slow, most of all on a busy host.
 const LAB_DEADLINE: Duration = Duration::from_secs(600);
+
+struct Area {
+    name: &'static str,
+    figures: &'static [Figure],
+    /// What the measurements call.
+    tools: &'static [Tool],
+    disk: Option<Disk>,
+}
+
+/// Bytes that must be free to measure on the disk.
+struct Disk {
+    full: u64,
+    quick: u64,
+}
 
 /// Measure what has a bar.
 #[derive(clap::Args)]
 pub(crate) struct FiguresArgs {
     /// What to measure
-    #[arg(value_parser = PossibleValuesParser::new(AREAS.iter().map(|(name, _)| *name)))]
+    #[arg(value_parser = PossibleValuesParser::new(AREAS.iter().map(|area| area.name)))]
     area: String,
-}
-
-/// Something measured, and the bar that it must not exceed.
-struct Figure {
-    /// Also the name of the measurement.
-    name: &'static str,
-    /// What the value is counted in.
-    unit: &'static str,
-    bar: f64,
-    place: Place,
-}
-
-/// Where a figure is measured.
-enum Place {
-    /// On this host.
-    Host,
-    /// In the lab, where a nanosecond is an instruction.
-    CountedLab,
-}
-
-/// What the program `measure` says.
-#[derive(Deserialize)]
-struct Measurement {
-    value: f64,
-    samples: BTreeMap<String, Vec<f64>>,
-}
-
-/// What is kept of a figure.
-#[derive(Serialize)]
-struct Kept {
-    name: &'static str,
-    unit: &'static str,
-    value: f64,
-    bar: f64,
-    ok: bool,
-    samples: BTreeMap<String, Vec<f64>>,
-}
-
-impl Kept {
-    fn new(figure: &Figure, measured: Measurement) -> Self {
-        let Measurement { value, samples } = measured;
-        // What is not a number is not within the bar.
-        let ok = value <= figure.bar;
-        Self { name: figure.name, unit: figure.unit, value, bar: figure.bar, ok, samples }
-    }
-
-    fn line(&self) -> String {
-        let verdict = if self.ok { "ok" } else { "short" };
-        format!("{} {:.3}{} {}{} {verdict}", self.name, self.value, self.unit, self.bar, self.unit)
-    }
+    /// Only these of its figures
+    figures: Vec<String>,
+    /// Measure less, only to see that it works
+    #[arg(long)]
+    quick: bool,
 }
 
 #[derive(Serialize)]
 struct Report {
     area: String,
+    quick: bool,
     facts: Facts,
     figures: Vec<Kept>,
 }
 
-/// Measures every figure of the area.
+/// Measures every figure of the area, or those that are named.
 pub(crate) fn run(args: &FiguresArgs) -> anyhow::Result<ExitCode> {
-    let figures = AREAS.iter().find(|(name, _)| *name == args.area).map(|(_, figures)| *figures);
-    let figures = figures.with_context(|| format!("there is no area {:?}", args.area))?;
-    let measure = build()?;
-    let mut report = Report { area: args.area.clone(), facts: Facts::gather(), figures: Vec::new() };
+    let area = AREAS.iter().find(|area| area.name == args.area);
+    let area = area.with_context(|| format!("there is no area {:?}", args.area))?;
+    let figures = chosen(area.figures, &args.figures)?;
+    prerequisites::require(area.tools)?;
+    let dir = work_dir(area, args.quick)?;
+    let programs = build(&figures)?;
+    let mut report =
+        Report { area: args.area.clone(), quick: args.quick, facts: Facts::gather(), figures: Vec::new() };
     let mut failed = Vec::new();
     for figure in figures {
-        match figure.measure(&measure).with_context(|| format!("cannot measure {}", figure.name)) {
+        let measured = figure.measure(&programs, dir.path(), args.quick);
+        match measured.with_context(|| format!("cannot measure {}", figure.name)) {
             Ok(measured) => {
                 let kept = Kept::new(figure, measured);
                 println!("{}", kept.line());
@@ -120,15 +102,70 @@ pub(crate) fn run(args: &FiguresArgs) -> anyhow::Result<ExitCode> {
     Ok(if all_ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Builds the program that measures, as users build programs.
-fn build() -> anyhow::Result<PathBuf> {
-    let mut cargo = std::process::Command::new(env!("CARGO"));
-    cargo.current_dir(workspace::root()).args(["build", "--release", "--quiet", "--package", "ami-benches"]);
-    let built =
-        cargo.args(["--bin", "measure", "--message-format", "json"]).stderr(Stdio::inherit()).output();
-    let built = built.context("cannot run cargo")?;
-    ensure!(built.status.success(), "the benchmarks cannot be built");
-    executable(&String::from_utf8_lossy(&built.stdout))
+/// The figures that are named, or all of them.
+fn chosen<'f>(figures: &'f [Figure], names: &[String]) -> anyhow::Result<Vec<&'f Figure>> {
+    if names.is_empty() {
+        return Ok(figures.iter().collect());
+    }
+    let find = |name: &String| figures.iter().find(|figure| figure.name == name);
+    names.iter().map(|name| find(name).with_context(|| format!("there is no figure {name:?}"))).collect()
+}
+
+/// Where to measure, on the disk that also holds what is built. It is gone after the run.
+fn work_dir(area: &Area, quick: bool) -> anyhow::Result<tempfile::TempDir> {
+    let parent = workspace::target("figures");
+    fs::create_dir_all(&parent).with_context(|| format!("cannot make {}", parent.display()))?;
+    if let Some(disk) = &area.disk {
+        let needed = if quick { disk.quick } else { disk.full };
+        let stat = rustix::fs::statvfs(&parent)
+            .with_context(|| format!("cannot learn how much is free in {}", parent.display()))?;
+        enough(stat.f_bavail.saturating_mul(stat.f_frsize), needed, &parent)?;
+    }
+    let dir = tempfile::Builder::new().prefix("work-").tempdir_in(&parent);
+    dir.with_context(|| format!("cannot make a directory in {}", parent.display()))
+}
+
+fn enough(free: u64, needed: u64, dir: &Path) -> anyhow::Result<()> {
+    const MIB: u64 = 1 << 20;
+    ensure!(
+        free >= needed,
+        "this takes {} MiB of disk space, and {} are free in {}; --quick takes less",
+        needed / MIB,
+        free / MIB,
+        dir.display()
+    );
+    Ok(())
+}
+
+impl Place {
+    /// The package, and the program in it, that measures here.
+    fn program(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Host | Self::CountedLab => ("ami-benches", "measure"),
+            Self::Rivals => ("ami-rivals", "measure-rivals"),
+        }
+    }
+}
+
+/// The executables of measuring programs, by name.
+type Programs = HashMap<&'static str, PathBuf>;
+
+/// Builds what measures these figures, as users build programs.
+fn build(figures: &[&Figure]) -> anyhow::Result<Programs> {
+    let mut programs = Programs::new();
+    for figure in figures {
+        let (package, program) = figure.place.program();
+        if programs.contains_key(program) {
+            continue;
+        }
+        let mut cargo = std::process::Command::new(env!("CARGO"));
+        cargo.current_dir(workspace::root()).args(["build", "--release", "--quiet", "--package", package]);
+        cargo.args(["--bin", program, "--message-format", "json"]).stderr(Stdio::inherit());
+        let built = cargo.output().context("cannot run cargo")?;
+        ensure!(built.status.success(), "{package} cannot be built");
+        programs.insert(program, executable(&String::from_utf8_lossy(&built.stdout))?);
+    }
+    Ok(programs)
 }
 
 /// The executable that cargo's messages name.
@@ -142,11 +179,13 @@ fn executable(messages: &str) -> anyhow::Result<PathBuf> {
 }
 
 impl Figure {
-    fn measure(&self, program: &Path) -> anyhow::Result<Measurement> {
+    fn measure(&self, programs: &Programs, dir: &Path, quick: bool) -> anyhow::Result<Measurement> {
+        let program = programs.get(self.place.program().1).context("its program is not built")?;
         let json = match self.place {
-            Place::Host => {
+            Place::Host | Place::Rivals => {
                 let mut measure = std::process::Command::new(program);
-                let done = measure.arg(self.name).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+                measure.arg(self.name).arg(dir).args(quick.then_some("quick"));
+                let done = measure.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
                 let done = done.with_context(|| format!("cannot run {}", program.display()))?;
                 ensure!(done.status.success(), "the measurement failed");
                 done.stdout
@@ -185,27 +224,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_figure_is_ok_up_to_its_bar() {
-        for (value, line) in [
-            (2.0, "start 2.000x 3x ok"),
-            (3.0, "start 3.000x 3x ok"),
-            (3.0001, "start 3.000x 3x short"),
-            (f64::NAN, "start NaNx 3x short"),
-        ] {
-            let figure = Figure { name: "start", unit: "x", bar: 3.0, place: Place::Host };
-            let kept = Kept::new(&figure, Measurement { value, samples: BTreeMap::new() });
-            assert_eq!(kept.line(), line);
-        }
-    }
-
-    #[test]
     fn every_name_is_taken_once() {
-        let mut names: Vec<_> =
-            AREAS.iter().flat_map(|(_, figures)| figures.iter().map(|f| f.name)).collect();
+        let mut names: Vec<_> = AREAS.iter().flat_map(|area| area.figures.iter().map(|f| f.name)).collect();
         names.sort_unstable();
         let all = names.len();
         names.dedup();
         assert_eq!(names.len(), all);
+    }
+
+    #[test]
+    fn figures_are_chosen_by_name() {
+        let names = |chosen: Vec<&Figure>| chosen.iter().map(|figure| figure.name).collect::<Vec<_>>();
+        let all = launch::AREA.figures;
+        assert_eq!(chosen(all, &[]).map(|chosen| chosen.len()).unwrap(), all.len());
+        let one = ["launch_256g_over_1g".to_owned()];
+        assert_eq!(names(chosen(all, &one).unwrap()), ["launch_256g_over_1g"]);
+        assert!(chosen(all, &["launch_1g".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn says_how_much_space_is_missing() {
+        assert!(enough(4 << 20, 4 << 20, Path::new("/t")).is_ok());
+        let error = enough(3 << 20, 4 << 20, Path::new("/t")).unwrap_err().to_string();
+        assert_eq!(error, "this takes 4 MiB of disk space, and 3 are free in /t; --quick takes less");
     }
 
     #[test]

@@ -1,0 +1,48 @@
+//! What clones take up on the disk.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use storage_block::{Store, Volume};
+
+use super::blocks::shuffled;
+use super::{BLOCK, Bench, GIB, import};
+use crate::samples::Measurement;
+
+const CLONES: u64 = 20;
+
+/// The space of an image and its clones, a hundredth of each written, over that of the image's file and what
+/// was written.
+pub(super) fn of_clones(bench: &Bench) -> anyhow::Result<Measurement> {
+    let dir = bench.temp_dir()?;
+    let image = bench.image(GIB)?;
+    let store = Store::open(dir.path().join("store"))?;
+    let snapshot = import(&store, &image)?;
+    let blocks = snapshot.size() / BLOCK;
+    let (order, private) = (shuffled(blocks), blocks / 100);
+    for n in 0..CLONES {
+        let volume =
+            Volume::create(&dir.path().join(format!("volume-{n}")), Some(&snapshot), snapshot.size())?;
+        let disk = volume.disk();
+        for block in &order[(n * private) as usize..][..private as usize] {
+            disk.write_at(&[n as u8 + 1; BLOCK as usize], block * BLOCK)?;
+        }
+        disk.flush()?;
+    }
+    let ideal = allocated(&image)? + CLONES * private * BLOCK;
+    let taken = allocated(dir.path())?;
+    let samples = [("bytes".to_owned(), vec![taken as f64, ideal as f64])].into();
+    Ok(Measurement { value: taken as f64 / ideal as f64, noise: None, samples })
+}
+
+/// The bytes on the disk of all that is below `path`.
+fn allocated(path: &Path) -> anyhow::Result<u64> {
+    let metadata = path.symlink_metadata()?;
+    let mut bytes = metadata.blocks() * 512;
+    if metadata.is_dir() {
+        for entry in path.read_dir()? {
+            bytes += allocated(&entry?.path())?;
+        }
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,6 @@
+//! An NBD server that says anything.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| storage_block::fuzzing::nbd_server(bytes));

@@ -1,0 +1,144 @@
+//! What is told of an instance: data, which does not change with it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use ami_core::{AccountId, AmiId, Architecture, InstanceId, ReservationId, Timestamp, VolumeId};
+use serde::{Deserialize, Serialize};
+
+use crate::{InstanceState, InstanceType, MetadataOptions};
+
+/// What happens when the guest powers itself off (`InstanceInitiatedShutdownBehavior`).
+///
+/// ```
+/// use instance_core::{LaunchSpec, ShutdownBehavior};
+///
+/// // A worker that is gone when it powers itself off.
+/// let worker = LaunchSpec::new("t3.micro".parse()?).shutdown_behavior(ShutdownBehavior::Terminate);
+/// assert_eq!(ShutdownBehavior::default(), ShutdownBehavior::Stop);
+/// # Ok::<(), instance_core::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShutdownBehavior {
+    /// The instance is stopped, and can be started again.
+    #[default]
+    Stop,
+    /// The instance is terminated.
+    Terminate,
+}
+
+impl ShutdownBehavior {
+    /// EC2's name of it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Terminate => "terminate",
+        }
+    }
+}
+
+/// Why an instance is in its state (`StateReason`); [`InstanceDescription`] shows it in use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct StateReason {
+    /// EC2's code, such as `Client.UserInitiatedShutdown`.
+    pub code: String,
+    /// The same in words.
+    pub message: String,
+}
+
+impl StateReason {
+    pub(crate) fn new(code: &str, message: impl Into<String>) -> Self {
+        Self { code: code.to_owned(), message: message.into() }
+    }
+
+    pub(crate) fn user_initiated() -> Self {
+        Self::new("Client.UserInitiatedShutdown", "asked for by the user")
+    }
+}
+
+impl fmt::Display for StateReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+/// A volume at its place in an instance; [`InstanceDescription`] shows it in use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Attachment {
+    /// The device name in the image's block device mapping.
+    pub device_name: String,
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Whether the volume goes with the instance.
+    pub delete_on_termination: bool,
+}
+
+/// What is known of an instance, as `DescribeInstances` tells it: a copy, which does not change with
+/// the instance.
+///
+/// ```
+/// # use ami_core::{Ami, X86_64};
+/// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+/// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
+/// # let dir = tempfile::tempdir()?;
+/// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+/// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+/// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+/// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+/// let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?).tag("Name", "one"))?;
+/// let running = instance.describe();
+/// assert_eq!((running.image_id, running.instance_type.name()), (ami.id(), "t2.nano"));
+/// assert_eq!(running.tags["Name"], "one");
+/// let root = &running.attachments[0];
+/// assert_eq!((root.device_name.as_str(), root.delete_on_termination), ("/dev/xvda", true));
+///
+/// instance.stop(std::time::Duration::from_secs(60))?;
+/// let why = instance.describe().state_reason.ok_or("a stop has a reason")?;
+/// assert_eq!(why.code, "Client.UserInitiatedShutdown");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct InstanceDescription {
+    /// Its id.
+    pub id: InstanceId,
+    /// The account that it belongs to.
+    pub owner: AccountId,
+    /// The launch that it came from.
+    pub reservation_id: ReservationId,
+    /// Its place in that launch, from 0.
+    pub launch_index: u32,
+    /// When it was launched, or last started.
+    pub launch_time: Timestamp,
+    /// The token that the launch came with.
+    pub client_token: Option<String>,
+    /// The image that it was made from.
+    pub image_id: AmiId,
+    /// Its architecture.
+    pub architecture: Architecture,
+    /// Its hardware.
+    pub instance_type: InstanceType,
+    /// Its state.
+    pub state: InstanceState,
+    /// Why it is in that state, where there is something to say.
+    pub state_reason: Option<StateReason>,
+    /// What happens when the guest powers itself off.
+    pub shutdown_behavior: ShutdownBehavior,
+    /// Whether it cannot be terminated (`DisableApiTermination`).
+    pub termination_protection: bool,
+    /// Whether it can be neither stopped nor terminated (`DisableApiStop`).
+    pub stop_protection: bool,
+    /// The name of the key pair that its user logs in with.
+    pub key_name: Option<String>,
+    /// How its metadata is offered to its guest.
+    pub metadata_options: MetadataOptions,
+    /// The device name of its root volume.
+    pub root_device_name: String,
+    /// Its volumes, the root volume first.
+    pub attachments: Vec<Attachment>,
+    /// Its tags.
+    pub tags: BTreeMap<String, String>,
+}

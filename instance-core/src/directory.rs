@@ -1,0 +1,284 @@
+//! The descriptions of all instances, found without looking at each.
+//!
+//! What is asked for most (`instance-state-name`, `image-id`, a tag, ...) has an index: value by value the ids
+//! of the instances that have it. A filter of such a field whose values have no wildcards is answered from the
+//! index, in time of the page that is asked for and not of the region.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use ami_core::{AccountId, InstanceId, Page, VolumeId};
+
+use crate::describe::{Condition, DescribeInstances, Filterable, tag_values};
+use crate::{Error, ErrorKind, InstanceDescription, InstanceState, Result};
+
+/// The filters that have an index, with `tag:KEY`.
+const INDEXED: &[&str] = &[
+    "client-token",
+    "image-id",
+    "instance-state-name",
+    "instance-type",
+    "key-name",
+    "owner-id",
+    "reservation-id",
+    "tag-key",
+];
+
+type Ids = BTreeSet<InstanceId>;
+
+#[derive(Debug, Default)]
+pub(crate) struct Directory(RwLock<Shelves>);
+
+#[derive(Debug, Default)]
+struct Shelves {
+    descriptions: BTreeMap<InstanceId, Arc<InstanceDescription>>,
+    /// By the name of the filter, and by the value.
+    index: HashMap<String, HashMap<String, Ids>>,
+    /// Which instance has a volume.
+    attached: HashMap<VolumeId, InstanceId>,
+}
+
+impl Directory {
+    // A panic under the lock would leave an index that misses an entry at worst.
+    fn read(&self) -> RwLockReadGuard<'_, Shelves> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Shelves> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a description in the place of what there was.
+    pub(crate) fn set(&self, description: InstanceDescription) {
+        let mut shelves = self.write();
+        shelves.remove(description.id);
+        shelves.insert(Arc::new(description));
+    }
+
+    pub(crate) fn remove(&self, id: InstanceId) {
+        self.write().remove(id);
+    }
+
+    /// The instance that a volume is attached to.
+    pub(crate) fn attached(&self, volume: VolumeId) -> Option<Arc<InstanceDescription>> {
+        let shelves = self.read();
+        shelves.descriptions.get(shelves.attached.get(&volume)?).cloned()
+    }
+
+    /// Every description of an account's, in the order of their ids.
+    pub(crate) fn all(&self, owner: AccountId) -> Vec<Arc<InstanceDescription>> {
+        self.read().descriptions.values().filter(|d| d.owner == owner).cloned().collect()
+    }
+
+    /// The answer to a request that `owner` makes.
+    pub(crate) fn describe(
+        &self,
+        owner: AccountId,
+        request: &DescribeInstances,
+    ) -> Result<Page<InstanceDescription>> {
+        request.check::<InstanceDescription>()?;
+        let after: Option<InstanceId> = request.page.after_key()?;
+        let shelves = self.read();
+        let theirs = |id: &InstanceId| shelves.descriptions.get(id).filter(|d| d.owner == owner);
+        if let Some(missing) = request.ids.iter().find(|id| theirs(id).is_none()) {
+            return Err(not_found(*missing));
+        }
+        let named: Ids = request.ids.iter().copied().collect();
+        let owned = Condition::new("owner-id", [owner.to_string()]);
+        let candidates = match named.is_empty() {
+            true => shelves.candidates(request, &owned),
+            false => vec![&named],
+        };
+        let found = (Merged::after(&candidates, after))
+            .filter_map(|id| theirs(&id))
+            .filter(|d| request.asks_for(d.id, &***d));
+        // Nobody who asks for a page needs more than its items and a look at what follows.
+        let page = Page::collect(found, request.page.max_results(), |d| d.id);
+        Ok(page.map(|description| (**description).clone()))
+    }
+}
+
+impl Shelves {
+    fn insert(&mut self, description: Arc<InstanceDescription>) {
+        for (name, value) in indexed_values(&description) {
+            let values = self.index.entry(name).or_default();
+            values.entry(value).or_default().insert(description.id);
+        }
+        if description.state != InstanceState::Terminated {
+            self.attached.extend(description.attachments.iter().map(|a| (a.volume_id, description.id)));
+        }
+        self.descriptions.insert(description.id, description);
+    }
+
+    fn remove(&mut self, id: InstanceId) {
+        let Some(old) = self.descriptions.remove(&id) else { return };
+        for (name, value) in indexed_values(&old) {
+            let Some(values) = self.index.get_mut(&name) else { continue };
+            let left = values.get_mut(&value).map_or(0, |ids| {
+                ids.remove(&id);
+                ids.len()
+            });
+            if left == 0 {
+                values.remove(&value);
+            }
+            if values.is_empty() {
+                self.index.remove(&name);
+            }
+        }
+        for attachment in &old.attachments {
+            if self.attached.get(&attachment.volume_id) == Some(&id) {
+                self.attached.remove(&attachment.volume_id);
+            }
+        }
+    }
+
+    /// The smallest lists of ids, by the index, that hold all that is asked for.
+    fn candidates<'a>(&'a self, request: &DescribeInstances, owned: &Condition) -> Vec<&'a Ids> {
+        let lists = request.filters.iter().chain([owned]).filter_map(|f| self.lists(f));
+        lists.min_by_key(|lists| lists.iter().map(|ids| ids.len()).sum::<usize>()).unwrap_or_default()
+    }
+
+    /// The lists of the ids for which a filter holds, if it is one that the index answers.
+    fn lists(&self, filter: &Condition) -> Option<Vec<&Ids>> {
+        if !is_indexed(&filter.name) {
+            return None;
+        }
+        let values: Option<Vec<String>> = filter.patterns.iter().map(|p| p.literal()).collect();
+        let index = self.index.get(&filter.name);
+        Some(values?.iter().filter_map(|value| index?.get(value)).collect())
+    }
+}
+
+fn is_indexed(name: &str) -> bool {
+    name.starts_with("tag:") || INDEXED.contains(&name)
+}
+
+fn indexed_values(description: &InstanceDescription) -> Vec<(String, String)> {
+    let fields = INDEXED
+        .iter()
+        .flat_map(|name| description.values(name).into_iter().map(|value| ((*name).to_owned(), value)));
+    let tags = description.tags.iter().map(|(key, value)| (format!("tag:{key}"), value.clone()));
+    fields.chain(tags).collect()
+}
+
+/// The ids of several lists in order, each once.
+struct Merged<'a>(Vec<std::iter::Peekable<std::collections::btree_set::Range<'a, InstanceId>>>);
+
+impl<'a> Merged<'a> {
+    fn after(lists: &[&'a Ids], after: Option<InstanceId>) -> Self {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        Self(lists.iter().map(|ids| ids.range((from, Bound::Unbounded)).peekable()).collect())
+    }
+}
+
+impl Iterator for Merged<'_> {
+    type Item = InstanceId;
+
+    fn next(&mut self) -> Option<InstanceId> {
+        let next = **self.0.iter_mut().filter_map(|list| list.peek()).min()?;
+        for list in &mut self.0 {
+            list.next_if(|id| **id == next);
+        }
+        Some(next)
+    }
+}
+
+pub(crate) fn not_found(id: InstanceId) -> Error {
+    Error::new(ErrorKind::InstanceNotFound, format!("the instance {id} does not exist"))
+}
+
+impl Filterable for InstanceDescription {
+    const WHAT: &'static str = "instances";
+    const NAMES: &'static [&'static str] = &[
+        "architecture",
+        "block-device-mapping.delete-on-termination",
+        "block-device-mapping.device-name",
+        "block-device-mapping.volume-id",
+        "client-token",
+        "image-id",
+        "instance-id",
+        "instance-state-code",
+        "instance-state-name",
+        "instance-type",
+        "key-name",
+        "launch-index",
+        "launch-time",
+        "metadata-options.http-endpoint",
+        "metadata-options.http-tokens",
+        "owner-id",
+        "reservation-id",
+        "root-device-name",
+        "root-device-type",
+        "state-reason-code",
+        "state-reason-message",
+        "tag-key",
+        "virtualization-type",
+    ];
+
+    fn values(&self, name: &str) -> Vec<String> {
+        let attachments = || self.attachments.iter();
+        match name {
+            "architecture" => vec![self.architecture.to_string()],
+            "block-device-mapping.delete-on-termination" => {
+                attachments().map(|a| a.delete_on_termination.to_string()).collect()
+            }
+            "block-device-mapping.device-name" => attachments().map(|a| a.device_name.clone()).collect(),
+            "block-device-mapping.volume-id" => attachments().map(|a| a.volume_id.to_string()).collect(),
+            "client-token" => self.client_token.iter().cloned().collect(),
+            "image-id" => vec![self.image_id.to_string()],
+            "instance-id" => vec![self.id.to_string()],
+            "instance-state-code" => vec![self.state.code().to_string()],
+            "instance-state-name" => vec![self.state.to_string()],
+            "instance-type" => vec![self.instance_type.to_string()],
+            "key-name" => self.key_name.iter().cloned().collect(),
+            "launch-index" => vec![self.launch_index.to_string()],
+            "launch-time" => vec![self.launch_time.to_string()],
+            "metadata-options.http-endpoint" => {
+                let enabled = self.metadata_options.http_endpoint;
+                vec![if enabled { "enabled" } else { "disabled" }.to_owned()]
+            }
+            "metadata-options.http-tokens" => vec![self.metadata_options.http_tokens.as_str().to_owned()],
+            "owner-id" => vec![self.owner.to_string()],
+            "reservation-id" => vec![self.reservation_id.to_string()],
+            "root-device-name" => vec![self.root_device_name.clone()],
+            "root-device-type" => vec!["ebs".to_owned()],
+            "state-reason-code" => self.state_reason.iter().map(|r| r.code.clone()).collect(),
+            "state-reason-message" => self.state_reason.iter().map(|r| r.message.clone()).collect(),
+            "virtualization-type" => vec!["hvm".to_owned()],
+            name => tag_values(name, self.tags.iter().map(|(k, v)| (&**k, &**v))).unwrap_or_default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::testing::{FakeHypervisor, tiny_elf};
+    use crate::{DirectBoot, ImageSource, LaunchSpec, Region};
+    use ami_core::{Ami, X86_64};
+
+    /// An entry that stays behind would be passed over by every answer, and make each take longer.
+    #[test]
+    fn nothing_stays_of_an_instance_that_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let disk = storage_block::MemoryDisk::new(1 << 20).unwrap().into_disk();
+        let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+        let ami = region.register_image(Ami::<X86_64>::builder("base"), source).unwrap();
+        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).count(2, 2).tag("stage", "test");
+        let both = region.run_instances(&ami, spec.client_token("both")).unwrap().instances;
+        region.create_tags(&[both[0].id().into()], &[("stage", "production")]).unwrap();
+        let stages =
+            |shelves: &Shelves| shelves.index["tag:stage"].values().map(BTreeSet::len).sum::<usize>();
+        assert_eq!(stages(&region.inner.directory.read()), 2, "a value that was replaced is not found");
+        assert_eq!(region.inner.directory.read().attached.len(), 2);
+        both.iter().for_each(|instance| instance.terminate().unwrap());
+        assert_eq!(region.inner.directory.read().attached.len(), 0);
+        region.inner.forget_terminated(Instant::now() + Duration::from_secs(60 * 60));
+        let shelves = region.inner.directory.read();
+        assert!(shelves.descriptions.is_empty() && shelves.index.is_empty(), "{shelves:?}");
+    }
+}

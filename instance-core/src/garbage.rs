@@ -1,0 +1,120 @@
+//! What is removed because nothing needs it any more.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+
+use ami_core::{AmiId, Digest, VolumeId};
+use storage_block::Volume;
+
+use crate::launch::Needs;
+use crate::record::{FormerImage, ImageRecord, InstanceRecord, SnapshotRecord, VolumeRecord};
+use crate::region::Inner;
+use crate::store::Record;
+use crate::{Error, InstanceState, Result};
+
+impl Inner {
+    /// Removes every snapshot and boot file that no image, no snapshot of a user's, no volume and no launch
+    /// needs. The caller holds [`making_images`](Self::making_images) for writing, or is alone.
+    pub(crate) fn collect_garbage(&self) -> Result<()> {
+        // Before the records: what a launch needs is in the one or in the other at every moment.
+        let launches = self.in_flight.needs();
+        let images = self.store.all::<ImageRecord>()?;
+        let mut keep: HashSet<Digest> = images.iter().flat_map(snapshots_of).collect();
+        keep.extend(launches.iter().flat_map(|launch| &launch.contents));
+        keep.extend(self.store.all::<VolumeRecord>()?.iter().filter_map(|v| v.base));
+        keep.extend(self.store.all::<SnapshotRecord>()?.iter().map(|s| s.digest));
+        self.blocks
+            .remove_unreferenced(&keep)
+            .map_err(|e| Error::storage(e, "cannot remove the snapshots that nothing names"))?;
+        let instances = self.instances_that_live()?;
+        self.forget_former_images(&launches, &instances)?;
+        let plans = (images.iter().filter_map(|i| i.boot.as_ref()))
+            .chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()))
+            .chain(launches.iter().filter_map(|launch| launch.direct_boot.as_ref()));
+        self.boot.remove_unreferenced(plans)
+    }
+
+    /// The records of instances that need what they were made from.
+    fn instances_that_live(&self) -> Result<Vec<InstanceRecord>> {
+        let mut instances = self.store.all::<InstanceRecord>()?;
+        instances.retain(|i| i.description.state != InstanceState::Terminated);
+        Ok(instances)
+    }
+
+    /// Whether an instance was made, or is being made, of an image.
+    pub(crate) fn has_instances(&self, image: AmiId) -> Result<bool> {
+        let launches = self.in_flight.needs();
+        let instances = self.instances_that_live()?;
+        Ok(is_needed(image, &launches, &instances))
+    }
+
+    /// Forgets the deregistered images that no instance was made from any more.
+    fn forget_former_images(&self, launches: &[Needs], instances: &[InstanceRecord]) -> Result<()> {
+        let mut former = self.store.all::<FormerImage>()?;
+        former.retain(|f| !is_needed(f.0.ami().id(), launches, instances));
+        self.store.commit(|c| {
+            former.iter().for_each(|f| c.remove::<FormerImage>(f.key()));
+            Ok(())
+        })
+    }
+
+    /// Removes an instance's record and the volumes that go with it.
+    pub(crate) fn forget(&self, record: &InstanceRecord) -> Result<()> {
+        let doomed =
+            record.description.attachments.iter().filter(|a| a.delete_on_termination || !record.launched);
+        let doomed: Vec<VolumeId> = doomed.map(|a| a.volume_id).collect();
+        self.remove_volumes(&doomed)?;
+        self.store.commit(|c| {
+            c.remove::<InstanceRecord>(record.description.id);
+            Ok(())
+        })
+    }
+
+    /// Removes volumes: their records first, so that a crash leaves files that nothing names, not
+    /// names without files.
+    pub(crate) fn remove_volumes(&self, ids: &[VolumeId]) -> Result<()> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        self.store.commit(|c| {
+            ids.iter().for_each(|id| c.remove::<VolumeRecord>(id));
+            Ok(())
+        })?;
+        for id in ids {
+            Volume::remove(&self.paths.volume(*id))
+                .map_err(|e| Error::storage(e, format!("cannot remove the volume {id}")))?;
+        }
+        Ok(())
+    }
+}
+
+fn is_needed(image: AmiId, launches: &[Needs], instances: &[InstanceRecord]) -> bool {
+    launches.iter().any(|launch| launch.image == image)
+        || instances.iter().any(|i| i.description.image_id == image)
+}
+
+fn snapshots_of(record: &ImageRecord) -> Vec<Digest> {
+    let mappings = record.image.ami().manifest().block_device_mappings();
+    mappings.iter().filter_map(|m| m.as_ebs()?.snapshot().copied()).collect()
+}
+
+/// Removes every directory in `dir` that is not in `keep`.
+pub(crate) fn remove_others(dir: &Path, keep: &HashSet<String>) -> Result<()> {
+    let failed = |e| Error::io(e, format!("cannot clear {}", dir.display()));
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if !keep.contains(entry.file_name().to_string_lossy().as_ref()) {
+            remove_any(&entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a file or a directory, whatever somebody has put there.
+pub(crate) fn remove_any(path: &Path) -> std::io::Result<()> {
+    match path.symlink_metadata()?.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    }
+}

@@ -1,0 +1,141 @@
+//! What an image is made of.
+
+use ami_core::SnapshotId;
+use storage_block::{Disk, Progress};
+
+/// The device name of an image's root volume unless another is given.
+const ROOT_DEVICE: &str = "/dev/xvda";
+
+/// Where the bytes of an image come from: a root disk, and perhaps a kernel beside it.
+///
+/// ```
+/// use ami_core::{Ami, X86_64};
+/// use instance_core::testing::{FakeHypervisor, tiny_elf};
+/// use instance_core::{DirectBoot, ImageSource, Region};
+/// use storage_block::MemoryDisk;
+///
+/// let dir = tempfile::tempdir()?;
+/// let region = Region::open(dir.path(), FakeHypervisor::new())?;
+/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
+/// let mut seen = 0;
+/// let mut progress = |p: storage_block::Progress| seen = p.done;
+/// let source = ImageSource::new(&disk)
+///     .root_device("/dev/sda1")
+///     .boot(DirectBoot::new(tiny_elf(), None, "console=ttyS0")) // the disk has no kernel on it
+///     .progress(&mut progress);
+/// let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+/// assert_eq!(ami.manifest().root_device_name().as_str(), "/dev/sda1");
+/// assert_eq!(seen, disk.size());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct ImageSource<'a> {
+    pub(crate) root: Root<'a>,
+    pub(crate) root_device: &'a str,
+    pub(crate) boot: Option<DirectBoot>,
+    pub(crate) progress: Option<&'a mut dyn FnMut(Progress)>,
+}
+
+/// What is on an image's root volume.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Root<'a> {
+    /// The bytes of a disk, which are copied.
+    Disk(&'a Disk),
+    /// A snapshot of the region's, which stays for as long as the image.
+    Snapshot(SnapshotId),
+}
+
+impl<'a> ImageSource<'a> {
+    /// A root disk that boots by itself: a partition table or an ext4 file system with a kernel in
+    /// `/boot`.
+    pub fn new(root: &'a Disk) -> Self {
+        Self { root: Root::Disk(root), root_device: ROOT_DEVICE, boot: None, progress: None }
+    }
+
+    /// The same of a snapshot that the account has made (`RegisterImage`). Nothing is copied; the snapshot
+    /// cannot be deleted while the image is registered.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, Region, VolumeSpec};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// let volume = region.create_volume(VolumeSpec::new(1))?;
+    /// let snapshot = region.create_snapshot(volume.id, "root of the web server")?;
+    /// let source = ImageSource::of_snapshot(snapshot.id).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// let refused = region.delete_snapshot(snapshot.id).unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::SnapshotInUse);
+    /// region.deregister_image(ami.id())?;
+    /// region.delete_snapshot(snapshot.id)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn of_snapshot(snapshot: SnapshotId) -> Self {
+        Self { root: Root::Snapshot(snapshot), root_device: ROOT_DEVICE, boot: None, progress: None }
+    }
+
+    /// The device name of the root volume; `/dev/xvda` if this is not called.
+    #[must_use]
+    pub fn root_device(mut self, name: &'a str) -> Self {
+        self.root_device = name;
+        self
+    }
+
+    /// A kernel that the image carries beside the disk.
+    #[must_use]
+    pub fn boot(mut self, boot: DirectBoot) -> Self {
+        self.boot = Some(boot);
+        self
+    }
+
+    /// Told how far the copying is.
+    #[must_use]
+    pub fn progress(mut self, progress: &'a mut dyn FnMut(Progress)) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
+impl std::fmt::Debug for ImageSource<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImageSource")
+            .field("root", &self.root)
+            .field("boot", &self.boot)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A kernel, an initial RAM disk and a command line.
+///
+/// ```no_run
+/// use instance_core::DirectBoot;
+///
+/// let kernel = std::fs::read("vmlinuz")?;
+/// let initrd = std::fs::read("initrd.img")?;
+/// let boot = DirectBoot::new(kernel, Some(initrd), "console=ttyS0 root=/dev/vda1");
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct DirectBoot {
+    pub(crate) kernel: Vec<u8>,
+    pub(crate) initrd: Option<Vec<u8>>,
+    pub(crate) command_line: String,
+}
+
+impl DirectBoot {
+    /// A kernel as distributions ship it (`vmlinuz`) or unpacked (`vmlinux`).
+    pub fn new(kernel: Vec<u8>, initrd: Option<Vec<u8>>, command_line: impl Into<String>) -> Self {
+        Self { kernel, initrd, command_line: command_line.into() }
+    }
+}
+
+impl std::fmt::Debug for DirectBoot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (kernel, initrd) = (self.kernel.len(), self.initrd.as_ref().map(Vec::len));
+        f.debug_struct("DirectBoot")
+            .field("kernel_bytes", &kernel)
+            .field("initrd_bytes", &initrd)
+            .field("command_line", &self.command_line)
+            .finish()
+    }
+}

@@ -1,0 +1,215 @@
+//! Hardware specifications under EC2's names.
+
+mod known;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::num::NonZeroU32;
+use std::str::FromStr;
+
+use ami_core::Architecture;
+use serde::{Deserialize, Serialize};
+
+use self::known::{FAMILIES, Family, Size};
+use crate::{Error, ErrorKind};
+
+/// The hardware that an instance gets: a name, vCPUs, memory, and what the network and its volumes give.
+///
+/// ```
+/// use instance_core::InstanceType;
+///
+/// let small: InstanceType = "t3.small".parse()?;
+/// assert_eq!((small.vcpus().get(), small.memory_mib().get()), (2, 2048));
+/// assert_eq!((small.family(), small.network_performance()), ("t3", Some("Up to 5 Gigabit")));
+/// let ebs = small.ebs_bandwidth().ok_or("it is optimised for EBS")?;
+/// assert_eq!((ebs.baseline_mbps, ebs.maximum_mbps), (174, 2085));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct InstanceType {
+    name: Cow<'static, str>,
+    vcpus: NonZeroU32,
+    memory_mib: NonZeroU32,
+    architectures: Cow<'static, [Architecture]>,
+    network_performance: Option<Cow<'static, str>>,
+    ebs_bandwidth: Option<EbsBandwidth>,
+}
+
+/// What an instance's volumes give together; [`InstanceType`] shows it in use. Nothing holds them to it: it is
+/// what EC2's type promises, for whoever compares types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct EbsBandwidth {
+    /// For as long as is wanted, in Mbit/s.
+    pub baseline_mbps: u32,
+    /// At best, in Mbit/s.
+    pub maximum_mbps: u32,
+}
+
+impl InstanceType {
+    /// A type of one's own, for any architecture.
+    ///
+    /// ```
+    /// use ami_core::Architecture;
+    /// use instance_core::InstanceType;
+    ///
+    /// let lab = InstanceType::custom("lab.tiny", 1.try_into()?, 256.try_into()?);
+    /// assert_eq!((lab.name(), lab.memory_mib().get()), ("lab.tiny", 256));
+    /// assert_eq!(lab.architectures(), Architecture::ALL);
+    /// let arm = lab.for_architectures([Architecture::Arm64]);
+    /// assert_eq!((arm.architectures(), arm.network_performance()), (&[Architecture::Arm64][..], None));
+    /// # Ok::<(), std::num::TryFromIntError>(())
+    /// ```
+    pub fn custom(name: impl Into<String>, vcpus: NonZeroU32, memory_mib: NonZeroU32) -> Self {
+        Self {
+            name: Cow::Owned(name.into()),
+            vcpus,
+            memory_mib,
+            architectures: Cow::Borrowed(&Architecture::ALL),
+            network_performance: None,
+            ebs_bandwidth: None,
+        }
+    }
+
+    /// The same for images of these architectures alone.
+    #[must_use]
+    pub fn for_architectures(self, architectures: impl Into<Vec<Architecture>>) -> Self {
+        Self { architectures: Cow::Owned(architectures.into()), ..self }
+    }
+
+    /// The types that are known by name: the families t2, t3, t4g, c7i, m7i, r7i, c7g, m7g and r7g
+    /// (`DescribeInstanceTypes`).
+    ///
+    /// ```
+    /// use ami_core::Architecture;
+    /// use instance_core::InstanceType;
+    ///
+    /// let smallest = InstanceType::known()
+    ///     .filter(|t| t.architectures().contains(&Architecture::Arm64))
+    ///     .min_by_key(InstanceType::memory_mib);
+    /// assert_eq!(smallest.map(|t| t.to_string()).as_deref(), Some("t4g.nano"));
+    /// ```
+    pub fn known() -> impl Iterator<Item = Self> {
+        let sizes = FAMILIES.iter().flat_map(|family| family.sizes.iter().map(move |size| (family, size)));
+        sizes.filter_map(|(family, size)| Self::of_size(family, size))
+    }
+
+    fn of_size(family: &Family, size: &Size) -> Option<Self> {
+        let (name, vcpus, memory, network, ebs) = *size;
+        Some(Self {
+            name: Cow::Owned(format!("{}.{name}", family.name)),
+            vcpus: NonZeroU32::new(vcpus)?,
+            memory_mib: NonZeroU32::new(memory)?,
+            architectures: Cow::Borrowed(family.architectures),
+            network_performance: Some(Cow::Borrowed(network)),
+            ebs_bandwidth: ebs
+                .map(|(baseline_mbps, maximum_mbps)| EbsBandwidth { baseline_mbps, maximum_mbps }),
+        })
+    }
+
+    /// The name, such as `t3.micro`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The part of the name before the size, such as `t3`.
+    pub fn family(&self) -> &str {
+        self.name.split_once('.').map_or(&*self.name, |(family, _)| family)
+    }
+
+    /// How many virtual processors.
+    pub fn vcpus(&self) -> NonZeroU32 {
+        self.vcpus
+    }
+
+    /// How much memory, in MiB.
+    pub fn memory_mib(&self) -> NonZeroU32 {
+        self.memory_mib
+    }
+
+    /// The architectures of the images that it runs.
+    pub fn architectures(&self) -> &[Architecture] {
+        &self.architectures
+    }
+
+    /// What the network gives, in EC2's words.
+    pub fn network_performance(&self) -> Option<&str> {
+        self.network_performance.as_deref()
+    }
+
+    /// What its volumes give, if it is optimised for EBS.
+    pub fn ebs_bandwidth(&self) -> Option<EbsBandwidth> {
+        self.ebs_bandwidth
+    }
+}
+
+impl fmt::Display for InstanceType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.name)
+    }
+}
+
+impl FromStr for InstanceType {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        let of_family = name.split_once('.').and_then(|(family, size)| {
+            let family = FAMILIES.iter().find(|f| f.name == family)?;
+            Self::of_size(family, family.sizes.iter().find(|s| s.0 == size)?)
+        });
+        of_family.ok_or_else(|| {
+            let families: Vec<&str> = FAMILIES.iter().map(|f| f.name).collect();
+            let what = format!("{name:?} is no instance type; known are those of {}", families.join(", "));
+            Error::new(ErrorKind::InvalidInstanceType, what)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_known_type_is_found_by_its_name_and_is_what_its_family_says() {
+        let known: Vec<InstanceType> = InstanceType::known().collect();
+        assert_eq!(known.len(), 72);
+        for hardware in &known {
+            assert_eq!(&hardware.name().parse::<InstanceType>().unwrap(), hardware);
+            let per_vcpu = hardware.memory_mib().get() / hardware.vcpus();
+            match &hardware.family()[..1] {
+                "c" => assert_eq!(per_vcpu, 2048, "{hardware}"),
+                "m" => assert_eq!(per_vcpu, 4096, "{hardware}"),
+                "r" => assert_eq!(per_vcpu, 8192, "{hardware}"),
+                _ => {}
+            }
+            let is_arm = hardware.architectures() == [Architecture::Arm64];
+            assert_eq!(is_arm, hardware.family().ends_with('g'), "{hardware}");
+            if let Some(ebs) = hardware.ebs_bandwidth() {
+                assert!(ebs.baseline_mbps <= ebs.maximum_mbps, "{hardware}");
+            }
+        }
+    }
+
+    #[test]
+    fn some_types_as_ec2_describes_them() {
+        for (name, vcpus, memory, network, ebs) in [
+            ("t2.nano", 1, 512, "Low to Moderate", None),
+            ("t3.2xlarge", 8, 32_768, "Up to 5 Gigabit", Some((695, 2780))),
+            ("t4g.small", 2, 2048, "Up to 5 Gigabit", Some((174, 2085))),
+            ("m7i.48xlarge", 192, 786_432, "50 Gigabit", Some((40_000, 40_000))),
+            ("c7i.12xlarge", 48, 98_304, "18.75 Gigabit", Some((15_000, 15_000))),
+            ("r7i.large", 2, 16_384, "Up to 12.5 Gigabit", Some((650, 10_000))),
+            ("m7g.medium", 1, 4096, "Up to 12.5 Gigabit", Some((315, 10_000))),
+            ("r7g.16xlarge", 64, 524_288, "30 Gigabit", Some((20_000, 20_000))),
+        ] {
+            let hardware: InstanceType = name.parse().unwrap();
+            assert_eq!((hardware.vcpus().get(), hardware.memory_mib().get()), (vcpus, memory), "{name}");
+            assert_eq!(hardware.network_performance(), Some(network), "{name}");
+            let found = hardware.ebs_bandwidth().map(|e| (e.baseline_mbps, e.maximum_mbps));
+            assert_eq!(found, ebs, "{name}");
+        }
+        for unknown in ["", "t3", "t3.", "t3.vast", "t9.nano", "T3.nano"] {
+            let refused = unknown.parse::<InstanceType>().unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::InvalidInstanceType, "{unknown}");
+        }
+    }
+}

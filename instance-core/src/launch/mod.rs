@@ -1,0 +1,470 @@
+//! Launching: from an image and hardware to instances that run (`RunInstances`).
+
+mod in_flight;
+mod plan;
+mod spec;
+mod tokens;
+
+use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use ami_core::{
+    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
+    Timestamp,
+};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use storage_block::Volume;
+
+use self::in_flight::Flight;
+pub(crate) use self::in_flight::{InFlight, Needs};
+use self::plan::Planned;
+pub use self::spec::LaunchSpec;
+pub(crate) use self::tokens::Tokens;
+use self::tokens::Turn;
+use crate::boot_cache::BootPlan;
+use crate::capacity::Claim;
+use crate::description::{InstanceDescription, StateReason};
+use crate::error::chain;
+use crate::instance::{Cell, Hold, Instance};
+use crate::machine::{Boot, Runs};
+use crate::record::{ImageRecord, InstanceRecord, SnapshotRecord};
+use crate::region::{Inner, Region, StateChange};
+use crate::{Error, ErrorKind, InstanceState, InstanceType, Result, Transition};
+
+/// What a launch gave.
+///
+/// ```
+/// # use ami_core::{Ami, X86_64};
+/// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+/// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
+/// # let dir = tempfile::tempdir()?;
+/// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+/// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+/// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+/// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+/// let spec = LaunchSpec::new("t2.nano".parse()?).count(2, 2).client_token("once");
+/// let reservation = region.run_instances(&ami, spec.clone())?;
+/// assert_eq!(reservation.instances.len(), 2);
+/// let again = region.run_instances(&ami, spec)?;
+/// assert_eq!(again.id, reservation.id);
+/// assert_eq!(region.instances().len(), 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Reservation {
+    /// Its id.
+    pub id: ReservationId,
+    /// The account that launched.
+    pub owner: AccountId,
+    /// The instances.
+    pub instances: Vec<Instance>,
+}
+
+impl<H> Region<H> {
+    /// Launches an instance of `ami` and returns it when its machine runs.
+    ///
+    /// Its volumes are made copy-on-write from the image's snapshots, in constant time.
+    ///
+    /// ```no_run
+    /// # fn demo(region: &instance_core::Region) -> Result<(), Box<dyn std::error::Error>> {
+    /// use instance_core::LaunchSpec;
+    ///
+    /// let image = region.image("ami-0123456789abcdef0".parse()?)?;
+    /// let server = region.launch(image.ami(), LaunchSpec::new("t3.micro".parse()?).tag("Name", "web"))?;
+    /// println!("{} is {}", server.id(), server.state());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`run_instances`](Self::run_instances), and
+    /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for more than one instance.
+    pub fn launch<A: Arch>(&self, ami: &Ami<A>, spec: LaunchSpec) -> Result<Instance>
+    where
+        H: Runs<A>,
+    {
+        if spec.max_count > 1 {
+            let what = "launch makes one instance; run_instances makes several";
+            return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
+        }
+        let mut instances = self.run_instances(ami, spec)?.instances;
+        instances.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "a launch gave no instance"))
+    }
+
+    /// Launches instances of `ami` and returns them when their machines run, as many as can be up to the
+    /// [`count`](LaunchSpec::count) and all of them or none up to its minimum (`RunInstances`).
+    ///
+    /// # Errors
+    ///
+    /// Before anything is made: [`ImageNotFound`](ErrorKind::ImageNotFound),
+    /// [`AuthFailure`](ErrorKind::AuthFailure), [`ImageUnavailable`](ErrorKind::ImageUnavailable),
+    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
+    /// [`InvalidParameter`](ErrorKind::InvalidParameter),
+    /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
+    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`MalformedTagKey`](ErrorKind::MalformedTagKey),
+    /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded),
+    /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
+    /// [`Unsupported`](ErrorKind::Unsupported) for instance store and encrypted volumes,
+    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
+    /// [dry run](LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or
+    /// [`UnauthorizedOperation`](ErrorKind::UnauthorizedOperation). Later:
+    /// [`Unsupported`](ErrorKind::Unsupported) for hardware that the hypervisor cannot give,
+    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity),
+    /// [`Hypervisor`](ErrorKind::Hypervisor) and others when the host fails, after which nothing is left of
+    /// the launch.
+    pub fn run_instances<A: Arch>(&self, ami: &Ami<A>, spec: LaunchSpec) -> Result<Reservation>
+    where
+        H: Runs<A>,
+    {
+        let owner = *self.account();
+        let cells = self.inner.run_once(owner, ami.id(), &spec)?;
+        let first = cells.first().map(|cell| cell.description.get().reservation_id);
+        let id = first.ok_or_else(|| Error::new(ErrorKind::Internal, "a launch gave no instance"))?;
+        let instance = |cell| Instance::new(self.inner.clone(), cell);
+        Ok(Reservation { id, owner, instances: cells.into_iter().map(instance).collect() })
+    }
+}
+
+/// A launch whose parameters have been found good: all that is needed, and nothing made yet.
+struct Prepared<'a> {
+    boot: Boot,
+    records: Vec<(InstanceRecord, Vec<Planned>, Claim)>,
+    _flight: Flight<'a>,
+}
+
+/// An instance that is being launched.
+struct Launching<'a> {
+    cell: &'a Arc<Cell>,
+    hold: Hold<'a>,
+    planned: &'a [Planned],
+    done: Result<()>,
+}
+
+impl Inner {
+    /// Launches, unless a launch with the same client token has happened.
+    fn run_once(&self, owner: AccountId, image: AmiId, spec: &LaunchSpec) -> Result<Vec<Arc<Cell>>> {
+        let Some(token) = spec.client_token.as_deref().filter(|_| !spec.dry_run) else {
+            return self.run(owner, image, spec);
+        };
+        spec.check()?;
+        match self.tokens.begin(owner, token, spec.parameters(image)?)? {
+            Turn::First(under_way) => {
+                let cells = self.run(owner, image, spec)?;
+                under_way.done(cells.iter().map(|cell| cell.id).collect());
+                Ok(cells)
+            }
+            Turn::Again(ids) => {
+                let cells = self.cells();
+                Ok(ids.iter().filter_map(|id| cells.get(id).cloned()).collect())
+            }
+        }
+    }
+
+    fn run(&self, owner: AccountId, image: AmiId, spec: &LaunchSpec) -> Result<Vec<Arc<Cell>>> {
+        self.forget_terminated(Instant::now());
+        let Prepared { boot, records, _flight } = self.prepare(owner, image, spec)?;
+        let (mut cells, mut planned, mut claims) = (Vec::new(), Vec::new(), Vec::new());
+        for (record, volumes, claim) in records {
+            cells.push(Arc::new(Cell::new(record)));
+            planned.push(volumes);
+            claims.push(claim);
+        }
+        let mut launching: Vec<Launching<'_>> = Vec::new();
+        for ((cell, planned), claim) in cells.iter().zip(&planned).zip(claims) {
+            // Held before anyone can find it.
+            let mut hold = cell.hold(self.supervisor.sender());
+            hold.claim = Some(claim);
+            launching.push(Launching { cell, hold, planned, done: Ok(()) });
+            let description = cell.description.get();
+            self.directory.set(description.clone());
+            self.cells().insert(cell.id, cell.clone());
+            self.announce(&StateChange::of(&description));
+        }
+        let min = usize::try_from(spec.min_count).unwrap_or(usize::MAX);
+        let outcome = self.make(&mut launching, &boot, min);
+        let mut running = Vec::new();
+        for one in launching {
+            match (&outcome, &one.done) {
+                (Ok(()), Ok(())) => running.push(one.cell.clone()),
+                (Err(why), _) | (Ok(()), Err(why)) => self.undo_launch(one.cell, one.hold, one.planned, why),
+            }
+        }
+        outcome.map(|()| running)
+    }
+
+    /// Checks everything that can be checked beforehand.
+    fn prepare(&self, owner: AccountId, image: AmiId, spec: &LaunchSpec) -> Result<Prepared<'_>> {
+        let checked = spec.check()?;
+        self.find_what_boots(image)?;
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let record = self.image(image)?;
+        record.image.authorize(&owner, Action::Launch).map_err(|e| match e.kind() {
+            ami_core::ErrorKind::AuthFailure if spec.dry_run => {
+                Error::new(ErrorKind::UnauthorizedOperation, "the account may not launch the image")
+                    .with_source(e)
+            }
+            _ => e.into(),
+        })?;
+        self.check_architecture(&record, &spec.instance_type)?;
+        let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
+        self.check_contents(owner, &disks, spec)?;
+        let claims = self.claim(spec)?;
+        if spec.dry_run {
+            let what = "the launch would have been made, had it not been asked for as a dry run";
+            return Err(Error::new(ErrorKind::DryRunOperation, what));
+        }
+        let direct = matches!(record.image.ami().manifest().boot().source(), BootSource::Direct { .. });
+        let plan = record.boot.clone().ok_or_else(|| not_found_to_boot(image))?;
+        let boot = self.boot.boot(&plan)?;
+        let direct_boot = direct.then_some(plan);
+        let no_random = |e| Error::io(e, "cannot make an id");
+        let reservation = ReservationId::random().map_err(no_random)?;
+        let now = Timestamp::now();
+        let parameters = match spec.client_token {
+            Some(_) => Some(spec.parameters(image)?),
+            None => None,
+        };
+        let mut records = Vec::new();
+        for (index, claim) in (0..).zip(claims) {
+            let planned = plan::volumes(&disks, owner, now, &checked.volume_tags)?;
+            let ami = record.image.ami();
+            let description = InstanceDescription {
+                id: InstanceId::random().map_err(no_random)?,
+                owner,
+                reservation_id: reservation,
+                launch_index: index,
+                launch_time: now,
+                client_token: spec.client_token.clone(),
+                image_id: ami.id(),
+                architecture: ami.architecture(),
+                instance_type: spec.instance_type.clone(),
+                state: InstanceState::Pending,
+                state_reason: None,
+                shutdown_behavior: spec.shutdown_behavior,
+                termination_protection: spec.termination_protection,
+                stop_protection: spec.stop_protection,
+                key_name: spec.key_name.clone(),
+                metadata_options: spec.metadata_options.clone(),
+                root_device_name: ami.manifest().root_device_name().to_string(),
+                attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
+                tags: spec.tags.clone(),
+            };
+            let record = InstanceRecord {
+                description,
+                launched: false,
+                direct_boot: direct_boot.clone(),
+                user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
+                parameters,
+            };
+            records.push((record, planned, claim));
+        }
+        let contents = plan::contents(&disks).map(|(_, digest)| digest).collect();
+        let flight = self.in_flight.begin(reservation, Needs { image, contents, direct_boot });
+        Ok(Prepared { boot, records, _flight: flight })
+    }
+
+    pub(crate) fn check_architecture(&self, image: &ImageRecord, hardware: &InstanceType) -> Result<()> {
+        let architecture = image.image.ami().architecture();
+        let mismatch = |what: String| Err(Error::new(ErrorKind::ArchitectureMismatch, what));
+        if !hardware.architectures().contains(&architecture) {
+            return mismatch(format!("the image is for {architecture}, which {hardware} does not run"));
+        }
+        let can = self.hypervisor.capabilities();
+        if !can.architectures.contains(&architecture) {
+            return mismatch(format!(
+                "the image is for {architecture}, which {} does not run on this host",
+                can.name
+            ));
+        }
+        Ok(())
+    }
+
+    /// A launch may name the content of snapshots of its own account, beside that of the image.
+    fn check_contents(
+        &self,
+        owner: AccountId,
+        disks: &[BlockDeviceMapping],
+        spec: &LaunchSpec,
+    ) -> Result<()> {
+        if spec.block_devices.is_empty() {
+            return Ok(());
+        }
+        let named: Vec<Digest> = plan::contents(&spec.block_devices).map(|(_, digest)| digest).collect();
+        if !named.is_empty() {
+            let snapshots = self.store.all::<SnapshotRecord>()?;
+            let has = |digest: &Digest| snapshots.iter().any(|s| s.owner == owner && s.digest == *digest);
+            if let Some(missing) = named.iter().find(|digest| !has(digest)) {
+                let what = format!("the account has no snapshot whose content is {missing}");
+                return Err(Error::new(ErrorKind::SnapshotNotFound, what));
+            }
+        }
+        for (ebs, digest) in plan::contents(disks) {
+            ebs.check_snapshot_size(self.content(&digest)?.size())?;
+        }
+        Ok(())
+    }
+
+    /// Takes of the host what the instances need: at least the minimum.
+    fn claim(&self, spec: &LaunchSpec) -> Result<Vec<Claim>> {
+        let mut claims = Vec::new();
+        for number in 0..spec.max_count {
+            match self.meter.claim(&spec.instance_type) {
+                Ok(claim) => claims.push(claim),
+                Err(e) if number < spec.min_count => return Err(e),
+                Err(_) => break,
+            }
+        }
+        Ok(claims)
+    }
+
+    /// Makes volumes, machines and records, and says of each instance what came of it; an error if fewer than
+    /// `min` run.
+    ///
+    /// The volumes become durable while the machines are made and the records committed, so that only one of
+    /// the two is waited for. The records say so: see [`InstanceRecord::launched`].
+    fn make(&self, launching: &mut [Launching<'_>], boot: &Boot, min: usize) -> Result<()> {
+        for one in launching.iter_mut() {
+            match self.make_volumes(one.planned) {
+                Ok(volumes) => one.hold.volumes = volumes,
+                Err(e) => one.done = Err(e),
+            }
+        }
+        let volumes: Vec<Vec<Volume>> = launching.iter().map(|one| one.hold.volumes.clone()).collect();
+        let sync = || -> Vec<Result<(), storage_block::Error>> {
+            volumes.iter().map(|volumes| volumes.iter().try_for_each(Volume::sync_created)).collect()
+        };
+        let (started, synced) = thread::scope(|scope| {
+            let syncing = thread::Builder::new().name("sync-volumes".to_owned()).spawn_scoped(scope, sync);
+            for one in launching.iter_mut().filter(|one| one.done.is_ok()) {
+                one.done = self.power_on(one.cell, &mut one.hold, boot.clone());
+            }
+            let started = enough(launching, min).and_then(|()| self.commit_started(launching));
+            let synced = match syncing {
+                Ok(syncing) => syncing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                // No thread to be had: in this one, then.
+                Err(_) => sync(),
+            };
+            (started, synced)
+        });
+        let started = started?;
+        for (one, synced) in launching.iter_mut().zip(synced) {
+            if let (Ok(()), Err(e)) = (&one.done, synced) {
+                one.done = Err(Error::storage(e, "cannot make a volume durable"));
+            }
+        }
+        enough(launching, min)?;
+        let running = launching.iter_mut().zip(started);
+        for (one, record) in running.filter(|(one, _)| one.done.is_ok()) {
+            let Some(record) = record else { continue };
+            // With whatever is committed next: until then opening the region looks at the volumes themselves.
+            if let Err(e) = self.store.later(|c| c.put(&record)) {
+                tracing::warn!(instance = %one.cell.id, error = chain(&e), "cannot note that a launch is whole");
+            }
+            self.publish(one.cell, &mut one.hold, record);
+        }
+        Ok(())
+    }
+
+    fn make_volumes(&self, planned: &[Planned]) -> Result<Vec<Volume>> {
+        planned
+            .iter()
+            .map(|Planned { record, .. }| {
+                let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));
+                let base = record.base.map(|digest| self.content(&digest)).transpose()?;
+                let dir = self.paths.volume(record.id);
+                Volume::create_unsynced(&dir, base.as_ref(), record.size).map_err(failed)
+            })
+            .collect()
+    }
+
+    /// Commits all instances that run, and all that is theirs, in one: what a crash leaves of a launch is all
+    /// of it or nothing. Gives their records as they are once their volumes are durable.
+    fn commit_started(&self, launching: &[Launching<'_>]) -> Result<Vec<Option<InstanceRecord>>> {
+        let started = launching.iter().map(|one| match one.done {
+            Ok(()) => one.hold.after(Transition::Started, None).map(Some),
+            Err(_) => Ok(None),
+        });
+        let mut started = started.collect::<Result<Vec<_>>>()?;
+        self.store.commit(|c| {
+            launching.iter().zip(&started).try_for_each(|(one, record)| {
+                let Some(record) = record else { return Ok(()) };
+                one.planned.iter().try_for_each(|p| c.put(&p.record))?;
+                c.put(record)
+            })
+        })?;
+        started.iter_mut().flatten().for_each(|record| record.launched = true);
+        Ok(started)
+    }
+
+    /// Leaves nothing of a launch that failed. Files that cannot be removed now are when the region is opened
+    /// again: no record names them.
+    fn undo_launch(&self, cell: &Cell, mut live: Hold<'_>, planned: &[Planned], why: &Error) {
+        self.power_off(&mut live);
+        self.cells().remove(&cell.id);
+        // A commit that failed may have got as far as to say so.
+        live.record.launched = false;
+        let left = planned.iter().try_for_each(|p| {
+            let failed = |e| Error::storage(e, format!("cannot remove the volume {}", p.record.id));
+            Volume::remove(&self.paths.volume(p.record.id)).map_err(failed)
+        });
+        if let Err(e) = self.forget(&live.record).and(left) {
+            tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
+        }
+        let mut gone = live.record.description.clone();
+        gone.state = InstanceState::Terminated;
+        gone.state_reason = Some(StateReason::new(why.code(), chain(why)));
+        self.announce(&StateChange::of(&gone));
+        self.directory.remove(cell.id);
+        cell.description.set(gone);
+    }
+
+    /// Finds what an image boots that was put into the catalogue as a record alone, and keeps it.
+    fn find_what_boots(&self, id: AmiId) -> Result<()> {
+        let record = self.image(id)?;
+        if record.boot.is_some() {
+            return Ok(());
+        }
+        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let manifest = record.image.ami().manifest();
+        let plan = match manifest.boot().source() {
+            BootSource::Direct { kernel, initrd, command_line } => {
+                let (kernel, initrd, command_line) = (*kernel, *initrd, command_line.clone());
+                let plan = BootPlan { architecture: manifest.architecture(), kernel, initrd, command_line };
+                self.boot.boot(&plan).map_err(|e| {
+                    let what = format!("the region does not hold the kernel of the image {id}");
+                    Error::new(ErrorKind::NotBootable, what).with_source(e)
+                })?;
+                plan
+            }
+            _ => {
+                let root = manifest.root_device_name();
+                let root = manifest.block_device_mappings().iter().find(|m| m.device_name() == root.as_str());
+                let content = root.and_then(|m| m.as_ebs()?.snapshot().copied());
+                let content = content.ok_or_else(|| not_found_to_boot(id))?;
+                self.boot.keep_from_disk(&self.content(&content)?.disk())?
+            }
+        };
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let record = ImageRecord { boot: Some(plan), ..self.image(id)? };
+        self.store.commit(|c| c.put(&record))
+    }
+}
+
+/// The first failure, if fewer than `min` are without one.
+fn enough(launching: &mut [Launching<'_>], min: usize) -> Result<()> {
+    if launching.iter().filter(|one| one.done.is_ok()).count() >= min {
+        return Ok(());
+    }
+    let mut failures = launching.iter_mut().filter_map(|one| std::mem::replace(&mut one.done, Ok(())).err());
+    Err(failures
+        .next()
+        .unwrap_or_else(|| Error::new(ErrorKind::Internal, "a launch failed without a reason")))
+}
+
+fn not_found_to_boot(id: AmiId) -> Error {
+    Error::new(ErrorKind::NotBootable, format!("the image {id} names no content of its root volume"))
+}

@@ -1,0 +1,116 @@
+//! Which volumes an instance gets: the image's disks, and what the launch changes of them.
+
+use ami_core::{
+    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Ebs, Manifest, Tags, Timestamp, VolumeId,
+};
+
+use crate::description::Attachment;
+use crate::record::VolumeRecord;
+use crate::{Error, ErrorKind, Result};
+
+/// A volume to be made for a launch.
+pub(super) struct Planned {
+    pub(super) attachment: Attachment,
+    pub(super) record: VolumeRecord,
+}
+
+/// The disks of an image's instance as mappings of EBS volumes, the root volume first, with `changes` made.
+pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Result<Vec<BlockDeviceMapping>> {
+    let root = manifest.root_device_name();
+    let mut disks: Vec<BlockDeviceMapping> = manifest.block_device_mappings().to_vec();
+    for change in changes {
+        let name = change.validate()?;
+        let same = |disk: &BlockDeviceMapping| disk.validate().is_ok_and(|n| n.same_disk(&name));
+        let place = disks.iter().position(same);
+        match (place, change.kind()) {
+            (_, BlockDeviceKind::NoDevice) if root.same_disk(&name) => {
+                return invalid(format!("{name} is the root device, which cannot be left out"));
+            }
+            (Some(place), BlockDeviceKind::NoDevice) => drop(disks.remove(place)),
+            (None, BlockDeviceKind::NoDevice) => {}
+            (Some(place), BlockDeviceKind::Ebs(ebs)) => {
+                if ebs.snapshot().is_some() && root.same_disk(&name) {
+                    return invalid(format!("the content of {name}, the root device, is the image's"));
+                }
+                disks[place] = merged(&disks[place], change, ebs);
+            }
+            (Some(place), _) => disks[place] = change.clone(),
+            (None, _) => disks.push(change.clone()),
+        }
+    }
+    disks.retain(|disk| *disk.kind() != BlockDeviceKind::NoDevice);
+    disks.sort_by_key(|disk| disk.device_name() != root.as_str());
+    for disk in &disks {
+        let name = disk.device_name();
+        match disk.as_ebs() {
+            None => {
+                let what = format!("{name}: instance store volumes are not supported");
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            Some(ebs) if ebs.encrypted() => {
+                let what = format!("{name}: encrypted volumes are not supported yet");
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            Some(ebs) if name == root.as_str() && !ebs.volume_type().can_boot() => {
+                return invalid(format!("nothing boots from {name}, a volume of type {}", ebs.volume_type()));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(disks)
+}
+
+/// The image's disk with what a change says of the rest, and its content unless the change names another.
+fn merged(disk: &BlockDeviceMapping, change: &BlockDeviceMapping, ebs: &Ebs) -> BlockDeviceMapping {
+    let content = ebs.snapshot().or_else(|| disk.as_ebs()?.snapshot());
+    let (name, size) = (disk.device_name(), ebs.volume_size_gib());
+    match content {
+        Some(content) => BlockDeviceMapping::ebs(name, *content, size)
+            .volume_type(ebs.volume_type())
+            .delete_on_termination(ebs.delete_on_termination())
+            .encrypted(ebs.encrypted()),
+        None => change.clone(),
+    }
+}
+
+fn invalid<T>(what: String) -> Result<T> {
+    Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what))
+}
+
+/// The content that the disks begin with.
+pub(super) fn contents(disks: &[BlockDeviceMapping]) -> impl Iterator<Item = (&Ebs, Digest)> {
+    disks
+        .iter()
+        .filter_map(|disk| disk.as_ebs())
+        .filter_map(|ebs| ebs.snapshot().map(|digest| (ebs, *digest)))
+}
+
+/// New volumes for one instance.
+pub(super) fn volumes(
+    disks: &[BlockDeviceMapping],
+    owner: AccountId,
+    created: Timestamp,
+    tags: &Tags,
+) -> Result<Vec<Planned>> {
+    let volume = |disk: &BlockDeviceMapping, ebs: &Ebs| -> Result<Planned> {
+        let id = VolumeId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
+        Ok(Planned {
+            attachment: Attachment {
+                device_name: disk.device_name().to_owned(),
+                volume_id: id,
+                delete_on_termination: ebs.delete_on_termination(),
+            },
+            record: VolumeRecord {
+                id,
+                owner,
+                size: ebs.volume_size(),
+                base: ebs.snapshot().copied(),
+                snapshot_id: None,
+                volume_type: ebs.volume_type(),
+                created,
+                tags: tags.clone(),
+            },
+        })
+    };
+    disks.iter().filter_map(|disk| disk.as_ebs().map(|ebs| volume(disk, ebs))).collect()
+}

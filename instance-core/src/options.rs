@@ -1,0 +1,97 @@
+//! How a region is opened.
+
+use std::path::Path;
+
+use ami_core::{AccountId, RegionName};
+
+use crate::machine::Hypervisor;
+use crate::region::{Inner, Region};
+use crate::state_store::StateStore;
+use crate::{Capacity, Result};
+
+/// How to open a region.
+///
+/// ```
+/// use instance_core::RegionOptions;
+/// use instance_core::testing::FakeHypervisor;
+///
+/// let dir = tempfile::tempdir()?;
+/// let options = RegionOptions::new().name("eu-central-1".parse()?).account("123456789012".parse()?);
+/// let region = options.open(dir.path(), FakeHypervisor::new())?;
+/// assert_eq!(region.name().as_str(), "eu-central-1");
+/// assert_eq!(region.account().to_string(), "123456789012");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Default)]
+pub struct RegionOptions {
+    pub(crate) name: Option<RegionName>,
+    pub(crate) account: Option<AccountId>,
+    pub(crate) capacity: Capacity,
+    pub(crate) state_store: Option<Box<dyn StateStore>>,
+}
+
+impl RegionOptions {
+    /// The defaults: a name that is nobody else's, and account 000000000000.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The name of the region. The ids of its images depend on it; it is given once, when the
+    /// directory is made.
+    #[must_use]
+    pub fn name(mut self, name: RegionName) -> Self {
+        self.name = Some(name);
+        self
+    }
+
+    /// The account that owns what is made here, given once, when the directory is made.
+    #[must_use]
+    pub fn account(mut self, account: AccountId) -> Self {
+        self.account = Some(account);
+        self
+    }
+
+    /// What the region's machines may take together. This host's, each processor given out 16 times and its
+    /// memory twice, unless this says otherwise.
+    #[must_use]
+    pub fn capacity(mut self, capacity: Capacity) -> Self {
+        self.capacity = capacity;
+        self
+    }
+
+    /// Where the region keeps what it knows, if not in its own directory. The files of its volumes and images
+    /// stay there, and are removed when this store does not name them: whoever has lost it must not open the
+    /// directory with another.
+    ///
+    /// ```
+    /// use instance_core::RegionOptions;
+    /// use instance_core::state_store::MemoryStateStore;
+    /// use instance_core::testing::FakeHypervisor;
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let options = RegionOptions::new().state_store(MemoryStateStore::new());
+    /// let region = options.open(dir.path(), FakeHypervisor::new())?;
+    /// assert!(!dir.path().join("region.db").exists());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn state_store(mut self, store: impl StateStore) -> Self {
+        self.state_store = Some(Box::new(store));
+        self
+    }
+
+    /// Opens the region in `dir`, made when it is not there.
+    ///
+    /// What an earlier process left half done is finished or undone first: see
+    /// [`Region::open`].
+    ///
+    /// # Errors
+    ///
+    /// [`RegionInUse`](crate::ErrorKind::RegionInUse) if it has an owner,
+    /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter) if it has another name or account,
+    /// [`Corrupt`](crate::ErrorKind::Corrupt) if its files are not what they should be or of a format that
+    /// this version does not know, or what the host met.
+    pub fn open<H: Hypervisor>(self, dir: impl AsRef<Path>, hypervisor: H) -> Result<Region<H>> {
+        Ok(Region::of(Inner::open(self, dir.as_ref(), Box::new(hypervisor))?))
+    }
+}

@@ -1,0 +1,434 @@
+//! Volumes, snapshots and tags as resources of their own, and how all of them are described.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use ami_core::{Ami, InstanceId, ResourceId, SnapshotId, VolumeId, VolumeType, X86_64};
+use common::{TestRegion, check, disk, open, register};
+use instance_core::{
+    DescribeInstances, DescribeSnapshots, DescribeTags, DescribeVolumes, ErrorKind, Instance, InstanceState,
+    LaunchSpec, Result, VolumeSpec, VolumeState,
+};
+
+const FRIEND: &str = "222222222222";
+
+fn world() -> (tempfile::TempDir, TestRegion, Ami<X86_64>) {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, "base", &disk(1, 7)).unwrap();
+    (dir, region, ami)
+}
+
+fn spec() -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap())
+}
+
+fn ask(instance: &Instance, line: &str, answer: &str) {
+    let soon = Instant::now() + Duration::from_secs(10);
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
+    reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T>, kind: ErrorKind, code: &str) {
+    check(&result.unwrap_err(), kind, code, &[]);
+}
+
+const VOLUME_GONE: (ErrorKind, &str) = (ErrorKind::VolumeNotFound, "InvalidVolume.NotFound");
+const SNAPSHOT_GONE: (ErrorKind, &str) = (ErrorKind::SnapshotNotFound, "InvalidSnapshot.NotFound");
+const WRONG_STATE: (ErrorKind, &str) = (ErrorKind::IncorrectInstanceState, "IncorrectInstanceState");
+
+#[test]
+fn a_volume_that_was_kept_goes_on_to_another_instance() {
+    let (_dir, region, ami) = world();
+    let first = region.launch(&ami, spec()).unwrap();
+    ask(&first, "write 1 0 kept", "wrote");
+    let volume = first.describe().attachments[1].volume_id;
+    refused(region.delete_volume(volume), ErrorKind::VolumeInUse, "VolumeInUse");
+    refused(region.detach_volume(volume), WRONG_STATE.0, WRONG_STATE.1);
+    let root = first.describe().attachments[0].volume_id;
+    refused(region.detach_volume(root), ErrorKind::OperationNotPermitted, "OperationNotPermitted");
+    first.terminate().unwrap();
+    refused(region.detach_volume(volume), ErrorKind::IncorrectState, "IncorrectState");
+    refused(region.delete_volume(root), VOLUME_GONE.0, VOLUME_GONE.1);
+    let kept = region.describe_volumes(&DescribeVolumes::new()).unwrap().items;
+    assert_eq!(kept.iter().map(|v| (v.id, v.state)).collect::<Vec<_>>(), [(volume, VolumeState::Available)]);
+
+    let second = region.launch(&ami, spec()).unwrap();
+    refused(region.attach_volume(volume, second.id(), "/dev/sdg"), WRONG_STATE.0, WRONG_STATE.1);
+    second.stop(Duration::ZERO).unwrap();
+    for device in ["/dev/sdf", "/dev/xvdf", "/dev/hda"] {
+        let taken = region.attach_volume(volume, second.id(), device);
+        refused(taken, ErrorKind::InvalidParameter, "InvalidParameterValue");
+    }
+    let own = second.describe().attachments[1].volume_id;
+    region.detach_volume(own).unwrap();
+    region.attach_volume(volume, second.id(), "/dev/sdf").unwrap();
+    refused(region.attach_volume(volume, second.id(), "/dev/sdh"), ErrorKind::VolumeInUse, "VolumeInUse");
+    second.start().unwrap();
+    ask(&second, "read 1 0", "data kept");
+    let told = region.describe_volumes(&DescribeVolumes::new().id(volume)).unwrap().items;
+    let attachment = told[0].attachment.as_ref().unwrap();
+    assert_eq!((attachment.instance_id, attachment.device_name.as_str()), (second.id(), "/dev/sdf"));
+    region.delete_volume(own).unwrap();
+
+    // An image of it has the disks that it has now.
+    let child = second.create_image("child").unwrap().ami;
+    second.terminate().unwrap();
+    region.delete_volume(volume).unwrap();
+    let third = region.launch(&child, spec()).unwrap();
+    ask(&third, "read 1 0", "data kept");
+}
+
+#[test]
+fn a_root_volume_can_be_taken_out_and_put_back() {
+    let (dir, region, ami) = world();
+    let instance = region.launch(&ami, spec()).unwrap();
+    ask(&instance, "write 0 0 root", "wrote");
+    instance.stop(Duration::ZERO).unwrap();
+    let (id, root) = (instance.id(), instance.describe().attachments[0].volume_id);
+    region.detach_volume(root).unwrap();
+    drop(instance);
+    drop(region);
+    let region = open(dir.path());
+    let instance = region.instance(id).unwrap();
+    region.attach_volume(root, id, "/dev/xvda").unwrap();
+    let devices: Vec<_> = instance.describe().attachments.into_iter().map(|a| a.device_name).collect();
+    assert_eq!(devices, ["/dev/xvda", "/dev/sdf"], "the root volume is the first");
+    instance.start().unwrap();
+    ask(&instance, "read 0 0", "data root");
+}
+
+#[test]
+fn a_snapshot_is_the_volume_at_that_moment_and_outlives_it() {
+    let (dir, region, ami) = world();
+    let instance = region.launch(&ami, spec()).unwrap();
+    let volume = instance.describe().attachments[1].volume_id;
+    ask(&instance, "write 1 0 before", "wrote");
+    let snapshot = region.create_snapshot(volume, "before").unwrap();
+    ask(&instance, "write 1 0 after", "wrote");
+    assert_eq!((snapshot.volume_size_gib, snapshot.description.as_str()), (1, "before"));
+    instance.terminate().unwrap();
+    let later = region.create_snapshot(volume, "of a volume that nothing has").unwrap();
+    region.delete_volume(volume).unwrap();
+    region.deregister_image(ami.id()).unwrap();
+    drop(instance);
+    drop(region);
+
+    let region = open(dir.path());
+    let ami = register(&region, "again", &disk(1, 8)).unwrap();
+    for (snapshot, word) in [(snapshot.id, "before"), (later.id, "after")] {
+        let volume = region.create_volume(VolumeSpec::of_snapshot(snapshot).size_gib(2)).unwrap();
+        assert_eq!((volume.size_gib, volume.snapshot_id), (2, Some(snapshot)));
+        region.delete_snapshot(snapshot).unwrap();
+        let instance = region.launch(&ami, spec()).unwrap();
+        instance.stop(Duration::ZERO).unwrap();
+        region.attach_volume(volume.id, instance.id(), "/dev/sdg").unwrap();
+        instance.start().unwrap();
+        ask(&instance, "read 2 0", &format!("data {word}"));
+        instance.terminate().unwrap();
+        region.delete_volume(volume.id).unwrap();
+    }
+    assert!(region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items.is_empty());
+}
+
+#[test]
+fn what_is_no_volume_or_snapshot_of_the_account_is_refused() {
+    let (_dir, region, ami) = world();
+    let volume = region.create_volume(VolumeSpec::new(4)).unwrap().id;
+    let snapshot = region.create_snapshot(volume, "").unwrap().id;
+    let instance = region.launch(&ami, spec()).unwrap();
+    let friend = region.as_account(FRIEND.parse().unwrap());
+    for region in [&friend, &region] {
+        let mine = std::ptr::eq(region, &friend);
+        let (volume, snapshot) = match mine {
+            true => (volume, snapshot),
+            false => ("vol-00000000000000000".parse().unwrap(), "snap-00000000000000000".parse().unwrap()),
+        };
+        refused(region.delete_volume(volume), VOLUME_GONE.0, VOLUME_GONE.1);
+        refused(region.detach_volume(volume), VOLUME_GONE.0, VOLUME_GONE.1);
+        refused(region.create_snapshot(volume, ""), VOLUME_GONE.0, VOLUME_GONE.1);
+        refused(region.describe_volumes(&DescribeVolumes::new().id(volume)), VOLUME_GONE.0, VOLUME_GONE.1);
+        refused(region.delete_snapshot(snapshot), SNAPSHOT_GONE.0, SNAPSHOT_GONE.1);
+        refused(region.create_volume(VolumeSpec::of_snapshot(snapshot)), SNAPSHOT_GONE.0, SNAPSHOT_GONE.1);
+        let described = region.describe_snapshots(&DescribeSnapshots::new().id(snapshot));
+        refused(described, SNAPSHOT_GONE.0, SNAPSHOT_GONE.1);
+    }
+    let theirs = friend.create_volume(VolumeSpec::new(1)).unwrap().id;
+    let attached = friend.attach_volume(theirs, instance.id(), "/dev/sdg");
+    refused(attached, ErrorKind::InstanceNotFound, "InvalidInstanceID.NotFound");
+
+    let (parameter, invalid) = (ErrorKind::InvalidParameter, "InvalidParameterValue");
+    for spec in [
+        VolumeSpec::new(0),
+        VolumeSpec::new(16_385).volume_type(VolumeType::Gp2),
+        VolumeSpec::new(1).volume_type(VolumeType::St1),
+        VolumeSpec::of_snapshot(snapshot).size_gib(3),
+        VolumeSpec::new(1).tag("k", "v".repeat(257)),
+    ] {
+        refused(region.create_volume(spec), parameter, invalid);
+    }
+    let reserved = region.create_volume(VolumeSpec::new(1).tag("aws:k", ""));
+    refused(reserved, ErrorKind::MalformedTagKey, "InvalidTagKey.Malformed");
+    refused(region.create_snapshot(volume, &"x".repeat(256)), parameter, invalid);
+    assert_eq!(region.describe_volumes(&DescribeVolumes::new()).unwrap().items.len(), 3);
+    // A text that is no id has its own kind and code.
+    let parsed = |text: &str| -> Result<VolumeId> { Ok(text.parse::<VolumeId>()?) };
+    refused(parsed("vol-1"), ErrorKind::MalformedId, "InvalidVolumeID.Malformed");
+    let parsed = |text: &str| -> Result<ami_core::AmiId> { Ok(text.parse::<ami_core::AmiId>()?) };
+    refused(parsed("ami-x"), ErrorKind::MalformedId, "InvalidAMIID.Malformed");
+    let parsed = |text: &str| -> Result<ResourceId> { Ok(text.parse::<ResourceId>()?) };
+    refused(parsed("x-1"), ErrorKind::InvalidResourceId, "InvalidID");
+}
+
+#[test]
+fn tags_are_set_on_all_resources_or_on_none_and_are_kept() {
+    let (dir, region, ami) = world();
+    let instance = region.launch(&ami, spec().tag("Name", "web")).unwrap();
+    let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+    let snapshot = region.create_snapshot(volume, "").unwrap().id;
+    let all: [ResourceId; 4] = [ami.id().into(), instance.id().into(), volume.into(), snapshot.into()];
+    region.create_tags(&all, &[("stage", "test"), ("owner", "me")]).unwrap();
+    let count = |region: &TestRegion| region.describe_tags(&DescribeTags::new()).unwrap().items.len();
+    assert_eq!(count(&region), 9);
+
+    // One that cannot have it keeps all from having it.
+    let many: Vec<(String, String)> = (0..48).map(|n| (n.to_string(), String::new())).collect();
+    let many: Vec<(&str, &str)> = many.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    let missing: SnapshotId = "snap-00000000000000000".parse().unwrap();
+    refused(region.create_tags(&all, &many), ErrorKind::TagLimitExceeded, "TagLimitExceeded");
+    refused(
+        region.create_tags(&all, &[("aws:a", "")]),
+        ErrorKind::MalformedTagKey,
+        "InvalidTagKey.Malformed",
+    );
+    let some = [volume.into(), missing.into()];
+    refused(region.create_tags(&some, &[("new", "")]), SNAPSHOT_GONE.0, SNAPSHOT_GONE.1);
+    refused(region.create_tags(&all, &[]), ErrorKind::MissingParameter, "MissingParameter");
+    refused(region.create_tags(&[], &[("new", "")]), ErrorKind::MissingParameter, "MissingParameter");
+    let friend = region.as_account(FRIEND.parse().unwrap());
+    for (resource, code) in all.iter().zip([
+        "InvalidAMIID.NotFound",
+        "InvalidInstanceID.NotFound",
+        "InvalidVolume.NotFound",
+        "InvalidSnapshot.NotFound",
+    ]) {
+        assert_eq!(friend.create_tags(&[*resource], &[("new", "")]).unwrap_err().code(), code);
+    }
+    assert_eq!((count(&region), count(&friend)), (9, 0));
+
+    region.delete_tags(&all, &[("owner", None), ("stage", Some("other")), ("absent", None)]).unwrap();
+    let stopped = instance.id();
+    drop((instance, friend));
+    drop(region);
+    let region = open(dir.path());
+    let tags = region.describe_tags(&DescribeTags::new().filter("key", ["s*"])).unwrap().items;
+    assert!(tags.len() == 4 && tags.iter().all(|t| t.value == "test"), "{tags:?}");
+    assert_eq!(region.instance(stopped).unwrap().describe().tags["Name"], "web");
+    assert_eq!(region.image(ami.id()).unwrap().tags().get("stage"), Some("test"));
+    let of = |filter: &str, value: &str| {
+        region.describe_tags(&DescribeTags::new().filter(filter, [value])).unwrap().items.len()
+    };
+    assert_eq!((of("resource-type", "volume"), of("resource-id", &stopped.to_string())), (1, 2));
+    assert_eq!((of("value", "web"), of("value", "?est")), (1, 4));
+}
+
+/// Asks for page after page, and for the whole.
+fn pages<T: PartialEq + std::fmt::Debug>(
+    size: usize,
+    mut ask: impl FnMut(Option<usize>, Option<String>) -> ami_core::Page<T>,
+) -> usize {
+    let whole = ask(None, None);
+    assert_eq!(whole.next_token, None);
+    let (mut found, mut token) = (Vec::new(), None);
+    loop {
+        let page = ask(Some(size), token);
+        assert!(page.items.len() <= size);
+        found.extend(page.items);
+        token = page.next_token;
+        if token.is_none() {
+            break;
+        }
+    }
+    assert_eq!(found, whole.items, "pages of {size}");
+    found.len()
+}
+
+#[test]
+fn instances_are_found_by_every_filter_and_in_pages() {
+    let (_dir, region, ami) = world();
+    let token = |spec: LaunchSpec, token: &str| region.run_instances(&ami, spec.client_token(token)).unwrap();
+    let three = token(spec().count(3, 3).tag("stage", "test").key_name("laptop"), "three");
+    token(spec().count(2, 2).tag("stage", "production").tag("Name", "web"), "two");
+    let large = token(LaunchSpec::new("t2.small".parse().unwrap()).user_data("x"), "one").instances;
+    three.instances[0].stop(Duration::ZERO).unwrap();
+    three.instances[1].terminate().unwrap();
+    region.as_account(FRIEND.parse().unwrap()).create_volume(VolumeSpec::new(1)).unwrap();
+    let (image, id) = (ami.id().to_string(), large[0].id().to_string());
+    let volume = large[0].describe().attachments[0].volume_id.to_string();
+    let (reservation, owner) = (three.id.to_string(), region.account().to_string());
+    type Filters<'a> = &'a [(&'a str, &'a [&'a str])];
+    let table: &[(Filters<'_>, usize)] = &[
+        (&[], 6),
+        (&[("architecture", &["x86_64"])], 6),
+        (&[("block-device-mapping.delete-on-termination", &["false"])], 6),
+        (&[("block-device-mapping.device-name", &["/dev/sdf"])], 6),
+        (&[("block-device-mapping.volume-id", &[&volume])], 1),
+        (&[("client-token", &["two"])], 2),
+        (&[("client-token", &["t*"])], 5),
+        (&[("image-id", &[&image])], 6),
+        (&[("instance-id", &[&id])], 1),
+        (&[("instance-state-code", &["16"])], 4),
+        (&[("instance-state-name", &["running"])], 4),
+        (&[("instance-state-name", &["stopped", "terminated"])], 2),
+        (&[("instance-state-name", &["stopped", "stopped"])], 1),
+        (&[("instance-state-name", &["pending"])], 0),
+        (&[("instance-type", &["t2.small"])], 1),
+        (&[("instance-type", &["t2.*"])], 6),
+        (&[("key-name", &["laptop"])], 3),
+        (&[("launch-index", &["0"])], 3),
+        (&[("launch-time", &["20*"])], 6),
+        (&[("metadata-options.http-endpoint", &["enabled"])], 6),
+        (&[("metadata-options.http-tokens", &["optional"])], 0),
+        (&[("owner-id", &[&owner])], 6),
+        (&[("owner-id", &[FRIEND])], 0),
+        (&[("reservation-id", &[&reservation])], 3),
+        (&[("root-device-name", &["/dev/xvda"])], 6),
+        (&[("root-device-type", &["ebs"])], 6),
+        (&[("state-reason-code", &["Client.*"])], 2),
+        (&[("state-reason-message", &["*user*"])], 2),
+        (&[("tag:stage", &["test", "production"])], 5),
+        (&[("tag:stage", &["test"]), ("instance-state-name", &["running"])], 1),
+        (&[("tag-key", &["Name"])], 2),
+        (&[("tag-key", &["N*"])], 2),
+        (&[("tag:absent", &["*"])], 0),
+        (&[("virtualization-type", &["hvm"])], 6),
+    ];
+    for (filters, expected) in table {
+        let request = filters.iter().fold(DescribeInstances::new(), |request, (name, values)| {
+            request.filter(*name, values.iter().copied())
+        });
+        let found = pages(5, |max, token| {
+            let request = max.into_iter().fold(request.clone(), DescribeInstances::max_results);
+            let request = token.into_iter().fold(request, DescribeInstances::next_token);
+            region.describe_instances(&request).unwrap()
+        });
+        assert_eq!(found, *expected, "{filters:?}");
+    }
+    // What changes is found as it is then.
+    region.create_tags(&[large[0].id().into()], &[("stage", "test")]).unwrap();
+    large[0].stop(Duration::ZERO).unwrap();
+    let found =
+        DescribeInstances::new().filter("tag:stage", ["test"]).filter("instance-state-name", ["stopped"]);
+    let found = region.describe_instances(&found).unwrap().items;
+    assert!(found.iter().any(|d| d.id == large[0].id() && d.state == InstanceState::Stopped), "{found:?}");
+}
+
+#[test]
+fn volumes_and_snapshots_are_found_by_every_filter_and_in_pages() {
+    let (_dir, region, ami) = world();
+    let instance = region.launch(&ami, spec()).unwrap();
+    let data = |n: u32| region.create_volume(VolumeSpec::new(n).tag("size", n.to_string())).unwrap();
+    let (one, two) = (data(1), data(2));
+    let snapshots: Vec<_> =
+        (0..6).map(|n| region.create_snapshot(one.id, &format!("number {n}")).unwrap()).collect();
+    region.create_snapshot(two.id, "other").unwrap();
+    region.create_tags(&[snapshots[0].id.into()], &[("keep", "yes")]).unwrap();
+    let copy = VolumeSpec::of_snapshot(snapshots[0].id).volume_type(VolumeType::Gp2);
+    region.create_volume(copy).unwrap();
+    let (id, holder) = (one.id.to_string(), instance.id().to_string());
+    let (snapshot, owner) = (snapshots[0].id.to_string(), region.account().to_string());
+    let volumes: &[(&str, &str, usize)] = &[
+        ("attachment.delete-on-termination", "true", 1),
+        ("attachment.device", "/dev/*", 2),
+        ("attachment.instance-id", &holder, 2),
+        ("attachment.status", "attached", 2),
+        ("create-time", "20*", 5),
+        ("encrypted", "false", 5),
+        ("size", "1", 4),
+        ("snapshot-id", &snapshot, 1),
+        ("status", "available", 3),
+        ("status", "in-use", 2),
+        ("tag:size", "?", 2),
+        ("tag-key", "size", 2),
+        ("volume-id", &id, 1),
+        ("volume-type", "gp3", 4),
+    ];
+    for (name, value, expected) in volumes {
+        let found = pages(5, |max, token| {
+            let request = DescribeVolumes::new().filter(*name, [*value]);
+            let request = max.into_iter().fold(request, DescribeVolumes::max_results);
+            region.describe_volumes(&token.into_iter().fold(request, DescribeVolumes::next_token)).unwrap()
+        });
+        assert_eq!(found, *expected, "{name}={value}");
+    }
+    let of_snapshots: &[(&str, &str, usize)] = &[
+        ("description", "number ?", 6),
+        ("encrypted", "false", 7),
+        ("owner-id", &owner, 7),
+        ("progress", "100%", 7),
+        ("snapshot-id", &snapshot, 1),
+        ("start-time", "20*", 7),
+        ("status", "completed", 7),
+        ("tag:keep", "yes", 1),
+        ("tag-key", "keep", 1),
+        ("volume-id", &id, 6),
+        ("volume-size", "2", 1),
+    ];
+    for (name, value, expected) in of_snapshots {
+        let found = pages(5, |max, token| {
+            let request = DescribeSnapshots::new().filter(*name, [*value]);
+            let request = max.into_iter().fold(request, DescribeSnapshots::max_results);
+            region
+                .describe_snapshots(&token.into_iter().fold(request, DescribeSnapshots::next_token))
+                .unwrap()
+        });
+        assert_eq!(found, *expected, "{name}={value}");
+    }
+    let tags = |n: u32| (0..n).map(|i| (format!("k{i}"), i.to_string())).collect::<Vec<_>>();
+    let tags = tags(20);
+    let tags: Vec<(&str, &str)> = tags.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    region.create_tags(&[two.id.into()], &tags).unwrap();
+    let found = pages(7, |max, token| {
+        let request = max.into_iter().fold(DescribeTags::new(), DescribeTags::max_results);
+        region.describe_tags(&token.into_iter().fold(request, DescribeTags::next_token)).unwrap()
+    });
+    assert_eq!(found, 23);
+}
+
+#[test]
+fn what_cannot_be_asked_is_refused() {
+    let (_dir, region, ami) = world();
+    let id = region.launch(&ami, spec()).unwrap().id();
+    let all = DescribeInstances::new;
+    let absent: InstanceId = "i-00000000000000000".parse().unwrap();
+    let too_many = vec!["x"; 201];
+    let (parameter, invalid) = (ErrorKind::InvalidParameter, "InvalidParameterValue");
+    let table = [
+        (all().id(absent), ErrorKind::InstanceNotFound, "InvalidInstanceID.NotFound"),
+        (all().id(id).max_results(5), ErrorKind::InvalidParameterCombination, "InvalidParameterCombination"),
+        (all().max_results(4), parameter, invalid),
+        (all().max_results(1001), parameter, invalid),
+        (all().filter("colour", ["red"]), parameter, invalid),
+        (all().filter("tag:", ["red"]), parameter, invalid),
+        (all().filter("image-id", too_many), parameter, invalid),
+        (all().filter("image-id", Vec::<String>::new()), parameter, invalid),
+        (all().next_token("no token"), ErrorKind::InvalidNextToken, "InvalidNextToken"),
+        (all().next_token("6162"), ErrorKind::InvalidNextToken, "InvalidNextToken"),
+    ];
+    for (request, kind, code) in table {
+        let refused = region.describe_instances(&request).unwrap_err();
+        check(&refused, kind, code, &[]);
+    }
+    let filter = region.describe_volumes(&DescribeVolumes::new().filter("image-id", ["x"]));
+    refused(filter, parameter, invalid);
+    refused(region.describe_snapshots(&DescribeSnapshots::new().filter("size", ["x"])), parameter, invalid);
+    refused(region.describe_tags(&DescribeTags::new().filter("tag-key", ["x"])), parameter, invalid);
+    let ids = BTreeSet::from([id]);
+    let found = region.describe_instances(&ids.iter().fold(all(), |request, id| request.id(*id))).unwrap();
+    assert_eq!(found.items.len(), 1);
+}
