@@ -218,14 +218,13 @@ pub(crate) fn take_first<B: Buffer, R>(
         *bufs = rest;
         return act(first);
     }
-    // The buffer in the middle is cut short for the call, and then what was cut off.
-    let full = std::mem::replace(&mut all[whole].iovec().iov_len, len);
+    // The buffer in the middle is cut short for the call, and then what was cut off. What `act` has left in its place
+    // may be anything, also another's memory.
+    let full = *all[whole].iovec();
+    all[whole].iovec().iov_len = len;
     let result = act(&mut all[..=whole]);
-    let middle = all[whole].iovec();
-    // `act` may have taken from its front; its end is where it was.
-    let taken = len - middle.iov_len;
-    middle.iov_base = middle.iov_base.wrapping_byte_add(len - taken);
-    middle.iov_len = full - len;
+    let iov_base = full.iov_base.wrapping_byte_add(len);
+    *all[whole].iovec() = iovec { iov_base, iov_len: full.iov_len - len };
     *bufs = &mut all[whole..];
     result
 }
@@ -341,6 +340,26 @@ mod tests {
                 found
             });
             assert_eq!((first, gather(rest)), (bytes[..cut].to_vec(), bytes[cut..].to_vec()), "cut at {cut}");
+        }
+    }
+
+    /// Whatever a call puts in the place of its buffers, the rest is that of those it was given.
+    #[test]
+    fn a_call_may_leave_other_buffers_behind() {
+        let bytes: Vec<u8> = (0..30).collect();
+        let changes: [fn(&mut [IoBuf<'_>]); 4] = [
+            |bufs| bufs.reverse(),
+            |bufs| bufs.fill(IoBuf::new(&[])),
+            |bufs| bufs.fill(IoBuf::new(b"x")),
+            |bufs| bufs.fill(IoBuf::new(&[7; 100])),
+        ];
+        for (cut, change) in (0..=30).flat_map(|cut| changes.map(|change| (cut, change))) {
+            let mut bufs = [IoBuf::new(&bytes[..5]), IoBuf::new(&bytes[5..10]), IoBuf::new(&bytes[10..])];
+            let mut rest = &mut bufs[..];
+            take_first(&mut rest, cut, change);
+            let mut found = vec![0; total(rest).unwrap() as usize];
+            gather(rest, &mut found);
+            assert_eq!(found, bytes[cut..], "cut at {cut}");
         }
     }
 
