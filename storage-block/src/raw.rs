@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -31,6 +32,8 @@ pub struct RawFile {
     file: File,
     size: u64,
     read_only: bool,
+    /// A synchronisation has failed.
+    failed: AtomicBool,
 }
 
 impl RawFile {
@@ -75,7 +78,7 @@ impl RawFile {
         if size % SECTOR != 0 {
             return Err(Error::invalid_size(size, "is not a multiple of 512 bytes"));
         }
-        Ok(Self { file, size, read_only })
+        Ok(Self { file, size, read_only, failed: AtomicBool::new(false) })
     }
 
     /// Makes a new, sparse image that reads as zeroes.
@@ -93,12 +96,20 @@ impl RawFile {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
         let file = file.map_err(|e| Error::io(e, context()))?;
         file.set_len(size).map_err(|e| Error::io(e, context()))?;
-        Ok(Self { file, size, read_only: false })
+        Ok(Self { file, size, read_only: false, failed: AtomicBool::new(false) })
     }
 
     /// A handle to it.
     pub fn into_disk(self) -> Disk {
         Disk::from_backend(self)
+    }
+
+    /// What comes of a synchronisation that ended so.
+    fn synced(&self, result: std::io::Result<()>) -> Result<()> {
+        result.map_err(|e| {
+            self.failed.store(true, Ordering::Release);
+            Error::io(e, "cannot flush the image")
+        })
     }
 
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
@@ -135,7 +146,11 @@ impl BlockBackend for RawFile {
         if self.read_only {
             return Ok(());
         }
-        self.file.sync_data().map_err(|e| Error::io(e, "cannot flush the image"))
+        // The kernel says once that it could not write something, and forgets it.
+        if self.failed.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Io, "an earlier flush of the image has failed"));
+        }
+        self.synced(self.file.sync_data())
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
@@ -197,4 +212,24 @@ fn next_data(file: &File, offset: u64, size: u64) -> std::io::Result<Option<Rang
         Err(error) => return Err(error.into()),
     };
     Ok((start < size).then_some(start..end.min(size)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A synchronisation that fails is not made good by one that has nothing left to write.
+    #[test]
+    fn a_failed_flush_is_not_forgotten() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = RawFile::from_file(file, false).unwrap();
+        disk.flush().unwrap();
+        disk.synced(Err(Errno::IO.into())).unwrap_err();
+        let again = BlockBackend::flush(&disk).unwrap_err();
+        assert_eq!(
+            (again.kind(), again.to_string()),
+            (ErrorKind::Io, "an earlier flush of the image has failed".to_owned())
+        );
+    }
 }
