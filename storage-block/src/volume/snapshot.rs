@@ -28,7 +28,7 @@ impl Volume {
     ///
     /// # Errors
     ///
-    /// As [`Store::import`].
+    /// As [`Store::import`], and [`Io`](crate::ErrorKind::Io) if a flush of the volume has failed since it was opened.
     pub fn snapshot(&self, store: &Store) -> Result<(Snapshot, SnapshotStats)> {
         self.snapshot_with(store, &mut |_| ())
     }
@@ -168,6 +168,7 @@ impl FrozenVolumes {
     ///
     /// As [`Volume::snapshot_with`].
     pub fn store(self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+        self.check_durable()?;
         let mut session = Session::begin(&self.store.0);
         let mut works: Vec<Work<'_>> = self.volumes.iter().map(|frozen| self.work(frozen)).collect();
         let chunks: usize = works.iter().map(|work| work.candidates().count()).sum();
@@ -191,9 +192,16 @@ impl FrozenVolumes {
             roots.push(counted(&mut session, &mut works[at].stats, |session| manifest.finish(session))?);
         }
         report.check()?;
+        // A flush may have failed since, and the kernel let go of what is read here.
+        self.check_durable()?;
         let snapshots = publish(&self.store, session, &roots)?;
         report.finish();
         Ok(self.order.iter().map(|at| (snapshots[*at].clone(), works[*at].stats)).collect())
+    }
+
+    /// An error if a flush of one of them has failed: what is read of it may be older than what was written.
+    fn check_durable(&self) -> Result<()> {
+        self.volumes.iter().try_for_each(|frozen| frozen.volume.check_durable())
     }
 
     fn work<'f>(&self, frozen: &'f FrozenVolume) -> Work<'f> {

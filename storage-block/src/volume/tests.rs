@@ -1,5 +1,6 @@
 //! What can be seen only from inside.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Volume;
@@ -62,4 +63,18 @@ fn none_is_frozen_before_all_stand_still() {
         drop(frozen);
         assert!(volumes.iter().all(|volume| volume.0.freeze.lets(0..=0)));
     });
+}
+
+/// After a flush that failed nobody knows what is in the overlay, and there is no snapshot of it.
+#[test]
+fn no_snapshot_after_a_failed_flush() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let volume = Volume::create(&dir.path().join("volume"), None, 1 << 20).unwrap();
+    volume.disk().write_at(&[7; 4096], 0).unwrap();
+    let failed = &volume.0.failed;
+    let during = volume.snapshot_with(&store, &mut |_| failed.store(true, Ordering::Release));
+    assert_eq!(during.unwrap_err().kind(), ErrorKind::Io, "a flush that fails meanwhile");
+    assert_eq!(volume.snapshot(&store).unwrap_err().kind(), ErrorKind::Io, "one that has failed before");
+    assert!(store.snapshots().unwrap().is_empty());
 }
