@@ -9,11 +9,10 @@ pub(super) mod negotiation;
 mod replies;
 
 use std::collections::HashMap;
-use std::fs::Permissions;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +20,8 @@ use std::sync::{Arc, Mutex, RwLock, RwLockWriteGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::net::Shutdown;
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
 use self::exports::Exports;
 use super::Address;
@@ -306,20 +306,48 @@ impl AsFd for Listener {
 fn listen_unix(path: &PathBuf) -> Result<UnixListener> {
     let address = Address::Unix(path.clone());
     let failed = |e: io::Error| Error::io(e, format!("cannot listen on {address}"));
-    let listen = || with_short(path, |path| UnixListener::bind(path));
-    let listener = match listen() {
+    let listen = || with_short(path, bind_unix);
+    match listen() {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             if !stale(path) {
                 return Err(in_use(&address));
             }
-            std::fs::remove_file(path).and_then(|()| listen()).map_err(failed)?
+            std::fs::remove_file(path).and_then(|()| listen()).map_err(failed)
         }
-        result => result.map_err(failed)?,
-    };
-    std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
-    Ok(listener)
+        result => result.map_err(failed),
+    }
 }
+
+/// A listener at `path` that only its owner can connect to, from the moment its name is there: a socket hands its mode
+/// on to its name.
+fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    let kind = SocketType::STREAM;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Connections that wait to be accepted, as many as the system lets wait.
+const BACKLOG: i32 = 4096;
 
 fn in_use(address: &Address) -> Error {
     Error::new(ErrorKind::InUse, format!("{address} is in use"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_its_owners_from_its_first_moment() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        // Nothing changes the mode of the name afterwards, so it is the one that it began with.
+        let _listener = bind_unix(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
 }
