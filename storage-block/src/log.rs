@@ -100,7 +100,7 @@ impl Log {
             self.append_batch(part)?;
         }
         if self.end > REWRITE_MIN && self.end / 2 > self.rewritten {
-            match self.rewrite(self.header.size) {
+            match self.rewrite(self.header.size, None) {
                 // The log as it is stays good, so a failure costs nothing but space.
                 Err(AppendError::Write(error)) => {
                     tracing::warn!(log = %self.path.display(), %error, "cannot rewrite the log");
@@ -114,7 +114,12 @@ impl Log {
 
     /// Says that the volume has another size from now on, which is durable on return.
     pub(crate) fn grow(&mut self, size: u64) -> Result<(), AppendError> {
-        self.rewrite(size)
+        self.rewrite(size, None)
+    }
+
+    /// Says what the log comes to with all that happened since, which is durable on return.
+    pub(crate) fn replace(&mut self, runs: Vec<Run>) -> Result<(), AppendError> {
+        self.rewrite(self.header.size, Some(runs))
     }
 
     fn append_batch(&mut self, runs: &[Run]) -> Result<(), AppendError> {
@@ -188,10 +193,11 @@ impl Log {
         Ok(())
     }
 
-    /// Writes the log anew with what it comes to, for a volume of this size, and takes the place of the old one.
-    fn rewrite(&mut self, size: u64) -> Result<(), AppendError> {
+    /// Writes the log anew with these runs or else with what it comes to, for a volume of this size, and takes the place
+    /// of the old one.
+    fn rewrite(&mut self, size: u64, runs: Option<Vec<Run>>) -> Result<(), AppendError> {
         let path = self.path.with_extension("tmp");
-        let renamed = self.write_anew(&path, size).and_then(|new| {
+        let renamed = self.write_anew(&path, size, runs).and_then(|new| {
             let failed = |e| Error::io(e, format!("cannot replace {}", self.path.display()));
             fs::rename(&path, &self.path).map_err(failed).map(|()| new)
         });
@@ -209,18 +215,9 @@ impl Log {
         }
     }
 
-    /// A new log at `path` that says what this one comes to, durable but for its name.
-    fn write_anew(&self, path: &Path, size: u64) -> Result<Self> {
-        let mut old = Self {
-            path: self.path.clone(),
-            file: self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?,
-            header: self.header.clone(),
-            sequence: 0,
-            end: LOG_HEADER,
-            ..*self
-        };
-        let map = old.replay()?;
-        let mut runs = map.runs(0, self.header.size / BLOCK);
+    /// A new log at `path` that says these runs, or else what this one comes to, durable but for its name.
+    fn write_anew(&self, path: &Path, size: u64, runs: Option<Vec<Run>>) -> Result<Self> {
+        let mut runs = runs.map_or_else(|| self.comes_to(), Ok)?;
         runs.retain(|run| run.state != State::Base);
 
         match fs::remove_file(path) {
@@ -238,6 +235,19 @@ impl Log {
             })?;
         }
         Ok(new)
+    }
+
+    /// What all batches together say.
+    fn comes_to(&self) -> Result<Vec<Run>> {
+        let mut log = Self {
+            path: self.path.clone(),
+            file: self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?,
+            header: self.header.clone(),
+            sequence: 0,
+            end: LOG_HEADER,
+            ..*self
+        };
+        Ok(log.replay()?.runs(0, self.header.size / BLOCK))
     }
 }
 

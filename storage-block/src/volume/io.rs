@@ -137,7 +137,8 @@ impl Inner {
 
     /// Puts blocks into a state, and on the list for the log those that were not in it.
     ///
-    /// The list comes first: who finds a block in its new state may rely on the next flush to log it.
+    /// Both under the list's lock: who finds a block in its new state may rely on the next flush to log it, and a flush
+    /// that finds no list finds all that was on it in the map.
     fn change(&self, first: u64, count: u64, state: State) {
         let (mut at, end) = (first, first + count);
         while at < end {
@@ -145,11 +146,7 @@ impl Inner {
             if old != state {
                 let run = Run { first: at, count, state };
                 let mut pending = lock(&self.pending);
-                match pending.last_mut() {
-                    Some(last) if last.state == state && last.first + last.count == at => last.count += count,
-                    _ => pending.push(run),
-                }
-                drop(pending);
+                pending.push(run);
                 self.map.set(run);
             }
             at += count;
@@ -227,19 +224,24 @@ impl Inner {
             return Ok(());
         }
         // Whatever is on the list was written before, so its bytes are durable when the log says so.
-        let runs = std::mem::take(&mut *lock(&self.pending));
+        let pending = std::mem::take(&mut *lock(&self.pending));
+        let anew = pending.dropped.then(|| self.map.runs(0, self.size() / BLOCK));
         if let Err(e) = self.overlay.file().sync_data() {
             self.failed.store(true, Ordering::Release);
             return Err(self.io(e, "flush"));
         }
-        match log.append(&runs) {
+        let logged = match anew {
+            Some(runs) => log.replace(runs),
+            None => log.append(&pending.runs),
+        };
+        match logged {
             Ok(()) => Ok(()),
             Err(AppendError::Sync(error)) => {
                 self.failed.store(true, Ordering::Release);
                 Err(error)
             }
             Err(AppendError::Write(error)) => {
-                lock(&self.pending).splice(..0, runs);
+                lock(&self.pending).put_back(pending);
                 self.dirty.store(true, Ordering::Release);
                 Err(error)
             }
@@ -259,6 +261,44 @@ impl Inner {
 
     pub(super) fn io(&self, error: std::io::Error, what: &str) -> Error {
         Error::io(error, format!("cannot {what} the overlay in {}", self.dir.display()))
+    }
+}
+
+/// What the log does not say yet, in the order in which it happened.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    pub(super) runs: Vec<Run>,
+    /// There was too much of it: the map says it all, and the log is to be written anew from that.
+    dropped: bool,
+}
+
+/// Runs that are remembered between two flushes. A guest that writes and discards one block in turn, and never flushes,
+/// would have us remember them without end.
+const PENDING_MAX: usize = 1 << 16;
+
+impl Pending {
+    fn push(&mut self, run: Run) {
+        match self.runs.last_mut() {
+            Some(last) if last.state == run.state && last.first + last.count == run.first => {
+                last.count += run.count;
+            }
+            _ if self.dropped => {}
+            _ => self.runs.push(run),
+        }
+        self.limit();
+    }
+
+    /// Puts before all else what could not be logged.
+    fn put_back(&mut self, earlier: Self) {
+        self.runs.splice(..0, earlier.runs);
+        self.dropped |= earlier.dropped;
+        self.limit();
+    }
+
+    fn limit(&mut self) {
+        if self.dropped || self.runs.len() > PENDING_MAX {
+            *self = Self { runs: Vec::new(), dropped: true };
+        }
     }
 }
 

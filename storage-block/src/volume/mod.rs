@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use ami_core::Digest;
 
+use self::io::Pending;
 pub use self::snapshot::FrozenVolumes;
-use crate::format::{BLOCK, MAX_SIZE, Run, VolumeKey};
+use crate::format::{BLOCK, MAX_SIZE, VolumeKey};
 use crate::freeze::Freeze;
 use crate::fs::{self, File};
 use crate::keys::EncryptionKey;
@@ -80,8 +81,7 @@ struct Inner {
     /// its new one, or wants nobody to write.
     gate: RwLock<()>,
     freeze: Freeze,
-    /// What the log does not say yet, in the order in which it happened.
-    pending: Mutex<Vec<Run>>,
+    pending: Mutex<Pending>,
     log: Mutex<Log>,
     /// Something was written since the last flush began.
     dirty: AtomicBool,

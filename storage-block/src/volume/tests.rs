@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::Volume;
 use crate::format::{Run, State};
-use crate::store::read;
+use crate::store::{lock, read};
+use crate::testing::compare;
 use crate::{ErrorKind, Store};
 
 /// A terabyte with four million changed chunks is frozen as fast as one with none.
@@ -77,4 +78,36 @@ fn no_snapshot_after_a_failed_flush() {
     assert_eq!(during.unwrap_err().kind(), ErrorKind::Io, "a flush that fails meanwhile");
     assert_eq!(volume.snapshot(&store).unwrap_err().kind(), ErrorKind::Io, "one that has failed before");
     assert!(store.snapshots().unwrap().is_empty());
+}
+
+/// A guest that never flushes cannot have the list of what is to be logged grow without end, and what was on it is
+/// durable with its next flush all the same.
+#[test]
+fn the_list_of_what_to_log_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let path = dir.path().join("volume");
+    let volume = Volume::create(&path, None, 1 << 20).unwrap();
+    let disk = volume.disk();
+    disk.write_at(&[1; 8192], 64 << 10).unwrap();
+    disk.flush().unwrap();
+    for round in 0..40_000u32 {
+        disk.write_at(&[round as u8; 4096], 8192).unwrap();
+        disk.write_zeroes(8192, 4096).unwrap();
+    }
+    let held = lock(&volume.0.pending).runs.len();
+    assert!(held <= 1 << 16, "{held} runs");
+    disk.write_zeroes(64 << 10, 4096).unwrap();
+    disk.write_at(&[2; 4096], 16384).unwrap();
+    disk.flush().unwrap();
+    // Nothing is left of it: the next flush has its own changes to log, and logs them.
+    disk.write_at(&[3; 4096], 32768).unwrap();
+    disk.flush().unwrap();
+    drop((volume, disk));
+
+    let mut expected = vec![0; 1 << 20];
+    expected[(64 << 10) + 4096..][..4096].fill(1);
+    expected[16384..][..4096].fill(2);
+    expected[32768..][..4096].fill(3);
+    compare(&Volume::open(&path, &store).unwrap().disk(), &expected, "opened again");
 }
