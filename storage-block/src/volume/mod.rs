@@ -272,7 +272,7 @@ impl Volume {
     ///
     /// [`InvalidSize`](ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the volume has and
     /// at most 64 TiB; [`NoSpace`](ErrorKind::NoSpace), or what else the file system says. The size is the old one
-    /// then.
+    /// then, until the volume is opened again: if it was the last synchronisation that failed, it may then be the new one.
     pub fn grow(&self, size: u64) -> Result<()> {
         let inner = &*self.0;
         let mut log = lock(&inner.log);
