@@ -49,7 +49,9 @@
 //! snapshot's bytes as they are stored, and its own snapshots store everything under its key: each reads all of the
 //! disk, and the first stores all of it.
 //!
-//! Keys are overwritten in memory when they are dropped, and stand in no message. Chunks that were decrypted are kept
+//! The memory that keys are kept in is overwritten when they are dropped, and they stand in no message. What computing with
+//! them leaves behind, on the stack and in the state of a hash, is not overwritten, nor is what was passed to `from_bytes`
+//! where the caller has it. Chunks that were decrypted are kept
 //! in memory for a while where they are compressed, too, and by nobody else.
 
 use std::fmt;
@@ -187,7 +189,10 @@ pub struct LocalKey {
 impl LocalKey {
     /// The provider of a key that is known already.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
-        let key = Zeroizing::new(bytes);
+        Self::from_secret(Zeroizing::new(bytes))
+    }
+
+    fn from_secret(key: Secret) -> Self {
         let digest = cipher::derive(&key, &[b"storage-block key id"]);
         Self { id: format!("local-{}", hex::encode(&digest[..8])), key }
     }
@@ -198,7 +203,7 @@ impl LocalKey {
     ///
     /// [`Io`](ErrorKind::Io) if the system has no random bytes.
     pub fn generate() -> Result<Self> {
-        Ok(Self::from_bytes(*DataKey::generate()?.as_bytes()))
+        Ok(Self::from_secret(DataKey::generate()?.0))
     }
 
     /// A new key in a new file, which is durable and readable for its owner alone. Who loses it loses
@@ -237,7 +242,7 @@ impl LocalKey {
         }
         let mut bytes = Zeroizing::new([0; 32]);
         file.read_exact(&mut *bytes).map_err(failed)?;
-        Ok(Self::from_bytes(*bytes))
+        Ok(Self::from_secret(bytes))
     }
 
     fn kek(&self, key_id: &str) -> Result<Kek<Aes256>> {
@@ -245,7 +250,7 @@ impl LocalKey {
             let what = format!("the key {key_id} is not at hand, {} is", self.id);
             return Err(Error::new(ErrorKind::KeyUnavailable, what));
         }
-        Ok(Kek::from(*self.key))
+        Ok(Kek::new((&*self.key).into()))
     }
 }
 
