@@ -5,12 +5,12 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt as _;
 use std::sync::RwLock;
 
-use crate::IoBuf;
 use crate::buffer::{gather, total};
 use crate::cipher::Xts;
 use crate::format::BLOCK;
 use crate::import::is_zero;
 use crate::store::{Locked, read, write};
+use crate::{IoBuf, SECTOR};
 
 /// Bytes that are encrypted, read or written at once, and that one lock is for.
 const PIECE: u64 = 128 << 10;
@@ -121,9 +121,16 @@ impl Overlay {
     fn read_blocks(&self, encrypted: &Encrypted, blocks: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(blocks, offset)?;
         for (block, number) in blocks.chunks_mut(BLOCK as usize).zip(offset / BLOCK..) {
-            // No block that was ever written looks like one that was given back.
-            if !is_zero(block) {
-                encrypted.xts.decrypt(block, u128::from(number));
+            // No sector that was ever written looks like one that was given back, and a crash may have kept a part of
+            // a block from being either.
+            let mut zeroes = [false; (BLOCK / SECTOR) as usize];
+            for (zero, sector) in zeroes.iter_mut().zip(block.chunks(SECTOR as usize)) {
+                *zero = is_zero(sector);
+            }
+            encrypted.xts.decrypt(block, u128::from(number));
+            for (_, sector) in zeroes.iter().zip(block.chunks_mut(SECTOR as usize)).filter(|(zero, _)| **zero)
+            {
+                sector.fill(0);
             }
         }
         Ok(())

@@ -9,8 +9,10 @@ use ami_core::Digest;
 
 use super::tape::{Fault, Tape};
 use super::{image, memory};
+use crate::format::SLOT_UNITS;
+use crate::keys::LocalKey;
 use crate::testing::Random;
-use crate::{Disk, Error, ErrorKind, Result, Store, Volume};
+use crate::{Compression, Disk, Error, ErrorKind, Result, Store, StoreOptions, Volume, VolumeOptions};
 
 type Bytes = Arc<Vec<u8>>;
 
@@ -224,7 +226,10 @@ fn contents(disk: &Disk) -> Result<Vec<u8>> {
 
 /// The store is deeper than one directory, and its packs are small, so that there are many.
 fn open_store(root: &Path) -> Result<Store> {
-    Store::with_pack_slots(root.join("much/deeper/store"), 5)
+    let options = StoreOptions::new()
+        .keys(Arc::new(LocalKey::from_bytes([1; 32])))
+        .compression(Compression::WherePays { percent: 10 });
+    Store::open_with(root.join("much/deeper/store"), &StoreOptions { pack_units: 5 * SLOT_UNITS, ..options })
 }
 
 /// What is going on.
@@ -418,11 +423,16 @@ impl History {
             flushes,
             grown: Vec::new(),
         });
+        // A clone of what is encrypted is, too.
+        let mut options = VolumeOptions::new();
         if self.random.below(2) == 0 {
-            let volume = Volume::create(&path, base.as_ref(), size)?;
+            options = options.encrypt(&self.store().new_key(None)?);
+        }
+        if self.random.below(2) == 0 {
+            let volume = options.create(&path, base.as_ref(), size)?;
             self.volumes.push((at, volume));
         } else {
-            let volume = Volume::create_unsynced(&path, base.as_ref(), size)?;
+            let volume = options.create_unsynced(&path, base.as_ref(), size)?;
             self.volumes.push((at, volume));
             let last = self.volumes.len() - 1;
             let used = self.change(last).and_then(|()| self.flush(last));
