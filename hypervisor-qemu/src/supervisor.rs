@@ -1,7 +1,7 @@
 //! The one thread of a machine: it starts the child, listens to it, and reaps it.
 //!
 //! It must start the child itself, because the kernel ties the child's death to the thread that forked
-//! it. It blocks nowhere but in `poll`.
+//! it. It blocks nowhere but in `poll`, and where a disk that has gone is closed, which nobody uses any more.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
