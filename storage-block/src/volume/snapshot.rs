@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use super::{Inner, Volume};
 use crate::format::{BLOCK, CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
 use crate::freeze::{Chunks, Frozen, Kept, Span};
-use crate::import::{Manifest, publish, put_chunk};
+use crate::import::{Manifest, publish};
 use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
-use crate::session::{Session, Was};
+use crate::session::{Session, Was, prepare};
 use crate::store::{read, write};
 use crate::{Progress, Result, Snapshot, SnapshotStats, Store};
 
@@ -254,7 +254,9 @@ impl<'f> Work<'f> {
             None => None,
         };
         let key = self.volume.key.as_ref();
-        counted(session, &mut self.stats, |session| put_chunk(session, &kept.bytes, key, was))
+        let prepared = prepare(session.store(), &kept.bytes, key, was);
+        counted(session, &mut self.stats, |session| session.put(&prepared, &kept.bytes))?;
+        Ok(prepared.id)
     }
 }
 
