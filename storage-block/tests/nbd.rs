@@ -420,6 +420,20 @@ fn zeroes_make_holes_unless_they_must_not() {
 }
 
 #[test]
+fn zeroes_are_not_called_fast_where_they_are_written_out() {
+    let (_dir, server, disk) = server(1 << 20);
+    disk.write_at(&[9; 4096], 0).unwrap();
+    let mut stream = connect(&server);
+    for (flags, errno, byte) in [(16, 95, 9), (0, 0, 0)] {
+        stream.write_all(&request(flags, 6, 0, 4096)).unwrap();
+        assert_eq!(reply(&mut stream), errno, "{flags}");
+        let mut found = [1; 4096];
+        disk.read_at(&mut found, 0).unwrap();
+        assert!(found == [byte; 4096], "{flags}");
+    }
+}
+
+#[test]
 fn requests_that_come_together_are_answered_together() {
     let (_dir, server, disk) = server(1 << 20);
     disk.write_at(&[3; 1 << 20], 0).unwrap();

@@ -14,7 +14,7 @@ use super::proto::{self, Command, Fields, REQUEST_LEN, Request};
 use super::server::connection::Connection;
 use super::server::exports::Exports;
 use super::server::negotiation::{self, Negotiation, Then, Tls};
-use crate::{BlockBackend, Disk, Error, Result};
+use crate::{BlockBackend, Capabilities, Disk, Error, Result};
 
 const SIZE: usize = 128 << 10;
 /// What is known to be a hole is so in whole blocks.
@@ -27,6 +27,10 @@ struct Sparse(RwLock<Vec<u8>>);
 impl BlockBackend for Sparse {
     fn size(&self) -> u64 {
         SIZE as u64
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { cheap_zeroes: true, knows_holes: true, ..Capabilities::default() }
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -77,8 +81,10 @@ fn exports(disk: &Disk) -> Exports {
 
 /// A session after the handshake, to its orderly end.
 fn session(disk: &Disk, structured: bool, talk: impl FnOnce(&mut UnixStream)) {
-    let (mut client, server) = UnixStream::pair().unwrap();
-    std::thread::scope(|scope| {
+    let (client, server) = UnixStream::pair().unwrap();
+    std::thread::scope(move |scope| {
+        // Closed by a panic, too: the server would wait for more, and the panic for the server.
+        let mut client = client;
         scope.spawn(|| serve(disk, server).unwrap());
         let mut said = u32::from(proto::HANDSHAKE_FLAGS).to_be_bytes().to_vec();
         let mut answered = 18 + 10;

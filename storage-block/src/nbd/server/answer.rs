@@ -71,15 +71,22 @@ fn change(disk: &Disk, request: &Request, data: &[u8], stopping: &AtomicBool) ->
     match request.command {
         Command::Write => disk.write_at(data, offset),
         Command::Trim => disk.discard(offset, len),
+        Command::WriteZeroes if request.flags & ask::FAST != 0 && !is_fast(disk, request) => {
+            return Err(proto::ENOTSUP);
+        }
         Command::WriteZeroes if request.flags & ask::NO_HOLE == 0 => disk.write_zeroes(offset, len),
-        // The space has to be there afterwards, and only writing sees to that.
-        Command::WriteZeroes if request.flags & ask::FAST != 0 => return Err(proto::ENOTSUP),
         Command::WriteZeroes => return provision(disk, offset, len, request.flags, stopping),
         Command::Flush => disk.flush(),
         _ => Ok(()),
     }
     .map_err(errno)?;
     force(disk, request.flags, request.command.writes())
+}
+
+/// Whether zeroes are there sooner than so many bytes would be written. Where the space has to be there
+/// afterwards, only writing sees to that.
+fn is_fast(disk: &Disk, request: &Request) -> bool {
+    request.flags & ask::NO_HOLE == 0 && disk.capabilities().cheap_zeroes
 }
 
 /// Writes zeroes, in pieces, for as long as the server is there.
