@@ -190,6 +190,7 @@ impl Kvm {
         let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
+        capabilities.live_growth = true;
         let inner = Arc::new(Inner { device, cpuid, capabilities });
         Ok(Self { inner, transport: Transport::default() })
     }

@@ -36,6 +36,8 @@ pub(crate) struct KvmMachine {
 #[derive(Debug)]
 struct Shared {
     name: String,
+    /// The disks' serial numbers, in the order of the first virtio devices.
+    serials: Vec<String>,
     vm: VmFd,
     devices: Devices,
     _memory: Memory,
@@ -94,6 +96,7 @@ impl KvmMachine {
         };
         let shared = Arc::new(Shared {
             name: spec.name.clone(),
+            serials: spec.disks.iter().map(|disk| disk.serial.clone()).collect(),
             vm,
             devices,
             _memory: memory,
@@ -274,6 +277,18 @@ impl Machine for KvmMachine {
     fn power_button(&self) -> Result<()> {
         let _action = self.begin("press the power button of", &MachineState::Running)?;
         self.shared.devices.press_power_button(&self.shared.vm);
+        Ok(())
+    }
+
+    fn disk_grown(&self, serial: &str) -> Result<()> {
+        match self.shared.state.get() {
+            MachineState::Running | MachineState::Paused => {}
+            state => return Err(MachineError::wrong_state("grow a disk of", &state)),
+        }
+        let shared = &self.shared;
+        let found = shared.serials.iter().zip(&shared.devices.virtio).find(|(has, _)| *has == serial);
+        let (_, device) = found.ok_or_else(|| MachineError::no_such_disk(serial))?;
+        device.refresh(&shared.vm);
         Ok(())
     }
 

@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 
 use instance_core::machine::{Identity, MachineSpec};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Accelerator;
+use crate::disks::Name;
 
 /// What the child finds its files and sockets by.
 #[derive(Debug)]
@@ -20,8 +21,8 @@ pub(crate) struct Endpoints {
     pub(crate) kernel: String,
     /// The path of the initial RAM disk.
     pub(crate) initrd: Option<String>,
-    /// The numbers of the disks' NBD connections, in the disks' order.
-    pub(crate) disks: Vec<i32>,
+    /// The disks' names and the numbers of their NBD connections, in the disks' order.
+    pub(crate) disks: Vec<(Name, i32)>,
 }
 
 /// The arguments, without the program's name.
@@ -76,31 +77,66 @@ pub(crate) fn arguments(
     }
     add("-append", &spec.boot.command_line);
 
-    for (index, (disk, fd)) in spec.disks.iter().zip(&at.disks).enumerate() {
-        let node = format!("disk{index}");
-        let blockdev = json!({
-            "driver": "nbd",
-            "node-name": node,
-            "server": { "type": "fd", "str": fd.to_string() },
-            "read-only": disk.disk.read_only(),
-            "discard": "unmap",
-            "detect-zeroes": "off",
-        });
-        let device = json!({
-            "driver": "virtio-blk-pci",
-            // Guests look for devices in the order of their addresses; 0 is the host bridge.
-            "addr": format!("{:#x}", index + 1),
-            "disable-legacy": "on",
-            "drive": node,
-            "serial": disk.serial,
-            // The guest is told what failed; QEMU would otherwise stop it where space runs out.
-            "werror": "report",
-            "rerror": "report",
-        });
-        add("-blockdev", &blockdev.to_string());
-        add("-device", &device.to_string());
+    // Disks come and go behind it: what is on the root bus stays. Guests find those on the root bus first.
+    // The firmware gives a bridge that is empty no addresses, unless it asks for some.
+    let room = "mem-reserve=2M,pref64-reserve=2M";
+    add("-device", &format!("pci-bridge,id={BRIDGE},addr={BRIDGE_ADDRESS:#x},chassis_nr=1,shpc=off,{room}"));
+    for (disk, (name, fd)) in spec.disks.iter().zip(&at.disks) {
+        add("-blockdev", &blockdev(*name, disk.disk.read_only(), &fd.to_string()).to_string());
+        add("-device", &device(*name, &disk.serial).to_string());
     }
     args
+}
+
+/// The bridge behind which disks come and go, and its address; 0 is the host bridge, 1 the first disk.
+const BRIDGE: &str = "disks";
+const BRIDGE_ADDRESS: u32 = 2;
+
+/// A disk's node, over its connection.
+pub(crate) fn blockdev(name: Name, read_only: bool, fd: &str) -> Value {
+    raw(name, read_only, connection(name, read_only, fd))
+}
+
+/// The node of a disk's connection, `fd`: its number, or the name under which QEMU was given it.
+pub(crate) fn connection(name: Name, read_only: bool, fd: &str) -> Value {
+    json!({
+        "driver": "nbd",
+        "node-name": name.connection(),
+        "server": { "type": "fd", "str": fd },
+        "read-only": read_only,
+        "discard": "unmap",
+        "detect-zeroes": "off",
+    })
+}
+
+/// The node that the device uses, over another. It passes everything on, and can be put onto another connection.
+pub(crate) fn raw(name: Name, read_only: bool, file: Value) -> Value {
+    json!({
+        "driver": "raw",
+        "node-name": name.device(),
+        "file": file,
+        "read-only": read_only,
+        "discard": "unmap",
+        "detect-zeroes": "off",
+    })
+}
+
+/// A disk's device.
+pub(crate) fn device(name: Name, serial: &str) -> Value {
+    // Guests look for devices in the order of their addresses.
+    let (bus, address) = name.slot.map_or(("pcie.0", 1), |slot| (BRIDGE, slot));
+    json!({
+        "driver": "virtio-blk-pci",
+        "id": name.device(),
+        "bus": bus,
+        "addr": format!("{address:#x}"),
+        "disable-legacy": "on",
+        "drive": name.device(),
+        "serial": serial,
+        // The guest is told what failed; QEMU would otherwise stop it where space runs out.
+        "werror": "report",
+        "rerror": "report",
+    })
 }
 
 /// A text as part of an option's value, where a comma is doubled.

@@ -31,6 +31,9 @@
 //!   the processor. Whether `/dev/kvm` runs guest kernels at hardware speed cannot be told by
 //!   looking at it, so [`Accelerator::Kvm`] is used only if asked for.
 //!
+//! - **Disks come and go** behind a PCI bridge, all but the first, by the guest's ACPI: a guest without a
+//!   driver for that never lets go. A disk that grows is connected anew.
+//!
 //! # How machines end
 //!
 //! A guest's power-off and reset are told apart by QEMU. A triple fault, which QEMU reports as a reset,
@@ -47,7 +50,7 @@
 //!
 //! # What it leaves out
 //!
-//! Networks, hot-plugging, saving and restoring, firmware, other architectures.
+//! Networks, saving and restoring, firmware, other architectures.
 //!
 //! [`Crash`]: instance_core::machine::ExitCause::Crash
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
@@ -72,9 +75,6 @@ use instance_core::machine::{
 };
 
 use crate::machine::{ANSWER_WITHIN, QemuMachine, START_WITHIN};
-
-/// How many disks fit: a PCI bus has 32 addresses, two of which are the chipset's.
-const MAX_DISKS: usize = 30;
 
 /// How many vCPUs fit: APIC ids have 8 bits without x2APIC, which TCG does not have.
 const MAX_VCPUS: u32 = 255;
@@ -243,8 +243,10 @@ impl Hypervisor for Qemu {
         };
         let mut can = Capabilities::new("qemu", vec![Architecture::X86_64], execution);
         can.max_vcpus = MAX_VCPUS;
-        can.max_disks = MAX_DISKS;
+        can.max_disks = crate::disks::SLOTS;
         can.power_button = true;
+        can.hot_plug = true;
+        can.live_growth = true;
         can
     }
 

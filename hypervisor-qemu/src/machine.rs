@@ -7,14 +7,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
 use std::time::Duration;
 
-use instance_core::machine::{ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState};
+use instance_core::machine::{
+    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
+};
 use instance_core::watch::Watch;
 use rustix::pipe::{PipeFlags, pipe_with};
+use serde_json::json;
 
 use crate::Qemu;
-use crate::arguments::{Endpoints, arguments};
+use crate::arguments::{Endpoints, arguments, blockdev, connection as connection_node, device, raw};
 use crate::child::Inherited;
-use crate::disks::Disks;
+use crate::disks::{Disks, Name};
 use crate::qmp::Command;
 use crate::shared::Shared;
 use crate::supervisor::{Launch, supervise};
@@ -24,6 +27,9 @@ use crate::supervisor::{Launch, supervise};
 pub(crate) struct QemuMachine {
     name: String,
     shared: Arc<Shared>,
+    disks: Arc<Disks>,
+    /// Held while a disk is plugged in, asked for or grown, so that each is in one state.
+    plugging: Mutex<()>,
     /// Held while a state change is asked for, so that each finds the state that it was checked against.
     actions: Mutex<()>,
     supervisor: Mutex<Option<JoinHandle<()>>>,
@@ -40,6 +46,7 @@ impl QemuMachine {
                 MachineError::new(MachineErrorKind::Host, what).with_source(source)
             }
         })?;
+        let disks = launch.disks.clone();
         let (ready, answer) = sync_channel(1);
         let for_supervisor = shared.clone();
         let supervisor = thread::Builder::new()
@@ -52,6 +59,8 @@ impl QemuMachine {
         let machine = Self {
             name: spec.name,
             shared,
+            disks,
+            plugging: Mutex::default(),
             actions: Mutex::default(),
             supervisor_id: supervisor.thread().id(),
             supervisor: Mutex::new(Some(supervisor)),
@@ -93,6 +102,35 @@ impl QemuMachine {
     }
 }
 
+impl QemuMachine {
+    /// Checks that disks may come and go. Until the guard is dropped no other does.
+    fn begin_plugging(&self, action: &str) -> Result<MutexGuard<'_, ()>, MachineError> {
+        let guard = lock(&self.plugging);
+        match self.shared.state.get() {
+            MachineState::Running | MachineState::Paused => {}
+            state => return Err(MachineError::wrong_state(action, &state)),
+        }
+        tracing::debug!(machine = %self.name, action);
+        Ok(guard)
+    }
+
+    /// Gives QEMU a connection under the name of its node.
+    fn give_fd(&self, action: &str, node: &str, connection: UnixStream) -> Result<(), MachineError> {
+        self.shared.execute(action, (Command::GetFd, json!({ "fdname": node }), connection.into()))
+    }
+
+    fn plug(&self, name: Name, disk: &DiskSpec, connection: UnixStream) -> Result<(), MachineError> {
+        let action = "attach a disk to";
+        let (node, read_only) = (name.connection(), disk.disk.read_only());
+        self.give_fd(action, &node, connection)?;
+        self.shared.execute(action, (Command::BlockdevAdd, blockdev(name, read_only, &node)))?;
+        self.shared.execute(action, (Command::DeviceAdd, device(name, &disk.serial))).inspect_err(|_| {
+            // Fails where the machine has ended, and the node with it.
+            let _ = self.shared.send((Command::BlockdevDel, json!({ "node-name": name.device() })), None);
+        })
+    }
+}
+
 impl Machine for QemuMachine {
     fn state(&self) -> Watch<MachineState> {
         self.shared.state.watch()
@@ -112,6 +150,68 @@ impl Machine for QemuMachine {
 
     fn power_button(&self) -> Result<(), MachineError> {
         self.act("press the power button of", &[MachineState::Running], Command::Powerdown)
+    }
+
+    fn attach_disk(&self, disk: DiskSpec) -> Result<(), MachineError> {
+        disk.check()?;
+        let _one_at_a_time = self.begin_plugging("attach a disk to")?;
+        let (name, connection) = self.disks.add(&disk)?;
+        let plugged = self.plug(name, &disk, connection);
+        if plugged.is_err() {
+            self.disks.gone(&name.device());
+        }
+        plugged
+    }
+
+    fn detach_disk(&self, serial: &str, how: Detach) -> Result<(), MachineError> {
+        let action = "detach a disk from";
+        let plugging = self.begin_plugging(action)?;
+        let found = self.disks.find(serial)?;
+        let name = found.name;
+        if name.slot.is_none() {
+            let what = format!("disk {serial:?} is the root disk, which stays");
+            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        }
+        if how == Detach::Force {
+            drop(found.disk);
+            self.disks.sever(name);
+        }
+        let asked = self.shared.execute(action, (Command::DeviceDel, json!({ "id": name.device() })));
+        match asked {
+            // It has been asked already, and QEMU does not ask twice within some seconds; or has let go now.
+            Err(error) if found.asked && error.kind() == MachineErrorKind::Host => {}
+            asked => asked?,
+        }
+        self.disks.asked(name);
+        drop(plugging);
+        let Detach::Ask { until } = how else { return Ok(()) };
+        match self.disks.wait_until_gone(name, until)? {
+            true => Ok(()),
+            false => Err(MachineError::held(serial)),
+        }
+    }
+
+    fn disk_grown(&self, serial: &str) -> Result<(), MachineError> {
+        let action = "grow a disk of";
+        let _one_at_a_time = self.begin_plugging(action)?;
+        let found = self.disks.find(serial)?;
+        let (name, server, connection) = self.disks.connect_again(&found)?;
+        let (node, read_only) = (name.connection(), found.disk.read_only());
+        self.give_fd(action, &node, connection)?;
+        self.shared.execute(action, (Command::BlockdevAdd, connection_node(name, read_only, &node)))?;
+        let options = json!({ "options": [raw(name, read_only, node.clone().into())] });
+        if let Err(error) = self.shared.execute(action, (Command::BlockdevReopen, options)) {
+            // Fails only where QEMU did it after all, too late; then the connection stays without a server.
+            let _ = self.shared.execute(action, (Command::BlockdevDel, json!({ "node-name": node })));
+            return Err(error);
+        }
+        let size = found.disk.size();
+        self.disks.switch(name, found.disk, server);
+        // Of the first connection's node nothing is left; a later one has to be removed.
+        let before = found.name.connection();
+        let _ = self.shared.execute(action, (Command::BlockdevDel, json!({ "node-name": before })));
+        let resize = json!({ "node-name": name.device(), "size": size });
+        self.shared.execute(action, (Command::BlockResize, resize))
     }
 
     fn kill(&self) {
@@ -176,7 +276,7 @@ fn prepare(qemu: &Qemu, spec: &MachineSpec) -> Result<(Arc<Shared>, Launch), Ref
         log: log_end.path(),
         kernel: kernel.path(),
         initrd: initrd.as_ref().map(Inherited::path),
-        disks: connections.iter().map(Inherited::number).collect(),
+        disks: connections.iter().map(|(name, fd)| (*name, fd.number())).collect(),
     };
     let mut program = Program::new(&qemu.program);
     program
@@ -184,10 +284,11 @@ fn prepare(qemu: &Qemu, spec: &MachineSpec) -> Result<(Arc<Shared>, Launch), Ref
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    let inherited = [qmp, serial, log_end, kernel].into_iter().chain(initrd).chain(connections).collect();
+    let inherited = [qmp, serial, log_end, kernel].into_iter().chain(initrd);
+    let inherited = inherited.chain(connections.into_iter().map(|(_, fd)| fd)).collect();
     let port = spec.console.clone();
     let shared = Shared::new(control, qemu.answer_within)?;
-    Ok((Arc::new(shared), Launch { program, inherited, console, log, port, disks }))
+    Ok((Arc::new(shared), Launch { program, inherited, console, log, port, disks: Arc::new(disks) }))
 }
 
 /// A connection: our end, and the child's.

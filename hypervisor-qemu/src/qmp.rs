@@ -5,7 +5,7 @@
 //!
 //! Written here rather than taken from the `qapi` crate, because that reads lines without a bound,
 //! sees events only while it waits for an answer, and generates types for the whole of QEMU's schema
-//! where five commands and three events are used.
+//! where a dozen commands and four events are used.
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -27,6 +27,20 @@ pub(crate) enum Command {
     Powerdown,
     /// Asks for the run state.
     Status,
+    /// Hands over the descriptor that comes with the line.
+    GetFd,
+    /// Makes a block node.
+    BlockdevAdd,
+    /// Removes one that nobody uses.
+    BlockdevDel,
+    /// Puts one onto another.
+    BlockdevReopen,
+    /// Tells a node's users of its size.
+    BlockResize,
+    /// Plugs a device in.
+    DeviceAdd,
+    /// Asks the guest to let go of a device.
+    DeviceDel,
 }
 
 impl Command {
@@ -38,12 +52,23 @@ impl Command {
             Self::Stop => "stop",
             Self::Powerdown => "system_powerdown",
             Self::Status => "query-status",
+            Self::GetFd => "getfd",
+            Self::BlockdevAdd => "blockdev-add",
+            Self::BlockdevDel => "blockdev-del",
+            Self::BlockdevReopen => "blockdev-reopen",
+            Self::BlockResize => "block_resize",
+            Self::DeviceAdd => "device_add",
+            Self::DeviceDel => "device_del",
         }
     }
 
     /// The line that gives it, to be answered under `id`.
-    pub(crate) fn line(self, id: u64) -> String {
-        let mut line = json!({ "execute": self.name(), "id": id }).to_string();
+    pub(crate) fn line(self, id: u64, arguments: Option<&Value>) -> String {
+        let mut line = json!({ "execute": self.name(), "id": id });
+        if let Some(arguments) = arguments {
+            line["arguments"] = arguments.clone();
+        }
+        let mut line = line.to_string();
         line.push('\n');
         line
     }
@@ -60,6 +85,8 @@ pub(crate) enum Message {
     Resumed,
     /// The guest's processors stand still; its disks may still be at work.
     Stopped,
+    /// The guest has let go of this device, which is gone.
+    DeviceDeleted { device: String },
     /// QEMU is about to exit, for this reason.
     Shutdown { reason: String },
     /// Anything else, of no interest here.
@@ -127,6 +154,11 @@ fn parse(line: &[u8]) -> Result<Message, ProtocolError> {
         Line { event: Some(name), data, .. } => match name.as_str() {
             "RESUME" => Message::Resumed,
             "STOP" => Message::Stopped,
+            // Parts of devices, which have no name, are told of as well.
+            "DEVICE_DELETED" => match data.as_ref().and_then(|d| d["device"].as_str()) {
+                Some(device) => Message::DeviceDeleted { device: device.to_owned() },
+                None => Message::Other,
+            },
             "SHUTDOWN" => {
                 let reason = data.as_ref().and_then(|d| d["reason"].as_str()).unwrap_or("unknown");
                 Message::Shutdown { reason: reason.to_owned() }
@@ -149,7 +181,11 @@ mod tests {
 
     #[test]
     fn a_command_is_one_line() {
-        assert_eq!(Command::Powerdown.line(7), "{\"execute\":\"system_powerdown\",\"id\":7}\n");
+        assert_eq!(Command::Powerdown.line(7, None), "{\"execute\":\"system_powerdown\",\"id\":7}\n");
+        assert_eq!(
+            Command::DeviceDel.line(8, Some(&json!({ "id": "disk1" }))),
+            "{\"arguments\":{\"id\":\"disk1\"},\"execute\":\"device_del\",\"id\":8}\n"
+        );
     }
 
     #[test]
@@ -170,6 +206,11 @@ mod tests {
             Message::Shutdown { reason: "guest-reset".to_owned() },
         );
         check(r#"{"event": "SHUTDOWN", "data": 5}"#, Message::Shutdown { reason: "unknown".to_owned() });
+        check(
+            r#"{"event": "DEVICE_DELETED", "data": {"device": "disk1", "path": "/machine/peripheral/disk1"}}"#,
+            Message::DeviceDeleted { device: "disk1".to_owned() },
+        );
+        check(r#"{"event": "DEVICE_DELETED", "data": {"path": "/machine/x"}}"#, Message::Other);
         check(r#"{"event": "NEVER_HEARD_OF", "data": {"x": [1]}}"#, Message::Other);
         check(r#"{"return": {}}"#, Message::Other);
         check("{}", Message::Other);

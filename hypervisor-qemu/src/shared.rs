@@ -1,6 +1,8 @@
 //! What the callers of a machine and its supervisor share: the state, and commands under way.
 
-use std::os::fd::OwnedFd;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -11,7 +13,7 @@ use instance_core::machine::{MachineError, MachineErrorKind, MachineState};
 use instance_core::watch::Publisher;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, send};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 
 use crate::qmp::Command;
@@ -21,6 +23,32 @@ const MAX_PENDING: usize = 64;
 
 /// What QEMU answered, or why it refused.
 pub(crate) type Answer = Result<Value, String>;
+
+/// A command with what comes with it.
+#[derive(Debug)]
+pub(crate) struct Request {
+    command: Command,
+    arguments: Option<Value>,
+    fd: Option<OwnedFd>,
+}
+
+impl From<Command> for Request {
+    fn from(command: Command) -> Self {
+        Self { command, arguments: None, fd: None }
+    }
+}
+
+impl From<(Command, Value)> for Request {
+    fn from((command, arguments): (Command, Value)) -> Self {
+        Self { command, arguments: Some(arguments), fd: None }
+    }
+}
+
+impl From<(Command, Value, OwnedFd)> for Request {
+    fn from((command, arguments, fd): (Command, Value, OwnedFd)) -> Self {
+        Self { command, arguments: Some(arguments), fd: Some(fd) }
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -76,9 +104,11 @@ impl Shared {
     }
 
     /// Gives a command, in order to `action`, and waits for its answer.
-    pub(crate) fn execute(&self, action: &str, command: Command) -> Result<(), MachineError> {
+    pub(crate) fn execute(&self, action: &str, request: impl Into<Request>) -> Result<(), MachineError> {
         let (caller, answer) = sync_channel(1);
-        let id = self.send(command, Some(caller))?;
+        let request = request.into();
+        let command = request.command;
+        let id = self.send(request, Some(caller))?;
         let failed = |what: String| Err(MachineError::new(MachineErrorKind::Host, what));
         let mut answered = answer.recv_timeout(self.answer_within);
         if answered == Err(RecvTimeoutError::Timeout) && !self.give_up(id) {
@@ -106,18 +136,19 @@ impl Shared {
     /// Gives a command, whose answer comes to the supervisor, and returns its id.
     pub(crate) fn send(
         &self,
-        command: Command,
+        request: impl Into<Request>,
         caller: Option<SyncSender<Answer>>,
     ) -> Result<u64, MachineError> {
-        self.send_with(&mut self.requests(), command, caller)
+        self.send_with(&mut self.requests(), request.into(), caller)
     }
 
     fn send_with(
         &self,
         requests: &mut Requests,
-        command: Command,
+        request: Request,
         caller: Option<SyncSender<Answer>>,
     ) -> Result<u64, MachineError> {
+        let command = request.command;
         if requests.closed {
             return Err(MachineError::wrong_state(command.name(), &self.state.get()));
         }
@@ -130,8 +161,8 @@ impl Shared {
         }
         requests.last_id += 1;
         let id = requests.last_id;
-        let line = command.line(id);
-        match send(&self.control, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        let line = command.line(id, request.arguments.as_ref());
+        match send_line(&self.control, line.as_bytes(), request.fd.as_ref()) {
             Ok(sent) if sent == line.len() => {
                 requests.pending.push(Pending { id, command, caller });
                 Ok(id)
@@ -155,7 +186,7 @@ impl Shared {
         let Some(at) = requests.pending.iter().position(|p| p.id == id) else { return Ok(None) };
         let pending = requests.pending.swap_remove(at);
         if pending.command == Command::Stop && pending.caller.is_none() && answer.is_ok() {
-            self.send_with(&mut requests, Command::Continue, None)?;
+            self.send_with(&mut requests, Command::Continue.into(), None)?;
         }
         Ok(Some(pending))
     }
@@ -175,6 +206,18 @@ impl Shared {
     fn requests(&self) -> MutexGuard<'_, Requests> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Sends a line, with a descriptor if one comes with it.
+fn send_line(socket: &UnixStream, line: &[u8], fd: Option<&OwnedFd>) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds = fd.map(|fd| [fd.as_fd()]);
+    if let Some(fds) = &fds {
+        ancillary.push(SendAncillaryMessage::ScmRights(fds));
+    }
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    sendmsg(socket, &[IoSlice::new(line)], &mut ancillary, flags)
 }
 
 /// Wakes a thread that polls, without ever blocking the one that wakes it.

@@ -1,7 +1,7 @@
 //! The one thread of a machine: it starts the child, listens to it, and reaps it.
 //!
 //! It must start the child itself, because the kernel ties the child's death to the thread that forked
-//! it. It blocks nowhere but in `poll`.
+//! it. It blocks nowhere but in `poll`, and where a disk that has gone is closed, which nobody uses any more.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,12 +17,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use rustix::process::{PidfdFlags, pidfd_open};
+use serde_json::json;
 
 use crate::child::{Inherited, Process};
 use crate::disks::Disks;
 use crate::exit::Evidence;
 use crate::qmp::{Command, Decoder, Message};
-use crate::shared::{Answer, Shared};
+use crate::shared::{Answer, Request, Shared};
 
 /// How long QEMU may take from saying that it ends, or from falling silent, until it has ended.
 const EXIT_WITHIN: Duration = Duration::from_secs(5);
@@ -42,8 +43,8 @@ pub(crate) struct Launch {
     pub(crate) console: UnixStream,
     pub(crate) log: OwnedFd,
     pub(crate) port: ConsolePort,
-    /// Serves the disks; dropped when the child is gone.
-    pub(crate) disks: Disks,
+    /// Serves the disks; closed when the child is gone.
+    pub(crate) disks: Arc<Disks>,
 }
 
 /// The life of a machine, from start to end of its child. Tells `ready` when QEMU takes commands, or
@@ -58,7 +59,7 @@ pub(crate) fn supervise(launch: Launch, shared: &Arc<Shared>, ready: SyncSender<
     let (mut process, pidfd, stderr) = match started {
         Ok(started) => started,
         Err(source) => {
-            drop(disks);
+            disks.close();
             shared.close();
             let kind = match source.kind() {
                 io::ErrorKind::NotFound => MachineErrorKind::Missing,
@@ -72,6 +73,7 @@ pub(crate) fn supervise(launch: Launch, shared: &Arc<Shared>, ready: SyncSender<
     };
     let mut supervisor = Supervisor {
         shared: shared.clone(),
+        disks: disks.clone(),
         port,
         control: Some(Decoder::default()),
         console: Some(console),
@@ -88,7 +90,7 @@ pub(crate) fn supervise(launch: Launch, shared: &Arc<Shared>, ready: SyncSender<
     let status = process.wait().ok();
     supervisor.read_what_is_left();
     // Returns when no request is under way any more.
-    drop(disks);
+    disks.close();
     supervisor.finish(status);
 }
 
@@ -105,6 +107,7 @@ enum Source {
 
 struct Supervisor {
     shared: Arc<Shared>,
+    disks: Arc<Disks>,
     port: ConsolePort,
     /// Decodes the QMP socket, until QEMU closes it.
     control: Option<Decoder>,
@@ -325,6 +328,7 @@ impl Supervisor {
                     self.give(Command::Status);
                 }
             }
+            Message::DeviceDeleted { device } => self.device_gone(&device),
             Message::Shutdown { reason } => {
                 self.evidence.shutdown = Some(reason);
                 self.end_by.get_or_insert(Instant::now() + EXIT_WITHIN);
@@ -341,6 +345,15 @@ impl Supervisor {
                 Err(error) => self.end_soon(&error.to_string()),
             },
             Message::Other => {}
+        }
+    }
+
+    /// Gives up the disk of a device that is gone, whose requests have ended with it.
+    fn device_gone(&mut self, device: &str) {
+        let Some(name) = self.disks.gone(device) else { return };
+        // The connection's node goes with the device's, but for one that came later, which is refused before.
+        for node in [name.device(), name.connection()] {
+            self.give((Command::BlockdevDel, json!({ "node-name": node })));
         }
     }
 
@@ -393,8 +406,8 @@ impl Supervisor {
         });
     }
 
-    fn give(&mut self, command: Command) {
-        if let Err(error) = self.shared.send(command, None) {
+    fn give(&mut self, request: impl Into<Request>) {
+        if let Err(error) = self.shared.send(request, None) {
             self.end_soon(&error.to_string());
         }
     }

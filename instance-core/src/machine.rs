@@ -7,6 +7,7 @@
 mod spec;
 
 use std::fmt;
+use std::time::Instant;
 
 use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
 
@@ -113,10 +114,13 @@ impl Hypervisor for Box<dyn Hypervisor> {
 ///
 /// # Contract
 ///
-/// - Every method may be called from any thread; none waits for the guest.
+/// - Every method may be called from any thread; none but [`detach_disk`](Self::detach_disk) waits for the
+///   guest, and while it does the others go on.
 /// - The state moves only as [`MachineState`] says, and each change is published.
-/// - Hooks on the state may look and may kill; they must not start, pause or resume a machine or drop
-///   the last handle of one.
+/// - Hooks on the state may look and may kill; they must not start, pause or resume a machine, change its
+///   disks or drop the last handle of one.
+/// - Disks come and go only while the machine is running or paused; before, they belong in the
+///   specification. The first disk of the specification stays as long as the machine.
 /// - A guest's reset ends the machine with [`ExitCause::Reset`]. Whoever owns it then makes a new
 ///   one, because what the root disk boots may have changed.
 /// - When the machine has exited, no write of its guest is under way any more: its disks are as they
@@ -157,10 +161,91 @@ pub trait Machine: fmt::Debug + Send + Sync {
     /// [`WrongState`](MachineErrorKind::WrongState) unless the machine is running.
     fn power_button(&self) -> Result<(), MachineError>;
 
+    /// Gives a machine that is running or paused one more disk. The guest is told, and takes it up soon, late or
+    /// never; a paused one, after it is resumed.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`hot_plug`](Capabilities::hot_plug) is false,
+    /// where the machine has [`max_disks`](Capabilities::max_disks) and for a serial number that is none;
+    /// [`DiskExists`](MachineErrorKind::DiskExists) if it has one of this serial number;
+    /// [`WrongState`](MachineErrorKind::WrongState), or what the host refused. Then the handle is given back.
+    fn attach_disk(&self, disk: DiskSpec) -> Result<(), MachineError> {
+        let _ = disk;
+        Err(MachineError::new(MachineErrorKind::Unsupported, "this machine takes no disks while it runs"))
+    }
+
+    /// Takes the disk with this serial number from a machine that is running or paused. When it returns, no
+    /// request of the guest's is under way or will come, and the machine holds the disk's handle no longer.
+    ///
+    /// # Errors
+    ///
+    /// [`Held`](MachineErrorKind::Held) if the guest has not let go by the deadline: it keeps the disk, and
+    /// may let go later, which gives the handle back as well. The same may then be asked again, or by
+    /// [`Detach::Force`]. [`NoSuchDisk`](MachineErrorKind::NoSuchDisk) if there is none of this serial number,
+    /// or no more; [`Unsupported`](MachineErrorKind::Unsupported) for the first disk of the specification and
+    /// where [`hot_plug`](Capabilities::hot_plug) is false;
+    /// [`WrongState`](MachineErrorKind::WrongState), also if the machine ends meanwhile, or what the host
+    /// refused.
+    fn detach_disk(&self, serial: &str, how: Detach) -> Result<(), MachineError> {
+        let _ = (serial, how);
+        Err(MachineError::new(MachineErrorKind::Unsupported, "this machine gives no disks up while it runs"))
+    }
+
+    /// Says that the disk with this serial number has become larger, which the guest is told. A machine that
+    /// is told nothing may or may not let its guest see the new size.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`live_growth`](Capabilities::live_growth) is false,
+    /// [`NoSuchDisk`](MachineErrorKind::NoSuchDisk), [`WrongState`](MachineErrorKind::WrongState), or what the
+    /// host refused.
+    fn disk_grown(&self, serial: &str) -> Result<(), MachineError> {
+        let _ = serial;
+        Err(MachineError::new(
+            MachineErrorKind::Unsupported,
+            "this machine's disks do not grow while it runs",
+        ))
+    }
+
     /// Ends the machine at once, whatever its guest does: `Exited(Killed)`. Does nothing to one that
     /// has exited. When it returns, the guest runs no more. A disk request that is under way is waited
     /// for.
     fn kill(&self);
+}
+
+/// How a disk is taken from a guest by [`Machine::detach_disk`].
+///
+/// ```
+/// # use instance_core::{console::Console, testing::{FakeHypervisor, fake_kernel}};
+/// # use instance_core::machine::{Boot, Hypervisor, MachineErrorKind, MachineSpec};
+/// use std::time::{Duration, Instant};
+/// use instance_core::machine::{Detach, DiskSpec};
+/// use storage_block::MemoryDisk;
+///
+/// # let boot = Boot::new(fake_kernel("")?, None, "");
+/// # let spec = MachineSpec::new("demo", ami_core::Architecture::X86_64, boot, Console::new().port());
+/// # let machine = FakeHypervisor::new().create(spec)?;
+/// machine.start()?;
+/// machine.attach_disk(DiskSpec::new(MemoryDisk::new(1 << 20)?.into_disk(), "vol0"))?;
+/// let soon = Instant::now() + Duration::from_secs(10);
+/// match machine.detach_disk("vol0", Detach::Ask { until: soon }) {
+///     Err(e) if e.kind() == MachineErrorKind::Held => machine.detach_disk("vol0", Detach::Force)?,
+///     detached => detached?,
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Detach {
+    /// The guest is asked to let go, and has until then. A paused one does not.
+    Ask {
+        /// When it is waited for no longer.
+        until: Instant,
+    },
+    /// At once, whatever the guest does with it. What it has not written is lost, its further requests fail, and
+    /// it is told that the disk has gone.
+    Force,
 }
 
 /// Where a machine is in its life.
@@ -259,11 +344,16 @@ pub struct Capabilities {
     pub execution: Execution,
     /// Whether [`Machine::power_button`] works.
     pub power_button: bool,
+    /// Whether [`Machine::attach_disk`] and [`Machine::detach_disk`] work.
+    pub hot_plug: bool,
+    /// Whether [`Machine::disk_grown`] works.
+    pub live_growth: bool,
 }
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
-    /// vCPU, up to 1 TiB of memory, one disk and no power button, unless the fields are then set otherwise.
+    /// vCPU, up to 1 TiB of memory, one disk, no power button, no disks that come, go or grow while it runs, unless the fields are then set
+    /// otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self {
             name,
@@ -273,6 +363,8 @@ impl Capabilities {
             max_disks: 1,
             execution,
             power_button: false,
+            hot_plug: false,
+            live_growth: false,
         }
     }
 
@@ -304,10 +396,7 @@ impl Capabilities {
             let (asked, most) = (spec.disks.len(), self.max_disks);
             return unsupported(format!("{name} cannot give a machine {asked} disks; the most is {most}"));
         }
-        if let Some(disk) = spec.disks.iter().find(|disk| !disk.has_valid_serial()) {
-            let (serial, most) = (&disk.serial, DiskSpec::MAX_SERIAL);
-            return unsupported(format!("{serial:?} is no serial number of at most {most} bytes"));
-        }
+        spec.disks.iter().try_for_each(DiskSpec::check)?;
         if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
         }
@@ -348,6 +437,12 @@ pub enum MachineErrorKind {
     WrongState,
     /// The kernel or initrd cannot be loaded.
     Boot,
+    /// The machine has no disk of that serial number.
+    NoSuchDisk,
+    /// The machine has a disk of that serial number already.
+    DiskExists,
+    /// The guest did not let go of a disk in time.
+    Held,
     /// A program or device that the hypervisor needs is missing; the text says what to install.
     Missing,
     /// The host refused or failed.
@@ -389,6 +484,21 @@ impl MachineError {
     /// That the machine is in `state`, in which it cannot `action`.
     pub fn wrong_state(action: &str, state: &MachineState) -> Self {
         Self::new(MachineErrorKind::WrongState, format!("cannot {action} a machine that is {state:?}"))
+    }
+
+    /// That the machine has no disk with this serial number.
+    pub fn no_such_disk(serial: &str) -> Self {
+        Self::new(MachineErrorKind::NoSuchDisk, format!("the machine has no disk {serial:?}"))
+    }
+
+    /// That the machine has a disk with this serial number already.
+    pub fn disk_exists(serial: &str) -> Self {
+        Self::new(MachineErrorKind::DiskExists, format!("the machine has a disk {serial:?} already"))
+    }
+
+    /// That the guest has not let go of the disk with this serial number.
+    pub fn held(serial: &str) -> Self {
+        Self::new(MachineErrorKind::Held, format!("the guest has not let go of disk {serial:?}"))
     }
 
     /// The kind of failure.

@@ -50,7 +50,8 @@ const PATCH_MAX: u32 = 8;
 
 /// An object as it is stored: all units of it, whole.
 pub(crate) struct Stored {
-    pub(crate) bytes: Vec<u8>,
+    /// Nothing where they are the object's own, as most are.
+    pub(crate) bytes: Option<Vec<u8>>,
     /// Bytes before the zeroes that fill up the last unit; those, too, are encrypted.
     pub(crate) len: u32,
     pub(crate) encoding: Encoding,
@@ -79,6 +80,9 @@ pub(crate) fn encode(
         (_, Some(patch)) => {
             (blocks_of(bytes, patch.mask).flat_map(|(_, block)| block).copied().collect(), Encoding::PATCH)
         }
+        (_, None) if key.is_none() || kind != Kind::Chunk => {
+            return Stored { bytes: None, len: bytes.len() as u32, encoding: Encoding::RAW, patch: None };
+        }
         (_, None) => (bytes.to_vec(), Encoding::RAW),
     };
     if !encoding.patch() {
@@ -93,7 +97,7 @@ pub(crate) fn encode(
         }
         encoding = encoding.with(Encoding::ENCRYPTED);
     }
-    Stored { bytes: stored, len, encoding, patch }
+    Stored { bytes: Some(stored), len, encoding, patch }
 }
 
 /// The blocks that are not zero.

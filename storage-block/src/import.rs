@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use ami_core::Digest;
 
-use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, MAX_SIZE};
+use crate::format::{self, CHUNK, HOLE, Id, LEAF_IDS, MAX_SIZE};
 use crate::fs;
 use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
-use crate::session::{Session, Was};
-use crate::{Disk, Error, Progress, Result, Snapshot, Store, codec, pipeline};
+use crate::session::{Prepared, Session, prepare};
+use crate::{Disk, Error, Progress, Result, Snapshot, Store, pipeline};
 
 /// What making a snapshot took.
 ///
@@ -89,6 +89,7 @@ impl Store {
         }
         let mut report = Reporter::begin(size, progress)?;
         let mut session = Session::begin(&self.0);
+        let store = session.store();
         let mut manifest = Manifest::new(size, None, key);
         let mut stats = SnapshotStats { size, ..Default::default() };
         let read = |step: Range<u64>, buf: &mut Vec<u8>| {
@@ -96,17 +97,16 @@ impl Store {
             buf.resize(len.next_multiple_of(CHUNK as usize), 0);
             disk.read_at(&mut buf[..len], step.start)?;
             buf[len..].fill(0);
-            let ids: Vec<Id> = buf.chunks_exact(CHUNK as usize).map(|chunk| chunk_id(chunk, key)).collect();
-            Ok((step, ids))
+            let chunks = buf.chunks_exact(CHUNK as usize);
+            let prepared: Vec<Prepared> = chunks.map(|chunk| prepare(store, chunk, key, None)).collect();
+            Ok((step, prepared))
         };
-        pipeline::in_order(Steps { disk, size, done: 0, data: 0..0 }, read, |(step, ids), bytes| {
+        pipeline::in_order(Steps { disk, size, done: 0, data: 0..0 }, read, |(step, prepared), bytes| {
             stats.changed_bytes += step.end - step.start;
-            let chunks = bytes.chunks_exact(CHUNK as usize).zip(ids);
-            for ((chunk, id), number) in chunks.zip(step.start / CHUNK..) {
-                if id != HOLE {
-                    session.put_named(&id, chunk, key, None)?;
-                }
-                manifest.set(&mut session, number, id)?;
+            let chunks = bytes.chunks_exact(CHUNK as usize).zip(prepared);
+            for ((chunk, prepared), number) in chunks.zip(step.start / CHUNK..) {
+                session.put(&prepared, chunk)?;
+                manifest.set(&mut session, number, prepared.id)?;
             }
             report.reach(step.end)
         })?;
@@ -148,21 +148,6 @@ impl Iterator for Steps<'_> {
         self.data.start = step.end;
         Some(Ok(step))
     }
-}
-
-/// What names a chunk, under its key if there is one; one of zeroes is a hole.
-fn chunk_id(bytes: &[u8], key: Option<&EncryptionKey>) -> Id {
-    if is_zero(bytes) { HOLE } else { codec::name(Kind::Chunk, bytes, key) }
-}
-
-/// Stores a whole chunk, encrypted if there is a key; one of zeroes is a hole.
-pub(crate) fn put_chunk(
-    session: &mut Session<'_>,
-    bytes: &[u8],
-    key: Option<&EncryptionKey>,
-    was: Option<Was>,
-) -> Result<Id> {
-    if is_zero(bytes) { Ok(HOLE) } else { session.put_chunk(bytes, key, was) }
 }
 
 /// A manifest in the making. The ids of chunks come in ascending order; the others are those of a base.

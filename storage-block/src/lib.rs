@@ -103,6 +103,7 @@ mod store;
 mod sweep;
 pub mod testing;
 mod volume;
+mod writeback;
 
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Capabilities, Extent, SECTOR};

@@ -8,12 +8,14 @@ use std::sync::RwLockReadGuard;
 
 use crate::codec::{self, Stored};
 use crate::format::{
-    self, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset,
+    self, HOLE, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset,
 };
 use crate::fs::{self, File};
+use crate::import::is_zero;
 use crate::keys::EncryptionKey;
 use crate::pack::{self, Index, Pack, Place, Taken};
 use crate::store::{Inner, read, sync_dir, write};
+use crate::writeback::{self, Writeback};
 use crate::{Error, Result};
 
 /// Objects wait here until so many bytes can be written at once.
@@ -29,6 +31,7 @@ pub(crate) struct Session<'s> {
     added: HashMap<Id, Place>,
     packs: Vec<Writing>,
     buffer: Vec<u8>,
+    writeback: Writeback,
     appended: u64,
     committed: bool,
 }
@@ -65,6 +68,50 @@ impl Was {
     }
 }
 
+/// An object that is ready to be stored.
+pub(crate) struct Prepared {
+    pub(crate) id: Id,
+    kind: Kind,
+    /// What is to be stored, and its checksum; nothing, if it is a hole or there already.
+    new: Option<(Stored, u32)>,
+}
+
+/// Does what storing a chunk takes that needs nobody else: many can be prepared side by side. One of zeroes is a
+/// hole, any other is encrypted if there is a key.
+///
+/// There is a session, which sees to it that what is found to be there already stays there.
+pub(crate) fn prepare(
+    store: &Inner,
+    bytes: &[u8],
+    key: Option<&EncryptionKey>,
+    was: Option<Was>,
+) -> Prepared {
+    if is_zero(bytes) {
+        return Prepared { id: HOLE, kind: Kind::Chunk, new: None };
+    }
+    prepare_object(store, Kind::Chunk, bytes, key, was)
+}
+
+fn prepare_object(
+    store: &Inner,
+    kind: Kind,
+    bytes: &[u8],
+    key: Option<&EncryptionKey>,
+    was: Option<Was>,
+) -> Prepared {
+    let id = codec::name(kind, bytes, key);
+    let patch = {
+        let index = read(&store.index);
+        if index.places.contains_key(&id) {
+            return Prepared { id, kind, new: None };
+        }
+        was.and_then(|was| was.patch(&index))
+    };
+    let stored = codec::encode(kind, &id, bytes, store.compression, key, patch);
+    let crc = crc32c::crc32c(stored.bytes.as_deref().unwrap_or(bytes));
+    Prepared { id, kind, new: Some((stored, crc)) }
+}
+
 impl<'s> Session<'s> {
     /// A session that holds the sweep off.
     pub(crate) fn begin(store: &'s Inner) -> Self {
@@ -84,6 +131,7 @@ impl<'s> Session<'s> {
             added: HashMap::new(),
             packs: Vec::new(),
             buffer,
+            writeback: Writeback::default(),
             appended: 0,
             committed: false,
         }
@@ -94,56 +142,28 @@ impl<'s> Session<'s> {
         self.appended
     }
 
+    /// What [`prepare`] needs to know.
+    pub(crate) fn store(&self) -> &'s Inner {
+        self.store
+    }
+
     /// Stores a manifest leaf unless it is there already; returns its id.
     pub(crate) fn put_leaf(&mut self, ids: &[Id]) -> Result<Id> {
         let bytes = ids.as_flattened();
-        let id = codec::name(Kind::Leaf, bytes, None);
-        self.put(Kind::Leaf, &id, bytes, None, None)?;
-        Ok(id)
+        let prepared = prepare_object(self.store, Kind::Leaf, bytes, None, None);
+        self.put(&prepared, bytes)?;
+        Ok(prepared.id)
     }
 
-    /// Stores a chunk, encrypted if there is a key; returns its id.
-    pub(crate) fn put_chunk(
-        &mut self,
-        bytes: &[u8],
-        key: Option<&EncryptionKey>,
-        was: Option<Was>,
-    ) -> Result<Id> {
-        let id = codec::name(Kind::Chunk, bytes, key);
-        self.put_named(&id, bytes, key, was)?;
-        Ok(id)
-    }
-
-    /// The same for a chunk whose id is known.
-    pub(crate) fn put_named(
-        &mut self,
-        id: &Id,
-        bytes: &[u8],
-        key: Option<&EncryptionKey>,
-        was: Option<Was>,
-    ) -> Result<()> {
-        self.put(Kind::Chunk, id, bytes, key, was)
-    }
-
-    fn put(
-        &mut self,
-        kind: Kind,
-        id: &Id,
-        bytes: &[u8],
-        key: Option<&EncryptionKey>,
-        was: Option<Was>,
-    ) -> Result<()> {
-        let patch = {
-            let index = read(&self.store.index);
-            if self.added.contains_key(id) || index.places.contains_key(id) {
-                return Ok(());
-            }
-            was.and_then(|was| was.patch(&index))
-        };
-        let Stored { bytes, len, encoding, patch } =
-            codec::encode(kind, id, bytes, self.store.compression, key, patch);
-        let crc = Some(crc32c::crc32c(&bytes));
-        self.append(id, Slot { start: 0, len, crc, kind, encoding }, patch, &bytes)
+    /// Stores an object that was prepared while there was this session.
+    pub(crate) fn put(&mut self, prepared: &Prepared, bytes: &[u8]) -> Result<()> {
+        let Prepared { id, kind, new } = prepared;
+        let Some((Stored { bytes: stored, len, encoding, patch }, crc)) = new else { return Ok(()) };
+        if self.added.contains_key(id) || read(&self.store.index).places.contains_key(id) {
+            return Ok(());
+        }
+        let slot = Slot { start: 0, len: *len, crc: Some(*crc), kind: *kind, encoding: *encoding };
+        self.append(id, slot, *patch, stored.as_deref().unwrap_or(bytes))
     }
 
     /// Carries an object, as it is stored elsewhere, even if it is there already.
@@ -175,14 +195,15 @@ impl<'s> Session<'s> {
     ///
     /// This synchronises the pack and its index, a root and its directory, and twice one directory more
     /// where a pack is new: four or six times however much there is, more only if several packs are filled or
-    /// several snapshots made.
+    /// several snapshots made. Of much that is appended most has been sent to the disk before.
     /// The index of a pack is written when the pack's bytes are durable, so that a record never speaks
     /// of bytes that a crash took; and a pack gets its final name after its index has.
     pub(crate) fn finish<T>(&mut self, publish: impl FnOnce(&Inner) -> Result<T>) -> Result<T> {
         self.write_out()?;
+        self.writeback.finish()?;
         for writing in &self.packs {
             let failed = |e, path: &PathBuf| Error::io(e, format!("cannot write {}", path.display()));
-            writing.pack.file()?.sync_data().map_err(|e| failed(e, &writing.pack.path))?;
+            writeback::sync(&writing.pack)?;
             let at = if writing.new {
                 let header = format::index_header(PACK_VERSION, writing.pack.number);
                 writing.index.write_all_at(&header, 0).map_err(|e| failed(e, &writing.index_path))?;
@@ -286,6 +307,7 @@ impl<'s> Session<'s> {
             let at = unit_offset(writing.taken.units - units);
             let written = writing.pack.file()?.write_all_at(&self.buffer, at);
             written.map_err(|e| Error::io(e, format!("cannot write {}", writing.pack.path.display())))?;
+            self.writeback.wrote(&writing.pack, self.buffer.len() as u64);
         }
         self.buffer.clear();
         Ok(())
@@ -297,6 +319,8 @@ impl Drop for Session<'_> {
         if self.committed {
             return;
         }
+        // Nobody works any more on what is undone now.
+        drop(std::mem::take(&mut self.writeback));
         let dir = self.store.packs_dir();
         for writing in self.packs.drain(..) {
             let number = writing.pack.number;

@@ -243,7 +243,11 @@ impl Locked {
     /// Opens `path`, making it if `create` says so, and takes the lock.
     pub(crate) fn open(path: &Path, create: bool) -> Result<Self> {
         let file = if create { File::open_or_create(path) } else { File::open_writable(path) };
-        let file = file.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
+        Self::lock(file.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?, path)
+    }
+
+    /// Takes the lock on a file that was opened as `path`.
+    pub(crate) fn lock(file: File, path: &Path) -> Result<Self> {
         match file.flock(FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self(file)),
             Err(rustix::io::Errno::WOULDBLOCK) => {

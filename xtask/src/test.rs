@@ -44,7 +44,7 @@ const TOOLS: [Tool; 9] = [NBDINFO, NBDCOPY, NBDKIT, FIO, QEMU_IMG, QEMU_IO, LZ4,
 /// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
 const LAB_TESTS: [&str; 3] = ["linux", "conformance", "drops"];
 /// The members of the workspace that are not published.
-const UNPUBLISHED: [&str; 3] = ["ami-benches", "ami-examples", "xtask"];
+const UNPUBLISHED: [&str; 4] = ["ami-benches", "ami-examples", "ami-rivals", "xtask"];
 /// The minor version of the cargo that packages crates together with what they depend on.
 const PACKAGES_TOGETHER: u32 = 90;
 /// Where the lab has the bare-metal guest, which cannot be built there.

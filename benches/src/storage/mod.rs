@@ -81,7 +81,8 @@ impl Bench {
 pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
     match name {
         "clone_1t_over_1g" => clones::large_over_small(bench),
-        "clone_over_empty_file" => clones::over_empty_file(bench),
+        "clone_over_empty_file" => clones::over_empty_file(bench, false),
+        "clone_over_named_file" => clones::over_empty_file(bench, true),
         "random_read" => blocks::random_read(bench, 1),
         "random_read_depth_32" => blocks::random_read(bench, 32),
         "random_overwrite" => blocks::random_overwrite(bench),

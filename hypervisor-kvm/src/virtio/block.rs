@@ -40,6 +40,8 @@ const CONFIG_LEN: usize = 60;
 #[derive(Debug)]
 pub(crate) struct Block {
     disk: Disk,
+    /// The capacity that the driver is told.
+    sectors: u64,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
 
@@ -64,14 +66,14 @@ impl Block {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Self { disk, serial: id }
+        Self { sectors: disk.size() / SECTOR, disk, serial: id }
     }
 
     /// The configuration space, `struct virtio_blk_config`.
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut config = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &(self.disk.size() / SECTOR).to_le_bytes());
+        put(0, &self.sectors.to_le_bytes());
         put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
         put(12, &SEGMENTS_MAX.to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
@@ -221,6 +223,14 @@ impl Device for Block {
         let config = self.config();
         let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
         data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    }
+
+    fn refresh(&mut self) {
+        self.sectors = self.disk.size() / SECTOR;
+    }
+
+    fn reset(&mut self) {
+        self.refresh();
     }
 
     fn serve(&mut self, _queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {

@@ -25,6 +25,8 @@ pub(crate) struct Core {
     offered: u64,
     accepted: u64,
     status: u32,
+    /// Which configuration it is that the driver reads.
+    generation: u32,
     rings: Vec<Ring>,
 }
 
@@ -56,7 +58,7 @@ impl Core {
     /// A device that nobody has used yet.
     pub(crate) fn new(device: Box<dyn Device>) -> Self {
         let rings = (0..device.queues()).map(|_| Ring::new()).collect();
-        Self { offered: device.features() | TRANSPORT, accepted: 0, status: 0, rings, device }
+        Self { offered: device.features() | TRANSPORT, accepted: 0, status: 0, generation: 0, rings, device }
     }
 
     /// The device type.
@@ -96,6 +98,19 @@ impl Core {
 
     pub(crate) fn write_config(&mut self, offset: u64, data: &[u8]) {
         self.device.write_config(offset, data);
+    }
+
+    /// By which a driver tells whether the configuration has changed while it read it.
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The device's configuration changes with what is outside. Says whether the driver is to be told, which it
+    /// is by a configuration change interrupt.
+    pub(crate) fn refresh(&mut self) -> bool {
+        self.device.refresh();
+        self.generation = self.generation.wrapping_add(1);
+        self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
     }
 
     /// The driver changes the features that it accepts, which it may until they are settled.

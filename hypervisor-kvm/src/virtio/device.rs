@@ -30,6 +30,10 @@ pub(crate) trait Device: fmt::Debug + Send {
     /// False if there is nothing to do before the driver's next notification.
     fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed>;
 
+    /// Takes up what has changed outside, such as a disk's size. Its configuration changes by nothing else but the
+    /// driver's doing, so that one that is read in parts is of one piece.
+    fn refresh(&mut self) {}
+
     /// The driver has reset it, or begins.
     fn reset(&mut self) {}
 }

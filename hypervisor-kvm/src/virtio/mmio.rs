@@ -36,6 +36,11 @@ impl Mmio {
         self.core.queues()
     }
 
+    /// See [`Core::refresh`].
+    pub(crate) fn refresh(&mut self) -> bool {
+        self.core.refresh()
+    }
+
     /// See [`Core::step`].
     pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
         self.core.step(memory, queue)
@@ -64,6 +69,7 @@ impl Mmio {
             reg::VIRTIO_MMIO_QUEUE_READY => u32::from(self.core.queue_ready(queue)),
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => interrupt_status,
             reg::VIRTIO_MMIO_STATUS => self.core.status(),
+            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.core.generation(),
             // All ones: there is no such shared memory.
             reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             _ => 0,

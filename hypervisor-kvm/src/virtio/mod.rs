@@ -162,6 +162,14 @@ impl VirtioDevice {
         }
     }
 
+    /// Takes up what has changed outside, and tells the driver. Waits for a request that is under way.
+    pub(crate) fn refresh(&self, vm: &VmFd) {
+        match &self.port {
+            Port::Mmio(mmio) => mmio.refresh(),
+            Port::Pci(pci) => pci.refresh(vm),
+        }
+    }
+
     /// Has [`serve`](Self::serve) look at the queues and at the gate.
     pub(crate) fn wake(&self) {
         if let Some(notification) = &self.notification {

@@ -74,6 +74,13 @@ impl OnMmio {
         step
     }
 
+    /// Tells the driver of a configuration that has changed.
+    pub(super) fn refresh(&self) {
+        if self.lock().refresh() {
+            self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::AcqRel);
         // Fails only where the interrupt has been raised very often and not been seen.

@@ -102,6 +102,14 @@ impl OnPci {
         step
     }
 
+    /// Tells the driver of a configuration that has changed.
+    pub(super) fn refresh(&self, vm: &VmFd) {
+        let mut registers = self.lock();
+        if registers.refresh() {
+            registers.config_message().into_iter().for_each(|message| send(vm, message));
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Pci> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -57,6 +57,7 @@ mod common {
     pub(super) const CONFIG_VECTOR: u64 = 16;
     pub(super) const QUEUES: u64 = 18;
     pub(super) const STATUS: u64 = 20;
+    pub(super) const GENERATION: u64 = 21;
     pub(super) const QUEUE_SELECT: u64 = 22;
     pub(super) const QUEUE_SIZE: u64 = 24;
     pub(super) const QUEUE_VECTOR: u64 = 26;
@@ -162,6 +163,11 @@ impl Pci {
         self.core.queues()
     }
 
+    /// See [`Core::refresh`].
+    pub(crate) fn refresh(&mut self) -> bool {
+        self.core.refresh()
+    }
+
     /// See [`Core::step`].
     pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
         self.core.step(memory, queue)
@@ -251,6 +257,7 @@ impl Pci {
             common::CONFIG_VECTOR => (self.config_vector.into(), 2),
             common::QUEUES => (self.core.queues() as u64, 2),
             common::STATUS => (self.core.status().into(), 1),
+            common::GENERATION => (self.core.generation().into(), 1),
             common::QUEUE_SELECT => (self.queue_select.into(), 2),
             common::QUEUE_SIZE => (of_queue(|queue| queue.size.into()), 2),
             common::QUEUE_VECTOR => (self.queue_vectors.get(queue).copied().unwrap_or(NO_VECTOR).into(), 2),
@@ -261,8 +268,7 @@ impl Pci {
             common::AVAILABLE_HIGH => (of_queue(|queue| queue.available) >> 32, 4),
             common::USED => (of_queue(|queue| queue.used), 8),
             common::USED_HIGH => (of_queue(|queue| queue.used) >> 32, 4),
-            // The generation never changes within what a driver reads as one; notifications are all at the
-            // first place.
+            // Notifications are all at the first place.
             _ => (0, 8),
         };
         let bytes = value.to_le_bytes();

@@ -1,6 +1,6 @@
 //! A driver that reaches a block device by PCI, good and bad.
 
-use storage_block::{Disk, MemoryDisk};
+use storage_block::{Disk, MemoryDisk, Volume};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::block::Block;
@@ -26,8 +26,11 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
+        Self::of(MemoryDisk::new(MIB).unwrap().into_disk())
+    }
+
+    fn of(disk: Disk) -> Self {
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        let disk: Disk = MemoryDisk::new(MIB).unwrap().into_disk();
         Self { memory, device: Pci::new(Block::new(disk, "vol-0123"), 0xc000_0000) }
     }
 
@@ -61,7 +64,11 @@ impl Driver {
 
     /// All the steps of initialisation, with both vectors.
     fn ready() -> Self {
-        let mut driver = Self::new();
+        Self::new().negotiate()
+    }
+
+    fn negotiate(self) -> Self {
+        let mut driver = self;
         let msix = driver.capabilities().into_iter().find(|found| found.1 == 0x11).unwrap().0;
         driver.device.write_space(&driver.memory, msix + 2, &0x8000u16.to_le_bytes());
         for (n, message) in [CONFIGURATION, QUEUE].into_iter().enumerate() {
@@ -132,6 +139,21 @@ fn serves_a_good_driver_and_tells_it_by_messages() {
         assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), 0);
     }
     assert_eq!(driver.get(0x2000, 8), MIB / 512, "the capacity");
+}
+
+#[test]
+fn a_disk_that_has_grown_is_a_new_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = Volume::create(&dir.path().join("vol"), None, MIB).unwrap();
+    let mut driver = Driver::of(volume.disk());
+    assert!(!driver.device.refresh(), "a driver that is not ready is not told");
+    let mut driver = driver.negotiate();
+    volume.grow(2 * MIB).unwrap();
+    let before = (driver.get(21, 1), driver.get(0x2000, 8));
+    assert_eq!(before.1, MIB / 512, "nothing changes while a driver may be reading");
+    assert!(driver.device.refresh());
+    assert_eq!(driver.device.config_message(), Some(CONFIGURATION));
+    assert_eq!((driver.get(21, 1), driver.get(0x2000, 8)), (before.0 + 1, 2 * MIB / 512));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use ami_core::Architecture;
 use storage_block::Disk;
 
+use super::{MachineError, MachineErrorKind};
 use crate::console::ConsolePort;
 
 /// Everything a machine is made from.
@@ -170,6 +171,20 @@ impl DiskSpec {
     /// A disk with a serial number.
     pub fn new(disk: Disk, serial: impl Into<String>) -> Self {
         Self { disk, serial: serial.into() }
+    }
+
+    /// That the serial number is one that a guest can be told.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) if not.
+    pub fn check(&self) -> Result<(), MachineError> {
+        if self.has_valid_serial() {
+            return Ok(());
+        }
+        let (serial, most) = (&self.serial, Self::MAX_SERIAL);
+        let what = format!("{serial:?} is no serial number of at most {most} bytes");
+        Err(MachineError::new(MachineErrorKind::Unsupported, what))
     }
 
     /// Whether the serial number is one that a guest can be told.

@@ -22,6 +22,8 @@
 //! | `poweroff`, `reboot`, `crash` | none: it does so (`unsupported` if it cannot crash) |
 //! | `spin` | `spinning`, and never again anything |
 
+mod hot_plug;
+
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::Arc;
@@ -101,6 +103,9 @@ const CHECKS: &[Check] = &[
     ("stands still while paused", stands_still_while_paused),
     ("delivers the power button", delivers_the_power_button),
     ("runs two machines side by side", runs_two_machines_side_by_side),
+    ("attaches and detaches disks as it runs", hot_plug::attaches_and_detaches),
+    ("takes a disk from a guest that holds it", hot_plug::takes_a_disk_that_is_held),
+    ("tells the guest that a disk has grown", hot_plug::grows),
     ("gives everything back", gives_everything_back),
 ];
 
@@ -187,12 +192,17 @@ impl Guest {
 
     /// Sends a command and returns the answer that begins with `kind`, without that word.
     fn ask(&mut self, line: &str, kind: &str) -> String {
+        self.ask_any(line, &[kind])
+    }
+
+    /// The same where the answer may be of several kinds.
+    fn ask_any(&mut self, line: &str, kinds: &[&str]) -> String {
         self.tell(line);
         loop {
             let heard = self.hear("\n");
             let heard = heard.trim();
             // A terminal may echo the command before the answer.
-            match heard.strip_prefix(kind) {
+            match kinds.iter().find_map(|kind| heard.strip_prefix(kind)) {
                 Some(rest) if heard != line => return rest.trim().to_owned(),
                 _ => {}
             }

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use ami_core::{Architecture, Arm64, X86, X86_64};
@@ -14,10 +14,12 @@ use storage_block::SECTOR;
 
 use crate::console::ConsolePort;
 use crate::machine::{
-    Boot, BootFile, Capabilities, DiskSpec, Execution, ExitCause, Hypervisor, Identity, Machine,
+    Boot, BootFile, Capabilities, Detach, DiskSpec, Execution, ExitCause, Hypervisor, Identity, Machine,
     MachineError, MachineErrorKind, MachineSpec, MachineState, Runs,
 };
 use crate::watch::{Publisher, Watch};
+
+const MAX_DISKS: usize = 32;
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 
@@ -132,8 +134,10 @@ impl Hypervisor for FakeHypervisor {
         let execution = Execution::Emulated { measured: "no guest code runs".to_owned() };
         let mut capabilities = Capabilities::new("fake", self.architectures.clone(), execution);
         capabilities.max_vcpus = 64;
-        capabilities.max_disks = 32;
+        capabilities.max_disks = MAX_DISKS;
         capabilities.power_button = true;
+        capabilities.hot_plug = true;
+        capabilities.live_growth = true;
         capabilities
     }
 
@@ -168,12 +172,12 @@ struct Signals {
 
 impl Signals {
     fn raise(&self) {
-        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *lock(&self.waiting) = true;
         self.changed.notify_all();
     }
 
     fn wait(&self) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = lock(&self.waiting);
         while !*waiting {
             waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
@@ -190,13 +194,18 @@ struct FakeMachine {
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Held by the guest while it serves a command, so that pausing waits for it.
     busy: Arc<Mutex<()>>,
+    disks: Arc<Mutex<Vec<DiskSpec>>>,
+    /// Whether the first disk is one of the specification, and stays.
+    has_root: bool,
     /// What the thread is made from, until it is.
     spec: Mutex<Option<MachineSpec>>,
 }
 
 impl FakeMachine {
-    fn new(spec: MachineSpec) -> Self {
+    fn new(mut spec: MachineSpec) -> Self {
         Self {
+            has_root: !spec.disks.is_empty(),
+            disks: Arc::new(Mutex::new(std::mem::take(&mut spec.disks))),
             state: Arc::new(Publisher::new(MachineState::Created)),
             signals: Arc::default(),
             power_button: Arc::default(),
@@ -222,14 +231,34 @@ impl FakeMachine {
     }
 }
 
+impl FakeMachine {
+    /// The disks of a machine that is running or paused.
+    fn live_disks(&self, action: &str) -> Result<MutexGuard<'_, Vec<DiskSpec>>, MachineError> {
+        let disks = lock(&self.disks);
+        match self.state.get() {
+            MachineState::Running | MachineState::Paused => Ok(disks),
+            state => Err(MachineError::wrong_state(action, &state)),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where in `disks` the one with this serial number is.
+fn find(disks: &[DiskSpec], serial: &str) -> Result<usize, MachineError> {
+    disks.iter().position(|disk| disk.serial == serial).ok_or_else(|| MachineError::no_such_disk(serial))
+}
+
 impl Machine for FakeMachine {
     fn state(&self) -> Watch<MachineState> {
         self.state.watch()
     }
 
     fn start(&self) -> Result<(), MachineError> {
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        let spec = self.spec.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut thread = lock(&self.thread);
+        let spec = lock(&self.spec).take();
         let Some(spec) = spec else {
             return Err(MachineError::wrong_state("start", &self.state.get()));
         };
@@ -242,7 +271,7 @@ impl Machine for FakeMachine {
             power_button: self.power_button.clone(),
             busy: self.busy.clone(),
             console: spec.console,
-            disks: spec.disks,
+            disks: self.disks.clone(),
             vcpus: spec.vcpus.get(),
             memory_mib: spec.memory_mib.get(),
             identity: spec.identity,
@@ -255,7 +284,7 @@ impl Machine for FakeMachine {
     }
 
     fn pause(&self) -> Result<(), MachineError> {
-        let _idle = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let _idle = lock(&self.busy);
         self.go("pause", MachineState::Running, MachineState::Paused)
     }
 
@@ -272,14 +301,59 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    fn attach_disk(&self, disk: DiskSpec) -> Result<(), MachineError> {
+        disk.check()?;
+        let mut disks = self.live_disks("attach a disk to")?;
+        if find(&disks, &disk.serial).is_ok() {
+            return Err(MachineError::disk_exists(&disk.serial));
+        }
+        if disks.len() >= MAX_DISKS {
+            let what = format!("a fake machine has at most {MAX_DISKS} disks");
+            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        }
+        disks.push(disk);
+        Ok(())
+    }
+
+    fn detach_disk(&self, serial: &str, how: Detach) -> Result<(), MachineError> {
+        let action = "detach a disk from";
+        loop {
+            // A command that the guest serves may use the disk.
+            let busy = lock(&self.busy);
+            let mut disks = self.live_disks(action)?;
+            let n = find(&disks, serial)?;
+            if n == 0 && self.has_root {
+                let what = format!("disk {serial:?} is the root disk, which stays");
+                return Err(MachineError::new(MachineErrorKind::Unsupported, what));
+            }
+            let until = match how {
+                Detach::Ask { until } if self.state.get() == MachineState::Paused => until,
+                _ => {
+                    disks.remove(n);
+                    return Ok(());
+                }
+            };
+            drop((disks, busy));
+            if self.state.watch().wait(until, |state| *state != MachineState::Paused).is_err() {
+                return Err(MachineError::held(serial));
+            }
+        }
+    }
+
+    fn disk_grown(&self, serial: &str) -> Result<(), MachineError> {
+        // The guest asks the disk for its size every time.
+        find(&self.live_disks("grow a disk of")?, serial).map(drop)
+    }
+
     fn kill(&self) {
         exit(&self.state, ExitCause::Killed);
         self.signals.raise();
-        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(thread) = lock(&self.thread).take() {
             // A guest that panicked has nothing left to end.
             let _ = thread.join();
         }
-        self.spec.lock().unwrap_or_else(PoisonError::into_inner).take();
+        lock(&self.spec).take();
+        lock(&self.disks).clear();
         self.console.set_input_notifier(None);
     }
 }
@@ -306,7 +380,7 @@ struct FakeGuest {
     power_button: Arc<AtomicBool>,
     busy: Arc<Mutex<()>>,
     console: ConsolePort,
-    disks: Vec<DiskSpec>,
+    disks: Arc<Mutex<Vec<DiskSpec>>>,
     vcpus: u32,
     memory_mib: u32,
     identity: Option<Identity>,
@@ -330,7 +404,7 @@ impl FakeGuest {
 
     /// Handles one byte of input; says whether there was one.
     fn serve(&self, line: &mut Vec<u8>) -> bool {
-        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let _busy = lock(&self.busy);
         if self.state.get() != MachineState::Running {
             return true;
         }
@@ -355,7 +429,7 @@ impl FakeGuest {
             ["ping", word] => format!("pong {word}"),
             ["cpus"] => format!("cpus {}", self.vcpus),
             ["memory"] => format!("memory {}", self.memory_mib),
-            ["disks"] => format!("disks {}", self.disks.len()),
+            ["disks"] => format!("disks {}", lock(&self.disks).len()),
             ["dmi", field] => format!("dmi {}", self.dmi(field)),
             ["size", d] => self.on(d, |disk| Ok(format!("size {}", disk.disk.size()))),
             ["serial", d] => self.on(d, |disk| Ok(format!("serial {}", disk.serial))),
@@ -389,8 +463,8 @@ impl FakeGuest {
     }
 
     fn on(&self, index: &str, act: impl FnOnce(&DiskSpec) -> storage_block::Result<String>) -> String {
-        let disk = index.parse().ok().and_then(|i: usize| self.disks.get(i));
-        disk.and_then(|d| act(d).ok()).unwrap_or_else(|| "error".to_owned())
+        let disk = index.parse().ok().and_then(|i: usize| lock(&self.disks).get(i).cloned());
+        disk.and_then(|d| act(&d).ok()).unwrap_or_else(|| "error".to_owned())
     }
 }
 

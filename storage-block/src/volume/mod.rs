@@ -144,13 +144,13 @@ impl Volume {
             Err(e) => return Err(Error::io(e, format!("cannot create {}", dir.display()))),
         };
         let path = dir.join(OVERLAY);
-        if let Err(e) = File::create_new(&path) {
+        let overlay = File::create_new(&path).map_err(|e| {
             if new {
                 let _ = fs::remove_dir(dir);
             }
-            return Err(Error::io(e, format!("cannot create {}", path.display())));
-        }
-        let created = Self::create_files(dir, base, size, key);
+            Error::io(e, format!("cannot create {}", path.display()))
+        })?;
+        let created = Self::create_files(dir, overlay, base, size, key);
         if created.is_err() {
             let _ = fs::remove_file(&dir.join(LOG));
             let _ = fs::remove_file(&path);
@@ -163,11 +163,12 @@ impl Volume {
 
     fn create_files(
         dir: &Path,
+        overlay: File,
         base: Option<&Snapshot>,
         size: u64,
         key: Option<&EncryptionKey>,
     ) -> Result<Self> {
-        let overlay = Locked::open(&dir.join(OVERLAY), false)?;
+        let overlay = Locked::lock(overlay, &dir.join(OVERLAY))?;
         overlay.set_len(size).map_err(|e| {
             Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
         })?;

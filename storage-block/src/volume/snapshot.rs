@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use super::{Inner, Volume};
 use crate::format::{BLOCK, CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
 use crate::freeze::{Chunks, Frozen, Kept, Span};
-use crate::import::{Manifest, publish, put_chunk};
+use crate::import::{Manifest, publish};
 use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
-use crate::session::{Session, Was};
-use crate::store::{read, write};
-use crate::{Progress, Result, Snapshot, SnapshotStats, Store};
+use crate::session::{Prepared, Session, Was, prepare};
+use crate::store::{self, read, write};
+use crate::{Progress, Result, Snapshot, SnapshotStats, Store, pipeline};
 
 impl Volume {
     /// Makes a snapshot of the volume as it is at one instant, written but not yet flushed bytes with it.
@@ -171,24 +171,32 @@ impl FrozenVolumes {
         self.check_durable()?;
         let mut session = Session::begin(&self.store.0);
         let mut works: Vec<Work<'_>> = self.volumes.iter().map(|frozen| self.work(frozen)).collect();
-        let chunks: usize = works.iter().map(|work| work.candidates().count()).sum();
+        let chunks: usize = works.iter().map(|work| work.source.candidates().count()).sum();
         let mut report = Reporter::begin(chunks as u64 * CHUNK, progress)?;
         let (mut roots, mut done) = (Vec::new(), 0);
         for at in 0..works.len() {
-            let Work { volume, base, .. } = works[at];
-            let mut manifest = Manifest::new(works[at].frozen.span.size, base, volume.key.as_ref());
-            for chunk in works[at].candidates() {
-                // Chunks that were changed first after the freeze come on top of those counted.
-                report.step(done)?;
-                done += CHUNK;
-                for work in &mut works {
-                    work.relieve(&mut session)?;
+            let (source, store) = (works[at].source, session.store());
+            let mut manifest =
+                Manifest::new(source.frozen.span.size, source.base, source.volume.key.as_ref());
+            let take = |chunks: Vec<u64>, _: &mut Vec<u8>| {
+                let taken = chunks.into_iter().map(|chunk| Ok((chunk, source.take(chunk, store)?)));
+                taken.collect::<Result<Vec<_>>>()
+            };
+            pipeline::in_order(Batches(source.candidates()), take, |taken, _| {
+                for (chunk, taken) in taken {
+                    // Chunks that were changed first after the freeze come on top of those counted.
+                    report.step(done)?;
+                    done += CHUNK;
+                    for work in &mut works {
+                        work.relieve(&mut session)?;
+                    }
+                    if let Some(id) = works[at].put_taken(chunk, taken, &mut session)? {
+                        let set = |session: &mut Session<'_>| manifest.set(session, chunk, id);
+                        counted(&mut session, &mut works[at].stats, set)?;
+                    }
                 }
-                if let Some(id) = works[at].take(chunk, &mut session)? {
-                    let set = |session: &mut Session<'_>| manifest.set(session, chunk, id);
-                    counted(&mut session, &mut works[at].stats, set)?;
-                }
-            }
+                Ok(())
+            })?;
             roots.push(counted(&mut session, &mut works[at].stats, |session| manifest.finish(session))?);
         }
         report.check()?;
@@ -208,24 +216,43 @@ impl FrozenVolumes {
         let FrozenVolume { volume, frozen } = frozen;
         let base = if frozen.span.whole { None } else { volume.base.as_ref() };
         let stats = SnapshotStats { size: frozen.span.size, paused: self.paused, ..Default::default() };
-        Work { volume, frozen, base, early: HashMap::new(), stats }
+        Work { source: Source { volume, frozen, base }, early: HashMap::new(), stats }
     }
 }
 
-/// A frozen volume that is being stored.
-struct Work<'f> {
+/// Chunks that are taken together: enough that handing them on costs little, and few enough for every processor to
+/// have some.
+const BATCH: usize = 8;
+
+struct Batches<I>(I);
+
+impl<I: Iterator<Item = u64>> Iterator for Batches<I> {
+    type Item = Result<Vec<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let batch: Vec<u64> = self.0.by_ref().take(BATCH).collect();
+        (!batch.is_empty()).then_some(Ok(batch))
+    }
+}
+
+/// What a frozen volume's chunks are taken from, by several threads at once.
+#[derive(Clone, Copy)]
+struct Source<'f> {
     volume: &'f Inner,
     frozen: &'f Frozen,
     base: Option<&'f Snapshot>,
-    /// Chunks that were set aside and stored before their turn.
-    early: HashMap<u64, Id>,
-    stats: SnapshotStats,
 }
 
-impl<'f> Work<'f> {
+/// A chunk that is ready to be stored.
+struct Ready {
+    kept: Kept,
+    prepared: Prepared,
+}
+
+impl<'f> Source<'f> {
     /// The chunks that may have to be stored, in order: those that have to be by what the volume is now, of
     /// which those that were changed since turn out to be none.
-    fn candidates(&self) -> Box<dyn Iterator<Item = u64> + 'f> {
+    fn candidates(self) -> Box<dyn Iterator<Item = u64> + Send + 'f> {
         let (volume, span) = (self.volume, self.frozen.span);
         if !span.whole {
             return Box::new(volume.map.changed_chunks());
@@ -238,31 +265,59 @@ impl<'f> Work<'f> {
         Box::new(chunks.filter(move |chunk| volume.changed(*chunk, span) != 0))
     }
 
+    /// A chunk as it was, once; `None` if it is as it is in the base, or was stored before its turn.
+    fn take(self, chunk: u64, store: &store::Inner) -> Result<Option<Ready>> {
+        let kept = self.frozen.take(chunk, self.volume)?;
+        kept.map(|kept| self.prepare(chunk, kept, store)).transpose()
+    }
+
+    fn prepare(self, chunk: u64, kept: Kept, store: &store::Inner) -> Result<Ready> {
+        let was = match self.base {
+            Some(base) => Some(Was { id: base.chunk_id(chunk)?, changed: kept.changed }),
+            None => None,
+        };
+        let prepared = prepare(store, &kept.bytes, self.volume.key.as_ref(), was);
+        Ok(Ready { kept, prepared })
+    }
+}
+
+/// A frozen volume that is being stored.
+struct Work<'f> {
+    source: Source<'f>,
+    /// Chunks that were set aside and stored before their turn.
+    early: HashMap<u64, Id>,
+    stats: SnapshotStats,
+}
+
+impl Work<'_> {
     /// Stores what is set aside, where writers are about to wait for room; the volume's turn may be far off.
     fn relieve(&mut self, session: &mut Session<'_>) -> Result<()> {
-        for (chunk, kept) in self.frozen.take_kept() {
-            let id = self.put(chunk, kept?, session)?;
+        for (chunk, kept) in self.source.frozen.take_kept() {
+            let ready = self.source.prepare(chunk, kept?, session.store())?;
+            let id = self.put(&ready, session)?;
             self.early.insert(chunk, id);
         }
         Ok(())
     }
 
     /// The id of a chunk, stored; `None` if it is as it is in the base.
-    fn take(&mut self, chunk: u64, session: &mut Session<'_>) -> Result<Option<Id>> {
-        if let Some(id) = self.early.remove(&chunk) {
-            return Ok(Some(id));
+    fn put_taken(
+        &mut self,
+        chunk: u64,
+        taken: Option<Ready>,
+        session: &mut Session<'_>,
+    ) -> Result<Option<Id>> {
+        match self.early.remove(&chunk) {
+            None => taken.map(|ready| self.put(&ready, session)).transpose(),
+            early => Ok(early),
         }
-        self.frozen.take(chunk, self.volume)?.map(|kept| self.put(chunk, kept, session)).transpose()
     }
 
-    fn put(&mut self, chunk: u64, kept: Kept, session: &mut Session<'_>) -> Result<Id> {
+    fn put(&mut self, ready: &Ready, session: &mut Session<'_>) -> Result<Id> {
+        let Ready { kept, prepared } = ready;
         self.stats.changed_bytes += u64::from(kept.changed.count_ones()) * BLOCK;
-        let was = match self.base {
-            Some(base) => Some(Was { id: base.chunk_id(chunk)?, changed: kept.changed }),
-            None => None,
-        };
-        let key = self.volume.key.as_ref();
-        counted(session, &mut self.stats, |session| put_chunk(session, &kept.bytes, key, was))
+        counted(session, &mut self.stats, |session| session.put(prepared, &kept.bytes))?;
+        Ok(prepared.id)
     }
 }
 

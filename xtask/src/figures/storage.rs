@@ -28,6 +28,8 @@ const FIGURES: &[Figure] = &[
     // Constant in the size of the image, and about what it costs to make anything durable.
     at_most("clone_1t_over_1g", 1.2),
     at_most("clone_over_empty_file", 2.0),
+    // The same beside a file whose directory is synchronised too, as the clone's are.
+    reported("clone_over_named_file", Place::Host),
     // A volume's speed in units of a raw file's.
     at_least("random_read", 0.95),
     at_least("random_read_depth_32", 0.95),
