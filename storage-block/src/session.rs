@@ -25,7 +25,8 @@ const BUFFER: usize = 1 << 20;
 /// guard keeps the store from dropping an object that this session has found to be there already.
 pub(crate) struct Session<'s> {
     store: &'s Inner,
-    _sweep: Option<RwLockReadGuard<'s, ()>>,
+    /// What holds the sweep off; the sweep's own session has none.
+    sweep: Option<RwLockReadGuard<'s, ()>>,
     added: HashMap<Id, Place>,
     packs: Vec<Writing>,
     buffer: Vec<u8>,
@@ -78,15 +79,7 @@ impl<'s> Session<'s> {
 
     fn new(store: &'s Inner, sweep: Option<RwLockReadGuard<'s, ()>>) -> Self {
         let buffer = Vec::with_capacity(BUFFER);
-        Self {
-            store,
-            _sweep: sweep,
-            added: HashMap::new(),
-            packs: Vec::new(),
-            buffer,
-            appended: 0,
-            committed: false,
-        }
+        Self { store, sweep, added: HashMap::new(), packs: Vec::new(), buffer, appended: 0, committed: false }
     }
 
     /// Bytes appended to packs.
@@ -224,7 +217,14 @@ impl<'s> Session<'s> {
                 index.open.insert(number, writing.taken);
             }
         }
-        index.places.extend(self.added.drain());
+        if self.sweep.is_none() {
+            index.places.extend(self.added.drain());
+        }
+        // Another session may have stored the same meanwhile and told others that it is no patch, who differ from it
+        // now. What the sweep has carried is what it was.
+        for (id, place) in self.added.drain() {
+            index.places.entry(id).or_insert(place);
+        }
         self.committed = true;
         Ok(published)
     }
