@@ -200,7 +200,7 @@ impl Inner {
         Ok(self.remember(root))
     }
 
-    /// Writes a root where it is found from now on. Its objects are durable already.
+    /// Writes a root where it is found from now on. Its objects are durable already. A failure may leave it there.
     pub(crate) fn publish_root(&self, bytes: &[u8], key: Option<&EncryptionKey>) -> Result<Arc<Root>> {
         let digest = Digest::of(bytes);
         let path = self.root_path(&digest);
@@ -209,8 +209,7 @@ impl Inner {
             let dir = self.snapshots_dir();
             let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
             fs::write_named(&path, bytes).map_err(failed)?;
-            // The objects go with the failure, so the root must, too.
-            sync_dir(&dir).inspect_err(|_| drop(fs::remove_file(&path)))?;
+            sync_dir(&dir)?;
         }
         let root = self.remember(root);
         if let Some(key) = key {

@@ -69,7 +69,12 @@ impl Store {
         for digest in kept {
             mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(digest)?), &mut live)?;
         }
-        mark_bases(&read(&inner.index), &mut live);
+        {
+            let index = read(&inner.index);
+            mark_bases(&index, &mut live);
+            // What is lost already cannot be kept.
+            live.retain(|id| index.places.contains_key(id));
+        }
         for digest in &dropped {
             let path = inner.root_path(digest);
             fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
