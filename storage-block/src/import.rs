@@ -1,6 +1,7 @@
 //! How bytes become a snapshot: chunks into packs, ids into leaves, leaves into a root.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use crate::format::{self, CHUNK, HOLE, Id, LEAF_IDS, MAX_SIZE};
 use crate::fs;
 use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
-use crate::session::{Prepared, Session, prepare};
+use crate::session::{Prepared, Session, Unpublished, prepare};
+use crate::store::sync_dir;
 use crate::{Disk, Error, Progress, Result, Snapshot, Store, pipeline};
 
 /// What making a snapshot took.
@@ -212,19 +214,28 @@ pub(crate) fn publish(store: &Store, mut session: Session<'_>, roots: &[NewRoot]
         let mut new = Vec::new();
         let publish = |NewRoot { bytes, key }: &NewRoot| {
             let path = inner.root_path(&Digest::of(bytes));
-            let known = path.exists();
-            let root = inner.publish_root(bytes, key.as_ref())?;
-            if !known {
+            if !path.exists() {
                 new.push(path);
             }
+            let root = inner.publish_root(bytes, key.as_ref())?;
             Ok(Snapshot::new(Arc::clone(&store.0), root))
         };
         let published: Result<Vec<Snapshot>> = roots.iter().map(publish).collect();
-        if published.is_err() {
-            new.iter().for_each(|path| drop(fs::remove_file(path)));
-        }
-        published
+        published.map_err(|error| {
+            let left = unpublish(&new, &inner.snapshots_dir()).inspect_err(|error| {
+                tracing::warn!(%error, "cannot undo a failed snapshot");
+            });
+            Unpublished { error, left: left.is_err() }
+        })
     })
+}
+
+/// Removes roots whose objects are to be removed next: a crash must not bring them back.
+fn unpublish(roots: &[PathBuf], dir: &Path) -> Result<()> {
+    for path in roots.iter().filter(|path| path.exists()) {
+        fs::remove_file(path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+    }
+    if roots.is_empty() { Ok(()) } else { sync_dir(dir) }
 }
 
 /// Whether all bytes are zero; in words, so that it is as fast as reading them.

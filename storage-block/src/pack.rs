@@ -162,7 +162,7 @@ impl Index {
             None => None,
             Some(Patch { mask, base: HOLE }) => Some(Patched { mask: *mask, base: None }),
             Some(Patch { mask, base }) => {
-                let of_base = self.places.get(base)?;
+                let of_base = self.places.get(base).filter(|place| place.patch.is_none())?;
                 let base = Base { id: *base, pack: pack(&of_base.pack)?, slot: of_base.slot };
                 Some(Patched { mask: *mask, base: Some(base) })
             }
@@ -185,17 +185,17 @@ impl Index {
         found.ok_or_else(|| lost(Kind::Leaf, id))?.object(id).read_checked(None)
     }
 
-    /// Forgets what differs from something that is not there: it cannot be read, and shall be stored again.
-    fn drop_lone_patches(&mut self) {
-        let is_base = |base: &Id| {
-            let found = self.places.get(base);
-            *base == HOLE
-                || found.is_some_and(|place| place.slot.kind == Kind::Chunk && place.patch.is_none())
-        };
-        let lone = |place: &Place| place.patch.as_ref().is_some_and(|patch| !is_base(&patch.base));
-        let lone: Vec<Id> = self.places.iter().filter(|(_, place)| lone(place)).map(|(id, _)| *id).collect();
-        for id in lone {
-            self.places.remove(&id);
+    /// Takes in patches, of which there may be several of one chunk, as two sessions may store it side by side. One of
+    /// a chunk that is stored as a whole, too, is of no use: others may differ from that. One that differs from
+    /// something that is not there cannot be read, and if it is the only one the chunk shall be stored again.
+    fn add_patches(&mut self, patches: Vec<(Id, Place)>) {
+        for (id, place) in patches {
+            let whole = |id: &Id| self.places.get(id).filter(|place| place.patch.is_none());
+            let base = place.patch.as_ref().map_or(HOLE, |patch| patch.base);
+            let has_base = base == HOLE || whole(&base).is_some_and(|base| base.slot.kind == Kind::Chunk);
+            if has_base && whole(&id).is_none() {
+                self.places.insert(id, place);
+            }
         }
     }
 
@@ -209,15 +209,23 @@ impl Index {
             }
         }
         packs.sort_unstable();
+        let mut patches = Vec::new();
         for number in packs {
-            index.load_pack(dir, number, pack_units)?;
+            index.load_pack(dir, number, pack_units, &mut patches)?;
         }
-        index.drop_lone_patches();
+        index.add_patches(patches);
         index.next_number = index.packs.keys().next_back().map_or(0, |last| last + 1);
         Ok(index)
     }
 
-    fn load_pack(&mut self, dir: &Path, number: u32, pack_units: u32) -> Result<()> {
+    /// Takes in the index of one pack, but for the patches, which are for [`add_patches`](Self::add_patches).
+    fn load_pack(
+        &mut self,
+        dir: &Path,
+        number: u32,
+        pack_units: u32,
+        patches: &mut Vec<(Id, Place)>,
+    ) -> Result<()> {
         let path = pack_path(dir, number);
         let index_path = index_path(dir, number);
         // Records that a process wrote and did not live to make durable are relied on from here on.
@@ -256,7 +264,12 @@ impl Index {
                         return Err(pack.cut_short(slot.start));
                     }
                     taken.units = taken.units.max(slot.end());
-                    self.places.insert(id, Place { pack: number, slot, patch: patch.map(Box::new) });
+                    let place = Place { pack: number, slot, patch: patch.map(Box::new) };
+                    if place.patch.is_some() {
+                        patches.push((id, place));
+                    } else {
+                        self.places.insert(id, place);
+                    }
                 }
                 None => whole = false,
             }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::RwLockReadGuard;
 
@@ -27,7 +27,8 @@ const BUFFER: usize = 1 << 20;
 /// guard keeps the store from dropping an object that this session has found to be there already.
 pub(crate) struct Session<'s> {
     store: &'s Inner,
-    _sweep: Option<RwLockReadGuard<'s, ()>>,
+    /// What holds the sweep off; the sweep's own session has none.
+    sweep: Option<RwLockReadGuard<'s, ()>>,
     added: HashMap<Id, Place>,
     packs: Vec<Writing>,
     buffer: Vec<u8>,
@@ -47,6 +48,13 @@ struct Writing {
     /// What is taken with what is in the buffer.
     taken: Taken,
     records: Vec<u8>,
+}
+
+/// Why the snapshots' roots could not be written.
+pub(crate) struct Unpublished {
+    pub(crate) error: Error,
+    /// Some of them may be there, or come back after a crash.
+    pub(crate) left: bool,
 }
 
 /// What a chunk was before some of its blocks were written.
@@ -127,7 +135,7 @@ impl<'s> Session<'s> {
         let buffer = Vec::with_capacity(BUFFER);
         Self {
             store,
-            _sweep: sweep,
+            sweep,
             added: HashMap::new(),
             packs: Vec::new(),
             buffer,
@@ -198,7 +206,10 @@ impl<'s> Session<'s> {
     /// several snapshots made. Of much that is appended most has been sent to the disk before.
     /// The index of a pack is written when the pack's bytes are durable, so that a record never speaks
     /// of bytes that a crash took; and a pack gets its final name after its index has.
-    pub(crate) fn finish<T>(&mut self, publish: impl FnOnce(&Inner) -> Result<T>) -> Result<T> {
+    ///
+    /// Of what `publish` has done and failed at nothing may be left, unless it says so: then everything stays
+    /// here, too.
+    pub(crate) fn finish<T>(&mut self, publish: impl FnOnce(&Inner) -> Result<T, Unpublished>) -> Result<T> {
         self.write_out()?;
         self.writeback.finish()?;
         for writing in &self.packs {
@@ -233,7 +244,10 @@ impl<'s> Session<'s> {
         // Nobody who finds the root may fail to find its objects, and a root that cannot be written takes
         // the objects with it.
         let mut index = write(&self.store.index);
-        let published = publish(self.store)?;
+        let published = match publish(self.store) {
+            Err(Unpublished { error, left: false }) => return Err(error),
+            published => published.map_err(|unpublished| unpublished.error),
+        };
         for writing in self.packs.drain(..) {
             let number = writing.pack.number;
             if writing.new {
@@ -245,9 +259,16 @@ impl<'s> Session<'s> {
                 index.open.insert(number, writing.taken);
             }
         }
-        index.places.extend(self.added.drain());
+        if self.sweep.is_none() {
+            index.places.extend(self.added.drain());
+        }
+        // Another session may have stored the same meanwhile and told others that it is no patch, who differ from it
+        // now. What the sweep has carried is what it was.
+        for (id, place) in self.added.drain() {
+            index.places.entry(id).or_insert(place);
+        }
         self.committed = true;
-        Ok(published)
+        published
     }
 
     /// Takes a pack that has room, or makes one under a temporary name.
@@ -324,23 +345,7 @@ impl Drop for Session<'_> {
         let dir = self.store.packs_dir();
         for writing in self.packs.drain(..) {
             let number = writing.pack.number;
-            let undone = if writing.new {
-                // Whichever of the names it had got to; the pack first, which is nothing without its index.
-                let names = [
-                    pack::pack_path(&dir, number),
-                    writing.pack.path.clone(),
-                    pack::index_path(&dir, number),
-                    writing.index_path.clone(),
-                ];
-                for name in &names {
-                    let _ = fs::remove_file(name);
-                }
-                Ok(())
-            } else {
-                let cut = writing.index.set_len(index_offset(writing.start.records));
-                let end = unit_offset(writing.start.units);
-                cut.and_then(|()| writing.pack.file().map_or(Ok(()), |pack| pack.set_len(end)))
-            };
+            let undone = if writing.new { writing.remove(&dir) } else { writing.cut() };
             match undone {
                 // A pack whose undoing failed is never appended to again, so its odd end does no harm.
                 Err(error) => tracing::warn!(pack = number, %error, "cannot undo a failed import"),
@@ -350,6 +355,35 @@ impl Drop for Session<'_> {
                 Ok(()) => {}
             }
         }
+    }
+}
+
+impl Writing {
+    /// Takes a new pack away again. No crash may find it without its index, so it loses its name first.
+    fn remove(&self, dir: &Path) -> Result<()> {
+        let number = self.pack.number;
+        let (pack, index) = (pack::pack_path(dir, number), pack::index_path(dir, number));
+        let failed = |e| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
+        if pack.exists() {
+            fs::rename(&pack, &self.pack.path).map_err(failed)?;
+            sync_dir(dir)?;
+        }
+        for name in [&self.pack.path, &index, &self.index_path] {
+            if name.exists() {
+                fs::remove_file(name).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a pack its old end again. No crash may find a record without its bytes, nor with those of another
+    /// object that is written in their place: so the records go first, and for good.
+    fn cut(&self) -> Result<()> {
+        let failed = |e| Error::io(e, format!("cannot cut {}", self.index_path.display()));
+        self.index.set_len(index_offset(self.start.records)).map_err(failed)?;
+        self.index.sync_data().map_err(failed)?;
+        let cut = self.pack.file()?.set_len(unit_offset(self.start.units));
+        cut.map_err(|e| Error::io(e, format!("cannot cut {}", self.pack.path.display())))
     }
 }
 

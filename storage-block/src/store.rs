@@ -50,9 +50,12 @@ pub(crate) struct Inner {
     keys: Keys,
     pub(crate) cache: Cache,
     pub(crate) index: RwLock<Index>,
-    /// Held for writing while objects are dropped, for reading while something relies on them.
+    /// Held for writing while objects are dropped, for reading while something is stored that may rely on them. Who
+    /// waits for writing has the lock held up for whoever stores next, so nothing else may take it.
     pub(crate) sweep: RwLock<()>,
-    /// The snapshots that are open.
+    /// A sweep drops objects just now, and is not only about to.
+    pub(crate) sweeping: Mutex<()>,
+    /// The snapshots that are open. Held while roots are removed, none of which is open then.
     pub(crate) roots: Mutex<HashMap<Digest, Weak<Root>>>,
     _lock: Locked,
 }
@@ -106,6 +109,7 @@ impl Store {
             cache: Cache::new(options.cache),
             index,
             sweep: RwLock::new(()),
+            sweeping: Mutex::new(()),
             roots: Mutex::default(),
             _lock: lock,
         })))
@@ -143,10 +147,7 @@ impl Store {
     /// [`NotFound`](ErrorKind::NotFound), [`Corrupt`](ErrorKind::Corrupt);
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) if it is encrypted and the store does not have its key.
     pub fn snapshot(&self, digest: &Digest) -> Result<Snapshot> {
-        let root = {
-            let _sweep = read(&self.0.sweep);
-            self.0.open_root(digest)?
-        };
+        let root = self.0.open_root(digest)?;
         root.unlock(|wrapped| self.0.unlock(wrapped))?;
         Ok(Snapshot::new(Arc::clone(&self.0), root))
     }
@@ -185,7 +186,9 @@ impl Inner {
 
     /// The snapshot's root, shared by all who have it open.
     pub(crate) fn open_root(&self, digest: &Digest) -> Result<Arc<Root>> {
-        if let Some(root) = lock(&self.roots).get(digest).and_then(Weak::upgrade) {
+        // Held until it is known to be open, so that a sweep does not remove it meanwhile.
+        let mut roots = lock(&self.roots);
+        if let Some(root) = roots.get(digest).and_then(Weak::upgrade) {
             return Ok(root);
         }
         let path = self.root_path(digest);
@@ -197,10 +200,10 @@ impl Inner {
             Err(e) => return Err(Error::io(e, format!("cannot read {}", path.display()))),
         };
         let root = Root::parse(*digest, &bytes).map_err(|why| Error::corrupt(&path, why))?;
-        Ok(self.remember(root))
+        Ok(remember(&mut roots, root))
     }
 
-    /// Writes a root where it is found from now on. Its objects are durable already.
+    /// Writes a root where it is found from now on. Its objects are durable already. A failure may leave it there.
     pub(crate) fn publish_root(&self, bytes: &[u8], key: Option<&EncryptionKey>) -> Result<Arc<Root>> {
         let digest = Digest::of(bytes);
         let path = self.root_path(&digest);
@@ -209,27 +212,25 @@ impl Inner {
             let dir = self.snapshots_dir();
             let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
             fs::write_named(&path, bytes).map_err(failed)?;
-            // The objects go with the failure, so the root must, too.
-            sync_dir(&dir).inspect_err(|_| drop(fs::remove_file(&path)))?;
+            sync_dir(&dir)?;
         }
-        let root = self.remember(root);
+        let root = remember(&mut lock(&self.roots), root);
         if let Some(key) = key {
             root.unlock(|_| Ok(key.clone()))?;
         }
         Ok(root)
     }
+}
 
-    fn remember(&self, root: Root) -> Arc<Root> {
-        let mut roots = lock(&self.roots);
-        if let Some(open) = roots.get(&root.digest).and_then(Weak::upgrade) {
-            return open;
-        }
-        roots.retain(|_, root| root.strong_count() > 0);
-        let digest = root.digest;
-        let root = Arc::new(root);
-        roots.insert(digest, Arc::downgrade(&root));
-        root
+fn remember(roots: &mut HashMap<Digest, Weak<Root>>, root: Root) -> Arc<Root> {
+    if let Some(open) = roots.get(&root.digest).and_then(Weak::upgrade) {
+        return open;
     }
+    roots.retain(|_, root| root.strong_count() > 0);
+    let digest = root.digest;
+    let root = Arc::new(root);
+    roots.insert(digest, Arc::downgrade(&root));
+    root
 }
 
 const PACKS: &str = "packs";

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use ami_core::Digest;
 
@@ -48,7 +48,8 @@ impl Store {
     /// A volume's snapshot counts as open while the volume is; `keep` has to name those of all volumes that are
     /// not. Packs without a live object are deleted, and those at most half alive are rewritten; what is
     /// alive is durable in its new place before its old one goes, so that a crash at any moment loses nothing.
-    /// It waits for imports under way, and new ones wait for it; reads and writes go on.
+    /// It waits for imports under way, and new ones wait for it; all else goes on, and a snapshot that is opened
+    /// meanwhile is kept if it is still there.
     ///
     /// # Errors
     ///
@@ -57,22 +58,33 @@ impl Store {
     pub fn remove_unreferenced(&self, keep: &HashSet<Digest>) -> Result<Reclaimed> {
         let inner = &*self.0;
         let _sweep = write(&inner.sweep);
+        let _sweeping = lock(&inner.sweeping);
         let all = self.snapshots()?;
-        let open: HashSet<Digest> = {
-            let roots = lock(&inner.roots);
-            roots.iter().filter(|(_, root)| Weak::strong_count(root) > 0).map(|(digest, _)| *digest).collect()
-        };
-        let (kept, dropped): (Vec<&Digest>, Vec<&Digest>) =
-            all.iter().partition(|digest| keep.contains(digest) || open.contains(digest));
-
+        let (mut kept, mut dropped): (Vec<Digest>, Vec<Digest>) =
+            all.into_iter().partition(|digest| keep.contains(digest));
         let mut live = HashSet::new();
-        for digest in kept {
-            mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(digest)?), &mut live)?;
+        loop {
+            for digest in kept.drain(..) {
+                mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(&digest)?), &mut live)?;
+            }
+            // Nobody opens one from here until it is gone; who has meanwhile keeps it, and it is marked, too.
+            let roots = lock(&inner.roots);
+            let is_open = |digest: &Digest| roots.get(digest).is_some_and(|root| root.strong_count() > 0);
+            (kept, dropped) = dropped.into_iter().partition(is_open);
+            if kept.is_empty() {
+                for digest in &dropped {
+                    let path = inner.root_path(digest);
+                    fs::remove_file(&path)
+                        .map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+                }
+                break;
+            }
         }
-        mark_bases(&read(&inner.index), &mut live);
-        for digest in &dropped {
-            let path = inner.root_path(digest);
-            fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+        {
+            let index = read(&inner.index);
+            mark_bases(&index, &mut live);
+            // What is lost already cannot be kept.
+            live.retain(|id| index.places.contains_key(id));
         }
         // A root that a crash brings back must find its chunks.
         sync_dir(&inner.snapshots_dir())?;

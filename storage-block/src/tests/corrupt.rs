@@ -1,5 +1,6 @@
 //! Damaged files: each is found, and the message says which it is.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::{copy_dir, image, memory};
@@ -127,4 +128,23 @@ fn other_chunks_stay_readable() {
         assert_eq!(read, if ok { Ok(()) } else { Err(ErrorKind::Corrupt) });
         assert!(!ok || buf == bytes[(chunk as usize) << 16..][..65536]);
     }
+}
+
+/// What is lost is no reason for a sweep to fail, and all else that is to be kept stays.
+#[test]
+fn a_sweep_goes_on_where_a_chunk_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = image(3, 0, 1);
+    let digest = {
+        let store = Store::open(dir.path()).unwrap();
+        store.import(&memory(&bytes), &mut |_| ()).unwrap().0.digest()
+    };
+    damage(&dir.path().join("packs/00000000.index"), &Damage::Flip(64 + 84 + 5));
+    let store = Store::open(dir.path()).unwrap();
+    store.remove_unreferenced(&HashSet::from([digest])).unwrap();
+    let snapshot = store.snapshot(&digest).unwrap();
+    let mut first = vec![0; 1 << 16];
+    snapshot.disk().read_at(&mut first, 0).unwrap();
+    assert!(first == bytes[..1 << 16]);
+    assert!(snapshot.verify().unwrap_err().to_string().starts_with("no pack holds the chunk"));
 }

@@ -260,7 +260,7 @@ impl History {
         }
     }
 
-    fn now(&self) -> usize {
+    pub(crate) fn now(&self) -> usize {
         self.tape.position()
     }
 
@@ -337,7 +337,7 @@ impl History {
             let known = self.ledger.snapshots.iter().any(|known| known.digest() == Some(digest));
             assert!(known, "{digest} was never acknowledged");
         }
-        self.settle_snapshots(began);
+        self.settle_snapshots(began, false);
         for at in 0..self.ledger.volumes.len() {
             let known = &self.ledger.volumes[at];
             assert!(known.acked.is_some() || !self.root.join(&known.dir).exists(), "half a volume stays");
@@ -594,7 +594,7 @@ impl History {
         self.tape.set_fault(None);
         let died = self.now();
         self.store = Some(open_store(&self.root).unwrap());
-        self.settle_snapshots(died);
+        self.settle_snapshots(died, true);
         for at in 0..self.ledger.volumes.len() {
             if !self.settle_removed(at) {
                 self.open(at).unwrap();
@@ -604,7 +604,7 @@ impl History {
     }
 
     /// Whether or not a call had returned that made or removed a snapshot, what is there counts from now on.
-    fn settle_snapshots(&mut self, began: usize) {
+    fn settle_snapshots(&mut self, began: usize, opened: bool) {
         let store = self.store();
         let listed = store.snapshots().unwrap();
         let now = self.now();
@@ -630,6 +630,8 @@ impl History {
                     self.ledger.snapshots.push(again);
                 }
                 (None, None, _) => known.dropped = Some(Dropped { begun: began, acked: Some(now) }),
+                // What a sweep removed that failed is durable when the store is opened, or the next is through.
+                (None, Some(_), Some(_)) if !opened => {}
                 (None, Some(_), Some(dropped)) => {
                     known.dropped = Some(Dropped { acked: dropped.acked.or(Some(now)), ..dropped });
                 }

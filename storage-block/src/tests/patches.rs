@@ -145,3 +145,97 @@ fn any_part_of_a_patch_can_be_read() {
         assert!(found == bytes[at..at + len], "{len} bytes at {at}");
     }
 }
+
+/// Two sessions that store the same chunk, one as a patch and one as a whole, from which others then differ.
+#[test]
+fn a_base_stays_whole_when_it_is_stored_as_a_patch_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let store = Store::open(&path).unwrap();
+    let first = image(1, 0, 1);
+    let mut base = first.clone();
+    base[..4096].fill(7);
+    let mut last = base.clone();
+    let (first, _) = store.import(&memory(&first), &mut |_| ()).unwrap();
+    let long = Volume::create(&dir.path().join("long"), Some(&first), 16 << 20).unwrap();
+    long.disk().write_at(&base[..4096], 0).unwrap();
+    long.disk().write_at(&image(128, 0, 2), 1 << 20).unwrap();
+    let mut made = None;
+    let (patched, _) = long
+        .snapshot_with(&store, &mut |progress| {
+            // The chunk is a patch of this session's by now, and nobody knows of it yet.
+            if progress.done >= 2 << 20 && made.is_none() {
+                let (whole, _) = store.import(&memory(&base), &mut |_| ()).unwrap();
+                made = Some(change(&store, &dir.path().join("volume"), &whole, &mut last, &[1], 9).0);
+            }
+        })
+        .unwrap();
+    let made = made.unwrap();
+    let check = |store: &Store, what| {
+        let snapshot = store.snapshot(&made.digest()).unwrap();
+        compare(&snapshot.disk(), &last, what);
+        snapshot.verify().unwrap();
+    };
+    let digest = made.digest();
+    check(&store, "what differs from a base that came as a patch again");
+    patched.verify().unwrap();
+    let copy = dir.path().join("copy");
+    super::copy_dir(&path, &copy);
+    check(&Store::open(&copy).unwrap(), "the same in a store that was opened");
+    drop((patched, long, first));
+    store.remove_unreferenced(&HashSet::from([digest])).unwrap();
+    check(&store, "the same after a sweep");
+    super::copy_dir(&path, &dir.path().join("swept"));
+    check(
+        &Store::open(dir.path().join("swept")).unwrap(),
+        "the same in a store that was opened after a sweep",
+    );
+}
+
+/// Two sessions that store the same chunk as different patches, of which one loses what it differs from.
+#[test]
+fn of_two_patches_the_one_whose_base_is_there_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    // So small that no two snapshots share one.
+    let open = |path: &Path| Store::with_pack_slots(path.to_owned(), 2).unwrap();
+    let store = open(&path);
+    let (mut one, mut other) = (image(1, 0, 1), image(1, 0, 1));
+    one[..4096].fill(1);
+    other[4096..8192].fill(2);
+    let mut both = one.clone();
+    both[4096..8192].fill(2);
+    let (one, _) = store.import(&memory(&one), &mut |_| ()).unwrap();
+    let (other, _) = store.import(&memory(&other), &mut |_| ()).unwrap();
+    let long = Volume::create(&dir.path().join("long"), Some(&other), 16 << 20).unwrap();
+    long.disk().write_at(&both[..4096], 0).unwrap();
+    long.disk().write_at(&image(128, 0, 2), 1 << 20).unwrap();
+    let mut made = None;
+    let mut bytes = both.clone();
+    let (long_snapshot, _) = long
+        .snapshot_with(&store, &mut |progress| {
+            if progress.done >= 2 << 20 && made.is_none() {
+                made = Some(change(&store, &dir.path().join("volume"), &one, &mut bytes, &[1], 2).0.digest());
+            }
+        })
+        .unwrap();
+    let (made, long_digest) = (made.unwrap(), long_snapshot.digest());
+    let others = [one.digest(), other.digest()];
+    drop((one, other, long_snapshot));
+    long.delete().unwrap();
+    drop(store);
+    // Whichever of the two it is, one of the bases is not needed.
+    for (round, dropped) in others.iter().enumerate() {
+        let copy = dir.path().join(format!("copy-{round}"));
+        super::copy_dir(&path, &copy);
+        let store = open(&copy);
+        let kept = others.iter().filter(|digest| *digest != dropped);
+        store.remove_unreferenced(&kept.copied().chain([made, long_digest]).collect()).unwrap();
+        drop(store);
+        let store = open(&copy);
+        for digest in [made, long_digest] {
+            store.snapshot(&digest).unwrap().verify().unwrap();
+        }
+        compare(&store.snapshot(&made).unwrap().disk(), &both, "a chunk with two patches");
+    }
+}

@@ -183,6 +183,35 @@ fn power_cuts_lose_nothing_that_was_promised() {
     println!("{states} disks after power cuts in {seeds} histories");
 }
 
+/// Any operation fails once, and a power cut comes while its work is undone and done again: within 24 operations, after every
+/// eighth, or as `STORAGE_BLOCK_POWER_FAILED_STRIDE` says.
+#[test]
+fn what_is_undone_does_not_come_back_in_parts() {
+    let stride = number("STORAGE_BLOCK_POWER_FAILED_STRIDE", 8);
+    let mut states = 0;
+    for operations in 0.. {
+        let (mut at, mut unharmed) = (0, false);
+        let recorded = record(1, |history| {
+            history.prepare();
+            at = history.now() + operations;
+            history.fail_after(operations, rustix::io::Errno::NOSPC);
+            history.one_of_each(|_| (), |history, _| history.recover());
+            unharmed = history.is_unharmed();
+        });
+        if unharmed {
+            break;
+        }
+        let range = at + 1..at + 24;
+        let steps = &recorded.steps[..recorded.steps.len().min(range.end)];
+        // So that the first of the cuts is at another distance each time.
+        match power_cuts(&recorded, steps, range, stride, 2 * operations as u64) {
+            Ok(count) => states += count,
+            Err(why) => panic!("operation {operations} failed: {why}"),
+        }
+    }
+    println!("{states} disks after power cuts that came after failures");
+}
+
 /// A synchronisation: of what, by the name that a file was made under or a directory's with a slash behind it, and
 /// whether a process made it that took over from one that had died.
 struct Sync<'s> {

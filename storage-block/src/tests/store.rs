@@ -376,3 +376,47 @@ fn one_read_spans_full_packs() {
     assert_eq!(stats.stored_bytes, 2 * CHUNK + LEAF);
     compare(&snapshot.disk(), &bytes, "an image in two packs");
 }
+
+/// A sweep that waits for an import keeps nobody from opening what there is.
+#[test]
+fn a_sweep_that_waits_holds_up_no_reader() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let (first, _) = store.import(&memory(&image(1, 0, 1)), &mut |_| ()).unwrap();
+    let digest = first.digest();
+    let path = dir.path().join("volume");
+    Volume::create(&path, Some(&first), first.size()).unwrap();
+    drop(first);
+    std::thread::scope(|scope| {
+        let mut sweep = None;
+        let mut opened = None;
+        let imported = store.import(&memory(&image(32, 0, 2)), &mut |progress| {
+            // The first time it has not begun yet.
+            if progress.done == 0 || sweep.is_some() {
+                return;
+            }
+            sweep = Some(scope.spawn(|| store.remove_unreferenced(&HashSet::new()).unwrap()));
+            // Whoever asks for the lock in vain asks behind the sweep.
+            while store.0.sweep.try_read().is_ok() {
+                std::thread::yield_now();
+            }
+            let (send, done) = std::sync::mpsc::channel();
+            let (store, path) = (store.clone(), path.clone());
+            std::thread::spawn(move || {
+                let snapshot = store.snapshot(&digest).unwrap();
+                let volume = Volume::open(&path, &store).unwrap();
+                let frozen = Volume::freeze([&volume], &store);
+                store.scrub(&mut |_| ()).unwrap();
+                drop(frozen);
+                send.send((snapshot, volume)).unwrap();
+            });
+            opened = Some(done.recv_timeout(std::time::Duration::from_secs(20)));
+        });
+        // Also when it fails: the sweep waits for it.
+        let (imported, _) = imported.unwrap();
+        let (snapshot, _volume) = opened.unwrap().expect("a sweep that waits holds up a reader");
+        assert_eq!(sweep.unwrap().join().unwrap().snapshots, 0, "what is open stays");
+        snapshot.verify().unwrap();
+        imported.verify().unwrap();
+    });
+}

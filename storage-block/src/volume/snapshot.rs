@@ -12,7 +12,7 @@ use crate::import::{Manifest, publish};
 use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
 use crate::session::{Prepared, Session, Was, prepare};
-use crate::store::{self, read, write};
+use crate::store::{self, lock, write};
 use crate::{Progress, Result, Snapshot, SnapshotStats, Store, pipeline};
 
 impl Volume {
@@ -96,7 +96,7 @@ impl Volume {
         once.dedup_by_key(|inner| Arc::as_ptr(inner));
         once.iter().for_each(|inner| inner.freeze.take_turn());
         // Storing waits for a sweep under way, and nobody should have to set chunks aside for so long.
-        drop(read(&store.0.sweep));
+        drop(lock(&store.0.sweeping));
 
         let begun = Instant::now();
         let gates: Vec<_> = once.iter().map(|inner| write(&inner.gate)).collect();
