@@ -49,8 +49,9 @@ impl Store {
     ///
     /// Chunks of zeroes are not stored and holes not read, so a large sparse image takes no longer than
     /// its data. Chunks that any snapshot has are not stored again. `progress` is called at the beginning, about once
-    /// for every megabyte and at the end. When it returns, the snapshot is durable; when it fails, nothing of it is
-    /// left.
+    /// for every megabyte and at the end; it may read and open snapshots and must not make any, for which it would
+    /// wait where a sweep waits for this one. When it returns, the snapshot is durable; when it fails, nothing of it
+    /// is left.
     ///
     /// # Errors
     ///
