@@ -8,6 +8,8 @@ mod readmes {
     struct AmiCore;
     #[doc = include_str!("../../storage-block/README.md")]
     struct StorageBlock;
+    #[doc = include_str!("../../image-formats/README.md")]
+    struct ImageFormats;
     #[doc = include_str!("../../boot-image/README.md")]
     struct BootImage;
     #[doc = include_str!("../../instance-core/README.md")]
