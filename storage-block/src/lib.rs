@@ -31,7 +31,7 @@
 //! files into the caller's buffers without a copy, be they slices or a guest's memory ([`IoBufMut`]). Whoever wants
 //! many requests under way at once has a [`Queue`], which the kernel's io_uring serves or a few threads; a [`Limiter`]
 //! keeps either to so many operations and bytes in a second. Only queues and the NBD server
-//! have threads, and an import while it lasts.
+//! have threads, and imports and snapshots while they last.
 //!
 //! Handles are cheap to clone, may be used from any thread, and close with their last clone. A read never goes
 //! through more than one snapshot, however many came before it.

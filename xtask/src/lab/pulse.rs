@@ -1,10 +1,10 @@
 //! The lab's pulse: keeps the emulator from losing an interrupt for good, and tells when it did.
 //!
 //! QEMU changes the set of interrupts that wait for an emulated processor without a lock when a guest in
-//! the lab is entered and left (`helper_vmrun` and `do_vmexit`, up to version 10 at least), while another
-//! thread adds the lab's own timer to it. Now and then that one is lost, and as the lab's kernel sets its
-//! timer anew only when it has gone off, the lab would stand still for ever. Any further interrupt has all
-//! that wait looked at again. So there is one ten times a second: a byte at a port, which the lab sends
+//! the lab is entered and left (`helper_vmrun` and `do_vmexit` of version 7.2), while another thread adds the
+//! lab's own timer to it. That one may get lost, and as the lab's kernel sets its timer anew only when it has
+//! gone off, the lab would stand still for ever, as one has been seen to. Any further interrupt has all that
+//! wait looked at again. So there is one ten times a second: a byte at a port, which the lab sends
 //! back. When nothing has come back for long, the lab stands still for another reason.
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
