@@ -34,6 +34,7 @@
 //! - [`state_store`]: where a region keeps what it knows, if not in its own file.
 //! - [`machine`]: what a region asks of a hypervisor. [`testing`] has the suite that every hypervisor
 //!   passes, and one that runs nothing.
+//! - [`net`]: the cables between machines and networks.
 //! - [`watch`]: values that can be waited for, by blocking or as a future of no particular runtime.
 //!
 //! # Input, output and errors
@@ -76,6 +77,7 @@ pub mod machine;
 mod metadata_options;
 mod migrate;
 mod modify;
+pub mod net;
 mod options;
 mod record;
 mod recovery;

@@ -1,8 +1,8 @@
 //! The contract between a region and a hypervisor.
 //!
 //! A [`Hypervisor`] says what it can do and makes [`Machine`]s from [`MachineSpec`]s. Disks arrive
-//! as [`Disk`](storage_block::Disk) handles, kernels as open [`BootFile`]s, the console as a
-//! [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
+//! as [`Disk`](storage_block::Disk) handles, network ports as ends of [cables](crate::net), kernels as open
+//! [`BootFile`]s, the console as a [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
 
 mod spec;
 
@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
 
-pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec};
+pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec, NetSpec};
 use crate::watch::Watch;
 
 /// Makes machines.
@@ -340,6 +340,8 @@ pub struct Capabilities {
     pub max_memory_mib: u64,
     /// The most disks of one machine.
     pub max_disks: usize,
+    /// The most network ports of one machine.
+    pub max_nets: usize,
     /// Whether guest code runs on the processor itself.
     pub execution: Execution,
     /// Whether [`Machine::power_button`] works.
@@ -352,8 +354,8 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
-    /// vCPU, up to 1 TiB of memory, one disk, no power button, no disks that come, go or grow while it runs, unless the fields are then set
-    /// otherwise.
+    /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks that come, go or grow
+    /// while it runs, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self {
             name,
@@ -361,6 +363,7 @@ impl Capabilities {
             max_vcpus: 1,
             max_memory_mib: 1 << 20,
             max_disks: 1,
+            max_nets: 0,
             execution,
             power_button: false,
             hot_plug: false,
@@ -397,6 +400,13 @@ impl Capabilities {
             return unsupported(format!("{name} cannot give a machine {asked} disks; the most is {most}"));
         }
         spec.disks.iter().try_for_each(DiskSpec::check)?;
+        if spec.nets.len() > self.max_nets {
+            let (asked, most) = (spec.nets.len(), self.max_nets);
+            return unsupported(format!(
+                "{name} cannot give a machine {asked} network ports; the most is {most}"
+            ));
+        }
+        spec.nets.iter().try_for_each(NetSpec::check)?;
         if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
         }

@@ -12,6 +12,7 @@ use storage_block::Disk;
 
 use super::{MachineError, MachineErrorKind};
 use crate::console::ConsolePort;
+use crate::net::{MacAddress, NetPort};
 
 /// Everything a machine is made from.
 ///
@@ -46,6 +47,8 @@ pub struct MachineSpec {
     pub boot: Boot,
     /// Its disks, in the order in which the guest finds them; the first is the root disk.
     pub disks: Vec<DiskSpec>,
+    /// Its network ports, in the order in which the guest finds them.
+    pub nets: Vec<NetSpec>,
     /// The machine's side of its serial console.
     pub console: ConsolePort,
     /// What the machine tells its guest of itself, if anything.
@@ -71,6 +74,7 @@ impl MachineSpec {
             memory_mib: NonZeroU32::MIN.saturating_add(127),
             boot,
             disks: Vec::new(),
+            nets: Vec::new(),
             console,
             identity: None,
             runtime_dir: std::env::temp_dir(),
@@ -190,6 +194,56 @@ impl DiskSpec {
     /// Whether the serial number is one that a guest can be told.
     pub fn has_valid_serial(&self) -> bool {
         self.serial.len() <= Self::MAX_SERIAL && !self.serial.contains('\0')
+    }
+}
+
+/// A network port of a machine.
+///
+/// ```
+/// use instance_core::machine::NetSpec;
+/// use instance_core::net::{self, MacAddress};
+///
+/// let (machine, _network) = net::link();
+/// let port = NetSpec::new(machine, "02:00:0a:00:00:0c".parse()?);
+/// assert_eq!(port.mtu, 1500);
+/// port.check()?;
+/// assert!(NetSpec::new(port.port, MacAddress::BROADCAST).check().is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct NetSpec {
+    /// The machine's end of the cable.
+    pub port: NetPort,
+    /// The address that the guest is given.
+    pub mac: MacAddress,
+    /// The longest packet of the network, in bytes behind the Ethernet header, which the guest is told.
+    pub mtu: u16,
+}
+
+impl NetSpec {
+    /// The shortest MTU that there may be: what IPv4 asks for (RFC 791; virtio 1.2, 5.1.4.1).
+    pub const MIN_MTU: u16 = 68;
+
+    /// A port with this address and an MTU of 1500.
+    pub fn new(port: NetPort, mac: MacAddress) -> Self {
+        Self { port, mac, mtu: 1500 }
+    }
+
+    /// That the address is one station's, and the MTU one that a guest can be told.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) if not.
+    pub fn check(&self) -> Result<(), MachineError> {
+        let unsupported = |what| Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        if !self.mac.is_unicast() || self.mac == MacAddress([0; 6]) {
+            return unsupported(format!("{} is no address of a machine's", self.mac));
+        }
+        if self.mtu < Self::MIN_MTU {
+            return unsupported(format!("an MTU of {} is less than {}", self.mtu, Self::MIN_MTU));
+        }
+        Ok(())
     }
 }
 
