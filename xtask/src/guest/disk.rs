@@ -1,4 +1,4 @@
-//! The quick-start root disk: a GPT with one ext4 partition, made without root and without devices.
+//! Root disks: a GPT with one ext4 partition, made without root and without devices.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,49 +14,89 @@ use uuid::{Uuid, uuid};
 
 use crate::process;
 
-/// Fixed identities: the same sources make the same disk.
-const DISK_GUID: Uuid = uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a01");
-pub(super) const PARTITION_GUID: Uuid = uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a02");
-const FILE_SYSTEM_UUID: Uuid = uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a03");
-/// The time of every file: the day Debian 12 came out.
+/// What is fixed of a disk: the same sources make the same one.
+pub(super) struct Layout {
+    pub(super) disk: Uuid,
+    pub(super) partition: Uuid,
+    pub(super) file_system: Uuid,
+    /// In bytes; what the files do not need is a hole.
+    pub(super) size: u64,
+}
+
+/// The quick-start guest's.
+pub(super) const QUICK_START: Layout = Layout {
+    disk: uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a01"),
+    partition: uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a02"),
+    file_system: uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a03"),
+    size: 512 * MIB,
+};
+
+/// The cloud guest's.
+pub(super) const CLOUD: Layout = Layout {
+    disk: uuid!("b0a4f5d2-52a0-4f0c-8f5e-2f4d9c7e1b01"),
+    partition: uuid!("b0a4f5d2-52a0-4f0c-8f5e-2f4d9c7e1b02"),
+    file_system: uuid!("b0a4f5d2-52a0-4f0c-8f5e-2f4d9c7e1b03"),
+    size: 2048 * MIB,
+};
+
+/// Where a file system's content comes from.
+#[derive(Clone, Copy)]
+pub(super) enum Content<'a> {
+    /// A directory, whose files shall all be root's and of one time.
+    Tree(&'a Path),
+    /// An archive with owners and times of its own, and an empty directory to unpack it in.
+    Archive(&'a Path, &'a Path),
+}
+
+/// The time of every file of a tree: the day Debian 12 came out.
 const FILE_TIME: i64 = 1_686_355_200;
 
 const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
-/// The disk's size; most of it is a hole.
-const DISK_SIZE: u64 = 512 * MIB;
 /// What stays free on either side of the partition.
 const MARGIN: u64 = MIB;
 
-/// Makes the disk `path` of the directory tree `tree`.
-pub(crate) fn build(path: &Path, tree: &Path) -> anyhow::Result<()> {
+/// Makes the disk `path`.
+pub(super) fn build(path: &Path, layout: &Layout, content: Content<'_>) -> anyhow::Result<()> {
     let context = || format!("cannot make the disk {}", path.display());
     let file = File::options().read(true).write(true).create_new(true).open(path).with_context(context)?;
-    file.set_len(DISK_SIZE).with_context(context)?;
-    partition(file).with_context(context)?;
-    set_times(tree).context("cannot set the times of the root file system's files")?;
-    let options = format!(
-        "offset={MARGIN},root_owner=0:0,hash_seed={FILE_SYSTEM_UUID},lazy_itable_init=0,lazy_journal_init=0"
-    );
-    let mut mke2fs = process::command("fakeroot");
-    mke2fs.args(["--", "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "root", "-U"]);
-    mke2fs.arg(FILE_SYSTEM_UUID.to_string()).arg("-E").arg(options).arg("-d").arg(tree);
-    mke2fs.arg(path).arg(((DISK_SIZE - 2 * MARGIN) / 4096).to_string());
-    mke2fs.env("E2FSPROGS_FAKE_TIME", FILE_TIME.to_string());
-    process::output(&mut mke2fs).with_context(context).map(drop)
+    file.set_len(layout.size).with_context(context)?;
+    partition(file, layout).with_context(context)?;
+    // Under fakeroot what tar unpacks has the owners that the archive says, and mke2fs sees them.
+    let mut fakeroot = process::command("fakeroot");
+    fakeroot.arg("--");
+    let (tree, owner) = match content {
+        Content::Tree(tree) => {
+            set_times(tree).context("cannot set the times of the root file system's files")?;
+            fakeroot.env("E2FSPROGS_FAKE_TIME", FILE_TIME.to_string());
+            (tree, "root_owner=0:0,")
+        }
+        Content::Archive(archive, unpacked) => {
+            let script = r#"tar -xpf "$1" -C "$2" --numeric-owner; shift 2; exec "$@""#;
+            fakeroot.args(["sh", "-ec", script, "sh"]).arg(archive).arg(unpacked);
+            (unpacked, "")
+        }
+    };
+    let id = layout.file_system;
+    let options =
+        format!("offset={MARGIN},{owner}hash_seed={id},lazy_itable_init=0,lazy_journal_init=0");
+    fakeroot.args(["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "root", "-U"]);
+    fakeroot.arg(id.to_string()).arg("-E").arg(options).arg("-d").arg(tree);
+    fakeroot.arg(path).arg(((layout.size - 2 * MARGIN) / 4096).to_string());
+    process::output(&mut fakeroot).with_context(context).map(drop)
 }
 
 /// Writes the protective MBR and both partition tables.
-fn partition(mut disk: File) -> anyhow::Result<()> {
-    let sectors = u32::try_from(DISK_SIZE / SECTOR - 1)?;
+fn partition(mut disk: File, layout: &Layout) -> anyhow::Result<()> {
+    let sectors = u32::try_from(layout.size / SECTOR - 1)?;
     ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut disk).map_err(|error| anyhow!("{error}"))?;
     let config = GptConfig::new().writable(true).logical_block_size(LogicalBlockSize::Lb512);
-    let mut table = config.create_from_device(disk, Some(DISK_GUID))?;
+    let mut table = config.create_from_device(disk, Some(layout.disk))?;
     let root = Partition {
         part_type_guid: partition_types::LINUX_FS,
-        part_guid: PARTITION_GUID,
+        part_guid: layout.partition,
         first_lba: MARGIN / SECTOR,
-        last_lba: (DISK_SIZE - MARGIN) / SECTOR - 1,
+        last_lba: (layout.size - MARGIN) / SECTOR - 1,
         flags: 0,
         name: "root".to_owned(),
     };

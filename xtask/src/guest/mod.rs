@@ -7,6 +7,7 @@
 //! amd64/conformance.img      the conformance guest, an initrd that needs no disk
 //! amd64/lab.img              the initrd of `cargo xtask lab`
 //! amd64/manifest.json        what they were made of
+//! amd64/cloud.raw            with `--cloud`: Debian with cloud-init and an SSH server, as clouds have it
 //! ```
 //!
 //! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are the binaries of
@@ -15,6 +16,7 @@
 //! `--update` asks for the packages that are current; several calls at once wait for one another.
 
 mod archive;
+pub(crate) mod cloud;
 mod disk;
 mod distribution;
 mod initrd;
@@ -60,12 +62,18 @@ pub(crate) struct GuestArgs {
     /// Fetch the packages that are current, even if the artifacts are there
     #[arg(long)]
     update: bool,
+    /// Make the cloud guest as well: Debian with cloud-init and an SSH server, a root disk of 2 GiB
+    #[arg(long)]
+    cloud: bool,
 }
 
 /// The command.
 pub(crate) fn run(args: &GuestArgs) -> anyhow::Result<ExitCode> {
     let artifacts = if args.update { build(&workspace::guest_dir()) } else { ensure() }?;
     println!("{}", artifacts.dir.display());
+    if args.cloud {
+        println!("{}", cloud::ensure(args.update)?.display());
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -169,7 +177,7 @@ fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
     write("initrd.img", &quick_start)?;
     let tree = dir.join("tree");
     rootfs::build(&tree, sources, &quick_start)?;
-    disk::build(&dir.join("disk.raw"), &tree)?;
+    disk::build(&dir.join("disk.raw"), &disk::QUICK_START, disk::Content::Tree(&tree))?;
     let (distribution, packages) = (sources.distribution.clone(), sources.packages.clone());
     let manifest = Manifest { recipes: recipes(), distribution, packages };
     write("manifest.json", &serde_json::to_vec_pretty(&manifest)?)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
 
-use super::disk::PARTITION_GUID;
+use super::disk::QUICK_START;
 use super::modules::modules_dep;
 use super::sources::Sources;
 use crate::process;
@@ -115,7 +115,7 @@ fn modules(tree: &Tree<'_>, sources: &Sources) -> anyhow::Result<()> {
 
 /// The kernel, the initrd, and the Boot Loader Specification entry that names them.
 fn boot(tree: &Tree<'_>, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()> {
-    let version = &sources.kernel_version;
+    let (version, partition) = (&sources.kernel_version, QUICK_START.partition);
     tree.file(&format!("boot/vmlinuz-{version}"), 0o644, &sources.vmlinuz)?;
     tree.file(&format!("boot/initrd.img-{version}"), 0o644, initrd)?;
     let entry = format!(
@@ -123,7 +123,7 @@ fn boot(tree: &Tree<'_>, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()>
          version {version}\n\
          linux   /boot/vmlinuz-{version}\n\
          initrd  /boot/initrd.img-{version}\n\
-         options root=PARTUUID={PARTITION_GUID} rw console=ttyS0 quiet panic=-1\n"
+         options root=PARTUUID={partition} rw console=ttyS0 quiet panic=-1\n"
     );
     tree.file(&format!("boot/loader/entries/{version}.conf"), 0o644, entry.as_bytes())
 }
