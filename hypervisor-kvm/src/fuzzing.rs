@@ -5,7 +5,8 @@ use std::io::Write;
 use std::num::NonZeroU32;
 
 use instance_core::console::Console;
-use instance_core::machine::BootFile;
+use instance_core::machine::{BootFile, NetSpec};
+use instance_core::net::{self, Checksum, Frame, MacAddress, Offloads, Protocol, Segmentation};
 use storage_block::MemoryDisk;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -13,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::kernel::Kernel;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::{Block, Effect, Mmio, Pci, RANGE_LEN, Step};
+use crate::virtio::{Block, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
 use crate::{layout, memory};
 
 const DISK: u64 = 64 << 10;
@@ -105,6 +106,56 @@ pub fn virtio_pci(bytes: &[u8]) {
     }
 }
 
+/// A guest and a network that do what they like with a network device. What comes out at the network's end is
+/// a sound frame that the network takes, and the bytes that were in the guest's memory.
+pub fn virtio_net(bytes: &[u8]) {
+    let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
+    let mut input = Input(bytes);
+    let [takes] = input.take().unwrap_or_default();
+    let (port, network) = net::link();
+    let mut offloads = Offloads::NONE;
+    (offloads.checksum, offloads.tcp4, offloads.tcp6) = (takes & 1 != 0, takes & 2 != 0, takes & 4 != 0);
+    network.set_takes(offloads);
+    let mut device = Mmio::new(Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1]))));
+    let mut broken = false;
+    while let Some([action, at, low, high]) = input.take() {
+        match action % 5 {
+            0 => {
+                let value = input.take::<4>().unwrap_or_default();
+                let offset = u64::from(at) * 4;
+                let reset =
+                    offset == u64::from(virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS) && value == [0; 4];
+                let _ = device.write(&memory, offset, &value);
+                broken &= !reset;
+            }
+            1 => device.read(u64::from(at) * 4, &mut [0; 8][..usize::from(high % 9)], 0),
+            2 => {
+                let value = input.take::<16>().unwrap_or_default();
+                let address = u64::from(u16::from_le_bytes([low, high]));
+                assert!(memory.write_slice(&value[..usize::from(at % 17)], GuestAddress(address)).is_ok());
+            }
+            3 => {
+                let mut frame = Frame::new(vec![at; usize::from(u16::from_le_bytes([low, high]))]);
+                if at % 2 == 0 {
+                    frame.checksum = Checksum::Partial { start: u16::from(at), offset: 16 };
+                    let protocol = if at % 4 == 0 { Protocol::Tcp4 } else { Protocol::Tcp6 };
+                    frame.segmentation =
+                        Some(Segmentation { protocol, size: u16::from(low), header_len: u16::from(at) + 20 });
+                }
+                let _ = network.send(frame);
+            }
+            _ => {
+                let step = device.step(&memory, usize::from(at % 3));
+                assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
+                broken |= matches!(step, Step::Broken(_));
+                while let Some(frame) = network.recv() {
+                    assert!(frame.is_sound() && frame.is_taken_by(offloads) && frame.data.len() >= 14);
+                }
+            }
+        }
+    }
+}
+
 /// A kernel file of these bytes. What is accepted fits into the machine.
 pub fn kernel(bytes: &[u8]) {
     let file =
@@ -141,11 +192,12 @@ mod tests {
     fn the_bodies_hold_on_the_seeds() {
         let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
         let mut count = 0;
-        for target in ["kvm_virtio_block", "kvm_virtio_pci", "kvm_kernel", "kvm_ports"] {
+        for target in ["kvm_virtio_block", "kvm_virtio_net", "kvm_virtio_pci", "kvm_kernel", "kvm_ports"] {
             for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
                 let bytes = std::fs::read(seed.unwrap().path()).unwrap();
                 for len in (0..=bytes.len()).step_by(7).chain([bytes.len()]) {
                     super::virtio_block(&bytes[..len]);
+                    super::virtio_net(&bytes[..len]);
                     super::virtio_pci(&bytes[..len]);
                     super::ports(&bytes[..len]);
                     super::kernel(&bytes[..len]);
@@ -169,6 +221,7 @@ mod tests {
                 bytes.extend(random.to_le_bytes());
             }
             super::virtio_block(&bytes);
+            super::virtio_net(&bytes);
             super::virtio_pci(&bytes);
             super::ports(&bytes);
             super::kernel(&[b"\x7fELF", &bytes[..]].concat());

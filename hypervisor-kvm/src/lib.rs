@@ -1,7 +1,7 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
-//! [`Kvm`] makes machines of 64-bit x86: a kernel loaded directly, virtio block devices and an entropy device
-//! on virtio-mmio or PCI, where a stock kernel finds them, a serial port, a power button, and nothing that an
+//! [`Kvm`] makes machines of 64-bit x86: a kernel loaded directly, virtio block devices, network
+//! ports and an entropy device on virtio-mmio or PCI, where a stock kernel finds them, a serial port, a power button, and nothing that an
 //! instance does not need.
 //!
 //! ```no_run
@@ -23,7 +23,7 @@
 //!
 //! # How it works
 //!
-//! - **A thread for each processor and each disk.** They wait, run and end together; the last one to
+//! - **A thread for each processor, disk and network port.** They wait, run and end together; the last one to
 //!   leave says why the machine ended. A processor in the guest is called back by the signal `SIGSTKFLT`,
 //!   which Linux itself never sends: it stays blocked in these threads and is let in by KVM alone, so that
 //!   no handler is needed or touched. One that is sent to the whole process may be lost to them.
@@ -49,7 +49,7 @@
 //!
 //! # What it leaves out
 //!
-//! Networks, hot-plugging, saving and restoring, firmware, 32-bit kernels, other hosts than x86-64
+//! Hot-plugging, saving and restoring, firmware, 32-bit kernels, other hosts than x86-64
 //! Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
@@ -212,20 +212,34 @@ impl Kvm {
     fn transport(&self) -> Transport {
         self.transport
     }
+
+    /// For how many disks and network ports of a machine there is room.
+    fn device_places(&self) -> usize {
+        let all = match self.transport {
+            Transport::Mmio => layout::VIRTIO_MAX,
+            Transport::Pci => layout::PCI_MAX,
+        };
+        all - OTHER_DEVICES
+    }
 }
 
 impl Hypervisor for Kvm {
     fn capabilities(&self) -> Capabilities {
         let mut capabilities = self.inner.capabilities.clone();
-        capabilities.max_disks = match self.transport {
-            Transport::Mmio => layout::VIRTIO_MAX,
-            Transport::Pci => layout::PCI_MAX,
-        } - OTHER_DEVICES;
+        capabilities.max_disks = self.device_places();
+        capabilities.max_nets = self.device_places();
         capabilities
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
         self.capabilities().check(&spec)?;
+        let (disks, nets, most) = (spec.disks.len(), spec.nets.len(), self.device_places());
+        if disks + nets > most {
+            let what = format!(
+                "{disks} disks and {nets} network ports are more than the {most} that kvm has room for"
+            );
+            return Err(unsupported(what));
+        }
         Ok(Box::new(KvmMachine::create(self, &spec)?))
     }
 }

@@ -1,4 +1,4 @@
-//! A machine: what its handle, its processors and its disks share, and how it begins and ends.
+//! A machine: what its handle, its processors and its devices share, and how it begins and ends.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
@@ -17,10 +17,10 @@ use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::{Block, Rng, VirtioDevice};
+use crate::virtio::{Block, Net, Rng, VirtioDevice};
 use crate::{Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
 
-/// The virtio devices that every machine has besides its disks: the entropy device.
+/// The virtio devices that every machine has besides its disks and network ports: the entropy device.
 pub(crate) const OTHER_DEVICES: usize = 1;
 
 /// A machine's handle.
@@ -69,7 +69,7 @@ impl KvmMachine {
         set_up_platform(&vm)?;
         let count = spec.vcpus.get();
         let transport = kvm.transport();
-        acpi::write(&memory, count, transport, spec.disks.len() + OTHER_DEVICES)?;
+        acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + OTHER_DEVICES)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
         }
@@ -87,6 +87,11 @@ impl KvmMachine {
                 VirtioDevice::with_thread(&vm, &memory, n, transport, block)
             })
             .collect::<Result<Vec<_>>>()?;
+        for net in &spec.nets {
+            let device = VirtioDevice::with_thread(&vm, &memory, virtio.len(), transport, Net::new(net))?;
+            net.port.set_waker(Some(Arc::new(device.waker()?)));
+            virtio.push(device);
+        }
         virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, Rng)?);
         let devices = Devices {
             serial: serial_port(&vm, spec)?,
@@ -126,7 +131,8 @@ impl KvmMachine {
         for n in
             (0..self.shared.devices.virtio.len()).filter(|n| self.shared.devices.virtio[*n].needs_thread())
         {
-            let thread = self.shared.spawn(&format!("disk{n}"), move |shared| shared.run_disk(n))?;
+            let role = if n < self.shared.serials.len() { "disk" } else { "net" };
+            let thread = self.shared.spawn(&format!("{role}{n}"), move |shared| shared.run_device(n))?;
             self.shared.threads().devices.push(thread);
         }
         Ok(())
@@ -185,9 +191,9 @@ impl Shared {
         }
     }
 
-    fn run_disk(&self, n: usize) {
+    fn run_device(&self, n: usize) {
         if let Err(error) = self.devices.virtio[n].serve(&self.vm, &self.gate) {
-            self.end(ExitCause::HostFailure(format!("disk {n} cannot be served: {error}")));
+            self.end(ExitCause::HostFailure(format!("device {n} cannot be served: {error}")));
         }
     }
 
@@ -208,6 +214,7 @@ impl Shared {
         if let Some(cause) = self.gate.leave() {
             tracing::debug!(machine = %self.name, %cause, "the machine has ended");
             self.devices.serial.disconnect();
+            self.devices.virtio.iter().for_each(VirtioDevice::end);
             self.state.set(MachineState::Exited(cause));
             self.gate.over();
         }

@@ -159,6 +159,11 @@ impl NetPort {
         self.0.cable.lock()[self.0.side].takes = takes;
     }
 
+    /// What this end has said that it takes.
+    pub fn takes(&self) -> Offloads {
+        self.0.cable.lock()[self.0.side].takes
+    }
+
     /// What the other end takes.
     pub fn peer_takes(&self) -> Offloads {
         self.0.cable.lock()[1 - self.0.side].takes

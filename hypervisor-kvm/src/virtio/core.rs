@@ -113,6 +113,11 @@ impl Core {
         self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
     }
 
+    /// The machine has ended.
+    pub(crate) fn end(&mut self) {
+        self.device.end();
+    }
+
     /// The driver changes the features that it accepts, which it may until they are settled.
     pub(crate) fn accept(&mut self, change: impl FnOnce(&mut u64)) {
         if self.status & VIRTIO_CONFIG_S_FEATURES_OK == 0 {

@@ -36,4 +36,7 @@ pub(crate) trait Device: fmt::Debug + Send {
 
     /// The driver has reset it, or begins.
     fn reset(&mut self) {}
+
+    /// The machine has ended: what is connected outside may go.
+    fn end(&mut self) {}
 }

@@ -41,6 +41,11 @@ impl Mmio {
         self.core.refresh()
     }
 
+    /// See [`Core::end`].
+    pub(crate) fn end(&mut self) {
+        self.core.end();
+    }
+
     /// See [`Core::step`].
     pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
         self.core.step(memory, queue)

@@ -10,6 +10,9 @@ mod core;
 mod device;
 mod half;
 mod mmio;
+mod net;
+#[cfg(test)]
+mod net_tests;
 mod on_mmio;
 mod on_pci;
 mod pci;
@@ -36,6 +39,7 @@ use crate::memory::Memory;
 pub(crate) use block::Block;
 use chain::Malformed;
 pub(crate) use device::Device;
+pub(crate) use net::Net;
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;
@@ -168,6 +172,25 @@ impl VirtioDevice {
             Port::Mmio(mmio) => mmio.refresh(),
             Port::Pci(pci) => pci.refresh(vm),
         }
+    }
+
+    /// The machine has ended.
+    pub(crate) fn end(&self) {
+        match &self.port {
+            Port::Mmio(mmio) => mmio.end(),
+            Port::Pci(pci) => pci.end(),
+        }
+    }
+
+    /// What wakes [`serve`](Self::serve) when called, from any thread and also when the device is gone.
+    pub(crate) fn waker(&self) -> Result<impl Fn() + Send + Sync + 'static> {
+        let notification = self.notification.as_ref().map(EventFd::try_clone).transpose();
+        let notification = notification.host("cannot duplicate an eventfd")?;
+        Ok(move || {
+            if let Some(notification) = &notification {
+                let _ = notification.write(1);
+            }
+        })
     }
 
     /// Has [`serve`](Self::serve) look at the queues and at the gate.

@@ -74,6 +74,11 @@ impl OnMmio {
         step
     }
 
+    /// The machine has ended.
+    pub(super) fn end(&self) {
+        self.lock().end();
+    }
+
     /// Tells the driver of a configuration that has changed.
     pub(super) fn refresh(&self) {
         if self.lock().refresh() {

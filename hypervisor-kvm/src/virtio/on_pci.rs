@@ -102,6 +102,11 @@ impl OnPci {
         step
     }
 
+    /// The machine has ended.
+    pub(super) fn end(&self) {
+        self.lock().end();
+    }
+
     /// Tells the driver of a configuration that has changed.
     pub(super) fn refresh(&self, vm: &VmFd) {
         let mut registers = self.lock();

@@ -1,6 +1,6 @@
 //! A queue between driver and device: how the driver describes it, and how the device works on it.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -87,7 +87,8 @@ impl Ring {
 
     /// The queue at work.
     pub(crate) fn run<'a>(&'a mut self, memory: &'a Memory) -> Running<'a> {
-        Running { queue: &mut self.queue, memory, used: false }
+        let used_before = self.queue.next_used();
+        Running { queue: &mut self.queue, memory, used_before }
     }
 }
 
@@ -95,7 +96,8 @@ impl Ring {
 pub(crate) struct Running<'a> {
     queue: &'a mut Queue,
     memory: &'a Memory,
-    used: bool,
+    /// How far the used ring was when this began.
+    used_before: u16,
 }
 
 impl Running<'_> {
@@ -117,23 +119,54 @@ impl Running<'_> {
         }
     }
 
+    /// Leaves the last `count` chains to be the next ones again.
+    pub(crate) fn put_back(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
     /// Gives a chain back to the driver, with so many bytes written to it.
     pub(crate) fn put_used(&mut self, chain: &Chain, written: u32) -> Result<(), Malformed> {
-        self.used = true;
-        self.queue.add_used(self.memory, chain.head, written).map_err(|_| RING)
+        self.put_all_used([(chain.head, written)])
+    }
+
+    /// Gives chains back, each with the bytes written to it, so that the driver sees all of them at once.
+    pub(crate) fn put_all_used(
+        &mut self,
+        chains: impl IntoIterator<Item = (u16, u32)>,
+    ) -> Result<(), Malformed> {
+        const ELEMENTS: u64 = 4;
+        let (ring, size) = (self.queue.used_ring(), self.queue.size());
+        let mut next = self.queue.next_used();
+        for (head, written) in chains {
+            // `struct virtq_used_elem` (virtio 1.2, 2.7.8).
+            let at = ring + ELEMENTS + 8 * u64::from(next % size);
+            let element = u64::from(head) | u64::from(written) << 32;
+            self.memory.write_obj(element.to_le(), GuestAddress(at)).map_err(|_| RING)?;
+            next = next.wrapping_add(1);
+        }
+        self.memory.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release).map_err(|_| RING)?;
+        self.queue.set_next_used(next);
+        Ok(())
     }
 
     /// Whether the driver wants to hear of what was put into the used ring (virtio 1.2, 2.7.7).
     pub(crate) fn wants_interrupt(self) -> Result<bool, Malformed> {
         const NO_INTERRUPT: u16 = 1 << 0;
-        if !self.used {
+        let used = self.queue.next_used();
+        if used == self.used_before {
             return Ok(false);
         }
+        // What was put into the used ring comes before the look at what the driver waits for.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
         if self.queue.event_idx_enabled() {
-            return self.queue.needs_notification(self.memory).map_err(|_| RING);
+            let event = available + 4 + 2 * u64::from(self.queue.size());
+            let event = self.memory.load::<u16>(GuestAddress(event), Ordering::Relaxed).map_err(|_| RING)?;
+            let since_event = used.wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+            return Ok(since_event < used.wrapping_sub(self.used_before));
         }
-        let flags = self.memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Acquire);
-        Ok(flags.map_err(|_| RING)? & NO_INTERRUPT == 0)
+        let flags = self.memory.load::<u16>(GuestAddress(available), Ordering::Acquire);
+        Ok(u16::from_le(flags.map_err(|_| RING)?) & NO_INTERRUPT == 0)
     }
 }
 
