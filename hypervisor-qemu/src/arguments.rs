@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use instance_core::machine::{Identity, MachineSpec};
+use instance_core::machine::{Identity, MachineSpec, NetSpec};
 use serde_json::{Value, json};
 
 use crate::Accelerator;
@@ -23,6 +23,8 @@ pub(crate) struct Endpoints {
     pub(crate) initrd: Option<String>,
     /// The disks' names and the numbers of their NBD connections, in the disks' order.
     pub(crate) disks: Vec<(Name, i32)>,
+    /// The numbers of the network ports' sockets.
+    pub(crate) nets: Vec<i32>,
 }
 
 /// The arguments, without the program's name.
@@ -85,12 +87,35 @@ pub(crate) fn arguments(
         add("-blockdev", &blockdev(*name, disk.disk.read_only(), &fd.to_string()).to_string());
         add("-device", &device(*name, &disk.serial).to_string());
     }
+    for (n, (net, fd)) in spec.nets.iter().zip(&at.nets).enumerate() {
+        add("-netdev", &format!("socket,id=net{n},fd={fd}"));
+        add("-device", &net_device(n, net).to_string());
+    }
     args
 }
 
 /// The bridge behind which disks come and go, and its address; 0 is the host bridge, 1 the first disk.
 const BRIDGE: &str = "disks";
 const BRIDGE_ADDRESS: u32 = 2;
+
+/// The address of the first network port; the others follow.
+const FIRST_NET_ADDRESS: usize = 3;
+
+/// The device of the `n`th network port.
+fn net_device(n: usize, net: &NetSpec) -> Value {
+    json!({
+        "driver": "virtio-net-pci",
+        "id": format!("port{n}"),
+        "bus": "pcie.0",
+        "addr": format!("{:#x}", FIRST_NET_ADDRESS + n),
+        "disable-legacy": "on",
+        "netdev": format!("net{n}"),
+        "mac": net.mac.to_string(),
+        "host_mtu": net.mtu,
+        // Nothing boots from it.
+        "romfile": "",
+    })
+}
 
 /// A disk's node, over its connection.
 pub(crate) fn blockdev(name: Name, read_only: bool, fd: &str) -> Value {

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "what a child does between fork and exec is outside what Rust checks")]
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
 
@@ -28,6 +28,12 @@ impl Inherited {
     /// A path by which the child opens the file anew, from its beginning.
     pub(crate) fn path(&self) -> String {
         format!("/proc/self/fd/{}", self.number())
+    }
+}
+
+impl AsFd for Inherited {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

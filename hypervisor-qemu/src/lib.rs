@@ -1,7 +1,7 @@
 //! Virtual machines as QEMU child processes: the [`Hypervisor`] for hosts without KVM.
 //!
 //! [`Qemu`] makes machines of 64-bit x86. Each is one `qemu-system-x86_64` of type `q35`: a kernel
-//! loaded directly (PVH), virtio disks on PCI, one serial port, and little else.
+//! loaded directly (PVH), virtio disks and network ports on PCI, one serial port, and little else.
 //!
 //! ```no_run
 //! use std::{fs::File, time::{Duration, Instant}};
@@ -23,7 +23,7 @@
 //! # How it works
 //!
 //! - **One thread a machine** starts the child, listens to it and reaps it, besides those that serve
-//!   its disks over NBD. The control channel (QMP) and the console are socket pairs, kernel and initrd
+//!   its disks over NBD and one for each network port, whose frames go through a socket pair. The control channel (QMP) and the console are socket pairs, kernel and initrd
 //!   are descriptors that the child inherits: nothing is copied, and nothing lies in the runtime
 //!   directory while the machine runs.
 //! - **The child dies with this process**, whatever ends it, `kill -9` included.
@@ -50,7 +50,7 @@
 //!
 //! # What it leaves out
 //!
-//! Networks, saving and restoring, firmware, other architectures.
+//! Saving and restoring, firmware, other architectures.
 //!
 //! [`Crash`]: instance_core::machine::ExitCause::Crash
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
@@ -61,6 +61,7 @@ mod child;
 mod disks;
 mod exit;
 mod machine;
+mod nets;
 mod probe;
 mod qmp;
 mod shared;
@@ -244,6 +245,7 @@ impl Hypervisor for Qemu {
         let mut can = Capabilities::new("qemu", vec![Architecture::X86_64], execution);
         can.max_vcpus = MAX_VCPUS;
         can.max_disks = crate::disks::SLOTS;
+        can.max_nets = crate::nets::MAX_NETS;
         can.power_button = true;
         can.hot_plug = true;
         can.live_growth = true;

@@ -18,6 +18,7 @@ use crate::Qemu;
 use crate::arguments::{Endpoints, arguments, blockdev, connection as connection_node, device, raw};
 use crate::child::Inherited;
 use crate::disks::{Disks, Name};
+use crate::nets::Nets;
 use crate::qmp::Command;
 use crate::shared::Shared;
 use crate::supervisor::{Launch, supervise};
@@ -268,6 +269,7 @@ fn prepare(qemu: &Qemu, spec: &MachineSpec) -> Result<(Arc<Shared>, Launch), Ref
     let kernel = Inherited::new(spec.boot.kernel.file())?;
     let initrd = spec.boot.initrd.as_ref().map(|file| Inherited::new(file.file())).transpose()?;
     let log_end = Inherited::new(log_end)?;
+    let (nets, ports) = Nets::plug(&spec.nets, &spec.name)?;
     let (disks, connections) = Disks::serve(&spec.disks, &spec.runtime_dir).map_err(Refused::Machine)?;
 
     let endpoints = Endpoints {
@@ -277,6 +279,7 @@ fn prepare(qemu: &Qemu, spec: &MachineSpec) -> Result<(Arc<Shared>, Launch), Ref
         kernel: kernel.path(),
         initrd: initrd.as_ref().map(Inherited::path),
         disks: connections.iter().map(|(name, fd)| (*name, fd.number())).collect(),
+        nets: ports.iter().map(Inherited::number).collect(),
     };
     let mut program = Program::new(&qemu.program);
     program
@@ -285,10 +288,10 @@ fn prepare(qemu: &Qemu, spec: &MachineSpec) -> Result<(Arc<Shared>, Launch), Ref
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     let inherited = [qmp, serial, log_end, kernel].into_iter().chain(initrd);
-    let inherited = inherited.chain(connections.into_iter().map(|(_, fd)| fd)).collect();
+    let inherited = inherited.chain(connections.into_iter().map(|(_, fd)| fd)).chain(ports).collect();
     let port = spec.console.clone();
     let shared = Shared::new(control, qemu.answer_within)?;
-    Ok((Arc::new(shared), Launch { program, inherited, console, log, port, disks: Arc::new(disks) }))
+    Ok((Arc::new(shared), Launch { program, inherited, console, log, port, disks: Arc::new(disks), nets }))
 }
 
 /// A connection: our end, and the child's.

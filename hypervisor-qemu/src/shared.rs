@@ -225,7 +225,7 @@ fn send_line(socket: &UnixStream, line: &[u8], fd: Option<&OwnedFd>) -> Result<u
 pub(crate) struct Waker(pub(crate) OwnedFd);
 
 impl Waker {
-    fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
 

@@ -22,6 +22,7 @@ use serde_json::json;
 use crate::child::{Inherited, Process};
 use crate::disks::Disks;
 use crate::exit::Evidence;
+use crate::nets::Nets;
 use crate::qmp::{Command, Decoder, Message};
 use crate::shared::{Answer, Request, Shared};
 
@@ -45,12 +46,14 @@ pub(crate) struct Launch {
     pub(crate) port: ConsolePort,
     /// Serves the disks; closed when the child is gone.
     pub(crate) disks: Arc<Disks>,
+    /// Carries frames; dropped when the child is gone.
+    pub(crate) nets: Nets,
 }
 
 /// The life of a machine, from start to end of its child. Tells `ready` when QEMU takes commands, or
 /// why it does not.
 pub(crate) fn supervise(launch: Launch, shared: &Arc<Shared>, ready: SyncSender<Result<(), MachineError>>) {
-    let Launch { program, inherited, console, log, port, disks } = launch;
+    let Launch { program, inherited, console, log, port, disks, nets } = launch;
     let started = Process::spawn(program, inherited).and_then(|mut process| {
         let pidfd = pidfd_open(process.pid()?, PidfdFlags::empty())?;
         let stderr = process.take_stderr();
@@ -91,6 +94,7 @@ pub(crate) fn supervise(launch: Launch, shared: &Arc<Shared>, ready: SyncSender<
     supervisor.read_what_is_left();
     // Returns when no request is under way any more.
     disks.close();
+    drop(nets);
     supervisor.finish(status);
 }
 
