@@ -1,0 +1,167 @@
+//! Datagrams of UDP and pings, each conversation over a socket of the host's.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket as StdUdpSocket};
+use std::time::{Duration, Instant};
+
+use instance_core::net::Frame;
+use mio::net::UdpSocket;
+use mio::{Interest, Registry};
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, UdpPacket};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{Reach, Tokens};
+use crate::answer::{ipv4, udp_frame};
+use crate::dns;
+use crate::packet::{ECHO, ETHERNET_LEN, Flow, Transport};
+use crate::port::Port;
+
+/// The most conversations of an interface; the one that was silent longest makes room.
+const MOST: usize = 512;
+
+/// How long one may be silent.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// The most bytes of a datagram.
+const LONGEST: usize = 65_535;
+
+/// What tells conversations apart: the guest's port or ping's number, and who it speaks to, as it sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Key {
+    Udp(u16, Ipv4Addr, u16),
+    Ping(u16, Ipv4Addr),
+}
+
+/// The conversations of an interface.
+pub(super) struct Datagrams {
+    reach: Reach,
+    tokens: Tokens,
+    conversations: HashMap<Key, Conversation>,
+}
+
+struct Conversation {
+    socket: UdpSocket,
+    last: Instant,
+}
+
+impl Datagrams {
+    pub(super) fn new(reach: Reach) -> Self {
+        Self { reach, tokens: Tokens(2), conversations: HashMap::new() }
+    }
+
+    /// A packet of the guest's.
+    pub(super) fn take(&mut self, registry: &Registry, port: &Port, flow: &Flow, packet: &[u8]) {
+        let Ok(ip) = Ipv4Packet::new_checked(packet) else { return };
+        let key = match flow.transport {
+            Transport::Udp { source, destination } => Key::Udp(source, flow.destination, destination),
+            Transport::Icmp { kind: ECHO, id, .. } => Key::Ping(id, flow.destination),
+            _ => return,
+        };
+        match key {
+            Key::Udp(source, to, at) => {
+                let Ok(udp) = UdpPacket::new_checked(ip.payload()) else { return };
+                let view = port.view();
+                let known = view.is_resolver(to).then(|| dns::answer(&view, udp.payload())).flatten();
+                if let Some(answer) = known {
+                    let frame = udp_frame(&view, (to, at), (view.address, source), &answer);
+                    // A lost answer is asked for again.
+                    let _ = port.send_from_edge(Frame::new(frame), false);
+                    return;
+                }
+                self.pass_on(registry, port, key, udp.payload());
+            }
+            // The host's kernel numbers it and computes its checksum.
+            Key::Ping(..) => self.pass_on(registry, port, key, ip.payload()),
+        }
+    }
+
+    fn pass_on(&mut self, registry: &Registry, port: &Port, key: Key, bytes: &[u8]) {
+        if !self.conversations.contains_key(&key) {
+            let Some(socket) = self.open(registry, port, key) else { return };
+            if self.conversations.len() >= MOST {
+                let oldest = self.conversations.iter().min_by_key(|(_, c)| c.last).map(|(key, _)| *key);
+                oldest.map(|key| self.conversations.remove(&key));
+            }
+            self.conversations.insert(key, Conversation { socket, last: Instant::now() });
+        }
+        if let Some(conversation) = self.conversations.get_mut(&key) {
+            conversation.last = Instant::now();
+            // What the host does not take is lost, as datagrams are.
+            let _ = conversation.socket.send(bytes);
+        }
+    }
+
+    fn open(&mut self, registry: &Registry, port: &Port, key: Key) -> Option<UdpSocket> {
+        let opened = match key {
+            // Without a resolver there is nobody to ask.
+            Key::Udp(_, to, _) if port.view().is_resolver(to) => connect(self.reach.resolver?),
+            Key::Udp(_, to, at) if self.reach.allows(to) => connect(SocketAddr::new(to.into(), at)),
+            Key::Ping(_, to) if self.reach.allows(to) => ping(to),
+            _ => return None,
+        };
+        let registered = opened.and_then(|mut socket| {
+            registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
+            Ok(socket)
+        });
+        registered.inspect_err(|error| tracing::debug!(%error, ?key, "the host lets no datagrams out")).ok()
+    }
+
+    /// Gives the guest what has come for it, and forgets who is silent.
+    pub(super) fn work(&mut self, port: &Port) {
+        let view = port.view();
+        let mut bytes = vec![0; if self.conversations.is_empty() { 0 } else { LONGEST }];
+        for (key, conversation) in &mut self.conversations {
+            while let Ok(len) = conversation.socket.recv(&mut bytes) {
+                conversation.last = Instant::now();
+                let frame = match *key {
+                    Key::Udp(own, from, at) => {
+                        if len + 28 > usize::from(view.mtu) {
+                            continue; // longer than the guest takes, and not cut
+                        }
+                        udp_frame(&view, (from, at), (view.address, own), &bytes[..len])
+                    }
+                    Key::Ping(id, from) => {
+                        let Some(frame) = echo_reply(&view, from, id, &bytes[..len]) else { continue };
+                        frame
+                    }
+                };
+                let from_service = matches!(*key, Key::Udp(_, from, _) if view.is_resolver(from));
+                let _ = port.send_from_edge(Frame::new(frame), !from_service);
+            }
+        }
+        self.conversations.retain(|_, conversation| conversation.last.elapsed() < SILENCE);
+    }
+}
+
+fn connect(to: SocketAddr) -> io::Result<UdpSocket> {
+    let any: SocketAddr = match to {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(to)?;
+    Ok(socket)
+}
+
+/// A socket for pings, which some hosts let nobody have.
+fn ping(to: Ipv4Addr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4))?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SocketAddr::new(to.into(), 0).into())?;
+    Ok(UdpSocket::from_std(StdUdpSocket::from(socket)))
+}
+
+/// The answer to a ping, with the number that the guest gave it.
+fn echo_reply(view: &crate::switch::View, from: Ipv4Addr, id: u16, bytes: &[u8]) -> Option<Vec<u8>> {
+    let capabilities = ChecksumCapabilities::default();
+    let packet = Icmpv4Packet::new_checked(bytes).ok()?;
+    let Icmpv4Repr::EchoReply { seq_no, data, .. } = Icmpv4Repr::parse(&packet, &capabilities).ok()? else {
+        return None;
+    };
+    let reply = Icmpv4Repr::EchoReply { ident: id, seq_no, data };
+    let mut frame = ipv4(view, from, view.address, IpProtocol::Icmp, reply.buffer_len());
+    reply.emit(&mut Icmpv4Packet::new_unchecked(&mut frame[ETHERNET_LEN + 20..]), &capabilities);
+    Some(frame)
+}

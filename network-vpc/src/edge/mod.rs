@@ -1,0 +1,179 @@
+//! Where a network ends: conversations with the world outside, over sockets of the host, and the services that
+//! the network has itself.
+//!
+//! One thread an interface. TCP is spoken with the guest by a stack in user space and with the host's sockets by
+//! them; datagrams are passed on as they are.
+
+mod datagram;
+mod stack;
+mod stream;
+
+use std::io;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use mio::{Events, Poll, Token};
+
+use self::datagram::Datagrams;
+use self::stream::Streams;
+use crate::packet::{Flow, Transport};
+use crate::port::Port;
+use crate::switch::LOCAL_CLIENT;
+
+/// The token of the waker. Sockets have others.
+pub(crate) const WAKE: Token = Token(0);
+
+/// How long the thread sleeps at most, so that what is over is noticed.
+const SLEEP: Duration = Duration::from_secs(5);
+
+/// Of what a port offers to the world, what the edge has to know.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    pub(crate) listener: std::net::TcpListener,
+    /// The port in the instance.
+    pub(crate) port: u16,
+}
+
+/// What the edge may reach.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Reach {
+    /// Addresses of the host itself, as well.
+    pub(crate) host: bool,
+    /// The resolver that questions are passed on to.
+    pub(crate) resolver: Option<std::net::SocketAddr>,
+}
+
+/// The thread of an interface. Dropping it ends it, and with it all conversations.
+#[derive(Debug)]
+pub(crate) struct Edge {
+    port: Arc<Port>,
+    over: Arc<AtomicBool>,
+    orders: Arc<std::sync::Mutex<Vec<Order>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread is told to do.
+#[derive(Debug)]
+enum Order {
+    Listen(Forward),
+    /// By the port in the instance.
+    Unlisten(u16),
+}
+
+impl Edge {
+    /// Starts the thread of a port whose waker belongs to `poll`.
+    pub(crate) fn start(poll: Poll, port: Arc<Port>, reach: Reach) -> io::Result<Self> {
+        let (over, orders) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let name: String = format!("vpc-{}", port.view().address).chars().take(15).collect();
+        let mut worker = Worker {
+            streams: Streams::new(&port.view(), reach.clone()),
+            datagrams: Datagrams::new(reach),
+            port: port.clone(),
+            over: over.clone(),
+            orders: Arc::clone(&orders),
+            poll,
+        };
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            if let Err(error) = worker.work() {
+                tracing::warn!(%error, "the edge of an interface has ended");
+            }
+        })?;
+        Ok(Self { port, over, orders, thread: Some(thread) })
+    }
+
+    pub(crate) fn listen(&self, forward: Forward) {
+        self.order(Order::Listen(forward));
+    }
+
+    pub(crate) fn unlisten(&self, port: u16) {
+        self.order(Order::Unlisten(port));
+    }
+
+    fn order(&self, order: Order) {
+        self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(order);
+        self.port.wake_edge();
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+        self.port.wake_edge();
+        let thread = self.thread.take().filter(|t| t.thread().id() != thread::current().id());
+        let _ = thread.map(JoinHandle::join);
+    }
+}
+
+struct Worker {
+    port: Arc<Port>,
+    over: Arc<AtomicBool>,
+    orders: Arc<std::sync::Mutex<Vec<Order>>>,
+    poll: Poll,
+    streams: Streams,
+    datagrams: Datagrams,
+}
+
+impl Worker {
+    fn work(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        while !self.over.load(Ordering::Acquire) && self.port.is_plugged() {
+            self.take_orders()?;
+            let registry = self.poll.registry();
+            for packet in self.port.take_inbox() {
+                let Some(flow) = Flow::parse(&packet) else { continue };
+                match flow.transport {
+                    Transport::Tcp { .. } => self.streams.take(registry, &flow, packet),
+                    _ => self.datagrams.take(registry, &self.port, &flow, &packet),
+                }
+            }
+            self.streams.work(registry, &self.port);
+            self.datagrams.work(&self.port);
+            let sleep = self.streams.patience().map_or(SLEEP, |until| until.min(SLEEP));
+            match self.poll.poll(&mut events, Some(sleep)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn take_orders(&mut self) -> io::Result<()> {
+        let orders =
+            std::mem::take(&mut *self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        for order in orders {
+            match order {
+                Order::Listen(forward) => self.streams.listen(self.poll.registry(), forward)?,
+                Order::Unlisten(port) => self.streams.unlisten(port),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether an address is one of this host's.
+fn is_own(address: Ipv4Addr) -> bool {
+    // Only those can be bound to.
+    UdpSocket::bind((address, 0)).is_ok()
+}
+
+impl Reach {
+    /// Whether a guest may reach an address outside.
+    fn allows(&self, address: Ipv4Addr) -> bool {
+        address != LOCAL_CLIENT && (self.host || !is_own(address))
+    }
+}
+
+/// A token for each socket, none of them twice.
+#[derive(Debug)]
+struct Tokens(usize);
+
+impl Tokens {
+    fn next(&mut self) -> Token {
+        self.0 += 2;
+        Token(self.0)
+    }
+}

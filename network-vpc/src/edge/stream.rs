@@ -1,0 +1,332 @@
+//! Conversations over TCP: of the guest with hosts outside, of clients outside with the guest, and with the
+//! metadata service.
+
+use std::collections::HashMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use instance_core::net::Frame;
+use mio::net::{TcpListener, TcpStream};
+use mio::{Interest, Registry};
+use smoltcp::iface::SocketHandle;
+use smoltcp::socket::tcp;
+use smoltcp::wire::EthernetProtocol;
+
+use super::stack::Stack;
+use super::{Forward, Reach, Tokens};
+use crate::answer::ethernet;
+use crate::metadata::Session;
+use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
+use crate::port::Port;
+use crate::switch::{LOCAL_CLIENT, METADATA, ROUTER_MAC, View};
+
+/// The most conversations of an interface. More are refused.
+const MOST: usize = 1024;
+
+/// How long a host outside may take to accept a connection.
+const CONNECT_WITHIN: Duration = Duration::from_secs(30);
+
+/// Who the guest speaks with: its own port, and the other's address and port.
+type Key = (u16, Ipv4Addr, u16);
+
+/// The conversations of an interface.
+pub(super) struct Streams {
+    stack: Stack,
+    reach: Reach,
+    tokens: Tokens,
+    conversations: HashMap<Key, Conversation>,
+    listeners: Vec<Listener>,
+}
+
+struct Listener {
+    socket: TcpListener,
+    /// The port in the instance.
+    port: u16,
+}
+
+enum Conversation {
+    /// The host outside has not answered; with the packet by which the guest began.
+    Connecting { host: TcpStream, packet: Vec<u8>, until: Instant },
+    /// Both sides are there.
+    Open { socket: SocketHandle, other: Other },
+    /// What the guest is told of its end.
+    Ending { socket: SocketHandle },
+}
+
+/// The other side of a conversation.
+enum Other {
+    Host(Pipe),
+    Metadata(Session),
+}
+
+/// A connection of the host's.
+struct Pipe {
+    host: TcpStream,
+    /// The host has said that it sends no more.
+    host_done: bool,
+    /// The host has been told that the guest sends no more.
+    guest_done: bool,
+}
+
+impl Streams {
+    pub(super) fn new(view: &View, reach: Reach) -> Self {
+        Self {
+            stack: Stack::new(view),
+            reach,
+            tokens: Tokens(1),
+            conversations: HashMap::new(),
+            listeners: Vec::new(),
+        }
+    }
+
+    /// Offers a port of the instance's to the world.
+    pub(super) fn listen(&mut self, registry: &Registry, forward: Forward) -> io::Result<()> {
+        forward.listener.set_nonblocking(true)?;
+        let mut socket = TcpListener::from_std(forward.listener);
+        registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
+        self.listeners.push(Listener { socket, port: forward.port });
+        Ok(())
+    }
+
+    pub(super) fn unlisten(&mut self, port: u16) {
+        self.listeners.retain(|listener| listener.port != port);
+    }
+
+    /// A packet of the guest's.
+    pub(super) fn take(&mut self, registry: &Registry, flow: &Flow, packet: Vec<u8>) {
+        let Transport::Tcp { source, destination, flags } = flow.transport else { return };
+        let key = (source, flow.destination, destination);
+        let begins = flags.syn && !flags.ack && !self.conversations.contains_key(&key);
+        if begins && self.conversations.len() < MOST {
+            match self.begin(registry, key, packet) {
+                // The stack refuses what there is no socket for.
+                Some(refused) => self.stack.take(refused),
+                None => return,
+            }
+        } else if !matches!(self.conversations.get(&key), Some(Conversation::Connecting { .. })) {
+            self.stack.take(packet);
+        }
+        self.stack.work();
+    }
+
+    /// Begins a conversation. Gives the packet back if there is nobody to speak with.
+    fn begin(&mut self, registry: &Registry, key: Key, packet: Vec<u8>) -> Option<Vec<u8>> {
+        let (_, address, port) = key;
+        if address == METADATA {
+            // How many hops its answers go is decided when it is known what is asked.
+            let Some(socket) = self.stack.expect(address, port, None) else { return Some(packet) };
+            let other = Other::Metadata(Session::default());
+            self.conversations.insert(key, Conversation::Open { socket, other });
+            self.stack.take(packet);
+            self.stack.work();
+            return None;
+        }
+        let connecting = Some(address).filter(|address| self.reach.allows(*address)).and_then(|address| {
+            let mut host = TcpStream::connect(SocketAddr::new(address.into(), port)).ok()?;
+            registry.register(&mut host, self.tokens.next(), Interest::READABLE | Interest::WRITABLE).ok()?;
+            Some(host)
+        });
+        let Some(host) = connecting else { return Some(packet) };
+        let until = Instant::now() + CONNECT_WITHIN;
+        self.conversations.insert(key, Conversation::Connecting { host, packet, until });
+        None
+    }
+
+    /// Moves what can be moved.
+    pub(super) fn work(&mut self, registry: &Registry, port: &Port) {
+        self.accept(registry, port);
+        self.stack.work();
+        let keys: Vec<Key> = self.conversations.keys().copied().collect();
+        for key in keys {
+            let Some(conversation) = self.conversations.remove(&key) else { continue };
+            if let Some(goes_on) = self.advance(key, conversation, port) {
+                self.conversations.insert(key, goes_on);
+            }
+        }
+        self.stack.work();
+        self.send(port);
+    }
+
+    /// How long nothing has to be done if nothing comes.
+    pub(super) fn patience(&mut self) -> Option<Duration> {
+        self.stack.patience()
+    }
+
+    /// None of a conversation that is over.
+    fn advance(&mut self, key: Key, conversation: Conversation, port: &Port) -> Option<Conversation> {
+        match conversation {
+            Conversation::Connecting { host, packet, until } => match is_connected(&host) {
+                Ok(true) => {
+                    let _ = host.set_nodelay(true);
+                    let socket = self.stack.expect(key.1, key.2, None);
+                    self.stack.take(packet);
+                    self.stack.work();
+                    let other = Other::Host(Pipe { host, host_done: false, guest_done: false });
+                    socket.map(|socket| Conversation::Open { socket, other })
+                }
+                Ok(false) if Instant::now() < until => Some(Conversation::Connecting { host, packet, until }),
+                Ok(false) | Err(_) => {
+                    self.stack.take(packet);
+                    self.stack.work();
+                    None
+                }
+            },
+            Conversation::Open { socket, mut other } => {
+                let stack = self.stack.get(socket);
+                let goes_on = stack.state() != tcp::State::Closed
+                    && match &mut other {
+                        Other::Host(pipe) => pipe.pump(stack).is_ok(),
+                        Other::Metadata(session) => serve(session, stack, port),
+                    };
+                if goes_on {
+                    return Some(Conversation::Open { socket, other });
+                }
+                stack.abort();
+                Some(Conversation::Ending { socket })
+            }
+            Conversation::Ending { socket } => {
+                self.stack.remove(socket);
+                None
+            }
+        }
+    }
+
+    /// Takes clients in whom the instance's groups let in.
+    fn accept(&mut self, registry: &Registry, port: &Port) {
+        let own = port.view().address;
+        for n in 0..self.listeners.len() {
+            while let Ok((mut host, client)) = self.listeners[n].socket.accept() {
+                let inside = self.listeners[n].port;
+                let IpAddr::V4(real) = client.ip() else { continue };
+                let shown = if real.is_loopback() || real == own { LOCAL_CLIENT } else { real };
+                let flow = |source| {
+                    let flags = TcpFlags { syn: true, ..TcpFlags::default() };
+                    let transport = Transport::Tcp { source: client.port(), destination: inside, flags };
+                    Flow { source, destination: own, transport }
+                };
+                let key = (inside, shown, client.port());
+                let room = self.conversations.len() < MOST && !self.conversations.contains_key(&key);
+                // Dropped, the connection is reset or closed: nobody is told why.
+                if !room || !port.admits(&flow(real), &flow(shown)) {
+                    continue;
+                }
+                let _ = host.set_nodelay(true);
+                let interest = Interest::READABLE | Interest::WRITABLE;
+                if registry.register(&mut host, self.tokens.next(), interest).is_err() {
+                    continue;
+                }
+                if let Some(socket) = self.stack.connect((shown, client.port()), (own, inside)) {
+                    let other = Other::Host(Pipe { host, host_done: false, guest_done: false });
+                    self.conversations.insert(key, Conversation::Open { socket, other });
+                }
+            }
+        }
+    }
+
+    /// Gives the machine the stack's packets, as far as it has room.
+    fn send(&mut self, port: &Port) {
+        let view = port.view();
+        port.stuck.store(false, Ordering::Release);
+        let mut tried_again = false;
+        while let Some(packet) = self.stack.next() {
+            let from_service = packet.get(12..16) == Some(&METADATA.octets());
+            let mut frame = ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, packet.len());
+            frame[ETHERNET_LEN..].copy_from_slice(&packet);
+            if port.send_from_edge(Frame::new(frame), !from_service).is_ok() {
+                continue;
+            }
+            self.stack.put_back(packet);
+            // There may be room again by now, of which nobody tells any more.
+            port.stuck.store(true, Ordering::Release);
+            if std::mem::replace(&mut tried_again, true) {
+                return;
+            }
+        }
+    }
+}
+
+/// Whether a connection that was begun is there.
+fn is_connected(host: &TcpStream) -> io::Result<bool> {
+    if let Some(error) = host.take_error()? {
+        return Err(error);
+    }
+    match host.peer_addr() {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::NotConnected => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Answers the guest's questions. False when the conversation is over.
+fn serve(session: &mut Session, guest: &mut tcp::Socket<'_>, port: &Port) -> bool {
+    while guest.can_recv() {
+        let heard = guest.recv(|bytes| (bytes.len(), session.hear(bytes, || port.told())));
+        if heard.is_err() {
+            return false;
+        }
+    }
+    if let Some(hops) = session.hops() {
+        guest.set_hop_limit(Some(hops));
+    }
+    while guest.can_send() && !session.answer().is_empty() {
+        match guest.send_slice(session.answer()) {
+            Ok(sent) => session.said(sent),
+            Err(_) => return false,
+        }
+    }
+    let has_ended = !guest.may_recv() && guest.state() != tcp::State::SynReceived;
+    if session.answer().is_empty() && (session.is_over() || has_ended) {
+        guest.close();
+    }
+    true
+}
+
+impl Pipe {
+    /// Moves bytes both ways. An error is the end of both.
+    fn pump(&mut self, guest: &mut tcp::Socket<'_>) -> io::Result<()> {
+        while guest.can_recv() {
+            let mut written = Ok(0);
+            let received = guest.recv(|bytes| {
+                written = self.host.write(bytes);
+                (*written.as_ref().unwrap_or(&0), ())
+            });
+            match written {
+                _ if received.is_err() => return Err(ErrorKind::ConnectionReset.into()),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let guest_ended = matches!(
+            guest.state(),
+            tcp::State::CloseWait | tcp::State::LastAck | tcp::State::Closing | tcp::State::TimeWait
+        );
+        if guest_ended && guest.recv_queue() == 0 && !self.guest_done {
+            self.guest_done = true;
+            // Fails where the other side has gone, which is seen below.
+            let _ = self.host.shutdown(Shutdown::Write);
+        }
+        while guest.can_send() && !self.host_done {
+            let mut read = Ok(0);
+            let sent = guest.send(|room| {
+                read = self.host.read(room);
+                (*read.as_ref().unwrap_or(&0), ())
+            });
+            match read {
+                _ if sent.is_err() => return Err(ErrorKind::ConnectionReset.into()),
+                Ok(0) => self.host_done = true,
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if self.host_done && guest.may_send() {
+            guest.close();
+        }
+        Ok(())
+    }
+}

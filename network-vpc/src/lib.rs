@@ -1,0 +1,71 @@
+//! A virtual private cloud in the process: a switch that knows where each address is, a stateful firewall, ways in
+//! and out over the host's sockets, DHCP, DNS and the instance metadata service.
+//!
+//! Nothing of it needs a privilege. A [`Network`] has VPCs, subnets, security groups, interfaces and key pairs, by
+//! EC2's names; an interface is [plugged in](Network::plug) and gives the port that a machine is made with.
+//!
+//! ```
+//! use network_vpc::{Direction, Metadata, Network, Rule};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let dir = dir.path();
+//! let network = Network::open(dir, &"us-east-1".parse()?)?;
+//! let group = network.create_security_group(network.default_vpc()?, "web", "what a web server needs")?;
+//! network.authorize(group.id, Direction::Ingress, Rule::tcp(80, "0.0.0.0/0".parse()?))?;
+//!
+//! let interface = network.create_interface(network.interface_spec()?.groups([group.id]))?;
+//! let web = network.forward(interface.id, 80, "127.0.0.1:0".parse()?)?;
+//! let port = network.plug(interface.id)?; // for `MachineSpec::nets`
+//! network.set_metadata(interface.id, Some(Metadata::new("i-0123456789abcdef0".parse()?)))?;
+//! println!("http://{web}/ reaches port 80 of {}", interface.private_ip);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # How it works
+//!
+//! - **The switch** decides in the thread that sends: a function of the frame, of what is known of the interface
+//!   and of the time. It answers ARP, DHCP and pings of the router by itself, lets no frame out with another's
+//!   address, and learns nothing from what guests claim.
+//! - **Security groups** decide about the first packet of a conversation, at the sender's interface and at the
+//!   receiver's. What was allowed is remembered in a bounded table, in which beginnings never take the place of
+//!   conversations that go on. Fragments have no ports to decide by and are dropped.
+//! - **The world outside** is reached over sockets of the host, one a conversation: a stack in user space speaks TCP
+//!   with the guest. Clients come in at [forwarded ports](Network::forward). The host's own addresses
+//!   are out of reach unless [allowed](NetworkOptions::reach_host), and loopback and link-local ones always.
+//! - **Services**: DHCP, a resolver at the VPC's second address and at 169.254.169.253, and metadata at
+//!   169.254.169.254, each guest's own.
+//!
+//! # Input, output and errors
+//!
+//! Calls block for as long as the file `network.json` takes to be written; what a call acknowledged is on disk. An
+//! [`Error`] has a [`kind`](Error::kind) to match on and EC2's [`code`](Error::code).
+//!
+//! # Trust
+//!
+//! Guests are not trusted, nor who connects from outside. Queues and tables are bounded.
+//!
+//! # Left out
+//!
+//! IPv6, fragments, route tables, Elastic IPs as addresses of the host, DNS over TCP, more than one address an
+//! interface, TAP devices, and rate limits.
+
+mod answer;
+mod dns;
+mod edge;
+mod error;
+mod firewall;
+mod key_pair;
+mod metadata;
+mod model;
+mod network;
+mod offload;
+mod packet;
+mod port;
+mod switch;
+
+pub use error::{Error, ErrorKind, Result};
+pub use firewall::{Direction, Peer, Ports, Protocol, Rule};
+pub use key_pair::{CreatedKeyPair, KeyPair};
+pub use metadata::Metadata;
+pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
+pub use network::{InterfaceSpec, Network, NetworkOptions};

@@ -1,0 +1,196 @@
+//! Requests, and what is answered.
+
+use std::sync::Arc;
+
+use instance_core::HttpTokens;
+use instance_core::net::MacAddress;
+
+use super::*;
+use crate::firewall::Policy;
+use crate::switch::View;
+
+fn view() -> View {
+    View {
+        interface: "eni-0123456789abcdef0".parse().unwrap(),
+        vpc: "vpc-0123456789abcdef0".parse().unwrap(),
+        vpc_cidr: "10.0.0.0/16".parse().unwrap(),
+        subnet_id: "subnet-0123456789abcdef0".parse().unwrap(),
+        subnet: "10.0.0.0/24".parse().unwrap(),
+        mac: MacAddress([6, 0, 0, 0, 0, 9]),
+        address: "10.0.0.12".parse().unwrap(),
+        internet: true,
+        source_dest_check: true,
+        mtu: 1500,
+        host_name: "ip-10-0-0-12".to_owned(),
+        domain: "ec2.internal".to_owned(),
+        region: "us-east-1".to_owned(),
+        zone: "us-east-1a".to_owned(),
+        groups: vec![("sg-0123456789abcdef0".parse().unwrap(), "web".to_owned())],
+        policy: Policy::default(),
+    }
+}
+
+fn metadata() -> Metadata {
+    let mut metadata = Metadata::new("i-0123456789abcdef0".parse().unwrap());
+    metadata.image_id = Some("ami-0123456789abcdef0".parse().unwrap());
+    metadata.instance_type = "t3.micro".to_owned();
+    metadata.owner = Some("123456789012".parse().unwrap());
+    metadata.public_keys.push(("mine".to_owned(), "ssh-ed25519 AAAA mine".to_owned()));
+    metadata.user_data = Some(b"#!/bin/sh\n".to_vec());
+    metadata.options.http_tokens = HttpTokens::Optional;
+    metadata
+}
+
+fn told(metadata: Metadata) -> Told {
+    Told { view: Arc::new(view()), metadata: Some(Arc::new(metadata)), secret: Secret::random().unwrap() }
+}
+
+/// Status, head and body of the answer to a request.
+fn ask(told: &Told, request: &str) -> (u16, String, String) {
+    let mut session = Session::default();
+    // In pieces, as a network brings it.
+    for piece in request.as_bytes().chunks(7) {
+        session.hear(piece, || told.clone());
+    }
+    let answer = String::from_utf8(session.answer().to_vec()).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").expect("an answer");
+    (head[9..12].parse().unwrap(), head.to_owned(), body.to_owned())
+}
+
+fn get(told: &Told, path: &str) -> Option<String> {
+    let (status, _, body) = ask(told, &format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"));
+    (status == 200).then_some(body)
+}
+
+/// What cloud-init does: every leaf that a directory lists can be read.
+#[test]
+fn whatever_is_listed_is_there() {
+    let mut with_tags = metadata();
+    with_tags.options.instance_metadata_tags = true;
+    with_tags.tags.insert("Name", "web").unwrap();
+    for told in
+        [told(metadata()), told(with_tags), told(Metadata::new("i-0123456789abcdef0".parse().unwrap()))]
+    {
+        for root in ["/2021-03-23/meta-data/", "/latest/dynamic/"] {
+            let mut unread = vec![root.to_owned()];
+            let mut told_of = 0;
+            while let Some(path) = unread.pop() {
+                if told.metadata.as_ref().is_some_and(|m| m.options.http_tokens == HttpTokens::Required) {
+                    break;
+                }
+                let text = get(&told, &path).unwrap_or_else(|| panic!("{path} is listed"));
+                told_of += 1;
+                if !path.ends_with('/') {
+                    continue;
+                }
+                for name in text.lines() {
+                    // Keys are listed by number and name.
+                    let name = name.split_once('=').map_or(name.to_owned(), |(n, _)| format!("{n}/"));
+                    unread.push(format!("{path}{name}"));
+                }
+            }
+            assert!(told_of != 1, "{root}");
+        }
+    }
+}
+
+#[test]
+fn says_what_clients_look_for() {
+    let told = told(metadata());
+    for (path, expect) in [
+        ("/latest/meta-data/instance-id", "i-0123456789abcdef0"),
+        ("/2009-04-04/meta-data/ami-id", "ami-0123456789abcdef0"),
+        ("/latest/meta-data/public-keys/", "0=mine"),
+        ("/latest/meta-data/public-keys/0/openssh-key", "ssh-ed25519 AAAA mine"),
+        ("/latest/meta-data/network/interfaces/macs", "06:00:00:00:00:09/"),
+        ("/latest/meta-data/network/interfaces/macs/06:00:00:00:00:09/vpc-id", "vpc-0123456789abcdef0"),
+        ("/latest/meta-data/placement/availability-zone", "us-east-1a"),
+        ("/latest/meta-data/hostname", "ip-10-0-0-12.ec2.internal"),
+        ("/latest/user-data", "#!/bin/sh\n"),
+        ("/latest", "dynamic\nmeta-data\nuser-data"),
+        ("/latest/dynamic/instance-identity/", "document"),
+    ] {
+        assert_eq!(get(&told, path).as_deref(), Some(expect), "{path}");
+    }
+    let document = get(&told, "/latest/dynamic/instance-identity/document").unwrap();
+    let document: serde_json::Value = serde_json::from_str(&document).unwrap();
+    assert_eq!((&document["region"], &document["accountId"]), (&"us-east-1".into(), &"123456789012".into()));
+    for path in
+        ["/latest/meta-data/tags/", "/1999-01-01/meta-data/", "/latest/meta-data/none", "/latest/x", "/x"]
+    {
+        assert_eq!(get(&told, path), None, "{path}");
+    }
+}
+
+#[test]
+fn tokens_are_asked_for_and_known() {
+    let mut required = metadata();
+    required.options.http_tokens = HttpTokens::Required;
+    required.options.http_put_response_hop_limit = 3;
+    let told = told(required);
+    assert_eq!(get(&told, "/latest/meta-data/instance-id"), None);
+    let put = |headers: &str| ask(&told, &format!("PUT /latest/api/token HTTP/1.1\r\n{headers}\r\n"));
+    let ttl = "X-aws-ec2-metadata-token-ttl-seconds";
+    for (headers, expect) in [
+        (format!("{ttl}: 21600\r\n"), 200),
+        (format!("{ttl}: 1\r\n"), 200),
+        (format!("{ttl}: 0\r\n"), 400),
+        (format!("{ttl}: 21601\r\n"), 400),
+        (format!("{ttl}: soon\r\n"), 400),
+        (String::new(), 400),
+        (format!("{ttl}: 60\r\nX-Forwarded-For: 10.0.0.1\r\n"), 403),
+    ] {
+        assert_eq!(put(&headers).0, expect, "{headers}");
+    }
+    let (_, head, token) = put(&format!("{ttl}: 60\r\n"));
+    assert!(head.contains("Token-Ttl-Seconds: 60"));
+    let with = |token: &str| {
+        ask(
+            &told,
+            &format!("GET /latest/meta-data/mac HTTP/1.1\r\nX-aws-ec2-metadata-token: {token}\r\n\r\n"),
+        )
+    };
+    assert_eq!(with(&token).0, 200);
+    let mut forged = token.clone().into_bytes();
+    forged[3] ^= 1;
+    for token in [&*String::from_utf8(forged).unwrap(), "", "AAAA", &token[1..]] {
+        assert_eq!(with(token).0, 401, "{token}");
+    }
+    let mut session = Session::default();
+    session.hear(b"PUT /latest/api/token HTTP/1.1\r\n\r\n", || told.clone());
+    assert_eq!(session.hops(), Some(3));
+    session.hear(b"GET / HTTP/1.1\r\n\r\n", || told.clone());
+    assert_eq!(session.hops(), Some(64));
+}
+
+#[test]
+fn what_is_no_request_is_refused() {
+    let told = told(metadata());
+    for (request, expect) in [
+        ("nonsense\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n".to_owned(), 400),
+        ("GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned(), 400),
+        (format!("GET /{} HTTP/1.1\r\n", "x".repeat(20_000)), 431),
+        ("DELETE / HTTP/1.1\r\n\r\n".to_owned(), 405),
+        ("PUT /latest/meta-data/mac HTTP/1.1\r\n\r\n".to_owned(), 404),
+    ] {
+        assert_eq!(ask(&told, &request).0, expect, "{}", &request[..20.min(request.len())]);
+    }
+    let mut off = metadata();
+    off.options.http_endpoint = false;
+    assert_eq!(ask(&self::told(off), "GET / HTTP/1.1\r\n\r\n").0, 403);
+}
+
+#[test]
+fn several_requests_come_over_one_connection() {
+    let told = told(metadata());
+    let mut session = Session::default();
+    let one = "GET /latest/meta-data/mac HTTP/1.1\r\n\r\n";
+    session.hear((one.to_owned() + one).as_bytes(), || told.clone());
+    let answer = String::from_utf8(session.answer().to_vec()).unwrap();
+    assert_eq!(answer.matches("06:00:00:00:00:09").count(), 2);
+    assert!(!session.is_over());
+    session.hear(b"GET / HTTP/1.0\r\n\r\n", || told.clone());
+    assert!(session.is_over());
+}

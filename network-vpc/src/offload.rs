@@ -1,0 +1,196 @@
+//! What a sender has left to be done to a frame, done for a receiver that does not take it so.
+
+use instance_core::net::{Checksum, Frame, Offloads};
+use smoltcp::wire::Ipv4Packet;
+
+use crate::packet::ETHERNET_LEN;
+
+/// Where TCP's flags are in its header, and which of them only the last, or the first, of several packets has.
+const TCP_FLAGS: usize = 13;
+const FIN_AND_PUSH: u8 = 0x01 | 0x08;
+const CONGESTION_REDUCED: u8 = 0x80;
+/// Where TCP's sequence number and its checksum are.
+const TCP_SEQUENCE: usize = 4;
+const TCP_CHECKSUM: usize = 16;
+
+/// The frame, or what it is cut into, as an end that takes `takes` takes them. None of a frame that cannot be
+/// made such.
+pub(crate) fn finish(frame: Frame, takes: Offloads) -> Vec<Frame> {
+    if !frame.is_sound() {
+        return Vec::new();
+    }
+    if frame.is_taken_by(takes) {
+        return vec![frame];
+    }
+    if frame.segmentation.is_some() {
+        return segments(&frame).unwrap_or_default();
+    }
+    match frame.checksum {
+        Checksum::Partial { start, offset } => vec![completed(frame, start.into(), offset.into())],
+        Checksum::Complete | Checksum::Verified => vec![frame],
+    }
+}
+
+/// Adds what is missing of a checksum (virtio 1.2, 5.1.6.2).
+fn completed(mut frame: Frame, start: usize, offset: usize) -> Frame {
+    let sum = !sum(&frame.data[start..], 0);
+    // In UDP, zero says that there is none.
+    let sum = if sum == 0 { 0xffff } else { sum };
+    frame.data[start + offset..start + offset + 2].copy_from_slice(&sum.to_be_bytes());
+    frame.checksum = Checksum::Complete;
+    frame
+}
+
+/// Cuts a long frame of TCP over IPv4.
+fn segments(frame: &Frame) -> Option<Vec<Frame>> {
+    let cut = frame.segmentation?;
+    let Checksum::Partial { start, .. } = frame.checksum else { return None };
+    let (tcp, header_len) = (usize::from(start), usize::from(cut.header_len));
+    let is_ipv4 = tcp >= ETHERNET_LEN + 20 && tcp + 20 <= header_len;
+    let (header, payload) = frame.data.split_at_checked(header_len).filter(|_| is_ipv4)?;
+    let sequence = u32::from_be_bytes(*header[tcp + TCP_SEQUENCE..].first_chunk()?);
+    let id = u16::from_be_bytes(*header[ETHERNET_LEN + 4..].first_chunk()?);
+    let size = usize::from(cut.size).max(1);
+    let count = payload.len().div_ceil(size);
+    let segment = |(n, part): (usize, &[u8])| {
+        let mut data = [header, part].concat();
+        let flags = &mut data[tcp + TCP_FLAGS];
+        if n + 1 < count {
+            *flags &= !FIN_AND_PUSH;
+        }
+        if n > 0 {
+            *flags &= !CONGESTION_REDUCED;
+        }
+        let at = sequence.wrapping_add((n * size) as u32).to_be_bytes();
+        data[tcp + TCP_SEQUENCE..tcp + TCP_SEQUENCE + 4].copy_from_slice(&at);
+        let transport_len = (data.len() - tcp) as u16;
+        let mut ip = Ipv4Packet::new_unchecked(&mut data[ETHERNET_LEN..]);
+        ip.set_total_len((tcp - ETHERNET_LEN) as u16 + transport_len);
+        ip.set_ident(id.wrapping_add(n as u16));
+        ip.fill_checksum();
+        // The pseudo-header's length is the segment's own.
+        let addresses = data[ETHERNET_LEN + 12..ETHERNET_LEN + 20].to_vec();
+        data[tcp + TCP_CHECKSUM..tcp + TCP_CHECKSUM + 2].fill(0);
+        let pseudo = u32::from(sum(&addresses, 0)) + 6 + u32::from(transport_len);
+        let checksum = !sum(&data[tcp..], pseudo);
+        data[tcp + TCP_CHECKSUM..tcp + TCP_CHECKSUM + 2].copy_from_slice(&checksum.to_be_bytes());
+        Frame::new(data)
+    };
+    Some(payload.chunks(size).enumerate().map(segment).collect())
+}
+
+/// The Internet checksum's sum (RFC 1071), not yet inverted.
+fn sum(bytes: &[u8], start: u32) -> u16 {
+    let mut pairs = bytes.chunks_exact(2);
+    let mut sum = u64::from(start);
+    for pair in &mut pairs {
+        sum += u64::from(u16::from_be_bytes([pair[0], pair[1]]));
+    }
+    if let [last] = pairs.remainder() {
+        sum += u64::from(u16::from_be_bytes([*last, 0]));
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use instance_core::net::{Protocol, Segmentation};
+    use smoltcp::phy::ChecksumCapabilities;
+    use smoltcp::wire::{
+        IpAddress, IpProtocol, Ipv4Address, Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
+    };
+
+    const FROM: Ipv4Address = Ipv4Address::new(10, 0, 0, 4);
+    const TO: Ipv4Address = Ipv4Address::new(10, 0, 0, 5);
+
+    /// A frame of TCP as a guest leaves it, with the sum of the pseudo-header alone.
+    fn partial(payload: &[u8]) -> Frame {
+        let tcp = TcpRepr {
+            src_port: 1000,
+            dst_port: 80,
+            control: TcpControl::Psh,
+            seq_number: TcpSeqNumber(-5),
+            ack_number: Some(TcpSeqNumber(7)),
+            window_len: 100,
+            window_scale: None,
+            max_seg_size: None,
+            sack_permitted: false,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload,
+        };
+        let len = tcp.buffer_len();
+        let ip = Ipv4Repr {
+            src_addr: FROM,
+            dst_addr: TO,
+            next_header: IpProtocol::Tcp,
+            payload_len: len,
+            hop_limit: 64,
+        };
+        let mut data = vec![0; ETHERNET_LEN + 20 + len];
+        data[12..14].copy_from_slice(&[8, 0]);
+        ip.emit(&mut Ipv4Packet::new_unchecked(&mut data[ETHERNET_LEN..]), &ChecksumCapabilities::default());
+        tcp.emit(
+            &mut TcpPacket::new_unchecked(&mut data[34..]),
+            &FROM.into(),
+            &TO.into(),
+            &ChecksumCapabilities::ignored(),
+        );
+        let pseudo = sum(&data[26..34], 6 + len as u32);
+        data[50..52].copy_from_slice(&pseudo.to_be_bytes());
+        let mut frame = Frame::new(data);
+        frame.checksum = Checksum::Partial { start: 34, offset: 16 };
+        frame
+    }
+
+    fn tcp(frame: &Frame) -> TcpPacket<&[u8]> {
+        let ip = Ipv4Packet::new_checked(&frame.data[ETHERNET_LEN..]).unwrap();
+        assert!(ip.verify_checksum());
+        let tcp = TcpPacket::new_checked(&frame.data[34..]).unwrap();
+        assert!(tcp.verify_checksum(&IpAddress::from(FROM), &IpAddress::from(TO)));
+        tcp
+    }
+
+    #[test]
+    fn a_checksum_is_completed() {
+        for len in [0, 1, 2, 99, 1460] {
+            let done = finish(partial(&vec![3; len]), Offloads::NONE);
+            assert_eq!((done.len(), done[0].checksum), (1, Checksum::Complete));
+            assert_eq!(tcp(&done[0]).payload(), vec![3; len]);
+        }
+    }
+
+    #[test]
+    fn a_long_frame_is_cut() {
+        let payload: Vec<u8> = (0..5000).map(|n| (n / 7) as u8).collect();
+        let mut frame = partial(&payload);
+        frame.segmentation = Some(Segmentation { protocol: Protocol::Tcp4, size: 1460, header_len: 54 });
+        let done = finish(frame.clone(), Offloads::NONE);
+        assert_eq!(done.len(), 4);
+        let mut whole: Vec<u8> = Vec::new();
+        for (n, segment) in done.iter().enumerate() {
+            let tcp = tcp(segment);
+            assert_eq!(tcp.seq_number(), TcpSeqNumber(-5) + whole.len());
+            assert_eq!(tcp.psh(), n == 3);
+            whole.extend(tcp.payload());
+        }
+        assert_eq!(whole, payload);
+        assert_eq!(finish(frame.clone(), Offloads::ALL), [frame]);
+    }
+
+    #[test]
+    fn what_lies_is_dropped() {
+        let mut frame = partial(&[1; 3000]);
+        for (start, header_len, size) in
+            [(34, 20, 1460), (20, 54, 1460), (34, 4000, 1460), (34, 54, 0), (60000, 54, 100)]
+        {
+            frame.checksum = Checksum::Partial { start, offset: 16 };
+            frame.segmentation = Some(Segmentation { protocol: Protocol::Tcp4, size, header_len });
+            assert_eq!(finish(frame.clone(), Offloads::NONE), [], "{start} {header_len} {size}");
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! Guests in a network: among themselves, with the network's services, and with the world outside.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use common::{Guest, PATIENCE, SILENCE, together};
+use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::rr::{Name, RecordType};
+use instance_core::net::Frame;
+use network_vpc::{
+    Direction, InterfaceSpec, Metadata, Network, NetworkInterface, NetworkOptions, Peer, Rule,
+};
+use smoltcp::socket::tcp;
+
+const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+
+fn network() -> Network {
+    NetworkOptions::new().resolver(None).in_memory(&"eu-west-1".parse().unwrap()).unwrap()
+}
+
+fn anywhere() -> ipnet::Ipv4Net {
+    "0.0.0.0/0".parse().unwrap()
+}
+
+/// An interface in a group of its own, which lets these rules in.
+fn interface(network: &Network, name: &str, rules: &[Rule]) -> NetworkInterface {
+    let group = network.create_security_group(network.default_vpc().unwrap(), name, "").unwrap();
+    for rule in rules {
+        network.authorize(group.id, Direction::Ingress, rule.clone()).unwrap();
+    }
+    network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap()
+}
+
+fn boot(network: &Network, name: &str, rules: &[Rule]) -> (NetworkInterface, Guest) {
+    let interface = interface(network, name, rules);
+    let guest = Guest::boot(network.plug(interface.id).unwrap());
+    (interface, guest)
+}
+
+/// That one guest reaches a port of another's.
+fn assert_reaches(from: &mut Guest, to: &mut Guest, port: u16) {
+    assert!(reaches(from, to, port, PATIENCE), "{} does not reach {}", from.address, to.address);
+}
+
+/// That it does not.
+fn assert_cut_off(from: &mut Guest, to: &mut Guest, port: u16) {
+    assert!(!reaches(from, to, port, SILENCE), "{} reaches {}", from.address, to.address);
+}
+
+fn reaches(from: &mut Guest, to: &mut Guest, port: u16, patience: Duration) -> bool {
+    let listener = to.listen(port);
+    let address = to.address;
+    let connection = from.begin_connecting(address, port);
+    let connected = together(patience, &mut [from, to], |guests| {
+        let state = guests[0].tcp(connection).state();
+        (state != tcp::State::SynSent).then_some(state)
+    });
+    from.sockets.remove(connection);
+    to.sockets.remove(listener);
+    connected == Some(tcp::State::Established)
+}
+
+#[test]
+fn dhcp_gives_the_interface_its_address() {
+    let network = network();
+    let (interface, guest) = boot(&network, "a", &[]);
+    assert_eq!(guest.address, interface.private_ip);
+    assert_eq!(guest.router.to_string(), "172.31.0.1");
+    assert_eq!(guest.resolvers, [Ipv4Addr::new(172, 31, 0, 2)]);
+}
+
+#[test]
+fn security_groups_decide_who_gets_in() {
+    let network = network();
+    let (_, mut a) = boot(&network, "a", &[]);
+    let (b_interface, mut b) = boot(&network, "b", &[Rule::tcp(80, anywhere())]);
+    assert_reaches(&mut a, &mut b, 80);
+    assert_cut_off(&mut a, &mut b, 81);
+    assert_cut_off(&mut b, &mut a, 80);
+
+    // A rule for a group is one for who is in it, at once.
+    let group_of_a = network.security_groups().into_iter().find(|group| group.name == "a").unwrap();
+    let to_b = b_interface.groups[0];
+    let rule = Rule::tcp(81, anywhere()).with_peer(Peer::Group(group_of_a.id));
+    network.authorize(to_b, Direction::Ingress, rule).unwrap();
+    assert_reaches(&mut a, &mut b, 81);
+
+    // What is open stays so when its rule goes; nothing new begins.
+    let listener = b.listen(80);
+    let connection = a.begin_connecting(b_interface.private_ip, 80);
+    let established = |guests: &mut [&mut Guest]| {
+        (guests[1].tcp(listener).state() == tcp::State::Established).then_some(())
+    };
+    together(PATIENCE, &mut [&mut a, &mut b], established).unwrap();
+    let web = network
+        .security_group(to_b)
+        .unwrap()
+        .ingress
+        .into_iter()
+        .find(|(_, rule)| *rule == Rule::tcp(80, anywhere()));
+    network.revoke(to_b, web.unwrap().0).unwrap();
+    assert_cut_off(&mut a, &mut b, 80);
+    a.tcp(connection).send_slice(b"still here").unwrap();
+    let heard = together(PATIENCE, &mut [&mut a, &mut b], |guests| {
+        let socket = guests[1].tcp(listener);
+        socket.can_recv().then(|| socket.recv(|bytes| (bytes.len(), bytes.to_vec())).unwrap())
+    });
+    assert_eq!(heard.as_deref(), Some(&b"still here"[..]));
+}
+
+#[test]
+fn subnets_are_routed_and_vpcs_are_apart() {
+    let network = network();
+    let vpc = network.default_vpc().unwrap();
+    let (_, mut a) = boot(&network, "a", &[]);
+    let group = network.create_security_group(vpc, "b", "").unwrap().id;
+    network.authorize(group, Direction::Ingress, Rule::tcp(80, anywhere())).unwrap();
+    let other = network.create_subnet(vpc, "172.31.64.0/24".parse().unwrap()).unwrap();
+    let there = network.create_interface(InterfaceSpec::new(other.id).groups([group])).unwrap();
+    let mut b = Guest::boot(network.plug(there.id).unwrap());
+    assert_eq!(b.router.to_string(), "172.31.64.1");
+    assert_reaches(&mut a, &mut b, 80);
+
+    let elsewhere = network.create_vpc("172.31.0.0/16".parse().unwrap()).unwrap();
+    let subnet = network.create_subnet(elsewhere.id, "172.31.64.0/24".parse().unwrap()).unwrap();
+    let stranger = network.create_interface(InterfaceSpec::new(subnet.id)).unwrap();
+    let mut c = Guest::boot(network.plug(stranger.id).unwrap());
+    assert_eq!(c.address, b.address);
+    assert_cut_off(&mut c, &mut a, 80);
+}
+
+#[test]
+fn nobody_speaks_for_another() {
+    let network = network();
+    let (_, mut a) = boot(&network, "a", &[]);
+    let (_, mut b) = boot(&network, "b", &[Rule::all(Peer::Cidr(anywhere()))]);
+    let own = (a.address, a.router);
+    // With another's address; and, below, with another's hardware address.
+    a.set_address(smoltcp::wire::Ipv4Cidr::new(Ipv4Addr::new(172, 31, 0, 99), 20), own.1);
+    assert_cut_off(&mut a, &mut b, 80);
+    a.set_address(smoltcp::wire::Ipv4Cidr::new(own.0, 20), own.1);
+    assert_reaches(&mut a, &mut b, 80);
+    let mut frame = vec![0; 60];
+    frame[..6].copy_from_slice(&b.mac.0);
+    frame[6..12].copy_from_slice(&[2, 9, 9, 9, 9, 9]);
+    frame[12..14].copy_from_slice(&[8, 0]);
+    while b.port.recv().is_some() {}
+    a.port.send(Frame::new(frame)).unwrap();
+    assert_eq!(b.port.recv(), None);
+}
+
+#[test]
+fn names_are_addresses_and_back() {
+    let network = network();
+    let (interface, mut a) = boot(&network, "a", &[]);
+    let resolver = a.resolvers[0];
+    let mut ask = |name: &str, kind| {
+        let mut question = Message::new();
+        question
+            .set_id(7)
+            .set_recursion_desired(true)
+            .add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+        let answer = a.ask(resolver, 53, &question.to_vec().unwrap())?;
+        let answer = Message::from_vec(&answer).unwrap();
+        assert_eq!(answer.id(), 7);
+        let data = answer.answers().first().map(|record| record.data().to_string());
+        Some((answer.response_code(), data))
+    };
+    let name = format!("{}.eu-west-1.compute.internal.", interface.private_host_name());
+    let address = Some((ResponseCode::NoError, Some(interface.private_ip.to_string())));
+    assert_eq!(ask(&name, RecordType::A), address);
+    assert_eq!(ask(&name.to_ascii_uppercase(), RecordType::A), address);
+    assert_eq!(
+        ask("4.0.31.172.in-addr.arpa.", RecordType::PTR),
+        Some((ResponseCode::NoError, Some(name.clone())))
+    );
+    assert_eq!(ask(&name, RecordType::AAAA), Some((ResponseCode::NoError, None)));
+    let nowhere = Some((ResponseCode::NXDomain, None));
+    assert_eq!(ask("ip-10-0-0-1.eu-west-1.compute.internal.", RecordType::A), nowhere);
+    assert_eq!(ask("web.eu-west-1.compute.internal.", RecordType::A), nowhere);
+}
+
+#[test]
+fn a_guest_reads_its_own_metadata() {
+    let network = network();
+    let (first, mut a) = boot(&network, "a", &[]);
+    let (second, mut b) = boot(&network, "b", &[]);
+    for (interface, id) in [(&first, "i-0000000000000000a"), (&second, "i-0000000000000000b")] {
+        let mut metadata = Metadata::new(id.parse().unwrap());
+        metadata.user_data = Some(id.as_bytes().to_vec());
+        network.set_metadata(interface.id, Some(metadata)).unwrap();
+    }
+    let token = |guest: &mut Guest| {
+        let request = "PUT /latest/api/token HTTP/1.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n";
+        let (status, token) = guest.http(METADATA, request);
+        assert_eq!(status, 200);
+        token
+    };
+    let get = |guest: &mut Guest, token: &str| {
+        let header = format!("X-aws-ec2-metadata-token: {token}\r\n");
+        guest.http(METADATA, &format!("GET /latest/meta-data/instance-id HTTP/1.1\r\n{header}"))
+    };
+    let (of_a, of_b) = (token(&mut a), token(&mut b));
+    assert_eq!(get(&mut a, &of_a), (200, "i-0000000000000000a".to_owned()));
+    assert_eq!(get(&mut b, &of_b), (200, "i-0000000000000000b".to_owned()));
+    assert_eq!(get(&mut a, &of_b).0, 401, "another's token");
+    assert_eq!(a.http(METADATA, "GET /latest/user-data HTTP/1.1\r\n").0, 401);
+    network.set_metadata(first.id, None).unwrap();
+    assert_eq!(get(&mut a, &of_a).0, 404);
+}
+
+/// An address of this host's that is not a loopback one.
+fn own_address() -> Option<Ipv4Addr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.connect("203.0.113.1:9").ok()?;
+    match socket.local_addr().ok()? {
+        SocketAddr::V4(address) if !address.ip().is_unspecified() => Some(*address.ip()),
+        _ => None,
+    }
+}
+
+#[test]
+fn the_world_outside_is_reached_over_the_hosts_sockets() {
+    let Some(own) = own_address() else {
+        eprintln!("SKIPPED: this host has no address but the loopback one");
+        return;
+    };
+    let server = TcpListener::bind((own, 0)).unwrap();
+    let at = server.local_addr().unwrap().port();
+    let echo = thread::spawn(move || {
+        let (mut client, _) = server.accept().unwrap();
+        let mut all = Vec::new();
+        client.read_to_end(&mut all).unwrap();
+        client.write_all(&all).unwrap();
+    });
+    let region = "eu-west-1".parse().unwrap();
+    let open = NetworkOptions::new().reach_host(true).in_memory(&region).unwrap();
+    let (_, mut guest) = boot(&open, "a", &[]);
+    let connection = guest.connect(PATIENCE, own, at).unwrap();
+    let text: Vec<u8> = (0..300_000u32).flat_map(|n| (n as u16).to_be_bytes()).collect();
+    guest.say(connection, &text);
+    guest.tcp(connection).close();
+    assert!(guest.hear(connection, usize::MAX) == text, "what comes back is what was sent");
+    echo.join().unwrap();
+
+    // Nobody listens there; and the host itself is out of reach unless allowed.
+    let closed = TcpListener::bind((own, 0)).unwrap().local_addr().unwrap().port();
+    assert!(guest.connect(PATIENCE, own, closed).is_none());
+    let server = TcpListener::bind((own, 0)).unwrap();
+    let at = server.local_addr().unwrap().port();
+    let (_, mut shut_in) = boot(&network(), "a", &[]);
+    assert!(shut_in.connect(PATIENCE, own, at).is_none());
+    for address in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(169, 254, 1, 1), Ipv4Addr::new(0, 0, 0, 1)] {
+        assert!(guest.connect(SILENCE, address, at).is_none(), "{address}");
+    }
+
+    let socket = UdpSocket::bind((own, 0)).unwrap();
+    let at = socket.local_addr().unwrap().port();
+    let echo = thread::spawn(move || {
+        let mut bytes = [0; 100];
+        let (len, from) = socket.recv_from(&mut bytes).unwrap();
+        socket.send_to(&bytes[..len], from).unwrap();
+    });
+    assert_eq!(guest.ask(own, at, b"hello").as_deref(), Some(&b"hello"[..]));
+    echo.join().unwrap();
+}
+
+#[test]
+fn clients_come_in_at_forwarded_ports_if_the_groups_let_them() {
+    let network = network();
+    let loopback = "127.0.0.1/32".parse().unwrap();
+    let (interface, mut guest) = boot(&network, "a", &[Rule::tcp(22, loopback)]);
+    let ssh = network.forward(interface.id, 22, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let web = network.forward(interface.id, 80, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let server = guest.listen(22);
+    let client = thread::spawn(move || {
+        let mut stream = TcpStream::connect(ssh).unwrap();
+        stream.write_all(b"hello").unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        answer
+    });
+    guest.until(|guest| guest.tcp(server).can_recv().then_some(())).unwrap();
+    assert_eq!(guest.hear(server, 5), b"hello");
+    let seen = guest.tcp(server).remote_endpoint().unwrap().addr;
+    assert_eq!(seen.to_string(), "169.254.0.1");
+    guest.say(server, b"welcome");
+    guest.tcp(server).close();
+    guest.until(|guest| (!guest.tcp(server).is_open()).then_some(()));
+    assert_eq!(client.join().unwrap(), b"welcome");
+
+    // No rule for port 80: whoever connects is turned away.
+    guest.listen(80);
+    let mut refused = TcpStream::connect(web).unwrap();
+    refused.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut nothing = [0; 1];
+    assert!(matches!(refused.read(&mut nothing), Ok(0) | Err(_)));
+    network.stop_forwarding(interface.id, 80).unwrap();
+    guest.until(|_| TcpStream::connect(web).is_err().then_some(())).unwrap();
+}
+
+#[test]
+fn a_network_is_there_again_when_it_is_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = "eu-west-1".parse().unwrap();
+    let first = Network::open(dir.path(), &region).unwrap();
+    let made = interface(&first, "a", &[Rule::tcp(22, anywhere())]);
+    let at = first.forward(made.id, 22, "127.0.0.1:0".parse().unwrap()).unwrap();
+    first.create_key_pair("mine").unwrap();
+    let before =
+        (first.vpcs(), first.subnets(), first.security_groups(), first.interfaces(), first.key_pairs());
+    drop(first);
+    let second = Network::open(dir.path(), &region).unwrap();
+    let after =
+        (second.vpcs(), second.subnets(), second.security_groups(), second.interfaces(), second.key_pairs());
+    assert_eq!(before, after);
+    let mut guest = Guest::boot(second.plug(made.id).unwrap());
+    let server = guest.listen(22);
+    let client = TcpStream::connect(at).unwrap();
+    guest.until(|guest| (guest.tcp(server).state() == tcp::State::Established).then_some(())).unwrap();
+    drop(client);
+}
+
+#[test]
+fn an_interface_has_one_machine_and_lets_it_go() {
+    let network = network();
+    let made = interface(&network, "a", &[]);
+    let port = network.plug(made.id).unwrap();
+    assert_eq!(network.plug(made.id).unwrap_err().code(), "InvalidNetworkInterface.InUse");
+    assert_eq!(network.delete_interface(made.id).unwrap_err().code(), "InvalidNetworkInterface.InUse");
+    drop(port);
+    let port = network.plug(made.id).unwrap().port;
+    drop(network);
+    assert!(!port.is_connected());
+}
