@@ -54,6 +54,9 @@ mod dns;
 mod edge;
 mod error;
 mod firewall;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod key_pair;
 mod metadata;
 mod model;
