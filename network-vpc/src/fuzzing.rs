@@ -51,6 +51,8 @@ struct World {
     now: u32,
     /// When a packet of a conversation last passed, or was the first that a rule allowed.
     known: HashMap<Conversation, u32>,
+    /// When a rule last allowed one to begin by a SYN, each way.
+    begun: HashMap<(Direction, Conversation), u32>,
     /// What was begun as it should be and has not ended.
     alive: Vec<(Direction, Ipv4Addr, u16, u16)>,
     alive_since: u32,
@@ -100,6 +102,7 @@ impl World {
             rules: Vec::new(),
             now: 0,
             known: HashMap::new(),
+            begun: HashMap::new(),
             alive: Vec::new(),
             alive_since: 0,
         }
@@ -190,10 +193,17 @@ impl World {
             };
             let last = self.known.get(&conversation).copied();
             let last = last.unwrap_or_else(|| panic!("{way:?} {flow:?} belongs to nothing"));
+            if matches!(transport, Transport::Tcp { flags, .. } if flags.begins()) {
+                let begun = self.begun.get(&(way, conversation)).map(|begun| self.now - begun);
+                assert!(begun.is_some_and(|ago| ago <= 30), "{flow:?} begins by itself");
+            }
             assert!(self.now - last <= patience, "{flow:?} comes {} s too late", self.now - last - patience);
         }
         if passes {
             self.known.insert(conversation, self.now);
+        }
+        if by_rule {
+            self.begun.insert((way, conversation), self.now);
         }
         passes
     }

@@ -68,7 +68,7 @@ mod switch;
 
 pub use error::{Error, ErrorKind, Result};
 pub use firewall::{Direction, Peer, Ports, Protocol, Rule};
-pub use key_pair::{CreatedKeyPair, KeyPair};
+pub use key_pair::{CreatedKeyPair, KeyPair, KeyType};
 pub use metadata::Metadata;
 pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
 pub use network::{InterfaceSpec, Network, NetworkOptions};

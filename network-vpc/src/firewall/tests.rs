@@ -141,8 +141,12 @@ fn a_syn_that_is_said_again_asks_the_rules_in_the_end() {
     let (open, closed) = (policy(&[Rule::tcp(22, nearby())], &[]), Policy::default());
     let table = &mut Conntrack::new(1000);
     check(table, &open, 0, &["> S 100"]);
-    check(table, &closed, 20, &["> S 100", "- > S 200"]);
+    check(table, &closed, 20, &["> S 100", "- > S 200", "- < S 500"]);
     check(table, &closed, 31, &["- > S 100"]);
+    // Also where more are over than one packet clears away.
+    let begin = |port| inwards(tcp(port, 22, flags("S", 100, 0)));
+    assert!((1..=20).all(|port| table.allows(&open, Ingress, &begin(port), 31)));
+    assert!(!table.allows(&closed, Ingress, &begin(20), 62));
 }
 
 #[test]
