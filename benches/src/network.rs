@@ -54,7 +54,7 @@ impl Pair {
         let plug = |groups: &[_]| {
             let interface =
                 network.create_interface(network.interface_spec()?.groups(groups.iter().copied()))?;
-            let port = network.plug(interface.id)?;
+            let port = network.plug(interface.id)?.port;
             port.set_takes(instance_core::net::Offloads::ALL);
             anyhow::Ok(Plugged { interface, port })
         };
@@ -119,7 +119,7 @@ fn passes(from: &NetPort, to: &NetPort, frame: Frame) -> anyhow::Result<bool> {
 fn begin(pair: &Pair, source: u16, destination: u16, arrive: bool) -> anyhow::Result<()> {
     let (a, b) = (&pair.a, &pair.b);
     let (from, to) = ((a.interface.private_ip, source), (b.interface.private_ip, destination));
-    let mut step = |back: bool, flags, sequence, acknowledged| {
+    let step = |back: bool, flags, sequence, acknowledged| {
         let (source, destination) = if back { (to, from) } else { (from, to) };
         let segment = Segment { source, destination, flags, sequence, acknowledged };
         let (sender, receiver) = if back { (b, a) } else { (a, b) };
