@@ -15,11 +15,12 @@ use storage_block::SECTOR;
 use crate::console::ConsolePort;
 use crate::machine::{
     Boot, BootFile, Capabilities, Detach, DiskSpec, Execution, ExitCause, Hypervisor, Identity, Machine,
-    MachineError, MachineErrorKind, MachineSpec, MachineState, Runs,
+    MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec, Runs,
 };
 use crate::watch::{Publisher, Watch};
 
 const MAX_DISKS: usize = 32;
+const MAX_NETS: usize = 15;
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 
@@ -135,6 +136,7 @@ impl Hypervisor for FakeHypervisor {
         let mut capabilities = Capabilities::new("fake", self.architectures.clone(), execution);
         capabilities.max_vcpus = 64;
         capabilities.max_disks = MAX_DISKS;
+        capabilities.max_nets = MAX_NETS;
         capabilities.power_button = true;
         capabilities.hot_plug = true;
         capabilities.live_growth = true;
@@ -275,6 +277,7 @@ impl Machine for FakeMachine {
             vcpus: spec.vcpus.get(),
             memory_mib: spec.memory_mib.get(),
             identity: spec.identity,
+            _nets: spec.nets,
         };
         let spawned = std::thread::Builder::new().name("fake-machine".to_owned()).spawn(move || guest.run());
         *thread = Some(spawned.map_err(|e| {
@@ -384,6 +387,8 @@ struct FakeGuest {
     vcpus: u32,
     memory_mib: u32,
     identity: Option<Identity>,
+    /// Plugged in for as long as it runs; nothing is sent.
+    _nets: Vec<NetSpec>,
 }
 
 impl FakeGuest {
