@@ -78,8 +78,7 @@ pub(super) fn build(path: &Path, layout: &Layout, content: Content<'_>) -> anyho
         }
     };
     let id = layout.file_system;
-    let options =
-        format!("offset={MARGIN},{owner}hash_seed={id},lazy_itable_init=0,lazy_journal_init=0");
+    let options = format!("offset={MARGIN},{owner}hash_seed={id},lazy_itable_init=0,lazy_journal_init=0");
     fakeroot.args(["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "root", "-U"]);
     fakeroot.arg(id.to_string()).arg("-E").arg(options).arg("-d").arg(tree);
     fakeroot.arg(path).arg(((layout.size - 2 * MARGIN) / 4096).to_string());
