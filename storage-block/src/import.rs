@@ -9,7 +9,7 @@ use ami_core::Digest;
 
 use crate::format::{self, CHUNK, HOLE, Id, LEAF_IDS, MAX_SIZE};
 use crate::fs;
-use crate::keys::EncryptionKey;
+use crate::keys::{EncryptionKey, KeyContext};
 use crate::progress::Reporter;
 use crate::session::{Prepared, Session, Unpublished, prepare};
 use crate::store::sync_dir;
@@ -197,8 +197,11 @@ impl<'b> Manifest<'b> {
 
     pub(crate) fn finish(mut self, session: &mut Session<'_>) -> Result<NewRoot> {
         self.finish_leaf(session)?;
-        let wrapped = self.key.map(EncryptionKey::wrapped);
-        let bytes = format::encode_root(self.size, &self.leaves, wrapped);
+        let mut bytes = format::encode_root(self.size, &self.leaves, None);
+        if let Some(key) = self.key {
+            let wrapped = key.wrap(&KeyContext::snapshot(&bytes))?;
+            bytes = format::encode_root(self.size, &self.leaves, Some(&wrapped));
+        }
         Ok(NewRoot { bytes, key: self.key.cloned() })
     }
 }
@@ -214,9 +217,9 @@ pub(crate) fn publish(store: &Store, mut session: Session<'_>, roots: &[NewRoot]
     session.finish(|inner| {
         let mut new = Vec::new();
         let publish = |NewRoot { bytes, key }: &NewRoot| {
-            let path = inner.root_path(&Digest::of(bytes));
-            if !path.exists() {
-                new.push(path);
+            let digest = Digest::of(bytes);
+            if !inner.has_root(&digest, bytes) {
+                new.push(inner.root_path(&digest));
             }
             let root = inner.publish_root(bytes, key.as_ref())?;
             Ok(Snapshot::new(Arc::clone(&store.0), root))

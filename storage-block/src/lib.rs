@@ -84,6 +84,7 @@ mod import;
 pub mod keys;
 mod limit;
 mod log;
+mod lookup;
 mod map;
 mod memory;
 pub mod nbd;
@@ -102,6 +103,7 @@ mod sparse;
 mod store;
 mod sweep;
 pub mod testing;
+mod turns;
 mod volume;
 mod writeback;
 
@@ -122,7 +124,7 @@ pub use raw::RawFile;
 pub use scrub::ScrubReport;
 pub use snapshot::Snapshot;
 pub use store::Store;
-pub use sweep::Reclaimed;
+pub use sweep::{Reclaimed, Sweep};
 pub use volume::{FrozenVolumes, Volume};
 
 #[cfg(test)]

@@ -147,26 +147,6 @@ fn run_flush(server: &nbd::Server) -> u32 {
 }
 
 #[test]
-fn quiescing_holds_requests_off() {
-    let (_dir, server, disk) = server(1 << 20);
-    let mut stream = connect(&server);
-    let quiesced = server.quiesce();
-    stream.write_all(&request(0, 1, 0, 4)).unwrap();
-    stream.write_all(&[1; 4]).unwrap();
-    // However long one waits.
-    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    assert!(stream.read(&mut [0]).is_err());
-    let mut bytes = [0; 4];
-    disk.read_at(&mut bytes, 0).unwrap();
-    assert_eq!(bytes, [0; 4]);
-    drop(quiesced);
-    stream.set_read_timeout(None).unwrap();
-    assert_eq!(reply(&mut stream), 0);
-    disk.read_at(&mut bytes, 0).unwrap();
-    assert_eq!(bytes, [1; 4]);
-}
-
-#[test]
 fn dropping_the_server_ends_everything() {
     let (_dir, server, disk) = server(32 << 20);
     // Clients that are silent, in the handshake and after it, and one that reads no reply.

@@ -131,7 +131,7 @@ fn stores_of_version_1_go_on() {
     assert!(store.scrub(&mut |_| ()).unwrap().damages.is_empty());
     compare(&store.snapshot(&second).unwrap().disk(), &bytes, "packs of both versions");
     // Of the old pack one chunk is alive as what another differs from, of four objects.
-    store.remove_unreferenced(&HashSet::from([second])).unwrap();
+    store.sweep().remove_unreferenced(&HashSet::from([second])).unwrap();
     let snapshot = store.snapshot(&second).unwrap();
     snapshot.verify().unwrap();
     compare(&snapshot.disk(), &bytes, "after a sweep");

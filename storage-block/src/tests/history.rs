@@ -209,7 +209,7 @@ fn use_volume(store: &Store, volume: &Volume, mut bytes: Vec<u8>, random: &mut R
     snapshot.verify()?;
     if random.below(3) == 0 {
         let keep: HashSet<Digest> = store.snapshots()?.into_iter().collect();
-        store.remove_unreferenced(&keep)?;
+        store.sweep().remove_unreferenced(&keep)?;
         snapshot.verify()?;
     }
     if contents(&snapshot.disk())? == bytes {
@@ -546,7 +546,7 @@ impl History {
                 known.dropped = Some(Dropped { begun: now, acked: None });
             }
         }
-        self.store().remove_unreferenced(&keep)?;
+        self.store().sweep().remove_unreferenced(&keep)?;
         let now = self.now();
         for dropped in self.ledger.snapshots.iter_mut().filter_map(|known| known.dropped.as_mut()) {
             dropped.acked.get_or_insert(now);

@@ -11,6 +11,8 @@ mod full_disk;
 mod golden;
 mod grow;
 mod history;
+mod lineage;
+mod mend;
 mod model;
 mod patches;
 mod power;

@@ -149,7 +149,7 @@ impl Model {
     fn sweep(&mut self) {
         let kept = self.random.below(self.snapshots.len() as u64 + 1) as usize;
         let keep: HashSet<Digest> = self.snapshots.iter().take(kept).map(|(digest, _)| *digest).collect();
-        self.store().remove_unreferenced(&keep).unwrap();
+        self.store().sweep().remove_unreferenced(&keep).unwrap();
         let bases: HashSet<Digest> = self.volumes.iter().filter_map(|(volume, _)| volume.base()).collect();
         self.snapshots.retain(|(digest, _)| keep.contains(digest) || bases.contains(digest));
         let mut expected: Vec<Digest> = keep.union(&bases).copied().collect();

@@ -38,6 +38,8 @@ const FIGURES: &[Figure] = &[
     reported("random_overwrite_flushed", Place::Host),
     reported("random_overwrite_first_flushed", Place::Host),
     at_least("sequential_read", 0.95),
+    // The first read of all, which hashes every chunk.
+    reported("sequential_read_first", Place::Host),
     at_least("sequential_write", 0.95),
     // An import's speed in units of that of hashing alone, of copying the file, and of itself with one processor.
     // What it takes of all processors must leave two of them that speed.
