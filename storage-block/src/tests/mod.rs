@@ -11,6 +11,7 @@ mod full_disk;
 mod golden;
 mod grow;
 mod history;
+mod ledger;
 mod lineage;
 mod mend;
 mod model;

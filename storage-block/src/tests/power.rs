@@ -3,7 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::history::{History, Ledger};
+use super::history::History;
+use super::ledger::Ledger;
 use super::replay::{Cut, Disk, Keep, Names, Replay};
 use super::tape::{Op, Step, Tape};
 use super::{number, scratch};
