@@ -214,26 +214,31 @@ impl Index {
         found
     }
 
-    /// Takes in what was stored, which stays as it is where somebody else has stored the same meanwhile: he may
+    /// Takes in what was stored. What is there stays where somebody else has stored the same meanwhile: he may
     /// have told others that it is no patch, who differ from it now.
     pub(crate) fn add(&mut self, id: Id, place: Place) {
-        if self.damaged.remove(&id) {
+        if !self.has(&id) {
+            self.damaged.remove(&id);
             self.places.insert(id, place);
-            return;
-        }
-        match self.places.entry(id) {
-            Entry::Vacant(entry) => drop(entry.insert(place)),
-            Entry::Occupied(_) if place.patch.is_none() => self.copies.entry(id).or_default().push(place),
-            Entry::Occupied(_) => {}
+        } else if place.patch.is_none() {
+            self.copies.entry(id).or_default().push(place);
         }
     }
 
-    /// Forgets packs, and what lies in them.
+    /// Forgets packs, what lies in them, and what is stored as the difference from that.
     pub(crate) fn forget(&mut self, numbers: &[u32]) {
         for number in numbers {
             self.packs.remove(number);
         }
         self.places.retain(|_, place| self.packs.contains_key(&place.pack));
+        let lone = |place: &Place| {
+            let base = place.patch.as_ref().map_or(HOLE, |patch| patch.base);
+            base != HOLE && self.places.get(&base).is_none_or(|base| base.patch.is_some())
+        };
+        let lone: Vec<Id> = self.places.iter().filter(|(_, place)| lone(place)).map(|(id, _)| *id).collect();
+        for id in lone {
+            self.places.remove(&id);
+        }
         self.damaged.retain(|id| self.places.contains_key(id));
         self.copies.retain(|id, copies| {
             copies.retain(|copy| self.packs.contains_key(&copy.pack));

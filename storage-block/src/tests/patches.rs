@@ -239,3 +239,24 @@ fn of_two_patches_the_one_whose_base_is_there_counts() {
         compare(&store.snapshot(&made).unwrap().disk(), &both, "a chunk with two patches");
     }
 }
+
+/// What is stored as a difference is nothing without what it differs from, which a sweep may have dropped where nobody
+/// needs either: it is stored again when it comes again.
+#[test]
+fn a_difference_from_what_is_gone_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::with_pack_slots(dir.path().join("store"), 2).unwrap();
+    let mut bytes = image(1, 0, 1);
+    // The first pack has a chunk and a leaf; the second what differs, its leaf, and another image's chunk.
+    let (base, _) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+    let (patched, stored) = change(&store, &dir.path().join("volume"), &base, &mut bytes, &[3], 9);
+    assert_eq!(stored, 4096 + LEAF);
+    let other = store.import(&memory(&image(1, 0, 2)), &mut |_| ()).unwrap().0.digest();
+    drop((base, patched));
+    let swept = store.sweep().remove_unreferenced(&HashSet::from([other])).unwrap();
+    assert_eq!((swept.snapshots, swept.packs), (2, 1), "what differs is still in its pack");
+    let (again, stats) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+    compare(&again.disk(), &bytes, "what came again");
+    again.verify().unwrap();
+    assert!(stats.stored_bytes >= 65536, "{stats:?}");
+}
