@@ -34,7 +34,8 @@ pub struct SnapshotStats {
     /// The size of the disk.
     pub size: u64,
     /// Of an import, the bytes that were not known to be holes; of a volume's snapshot, the bytes of the
-    /// 4 KiB blocks that have changed since the snapshot the volume began as.
+    /// 4 KiB blocks that have changed since the last one, or, where there was none in this store since the volume was
+    /// opened, since the snapshot the volume began as.
     pub changed_bytes: u64,
     /// Bytes that were not in the store yet and are now: chunks of 64 KiB and manifest leaves of 32 KiB, or what is
     /// left of them where they are compressed, are nearly zero or differ little from what was there before.

@@ -2,7 +2,7 @@
 
 use crate::Result;
 
-/// What serves the requests of a [`Queue`].
+/// What serves the requests of a [`Queue`](crate::Queue).
 ///
 /// ```
 /// use storage_block::{Engine, MemoryDisk};
@@ -20,7 +20,7 @@ pub enum Engine {
     Threads,
 }
 
-/// How a [`Queue`] is made.
+/// How a [`Queue`](crate::Queue) is made.
 ///
 /// ```
 /// use storage_block::{Engine, MemoryDisk, QueueOptions};
