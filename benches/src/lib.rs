@@ -9,6 +9,7 @@ mod bare;
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod guest;
 pub mod launch;
+pub mod network;
 pub mod region;
 pub mod samples;
 pub mod storage;
@@ -33,6 +34,11 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "describe_10000" => region::describe_10000(),
         "describe_10000_over_100" => region::describe_10000_over_100(),
         "launch_16_threads_over_1" => region::launch_16_threads_over_1(),
+        "firewall_100_rules_over_0" => network::firewall_100_rules_over_0(),
+        "firewall_100_rules_over_0_beginning" => network::firewall_100_rules_over_0_beginning(),
+        "tracked_1000000" => network::tracked_1000000(),
+        "established_lost_to_flood" => network::established_lost_to_flood(),
+        "switch_over_loopback" => network::switch_over_loopback(),
         _ => storage::measure(name, bench),
     }
 }

@@ -20,15 +20,42 @@ pub struct KeyPair {
     pub name: String,
     /// The public key, as OpenSSH writes it, with the name as its comment.
     pub public_key: String,
-    /// By which users compare it: of an ED25519 key the SHA-256 in base64, as OpenSSH shows it without its prefix.
+    /// By which users compare it (EC2 User Guide, "Verify the fingerprint of your key pair"). Of an ED25519 key the
+    /// SHA-256 of the public key in base64, as OpenSSH shows it without its prefix. Of an RSA key that was
+    /// made here, the SHA-1 of the private key in PKCS #8; of one that was imported, the MD5 of the public key.
     pub fingerprint: String,
+}
+
+/// What a key pair is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum KeyType {
+    /// Ed25519 (RFC 8032).
+    Ed25519,
+    /// RSA, with 2048 bits where it is made here.
+    Rsa,
+}
+
+impl KeyPair {
+    /// What it was made for.
+    ///
+    /// ```
+    /// # let network = network_vpc::Network::in_memory(&"us-east-1".parse()?)?;
+    /// let made = network.create_key_pair("mine")?;
+    /// assert_eq!(made.key_pair.key_type(), network_vpc::KeyType::Ed25519);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn key_type(&self) -> KeyType {
+        if self.public_key.starts_with("ssh-rsa ") { KeyType::Rsa } else { KeyType::Ed25519 }
+    }
 }
 
 /// A key pair that was just made, with the private key, which nobody can be told again.
 pub struct CreatedKeyPair {
     /// What is kept of it.
     pub key_pair: KeyPair,
-    /// The private key, as OpenSSH writes it in PEM.
+    /// The private key in PEM: of ED25519 as OpenSSH writes it, of RSA in PKCS #1 (RFC 8017), as EC2's.
     pub private_key: String,
 }
 
@@ -38,16 +65,41 @@ impl std::fmt::Debug for CreatedKeyPair {
     }
 }
 
-/// Makes an ED25519 key pair.
-pub(crate) fn create(name: &str) -> Result<CreatedKeyPair> {
-    let failed = |error: ssh_key::Error| {
-        Error::new(ErrorKind::Host, "cannot make a key pair").with_source(error.to_string())
-    };
+/// Makes a key pair.
+pub(crate) fn create(name: &str, key_type: KeyType) -> Result<CreatedKeyPair> {
+    match key_type {
+        KeyType::Ed25519 => create_ed25519(name),
+        KeyType::Rsa => {
+            const BITS: usize = 2048;
+            let private = rsa::RsaPrivateKey::new(&mut OsRng, BITS).map_err(|e| failed(&e))?;
+            created_rsa(name, &private)
+        }
+    }
+}
+
+fn create_ed25519(name: &str) -> Result<CreatedKeyPair> {
+    let failed = |error: ssh_key::Error| failed(&error);
     let mut private = PrivateKey::random(&mut OsRng, Algorithm::Ed25519).map_err(failed)?;
     private.set_comment(name);
     let key_pair = described(name, private.public_key())?;
     let private_key = private.to_openssh(LineEnding::LF).map_err(failed)?.to_string();
     Ok(CreatedKeyPair { key_pair, private_key })
+}
+
+/// What users are told of an RSA key, whose PKCS #8 is DER of RFC 5958.
+fn created_rsa(name: &str, private: &rsa::RsaPrivateKey) -> Result<CreatedKeyPair> {
+    use rsa::pkcs1::EncodeRsaPrivateKey;
+    use rsa::pkcs8::EncodePrivateKey;
+    let public = ssh_key::public::RsaPublicKey::try_from(private.to_public_key()).map_err(|e| failed(&e))?;
+    let mut key_pair = described(name, &PublicKey::new(public.into(), ""))?;
+    let der = private.to_pkcs8_der().map_err(|e| failed(&e))?;
+    key_pair.fingerprint = hex(&sha1::Sha1::digest(der.as_bytes()));
+    let pem = private.to_pkcs1_pem(rsa::pkcs8::LineEnding::LF).map_err(|e| failed(&e))?;
+    Ok(CreatedKeyPair { key_pair, private_key: pem.to_string() })
+}
+
+fn failed(error: &dyn std::fmt::Display) -> Error {
+    Error::new(ErrorKind::Host, "cannot make a key pair").with_source(error.to_string())
 }
 
 /// Takes over a public key that a user has made.
@@ -95,24 +147,4 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_created_key_is_one_that_openssh_reads() {
-        let made = create("mine").unwrap();
-        let private = PrivateKey::from_openssh(&made.private_key).unwrap();
-        assert_eq!(private.public_key().to_openssh().unwrap(), made.key_pair.public_key);
-        assert!(made.key_pair.public_key.ends_with(" mine"));
-        assert_eq!(import("mine", &made.key_pair.public_key).unwrap().fingerprint, made.key_pair.fingerprint);
-        assert!(!format!("{made:?}").contains("PRIVATE"));
-    }
-
-    #[test]
-    fn what_is_no_key_is_refused() {
-        let ecdsa = "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAIbmlzdHAyNTYAAABBBHwf2HMM5TRXvo2SQJjsNkiDD5KqiiNjrGVv3UUh+mMT5RHxiRtOnlqvjhQtBq0VpmpCV/PwUdhOig4vkbqAcEc=";
-        for text in ["", "ssh-ed25519", "ssh-ed25519 AAAA", "-----BEGIN PUBLIC KEY-----", ecdsa] {
-            assert_eq!(import("mine", text).unwrap_err().kind(), ErrorKind::InvalidKeyFormat, "{text}");
-        }
-    }
-}
+mod tests;

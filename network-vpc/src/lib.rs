@@ -54,6 +54,9 @@ mod dns;
 mod edge;
 mod error;
 mod firewall;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod key_pair;
 mod metadata;
 mod model;
@@ -65,7 +68,7 @@ mod switch;
 
 pub use error::{Error, ErrorKind, Result};
 pub use firewall::{Direction, Peer, Ports, Protocol, Rule};
-pub use key_pair::{CreatedKeyPair, KeyPair};
+pub use key_pair::{CreatedKeyPair, KeyPair, KeyType};
 pub use metadata::Metadata;
 pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
 pub use network::{InterfaceSpec, Network, NetworkOptions};

@@ -1,6 +1,6 @@
 //! What a network consists of, as users see it and as it is kept.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::{
@@ -10,7 +10,7 @@ use instance_core::net::MacAddress;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use crate::firewall::{Allowed, Peer, Policy};
+use crate::firewall::{Members, Policy};
 use crate::key_pair::KeyPair;
 use crate::switch::{View, offset};
 use crate::{Error, ErrorKind, Result, Rule, dns};
@@ -136,13 +136,11 @@ impl Model {
     }
 
     /// What the switch has to know of an interface.
-    pub(crate) fn view(&self, interface: &NetworkInterface) -> Result<View> {
+    pub(crate) fn view(&self, interface: &NetworkInterface, members: &mut Memberships) -> Result<View> {
         let (subnet, vpc) = (self.subnet(interface.subnet_id)?, self.vpc(interface.vpc_id)?);
         let groups = interface.groups.iter().map(|id| self.group(*id)).collect::<Result<Vec<_>>>()?;
-        let allowed = |rules: fn(&SecurityGroup) -> &BTreeMap<SecurityGroupRuleId, Rule>| {
-            let rules = groups.iter().flat_map(|group| rules(group).values());
-            rules.map(|rule| self.allowed(rule)).collect()
-        };
+        let ingress = groups.iter().flat_map(|group| group.ingress.values());
+        let egress = groups.iter().flat_map(|group| group.egress.values());
         Ok(View {
             interface: interface.id,
             vpc: vpc.id,
@@ -159,22 +157,22 @@ impl Model {
             region: self.region.to_string(),
             zone: subnet.availability_zone.clone(),
             groups: groups.iter().map(|group| (group.id, group.name.clone())).collect(),
-            policy: Policy {
-                ingress: allowed(|group| &group.ingress),
-                egress: allowed(|group| &group.egress),
-            },
+            policy: Policy::new(ingress, egress, |group| members.of(self, group)),
         })
     }
+}
 
-    fn allowed(&self, rule: &Rule) -> Allowed {
-        let members = match rule.peer {
-            Peer::Cidr(_) => HashSet::new(),
-            Peer::Group(group) => {
-                let members = self.interfaces.values().filter(|i| i.groups.contains(&group));
-                members.map(|interface| interface.private_ip).collect()
-            }
-        };
-        Allowed { rule: rule.clone(), members }
+/// Who is in which group, looked up once for all the views that are made of a model.
+#[derive(Debug, Default)]
+pub(crate) struct Memberships(HashMap<SecurityGroupId, Members>);
+
+impl Memberships {
+    fn of(&mut self, model: &Model, group: SecurityGroupId) -> Members {
+        let members = self.0.entry(group).or_insert_with(|| {
+            let members = model.interfaces.values().filter(|interface| interface.groups.contains(&group));
+            Members::new(members.map(|interface| interface.private_ip).collect())
+        });
+        members.clone()
     }
 }
 

@@ -18,7 +18,7 @@ use ipnet::Ipv4Net;
 use mio::{Poll, Waker};
 
 use crate::edge::{Edge, Forward, Reach, WAKE};
-use crate::model::{MTU, Model, check_address, check_block, usable};
+use crate::model::{MTU, Memberships, Model, check_address, check_block, usable};
 use crate::port::{Fabric, Port};
 use crate::{Error, ErrorKind, Metadata, NetworkInterface, Result, Subnet, Vpc};
 
@@ -29,7 +29,7 @@ const FILE: &str = "network.json";
 const DEFAULT_VPC: &str = "172.31.0.0/16";
 const DEFAULT_SUBNET: &str = "172.31.0.0/20";
 
-/// How many conversations of an interface are remembered.
+/// How many conversations of an interface are remembered unless options say otherwise.
 const CONVERSATIONS: usize = 65_536;
 
 /// A region's network. Clones are the same.
@@ -60,6 +60,8 @@ pub struct Network(Arc<Inner>);
 struct Inner {
     file: Option<PathBuf>,
     reach: Reach,
+    /// How many of an interface are remembered.
+    conversations: usize,
     /// Declared before what its threads use.
     plugged: Mutex<HashMap<NetworkInterfaceId, Plugged>>,
     fabric: Arc<Fabric>,
@@ -110,12 +112,13 @@ impl InterfaceSpec {
 #[derive(Debug, Clone, Default)]
 pub struct NetworkOptions {
     reach: Reach,
+    conversations: Option<usize>,
 }
 
 impl NetworkOptions {
     /// Guests reach what the host reaches, but not the host itself, and ask its resolver.
     pub fn new() -> Self {
-        Self { reach: Reach { host: false, resolver: host_resolver() } }
+        Self { reach: Reach { host: false, resolver: host_resolver() }, conversations: None }
     }
 
     /// Whether guests may reach the host's own addresses, except the loopback ones.
@@ -127,6 +130,14 @@ impl NetworkOptions {
     /// Whom questions about other names are passed on to.
     pub fn resolver(mut self, resolver: Option<SocketAddr>) -> Self {
         self.reach.resolver = resolver;
+        self
+    }
+
+    /// How many conversations of each interface are remembered at most: 65,536, unless this says otherwise. Each
+    /// that is takes some 100 bytes. A sixteenth each are for those that begin, inwards and outwards, and for
+    /// protocols without ports.
+    pub fn tracked_conversations(mut self, most: usize) -> Self {
+        self.conversations = Some(most);
         self
     }
 
@@ -143,13 +154,13 @@ impl NetworkOptions {
             Err(e) => return Err(Error::host(format!("cannot read {}", file.display()), e)),
         };
         match there {
-            Some(model) => Ok(Network::new(model, Some(file), self.reach)),
+            Some(model) => Ok(Network::new(model, Some(file), self)),
             None => {
                 fs::create_dir_all(dir)
                     .map_err(|e| Error::host(format!("cannot make {}", dir.display()), e))?;
                 let model = first_model(region)?;
                 write(&file, &model)?;
-                Ok(Network::new(model, Some(file), self.reach))
+                Ok(Network::new(model, Some(file), self))
             }
         }
     }
@@ -160,7 +171,7 @@ impl NetworkOptions {
     ///
     /// Only where the host has no random numbers to give.
     pub fn in_memory(self, region: &RegionName) -> Result<Network> {
-        Ok(Network::new(first_model(region)?, None, self.reach))
+        Ok(Network::new(first_model(region)?, None, self))
     }
 }
 
@@ -184,9 +195,10 @@ impl Network {
         NetworkOptions::new().in_memory(region)
     }
 
-    fn new(model: Model, file: Option<PathBuf>, reach: Reach) -> Self {
+    fn new(model: Model, file: Option<PathBuf>, options: NetworkOptions) -> Self {
         let (plugged, fabric) = Default::default();
-        Self(Arc::new(Inner { file, reach, plugged, fabric, model: Mutex::new(model) }))
+        let (reach, conversations) = (options.reach, options.conversations.unwrap_or(CONVERSATIONS));
+        Self(Arc::new(Inner { file, reach, conversations, plugged, fabric, model: Mutex::new(model) }))
     }
 
     /// The VPCs.
@@ -406,12 +418,13 @@ impl Network {
         let (interface, view) = {
             let model = self.model();
             let interface = model.interface(id)?;
-            (interface.clone(), model.view(interface)?)
+            (interface.clone(), model.view(interface, &mut Memberships::default())?)
         };
         let poll = Poll::new().map_err(refused)?;
         let waker = Waker::new(poll.registry(), WAKE).map_err(refused)?;
         let (machine, cable) = net::link();
-        let port = Port::new(view, cable.clone(), &self.0.fabric, waker, CONVERSATIONS).map_err(refused)?;
+        let port =
+            Port::new(view, cable.clone(), &self.0.fabric, waker, self.0.conversations).map_err(refused)?;
         let edge = Edge::start(poll, port.clone(), self.0.reach.clone()).map_err(refused)?;
         for (inside, at) in &interface.forwards {
             let listener = TcpListener::bind(at).map_err(refused)?;
@@ -522,8 +535,10 @@ impl Network {
             write(file, &changed)?;
         }
         *model = changed;
+        let mut members = Memberships::default();
         for (id, plugged) in plugged.iter() {
-            if let Some(view) = model.interfaces.get(id).and_then(|interface| model.view(interface).ok()) {
+            let interface = model.interfaces.get(id);
+            if let Some(Ok(view)) = interface.map(|interface| model.view(interface, &mut members)) {
                 plugged.port.set_view(view);
             }
         }
@@ -593,7 +608,9 @@ fn parse(bytes: &[u8], file: &Path) -> Result<Model> {
         return Err(Error::new(ErrorKind::Corrupt, what));
     }
     // Whatever names something names what is there.
-    model.interfaces.values().try_for_each(|interface| model.view(interface).map(drop)).map_err(|e| {
+    let mut members = Memberships::default();
+    let mut views = model.interfaces.values().map(|interface| model.view(interface, &mut members));
+    views.try_for_each(|view| view.map(drop)).map_err(|e| {
         Error::new(ErrorKind::Corrupt, format!("{} contradicts itself", file.display())).with_source(e)
     })?;
     Ok(model)

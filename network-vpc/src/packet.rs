@@ -68,12 +68,23 @@ pub(crate) enum Transport {
     Other(u8),
 }
 
-/// The flags that begin and end a conversation.
+/// What of a segment begins and ends a conversation, and the numbers that show who may say so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct TcpFlags {
     pub(crate) syn: bool,
     pub(crate) ack: bool,
-    pub(crate) end: bool,
+    pub(crate) fin: bool,
+    pub(crate) rst: bool,
+    /// Of the first byte sent, and of the next one that is waited for.
+    pub(crate) sequence: u32,
+    pub(crate) acknowledged: u32,
+}
+
+impl TcpFlags {
+    /// Whether a conversation begins with it.
+    pub(crate) fn begins(&self) -> bool {
+        self.syn && !self.ack && !self.rst
+    }
 }
 
 /// ICMP's echo request and reply.
@@ -91,7 +102,7 @@ impl Flow {
         Some(Self { source: ip.src_addr(), destination: ip.dst_addr(), transport })
     }
 
-    /// The conversation that an ICMP error is about, as the one who gets the error began it or goes on with it.
+    /// What an ICMP error says of the packet that it is about: one that the error's receiver has sent.
     pub(crate) fn parse_error(packet: &[u8]) -> Option<Self> {
         const UNREACHABLE: u8 = 3;
         const TIME_EXCEEDED: u8 = 11;
@@ -106,10 +117,14 @@ impl Flow {
             return None;
         }
         // Of the packet that it quotes there may be no more than the ports.
+        let receiver = ip.dst_addr();
         let quoted = Ipv4Packet::new_unchecked(quoted);
         let bytes = quoted.as_ref();
         let header_len = usize::from(bytes.first()? & 0xf) * 4;
         let ports = bytes.get(header_len.max(20)..)?.first_chunk::<8>()?;
+        if quoted.version() != 4 || quoted.frag_offset() != 0 || quoted.src_addr() != receiver {
+            return None;
+        }
         let [s0, s1, d0, d1, i0, i1, ..] = *ports;
         let (source, destination) = (u16::from_be_bytes([s0, s1]), u16::from_be_bytes([d0, d1]));
         let transport = match quoted.next_header() {
@@ -127,7 +142,15 @@ impl Transport {
         Some(match protocol {
             IpProtocol::Tcp => {
                 let tcp = TcpPacket::new_checked(payload).ok()?;
-                let flags = TcpFlags { syn: tcp.syn(), ack: tcp.ack(), end: tcp.fin() || tcp.rst() };
+                let flags = TcpFlags {
+                    syn: tcp.syn(),
+                    ack: tcp.ack(),
+                    fin: tcp.fin(),
+                    rst: tcp.rst(),
+                    // The bits of a number that may have every value.
+                    sequence: tcp.seq_number().0 as u32,
+                    acknowledged: tcp.ack_number().0 as u32,
+                };
                 Self::Tcp { source: tcp.src_port(), destination: tcp.dst_port(), flags }
             }
             IpProtocol::Udp => {

@@ -132,7 +132,7 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
     let outside = view.internet && (is_outside(to) || to == LOCAL_CLIENT);
     let error = Flow::parse_error(packet);
     let allowed = match error {
-        Some(about) => table.allows_error(Direction::Egress, &about, now),
+        Some(about) => table.allows_error(&view.policy, Direction::Egress, &flow, &about, now),
         None => (is_local || outside) && table.allows(&view.policy, Direction::Egress, &flow, now),
     };
     if !allowed {
@@ -173,7 +173,9 @@ fn forward(view: &View, receiver: MacAddress, to: Ipv4Addr, mut frame: Frame) ->
 pub(crate) fn admit(view: &View, table: &mut Conntrack, frame: &[u8], now: u32) -> bool {
     let Some(packet) = frame.get(ETHERNET_LEN..) else { return false };
     match (Flow::parse_error(packet), Flow::parse(packet)) {
-        (Some(about), Some(_)) => table.allows_error(Direction::Ingress, &about, now),
+        (Some(about), Some(error)) => {
+            table.allows_error(&view.policy, Direction::Ingress, &error, &about, now)
+        }
         (None, Some(flow)) => table.allows(&view.policy, Direction::Ingress, &flow, now),
         (_, None) => false,
     }

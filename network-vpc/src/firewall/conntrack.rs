@@ -1,200 +1,261 @@
-//! The conversations that an interface is part of: a bounded memory of what rules have allowed.
+//! What becomes of conversations.
+//!
+//! A TCP conversation is begun by a SYN alone, and goes on when who began it has acknowledged the other's initial
+//! sequence number: whoever makes up addresses does not learn it, so a flood of SYNs fills the places of those
+//! that wait and no others, also where the instance answers each. In the same way it ends only with a reset that has
+//! the number which its receiver waits for (RFC 5961, section 3.2), or when both sides have ended it.
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
-use std::net::Ipv4Addr;
-
+use super::table::{Class, Key, Phase, State, Table};
 use crate::firewall::{Direction, Policy};
-use crate::packet::{ECHO, ECHO_REPLY, Flow, Transport};
+use crate::packet::{ECHO, ECHO_REPLY, Flow, TcpFlags, Transport};
 
-/// How long a conversation may be silent, in seconds: one of TCP that both sides have spoken in (EC2's default for
-/// instances of the Nitro system), one of UDP in which both have, another (EC2 User Guide, "Security group
-/// connection tracking").
-const ESTABLISHED_TCP: u32 = 350;
-const UDP_STREAM: u32 = 180;
-const BRIEF: u32 = 30;
-
-/// A conversation, seen from the interface: the peer's address and port, and its own port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
-    peer: Ipv4Addr,
-    peer_port: u16,
-    port: u16,
-    protocol: u8,
-}
-
-/// What is known of a conversation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Seen {
-    /// Which way its first packet went.
-    inwards: bool,
-    stage: Stage,
-    /// When it was last heard of, in seconds.
-    last: u32,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// One side has spoken.
-    Begun,
-    /// Both have.
-    Established,
-    /// One has said that it ends.
-    Closing,
-}
+const ICMP: u8 = 1;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
 
 /// The conversations of an interface.
-///
-/// Those in which only one side has spoken are kept apart and are the first to go, so that no flood of
-/// beginnings takes the place of a conversation that goes on.
 #[derive(Debug)]
 pub(crate) struct Conntrack {
-    begun: HashMap<Key, Seen>,
-    /// The order in which they began; some have gone since.
-    beginnings: VecDeque<Key>,
-    established: HashMap<Key, Seen>,
-    most_begun: usize,
-    most_established: usize,
-    /// When those that are over were last looked for.
-    swept: u32,
+    table: Table,
+    now: u32,
+}
+
+/// Who of a conversation sends a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    /// The one that began it.
+    First = 0,
+    Second = 1,
+}
+
+/// What a packet is to the conversation that it seems to belong to.
+enum Step {
+    /// A part of it.
+    Pass,
+    /// A part of it that shows that it lives.
+    Hear,
+    /// The rules have to decide.
+    Ask,
+    /// The rules have to decide, and it begins anew if they allow it.
+    BeginAnew,
+    /// Its end.
+    Remove,
+    /// It becomes one that goes on, if there is room.
+    Promote(Class),
 }
 
 impl Conntrack {
-    /// Remembers at most so many conversations, an eighth of them beginnings.
+    /// Remembers at most so many conversations, and at least a few.
     pub(crate) fn new(most: usize) -> Self {
-        let most_begun = (most / 8).max(1);
-        Self {
-            begun: HashMap::new(),
-            beginnings: VecDeque::new(),
-            established: HashMap::new(),
-            most_begun,
-            most_established: most.saturating_sub(most_begun).max(1),
-            swept: 0,
-        }
+        Self { table: Table::new(most), now: 0 }
     }
 
     /// How many conversations are remembered.
     pub(crate) fn len(&self) -> usize {
-        self.begun.len() + self.established.len()
+        self.table.len()
     }
 
-    /// How many beginnings are remembered in their order, of which some may have gone.
-    #[cfg(test)]
-    pub(crate) fn beginnings(&self) -> usize {
-        self.beginnings.len()
-    }
-
-    /// Whether a packet belongs to a conversation that goes on, or `policy` allows one to begin with it.
-    /// `now` is in seconds and does not go back.
+    /// Whether a packet belongs to a conversation that goes on, or `policy` allows it by itself. Whatever `policy`
+    /// allows passes. `now` is in seconds.
     pub(crate) fn allows(&mut self, policy: &Policy, direction: Direction, flow: &Flow, now: u32) -> bool {
-        self.sweep(now);
-        let Some(key) = Key::of(direction, flow) else {
-            // Nothing to tell its conversations by: each packet by the rules.
-            return policy.allows(direction, flow);
+        let now = self.advance(now);
+        if policy.leaves_untracked(direction, flow) {
+            return true;
+        }
+        // What has nothing to tell its conversations by goes by the rules.
+        let Some(key) = Key::of(direction, flow) else { return policy.allows(direction, flow) };
+        let Some((slot, mut state)) = self.table.find(&key, now) else {
+            return policy.allows(direction, flow) && self.begin(key, direction, flow);
         };
-        self.continues(key, direction, flow, now)
-            || policy.allows(direction, flow) && self.begin(key, direction, now)
+        let from_inwards = direction == Direction::Ingress;
+        let side = if state.inwards == from_inwards { Side::First } else { Side::Second };
+        let step = match flow.transport {
+            Transport::Tcp { flags, .. } => state.follow_tcp(side, flags),
+            Transport::Udp { .. } => state.follow_udp(side),
+            Transport::Icmp { kind, .. } => state.follow_echo(side, kind),
+            Transport::Other(_) => Step::Hear,
+        };
+        match step {
+            Step::Ask => return policy.allows(direction, flow),
+            Step::BeginAnew => return policy.allows(direction, flow) && self.begin(key, direction, flow),
+            Step::Pass => self.table.set(slot, state),
+            Step::Hear => {
+                self.table.set(slot, state);
+                self.table.hear(slot, now);
+            }
+            Step::Remove => self.table.remove(slot),
+            Step::Promote(class) => {
+                if self.table.promote(slot, class, now) {
+                    self.table.set(slot, state);
+                } else {
+                    // It waits on for a place, as what it was.
+                    self.table.hear(slot, now);
+                }
+            }
+        }
+        true
     }
 
     /// Whether `policy` lets a conversation in that begins with `real`, which the instance sees as `shown`.
     pub(crate) fn admit_as(&mut self, policy: &Policy, real: &Flow, shown: &Flow, now: u32) -> bool {
-        self.sweep(now);
-        let key = Key::of(Direction::Ingress, shown).filter(|_| policy.allows(Direction::Ingress, real));
-        key.is_some_and(|key| self.begin(key, Direction::Ingress, now))
-    }
-
-    /// Whether an ICMP error is about a conversation that goes on.
-    pub(crate) fn allows_error(&self, direction: Direction, about: &Flow, now: u32) -> bool {
-        // The quoted packet went the other way.
-        let went = match direction {
-            Direction::Ingress => Direction::Egress,
-            Direction::Egress => Direction::Ingress,
-        };
-        let known = |seen: &Seen, protocol| now.saturating_sub(seen.last) <= seen.patience(protocol);
-        Key::of(went, about).is_some_and(|key| {
-            let seen = self.established.get(&key).or_else(|| self.begun.get(&key));
-            seen.is_some_and(|seen| known(seen, key.protocol))
-        })
-    }
-
-    fn continues(&mut self, key: Key, direction: Direction, flow: &Flow, now: u32) -> bool {
-        let inwards = direction == Direction::Ingress;
-        let ends = matches!(flow.transport, Transport::Tcp { flags, .. } if flags.end);
-        if let Entry::Occupied(mut entry) = self.established.entry(key) {
-            let begins_anew =
-                matches!(flow.transport, Transport::Tcp { flags, .. } if flags.syn && !flags.ack);
-            let seen = entry.get_mut();
-            let over = now.saturating_sub(seen.last) > seen.patience(key.protocol);
-            if over || begins_anew && seen.stage == Stage::Closing {
-                entry.remove();
-                return false;
-            }
-            seen.last = now;
-            if ends {
-                seen.stage = Stage::Closing;
-            }
+        let now = self.advance(now);
+        if policy.leaves_untracked(Direction::Ingress, real) {
             return true;
         }
-        let Entry::Occupied(mut entry) = self.begun.entry(key) else { return false };
-        let seen = entry.get_mut();
-        if now.saturating_sub(seen.last) > seen.patience(key.protocol) {
-            entry.remove();
+        let Some(key) = Key::of(Direction::Ingress, shown) else { return false };
+        if !policy.allows(Direction::Ingress, real) {
             return false;
         }
-        seen.last = now;
-        if seen.inwards == inwards {
-            return true;
-        }
-        // Answered. Where there is no place among those that go on, it stays a beginning.
-        if self.established.len() < self.most_established {
-            let stage = if ends { Stage::Closing } else { Stage::Established };
-            let seen = Seen { stage, ..*seen };
-            entry.remove();
-            self.established.insert(key, seen);
-        }
+        let state = State { inwards: true, phase: Phase::Expected, ended: 0, numbers: [0; 2] };
+        self.table.begin(key, Class::WaitingIn, state, now);
         true
     }
 
-    fn begin(&mut self, key: Key, direction: Direction, now: u32) -> bool {
-        while self.begun.len() >= self.most_begun {
-            match self.beginnings.pop_front() {
-                Some(oldest) => drop(self.begun.remove(&oldest)),
-                None => return false,
-            }
-        }
-        let seen = Seen { inwards: direction == Direction::Ingress, stage: Stage::Begun, last: now };
-        self.begun.insert(key, seen);
-        if self.beginnings.len() >= 2 * self.most_begun {
-            let begun = &self.begun;
-            self.beginnings.retain(|key| begun.contains_key(key));
-        }
-        self.beginnings.push_back(key);
-        true
+    /// Whether an ICMP error may pass, which is about the packet `about`: because that one's conversation goes on, or
+    /// because `policy` allows `error` by itself.
+    pub(crate) fn allows_error(
+        &mut self,
+        policy: &Policy,
+        direction: Direction,
+        error: &Flow,
+        about: &Flow,
+        now: u32,
+    ) -> bool {
+        let now = self.advance(now);
+        // The packet went the other way.
+        let went = direction.opposite();
+        let goes_on = || Key::of(went, about).is_some_and(|key| self.table.find(&key, now).is_some());
+        policy.leaves_untracked(went, about) || goes_on() || policy.allows(direction, error)
     }
 
-    /// Forgets what is over, every few seconds.
-    fn sweep(&mut self, now: u32) {
-        const EVERY: u32 = 10;
-        if now.saturating_sub(self.swept) < EVERY {
-            return;
-        }
-        self.swept = now;
-        let lives = |key: &Key, seen: &mut Seen| now.saturating_sub(seen.last) <= seen.patience(key.protocol);
-        self.begun.retain(lives);
-        self.established.retain(lives);
-        let begun = &self.begun;
-        self.beginnings.retain(|key| begun.contains_key(key));
+    /// That all is as it has to be.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn check(&self) {
+        self.table.check();
+    }
+
+    /// Time does not go back.
+    fn advance(&mut self, now: u32) -> u32 {
+        self.now = self.now.max(now);
+        self.table.expire(self.now);
+        self.now
+    }
+
+    /// Remembers a conversation if this packet begins one. What it is for: that one may pass, that is decided.
+    fn begin(&mut self, key: Key, direction: Direction, flow: &Flow) -> bool {
+        let number = match flow.transport {
+            Transport::Tcp { flags, .. } if flags.begins() => Some(flags.sequence),
+            // It is in the middle of something, of which nothing is known.
+            Transport::Tcp { .. } | Transport::Icmp { kind: ECHO_REPLY, .. } => None,
+            _ => Some(0),
+        };
+        let Some(number) = number else { return true };
+        let inwards = direction == Direction::Ingress;
+        let class = match (flow.transport, inwards) {
+            (Transport::Other(_), _) => Class::Portless,
+            (_, true) => Class::WaitingIn,
+            (_, false) => Class::WaitingOut,
+        };
+        let state = State { inwards, phase: Phase::Begun, ended: 0, numbers: [number, 0] };
+        self.table.begin(key, class, state, self.now);
+        true
     }
 }
 
-impl Seen {
-    fn patience(&self, protocol: u8) -> u32 {
-        const TCP: u8 = 6;
-        const UDP: u8 = 17;
-        match (protocol, self.stage) {
-            (TCP, Stage::Established) => ESTABLISHED_TCP,
-            (UDP, Stage::Established) => UDP_STREAM,
-            _ => BRIEF,
+impl State {
+    fn follow_tcp(&mut self, side: Side, flags: TcpFlags) -> Step {
+        match self.phase {
+            Phase::GoesOn => self.follow_established(side, flags),
+            _ => self.follow_handshake(side, flags),
+        }
+    }
+
+    fn follow_handshake(&mut self, side: Side, flags: TcpFlags) -> Step {
+        // How far apart the initial number and the first acknowledgement may be: what the other side has sent
+        // along with its SYN.
+        const AHEAD: u32 = u16::MAX as u32;
+        let [first, second] = self.numbers;
+        let acknowledges_first = flags.ack && flags.acknowledged == first.wrapping_add(1);
+        match side {
+            Side::First if flags.begins() => match self.phase {
+                Phase::Expected => {
+                    (self.phase, self.numbers) = (Phase::Begun, [flags.sequence, 0]);
+                    Step::Pass
+                }
+                // Said again. It is not heard of: who is not answered asks the rules from time to time.
+                _ if flags.sequence == first => Step::Pass,
+                _ => Step::BeginAnew,
+            },
+            Side::First => {
+                let ahead = flags.acknowledged.wrapping_sub(second.wrapping_add(1));
+                if self.phase != Phase::Answered || !flags.ack || flags.rst || ahead > AHEAD {
+                    return Step::Pass;
+                }
+                self.phase = Phase::GoesOn;
+                self.numbers = [flags.acknowledged, first.wrapping_add(1)];
+                self.ended = u8::from(flags.fin);
+                Step::Promote(Class::Established)
+            }
+            Side::Second if flags.begins() => Step::Ask,
+            Side::Second if flags.rst && acknowledges_first => Step::Remove,
+            Side::Second if flags.syn && acknowledges_first => {
+                let answered_before = self.phase == Phase::Answered;
+                (self.phase, self.numbers[1]) = (Phase::Answered, flags.sequence);
+                if answered_before { Step::Pass } else { Step::Hear }
+            }
+            Side::Second => Step::Pass,
+        }
+    }
+
+    fn follow_established(&mut self, side: Side, flags: TcpFlags) -> Step {
+        const BOTH: u8 = 0b11;
+        let is_closed = self.ended == BOTH;
+        if flags.begins() {
+            // A conversation does not begin anew without a rule. And it does not end with what anyone can say.
+            return if is_closed { Step::BeginAnew } else { Step::Ask };
+        }
+        if flags.rst {
+            let expected = self.numbers[1 - side as usize];
+            if is_closed || flags.sequence != expected {
+                return Step::Pass;
+            }
+            self.ended = BOTH;
+            return Step::Promote(Class::Closing);
+        }
+        if flags.ack {
+            self.numbers[side as usize] = flags.acknowledged;
+        }
+        if flags.fin {
+            self.ended |= 1 << side as u8;
+        }
+        if self.ended == BOTH && !is_closed { Step::Promote(Class::Closing) } else { Step::Hear }
+    }
+
+    fn follow_udp(&mut self, side: Side) -> Step {
+        match (self.phase, side) {
+            // Not heard of, as a SYN that is said again.
+            (Phase::Expected | Phase::Begun, Side::First) => return Step::Pass,
+            (Phase::Expected | Phase::Begun, Side::Second) => self.phase = Phase::Answered,
+            (Phase::Answered, Side::First) => self.phase = Phase::AskedAgain,
+            (Phase::AskedAgain, Side::Second) => {
+                self.phase = Phase::GoesOn;
+                return Step::Promote(Class::Stream);
+            }
+            _ => {}
+        }
+        Step::Hear
+    }
+
+    fn follow_echo(&mut self, side: Side, kind: u8) -> Step {
+        match (side, kind == ECHO) {
+            (Side::First, true) if self.phase == Phase::Answered => Step::Hear,
+            (Side::First, true) => Step::Pass,
+            (Side::Second, false) => {
+                self.phase = Phase::Answered;
+                Step::Hear
+            }
+            // The same number the other way is another conversation.
+            (Side::First, false) | (Side::Second, true) => Step::Ask,
         }
     }
 }
@@ -202,14 +263,13 @@ impl Seen {
 impl Key {
     /// None of a packet that has nothing to tell its conversation by.
     fn of(direction: Direction, flow: &Flow) -> Option<Self> {
-        let (from, to) = match flow.transport {
-            Transport::Tcp { source, destination, .. } | Transport::Udp { source, destination } => {
-                (source, destination)
-            }
-            Transport::Icmp { kind: ECHO | ECHO_REPLY, id, .. } => (id, id),
-            Transport::Icmp { .. } | Transport::Other(_) => return None,
+        let (from, to, protocol) = match flow.transport {
+            Transport::Tcp { source, destination, .. } => (source, destination, TCP),
+            Transport::Udp { source, destination } => (source, destination, UDP),
+            Transport::Icmp { kind: ECHO | ECHO_REPLY, id, .. } => (id, id, ICMP),
+            Transport::Icmp { .. } => return None,
+            Transport::Other(number) => (0, 0, number),
         };
-        let protocol = flow.transport.number();
         Some(match direction {
             Direction::Ingress => Self { peer: flow.source, peer_port: from, port: to, protocol },
             Direction::Egress => Self { peer: flow.destination, peer_port: to, port: from, protocol },

@@ -6,7 +6,6 @@ use ami_core::SecurityGroupId;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use crate::packet::Transport;
 use crate::{Error, ErrorKind, Result};
 
 /// Allows conversations of a protocol with a peer.
@@ -116,26 +115,6 @@ impl Rule {
         }
         let what = format!("ports {:?} do not go with protocol {:?}", self.ports, self.protocol);
         Err(Error::new(ErrorKind::InvalidPermission, what))
-    }
-
-    /// Whether it is about such a packet, whoever the peer is.
-    pub(crate) fn covers(&self, transport: &Transport) -> bool {
-        match (self.protocol, transport) {
-            (Protocol::Any, _) => true,
-            (Protocol::Tcp, Transport::Tcp { destination, .. })
-            | (Protocol::Udp, Transport::Udp { destination, .. }) => match &self.ports {
-                Ports::Range(ports) => ports.contains(destination),
-                Ports::All => true,
-                Ports::Icmp(..) => false,
-            },
-            (Protocol::Icmp, Transport::Icmp { kind, code, .. }) => match &self.ports {
-                Ports::Icmp(of_kind, of_code) => of_kind == kind && of_code.is_none_or(|c| c == *code),
-                Ports::All => true,
-                Ports::Range(_) => false,
-            },
-            (Protocol::Number(number), transport) => number == transport.number(),
-            _ => false,
-        }
     }
 
     /// Whether it allows the same as another, whatever it is for.

@@ -11,6 +11,7 @@
 mod bar;
 mod facts;
 mod launch;
+mod network;
 mod region;
 mod storage;
 
@@ -31,7 +32,7 @@ use bar::{Figure, Kept, Measurement, Place};
 use facts::Facts;
 
 /// The areas that have figures.
-const AREAS: &[Area] = &[launch::AREA, region::AREA, storage::AREA];
+const AREAS: &[Area] = &[launch::AREA, network::AREA, region::AREA, storage::AREA];
 
 /// In the lab counted instructions are slow, most of all on a busy host.
 const LAB_DEADLINE: Duration = Duration::from_secs(600);
