@@ -70,6 +70,7 @@ pub mod fuzzing;
 mod open;
 mod pack;
 mod qcow2;
+mod read_only;
 mod source;
 mod vmdk;
 
@@ -77,8 +78,3 @@ pub use error::{Error, ErrorKind, Result};
 pub use export::{Compression, ExportOptions, ExportStats, Progress, export};
 pub use format::Format;
 pub use open::{OpenOptions, open};
-
-/// What an image says to being written, which a [`Disk`](storage_block::Disk) never asks for.
-fn read_only() -> storage_block::Error {
-    storage_block::Error::new(storage_block::ErrorKind::ReadOnly, "an image can only be read")
-}

@@ -6,6 +6,7 @@ use std::fmt;
 use ami_core::{AccountId, AmiId, Architecture, InstanceId, ReservationId, Timestamp, VolumeId};
 use serde::{Deserialize, Serialize};
 
+use crate::network::NetworkPlacement;
 use crate::{InstanceState, InstanceType, MetadataOptions};
 
 /// What happens when the guest powers itself off (`InstanceInitiatedShutdownBehavior`).
@@ -139,6 +140,9 @@ pub struct InstanceDescription {
     pub root_device_name: String,
     /// Its volumes, the root volume first.
     pub attachments: Vec<Attachment>,
+    /// Where it is in the region's network, if that has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkPlacement>,
     /// Its tags.
     pub tags: BTreeMap<String, String>,
 }

@@ -204,20 +204,27 @@ impl Filterable for InstanceDescription {
         "key-name",
         "launch-index",
         "launch-time",
+        "instance.group-id",
         "metadata-options.http-endpoint",
         "metadata-options.http-tokens",
+        "network-interface.network-interface-id",
         "owner-id",
+        "private-dns-name",
+        "private-ip-address",
         "reservation-id",
         "root-device-name",
         "root-device-type",
         "state-reason-code",
         "state-reason-message",
+        "subnet-id",
         "tag-key",
         "virtualization-type",
+        "vpc-id",
     ];
 
     fn values(&self, name: &str) -> Vec<String> {
         let attachments = || self.attachments.iter();
+        let place = self.network.iter();
         match name {
             "architecture" => vec![self.architecture.to_string()],
             "block-device-mapping.delete-on-termination" => {
@@ -234,18 +241,24 @@ impl Filterable for InstanceDescription {
             "key-name" => self.key_name.iter().cloned().collect(),
             "launch-index" => vec![self.launch_index.to_string()],
             "launch-time" => vec![self.launch_time.to_string()],
+            "instance.group-id" => place.flat_map(|p| &p.security_groups).map(ToString::to_string).collect(),
             "metadata-options.http-endpoint" => {
                 let enabled = self.metadata_options.http_endpoint;
                 vec![if enabled { "enabled" } else { "disabled" }.to_owned()]
             }
             "metadata-options.http-tokens" => vec![self.metadata_options.http_tokens.as_str().to_owned()],
+            "network-interface.network-interface-id" => place.map(|p| p.interface_id.to_string()).collect(),
             "owner-id" => vec![self.owner.to_string()],
+            "private-dns-name" => place.map(|p| p.private_dns_name.clone()).collect(),
+            "private-ip-address" => place.map(|p| p.private_ip.to_string()).collect(),
             "reservation-id" => vec![self.reservation_id.to_string()],
             "root-device-name" => vec![self.root_device_name.clone()],
             "root-device-type" => vec!["ebs".to_owned()],
             "state-reason-code" => self.state_reason.iter().map(|r| r.code.clone()).collect(),
             "state-reason-message" => self.state_reason.iter().map(|r| r.message.clone()).collect(),
+            "subnet-id" => place.map(|p| p.subnet_id.to_string()).collect(),
             "virtualization-type" => vec!["hvm".to_owned()],
+            "vpc-id" => place.map(|p| p.vpc_id.to_string()).collect(),
             name => tag_values(name, self.tags.iter().map(|(k, v)| (&**k, &**v))).unwrap_or_default(),
         }
     }

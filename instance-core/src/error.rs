@@ -72,6 +72,16 @@ pub enum ErrorKind {
     VolumeInUse,
     /// The account has no such snapshot.
     SnapshotNotFound,
+    /// There is no such key pair.
+    KeyPairNotFound,
+    /// There is no such subnet.
+    SubnetNotFound,
+    /// A subnet has no address left.
+    SubnetFull,
+    /// There is no such security group.
+    SecurityGroupNotFound,
+    /// Another interface has the address.
+    AddressInUse,
     /// An image needs the snapshot.
     SnapshotInUse,
     /// The state of an image or a volume does not allow it.
@@ -185,6 +195,11 @@ impl Error {
             ErrorKind::VolumeNotFound => "InvalidVolume.NotFound",
             ErrorKind::VolumeInUse => "VolumeInUse",
             ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",
+            ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
+            ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
+            ErrorKind::SubnetFull => "InsufficientFreeAddressesInSubnet",
+            ErrorKind::SecurityGroupNotFound => "InvalidGroup.NotFound",
+            ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
             ErrorKind::IncorrectState => "IncorrectState",
             ErrorKind::InvalidResourceId => "InvalidID",

@@ -17,6 +17,8 @@ impl Inner {
     /// Removes every snapshot and boot file that no image, no snapshot of a user's, no volume and no launch
     /// needs. The caller holds [`making_images`](Self::making_images) for writing, or is alone.
     pub(crate) fn collect_garbage(&self) -> Result<()> {
+        // No snapshot comes to be from here on that is not kept.
+        let sweep = self.blocks.sweep();
         // Before the records: what a launch needs is in the one or in the other at every moment.
         let launches = self.in_flight.needs();
         let images = self.store.all::<ImageRecord>()?;
@@ -24,7 +26,7 @@ impl Inner {
         keep.extend(launches.iter().flat_map(|launch| &launch.contents));
         keep.extend(self.store.all::<VolumeRecord>()?.iter().filter_map(|v| v.base));
         keep.extend(self.store.all::<SnapshotRecord>()?.iter().map(|s| s.digest));
-        self.blocks
+        sweep
             .remove_unreferenced(&keep)
             .map_err(|e| Error::storage(e, "cannot remove the snapshots that nothing names"))?;
         let instances = self.instances_that_live()?;

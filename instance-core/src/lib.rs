@@ -34,7 +34,7 @@
 //! - [`state_store`]: where a region keeps what it knows, if not in its own file.
 //! - [`machine`]: what a region asks of a hypervisor. [`testing`] has the suite that every hypervisor
 //!   passes, and one that runs nothing.
-//! - [`net`]: the cables between machines and networks.
+//! - [`net`]: the cables between machines and networks. [`network`]: what a region asks of a network.
 //! - [`watch`]: values that can be waited for, by blocking or as a future of no particular runtime.
 //!
 //! # Input, output and errors
@@ -53,7 +53,7 @@
 //!
 //! # Left out
 //!
-//! Networks, key pairs, serving metadata, volumes attached to an instance that runs, hibernation, instance
+//! Volumes attached to an instance that runs, hibernation, instance
 //! store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor crate's.
 
 mod boot_cache;
@@ -78,6 +78,7 @@ mod metadata_options;
 mod migrate;
 mod modify;
 pub mod net;
+pub mod network;
 mod options;
 mod record;
 mod recovery;

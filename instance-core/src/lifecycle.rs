@@ -12,7 +12,8 @@ use storage_block::Volume;
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
-use crate::machine::{Boot, DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec};
+use crate::machine::{Boot, DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec, NetSpec};
+use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
 use crate::store::Changes;
@@ -69,6 +70,7 @@ impl Inner {
             self.announce(&StateChange::of(&record.description));
         }
         live.record = record;
+        self.tell_network(&live.record);
     }
 
     pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
@@ -178,6 +180,7 @@ impl Inner {
         let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
         let doomed: Vec<_> = doomed.map(|a| a.volume_id).collect();
         self.remove_volumes(&doomed)?;
+        self.release_place(&live.record.description);
         self.transition(cell, live, Transition::Terminated, Some(reason))?;
         cell.set_terminated(Instant::now());
         Ok(())
@@ -269,6 +272,7 @@ impl Inner {
         spec.disks = (description.attachments.iter().zip(&live.volumes))
             .map(|(a, v)| DiskSpec::new(v.disk(), a.volume_id.to_string().replace('-', "")))
             .collect();
+        spec.nets.extend(self.plug(&live.record)?);
         let failed = |e| Error::machine(e, format!("cannot start a machine for {}", cell.id));
         let machine = self.hypervisor.create(spec).map_err(failed)?;
         live.generation += 1;
@@ -282,6 +286,27 @@ impl Inner {
         machine.start().map_err(failed)?;
         live.machine = Some(machine);
         Ok(())
+    }
+
+    /// The port of an instance's machine, if it has a place in a network.
+    fn plug(&self, record: &InstanceRecord) -> Result<Option<NetSpec>> {
+        let Some(placement) = &record.description.network else { return Ok(None) };
+        let network = self.network.as_deref().ok_or_else(|| {
+            let what =
+                format!("{} is in a network, and the region was opened without one", record.description.id);
+            Error::new(ErrorKind::Unsupported, what)
+        })?;
+        let user_data = record.user_data()?;
+        network.plug(Guest::new(&record.description, placement, user_data.as_deref())).map(Some)
+    }
+
+    /// Tells the network what is now known of an instance that runs.
+    fn tell_network(&self, record: &InstanceRecord) {
+        let running = record.description.state == InstanceState::Running;
+        if let (true, Some(network), Some(place)) = (running, &self.network, &record.description.network) {
+            let user_data = record.user_data().unwrap_or_default();
+            network.update(Guest::new(&record.description, place, user_data.as_deref()));
+        }
     }
 
     /// Ends the machine, if there is one, and closes the volumes.

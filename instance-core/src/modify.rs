@@ -67,7 +67,7 @@ impl Instance {
         let (region, cell) = self.parts();
         let live = cell.hold(region.supervisor.sender());
         // What this version encoded it decodes.
-        live.record.user_data.as_ref().and_then(|text| BASE64.decode(text).ok())
+        live.record.user_data().unwrap_or_default()
     }
 
     /// Protects it against being terminated, or no longer (`DisableApiTermination`).

@@ -5,6 +5,7 @@ use std::path::Path;
 use ami_core::{AccountId, RegionName};
 
 use crate::machine::Hypervisor;
+use crate::network::Network;
 use crate::region::{Inner, Region};
 use crate::state_store::StateStore;
 use crate::{Capacity, Result};
@@ -28,6 +29,7 @@ pub struct RegionOptions {
     pub(crate) account: Option<AccountId>,
     pub(crate) capacity: Capacity,
     pub(crate) state_store: Option<Box<dyn StateStore>>,
+    pub(crate) network: Option<Box<dyn Network>>,
 }
 
 impl RegionOptions {
@@ -77,6 +79,14 @@ impl RegionOptions {
     #[must_use]
     pub fn state_store(mut self, store: impl StateStore) -> Self {
         self.state_store = Some(Box::new(store));
+        self
+    }
+
+    /// The network that instances are plugged into from now on. Without one they have no ports, and those that were
+    /// launched into one do not start.
+    #[must_use]
+    pub fn network(mut self, network: impl Network) -> Self {
+        self.network = Some(Box::new(network));
         self
     }
 

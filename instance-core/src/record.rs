@@ -1,11 +1,14 @@
 //! What a region keeps of its images, instances and volumes.
 
 use ami_core::{AccountId, Digest, Image, RegionName, SnapshotId, Tags, Timestamp, VolumeId, VolumeType};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 
 use crate::InstanceDescription;
 use crate::boot_cache::BootPlan;
 use crate::store::Record;
+use crate::{Error, ErrorKind, Result};
 
 /// The region itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,6 +125,17 @@ pub(crate) struct InstanceRecord {
     pub(crate) user_data: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
+}
+
+impl InstanceRecord {
+    /// What its guest is told by its metadata.
+    pub(crate) fn user_data(&self) -> Result<Option<Vec<u8>>> {
+        let decoded = self.user_data.as_ref().map(|text| BASE64.decode(text)).transpose();
+        decoded.map_err(|e| {
+            let what = format!("the user data of {} is damaged", self.description.id);
+            Error::new(ErrorKind::Corrupt, what).with_source(e)
+        })
+    }
 }
 
 impl Record for InstanceRecord {

@@ -30,6 +30,11 @@ impl Inner {
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
         remove_others(&self.paths.volumes(), &volumes)?;
         remove_others(&self.paths.instances(), &HashSet::new())?;
+        if let Some(network) = &self.network {
+            let cells = self.cells();
+            let places = cells.values().filter_map(|cell| Some(cell.description.get().network?.interface_id));
+            network.keep_only(&places.collect())?;
+        }
         self.collect_garbage()
     }
 

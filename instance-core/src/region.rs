@@ -23,6 +23,7 @@ use crate::launch::{InFlight, Tokens};
 use crate::lock::Lock;
 use crate::machine::{Capabilities, Hypervisor};
 use crate::migrate::migrate;
+use crate::network::Network;
 use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
 use crate::store::{RedbStore, Store};
@@ -180,9 +181,10 @@ impl<H> Region<H> {
     ///
     /// Filters: `architecture`, `block-device-mapping.delete-on-termination`, `.device-name` and `.volume-id`,
     /// `client-token`, `image-id`, `instance-id`, `instance-state-code`, `instance-state-name`,
-    /// `instance-type`, `key-name`, `launch-index`, `launch-time`, `metadata-options.http-endpoint` and
-    /// `.http-tokens`, `owner-id`, `reservation-id`, `root-device-name`, `root-device-type`,
-    /// `state-reason-code` and `-message`, `tag:KEY`, `tag-key`, `virtualization-type`. A page of one of
+    /// `instance-type`, `instance.group-id`, `key-name`, `launch-index`, `launch-time`,
+    /// `metadata-options.http-endpoint` and `.http-tokens`, `network-interface.network-interface-id`, `owner-id`,
+    /// `private-dns-name`, `private-ip-address`, `reservation-id`, `root-device-name`, `root-device-type`,
+    /// `state-reason-code` and `-message`, `subnet-id`, `tag:KEY`, `tag-key`, `virtualization-type`, `vpc-id`. A page of one of
     /// `client-token`, `image-id`, `instance-state-name`, `instance-type`, `key-name`, `owner-id`,
     /// `reservation-id` or a tag, without wildcards, takes as long in a large region as in a small one.
     ///
@@ -309,6 +311,7 @@ pub(crate) struct Inner {
     pub(crate) in_flight: InFlight,
     pub(crate) meter: Meter,
     pub(crate) hypervisor: Box<dyn Hypervisor>,
+    pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
     pub(crate) blocks: BlockStore,
@@ -362,6 +365,7 @@ impl Inner {
             in_flight: InFlight::default(),
             meter: Meter::new(options.capacity),
             hypervisor,
+            network: options.network.take(),
             region,
             store,
             blocks,

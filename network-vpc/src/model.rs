@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
 
-use ami_core::{NetworkInterfaceId, RegionName, SecurityGroupId, SecurityGroupRuleId, SubnetId, VpcId};
+use ami_core::{
+    InstanceId, NetworkInterfaceId, RegionName, SecurityGroupId, SecurityGroupRuleId, SubnetId, VpcId,
+};
 use instance_core::net::MacAddress;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -70,7 +72,6 @@ pub struct NetworkInterface {
     /// The VPC of that.
     pub vpc_id: VpcId,
     /// Its Ethernet address.
-    #[serde(with = "mac")]
     pub mac: MacAddress,
     /// Its address in the subnet.
     pub private_ip: Ipv4Addr,
@@ -78,6 +79,9 @@ pub struct NetworkInterface {
     pub groups: Vec<SecurityGroupId>,
     /// Whether it may send and receive only what is from and to its own address.
     pub source_dest_check: bool,
+    /// The instance that it was made for, with which it goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance_id: Option<InstanceId>,
     /// Where on the host its ports are reached.
     pub forwards: BTreeMap<u16, SocketAddr>,
 }
@@ -210,17 +214,4 @@ pub(crate) fn check_block(cidr: Ipv4Net, kind: ErrorKind) -> Result<Ipv4Net> {
 
 fn not_found(kind: ErrorKind, id: impl std::fmt::Display) -> Error {
     Error::new(kind, format!("there is no {id}"))
-}
-
-mod mac {
-    use super::*;
-    use serde::{Deserializer, Serializer, de::Error};
-
-    pub(super) fn serialize<S: Serializer>(mac: &MacAddress, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(mac)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<MacAddress, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-    }
 }

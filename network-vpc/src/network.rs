@@ -2,6 +2,7 @@
 
 mod groups;
 mod keys;
+mod of_region;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -10,7 +11,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ami_core::{NetworkInterfaceId, RegionName, SecurityGroupId, SubnetId, VpcId};
+use ami_core::{InstanceId, NetworkInterfaceId, RegionName, SecurityGroupId, SubnetId, VpcId};
 use instance_core::machine::NetSpec;
 use instance_core::net::{self, MacAddress};
 use ipnet::Ipv4Net;
@@ -318,6 +319,14 @@ impl Network {
     /// [`InvalidAddress`](ErrorKind::InvalidAddress), [`AddressInUse`](ErrorKind::AddressInUse),
     /// [`GroupNotFound`](ErrorKind::GroupNotFound), or what the host refused.
     pub fn create_interface(&self, spec: InterfaceSpec) -> Result<NetworkInterface> {
+        self.create_interface_for(None, spec)
+    }
+
+    fn create_interface_for(
+        &self,
+        instance_id: Option<InstanceId>,
+        spec: InterfaceSpec,
+    ) -> Result<NetworkInterface> {
         let InterfaceSpec { subnet, groups, private_ip, source_dest_check } = spec;
         let id = NetworkInterfaceId::random().map_err(no_random)?;
         let mac = random_mac()?;
@@ -348,6 +357,7 @@ impl Network {
                 private_ip,
                 groups,
                 source_dest_check,
+                instance_id,
                 forwards,
             };
             model.interfaces.insert(id, made.clone());

@@ -48,6 +48,15 @@ pub enum Compression {
 /// Blocks that a chunk that is stored as what differs may have, so that reading it is not in too many pieces.
 const PATCH_MAX: u32 = 8;
 
+/// What a chunk may be stored as the difference from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Patches {
+    /// Nothing: others may differ from it.
+    None,
+    /// Zeroes, or this.
+    Of(Option<Patch>),
+}
+
 /// An object as it is stored: all units of it, whole.
 pub(crate) struct Stored {
     /// Nothing where they are the object's own, as most are.
@@ -59,19 +68,21 @@ pub(crate) struct Stored {
 }
 
 /// Makes an object what is stored: whatever takes the fewest units. A chunk is encrypted if there is a key, a leaf never.
-/// `patch` is what the chunk may be stored as the difference from.
 pub(crate) fn encode(
     kind: Kind,
     id: &Id,
     bytes: &[u8],
     compression: Compression,
     key: Option<&EncryptionKey>,
-    patch: Option<Patch>,
+    patches: Patches,
 ) -> Stored {
-    let zeroes = Patch { mask: mask_of(bytes), base: HOLE };
+    let patches = match patches {
+        Patches::None => [None, None],
+        Patches::Of(patch) => [Some(Patch { mask: mask_of(bytes), base: HOLE }), patch],
+    };
     let blocks = |patch: &Patch| patch.mask.count_ones();
     let small = |patch: &Patch| (1..=PATCH_MAX).contains(&blocks(patch)) && kind == Kind::Chunk;
-    let mut patch = [Some(zeroes), patch].into_iter().flatten().filter(small).min_by_key(blocks);
+    let mut patch = patches.into_iter().flatten().filter(small).min_by_key(blocks);
     let packed = compress(bytes, compression);
     let (mut stored, mut encoding) = match (packed, &patch) {
         (Some(packed), patch) if patch.is_none_or(|patch| units(packed.len()) < blocks(&patch)) => {

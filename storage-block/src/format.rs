@@ -39,7 +39,7 @@ pub(crate) const MAX_SIZE: u64 = 64 << 40;
 
 /// The newest format version. Each kind of file has its own reasons to be of the older one, which is read for
 /// ever. A change of any layout is a new number.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 const VOLUME_MAGIC: &[u8; 8] = b"BLKVOLM\0";
 const BATCH_MAGIC: u32 = 0x4843_5442;
@@ -51,7 +51,7 @@ pub(crate) const SALT: usize = 32;
 
 // Files written with other numbers are out there for ever: none of these may change under these versions.
 const _: () = {
-    assert!(VERSION == 2);
+    assert!(VERSION == 3);
     assert!(CHUNK == 65536 && BLOCK == 4096 && LEAF_IDS == 1024 && LEAF_BYTES == 32768);
     assert!(LEAF_SPAN == 64 << 20 && ROOT_HEADER == 64);
     assert!(LOG_HEADER == 4096 && LOG_ALIGN == 512 && BATCH_HEADER == 32 && BATCH_RECORD == 16);
@@ -84,7 +84,7 @@ fn put(bytes: &mut [u8], at: usize, part: &[u8]) {
 }
 
 /// Checks what all headers share: length, magic, and the version, which it returns.
-fn check_magic(bytes: &[u8], len: usize, magic: &[u8; 8]) -> Result<u32, Wrong> {
+fn check_magic(bytes: &[u8], len: usize, magic: &[u8; 8], newest: u32) -> Result<u32, Wrong> {
     if bytes.len() < len {
         return Err(format!("its header ends after {} of {len} bytes", bytes.len()));
     }
@@ -92,9 +92,9 @@ fn check_magic(bytes: &[u8], len: usize, magic: &[u8; 8]) -> Result<u32, Wrong> 
         return Err("it does not begin with its magic number".to_owned());
     }
     match u32_at(bytes, 8) {
-        version @ 1..=VERSION => Ok(version),
+        version if (1..=newest).contains(&version) => Ok(version),
         version => {
-            Err(format!("it has format version {version}, and this is a reader of versions 1 to {VERSION}"))
+            Err(format!("it has format version {version}, and this is a reader of versions 1 to {newest}"))
         }
     }
 }
@@ -137,10 +137,10 @@ pub(crate) struct VolumeKey {
     pub(crate) salt: [u8; SALT],
 }
 
-/// Version 1 unless the volume is encrypted.
+/// Version 1 unless the volume is encrypted; 2 if its key was wrapped for no context.
 pub(crate) fn encode_volume(header: &VolumeHeader) -> Vec<u8> {
     let mut bytes = vec![0; LOG_HEADER as usize];
-    let version: u32 = if header.key.is_some() { 2 } else { 1 };
+    let version = key::version_of(header.key.as_ref().map(|key| &key.wrapped));
     put(&mut bytes, 0, VOLUME_MAGIC);
     put(&mut bytes, 8, &version.to_le_bytes());
     put(&mut bytes, 12, &(BLOCK as u32).to_le_bytes());
@@ -163,7 +163,7 @@ pub(crate) fn encode_volume(header: &VolumeHeader) -> Vec<u8> {
 }
 
 pub(crate) fn parse_volume(bytes: &[u8]) -> Result<VolumeHeader, Wrong> {
-    let version = check_magic(bytes, LOG_HEADER as usize, VOLUME_MAGIC)?;
+    let version = check_magic(bytes, LOG_HEADER as usize, VOLUME_MAGIC, VERSION)?;
     check_crc(bytes, if version == 1 { LOG_CRC_1 } else { LOG_CRC })?;
     let (block, size, log) = (u32_at(bytes, 12), u64_at(bytes, 16), u64_at(bytes, 24));
     if u64::from(block) != BLOCK || size % BLOCK != 0 || size > MAX_SIZE {
@@ -172,18 +172,18 @@ pub(crate) fn parse_volume(bytes: &[u8]) -> Result<VolumeHeader, Wrong> {
     let mut base = HOLE;
     base.copy_from_slice(&bytes[32..64]);
     let base = (base != HOLE).then(|| Digest::from_bytes(base));
-    let key = if version == 1 { None } else { Some(parse_volume_key(bytes)?) };
+    let key = if version == 1 { None } else { Some(parse_volume_key(bytes, version >= 3)?) };
     Ok(VolumeHeader { size, base, log, key })
 }
 
-fn parse_volume_key(bytes: &[u8]) -> Result<VolumeKey, Wrong> {
+fn parse_volume_key(bytes: &[u8], bound: bool) -> Result<VolumeKey, Wrong> {
     let len = u32_at(bytes, 96) as usize;
     if len > KEY_MAX {
         return Err(format!("its wrapped key has {len} bytes"));
     }
     let mut salt = [0; SALT];
     salt.copy_from_slice(&bytes[64..96]);
-    Ok(VolumeKey { wrapped: parse_key(&bytes[100..100 + len])?, salt })
+    Ok(VolumeKey { wrapped: parse_key(&bytes[100..100 + len], bound)?, salt })
 }
 
 /// Where a block's bytes are.

@@ -15,6 +15,7 @@ use crate::Result;
 use crate::format::LEAF_IDS;
 use crate::sparse::Sparse;
 use crate::store::{lock, read, write};
+use crate::volume::Changes;
 
 /// Chunks set aside for the snapshot; a writer that would make it more waits, which in tests it often does.
 const KEPT: usize = if cfg!(test) { 4 } else { 256 };
@@ -33,19 +34,29 @@ pub(crate) struct Freeze {
 /// What a freeze needs to know of its volume.
 pub(crate) trait Chunks {
     /// Which blocks of a chunk the snapshot has to look at, by what the volume is now, a bit for each.
-    fn changed(&self, chunk: u64, span: Span) -> u16;
+    fn changed(&self, chunk: u64, span: &Span) -> u16;
 
     /// The bytes of a chunk as they are now, filled up with zeroes.
-    fn read(&self, chunk: u64, span: Span) -> Result<Vec<u8>>;
+    fn read(&self, chunk: u64, span: &Span) -> Result<Vec<u8>>;
 }
 
 /// What is frozen of a volume.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Span {
     /// The size of the volume at that instant.
     pub(crate) size: u64,
-    /// Whether all chunks that hold anything are wanted, and not only those that have changed.
-    pub(crate) whole: bool,
+    pub(crate) wanted: Wanted,
+}
+
+/// Which chunks the snapshot has to look at.
+#[derive(Debug)]
+pub(crate) enum Wanted {
+    /// All that hold anything.
+    Whole,
+    /// Those that are not what they are in the snapshot that the volume began as.
+    Changed,
+    /// Those that were written since the last snapshot, to which nobody adds any more.
+    Since(Arc<Changes>),
 }
 
 /// A chunk as it was when the freeze began.
@@ -153,7 +164,7 @@ impl Frozen {
         if self.is_done(chunk) {
             return;
         }
-        let changed = source.changed(chunk, self.span);
+        let changed = source.changed(chunk, &self.span);
         // Nobody changes it before it is done, and what has changed once stays so: it was no different when the
         // freeze began.
         if changed == 0 && self.claim(chunk, DONE) {
@@ -173,7 +184,7 @@ impl Frozen {
         state.reading += 1;
         drop(state);
         // A chunk that cannot be read is the snapshot's trouble, and not the writer's.
-        let kept = source.read(chunk, self.span).map(|bytes| Kept { bytes, changed });
+        let kept = source.read(chunk, &self.span).map(|bytes| Kept { bytes, changed });
         let mut state = lock(&self.state);
         state.reading -= 1;
         if !state.ended {
@@ -195,10 +206,10 @@ impl Frozen {
         }
         drop(state);
         // It is this chunk that nobody can write to meanwhile, and no other.
-        let changed = source.changed(chunk, self.span);
+        let changed = source.changed(chunk, &self.span);
         let kept = match changed {
             0 => Ok(None),
-            changed => source.read(chunk, self.span).map(|bytes| Some(Kept { bytes, changed })),
+            changed => source.read(chunk, &self.span).map(|bytes| Some(Kept { bytes, changed })),
         };
         let _state = lock(&self.state);
         self.done(chunk);

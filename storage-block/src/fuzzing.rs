@@ -1,6 +1,6 @@
 //! What the fuzz targets run, and the tests over the corpus. No part of the interface.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::Compression;
 use crate::codec;
@@ -8,7 +8,7 @@ use crate::format::{
     self, BLOCK, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Kind, Patch, Record, RootParts, Run,
     Slot, State,
 };
-use crate::keys::{EncryptionKey, LocalKey};
+use crate::keys::{EncryptionKey, KeyProvider, LocalKey};
 use crate::map::StateMap;
 
 /// A snapshot's root, and a leaf: what is read is what is written.
@@ -21,7 +21,7 @@ pub fn snapshot(bytes: &[u8]) {
         assert_eq!(again, bytes);
         assert!(size <= format::MAX_SIZE && size.div_ceil(format::LEAF_SPAN) == leaves.len() as u64);
     }
-    if let Ok(key) = format::parse_key(bytes) {
+    if let Ok(key) = format::parse_key(bytes, true) {
         assert_eq!(format::encode_key(&key), bytes);
     }
     let ids = format::split_ids(bytes);
@@ -97,7 +97,10 @@ fn check_record(
 pub fn stored_object(bytes: &[u8]) {
     let Some((&[kind, encoding, low, high], bytes)) = bytes.split_first_chunk() else { return };
     static KEY: OnceLock<EncryptionKey> = OnceLock::new();
-    let key = KEY.get_or_init(|| EncryptionKey::new(&LocalKey::from_bytes([1; 32]), None).unwrap());
+    let key = KEY.get_or_init(|| {
+        let provider: Arc<dyn KeyProvider> = Arc::new(LocalKey::from_bytes([1; 32]));
+        EncryptionKey::new(&provider, None).unwrap()
+    });
     let key = (kind & 2 != 0).then_some(key);
     let kind = if kind & 1 == 0 { Kind::Chunk } else { Kind::Leaf };
     let id = codec::name(kind, bytes, key);
@@ -115,7 +118,7 @@ pub fn stored_object(bytes: &[u8]) {
     let compression =
         if encoding < 100 { Compression::WherePays { percent: encoding } } else { Compression::None };
     let patch = Patch { mask: u16::from_le_bytes([low, high]), base: [9; 32] };
-    let found = codec::encode(kind, &id, &object, compression, key, Some(patch));
+    let found = codec::encode(kind, &id, &object, compression, key, codec::Patches::Of(Some(patch)));
     let slot = Slot { start: 0, len: found.len, crc: None, kind, encoding: found.encoding };
     let stored = found.bytes.unwrap_or_else(|| object.clone());
     assert_eq!(slot.units() as usize * 4096, stored.len());

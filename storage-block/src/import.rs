@@ -9,7 +9,7 @@ use ami_core::Digest;
 
 use crate::format::{self, CHUNK, HOLE, Id, LEAF_IDS, MAX_SIZE};
 use crate::fs;
-use crate::keys::EncryptionKey;
+use crate::keys::{EncryptionKey, KeyContext};
 use crate::progress::Reporter;
 use crate::session::{Prepared, Session, Unpublished, prepare};
 use crate::store::sync_dir;
@@ -34,7 +34,8 @@ pub struct SnapshotStats {
     /// The size of the disk.
     pub size: u64,
     /// Of an import, the bytes that were not known to be holes; of a volume's snapshot, the bytes of the
-    /// 4 KiB blocks that have changed since the snapshot the volume began as.
+    /// 4 KiB blocks that have changed since the last one, or, where there was none in this store since the volume was
+    /// opened, since the snapshot the volume began as.
     pub changed_bytes: u64,
     /// Bytes that were not in the store yet and are now: chunks of 64 KiB and manifest leaves of 32 KiB, or what is
     /// left of them where they are compressed, are nearly zero or differ little from what was there before.
@@ -197,8 +198,11 @@ impl<'b> Manifest<'b> {
 
     pub(crate) fn finish(mut self, session: &mut Session<'_>) -> Result<NewRoot> {
         self.finish_leaf(session)?;
-        let wrapped = self.key.map(EncryptionKey::wrapped);
-        let bytes = format::encode_root(self.size, &self.leaves, wrapped);
+        let mut bytes = format::encode_root(self.size, &self.leaves, None);
+        if let Some(key) = self.key {
+            let wrapped = key.wrap(&KeyContext::snapshot(&bytes))?;
+            bytes = format::encode_root(self.size, &self.leaves, Some(&wrapped));
+        }
         Ok(NewRoot { bytes, key: self.key.cloned() })
     }
 }
@@ -214,9 +218,9 @@ pub(crate) fn publish(store: &Store, mut session: Session<'_>, roots: &[NewRoot]
     session.finish(|inner| {
         let mut new = Vec::new();
         let publish = |NewRoot { bytes, key }: &NewRoot| {
-            let path = inner.root_path(&Digest::of(bytes));
-            if !path.exists() {
-                new.push(path);
+            let digest = Digest::of(bytes);
+            if !inner.has_root(&digest, bytes) {
+                new.push(inner.root_path(&digest));
             }
             let root = inner.publish_root(bytes, key.as_ref())?;
             Ok(Snapshot::new(Arc::clone(&store.0), root))

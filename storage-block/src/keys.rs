@@ -44,10 +44,13 @@
 //! each compresses where compression is on, and when what was written; and not what. Snapshots that are no longer wanted
 //! are removed without their keys.
 //!
+//! The data key is wrapped for each volume and each snapshot anew, for that one alone ([`KeyContext`]): who can write to
+//! the files cannot have something encrypted under the key of something else.
+//!
 //! A volume made of an encrypted snapshot is encrypted under the snapshot's key, unless it is given another.
 //! A volume that was given another key than its snapshot has, or one where its snapshot has none, reads the
-//! snapshot's bytes as they are stored, and its own snapshots store everything under its key: each reads all of the
-//! disk, and the first stores all of it.
+//! snapshot's bytes as they are stored, and its own snapshots store everything under its key: the first that is made
+//! after the volume was opened reads all of the disk.
 //!
 //! The memory that keys are kept in is overwritten when they are dropped, and they stand in no message. What computing with
 //! them leaves behind, on the stack and in the state of a hash, is not overwritten, nor is what was passed to `from_bytes`
@@ -109,6 +112,52 @@ impl fmt::Debug for DataKey {
     }
 }
 
+/// What a data key is wrapped for: additional authenticated data, or what a key management service calls an encryption
+/// context. A wrapped key that was put in another's place is of no use there.
+///
+/// ```
+/// use storage_block::keys::KeyContext;
+///
+/// /// What AWS KMS takes as an encryption context.
+/// fn encryption_context(context: &KeyContext) -> [(String, String); 2] {
+///     let id = context.id().iter().map(|byte| format!("{byte:02x}")).collect();
+///     [("use", context.usage().to_owned()), ("id", id)].map(|(key, value)| (key.to_owned(), value))
+/// }
+/// # let _ = encryption_context;
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct KeyContext {
+    usage: &'static str,
+    id: [u8; 32],
+}
+
+impl KeyContext {
+    /// Of the volume with this salt.
+    pub(crate) fn volume(salt: &[u8; SALT]) -> Self {
+        Self { usage: "volume", id: *salt }
+    }
+
+    /// Of the snapshot whose root would have these bytes if it had no key.
+    pub(crate) fn snapshot(root: &[u8]) -> Self {
+        Self { usage: "snapshot", id: *ami_core::Digest::of(root).as_bytes() }
+    }
+
+    /// What the key is for: `volume` or `snapshot`; `trial` when a new key is made, to see that it can be wrapped.
+    pub fn usage(&self) -> &'static str {
+        self.usage
+    }
+
+    /// Which of them: random bytes of the volume, or a digest of all that the snapshot holds.
+    pub fn id(&self) -> &[u8; 32] {
+        &self.id
+    }
+
+    /// All of it, in bytes that no other context has.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        [self.usage.as_bytes(), &[0], &self.id].concat()
+    }
+}
+
 /// Who holds the keys that data keys are wrapped by: a region's, or a customer's.
 ///
 /// Each such key has an id, which is stored beside what it has wrapped. A provider is called when something encrypted is
@@ -116,7 +165,7 @@ impl fmt::Debug for DataKey {
 /// [`conformance`] checks an implementation.
 ///
 /// ```
-/// use storage_block::keys::{DataKey, KeyProvider, LocalKey, conformance};
+/// use storage_block::keys::{DataKey, KeyContext, KeyProvider, LocalKey, conformance};
 /// use storage_block::{Error, ErrorKind, Result};
 ///
 /// /// Several keys, the newest for what is new.
@@ -126,11 +175,11 @@ impl fmt::Debug for DataKey {
 ///     fn default_key_id(&self) -> &str {
 ///         self.0.last().map_or("", LocalKey::default_key_id)
 ///     }
-///     fn wrap(&self, key_id: &str, key: &DataKey) -> Result<Vec<u8>> {
-///         self.find(key_id)?.wrap(key_id, key)
+///     fn wrap(&self, key_id: &str, key: &DataKey, context: &KeyContext) -> Result<Vec<u8>> {
+///         self.find(key_id)?.wrap(key_id, key, context)
 ///     }
-///     fn unwrap(&self, key_id: &str, wrapped: &[u8]) -> Result<DataKey> {
-///         self.find(key_id)?.unwrap(key_id, wrapped)
+///     fn unwrap(&self, key_id: &str, wrapped: &[u8], context: Option<&KeyContext>) -> Result<DataKey> {
+///         self.find(key_id)?.unwrap(key_id, wrapped, context)
 ///     }
 /// }
 ///
@@ -148,24 +197,27 @@ pub trait KeyProvider: Send + Sync {
     /// The id of the key for data keys that none is named for: at most 256 bytes, no control characters.
     fn default_key_id(&self) -> &str;
 
-    /// Wraps a data key, so that only who has the key `key_id` can use it, and cannot be given another unnoticed. The
-    /// result has at most 2048 bytes.
+    /// Wraps a data key, so that only who has the key `key_id` can use it, for `context` alone, and cannot be given
+    /// another unnoticed. The result has at most 2048 bytes. Equal snapshots under one data key have one digest only if it
+    /// is the same every time.
     ///
     /// # Errors
     ///
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for a key that there is not, or that may not be used.
-    fn wrap(&self, key_id: &str, key: &DataKey) -> Result<Vec<u8>>;
+    fn wrap(&self, key_id: &str, key: &DataKey, context: &KeyContext) -> Result<Vec<u8>>;
 
-    /// The data key that was wrapped. `key_id` and `wrapped` come from a file and may be anything.
+    /// The data key that was wrapped. `key_id` and `wrapped` come from a file and may be anything. There is no context
+    /// where the file is of a version that knew of none; who has never wrapped a key without one need not unwrap any.
     ///
     /// # Errors
     ///
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for a key that there is not, or that may not be used, or that has
-    /// not wrapped this.
-    fn unwrap(&self, key_id: &str, wrapped: &[u8]) -> Result<DataKey>;
+    /// not wrapped this, or not for this context.
+    fn unwrap(&self, key_id: &str, wrapped: &[u8], context: Option<&KeyContext>) -> Result<DataKey>;
 }
 
-/// A provider of one key, which it holds in memory: AES key wrap of RFC 3394.
+/// A provider of one key, which it holds in memory: AES key wrap of RFC 3394, under a key that is derived from it for
+/// each context.
 ///
 /// Its id is made from the key, so that another key is told from it. Where the key comes from a file, only
 /// the file's owner may read that.
@@ -245,12 +297,17 @@ impl LocalKey {
         Ok(Self::from_secret(bytes))
     }
 
-    fn kek(&self, key_id: &str) -> Result<Kek<Aes256>> {
+    /// What wraps for a context: a key of its own.
+    fn kek(&self, key_id: &str, context: Option<&KeyContext>) -> Result<Kek<Aes256>> {
         if key_id != self.id {
             let what = format!("the key {key_id} is not at hand, {} is", self.id);
             return Err(Error::new(ErrorKind::KeyUnavailable, what));
         }
-        Ok(Kek::new((&*self.key).into()))
+        let key = match context {
+            Some(context) => cipher::derive(&self.key, &[b"storage-block wrap\0", &context.to_bytes()]),
+            None => self.key.clone(),
+        };
+        Ok(Kek::new((&*key).into()))
     }
 }
 
@@ -265,16 +322,16 @@ impl KeyProvider for LocalKey {
         &self.id
     }
 
-    fn wrap(&self, key_id: &str, key: &DataKey) -> Result<Vec<u8>> {
+    fn wrap(&self, key_id: &str, key: &DataKey, context: &KeyContext) -> Result<Vec<u8>> {
         let mut wrapped = vec![0; 40];
-        let done = self.kek(key_id)?.wrap(key.as_bytes(), &mut wrapped);
+        let done = self.kek(key_id, Some(context))?.wrap(key.as_bytes(), &mut wrapped);
         done.map_err(|_| Error::new(ErrorKind::KeyUnavailable, format!("{key_id} cannot wrap a key")))?;
         Ok(wrapped)
     }
 
-    fn unwrap(&self, key_id: &str, wrapped: &[u8]) -> Result<DataKey> {
+    fn unwrap(&self, key_id: &str, wrapped: &[u8], context: Option<&KeyContext>) -> Result<DataKey> {
         let mut bytes = Zeroizing::new([0; 32]);
-        let done = self.kek(key_id)?.unwrap(wrapped, &mut *bytes);
+        let done = self.kek(key_id, context)?.unwrap(wrapped, &mut *bytes);
         let failed = |_| Error::new(ErrorKind::KeyUnavailable, format!("{key_id} has not wrapped this key"));
         done.map_err(failed)?;
         Ok(DataKey(bytes))
@@ -306,55 +363,70 @@ impl KeyProvider for LocalKey {
 pub struct EncryptionKey(Arc<Inner>);
 
 struct Inner {
-    wrapped: WrappedKey,
+    key_id: String,
+    provider: Arc<dyn KeyProvider>,
     data: DataKey,
     names: Secret,
     chunks: Xts,
 }
 
 impl EncryptionKey {
-    /// A new data key, wrapped by the key `key_id` of the provider or by its default one.
-    pub(crate) fn new(provider: &dyn KeyProvider, key_id: Option<&str>) -> Result<Self> {
+    /// A new data key, to be wrapped by the key `key_id` of the provider or by its default one.
+    pub(crate) fn new(provider: &Arc<dyn KeyProvider>, key_id: Option<&str>) -> Result<Self> {
         let key_id = key_id.unwrap_or_else(|| provider.default_key_id()).to_owned();
-        let data = DataKey::generate()?;
-        let wrapped = provider.wrap(&key_id, &data)?;
-        let fits = key_id.len() <= KEY_ID_MAX && wrapped.len() <= WRAPPED_MAX;
-        if !fits || key_id.chars().any(char::is_control) {
-            let what = format!("a key id of {} bytes and a wrapped key of {}", key_id.len(), wrapped.len());
-            return Err(Error::new(ErrorKind::KeyUnavailable, format!("{what} cannot be stored")));
-        }
-        let check = check_of(&data);
-        Ok(Self::with_data(WrappedKey { key_id, wrapped, check }, data))
+        let key = Self::with_data(provider, key_id, DataKey::generate()?);
+        // Who makes a key shall know at once that it can be used.
+        let mut id = [0; 32];
+        random(&mut id)?;
+        key.wrap(&KeyContext { usage: "trial", id })?;
+        Ok(key)
     }
 
-    /// The key that was stored with something.
-    pub(crate) fn from_wrapped(provider: Option<&dyn KeyProvider>, wrapped: &WrappedKey) -> Result<Self> {
+    /// The key that was stored with something, of which this is the context.
+    pub(crate) fn from_wrapped(
+        provider: Option<&Arc<dyn KeyProvider>>,
+        wrapped: &WrappedKey,
+        context: &KeyContext,
+    ) -> Result<Self> {
         let key_id = &wrapped.key_id;
         let Some(provider) = provider else {
             let what = format!("it is encrypted with the key {key_id}, and the store has no keys");
             return Err(Error::new(ErrorKind::KeyUnavailable, what));
         };
-        let data = provider.unwrap(key_id, &wrapped.wrapped)?;
+        let data = provider.unwrap(key_id, &wrapped.wrapped, wrapped.bound.then_some(context))?;
         if check_of(&data) != wrapped.check {
             let what = format!("what {key_id} has unwrapped is another key");
             return Err(Error::new(ErrorKind::KeyUnavailable, what));
         }
-        Ok(Self::with_data(wrapped.clone(), data))
+        Ok(Self::with_data(provider, key_id.clone(), data))
     }
 
-    fn with_data(wrapped: WrappedKey, data: DataKey) -> Self {
+    fn with_data(provider: &Arc<dyn KeyProvider>, key_id: String, data: DataKey) -> Self {
         let names = cipher::derive(&data.0, &[b"storage-block names"]);
         let chunks = Xts::derive(&data.0, "storage-block chunks", &[]);
-        Self(Arc::new(Inner { wrapped, data, names, chunks }))
+        Self(Arc::new(Inner { key_id, provider: Arc::clone(provider), data, names, chunks }))
     }
 
     /// The id of the key that wraps this one.
     pub fn key_id(&self) -> &str {
-        &self.0.wrapped.key_id
+        &self.0.key_id
     }
 
-    pub(crate) fn wrapped(&self) -> &WrappedKey {
-        &self.0.wrapped
+    /// What is stored with something that is encrypted under this key.
+    pub(crate) fn wrap(&self, context: &KeyContext) -> Result<WrappedKey> {
+        let Inner { key_id, provider, data, .. } = &*self.0;
+        let wrapped = provider.wrap(key_id, data, context)?;
+        let fits = key_id.len() <= KEY_ID_MAX && wrapped.len() <= WRAPPED_MAX;
+        if !fits || key_id.chars().any(char::is_control) {
+            let what = format!("a key id of {} bytes and a wrapped key of {}", key_id.len(), wrapped.len());
+            return Err(Error::new(ErrorKind::KeyUnavailable, format!("{what} cannot be stored")));
+        }
+        Ok(WrappedKey { key_id: key_id.clone(), wrapped, check: check_of(data), bound: true })
+    }
+
+    /// Whether chunks under the one are chunks under the other.
+    pub(crate) fn are_same(one: Option<&Self>, other: Option<&Self>) -> bool {
+        one.map(|key| key.0.data.as_bytes()) == other.map(|key| key.0.data.as_bytes())
     }
 
     /// The name of a chunk under this key.
@@ -378,7 +450,7 @@ impl VolumeKey {
     pub(crate) fn new(key: &EncryptionKey) -> Result<Self> {
         let mut salt = [0; SALT];
         random(&mut salt)?;
-        Ok(Self { wrapped: key.wrapped().clone(), salt })
+        Ok(Self { wrapped: key.wrap(&KeyContext::volume(&salt))?, salt })
     }
 }
 
@@ -413,25 +485,34 @@ pub fn conformance(provider: &dyn KeyProvider) {
     assert!(id.len() <= KEY_ID_MAX && !id.chars().any(char::is_control), "{id:?} cannot be stored");
     let kind = |result: Result<()>| result.map_err(|error| error.kind());
     let [one, other] = [[0x5a; 32], [0xa5; 32]].map(DataKey::from_bytes);
+    let context = KeyContext { usage: "volume", id: [7; 32] };
+    let others = [KeyContext { usage: "snapshot", ..context }, KeyContext { id: [8; 32], ..context }];
     for key in [&one, &other] {
-        let wrapped = provider.wrap(id, key).expect("wraps a data key");
+        let wrapped = provider.wrap(id, key, &context).expect("wraps a data key");
         assert!(wrapped.len() <= WRAPPED_MAX, "a wrapped key of {} bytes cannot be stored", wrapped.len());
         assert!(!wrapped.windows(8).any(|part| part == &key.as_bytes()[..8]), "the key is in plain sight");
-        let found = provider.unwrap(id, &wrapped).expect("unwraps what it has wrapped");
+        let found = provider.unwrap(id, &wrapped, Some(&context)).expect("unwraps what it has wrapped");
         assert!(found.as_bytes() == key.as_bytes(), "what it unwraps is not what it has wrapped");
+        for other in [Some(&others[0]), Some(&others[1]), None] {
+            let found = kind(provider.unwrap(id, &wrapped, other).map(drop));
+            assert_eq!(found, Err(ErrorKind::KeyUnavailable), "it was wrapped for another context");
+        }
 
         for at in 0..wrapped.len() {
             let mut damaged = wrapped.clone();
             damaged[at] ^= 1;
-            let found = kind(provider.unwrap(id, &damaged).map(drop));
+            let found = kind(provider.unwrap(id, &damaged, Some(&context)).map(drop));
             assert_eq!(found, Err(ErrorKind::KeyUnavailable), "a damaged wrapped key, at {at}");
         }
         for damaged in [&wrapped[..wrapped.len() - 1], &[]] {
-            let found = kind(provider.unwrap(id, damaged).map(drop));
+            let found = kind(provider.unwrap(id, damaged, Some(&context)).map(drop));
             assert_eq!(found, Err(ErrorKind::KeyUnavailable), "a wrapped key cut to {} bytes", damaged.len());
         }
         let absent = format!("{id}-absent");
-        assert_eq!(kind(provider.unwrap(&absent, &wrapped).map(drop)), Err(ErrorKind::KeyUnavailable));
-        assert_eq!(kind(provider.wrap(&absent, key).map(drop)), Err(ErrorKind::KeyUnavailable));
+        assert_eq!(
+            kind(provider.unwrap(&absent, &wrapped, Some(&context)).map(drop)),
+            Err(ErrorKind::KeyUnavailable)
+        );
+        assert_eq!(kind(provider.wrap(&absent, key, &context).map(drop)), Err(ErrorKind::KeyUnavailable));
     }
 }

@@ -60,6 +60,14 @@
 //! blocks, so that small writes make small snapshots. [`Compression`] is off unless it is asked for, and says why.
 //! Snapshots and volumes can be encrypted, each under a key of its own: see [`keys`].
 //!
+//! # Memory
+//!
+//! Of a store all packs' indices are in memory: 74 to 149 bytes for each chunk, about 2.2 GiB for a TiB of chunks that are
+//! not alike, and 32 MiB for each TiB of packs that were read from. A snapshot that is open has 40 KiB for each 64 MiB of
+//! disk that was read through it, shared by all its volumes: 640 MiB for each TiB. A volume has 4 KiB for each 64 MiB in
+//! which anything was written, and 2 KiB more from its first snapshot on: 96 MiB for each TiB. What a request takes beside
+//! these does not depend on any size; an import takes a few MiB for each processor and 140 bytes for each new chunk.
+//!
 //! # Left out
 //!
 //! Other image formats (see the crate `image-formats`), futures, and stores that several hosts share.
@@ -84,6 +92,7 @@ mod import;
 pub mod keys;
 mod limit;
 mod log;
+mod lookup;
 mod map;
 mod memory;
 pub mod nbd;
@@ -102,6 +111,7 @@ mod sparse;
 mod store;
 mod sweep;
 pub mod testing;
+mod turns;
 mod volume;
 mod writeback;
 
@@ -122,7 +132,7 @@ pub use raw::RawFile;
 pub use scrub::ScrubReport;
 pub use snapshot::Snapshot;
 pub use store::Store;
-pub use sweep::Reclaimed;
+pub use sweep::{Reclaimed, Sweep};
 pub use volume::{FrozenVolumes, Volume};
 
 #[cfg(test)]

@@ -75,17 +75,20 @@ pub(crate) struct Part<'o> {
 impl Object<'_> {
     /// Reads all of it and checks that it is what its name says.
     pub(crate) fn read_checked(&self, key: Option<&EncryptionKey>) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.own.slot.kind.len()];
+        self.read_checked_into(key, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The same into a buffer of its length, which holds anything after an error.
+    pub(crate) fn read_checked_into(&self, key: Option<&EncryptionKey>, bytes: &mut [u8]) -> Result<()> {
         let Part { id, pack, slot } = self.own;
-        let bytes = match self.patch {
-            None => self.own.decode(key)?,
-            Some(patch) => {
-                let mut bytes = vec![0; CHUNK as usize];
-                self.read_patched(patch, key, None, 0, &mut bytes)?;
-                bytes
-            }
-        };
-        if codec::name(slot.kind, &bytes, key) == *id {
-            return Ok(bytes);
+        match self.patch {
+            None => self.own.read(key, None, 0, bytes)?,
+            Some(patch) => self.read_patched(patch, key, None, 0, bytes)?,
+        }
+        if codec::name(slot.kind, bytes, key) == *id {
+            return Ok(());
         }
         if let Some((_, Some(base))) = self.patch {
             // Where the damage is in what it differs from, that is what has to be named.

@@ -86,14 +86,14 @@ impl Default for StoreOptions {
 pub(crate) struct Keys(Option<Arc<dyn KeyProvider>>);
 
 impl Keys {
-    pub(crate) fn provider(&self) -> Option<&dyn KeyProvider> {
-        self.0.as_deref()
+    pub(crate) fn provider(&self) -> Option<&Arc<dyn KeyProvider>> {
+        self.0.as_ref()
     }
 }
 
 impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Keys").field(&self.0.as_deref().map(KeyProvider::default_key_id)).finish()
+        f.debug_tuple("Keys").field(&self.0.as_ref().map(|provider| provider.default_key_id())).finish()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Packs: files of objects named by their digests, each pack with an index.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -46,8 +47,10 @@ impl Pack {
         let open = File::open_writable(&self.path);
         let file = open.map_err(|e| Error::io(e, format!("cannot open {}", self.path.display())))?;
         let mut header = vec![0; PACK_HEADER as usize];
-        file.read_exact_at(&mut header, 0)
-            .map_err(|e| Error::io(e, format!("cannot read the header of {}", self.path.display())))?;
+        file.read_exact_at(&mut header, 0).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => Error::corrupt(&self.path, "it ends before its header does"),
+            _ => Error::io(e, format!("cannot read the header of {}", self.path.display())),
+        })?;
         let version =
             format::check_pack_header(&header, self.number).map_err(|why| Error::corrupt(&self.path, why))?;
         if version != self.version {
@@ -146,7 +149,14 @@ impl Taken {
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     pub(crate) places: HashMap<Id, Place>,
+    /// Where what is in `places` lies as a whole once more: two sessions may store the same side by side, and what was
+    /// damaged is stored again.
+    pub(crate) copies: HashMap<Id, Vec<Place>>,
+    /// What was found damaged, and is stored again by whoever has it.
+    damaged: HashSet<Id>,
     pub(crate) packs: BTreeMap<u32, Arc<Pack>>,
+    /// Packs of which nobody knows what is in them, and what is wrong with each.
+    pub(crate) broken: BTreeMap<u32, String>,
     /// How much of a pack is taken, for those that have room, whose index is whole, and that are of the
     /// version that is written.
     pub(crate) open: BTreeMap<u32, Taken>,
@@ -170,19 +180,79 @@ impl Index {
         Some(Found { pack: pack(&place.pack)?, slot: place.slot, patch })
     }
 
-    /// The same, with the packs' files open, so that it stays readable whatever the sweep does next.
-    pub(crate) fn find_open(&self, id: &Id) -> Result<Option<Found>> {
-        let found = self.find(id);
-        if let Some(found) = &found {
-            found.open()?;
-        }
-        Ok(found)
+    /// Whether nobody need store the object: it is there, and so is what it differs from.
+    pub(crate) fn has(&self, id: &Id) -> bool {
+        let sound = |id: &Id| self.places.get(id).filter(|_| !self.damaged.contains(id));
+        let whole = |id: &Id| sound(id).is_some_and(|place| place.patch.is_none());
+        sound(id).is_some_and(|place| match place.patch.as_deref() {
+            None | Some(Patch { base: HOLE, .. }) => true,
+            Some(Patch { base, .. }) => whole(base),
+        })
     }
 
-    /// Reads and checks the manifest leaf `id`.
-    pub(crate) fn read_leaf(&self, id: &Id) -> Result<Vec<u8>> {
-        let found = self.find(id).filter(|found| found.slot.kind == Kind::Leaf);
-        found.ok_or_else(|| lost(Kind::Leaf, id))?.object(id).read_checked(None)
+    /// Whether the object was found damaged; it is stored as a whole then, as others may differ from it.
+    pub(crate) fn is_damaged(&self, id: &Id) -> bool {
+        self.damaged.contains(id)
+    }
+
+    /// Notes that what lies there is not what its name says. Whether there is a copy, which takes its place.
+    pub(crate) fn mark_damaged(&mut self, id: &Id, pack: u32, start: u32) -> bool {
+        let is_there = |place: &Place| place.pack == pack && place.slot.start == start;
+        let Some(place) = self.places.get_mut(id) else { return false };
+        let mut copies = self.copies.remove(id).unwrap_or_default();
+        copies.retain(|copy| !is_there(copy));
+        let mut found = !is_there(place);
+        if !found {
+            match copies.pop() {
+                Some(copy) => (*place, found) = (copy, true),
+                None => drop(self.damaged.insert(*id)),
+            }
+        }
+        if !copies.is_empty() {
+            self.copies.insert(*id, copies);
+        }
+        found
+    }
+
+    /// Takes in what was stored. What is there stays where somebody else has stored the same meanwhile: he may
+    /// have told others that it is no patch, who differ from it now.
+    pub(crate) fn add(&mut self, id: Id, place: Place) {
+        if !self.has(&id) {
+            self.damaged.remove(&id);
+            self.places.insert(id, place);
+        } else if place.patch.is_none() {
+            self.copies.entry(id).or_default().push(place);
+        }
+    }
+
+    /// Forgets packs, what lies in them, and what is stored as the difference from that.
+    pub(crate) fn forget(&mut self, numbers: &[u32]) {
+        for number in numbers {
+            self.packs.remove(number);
+        }
+        self.places.retain(|_, place| self.packs.contains_key(&place.pack));
+        let lone = |place: &Place| {
+            let base = place.patch.as_ref().map_or(HOLE, |patch| patch.base);
+            base != HOLE && self.places.get(&base).is_none_or(|base| base.patch.is_some())
+        };
+        let lone: Vec<Id> = self.places.iter().filter(|(_, place)| lone(place)).map(|(id, _)| *id).collect();
+        for id in lone {
+            self.places.remove(&id);
+        }
+        self.damaged.retain(|id| self.places.contains_key(id));
+        self.copies.retain(|id, copies| {
+            copies.retain(|copy| self.packs.contains_key(&copy.pack));
+            !copies.is_empty() && self.places.contains_key(id)
+        });
+    }
+
+    /// The error of an object that no pack has, as far as anybody knows.
+    pub(crate) fn lost(&self, kind: Kind, id: &Id) -> Error {
+        let mut what = format!("no pack holds the {} {}", kind.name(), hex::encode(id));
+        for why in self.broken.values() {
+            what = format!("{what}; what a damaged one holds is not known: {why}");
+        }
+        Error::new(ErrorKind::Corrupt, what)
     }
 
     /// Takes in patches, of which there may be several of one chunk, as two sessions may store it side by side. One of
@@ -209,23 +279,31 @@ impl Index {
             }
         }
         packs.sort_unstable();
-        let mut patches = Vec::new();
+        index.next_number = packs.last().map_or(0, |last| last + 1);
+        let mut rest = Rest::default();
         for number in packs {
-            index.load_pack(dir, number, pack_units, &mut patches)?;
+            match index.load_pack(dir, number, pack_units, &mut rest) {
+                // The other packs are as good as ever.
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    tracing::warn!(%error, "a damaged pack is left alone");
+                    index.broken.insert(number, error.to_string());
+                }
+                loaded => loaded?,
+            }
         }
-        index.add_patches(patches);
-        index.next_number = index.packs.keys().next_back().map_or(0, |last| last + 1);
+        index.add_patches(rest.patches);
+        for (id, place) in rest.cut {
+            // Where there is no other, a read of it says what is wrong.
+            if let Entry::Vacant(entry) = index.places.entry(id) {
+                entry.insert(place);
+                index.damaged.insert(id);
+            }
+        }
         Ok(index)
     }
 
-    /// Takes in the index of one pack, but for the patches, which are for [`add_patches`](Self::add_patches).
-    fn load_pack(
-        &mut self,
-        dir: &Path,
-        number: u32,
-        pack_units: u32,
-        patches: &mut Vec<(Id, Place)>,
-    ) -> Result<()> {
+    /// Takes in the index of one pack, but for what has to wait for the others.
+    fn load_pack(&mut self, dir: &Path, number: u32, pack_units: u32, rest: &mut Rest) -> Result<()> {
         let path = pack_path(dir, number);
         let index_path = index_path(dir, number);
         // Records that a process wrote and did not live to make durable are relied on from here on.
@@ -260,15 +338,15 @@ impl Index {
             // slot is not used, and nothing is appended where it could be hidden.
             match format::parse_index_record(version, number, taken.records, record) {
                 Some((id, slot, patch)) => {
-                    if len < unit_offset(slot.end()) {
-                        return Err(pack.cut_short(slot.start));
-                    }
                     taken.units = taken.units.max(slot.end());
                     let place = Place { pack: number, slot, patch: patch.map(Box::new) };
-                    if place.patch.is_some() {
-                        patches.push((id, place));
-                    } else {
-                        self.places.insert(id, place);
+                    if len < unit_offset(slot.end()) {
+                        whole = false;
+                        rest.cut.push((id, place));
+                    } else if place.patch.is_some() {
+                        rest.patches.push((id, place));
+                    } else if let Some(before) = self.places.insert(id, place) {
+                        self.copies.entry(id).or_default().push(before);
                     }
                 }
                 None => whole = false,
@@ -283,9 +361,12 @@ impl Index {
     }
 }
 
-/// The error of an object that no pack has.
-pub(crate) fn lost(kind: Kind, id: &Id) -> Error {
-    Error::new(ErrorKind::Corrupt, format!("no pack holds the {} {}", kind.name(), hex::encode(id)))
+/// What a pack's index says that means something only when all are known.
+#[derive(Default)]
+struct Rest {
+    patches: Vec<(Id, Place)>,
+    /// Objects that lie beyond the end of their pack.
+    cut: Vec<(Id, Place)>,
 }
 
 pub(crate) fn pack_path(dir: &Path, number: u32) -> PathBuf {

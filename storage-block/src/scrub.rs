@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use ami_core::Digest;
 
-use crate::format::{HOLE, Id, UNIT};
+use crate::format::{HOLE, Id, Kind, UNIT};
 use crate::keys::EncryptionKey;
-use crate::pack::{self, Place};
+use crate::pack::Place;
 use crate::progress::Reporter;
 use crate::snapshot::Root;
 use crate::store::{Inner, read};
@@ -62,6 +62,8 @@ impl Store {
     pub fn scrub(&self, progress: &mut dyn FnMut(Progress)) -> Result<ScrubReport> {
         let inner = &self.0;
         let mut report = ScrubReport::default();
+        let broken = |why: &String| Error::new(ErrorKind::Corrupt, why.clone());
+        report.damages.extend(read(&inner.index).broken.values().map(broken));
         let roots = open_roots(self, &mut report)?;
         let keys = keys_of(inner, &roots);
         let mut objects: Vec<(u32, u32, u64, Id)> = {
@@ -104,7 +106,7 @@ fn open_roots(store: &Store, report: &mut ScrubReport) -> Result<Vec<Arc<Root>>>
         match inner.open_root(&digest) {
             Ok(root) => {
                 // Whoever has not the key can still say whether the chunks are there.
-                let _ = root.unlock(|wrapped| inner.unlock(wrapped));
+                let _ = root.unlock(|wrapped, context| inner.unlock(wrapped, context));
                 roots.push(root);
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -133,13 +135,13 @@ fn keys_of(inner: &Arc<Inner>, roots: &[Arc<Root>]) -> HashMap<Id, EncryptionKey
 
 fn check_object(inner: &Inner, id: &Id, key: Option<&EncryptionKey>, report: &mut ScrubReport) -> Result<()> {
     // Where it lies now: the sweep may have carried it elsewhere, or dropped it.
-    let Some(found) = read(&inner.index).find_open(id)? else { return Ok(()) };
+    let Some(found) = read(&inner.index).find(id) else { return Ok(()) };
     report.objects += 1;
     if found.slot.encoding.encrypted() && key.is_none() {
         report.without_key += 1;
-        return found.pack.read_whole(&found.slot).map(drop);
+        return inner.find_open(found.slot.kind, id)?.pack.read_whole(&found.slot).map(drop);
     }
-    found.object(id).read_checked(key).map(drop)
+    inner.read_object(found.slot.kind, id, key).map(drop)
 }
 
 /// Sees that a snapshot's leaves and chunks are there, and that none of them is among the damaged.
@@ -161,13 +163,14 @@ fn check_snapshot(snapshot: &Snapshot, damaged: &mut HashSet<Id>, report: &mut S
                 continue;
             }
         };
-        let index = read(&snapshot.store.index);
         for id in ids.iter().filter(|id| **id != HOLE) {
             if damaged.contains(id) {
                 whole = false;
-            } else if index.find(id).is_none() {
+            } else if read(&snapshot.store.index).find(id).is_none() {
+                // It may be on its way still.
+                let Err(error) = snapshot.store.find_open(Kind::Chunk, id) else { continue };
                 // Once, however many snapshots have it.
-                report.damages.push(pack::lost(crate::format::Kind::Chunk, id));
+                report.damages.push(error);
                 damaged.insert(*id);
                 whole = false;
             }

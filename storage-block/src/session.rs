@@ -4,9 +4,8 @@ use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::RwLockReadGuard;
 
-use crate::codec::{self, Stored};
+use crate::codec::{self, Patches, Stored};
 use crate::format::{
     self, HOLE, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset,
 };
@@ -14,7 +13,8 @@ use crate::fs::{self, File};
 use crate::import::is_zero;
 use crate::keys::EncryptionKey;
 use crate::pack::{self, Index, Pack, Place, Taken};
-use crate::store::{Inner, read, sync_dir, write};
+use crate::store::{Inner, lock, read, sync_dir, write};
+use crate::turns::Storing;
 use crate::writeback::{self, Writeback};
 use crate::{Error, Result};
 
@@ -27,8 +27,9 @@ const BUFFER: usize = 1 << 20;
 /// guard keeps the store from dropping an object that this session has found to be there already.
 pub(crate) struct Session<'s> {
     store: &'s Inner,
-    /// What holds the sweep off; the sweep's own session has none.
-    sweep: Option<RwLockReadGuard<'s, ()>>,
+    /// What holds the sweep off, unless somebody else does.
+    _turn: Option<Storing>,
+    sweeps: bool,
     added: HashMap<Id, Place>,
     packs: Vec<Writing>,
     buffer: Vec<u8>,
@@ -69,7 +70,7 @@ pub(crate) struct Was {
 impl Was {
     /// What it takes to store the chunk as the difference from one that is no patch itself.
     fn patch(self, index: &Index) -> Option<Patch> {
-        match index.places.get(&self.id)?.patch.as_deref() {
+        match index.places.get(&self.id).filter(|_| index.has(&self.id))?.patch.as_deref() {
             None => Some(Patch { mask: self.changed, base: self.id }),
             Some(patch) => Some(Patch { mask: self.changed | patch.mask, base: patch.base }),
         }
@@ -108,14 +109,15 @@ fn prepare_object(
     was: Option<Was>,
 ) -> Prepared {
     let id = codec::name(kind, bytes, key);
-    let patch = {
+    let (patch, whole) = {
         let index = read(&store.index);
-        if index.places.contains_key(&id) {
+        if index.has(&id) {
             return Prepared { id, kind, new: None };
         }
-        was.and_then(|was| was.patch(&index))
+        (was.and_then(|was| was.patch(&index)), index.is_damaged(&id))
     };
-    let stored = codec::encode(kind, &id, bytes, store.compression, key, patch);
+    let patches = if whole { Patches::None } else { Patches::Of(patch) };
+    let stored = codec::encode(kind, &id, bytes, store.compression, key, patches);
     let crc = crc32c::crc32c(stored.bytes.as_deref().unwrap_or(bytes));
     Prepared { id, kind, new: Some((stored, crc)) }
 }
@@ -123,19 +125,25 @@ fn prepare_object(
 impl<'s> Session<'s> {
     /// A session that holds the sweep off.
     pub(crate) fn begin(store: &'s Inner) -> Self {
-        Self::new(store, Some(read(&store.sweep)))
+        Self::new(store, Some(store.turns.store()), false)
+    }
+
+    /// The same for one whose turn it is already.
+    pub(crate) fn begin_in(store: &'s Inner, _turn: &'s Storing) -> Self {
+        Self::new(store, None, false)
     }
 
     /// A session of the sweep itself.
     pub(crate) fn of_sweep(store: &'s Inner) -> Self {
-        Self::new(store, None)
+        Self::new(store, None, true)
     }
 
-    fn new(store: &'s Inner, sweep: Option<RwLockReadGuard<'s, ()>>) -> Self {
+    fn new(store: &'s Inner, turn: Option<Storing>, sweeps: bool) -> Self {
         let buffer = Vec::with_capacity(BUFFER);
         Self {
             store,
-            sweep,
+            _turn: turn,
+            sweeps,
             added: HashMap::new(),
             packs: Vec::new(),
             buffer,
@@ -167,7 +175,7 @@ impl<'s> Session<'s> {
     pub(crate) fn put(&mut self, prepared: &Prepared, bytes: &[u8]) -> Result<()> {
         let Prepared { id, kind, new } = prepared;
         let Some((Stored { bytes: stored, len, encoding, patch }, crc)) = new else { return Ok(()) };
-        if self.added.contains_key(id) || read(&self.store.index).places.contains_key(id) {
+        if self.added.contains_key(id) || read(&self.store.index).has(id) {
             return Ok(());
         }
         let slot = Slot { start: 0, len: *len, crc: Some(*crc), kind: *kind, encoding: *encoding };
@@ -241,13 +249,15 @@ impl<'s> Session<'s> {
             }
             sync_dir(&dir)?;
         }
-        // Nobody who finds the root may fail to find its objects, and a root that cannot be written takes
-        // the objects with it.
-        let mut index = write(&self.store.index);
+        // A root that cannot be written takes the objects with it, so these are known after it; who finds a root and not
+        // its objects waits for this lock and looks again. It also keeps two from giving one root its name, of whom one
+        // might take it back.
+        let _publishing = lock(&self.store.publishing);
         let published = match publish(self.store) {
             Err(Unpublished { error, left: false }) => return Err(error),
             published => published.map_err(|unpublished| unpublished.error),
         };
+        let mut index = write(&self.store.index);
         for writing in self.packs.drain(..) {
             let number = writing.pack.number;
             if writing.new {
@@ -259,13 +269,12 @@ impl<'s> Session<'s> {
                 index.open.insert(number, writing.taken);
             }
         }
-        if self.sweep.is_none() {
+        if self.sweeps {
+            // What the sweep has carried is what it was.
             index.places.extend(self.added.drain());
         }
-        // Another session may have stored the same meanwhile and told others that it is no patch, who differ from it
-        // now. What the sweep has carried is what it was.
         for (id, place) in self.added.drain() {
-            index.places.entry(id).or_insert(place);
+            index.add(id, place);
         }
         self.committed = true;
         published
@@ -275,10 +284,11 @@ impl<'s> Session<'s> {
     fn open_pack(&mut self) -> Result<Writing> {
         let dir = self.store.packs_dir();
         let mut index = write(&self.store.index);
-        if let Some((number, start)) = index.open.pop_first() {
+        while let Some((number, start)) = index.open.pop_first() {
             let opened = index.packs.get(&number).cloned();
             drop(index);
-            if let Some(pack) = opened {
+            // One whose header is damaged is not appended to.
+            if let Some(pack) = opened.filter(|pack| pack.file().is_ok()) {
                 let index_path = pack::index_path(&dir, number);
                 let file = File::open_writable(&index_path);
                 let file = file.map_err(|e| Error::io(e, format!("cannot open {}", index_path.display())))?;

@@ -12,11 +12,11 @@ use crate::format::{
     self, CHUNK, Encoding, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN, PACK_UNITS, RootParts, SLOT_UNITS, Slot,
     WrappedKey,
 };
-use crate::keys::EncryptionKey;
+use crate::keys::{EncryptionKey, KeyContext};
 use crate::object::{Found, Object, Part, Patched};
-use crate::pack::{self, Pack};
+use crate::pack::Pack;
 use crate::store::{Inner, read};
-use crate::{BlockBackend, Capabilities, Disk, Error, Result};
+use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Result};
 
 /// An immutable disk in a [`Store`](crate::Store).
 ///
@@ -167,9 +167,7 @@ impl Snapshot {
     pub fn verify(&self) -> Result<()> {
         for leaf in 0..self.root.leaves.len() {
             for id in self.leaf_ids(leaf)?.iter().filter(|id| **id != HOLE) {
-                let found = read(&self.store.index).find_open(id)?;
-                let found = found.ok_or_else(|| pack::lost(Kind::Chunk, id))?;
-                found.object(id).read_checked(self.root.key())?;
+                self.store.read_object(Kind::Chunk, id, self.root.key())?;
             }
         }
         Ok(())
@@ -179,7 +177,7 @@ impl Snapshot {
     pub(crate) fn leaf_ids(&self, leaf: usize) -> Result<Vec<Id>> {
         match self.root.leaves.get(leaf) {
             None | Some(&HOLE) => Ok(vec![HOLE; LEAF_IDS]),
-            Some(id) => Ok(format::split_ids(&read(&self.store.index).read_leaf(id)?)),
+            Some(id) => self.store.read_leaf(id),
         }
     }
 
@@ -212,9 +210,6 @@ impl Snapshot {
         let first = (within / CHUNK) as usize;
         let last = ((within + len - 1) / CHUNK) as usize;
         let entry = table.entry(first);
-        if entry == Entry::LOST {
-            return Err(pack::lost(Kind::Chunk, &table.ids[first]));
-        }
         let one = len.min((first as u64 + 1) * CHUNK - within);
         if entry != Entry::NOWHERE && !entry.is_plain() {
             return Ok((Extent::Chunk(table, first), one));
@@ -234,6 +229,23 @@ impl Snapshot {
     /// Reads a part of one chunk, and the first time anybody does verifies all of it.
     fn read_chunk(&self, table: &Table, place: usize, offset: u64, part: &mut [u8]) -> Result<()> {
         let (entry, id, key) = (table.entry(place), &table.ids[place], self.root.key());
+        let read = match entry {
+            Entry::LOST => Err(Error::new(ErrorKind::Corrupt, "it was not there")),
+            _ => self.read_entry(table, place, offset, part),
+        };
+        match read {
+            // It may lie elsewhere by now, and if it does not, this is who says what is wrong.
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                let bytes = self.store.read_object(Kind::Chunk, id, key)?;
+                part.copy_from_slice(&bytes[offset as usize..][..part.len()]);
+                Ok(())
+            }
+            read => read,
+        }
+    }
+
+    fn read_entry(&self, table: &Table, place: usize, offset: u64, part: &mut [u8]) -> Result<()> {
+        let (entry, id, key) = (table.entry(place), &table.ids[place], self.root.key());
         let (pack, slot) = (&*table.packs[entry.pack()], entry.slot());
         let patch = if slot.encoding.patch() { table.patches.get(&place).map(Patched::part) } else { None };
         let object = Object { own: Part { id, pack, slot }, patch };
@@ -241,12 +253,16 @@ impl Snapshot {
         if verified {
             object.read(key, &self.store.cache, offset, part)?;
         } else {
-            let bytes = object.read_checked(key)?;
-            part.copy_from_slice(&bytes[offset as usize..][..part.len()]);
-            pack.set_verified(slot.start);
-            if slot.encoding.compressed() {
-                self.store.cache.insert(pack.number, slot.start, &bytes.into());
+            if part.len() as u64 == CHUNK {
+                object.read_checked_into(key, part)?;
+            } else {
+                let bytes = object.read_checked(key)?;
+                part.copy_from_slice(&bytes[offset as usize..][..part.len()]);
+                if slot.encoding.compressed() {
+                    self.store.cache.insert(pack.number, slot.start, &bytes.into());
+                }
             }
+            pack.set_verified(slot.start);
         }
         if !entry.is_verified() {
             table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
@@ -296,9 +312,9 @@ impl Snapshot {
     }
 
     fn make_table(&self, leaf: &Id) -> Result<Table> {
+        let ids = self.store.read_leaf(leaf)?;
         // The guard keeps the packs' files there until they are open.
         let index = read(&self.store.index);
-        let ids = format::split_ids(&index.read_leaf(leaf)?);
         let mut packs = Vec::new();
         let mut numbers = HashMap::new();
         let mut entries = Vec::with_capacity(LEAF_IDS);
@@ -308,6 +324,10 @@ impl Snapshot {
             let entry = match (id, found) {
                 (&HOLE, _) => Entry::NOWHERE,
                 (_, None) => Entry::LOST,
+                // Who reads it is told what is wrong with its pack, and the others are there all the same.
+                (_, Some(found)) if found.open().is_err_and(|error| error.kind() == ErrorKind::Corrupt) => {
+                    Entry::LOST
+                }
                 (_, Some(found)) => {
                     found.open()?;
                     let Found { pack, slot, patch } = found;
@@ -415,9 +435,13 @@ impl Root {
     }
 
     /// Gets the key of an encrypted snapshot from `unwrap`, unless it is there already.
-    pub(crate) fn unlock(&self, unwrap: impl FnOnce(&WrappedKey) -> Result<EncryptionKey>) -> Result<()> {
+    pub(crate) fn unlock(
+        &self,
+        unwrap: impl FnOnce(&WrappedKey, &KeyContext) -> Result<EncryptionKey>,
+    ) -> Result<()> {
         if let (Some(wrapped), None) = (&self.wrapped, self.key.get()) {
-            let key = unwrap(wrapped)?;
+            let context = KeyContext::snapshot(&format::encode_root(self.size, &self.leaves, None));
+            let key = unwrap(wrapped, &context)?;
             // Whoever loses this race has come with the same key.
             let _ = self.key.set(key);
         }

@@ -11,10 +11,11 @@ use rustix::fs::FlockOperation;
 use crate::cache::Cache;
 use crate::format::WrappedKey;
 use crate::fs::{self, File};
-use crate::keys::EncryptionKey;
+use crate::keys::{EncryptionKey, KeyContext};
 use crate::options::{Keys, StoreOptions};
 use crate::pack::{Index, read_dir};
 use crate::snapshot::{Root, Snapshot};
+use crate::turns::Turns;
 use crate::{Compression, Error, ErrorKind, Result};
 
 /// A directory of snapshots, whose chunks are stored once however many snapshots have them.
@@ -50,11 +51,10 @@ pub(crate) struct Inner {
     keys: Keys,
     pub(crate) cache: Cache,
     pub(crate) index: RwLock<Index>,
-    /// Held for writing while objects are dropped, for reading while something is stored that may rely on them. Who
-    /// waits for writing has the lock held up for whoever stores next, so nothing else may take it.
-    pub(crate) sweep: RwLock<()>,
-    /// A sweep drops objects just now, and is not only about to.
-    pub(crate) sweeping: Mutex<()>,
+    /// Objects are dropped while nothing is stored that may rely on them.
+    pub(crate) turns: Arc<Turns>,
+    /// Held by who gives roots their names, until their objects are known.
+    pub(crate) publishing: Mutex<()>,
     /// The snapshots that are open. Held while roots are removed, none of which is open then.
     pub(crate) roots: Mutex<HashMap<Digest, Weak<Root>>>,
     _lock: Locked,
@@ -66,8 +66,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`InUse`](ErrorKind::InUse) if it is open already, [`Corrupt`](ErrorKind::Corrupt) if a pack is cut
-    /// short or its index is damaged.
+    /// [`InUse`](ErrorKind::InUse) if it is open already, or what the file system says. A damaged pack is none: what it
+    /// holds cannot be read, [`scrub`](Self::scrub) reports it, and all else is there.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(dir, &StoreOptions::new())
     }
@@ -108,8 +108,8 @@ impl Store {
             keys: options.keys.clone(),
             cache: Cache::new(options.cache),
             index,
-            sweep: RwLock::new(()),
-            sweeping: Mutex::new(()),
+            turns: Arc::default(),
+            publishing: Mutex::default(),
             roots: Mutex::default(),
             _lock: lock,
         })))
@@ -148,7 +148,7 @@ impl Store {
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) if it is encrypted and the store does not have its key.
     pub fn snapshot(&self, digest: &Digest) -> Result<Snapshot> {
         let root = self.0.open_root(digest)?;
-        root.unlock(|wrapped| self.0.unlock(wrapped))?;
+        root.unlock(|wrapped, context| self.0.unlock(wrapped, context))?;
         Ok(Snapshot::new(Arc::clone(&self.0), root))
     }
 
@@ -168,8 +168,8 @@ impl Store {
 
 impl Inner {
     /// The key that was stored with something.
-    pub(crate) fn unlock(&self, wrapped: &WrappedKey) -> Result<EncryptionKey> {
-        EncryptionKey::from_wrapped(self.keys.provider(), wrapped)
+    pub(crate) fn unlock(&self, wrapped: &WrappedKey, context: &KeyContext) -> Result<EncryptionKey> {
+        EncryptionKey::from_wrapped(self.keys.provider(), wrapped, context)
     }
 
     pub(crate) fn packs_dir(&self) -> PathBuf {
@@ -203,12 +203,17 @@ impl Inner {
         Ok(remember(&mut roots, root))
     }
 
+    /// Whether there is a root of this name that is what its name says.
+    pub(crate) fn has_root(&self, digest: &Digest, bytes: &[u8]) -> bool {
+        std::fs::read(self.root_path(digest)).is_ok_and(|found| found == bytes)
+    }
+
     /// Writes a root where it is found from now on. Its objects are durable already. A failure may leave it there.
     pub(crate) fn publish_root(&self, bytes: &[u8], key: Option<&EncryptionKey>) -> Result<Arc<Root>> {
         let digest = Digest::of(bytes);
         let path = self.root_path(&digest);
         let root = Root::parse(digest, bytes).map_err(|why| Error::corrupt(&path, why))?;
-        if !path.exists() {
+        if !self.has_root(&digest, bytes) {
             let dir = self.snapshots_dir();
             let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
             fs::write_named(&path, bytes).map_err(failed)?;
@@ -216,7 +221,7 @@ impl Inner {
         }
         let root = remember(&mut lock(&self.roots), root);
         if let Some(key) = key {
-            root.unlock(|_| Ok(key.clone()))?;
+            root.unlock(|_, _| Ok(key.clone()))?;
         }
         Ok(root)
     }

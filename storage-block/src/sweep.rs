@@ -11,9 +11,10 @@ use crate::fs;
 use crate::pack::{self, Index, Pack, Place};
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
+use crate::turns::Sweeping;
 use crate::{Error, ErrorKind, Result, Snapshot, Store};
 
-/// What [`Store::remove_unreferenced`] gave back.
+/// What [`Sweep::remove_unreferenced`] gave back.
 ///
 /// ```
 /// use std::collections::HashSet;
@@ -24,7 +25,7 @@ use crate::{Error, ErrorKind, Result, Snapshot, Store};
 /// let image = |byte| MemoryDisk::from_vec(vec![byte; 1 << 20]).map(MemoryDisk::into_disk);
 /// let keep = store.import(&image(1)?, &mut |_| ())?.0.digest();
 /// let drop = store.import(&image(2)?, &mut |_| ())?.0.digest();
-/// let gone = store.remove_unreferenced(&HashSet::from([keep]))?;
+/// let gone = store.sweep().remove_unreferenced(&HashSet::from([keep]))?;
 /// assert_eq!((gone.snapshots, store.snapshots()?), (1, vec![keep]));
 /// assert!(store.snapshot(&drop).is_err());
 /// println!("{} bytes in {} packs given back", gone.bytes, gone.packs);
@@ -42,30 +43,60 @@ pub struct Reclaimed {
     pub bytes: u64,
 }
 
+/// The turn of one who removes what nobody needs, by [`Store::sweep`], which shows it in use.
+#[derive(Debug)]
+#[must_use = "nothing is removed yet, and nobody can store anything until it is dropped"]
+pub struct Sweep {
+    store: Store,
+    _turn: Sweeping,
+}
+
 impl Store {
+    /// Waits for imports and snapshots under way, and keeps others from beginning until it is dropped; all else goes on.
+    ///
+    /// Whoever decides what to keep decides it now: no snapshot comes to be that he does not know of. One that has, and
+    /// that nobody has noted yet, is kept as long as it is open, which is as long as its maker holds on to it.
+    ///
+    /// ```
+    /// use std::collections::HashSet;
+    /// use storage_block::{MemoryDisk, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let store = Store::open(dir.path())?;
+    /// # let wanted = |_: &ami_core::Digest| true;
+    /// let image = MemoryDisk::from_vec(vec![7; 1 << 20])?.into_disk();
+    /// store.import(&image, &mut |_| ())?;
+    /// let sweep = store.sweep();
+    /// let keep: HashSet<_> = store.snapshots()?.into_iter().filter(wanted).collect();
+    /// assert_eq!(sweep.remove_unreferenced(&keep)?.snapshots, 0);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn sweep(&self) -> Sweep {
+        Sweep { _turn: self.0.turns.sweep(), store: self.clone() }
+    }
+}
+
+impl Sweep {
     /// Removes every snapshot that is not in `keep` and not open, and the chunks that no other has.
     ///
     /// A volume's snapshot counts as open while the volume is; `keep` has to name those of all volumes that are
     /// not. Packs without a live object are deleted, and those at most half alive are rewritten; what is
     /// alive is durable in its new place before its old one goes, so that a crash at any moment loses nothing.
-    /// It waits for imports under way, and new ones wait for it; all else goes on, and a snapshot that is opened
-    /// meanwhile is kept if it is still there.
+    /// A snapshot that is opened meanwhile is kept if it is still there.
     ///
     /// # Errors
     ///
     /// [`Corrupt`](ErrorKind::Corrupt) if the manifest of a snapshot to be kept cannot be read: nothing is
     /// deleted then. What the file system says, and then a later call finishes the work.
-    pub fn remove_unreferenced(&self, keep: &HashSet<Digest>) -> Result<Reclaimed> {
-        let inner = &*self.0;
-        let _sweep = write(&inner.sweep);
-        let _sweeping = lock(&inner.sweeping);
-        let all = self.snapshots()?;
+    pub fn remove_unreferenced(self, keep: &HashSet<Digest>) -> Result<Reclaimed> {
+        let inner = &*self.store.0;
+        let all = self.store.snapshots()?;
         let (mut kept, mut dropped): (Vec<Digest>, Vec<Digest>) =
             all.into_iter().partition(|digest| keep.contains(digest));
         let mut live = HashSet::new();
         loop {
             for digest in kept.drain(..) {
-                mark(&Snapshot::new(Arc::clone(&self.0), inner.open_root(&digest)?), &mut live)?;
+                mark(&Snapshot::new(Arc::clone(&self.store.0), inner.open_root(&digest)?), &mut live)?;
             }
             // Nobody opens one from here until it is gone; who has meanwhile keeps it, and it is marked, too.
             let roots = lock(&inner.roots);
@@ -170,10 +201,9 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
     for (pack, _) in victims.values() {
         freed += file_len(&pack.path)?;
     }
-    let numbers: Vec<u32> = victims.keys().copied().collect();
-    drop_packs(&mut write(&inner.index), &inner.packs_dir(), &numbers)?;
-    reclaimed.packs = numbers.len() as u64;
+    reclaimed.packs = victims.len() as u64;
     reclaimed.bytes = freed.saturating_sub(written);
+    drop_packs(inner, victims.into_values().map(|(pack, _)| pack).collect())?;
     debug_assert!(live.iter().all(|id| read(&inner.index).places.contains_key(id)));
     Ok(())
 }
@@ -183,30 +213,33 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
 fn read_to_carry(inner: &Inner, pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec<u8>> {
     let stored = pack.read_whole(slot)?;
     if !slot.encoding.encrypted() {
-        let found = read(&inner.index).find_open(id)?;
-        found.ok_or_else(|| pack::lost(slot.kind, id))?.object(id).read_checked(None)?;
+        inner.find_open(slot.kind, id)?.object(id).read_checked(None)?;
     }
     Ok(stored)
 }
 
-/// Deletes packs and forgets what is in them. First they lose their names, so that a crash leaves
+/// Forgets what is in packs and deletes them. First they lose their names, so that a crash leaves
 /// lone indices, which opening clears away, and never a pack without one.
-fn drop_packs(index: &mut Index, dir: &Path, numbers: &[u32]) -> Result<()> {
-    if numbers.is_empty() {
+fn drop_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
+    if packs.is_empty() {
         return Ok(());
     }
+    let numbers: Vec<u32> = packs.iter().map(|pack| pack.number).collect();
+    // From here on nobody takes what was in them for stored, or looks for it there; who did has them open.
+    write(&inner.index).forget(&numbers);
+    let dir = &inner.packs_dir();
     let failed = |e, number| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
     let doomed = |number| dir.join(format!("{number:08x}.pack.tmp"));
-    let unnamed = numbers.iter().try_for_each(|&number| {
-        fs::rename(&pack::pack_path(dir, number), &doomed(number)).map_err(|e| failed(e, number))?;
-        index.packs.remove(&number);
-        Ok(())
-    });
-    // Also when one has kept its name: nobody may take what was in the others for stored.
-    index.places.retain(|_, place| index.packs.contains_key(&place.pack));
-    unnamed?;
+    for (at, &number) in numbers.iter().enumerate() {
+        if let Err(e) = fs::rename(&pack::pack_path(dir, number), &doomed(number)) {
+            // They are there still, with nothing alive in them, and the next sweep tries again.
+            let left = packs[at..].iter().map(|pack| (pack.number, Arc::clone(pack)));
+            write(&inner.index).packs.extend(left);
+            return Err(failed(e, number));
+        }
+    }
     sync_dir(dir)?;
-    for &number in numbers {
+    for &number in &numbers {
         fs::remove_file(&pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
         fs::remove_file(&doomed(number)).map_err(|e| failed(e, number))?;
     }

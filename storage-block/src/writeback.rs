@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// Bytes that are appended before they are sent to the disk: enough that what a synchronisation costs beside them
 /// is little.
-const STEP: u64 = 32 << 20;
+const STEP: u64 = 8 << 20;
 
 /// Sends what a session appends to the disk, so that the disk works while the processors do, and little is left to
 /// wait for at the end.

@@ -102,7 +102,7 @@ fn keep(volume: &Volume, store: &Store, dir: &Path, seed: u64) {
                 keep.extend(clone.as_ref().and_then(Volume::base));
                 let names: Vec<String> = keep.iter().map(Digest::to_string).collect();
                 say(&format!("collect {}", names.join(" ")));
-                store.remove_unreferenced(&keep).unwrap();
+                store.sweep().remove_unreferenced(&keep).unwrap();
                 say("collected");
             }
             _ => {}

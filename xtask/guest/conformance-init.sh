@@ -76,6 +76,18 @@ disks() {
     esac
 }
 
+# What a network command does with the port it names.
+nets() {
+    case $2 in '' | *[!0-9]*) return 1 ;; esac
+    at=/sys/class/net/eth$2
+    [ -e "$at" ] || return 1
+    case $1 in
+    mac) echo "mac $(cat "$at/address")" ;;
+    mtu) echo "mtu $(cat "$at/mtu")" ;;
+    up) ifconfig "eth$2" "$3" netmask 255.255.255.0 up && echo up ;;
+    esac
+}
+
 answer() {
     case $1 in
     ping) echo "pong $2" ;;
@@ -84,6 +96,8 @@ answer() {
     dmi) echo "dmi $(cat "/sys/class/dmi/id/$2")" ;;
     disks) set -- /sys/block/vd*; [ -e "$1" ] || shift; echo "disks $#" ;;
     size | serial | read | write | flush) disks "$@" || echo error ;;
+    nets) set -- /sys/class/net/eth*; [ -e "$1" ] || shift; echo "nets $#" ;;
+    mac | mtu | up) nets "$@" || echo error ;;
     poweroff) poweroff -f ;;
     reboot) reboot -f ;;
     crash) echo unsupported ;;

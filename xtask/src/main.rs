@@ -3,6 +3,7 @@
 //! | command | what it does |
 //! |---|---|
 //! | `quickstart` | goes the whole way, from packages to two equal live servers |
+//! | `employee-directory` | launches a web application on a stock Debian into a network, logs in, makes an image |
 //! | `guest` | makes the Linux guests that examples, tests and benchmarks boot |
 //! | `figures` | measures what has a bar, and says what falls short of it |
 //! | `test`  | checks format, lints, documentation and tests, KVM in the lab among them |
@@ -19,6 +20,7 @@
 mod bare_guest;
 mod deb;
 mod digest;
+mod employee_directory;
 mod figures;
 mod guest;
 mod lab;
@@ -42,6 +44,8 @@ struct Xtask {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Launch a web application on a stock Debian, log in, make an image of it and launch more
+    EmployeeDirectory(employee_directory::EmployeeDirectoryArgs),
     /// Measure what has a bar, and say what falls short of it
     Figures(figures::FiguresArgs),
     /// Make the Linux guests that examples, tests and benchmarks boot
@@ -56,6 +60,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Xtask::parse().command {
+        Command::EmployeeDirectory(args) => employee_directory::run(&args),
         Command::Figures(args) => figures::run(&args),
         Command::Guest(args) => guest::run(&args),
         Command::Lab(args) => lab::run(args),

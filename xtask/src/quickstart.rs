@@ -58,7 +58,7 @@ pub(crate) struct QuickstartArgs {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Choice {
+pub(crate) enum Choice {
     /// KVM where guest kernels run on hardware, else QEMU
     Auto,
     /// KVM, in this process
@@ -76,7 +76,7 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<ExitCode> {
 }
 
 fn whole(args: &QuickstartArgs, report: &mut Report) -> Result<()> {
-    let hypervisor = choose(args.hypervisor, report)?;
+    let hypervisor = choose(args.hypervisor, |line| report.say(line))?;
     let artifacts = report.step("build the root disk", guest::ensure)?;
     report.display().animate();
     let temporary = tempfile::tempdir().context("cannot make a directory for the region")?;
@@ -112,7 +112,7 @@ fn in_region(
 
 /// The hypervisor to use, with all that has to be installed for the quick start on it. `auto` measures: a
 /// KVM that emulates guest kernels is no use to them.
-fn choose(choice: Choice, report: &Report) -> Result<Box<dyn Hypervisor>> {
+pub(crate) fn choose(choice: Choice, say: impl Fn(&str)) -> Result<Box<dyn Hypervisor>> {
     match choice {
         Choice::Qemu => {}
         Choice::Kvm => return Ok(Box::new(Kvm::open()?)),
@@ -120,9 +120,9 @@ fn choose(choice: Choice, report: &Report) -> Result<Box<dyn Hypervisor>> {
             Ok(kvm) if kvm.capabilities().execution.is_hardware() => return Ok(Box::new(kvm)),
             Ok(kvm) => {
                 let (_, measured) = in_words(&kvm.capabilities().execution);
-                report.say(&format!("not using KVM, which emulates guest kernels here: {measured}"));
+                say(&format!("not using KVM, which emulates guest kernels here: {measured}"));
             }
-            Err(error) => report.say(&format!("not using KVM: {error}")),
+            Err(error) => say(&format!("not using KVM: {error}")),
         },
     }
     prerequisites::require(&[&[QEMU_X86_64][..], guest::tools()].concat())?;

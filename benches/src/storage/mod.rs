@@ -90,6 +90,7 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "random_overwrite_flushed" => blocks::random_overwrite_flushed(bench),
         "random_overwrite_first_flushed" => blocks::random_overwrite_first_flushed(bench),
         "sequential_read" => blocks::sequential_read(bench),
+        "sequential_read_first" => blocks::sequential_read_first(bench),
         "sequential_write" => blocks::sequential_write(bench),
         "import_over_sha256" => imports::over_sha256(bench),
         "import_over_copy" => imports::over_copy(bench),

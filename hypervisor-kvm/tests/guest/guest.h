@@ -47,6 +47,13 @@ int is(const char *a, const char *b);
 /* smbios.c: nothing is said of a field that is not there. */
 void say_smbios_field(const char *name, void (*say)(char));
 
+/* net.c */
+u32 count_nets(void);
+int net_mac(u32 net, u8 mac[6]);
+u32 net_mtu(u32 net);
+int net_up(u32 net, const u8 address[4]);
+int serve_nets(void);
+
 /* cpus.c */
 u32 count_cpus(const struct start_info *info);
 

@@ -112,7 +112,7 @@ static void enable_interrupts(void)
     outw(PM1_ENABLE, POWER_BUTTON);
 }
 
-/* The next byte typed. The power button is heeded meanwhile. */
+/* The next byte typed. The power button is heeded meanwhile, and the network. */
 static char get(void)
 {
     for (;;) {
@@ -120,7 +120,8 @@ static char get(void)
             power_off();
         if (inb(SERIAL + LINE_STATUS) & RECEIVED)
             return inb(SERIAL + DATA);
-        wait_for_interrupt();
+        if (!serve_nets())
+            wait_for_interrupt();
     }
 }
 
@@ -203,6 +204,36 @@ static void do_write(u32 disk, u32 at, const char *text)
     say(disk_request(disk, WRITE, at, sector, SECTOR) ? "wrote\n" : "error\n");
 }
 
+static void do_mac(u32 net)
+{
+    u8 mac[6];
+    if (!net_mac(net, mac)) {
+        say("error\n");
+        return;
+    }
+    say("mac ");
+    for (u32 n = 0; n < 6; n++) {
+        if (n)
+            put(':');
+        put("0123456789abcdef"[mac[n] >> 4]);
+        put("0123456789abcdef"[mac[n] & 15]);
+    }
+    say("\n");
+}
+
+/* An address is four numbers with points between them. */
+static void do_up(u32 net, char *text)
+{
+    u8 address[4] = { 0 };
+    for (u32 n = 0; *text && n < 4; text++) {
+        if (*text == '.')
+            n++;
+        else
+            address[n] = address[n] * 10 + (*text - '0');
+    }
+    say(net_up(net, address) ? "up\n" : "error\n");
+}
+
 static void obey(char *line)
 {
     const char *command = word(&line);
@@ -232,6 +263,15 @@ static void obey(char *line)
         do_write(disk, at, word(&line));
     } else if (is(command, "flush")) {
         say(disk_request(number(&line), FLUSH, 0, 0, 0) ? "flushed\n" : "error\n");
+    } else if (is(command, "nets")) {
+        answer_number("nets ", count_nets());
+    } else if (is(command, "mac")) {
+        do_mac(number(&line));
+    } else if (is(command, "mtu")) {
+        answer_number("mtu ", net_mtu(number(&line)));
+    } else if (is(command, "up")) {
+        u32 net = number(&line);
+        do_up(net, word(&line));
     } else if (is(command, "poweroff")) {
         power_off();
     } else if (is(command, "reboot")) {

@@ -16,9 +16,10 @@ use std::sync::Arc;
 
 use imago::qcow2::Qcow2;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping};
-use storage_block::{BlockBackend, Disk, SECTOR};
+use storage_block::{Disk, SECTOR};
 
 use crate::error::corrupt;
+use crate::read_only::{ReadImage, ReadOnly};
 use crate::source::Source;
 use crate::{Error, OpenOptions, Result, pack};
 
@@ -42,7 +43,7 @@ pub(crate) fn open(source: Source, options: &OpenOptions) -> Result<Disk> {
     let opened =
         contain(|| Qcow2::<Guard>::builder(Guard::new(&tables)).open(DenyImplicitOpenGate::default()));
     let image = FormatAccess::new(opened.map_err(|e| e.into_error("the qcow2 image cannot be opened"))?);
-    Disk::new(Image { image, tables }).map_err(|e| Error::disk(e, "the qcow2 image is no disk"))
+    Disk::new(ReadOnly(Image { image, tables })).map_err(|e| Error::disk(e, "the qcow2 image is no disk"))
 }
 
 /// A qcow2 image as a disk.
@@ -107,26 +108,6 @@ impl Image {
         }
     }
 
-    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let at = offset + done as u64;
-            let (part, len) = self.part(at, (buf.len() - done) as u64)?;
-            let into = &mut buf[done..];
-            let len = into.len().min(len as usize);
-            match part {
-                Part::Zeroes => into[..len].fill(0),
-                Part::Data => {
-                    let read = contain(|| self.image.read(&mut into[..len], at));
-                    read.map_err(|e| e.into_error("the qcow2 image cannot be read"))?;
-                }
-                Part::Packed => self.read_packed(&mut into[..len], at)?,
-            }
-            done += len;
-        }
-        Ok(())
-    }
-
     /// Reads from packed clusters. imago unpacks deflate too, but a stream that refers to what was before its beginning
     /// gets it what lay in memory there.
     fn read_packed(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
@@ -150,6 +131,36 @@ impl Image {
         }
         Ok(())
     }
+}
+
+impl ReadImage for Image {
+    fn size(&self) -> u64 {
+        self.tables.header.size.next_multiple_of(SECTOR)
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        // The disk in the image need not end with a sector.
+        let there = self.tables.header.size.saturating_sub(offset).min(buf.len() as u64);
+        let (buf, beyond) = buf.split_at_mut(there as usize);
+        beyond.fill(0);
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let (part, len) = self.part(at, (buf.len() - done) as u64)?;
+            let into = &mut buf[done..];
+            let len = into.len().min(len as usize);
+            match part {
+                Part::Zeroes => into[..len].fill(0),
+                Part::Data => {
+                    let read = contain(|| self.image.read(&mut into[..len], at));
+                    read.map_err(|e| e.into_error("the qcow2 image cannot be read"))?;
+                }
+                Part::Packed => self.read_packed(&mut into[..len], at)?,
+            }
+            done += len;
+        }
+        Ok(())
+    }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
         let size = self.tables.header.size;
@@ -166,42 +177,5 @@ impl Image {
             }
         }
         Ok(start.map(|start| start..at))
-    }
-}
-
-impl BlockBackend for Image {
-    fn size(&self) -> u64 {
-        self.tables.header.size.next_multiple_of(SECTOR)
-    }
-
-    fn read_only(&self) -> bool {
-        true
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
-        // The disk in the image need not end with a sector.
-        let there = self.tables.header.size.saturating_sub(offset).min(buf.len() as u64);
-        let (inside, beyond) = buf.split_at_mut(there as usize);
-        beyond.fill(0);
-        if inside.is_empty() {
-            return Ok(());
-        }
-        self.read(inside, offset).map_err(Error::into_disk_error)
-    }
-
-    fn write_at(&self, _: &[u8], _: u64) -> storage_block::Result<()> {
-        Err(crate::read_only())
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64) -> storage_block::Result<()> {
-        Err(crate::read_only())
-    }
-
-    fn flush(&self) -> storage_block::Result<()> {
-        Ok(())
-    }
-
-    fn next_data(&self, offset: u64) -> storage_block::Result<Option<Range<u64>>> {
-        self.next_data(offset).map_err(Error::into_disk_error)
     }
 }

@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags};
-use storage_block::{BlockBackend, Disk, RawFile};
+use storage_block::{Disk, RawFile};
 
 use crate::error::corrupt;
+use crate::read_only::ReadImage;
 use crate::source::Source;
 use crate::{Error, ErrorKind, Result};
 
@@ -141,6 +142,12 @@ impl Image {
         let after = self.extents.partition_point(|(start, _)| *start <= offset);
         &self.extents[after.saturating_sub(1)..]
     }
+}
+
+impl ReadImage for Image {
+    fn size(&self) -> u64 {
+        self.size
+    }
 
     fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
         for (start, extent) in self.from(offset) {
@@ -156,42 +163,12 @@ impl Image {
         Ok(())
     }
 
-    fn find_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
         for (start, extent) in self.from(offset) {
             if let Some(found) = extent.next_data(offset.saturating_sub(*start))? {
                 return Ok(Some(start + found.start..start + found.end));
             }
         }
         Ok(None)
-    }
-}
-
-impl BlockBackend for Image {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_only(&self) -> bool {
-        true
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
-        self.read(buf, offset).map_err(Error::into_disk_error)
-    }
-
-    fn write_at(&self, _: &[u8], _: u64) -> storage_block::Result<()> {
-        Err(crate::read_only())
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64) -> storage_block::Result<()> {
-        Err(crate::read_only())
-    }
-
-    fn flush(&self) -> storage_block::Result<()> {
-        Ok(())
-    }
-
-    fn next_data(&self, offset: u64) -> storage_block::Result<Option<Range<u64>>> {
-        self.find_data(offset).map_err(Error::into_disk_error)
     }
 }

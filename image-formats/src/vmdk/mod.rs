@@ -13,6 +13,7 @@ use std::path::Path;
 
 use storage_block::Disk;
 
+use crate::read_only::ReadOnly;
 use crate::source::Source;
 use crate::{Error, OpenOptions, Result};
 
@@ -41,5 +42,5 @@ pub(crate) fn open(source: Source, options: &OpenOptions, directory: Option<&Pat
         descriptor.check_alone(sparse.size())?;
         Image::new(vec![Extent::Sparse(sparse)])
     };
-    Disk::new(image).map_err(|e| Error::disk(e, "the VMDK image is no disk"))
+    Disk::new(ReadOnly(image)).map_err(|e| Error::disk(e, "the VMDK image is no disk"))
 }

@@ -1,6 +1,7 @@
 //! Launching: from an image and hardware to instances that run (`RunInstances`).
 
 mod in_flight;
+mod places;
 mod plan;
 mod spec;
 mod tokens;
@@ -106,7 +107,10 @@ impl<H> Region<H> {
     /// [`InvalidParameter`](ErrorKind::InvalidParameter),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`MalformedTagKey`](ErrorKind::MalformedTagKey),
-    /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded),
+    /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded), [`KeyPairNotFound`](ErrorKind::KeyPairNotFound),
+    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound),
+    /// [`SecurityGroupNotFound`](ErrorKind::SecurityGroupNotFound), [`AddressInUse`](ErrorKind::AddressInUse),
+    /// [`SubnetFull`](ErrorKind::SubnetFull),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
     /// [`Unsupported`](ErrorKind::Unsupported) for instance store and encrypted volumes,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
@@ -212,6 +216,7 @@ impl Inner {
         self.check_architecture(&record, &spec.instance_type)?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
         self.check_contents(owner, &disks, spec)?;
+        self.check_network(spec)?;
         let claims = self.claim(spec)?;
         if spec.dry_run {
             let what = "the launch would have been made, had it not been asked for as a dry run";
@@ -228,12 +233,14 @@ impl Inner {
             Some(_) => Some(spec.parameters(image)?),
             None => None,
         };
+        let mut places = self.places(spec);
         let mut records = Vec::new();
         for (index, claim) in (0..).zip(claims) {
             let planned = plan::volumes(&disks, owner, now, &checked.volume_tags)?;
             let ami = record.image.ami();
+            let id = InstanceId::random().map_err(no_random)?;
             let description = InstanceDescription {
-                id: InstanceId::random().map_err(no_random)?,
+                id,
                 owner,
                 reservation_id: reservation,
                 launch_index: index,
@@ -251,6 +258,7 @@ impl Inner {
                 metadata_options: spec.metadata_options.clone(),
                 root_device_name: ami.manifest().root_device_name().to_string(),
                 attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
+                network: places.next(id)?,
                 tags: spec.tags.clone(),
             };
             let record = InstanceRecord {
@@ -264,6 +272,7 @@ impl Inner {
         }
         let contents = plan::contents(&disks).map(|(_, digest)| digest).collect();
         let flight = self.in_flight.begin(reservation, Needs { image, contents, direct_boot });
+        places.keep();
         Ok(Prepared { boot, records, _flight: flight })
     }
 
@@ -405,6 +414,7 @@ impl Inner {
     fn undo_launch(&self, cell: &Cell, mut live: Hold<'_>, planned: &[Planned], why: &Error) {
         self.power_off(&mut live);
         self.cells().remove(&cell.id);
+        self.release_place(&live.record.description);
         // A commit that failed may have got as far as to say so.
         live.record.launched = false;
         let left = planned.iter().try_for_each(|p| {

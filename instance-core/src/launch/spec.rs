@@ -1,10 +1,12 @@
 //! What an image is launched with: the parameters of `RunInstances`.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
-use ami_core::{AmiId, BlockDeviceMapping, Digest, Tags};
+use ami_core::{AmiId, BlockDeviceMapping, Digest, SecurityGroupId, SubnetId, Tags};
 use serde::Serialize;
 
+use crate::network::PlacementRequest;
 use crate::{Error, ErrorKind, InstanceType, MetadataOptions, Result, ShutdownBehavior};
 
 /// What to launch an image with.
@@ -39,6 +41,8 @@ pub struct LaunchSpec {
     pub(super) termination_protection: bool,
     pub(super) stop_protection: bool,
     pub(super) metadata_options: MetadataOptions,
+    #[serde(skip_serializing_if = "PlacementRequest::is_default")]
+    pub(super) placement: PlacementRequest,
     #[serde(skip)]
     pub(super) client_token: Option<String>,
     #[serde(skip)]
@@ -68,6 +72,7 @@ impl LaunchSpec {
             termination_protection: false,
             stop_protection: false,
             metadata_options: MetadataOptions::default(),
+            placement: PlacementRequest::default(),
             client_token: None,
             dry_run: false,
         }
@@ -88,8 +93,8 @@ impl LaunchSpec {
         self
     }
 
-    /// The name of the key pair that its user logs in with. It is kept and handed out; whoever serves the
-    /// metadata knows the key.
+    /// The name of the key pair that its user logs in with, which the region's network knows. Without a network, the
+    /// name is kept and handed out.
     #[must_use]
     pub fn key_name(mut self, name: impl Into<String>) -> Self {
         self.key_name = Some(name.into());
@@ -149,6 +154,27 @@ impl LaunchSpec {
         self
     }
 
+    /// The subnet of the region's network; the default one, unless this says otherwise.
+    #[must_use]
+    pub fn subnet(mut self, id: SubnetId) -> Self {
+        self.placement.subnet_id = Some(id);
+        self
+    }
+
+    /// One more security group; the default one, if there is none.
+    #[must_use]
+    pub fn security_group(mut self, id: SecurityGroupId) -> Self {
+        self.placement.security_groups.push(id);
+        self
+    }
+
+    /// The address in the subnet, of one instance; one that is free, unless this says otherwise.
+    #[must_use]
+    pub fn private_ip(mut self, address: Ipv4Addr) -> Self {
+        self.placement.private_ip = Some(address);
+        self
+    }
+
     /// A name for this launch: whoever launches again with the same token and parameters gets the instances
     /// of the first time, for as long as one of them is remembered.
     #[must_use]
@@ -184,6 +210,10 @@ impl LaunchSpec {
             let what =
                 format!("{min} to {max} instances cannot be launched; use 1 or more, and no less at most");
             return Err(Error::new(ErrorKind::InvalidParameter, what));
+        }
+        if max > 1 && self.placement.private_ip.is_some() {
+            let what = "several instances cannot have one address";
+            return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
         }
         Self::check_user_data(self.user_data.as_deref())?;
         check_ascii("client token", self.client_token.as_deref(), Self::MAX_CLIENT_TOKEN)?;

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// An Ethernet frame without its check sequence, and what its sender has left to be done to it.
 ///
 /// ```
@@ -130,7 +132,8 @@ impl Offloads {
 /// assert!("02:00:0a:00:00".parse::<MacAddress>().is_err());
 /// # Ok::<(), instance_core::net::InvalidMacAddress>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
@@ -152,6 +155,20 @@ impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
         write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> Self {
+        mac.to_string()
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = InvalidMacAddress;
+
+    fn try_from(text: String) -> Result<Self, InvalidMacAddress> {
+        text.parse()
     }
 }
 

@@ -18,11 +18,15 @@
 //! | `read D S` | `data TEXT`: sector `S` up to its first zero byte, from the disk itself |
 //! | `write D S WORD` | `wrote`, after sector `S` holds `WORD` and zeroes |
 //! | `flush D` | `flushed` |
+//! | `nets` | `nets N`: how many network ports it has |
+//! | `mac N`, `mtu N` | `mac ADDRESS`, `mtu BYTES` of port `N`, counted from 0 |
+//! | `up N IP` | `up`; from then on port `N` answers ARP and ICMP echo requests for that address |
 //! | any of these that the disk refuses | `error` |
 //! | `poweroff`, `reboot`, `crash` | none: it does so (`unsupported` if it cannot crash) |
 //! | `spin` | `spinning`, and never again anything |
 
 mod hot_plug;
+mod nets;
 
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -106,6 +110,10 @@ const CHECKS: &[Check] = &[
     ("attaches and detaches disks as it runs", hot_plug::attaches_and_detaches),
     ("takes a disk from a guest that holds it", hot_plug::takes_a_disk_that_is_held),
     ("tells the guest that a disk has grown", hot_plug::grows),
+    ("refuses network ports that cannot be", nets::refuses_ports_that_cannot_be),
+    ("carries frames to and from network ports", nets::carries_frames),
+    ("moves no frame of a network port while paused", nets::moves_no_frame_while_paused),
+    ("ends network ports with their machine", nets::ports_end_with_their_machine),
     ("gives everything back", gives_everything_back),
 ];
 

@@ -5,6 +5,7 @@
 //! everything above it can be tested without a kernel.
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -15,11 +16,14 @@ use storage_block::SECTOR;
 use crate::console::ConsolePort;
 use crate::machine::{
     Boot, BootFile, Capabilities, Detach, DiskSpec, Execution, ExitCause, Hypervisor, Identity, Machine,
-    MachineError, MachineErrorKind, MachineSpec, MachineState, Runs,
+    MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec, Runs,
 };
+use crate::net::Frame;
+use crate::testing::ping::Station;
 use crate::watch::{Publisher, Watch};
 
 const MAX_DISKS: usize = 32;
+const MAX_NETS: usize = 15;
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 
@@ -135,6 +139,7 @@ impl Hypervisor for FakeHypervisor {
         let mut capabilities = Capabilities::new("fake", self.architectures.clone(), execution);
         capabilities.max_vcpus = 64;
         capabilities.max_disks = MAX_DISKS;
+        capabilities.max_nets = MAX_NETS;
         capabilities.power_button = true;
         capabilities.hot_plug = true;
         capabilities.live_growth = true;
@@ -275,6 +280,7 @@ impl Machine for FakeMachine {
             vcpus: spec.vcpus.get(),
             memory_mib: spec.memory_mib.get(),
             identity: spec.identity,
+            nets: spec.nets.into_iter().map(|spec| FakePort { spec, address: Mutex::default() }).collect(),
         };
         let spawned = std::thread::Builder::new().name("fake-machine".to_owned()).spawn(move || guest.run());
         *thread = Some(spawned.map_err(|e| {
@@ -374,6 +380,32 @@ fn exit(state: &Publisher<MachineState>, cause: ExitCause) {
     });
 }
 
+/// A network port, and the address that it answers for when it is up.
+struct FakePort {
+    spec: NetSpec,
+    address: Mutex<Option<Ipv4Addr>>,
+}
+
+impl FakePort {
+    /// Answers a frame; says whether there was one.
+    fn serve(&self) -> bool {
+        let Some(address) = *lock(&self.address) else { return false };
+        let Some(frame) = self.spec.port.recv() else { return false };
+        let own = Station { mac: self.spec.mac, address };
+        if let Some(answer) = own.answer(&frame.data) {
+            // Lost where there is no room, as on any network.
+            let _ = self.spec.port.send(Frame::new(answer));
+        }
+        true
+    }
+}
+
+impl Drop for FakePort {
+    fn drop(&mut self) {
+        self.spec.port.set_waker(None);
+    }
+}
+
 struct FakeGuest {
     state: Arc<Publisher<MachineState>>,
     signals: Arc<Signals>,
@@ -384,6 +416,8 @@ struct FakeGuest {
     vcpus: u32,
     memory_mib: u32,
     identity: Option<Identity>,
+    /// Plugged in for as long as it runs.
+    nets: Vec<FakePort>,
 }
 
 impl FakeGuest {
@@ -406,6 +440,9 @@ impl FakeGuest {
     fn serve(&self, line: &mut Vec<u8>) -> bool {
         let _busy = lock(&self.busy);
         if self.state.get() != MachineState::Running {
+            return true;
+        }
+        if self.nets.iter().any(FakePort::serve) {
             return true;
         }
         let mut byte = [0];
@@ -436,6 +473,10 @@ impl FakeGuest {
             ["read", d, s] => self.on(d, |disk| read(disk, s)),
             ["write", d, s, word] => self.on(d, |disk| write(disk, s, word)),
             ["flush", d] => self.on(d, |disk| disk.disk.flush().map(|()| "flushed".to_owned())),
+            ["nets"] => format!("nets {}", self.nets.len()),
+            ["mac", n] => self.at(n, |net| format!("mac {}", net.spec.mac)),
+            ["mtu", n] => self.at(n, |net| format!("mtu {}", net.spec.mtu)),
+            ["up", n, address] => self.at(n, |net| self.bring_up(net, address)),
             ["poweroff"] => return self.end(ExitCause::PowerOff),
             ["reboot"] => return self.end(ExitCause::Reset),
             ["crash"] => return self.end(ExitCause::Crash("the fake guest was told to".to_owned())),
@@ -443,6 +484,19 @@ impl FakeGuest {
             _ => "unknown".to_owned(),
         };
         Some(answer)
+    }
+
+    fn at(&self, index: &str, act: impl FnOnce(&FakePort) -> String) -> String {
+        let net = index.parse().ok().and_then(|n: usize| self.nets.get(n));
+        net.map_or_else(|| "error".to_owned(), act)
+    }
+
+    fn bring_up(&self, net: &FakePort, address: &str) -> String {
+        let Ok(address) = address.parse() else { return "error".to_owned() };
+        *lock(&net.address) = Some(address);
+        let signals = self.signals.clone();
+        net.spec.port.set_waker(Some(Arc::new(move || signals.raise())));
+        "up".to_owned()
     }
 
     fn dmi(&self, field: &str) -> String {

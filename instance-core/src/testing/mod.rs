@@ -2,6 +2,7 @@
 
 pub mod conformance;
 mod fake;
+mod ping;
 mod state_store;
 
 pub use fake::{FakeHypervisor, fake_kernel, tiny_elf};

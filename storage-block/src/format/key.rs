@@ -24,6 +24,17 @@ pub(crate) struct WrappedKey {
     pub(crate) wrapped: Vec<u8>,
     /// What the data key says of itself.
     pub(crate) check: [u8; KEY_CHECK],
+    /// It was wrapped for what it is stored with, and for nothing else: the version of the file says so.
+    pub(crate) bound: bool,
+}
+
+/// The version of a file that has a key, or none.
+pub(super) fn version_of(key: Option<&WrappedKey>) -> u32 {
+    match key {
+        None => 1,
+        Some(key) if !key.bound => 2,
+        Some(_) => 3,
+    }
 }
 
 /// The lengths are those that [`parse_key`] takes.
@@ -38,7 +49,7 @@ pub(crate) fn encode_key(key: &WrappedKey) -> Vec<u8> {
 }
 
 /// The key that exactly `bytes` are.
-pub(crate) fn parse_key(bytes: &[u8]) -> Result<WrappedKey, Wrong> {
+pub(crate) fn parse_key(bytes: &[u8], bound: bool) -> Result<WrappedKey, Wrong> {
     let Some(check) = bytes.first_chunk::<KEY_CHECK>().filter(|_| bytes.len() >= KEY_HEADER) else {
         return Err(format!("its wrapped key has {} bytes", bytes.len()));
     };
@@ -52,5 +63,5 @@ pub(crate) fn parse_key(bytes: &[u8]) -> Result<WrappedKey, Wrong> {
     if key_id.chars().any(char::is_control) {
         return Err("the id of its key has control characters".to_owned());
     }
-    Ok(WrappedKey { key_id: key_id.to_owned(), wrapped: wrapped.to_vec(), check: *check })
+    Ok(WrappedKey { key_id: key_id.to_owned(), wrapped: wrapped.to_vec(), check: *check, bound })
 }

@@ -177,7 +177,7 @@ fn granule(version: u32) -> u32 {
 }
 
 fn check(bytes: &[u8], magic: &[u8; 8], number: u32, len: usize) -> Result<u32, Wrong> {
-    let version = check_magic(bytes, len, magic)?;
+    let version = check_magic(bytes, len, magic, PACK_VERSION)?;
     check_crc(bytes, 24)?;
     if u32_at(bytes, 12) != granule(version) {
         return Err(format!("its slots are counted in {} bytes", u32_at(bytes, 12)));

@@ -1,10 +1,11 @@
-//! Snapshots' roots: version 1, and version 2 of snapshots that are encrypted, which carries the wrapped key.
+//! Snapshots' roots: version 1, and version 3 of snapshots that are encrypted, which carries the wrapped key; in version 2
+//! that is not wrapped for its snapshot alone.
 
 use ami_core::Digest;
 
 use super::{
-    CHUNK, Id, LEAF_IDS, MAX_SIZE, ROOT_HEADER, WrappedKey, Wrong, check_magic, encode_key, leaf_count,
-    parse_key, put, u32_at, u64_at,
+    CHUNK, Id, LEAF_IDS, MAX_SIZE, ROOT_HEADER, VERSION, WrappedKey, Wrong, check_magic, encode_key,
+    leaf_count, parse_key, put, u32_at, u64_at,
 };
 
 const ROOT_MAGIC: &[u8; 8] = b"BLKSNAP\0";
@@ -25,7 +26,8 @@ pub(crate) struct RootParts {
 
 pub(crate) fn encode_root(size: u64, leaves: &[Id], key: Option<&WrappedKey>) -> Vec<u8> {
     let mut bytes = vec![0; ROOT_HEADER];
-    let (version, hash) = if key.is_some() { (2u32, HMAC_SHA_256) } else { (1, SHA_256) };
+    let version = super::key::version_of(key);
+    let hash = if key.is_some() { HMAC_SHA_256 } else { SHA_256 };
     put(&mut bytes, 0, ROOT_MAGIC);
     put(&mut bytes, 8, &version.to_le_bytes());
     put(&mut bytes, 12, &hash.to_le_bytes());
@@ -41,7 +43,7 @@ pub(crate) fn encode_root(size: u64, leaves: &[Id], key: Option<&WrappedKey>) ->
 }
 
 pub(crate) fn parse_root(bytes: &[u8]) -> Result<RootParts, Wrong> {
-    let version = check_magic(bytes, ROOT_HEADER, ROOT_MAGIC)?;
+    let version = check_magic(bytes, ROOT_HEADER, ROOT_MAGIC, VERSION)?;
     let shape = (u32_at(bytes, 12), u32_at(bytes, 16), u32_at(bytes, 20));
     let hash = if version == 1 { SHA_256 } else { HMAC_SHA_256 };
     if shape != (hash, CHUNK as u32, LEAF_IDS as u32) {
@@ -62,6 +64,6 @@ pub(crate) fn parse_root(bytes: &[u8]) -> Result<RootParts, Wrong> {
         ));
     }
     let (ids, key) = rest.split_at(ids);
-    let key = if version == 1 { None } else { Some(parse_key(key)?) };
+    let key = if version == 1 { None } else { Some(parse_key(key, version >= 3)?) };
     Ok(RootParts { size, leaves: super::split_ids(ids), key })
 }

@@ -67,8 +67,7 @@ fn sparse() -> Disk {
 
 /// Serves a disk by the empty name and by `x`.
 fn serve(disk: &Disk, stream: UnixStream) -> io::Result<()> {
-    Connection::new(&exports(disk), Arc::new(stream.into()), &RwLock::default(), &AtomicBool::default())
-        .serve()
+    Connection::new(&exports(disk), Arc::new(stream.into()), &AtomicBool::default()).serve()
 }
 
 fn exports(disk: &Disk) -> Exports {

@@ -47,6 +47,6 @@ mod tls;
 
 pub use self::address::Address;
 pub use self::client::{Client, ClientBuilder};
-pub use self::server::{MAX_CONNECTIONS, Quiesced, Server, ServerBuilder};
+pub use self::server::{MAX_CONNECTIONS, Server, ServerBuilder};
 #[cfg(feature = "tls")]
 pub use self::tls::{TlsClient, TlsServer};

@@ -4,9 +4,11 @@
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used, reason = "it is test code, outside of a test function")]
 pub(crate) mod fuzzing;
+mod options;
 mod pool;
 mod request;
 mod ring;
+mod serve;
 mod signal;
 #[cfg(test)]
 mod tests;
@@ -14,106 +16,21 @@ mod tests;
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
+pub use options::{Completion, Engine, QueueOptions};
 use pool::Pool;
-use request::{Job, Memory, Request};
+use request::{Memory, Request};
 use ring::Ring;
 use signal::Signal;
 
 use crate::buffer::total;
 use crate::disk::Op;
-use crate::{Disk, Error, Extent, IoBuf, IoBufMut, Limiter, Result};
+use crate::{Disk, Error, IoBuf, IoBufMut, Limiter, Result};
 
-/// What serves the requests of a [`Queue`].
-///
-/// ```
-/// use storage_block::{Engine, MemoryDisk};
-///
-/// let queue = MemoryDisk::new(512)?.into_disk().queue(1)?;
-/// assert_eq!(queue.engine(), Engine::Threads, "there is no file that the kernel could read");
-/// # Ok::<(), storage_block::Error>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Engine {
-    /// The kernel's io_uring for reads of what lies in files as it is, and threads for all else.
-    IoUring,
-    /// Threads that make blocking calls.
-    Threads,
-}
-
-/// How a [`Queue`] is made.
-///
-/// ```
-/// use storage_block::{Engine, MemoryDisk, QueueOptions};
-///
-/// let disk = MemoryDisk::new(1 << 20)?.into_disk();
-/// let queue = disk.queue_with(&QueueOptions::new(32).engine(Engine::Threads).threads(2))?;
-/// assert_eq!((queue.depth(), queue.engine()), (32, Engine::Threads));
-/// # Ok::<(), storage_block::Error>(())
-/// ```
-#[derive(Debug, Clone)]
-pub struct QueueOptions {
-    depth: u32,
-    engine: Option<Engine>,
-    threads: Option<usize>,
-}
-
-/// The most requests that a queue serves at once.
-const DEPTH_MAX: u32 = 4096;
 /// The most threads of a queue, unless the options say otherwise: as many as keep a disk busy that is read from, and
 /// beside a ring those that write to the page cache.
 const THREADS: usize = 16;
 const THREADS_BESIDE_RING: usize = 4;
-/// A queue that waits for its disk's limits looks at them at least so often, since they may have changed.
-const LIMITS_AGE: Duration = Duration::from_millis(100);
-
-impl QueueOptions {
-    /// At most `depth` requests are served at once; at least one and at most 4096. The best engine that is to be had
-    /// serves them, with a few threads.
-    pub fn new(depth: u32) -> Self {
-        Self { depth: depth.clamp(1, DEPTH_MAX), engine: None, threads: None }
-    }
-
-    /// This engine and no other.
-    #[must_use]
-    pub fn engine(mut self, engine: Engine) -> Self {
-        self.engine = Some(engine);
-        self
-    }
-
-    /// At most so many threads, at least one.
-    #[must_use]
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = Some(threads);
-        self
-    }
-}
-
-/// What became of a request.
-///
-/// ```
-/// use storage_block::{Completion, ErrorKind, MemoryDisk};
-///
-/// let mut queue = MemoryDisk::from_vec(vec![7; 512])?.into_disk().queue(1)?;
-/// queue.read(1, 0, vec![0; 512]);
-/// let Some(Completion { token: 1, result: Ok(()), buffer: Some(bytes) }) = queue.wait() else { unreachable!() };
-/// assert_eq!(bytes, [7; 512]);
-/// queue.read(2, 512, bytes);
-/// let refused = queue.wait().and_then(|done| done.result.err());
-/// assert_eq!(refused.map(|error| error.kind()), Some(ErrorKind::OutOfBounds));
-/// # Ok::<(), storage_block::Error>(())
-/// ```
-#[derive(Debug)]
-pub struct Completion {
-    /// The submitter's name for it.
-    pub token: u64,
-    /// How it ended.
-    pub result: Result<()>,
-    /// The buffer that came with it: of a read that ended well, with what was read.
-    pub buffer: Option<Vec<u8>>,
-}
 
 /// A line of requests to a disk, made by [`Disk::queue`]. One thread has it; a disk can have many.
 ///
@@ -136,8 +53,8 @@ pub struct Completion {
 /// # Engines
 ///
 /// With [`Engine::IoUring`] the kernel serves reads of what lies in one file, and all else is done by a few threads
-/// of the queue's own, which begin when they are first needed. Many containers and older kernels do not allow io_uring; then all is done by threads. Which
-/// it is was found out when the queue was made: [`engine`](Self::engine).
+/// of the queue's own, which begin when they are first needed. Many containers and older kernels do not allow io_uring;
+/// then all is done by threads. Which it is was found out when the queue was made: [`engine`](Self::engine).
 ///
 /// ```
 /// use storage_block::MemoryDisk;
@@ -402,134 +319,5 @@ impl Queue {
 
     fn enqueue(&mut self, request: Request) {
         self.backlog.push_back(request);
-    }
-
-    /// Begins as many requests as may be under way.
-    fn begin(&mut self) {
-        self.delayed = false;
-        while self.running() < self.depth && !self.backlog.is_empty() {
-            if let Err(delay) = self.pass_limits() {
-                self.delayed = true;
-                self.signal.after(delay.min(LIMITS_AGE));
-                break;
-            }
-            let slot = self.free.pop().unwrap_or_else(|| {
-                self.slots.push(None);
-                self.slots.len() - 1
-            });
-            self.slots[slot] = self.backlog.pop_front();
-            self.start(slot);
-        }
-        if let Some(ring) = &mut self.ring {
-            ring.submit();
-            if ring.unsent() && self.signal.watched() {
-                // Nothing tells when the kernel takes more; whoever polls tries again.
-                self.signal.event.signal();
-            }
-        }
-    }
-
-    /// Lets the first of the backlog through the disk's limits, or says how long it has to wait for the next.
-    fn pass_limits(&mut self) -> Result<(), Duration> {
-        let (Some(limiters), Some(request)) = (&self.limiters, self.backlog.front_mut()) else {
-            return Ok(());
-        };
-        for limiter in &limiters[request.passed..] {
-            limiter.try_take(request.op.cost(request.len))?;
-            request.passed += 1;
-        }
-        Ok(())
-    }
-
-    /// Gives what is left of a request to whoever serves it.
-    fn start(&mut self, slot: usize) {
-        let (Some(ring), Some(request)) = (&mut self.ring, &mut self.slots[slot]) else {
-            return self.start_on_thread(slot);
-        };
-        // Whether a write goes where the block is already is for the backend to decide, and threads write faster.
-        let extent = match request.op {
-            Op::Read => self.disk.backend.extent(request.offset, request.len),
-            _ => Extent::Backend { len: request.len },
-        };
-        match extent {
-            // SAFETY: the file is open as long as the backend is, which the queue keeps until the ring is empty. The
-            // memory is the request's, valid until it is reported; the request stays in its slot as it is until the
-            // ring gives that back. No more slots are in use than the ring has entries.
-            Extent::File { file, offset, len } if len >= request.len => unsafe {
-                ring.push(slot, file, offset, &mut request.memory);
-            },
-            Extent::Zeroes { len } if len >= request.len => {
-                request.memory.zero();
-                self.finish(slot, Ok(()));
-            }
-            _ => self.start_on_thread(slot),
-        }
-    }
-
-    fn start_on_thread(&mut self, slot: usize) {
-        let Some(request) = &mut self.slots[slot] else { return };
-        let memory = std::mem::replace(&mut request.memory, Memory::None);
-        self.pool.push(Job { slot, op: request.op, offset: request.offset, len: request.len, memory });
-    }
-
-    /// Takes what has ended from the engines, and begins more.
-    fn collect(&mut self) {
-        let mut again = std::mem::take(&mut self.unfinished);
-        if let Some(mut ring) = self.ring.take() {
-            ring.collect(|slot, result| match self.ended(slot, result) {
-                Next::Done => self.finish(slot, Ok(())),
-                next => again.push((slot, matches!(next, Next::Thread))),
-            });
-            self.ring = Some(ring);
-        }
-        for (slot, on_thread) in again.drain(..) {
-            if on_thread { self.start_on_thread(slot) } else { self.start(slot) }
-        }
-        self.unfinished = again;
-        let (slots, free, ready) = (&mut self.slots, &mut self.free, &mut self.ready);
-        self.pool.collect(|(slot, result)| finish(slots, free, ready, slot, result));
-        self.begin();
-    }
-
-    /// What to do after the ring has done some of a read.
-    fn ended(&mut self, slot: usize, result: Result<usize, i32>) -> Next {
-        const AGAIN: [i32; 2] = [libc::EINTR, libc::EAGAIN];
-        let Some(request) = &mut self.slots[slot] else { return Next::Done };
-        match result {
-            Err(code) if AGAIN.contains(&code) => Next::Again,
-            Ok(done) if done as u64 >= request.len => Next::Done,
-            Ok(done) if done > 0 => {
-                request.memory.advance(done);
-                request.offset += done as u64;
-                request.len -= done as u64;
-                Next::Again
-            }
-            // The backend does better, or knows what is wrong.
-            _ => Next::Thread,
-        }
-    }
-
-    fn finish(&mut self, slot: usize, result: Result<()>) {
-        finish(&mut self.slots, &mut self.free, &mut self.ready, slot, result);
-    }
-}
-
-/// How a request goes on that the ring is done with.
-enum Next {
-    Done,
-    Again,
-    Thread,
-}
-
-fn finish(
-    slots: &mut [Option<Request>],
-    free: &mut Vec<usize>,
-    ready: &mut VecDeque<Completion>,
-    slot: usize,
-    result: Result<()>,
-) {
-    if let Some(request) = slots[slot].take() {
-        free.push(slot);
-        ready.push_back(Completion { token: request.token, result, buffer: request.owned });
     }
 }

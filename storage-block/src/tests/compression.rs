@@ -66,7 +66,7 @@ fn a_sweep_carries_what_is_compressed() {
         (kept.digest(), stats.stored_bytes)
     };
     let store = Store::open(dir.path()).unwrap();
-    let gone = store.remove_unreferenced(&HashSet::from([kept])).unwrap();
+    let gone = store.sweep().remove_unreferenced(&HashSet::from([kept])).unwrap();
     assert_eq!((gone.snapshots, gone.packs), (1, 1));
     let packs = dir.path().join("packs");
     let len: u64 = super::contents(&packs).iter().map(|(_, bytes)| bytes.len() as u64).sum();

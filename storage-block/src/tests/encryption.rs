@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{contents, copy_dir, image, memory};
-use crate::keys::{EncryptionKey, KeyProvider, LocalKey};
+use crate::keys::{DataKey, EncryptionKey, KeyContext, KeyProvider, LocalKey};
 use crate::testing::{Random, compare, random_operation};
 use crate::{Compression, ErrorKind, Snapshot, Store, StoreOptions, Volume, VolumeOptions};
 
@@ -154,11 +154,11 @@ fn wrong_and_missing_keys_are_told_from_damage() {
         fn default_key_id(&self) -> &str {
             self.0.default_key_id()
         }
-        fn wrap(&self, key_id: &str, key: &crate::keys::DataKey) -> crate::Result<Vec<u8>> {
-            self.0.wrap(key_id, key)
+        fn wrap(&self, key_id: &str, key: &DataKey, context: &KeyContext) -> crate::Result<Vec<u8>> {
+            self.0.wrap(key_id, key, context)
         }
-        fn unwrap(&self, _: &str, _: &[u8]) -> crate::Result<crate::keys::DataKey> {
-            crate::keys::DataKey::generate()
+        fn unwrap(&self, _: &str, _: &[u8], _: Option<&KeyContext>) -> crate::Result<DataKey> {
+            DataKey::generate()
         }
     }
     let mistaken = Mistaken(LocalKey::from_bytes([1; 32]));
@@ -179,7 +179,7 @@ fn wrong_and_missing_keys_are_told_from_damage() {
             }
             assert_eq!(store.snapshots().unwrap(), [digest], "it is there for all that");
             // Nobody needs the key to know what is alive.
-            store.remove_unreferenced(&HashSet::from([digest])).unwrap();
+            store.sweep().remove_unreferenced(&HashSet::from([digest])).unwrap();
         }
         assert!(contents(dir.path()) == before, "{case}");
     }
@@ -193,6 +193,38 @@ fn wrong_and_missing_keys_are_told_from_damage() {
     assert_eq!(store.new_key(Some("absent")).unwrap_err().kind(), ErrorKind::KeyUnavailable);
 }
 
+/// A wrapped key is of use only where it was put: not in another volume, nor in a snapshot's place.
+#[test]
+fn a_wrapped_key_cannot_be_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let key = store.new_key(None).unwrap();
+    let paths = ["a", "b"].map(|name| dir.path().join(name));
+    for path in &paths {
+        VolumeOptions::new().encrypt(&key).create(path, None, 1 << 20).unwrap();
+    }
+    let header = |path: &Path| std::fs::read(path.join("log")).unwrap();
+    let [mine, theirs] = paths.each_ref().map(|path| crate::format::parse_volume(&header(path)).unwrap());
+    let (mine, theirs) = (mine.key.unwrap(), theirs.key.unwrap());
+    assert_ne!(mine.wrapped, theirs.wrapped);
+    let (snapshot, _) = import(&store, &telling(2), &key);
+    let of_snapshot = snapshot.root.wrapped().unwrap().clone();
+
+    for wrapped in [theirs.wrapped, of_snapshot] {
+        let mut bytes = header(&paths[0]);
+        let mut moved = crate::format::parse_volume(&bytes).unwrap();
+        moved.key = Some(crate::format::VolumeKey { wrapped, salt: mine.salt });
+        bytes[..4096].copy_from_slice(&crate::format::encode_volume(&moved));
+        let copy = dir.path().join("copy");
+        copy_dir(&paths[0], &copy);
+        std::fs::write(copy.join("log"), bytes).unwrap();
+        assert_eq!(Volume::open(&copy, &store).unwrap_err().kind(), ErrorKind::KeyUnavailable);
+        std::fs::remove_dir_all(&copy).unwrap();
+    }
+    let volume = Volume::open(&paths[0], &store).unwrap();
+    assert!(EncryptionKey::are_same(volume.key(), Some(&key)));
+}
+
 #[test]
 fn keys_stand_in_no_message() {
     let provider = LocalKey::from_bytes([0x41; 32]);
@@ -200,9 +232,11 @@ fn keys_stand_in_no_message() {
     let options = StoreOptions::new().keys(Arc::new(LocalKey::from_bytes([0x41; 32])));
     let store = Store::open_with(store_dir.path(), &options).unwrap();
     let key = store.new_key(None).unwrap();
-    let data = provider.unwrap(key.key_id(), &key.wrapped().wrapped).unwrap();
+    let context = KeyContext::volume(&[7; 32]);
+    let wrapped = key.wrap(&context).unwrap().wrapped;
+    let data = provider.unwrap(key.key_id(), &wrapped, Some(&context)).unwrap();
     let snapshot = import(&store, &telling(1), &key).0;
-    let error = provider.unwrap("absent", &[]).unwrap_err();
+    let error = provider.unwrap("absent", &[], None).unwrap_err();
     for text in [
         format!("{provider:?} {options:?} {store:?} {key:?} {data:?} {snapshot:?} {error:?} {error}"),
         format!("{provider:#?} {options:#?} {store:#?} {key:#?} {data:#?} {snapshot:#?} {error:#?}"),
@@ -266,7 +300,7 @@ fn tampering_is_found_and_sweeps_need_no_key() {
     copy_dir(&dir.path().join("store"), &damaged.join("store"));
     {
         let store = Store::open(dir.path().join("store")).unwrap();
-        let gone = store.remove_unreferenced(&HashSet::from([digest])).unwrap();
+        let gone = store.sweep().remove_unreferenced(&HashSet::from([digest])).unwrap();
         assert_eq!((gone.snapshots, gone.packs), (1, 1));
     }
     let store = open(dir.path());
@@ -282,7 +316,7 @@ fn tampering_is_found_and_sweeps_need_no_key() {
     let store = open(&damaged);
     let snapshot = store.snapshot(&digest).unwrap();
     assert_eq!(snapshot.verify().unwrap_err().kind(), ErrorKind::Corrupt);
-    let gone = store.remove_unreferenced(&HashSet::new()).unwrap();
+    let gone = store.sweep().remove_unreferenced(&HashSet::new()).unwrap();
     assert_eq!(gone.packs, 0, "a damaged pack is kept");
 }
 

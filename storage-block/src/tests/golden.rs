@@ -32,7 +32,10 @@ const CHUNK: usize = 64 << 10;
 const DIGEST: &str = "sha256:c25b21c1008314eb78142cd9f4131008a50a6b95a105b1986983ac4c48b4b438";
 
 /// The encrypted snapshot of version 2, in whose name its data key has a part.
-const ENCRYPTED: &str = "sha256:5eac8acbe470b74db05e428ff00e3da24ee7b723f809b456c2aa00893cbfcf83";
+const ENCRYPTED_2: &str = "sha256:5eac8acbe470b74db05e428ff00e3da24ee7b723f809b456c2aa00893cbfcf83";
+
+/// That of version 3.
+const ENCRYPTED_3: &str = "sha256:2c19f4e65ad909cbc792a6752669e8f39490afed6ee0fc7c8067a3837956f0ce";
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -56,7 +59,7 @@ fn second_bytes() -> Vec<u8> {
     bytes
 }
 
-/// Writes what [`files_of_version_2_load`] reads.
+/// Writes what [`files_of_version_3_load`] reads.
 fn write(dir: &Path) {
     let store = open(dir);
     let (snapshot, _) = store.import(&memory(&snapshot_bytes()), &mut |_| ()).unwrap();
@@ -131,7 +134,7 @@ fn stores_of_version_1_go_on() {
     assert!(store.scrub(&mut |_| ()).unwrap().damages.is_empty());
     compare(&store.snapshot(&second).unwrap().disk(), &bytes, "packs of both versions");
     // Of the old pack one chunk is alive as what another differs from, of four objects.
-    store.remove_unreferenced(&HashSet::from([second])).unwrap();
+    store.sweep().remove_unreferenced(&HashSet::from([second])).unwrap();
     let snapshot = store.snapshot(&second).unwrap();
     snapshot.verify().unwrap();
     compare(&snapshot.disk(), &bytes, "after a sweep");
@@ -140,15 +143,36 @@ fn stores_of_version_1_go_on() {
 
 #[test]
 fn files_of_version_2_load() {
-    let v2 = golden().join("v2");
-    if std::env::var_os("STORAGE_BLOCK_WRITE_GOLDEN").is_some() && !v2.exists() {
-        std::fs::create_dir_all(&v2).unwrap();
-        write(&v2);
+    files_load("v2", ENCRYPTED_2);
+}
+
+/// Version 3 has wrapped keys that are bound to what they are stored with.
+#[test]
+fn files_of_version_3_load() {
+    let v3 = golden().join("v3");
+    if std::env::var_os("STORAGE_BLOCK_WRITE_GOLDEN").is_some() && !v3.exists() {
+        std::fs::create_dir_all(&v3).unwrap();
+        write(&v3);
     }
+    files_load("v3", ENCRYPTED_3);
+}
+
+fn files_load(version: &str, encrypted: &str) {
     let dir = tempfile::tempdir().unwrap();
-    copy_dir(&v2, dir.path());
+    copy_dir(&golden().join(version), dir.path());
+    let number = version.as_bytes()[1] - b'0';
+    let root = dir.path().join("store/snapshots").join(&encrypted["sha256:".len()..]);
+    for file in [root, dir.path().join("volume/log")] {
+        assert_eq!(std::fs::read(&file).unwrap()[8], number, "{}", file.display());
+    }
     let store = open(dir.path());
-    check(dir.path(), &store, ENCRYPTED.parse().unwrap());
+    check(dir.path(), &store, encrypted.parse().unwrap());
+    // A log that is written anew is of the version that it was.
+    let volume = Volume::open(&dir.path().join("volume"), &store).unwrap();
+    volume.grow(volume.size() + 4096).unwrap();
+    drop(volume);
+    assert_eq!(std::fs::read(dir.path().join("volume/log")).unwrap()[8], number);
+    Volume::open(&dir.path().join("volume"), &store).unwrap();
     let plain = store.snapshot(&DIGEST.parse().unwrap()).unwrap();
     compare(&plain.disk(), &snapshot_bytes(), "the golden snapshot that is not encrypted");
     let (second, stats) = store.import(&memory(&second_bytes()), &mut |_| ()).unwrap();

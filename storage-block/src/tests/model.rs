@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ami_core::Digest;
 
 use super::{memory, number, scratch};
+use crate::keys::{EncryptionKey, LocalKey};
 use crate::testing::{Random, compare, random_operation};
-use crate::{Compression, Store, StoreOptions, Volume};
+use crate::{Compression, Store, StoreOptions, Volume, VolumeOptions};
 
 struct Model {
     dir: PathBuf,
@@ -24,7 +26,9 @@ struct Model {
 /// and what is not lie side by side.
 fn open(dir: &Path, time: usize) -> Store {
     let compression = if time % 2 == 0 { Compression::None } else { Compression::WherePays { percent: 10 } };
-    let options = StoreOptions { pack_units: 7 * 16, ..StoreOptions::new().compression(compression) };
+    let keys = Arc::new(LocalKey::from_bytes([1; 32]));
+    let options = StoreOptions::new().compression(compression).keys(keys);
+    let options = StoreOptions { pack_units: 7 * 16, ..options };
     Store::open_with(dir.join("store"), &options).unwrap()
 }
 
@@ -80,7 +84,17 @@ impl Model {
         oracle.resize((size + grown).min(size.max(12 << 16)), 0);
         let dir = self.dir.join(format!("volume-{}", self.made));
         self.made += 1;
-        let volume = Volume::create(&dir, base.as_ref(), oracle.len() as u64).unwrap();
+        // Encrypted as its snapshot is, if it is; under the key of another volume; or under a key of its own.
+        let mut options = VolumeOptions::new();
+        match self.random.below(4) {
+            0 => options = options.encrypt(&self.store().new_key(None).unwrap()),
+            1 => {
+                let others = self.volumes.iter().filter_map(|(volume, _)| volume.key());
+                options = others.fold(options, |options, key| options.encrypt(key));
+            }
+            _ => {}
+        }
+        let volume = options.create(&dir, base.as_ref(), oracle.len() as u64).unwrap();
         compare(&volume.disk(), &oracle, "a new clone");
         self.volumes.push((volume, oracle));
     }
@@ -89,18 +103,24 @@ impl Model {
     fn snapshot(&mut self, range: Range<usize>) {
         let frozen =
             Volume::freeze(self.volumes[range.clone()].iter().map(|(volume, _)| volume), self.store());
-        let then: Vec<Vec<u8>> =
-            self.volumes[range.clone()].iter().map(|(_, oracle)| oracle.clone()).collect();
+        let then: Vec<(Option<EncryptionKey>, Vec<u8>)> = self.volumes[range.clone()]
+            .iter()
+            .map(|(volume, oracle)| (volume.key().cloned(), oracle.clone()))
+            .collect();
         for (volume, oracle) in &mut self.volumes[range] {
             // Few enough that none has to wait, for who stores them comes after.
             random_operation(&volume.disk(), &mut oracle[..3 << 16], &mut self.random);
         }
         let made = frozen.store(&mut |_| ()).unwrap();
-        for ((snapshot, _), oracle) in made.into_iter().zip(then) {
+        for ((snapshot, _), (key, oracle)) in made.into_iter().zip(then) {
             compare(&snapshot.disk(), &oracle, "a snapshot");
             snapshot.verify().unwrap();
-            // The digest is one of the content alone, however it came about.
-            let (imported, stats) = self.store().import(&memory(&oracle), &mut |_| ()).unwrap();
+            // The digest is one of the content and the key alone, however it came about.
+            let (imported, stats) = match &key {
+                Some(key) => self.store().import_encrypted(&memory(&oracle), key, &mut |_| ()).unwrap(),
+                None => self.store().import(&memory(&oracle), &mut |_| ()).unwrap(),
+            };
+            assert_eq!(snapshot.encrypted(), key.is_some());
             assert_eq!((imported.digest(), stats.stored_bytes), (snapshot.digest(), 0));
             if !self.snapshots.iter().any(|(digest, _)| *digest == snapshot.digest()) {
                 self.snapshots.push((snapshot.digest(), oracle));
@@ -149,7 +169,7 @@ impl Model {
     fn sweep(&mut self) {
         let kept = self.random.below(self.snapshots.len() as u64 + 1) as usize;
         let keep: HashSet<Digest> = self.snapshots.iter().take(kept).map(|(digest, _)| *digest).collect();
-        self.store().remove_unreferenced(&keep).unwrap();
+        self.store().sweep().remove_unreferenced(&keep).unwrap();
         let bases: HashSet<Digest> = self.volumes.iter().filter_map(|(volume, _)| volume.base()).collect();
         self.snapshots.retain(|(digest, _)| keep.contains(digest) || bases.contains(digest));
         let mut expected: Vec<Digest> = keep.union(&bases).copied().collect();
@@ -185,7 +205,8 @@ fn random_histories_agree_with_memory() {
             model.step();
         }
         model.reopen_all();
-        println!("history {seed}: {steps} steps, {} volumes", model.made);
+        let encrypted = model.volumes.iter().filter(|(volume, _)| volume.encrypted()).count();
+        println!("history {seed}: {steps} steps, {} volumes, {encrypted} encrypted at its end", model.made);
     }
 }
 

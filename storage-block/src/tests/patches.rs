@@ -90,7 +90,7 @@ fn bases_live_as_long_as_what_differs_from_them() {
         let (old, digest) = (base.digest(), snapshot.digest());
         drop((base, snapshot));
         for round in 0..2 {
-            store.remove_unreferenced(&HashSet::from([digest])).unwrap();
+            store.sweep().remove_unreferenced(&HashSet::from([digest])).unwrap();
             let snapshot = store.snapshot(&digest).unwrap();
             compare(&snapshot.disk(), &bytes, "patches after a sweep");
             snapshot.verify().unwrap();
@@ -99,7 +99,7 @@ fn bases_live_as_long_as_what_differs_from_them() {
         drop(store);
         let store = Store::open_with(dir.path().join("store"), &options).unwrap();
         store.snapshot(&digest).unwrap().verify().unwrap();
-        store.remove_unreferenced(&HashSet::new()).unwrap();
+        store.sweep().remove_unreferenced(&HashSet::new()).unwrap();
         assert!(super::contents(&dir.path().join("store/packs")).is_empty());
     }
 }
@@ -183,7 +183,7 @@ fn a_base_stays_whole_when_it_is_stored_as_a_patch_meanwhile() {
     super::copy_dir(&path, &copy);
     check(&Store::open(&copy).unwrap(), "the same in a store that was opened");
     drop((patched, long, first));
-    store.remove_unreferenced(&HashSet::from([digest])).unwrap();
+    store.sweep().remove_unreferenced(&HashSet::from([digest])).unwrap();
     check(&store, "the same after a sweep");
     super::copy_dir(&path, &dir.path().join("swept"));
     check(
@@ -230,7 +230,7 @@ fn of_two_patches_the_one_whose_base_is_there_counts() {
         super::copy_dir(&path, &copy);
         let store = open(&copy);
         let kept = others.iter().filter(|digest| *digest != dropped);
-        store.remove_unreferenced(&kept.copied().chain([made, long_digest]).collect()).unwrap();
+        store.sweep().remove_unreferenced(&kept.copied().chain([made, long_digest]).collect()).unwrap();
         drop(store);
         let store = open(&copy);
         for digest in [made, long_digest] {
@@ -238,4 +238,25 @@ fn of_two_patches_the_one_whose_base_is_there_counts() {
         }
         compare(&store.snapshot(&made).unwrap().disk(), &both, "a chunk with two patches");
     }
+}
+
+/// What is stored as a difference is nothing without what it differs from, which a sweep may have dropped where nobody
+/// needs either: it is stored again when it comes again.
+#[test]
+fn a_difference_from_what_is_gone_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::with_pack_slots(dir.path().join("store"), 2).unwrap();
+    let mut bytes = image(1, 0, 1);
+    // The first pack has a chunk and a leaf; the second what differs, its leaf, and another image's chunk.
+    let (base, _) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+    let (patched, stored) = change(&store, &dir.path().join("volume"), &base, &mut bytes, &[3], 9);
+    assert_eq!(stored, 4096 + LEAF);
+    let other = store.import(&memory(&image(1, 0, 2)), &mut |_| ()).unwrap().0.digest();
+    drop((base, patched));
+    let swept = store.sweep().remove_unreferenced(&HashSet::from([other])).unwrap();
+    assert_eq!((swept.snapshots, swept.packs), (2, 1), "what differs is still in its pack");
+    let (again, stats) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+    compare(&again.disk(), &bytes, "what came again");
+    again.verify().unwrap();
+    assert!(stats.stored_bytes >= 65536, "{stats:?}");
 }

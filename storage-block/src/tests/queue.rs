@@ -22,7 +22,7 @@ fn snapshots_under_a_queue() {
             while !stop.load(Ordering::Relaxed) {
                 let (snapshot, _) = volume.snapshot(&store).unwrap();
                 snapshot.verify().unwrap();
-                store.remove_unreferenced(&HashSet::from([base.digest()])).unwrap();
+                store.sweep().remove_unreferenced(&HashSet::from([base.digest()])).unwrap();
                 taken += 1;
             }
             taken

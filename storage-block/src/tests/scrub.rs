@@ -116,7 +116,7 @@ fn everything_goes_on_during_a_scrub() {
             volume.disk().write_at(&round.to_le_bytes().repeat(512), round % 60 * 65536).unwrap();
             volume.snapshot(&store).unwrap();
             store.import(&memory(&image(10, 0, round + 2)), &mut |_| ()).unwrap();
-            store.remove_unreferenced(&HashSet::from([base.digest()])).unwrap();
+            store.sweep().remove_unreferenced(&HashSet::from([base.digest()])).unwrap();
         }
     };
     std::thread::scope(|scope| {

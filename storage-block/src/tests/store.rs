@@ -202,7 +202,7 @@ fn the_sweep_frees_what_nobody_names() {
 
     // The first goes, and the pack that all share is written anew.
     let keep = HashSet::from([digests[1]]);
-    let reclaimed = store.remove_unreferenced(&keep).unwrap();
+    let reclaimed = store.sweep().remove_unreferenced(&keep).unwrap();
     assert_eq!((reclaimed.snapshots, reclaimed.packs), (1, 1));
     assert!(reclaimed.bytes >= 30 * CHUNK && before - pack_bytes(&store) >= 30 * CHUNK, "{reclaimed:?}");
     compare(&open.disk(), &images[2], "an open snapshot");
@@ -210,13 +210,13 @@ fn the_sweep_frees_what_nobody_names() {
     assert_eq!(store.snapshot(&digests[0]).unwrap_err().kind(), ErrorKind::NotFound);
 
     // A second time there is nothing to do, and what was dropped can come again.
-    assert_eq!(store.remove_unreferenced(&keep).unwrap().snapshots, 0);
+    assert_eq!(store.sweep().remove_unreferenced(&keep).unwrap().snapshots, 0);
     let (again, _) = store.import(&memory(&images[0]), &mut |_| ()).unwrap();
     assert_eq!(again.digest(), digests[0]);
     compare(&again.disk(), &images[0], "an image that came again");
     drop((open, again));
 
-    let reclaimed = store.remove_unreferenced(&HashSet::new()).unwrap();
+    let reclaimed = store.sweep().remove_unreferenced(&HashSet::new()).unwrap();
     assert_eq!((reclaimed.snapshots, pack_bytes(&store)), (3, 0));
 }
 
@@ -395,9 +395,9 @@ fn a_sweep_that_waits_holds_up_no_reader() {
             if progress.done == 0 || sweep.is_some() {
                 return;
             }
-            sweep = Some(scope.spawn(|| store.remove_unreferenced(&HashSet::new()).unwrap()));
+            sweep = Some(scope.spawn(|| store.sweep().remove_unreferenced(&HashSet::new()).unwrap()));
             // Whoever asks for the lock in vain asks behind the sweep.
-            while store.0.sweep.try_read().is_ok() {
+            while !store.0.turns.sweep_waits() {
                 std::thread::yield_now();
             }
             let (send, done) = std::sync::mpsc::channel();
@@ -419,4 +419,11 @@ fn a_sweep_that_waits_holds_up_no_reader() {
         snapshot.verify().unwrap();
         imported.verify().unwrap();
     });
+}
+
+/// What the crate's documentation says of its memory.
+#[test]
+fn an_object_takes_so_many_bytes_of_memory() {
+    // A table of them has a byte more for each place, and is between seven sixteenths and seven eighths full.
+    assert_eq!(size_of::<(crate::format::Id, crate::pack::Place)>(), 64);
 }

@@ -4,7 +4,7 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::Ordering;
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
-use super::{Inner, Volume};
+use super::{Gate, Inner, Volume};
 use crate::buffer::{gather, take_first, total};
 use crate::format::{BLOCK, CHUNK, Run, State};
 use crate::log::AppendError;
@@ -53,7 +53,7 @@ impl Inner {
     }
 
     /// Lets writers in with this one, once no snapshot needs what is in these bytes. `len` is not zero.
-    fn enter(&self, offset: u64, len: u64) -> RwLockReadGuard<'_, ()> {
+    fn enter(&self, offset: u64, len: u64) -> RwLockReadGuard<'_, Gate> {
         let chunks = chunks(offset, len);
         loop {
             // What may take long is done outside of the gate.
@@ -66,7 +66,7 @@ impl Inner {
     }
 
     /// The same for one who has to be alone.
-    fn enter_alone(&self, offset: u64, len: u64) -> RwLockWriteGuard<'_, ()> {
+    fn enter_alone(&self, offset: u64, len: u64) -> RwLockWriteGuard<'_, Gate> {
         let chunks = chunks(offset, len);
         loop {
             self.freeze.keep(chunks.clone(), self);
@@ -90,12 +90,12 @@ impl Inner {
         let gate = self.enter(offset, len);
         let in_place = |at: u64| at % BLOCK == 0 || self.map.get(at / BLOCK) == State::Overlay;
         if in_place(offset) && in_place(end) {
-            return self.write_in_place(bufs, offset, len);
+            return self.write_in_place(&gate, bufs, offset, len);
         }
         drop(gate);
         self.fetch_edges(offset, len);
-        let _gate = self.enter_alone(offset, len);
-        self.write_around(bufs, offset, len)
+        let gate = self.enter_alone(offset, len);
+        self.write_around(&gate, bufs, offset, len)
     }
 
     /// Reads from the blocks that a range covers only in part, so that who brings the rest of them along finds it in
@@ -109,18 +109,32 @@ impl Inner {
         }
     }
 
+    /// Has the snapshot look up where its chunks in a range lie, so that nobody waits for that at the gate.
+    fn fetch_tables(&self, mut at: u64, end: u64) {
+        let Some(base) = &self.base else { return };
+        while at < end {
+            match base.next_stored(at) {
+                Ok(Some(stored)) => at = stored.end,
+                // An error is met again, by who needs to know.
+                Ok(None) | Err(_) => break,
+            }
+        }
+    }
+
     /// Writes whole blocks, or blocks whose other bytes are in the overlay already.
-    fn write_in_place(&self, bufs: &mut [IoBuf<'_>], offset: u64, len: u64) -> Result<()> {
-        self.overlay.write_vectored_at(bufs, offset).map_err(|e| self.io(e, "write"))?;
+    fn write_in_place(&self, gate: &Gate, bufs: &mut [IoBuf<'_>], offset: u64, len: u64) -> Result<()> {
         let first = offset / BLOCK;
         let count = (offset + len).div_ceil(BLOCK) - first;
+        // Before: a write that fails may have written something.
+        gate.mark(first, count);
+        self.overlay.write_vectored_at(bufs, offset).map_err(|e| self.io(e, "write"))?;
         self.change(first, count, State::Overlay);
         self.dirty.store(true, Ordering::Release);
         Ok(())
     }
 
     /// Writes part of a block whose other bytes are elsewhere, and brings these along. Nobody else writes.
-    fn write_around(&self, bufs: &[IoBuf<'_>], offset: u64, len: u64) -> Result<()> {
+    fn write_around(&self, gate: &Gate, bufs: &[IoBuf<'_>], offset: u64, len: u64) -> Result<()> {
         let end = offset + len;
         let (from, to) = (offset / BLOCK * BLOCK, end.next_multiple_of(BLOCK));
         let mut blocks = vec![0; (to - from) as usize];
@@ -132,7 +146,7 @@ impl Inner {
             self.read(&mut blocks[last..], to - BLOCK)?;
         }
         gather(bufs, &mut blocks[(offset - from) as usize..][..len as usize]);
-        self.write_in_place(&mut [IoBuf::new(&blocks)], from, to - from)
+        self.write_in_place(gate, &mut [IoBuf::new(&blocks)], from, to - from)
     }
 
     /// Puts blocks into a state, and on the list for the log those that were not in it.
@@ -159,21 +173,23 @@ impl Inner {
 
     fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
         self.fetch_edges(offset, len);
-        let _gate = self.enter_alone(offset, len);
         let end = offset + len;
         let (first, last) = (offset.div_ceil(BLOCK), end / BLOCK);
+        self.fetch_tables(first * BLOCK, last * BLOCK);
+        let gate = self.enter_alone(offset, len);
         if first > last {
-            return self.zero_part(offset, len);
+            return self.zero_part(&gate, offset, len);
         }
-        self.zero_part(offset, first * BLOCK - offset)?;
-        self.zero_part(last * BLOCK, end - last * BLOCK)?;
+        self.zero_part(&gate, offset, first * BLOCK - offset)?;
+        self.zero_part(&gate, last * BLOCK, end - last * BLOCK)?;
         let mut at = first;
         while at < last {
             let (state, count) = self.map.run(at, last - at);
             match state {
                 State::Zero => {}
-                State::Base => self.zero_base(at, at + count)?,
+                State::Base => self.zero_base(&gate, at, at + count)?,
                 State::Overlay => {
+                    gate.mark(at, count);
                     self.change(at, count, State::Zero);
                     // Whether or not the space comes back, the blocks are zero.
                     let _ = self.overlay.punch(at * BLOCK, count * BLOCK);
@@ -187,7 +203,7 @@ impl Inner {
 
     /// Zeroes blocks of the snapshot, but for those that are zero already: to discard a whole empty
     /// disk shall cost nothing.
-    fn zero_base(&self, mut first: u64, end: u64) -> Result<()> {
+    fn zero_base(&self, gate: &Gate, mut first: u64, end: u64) -> Result<()> {
         let Some(base) = &self.base else { return Ok(()) };
         while let Some(stored) = base.next_stored(first * BLOCK)? {
             let start = stored.start / BLOCK;
@@ -195,6 +211,7 @@ impl Inner {
                 break;
             }
             let stop = stored.end.div_ceil(BLOCK).min(end);
+            gate.mark(start, stop - start);
             self.change(start, stop - start, State::Zero);
             first = stop;
             if first >= end {
@@ -205,7 +222,7 @@ impl Inner {
     }
 
     /// Zeroes less than a block, within one.
-    fn zero_part(&self, offset: u64, len: u64) -> Result<()> {
+    fn zero_part(&self, gate: &Gate, offset: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
@@ -214,7 +231,7 @@ impl Inner {
             State::Base if self.base.is_none() => return Ok(()),
             _ => {}
         }
-        self.write_around(&[IoBuf::new(&vec![0; len as usize])], offset, len)
+        self.write_around(gate, &[IoBuf::new(&vec![0; len as usize])], offset, len)
     }
 
     fn flush(&self) -> Result<()> {

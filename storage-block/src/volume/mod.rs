@@ -1,5 +1,6 @@
 //! Volumes: disks that begin as a snapshot and are their own from then on.
 
+mod changes;
 mod io;
 mod snapshot;
 #[cfg(test)]
@@ -11,12 +12,14 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use ami_core::Digest;
 
+pub(crate) use self::changes::Changes;
 use self::io::Pending;
 pub use self::snapshot::FrozenVolumes;
+use self::snapshot::Last;
 use crate::format::{BLOCK, MAX_SIZE, VolumeKey};
 use crate::freeze::Freeze;
 use crate::fs::{self, File};
-use crate::keys::EncryptionKey;
+use crate::keys::{EncryptionKey, KeyContext};
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
 use crate::options::VolumeOptions;
@@ -79,14 +82,32 @@ struct Inner {
     /// Held for reading by writes of whole blocks and of blocks that are in the overlay already; for
     /// writing by whatever takes a block out of the overlay, or carries bytes from a block's old place into
     /// its new one, or wants nobody to write.
-    gate: RwLock<()>,
+    gate: RwLock<Gate>,
     freeze: Freeze,
+    /// The last snapshot that was made of the volume, of which it differs in what the gate has.
+    last: Mutex<Option<Last>>,
     pending: Mutex<Pending>,
     log: Mutex<Log>,
     /// Something was written since the last flush began.
     dirty: AtomicBool,
     /// A synchronisation has failed.
     failed: AtomicBool,
+}
+
+/// What who passes the gate has to do.
+#[derive(Debug, Default)]
+struct Gate {
+    /// What was written since the last snapshot, if there was one since the volume was opened.
+    changes: Option<Arc<Changes>>,
+}
+
+impl Gate {
+    /// Notes that so many blocks are not what they were.
+    fn mark(&self, first: u64, count: u64) {
+        if let Some(changes) = &self.changes {
+            changes.mark(first, count);
+        }
+    }
 }
 
 const OVERLAY: &str = "overlay";
@@ -212,7 +233,11 @@ impl Volume {
         if len != header.size {
             overlay.set_len(header.size).map_err(failed)?;
         }
-        let key = header.key.as_ref().map(|key| store.0.unlock(&key.wrapped)).transpose()?;
+        let key = header
+            .key
+            .as_ref()
+            .map(|key| store.0.unlock(&key.wrapped, &KeyContext::volume(&key.salt)))
+            .transpose()?;
         let volume = Self::new(dir, base, overlay, map, log, key);
         // Who had it before may have died with writes that no flush has covered, and they are read now.
         volume.0.dirty.store(true, Ordering::Release);
@@ -238,6 +263,7 @@ impl Volume {
             map,
             gate: RwLock::default(),
             freeze: Freeze::default(),
+            last: Mutex::default(),
             pending: Mutex::default(),
             log: Mutex::new(log),
             dirty: AtomicBool::new(false),

@@ -2,25 +2,29 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Inner, Volume};
+use ami_core::Digest;
+
+use super::{Changes, Gate, Inner, Volume};
 use crate::format::{BLOCK, CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
-use crate::freeze::{Chunks, Frozen, Kept, Span};
+use crate::freeze::{Chunks, Frozen, Kept, Span, Wanted};
 use crate::import::{Manifest, publish};
 use crate::keys::EncryptionKey;
 use crate::progress::Reporter;
 use crate::session::{Prepared, Session, Was, prepare};
 use crate::store::{self, lock, write};
-use crate::{Progress, Result, Snapshot, SnapshotStats, Store, pipeline};
+use crate::turns::Storing;
+use crate::{Error, ErrorKind, Progress, Result, Snapshot, SnapshotStats, Store, pipeline};
 
 impl Volume {
     /// Makes a snapshot of the volume as it is at one instant, written but not yet flushed bytes with it.
     ///
     /// Only chunks with changed blocks are read, hashed and, if the store has no such chunk, stored; all
-    /// other parts of the manifest are those of the snapshot the volume began as. In a store that is not the one of
-    /// the volume's snapshot, or under another key than the snapshot's, everything is stored.
+    /// other parts of the manifest are those of the last snapshot that was made of the volume since it was opened, if it
+    /// is in this store still, else those of the snapshot the volume began as. In a store that is not the one of
+    /// the volume's snapshot, or under another key than the snapshot's, the first stores everything.
     ///
     /// The volume goes on meanwhile. Writers stand still for the instant itself, which takes as long for a large volume
     /// as for a small one; [`SnapshotStats::paused`] says how long. Who then writes to a chunk that is still to be
@@ -96,21 +100,31 @@ impl Volume {
         once.dedup_by_key(|inner| Arc::as_ptr(inner));
         once.iter().for_each(|inner| inner.freeze.take_turn());
         // Storing waits for a sweep under way, and nobody should have to set chunks aside for so long.
-        drop(lock(&store.0.sweeping));
+        let turn = store.0.turns.store_soon();
+
+        let lasts: Vec<Option<Snapshot>> = once.iter().map(|inner| inner.last_in(store)).collect();
+        let fresh: Vec<_> = once.iter().map(|_| Arc::<Changes>::default()).collect();
 
         let begun = Instant::now();
-        let gates: Vec<_> = once.iter().map(|inner| write(&inner.gate)).collect();
-        let begin = |inner: &&Arc<Inner>| inner.freeze.begin(inner.span(store));
-        let frozen: Vec<Arc<Frozen>> = once.iter().map(begin).collect();
+        let mut gates: Vec<_> = once.iter().map(|inner| write(&inner.gate)).collect();
+        let begin = |(((inner, gate), last), fresh): (((&&Arc<Inner>, &mut GateGuard<'_>), Option<_>), _)| {
+            let before = gate.changes.replace(fresh);
+            let (wanted, base) = inner.wanted(store, last, before.as_ref());
+            let frozen = inner.freeze.begin(Span { size: inner.size(), wanted });
+            (frozen, base, before)
+        };
+        let frozen: Vec<_> = once.iter().zip(&mut gates).zip(lasts).zip(fresh).map(begin).collect();
         drop(gates);
         let paused = begun.elapsed();
 
         let order = named.iter().map(|inner| once.iter().position(|other| Arc::ptr_eq(inner, other)));
         let order = order.flatten().collect();
-        let volumes = once.into_iter().zip(frozen);
-        let volumes =
-            volumes.map(|(inner, frozen)| FrozenVolume { volume: Arc::clone(inner), frozen }).collect();
-        FrozenVolumes { store: store.clone(), volumes, order, paused }
+        let volumes = once.into_iter().zip(frozen).map(|(inner, (frozen, base, before))| {
+            let volume = Arc::clone(inner);
+            FrozenVolume { volume, frozen, base, before, stored: false }
+        });
+        let volumes = volumes.collect();
+        FrozenVolumes { store: store.clone(), volumes, order, paused, turn }
     }
 }
 
@@ -118,7 +132,7 @@ impl Volume {
 ///
 /// While it lives, writers set aside what they are about to change, and wait when that is 16 MiB in a volume: it should
 /// be stored soon, or dropped, which lets go of the instant. Another snapshot of the same volumes waits for its end,
-/// also on the thread that holds it.
+/// also on the thread that holds it, and so do sweeps of the store, and imports that come after such a sweep.
 ///
 /// ```
 /// use storage_block::{FrozenVolumes, Result, Snapshot};
@@ -135,17 +149,50 @@ pub struct FrozenVolumes {
     /// The place in `volumes` of each that was named.
     order: Vec<usize>,
     paused: Duration,
+    turn: Storing,
 }
 
 struct FrozenVolume {
     volume: Arc<Inner>,
     frozen: Arc<Frozen>,
+    /// The snapshot that has what is not stored anew.
+    base: Option<Snapshot>,
+    /// What was written before the freeze, since the last snapshot.
+    before: Option<Arc<Changes>>,
+    /// There is a new last snapshot.
+    stored: bool,
+}
+
+impl FrozenVolume {
+    /// Notes what the next snapshot has to be told apart from.
+    fn is_stored(&mut self, snapshot: &Snapshot) {
+        let last = Last { store: Arc::downgrade(&snapshot.store), digest: snapshot.digest() };
+        *lock(&self.volume.last) = Some(last);
+        self.stored = true;
+    }
 }
 
 impl Drop for FrozenVolume {
     fn drop(&mut self) {
+        if !self.stored {
+            // As if there had been no freeze: what was written before and since differs from the last snapshot.
+            let mut gate = write(&self.volume.gate);
+            match (&self.before, &gate.changes) {
+                (Some(before), Some(changes)) => changes.merge(before),
+                _ => gate.changes = None,
+            }
+        }
         self.volume.freeze.end();
     }
+}
+
+type GateGuard<'g> = RwLockWriteGuard<'g, Gate>;
+
+/// The last snapshot that was made of a volume. It is not held open, so that it goes when nobody wants it any more.
+#[derive(Debug)]
+pub(super) struct Last {
+    store: Weak<store::Inner>,
+    digest: Digest,
 }
 
 impl fmt::Debug for FrozenVolumes {
@@ -167,9 +214,9 @@ impl FrozenVolumes {
     /// # Errors
     ///
     /// As [`Volume::snapshot_with`].
-    pub fn store(self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+    pub fn store(mut self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<(Snapshot, SnapshotStats)>> {
         self.check_durable()?;
-        let mut session = Session::begin(&self.store.0);
+        let mut session = Session::begin_in(&self.store.0, &self.turn);
         let mut works: Vec<Work<'_>> = self.volumes.iter().map(|frozen| self.work(frozen)).collect();
         let chunks: usize = works.iter().map(|work| work.source.candidates().count()).sum();
         let mut report = Reporter::begin(chunks as u64 * CHUNK, progress)?;
@@ -204,7 +251,11 @@ impl FrozenVolumes {
         self.check_durable()?;
         let snapshots = publish(&self.store, session, &roots)?;
         report.finish();
-        Ok(self.order.iter().map(|at| (snapshots[*at].clone(), works[*at].stats)).collect())
+        let stats: Vec<SnapshotStats> = works.iter().map(|work| work.stats).collect();
+        for (frozen, snapshot) in self.volumes.iter_mut().zip(&snapshots) {
+            frozen.is_stored(snapshot);
+        }
+        Ok(self.order.iter().map(|at| (snapshots[*at].clone(), stats[*at])).collect())
     }
 
     /// An error if a flush of one of them has failed: what is read of it may be older than what was written.
@@ -213,8 +264,8 @@ impl FrozenVolumes {
     }
 
     fn work<'f>(&self, frozen: &'f FrozenVolume) -> Work<'f> {
-        let FrozenVolume { volume, frozen } = frozen;
-        let base = if frozen.span.whole { None } else { volume.base.as_ref() };
+        let FrozenVolume { volume, frozen, base, .. } = frozen;
+        let base = base.as_ref();
         let stats = SnapshotStats { size: frozen.span.size, paused: self.paused, ..Default::default() };
         Work { source: Source { volume, frozen, base }, early: HashMap::new(), stats }
     }
@@ -253,9 +304,11 @@ impl<'f> Source<'f> {
     /// The chunks that may have to be stored, in order: those that have to be by what the volume is now, of
     /// which those that were changed since turn out to be none.
     fn candidates(self) -> Box<dyn Iterator<Item = u64> + Send + 'f> {
-        let (volume, span) = (self.volume, self.frozen.span);
-        if !span.whole {
-            return Box::new(volume.map.changed_chunks());
+        let (volume, span) = (self.volume, &self.frozen.span);
+        match &span.wanted {
+            Wanted::Changed => return Box::new(volume.map.changed_chunks()),
+            Wanted::Since(changes) => return Box::new(changes.chunks()),
+            Wanted::Whole => {}
         }
         let base = volume.base.as_ref().map_or(&[][..], |base| &base.root.leaves);
         let in_base = |leaf: &u64| base.get(*leaf as usize).is_some_and(|id| *id != HOLE);
@@ -334,27 +387,53 @@ fn counted<'s, T>(
 }
 
 impl Inner {
-    /// What a snapshot of the volume in `store` wants of it. Nobody writes.
-    fn span(&self, store: &Store) -> Span {
+    /// The last snapshot, if there was one in this store and still is.
+    fn last_in(&self, store: &Store) -> Option<Snapshot> {
+        let digest = {
+            let last = lock(&self.last);
+            let last = last.as_ref()?;
+            Weak::ptr_eq(&last.store, &Arc::downgrade(&store.0)).then_some(last.digest)?
+        };
+        // Where it is gone, or damaged, all that has changed since the volume began is stored.
+        let root = store.0.open_root(&digest).ok()?;
+        root.unlock(|_, _| self.key.clone().ok_or_else(|| Error::new(ErrorKind::KeyUnavailable, "no key")))
+            .ok()?;
+        Some(Snapshot::new(Arc::clone(&store.0), root))
+    }
+
+    /// What a snapshot of the volume in `store` wants of it, and which has the rest. Nobody writes.
+    fn wanted(
+        &self,
+        store: &Store,
+        last: Option<Snapshot>,
+        changes: Option<&Arc<Changes>>,
+    ) -> (Wanted, Option<Snapshot>) {
+        if let (Some(last), Some(changes)) = (last, changes) {
+            return (Wanted::Since(Arc::clone(changes)), Some(last));
+        }
         // What the snapshot has stored is of no use in another store, nor under another key.
-        let wrapped = self.key.as_ref().map(EncryptionKey::wrapped);
-        let unfit = |base: &Snapshot| !Arc::ptr_eq(&base.store, &store.0) || base.root.wrapped() != wrapped;
-        let whole = self.base.as_ref().is_some_and(unfit);
-        Span { size: self.size(), whole }
+        let fit = |base: &Snapshot| {
+            Arc::ptr_eq(&base.store, &store.0) && EncryptionKey::are_same(base.root.key(), self.key.as_ref())
+        };
+        match &self.base {
+            Some(base) if !fit(base) => (Wanted::Whole, None),
+            base => (Wanted::Changed, base.clone()),
+        }
     }
 }
 
 impl Chunks for Inner {
-    fn changed(&self, chunk: u64, span: Span) -> u16 {
+    fn changed(&self, chunk: u64, span: &Span) -> u16 {
         let at = chunk * CHUNK;
         // There was nothing yet where the volume has grown since.
         if at >= span.size {
             return 0;
         }
-        let changed = self.map.changed_blocks(chunk);
-        if !span.whole {
-            return changed;
-        }
+        let changed = match &span.wanted {
+            Wanted::Since(changes) => return changes.of_chunk(chunk),
+            Wanted::Changed => return self.map.changed_blocks(chunk),
+            Wanted::Whole => self.map.changed_blocks(chunk),
+        };
         let in_base = |base: &Snapshot| match base.next_stored(at) {
             Ok(found) => found.is_some_and(|found| found.start < at + CHUNK),
             // Reading it will say what is wrong.
@@ -365,7 +444,7 @@ impl Chunks for Inner {
         if any { u16::MAX >> (CHUNK / BLOCK - blocks) } else { 0 }
     }
 
-    fn read(&self, chunk: u64, span: Span) -> Result<Vec<u8>> {
+    fn read(&self, chunk: u64, span: &Span) -> Result<Vec<u8>> {
         let mut bytes = vec![0; CHUNK as usize];
         let at = chunk * CHUNK;
         let len = (span.size - at).min(CHUNK) as usize;

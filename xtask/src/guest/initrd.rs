@@ -43,13 +43,14 @@ pub(crate) const QUICK_START: Recipe = Recipe {
 /// The initrd that is the conformance guest.
 pub(crate) const CONFORMANCE: Recipe = Recipe {
     init: include_str!("../../guest/conformance-init.sh"),
-    modules: &["virtio_mmio", "virtio_pci", "virtio_blk", "button", "evdev"],
+    modules: &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "button", "evdev"],
     applets: &[
         "acpid",
         "cat",
         "dd",
         "echo",
         "head",
+        "ifconfig",
         "insmod",
         "kill",
         "mount",

@@ -62,7 +62,7 @@ pub(super) fn accept(shared: &Arc<Shared>, listener: &Listener) {
 }
 
 fn serve(shared: &Shared, socket: Arc<OwnedFd>) {
-    let mut connection = Connection::new(&shared.exports, socket, &shared.gate, &shared.stopping);
+    let mut connection = Connection::new(&shared.exports, socket, &shared.stopping);
     connection.handshake_timeout = shared.handshake;
     #[cfg(feature = "tls")]
     {

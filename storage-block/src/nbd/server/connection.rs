@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::HANDSHAKE;
@@ -14,7 +14,7 @@ use super::negotiation::{Agreed, Negotiation, Then, Tls};
 use super::replies::Replies;
 use crate::nbd::channel::Channel;
 use crate::nbd::proto::{self, Command, Request, ask};
-use crate::store::{lock, read};
+use crate::store::lock;
 
 /// Requests of one connection that are served at the same time.
 const WORKERS: usize = 4;
@@ -28,7 +28,6 @@ const QUICK: Duration = Duration::from_micros(50);
 pub(in crate::nbd) struct Connection<'s> {
     exports: &'s Exports,
     channel: Channel,
-    gate: &'s RwLock<()>,
     stopping: &'s AtomicBool,
     pub(in crate::nbd) handshake_timeout: Duration,
     #[cfg(feature = "tls")]
@@ -36,16 +35,10 @@ pub(in crate::nbd) struct Connection<'s> {
 }
 
 impl<'s> Connection<'s> {
-    pub(in crate::nbd) fn new(
-        exports: &'s Exports,
-        socket: Arc<OwnedFd>,
-        gate: &'s RwLock<()>,
-        stopping: &'s AtomicBool,
-    ) -> Self {
+    pub(in crate::nbd) fn new(exports: &'s Exports, socket: Arc<OwnedFd>, stopping: &'s AtomicBool) -> Self {
         Self {
             exports,
             channel: Channel::new(socket),
-            gate,
             stopping,
             handshake_timeout: HANDSHAKE,
             #[cfg(feature = "tls")]
@@ -201,7 +194,6 @@ impl Service<'_> {
     }
 
     fn answer(&self, request: &Request, data: &[u8], replies: &mut Replies) {
-        let _gate = read(self.connection.gate);
         let begun = Instant::now();
         answer(self.agreed, request, data, self.connection.stopping, replies);
         if matches!(request.command, Command::Read | Command::Write) && request.len <= SMALL {

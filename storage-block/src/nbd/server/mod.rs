@@ -16,7 +16,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock, RwLockWriteGuard};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,7 +26,6 @@ use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketTy
 use self::exports::Exports;
 use super::Address;
 use super::address::{stale, tune_tcp, tune_unix, with_short};
-use crate::store::write;
 use crate::{Disk, Error, ErrorKind, Result};
 
 /// Connections served at the same time; further ones are closed at once.
@@ -70,21 +69,12 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     exports: Exports,
-    /// Held for reading while a request is at a disk.
-    gate: RwLock<()>,
     stopping: AtomicBool,
     /// The sockets of the connections.
     sockets: Mutex<HashMap<u64, Arc<OwnedFd>>>,
     handshake: Duration,
     #[cfg(feature = "tls")]
     tls: Option<super::TlsServer>,
-}
-
-/// Holds requests off the disks; see [`Server::quiesce`], which shows it in use.
-#[derive(Debug)]
-#[must_use = "requests go on when it is dropped"]
-pub struct Quiesced<'s> {
-    _gate: RwLockWriteGuard<'s, ()>,
 }
 
 /// A server in the making; see [`Server::builder`], which shows it in use.
@@ -155,7 +145,6 @@ impl ServerBuilder {
         let listener = Arc::new(listener);
         let shared = Arc::new(Shared {
             exports,
-            gate: RwLock::default(),
             stopping: AtomicBool::new(false),
             sockets: Mutex::default(),
             handshake: self.handshake,
@@ -242,24 +231,6 @@ impl Server {
     /// Offers a disk no longer, and gives it back if it was offered. Who has chosen it already keeps it.
     pub fn remove(&self, name: &str) -> Option<Disk> {
         self.shared.exports.remove(name)
-    }
-
-    /// Waits until no request is at a disk and keeps others from all of them until the guard is dropped: they
-    /// are received and wait. It is how a hypervisor gets an instant at which its disks stand still. Replies to
-    /// requests that have ended may still be on their way.
-    ///
-    /// ```
-    /// # use storage_block::{MemoryDisk, nbd};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let disk = MemoryDisk::new(1 << 20)?.into_disk();
-    /// # let server = nbd::Server::bind(dir.path().join("disk.sock"), disk.clone())?;
-    /// let still = server.quiesce();
-    /// disk.flush()?; // no client's request comes between
-    /// drop(still);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn quiesce(&self) -> Quiesced<'_> {
-        Quiesced { _gate: write(&self.shared.gate) }
     }
 }
 

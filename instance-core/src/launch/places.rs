@@ -1,0 +1,70 @@
+//! The places in the network that a launch takes.
+
+use ami_core::InstanceId;
+
+use super::LaunchSpec;
+use crate::description::InstanceDescription;
+use crate::error::chain;
+use crate::network::{Network, NetworkPlacement};
+use crate::region::Inner;
+use crate::{Error, ErrorKind, Result};
+
+/// Places that were taken, and are released again unless they are [kept](Self::keep).
+pub(super) struct Places<'a> {
+    network: Option<&'a dyn Network>,
+    spec: &'a LaunchSpec,
+    taken: Vec<NetworkPlacement>,
+}
+
+impl Inner {
+    /// Checks what a launch asks of the network.
+    pub(super) fn check_network(&self, spec: &LaunchSpec) -> Result<()> {
+        match (&self.network, &spec.key_name) {
+            (None, _) if !spec.placement.is_default() => {
+                let what = "the region has no network, and so no subnets, groups and addresses";
+                Err(Error::new(ErrorKind::Unsupported, what))
+            }
+            (Some(network), Some(key)) => network.check_key_pair(key),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn places<'a>(&'a self, spec: &'a LaunchSpec) -> Places<'a> {
+        Places { network: self.network.as_deref(), spec, taken: Vec::new() }
+    }
+
+    /// Gives up the place of an instance that is gone, if it has one.
+    pub(crate) fn release_place(&self, instance: &InstanceDescription) {
+        if let (Some(network), Some(placement)) = (&self.network, &instance.network) {
+            if let Err(e) = network.release(placement) {
+                tracing::warn!(instance = %instance.id, error = chain(&e), "cannot give up an instance's place");
+            }
+        }
+    }
+}
+
+impl Places<'_> {
+    /// A place for one more instance, if there is a network.
+    pub(super) fn next(&mut self, instance: InstanceId) -> Result<Option<NetworkPlacement>> {
+        let Some(network) = self.network else { return Ok(None) };
+        let placement = network.place(instance, &self.spec.placement)?;
+        self.taken.push(placement.clone());
+        Ok(Some(placement))
+    }
+
+    /// Leaves them to the instances.
+    pub(super) fn keep(mut self) {
+        self.taken.clear();
+    }
+}
+
+impl Drop for Places<'_> {
+    fn drop(&mut self) {
+        for placement in &self.taken {
+            // What stays is released when the region is opened again.
+            if let Some(Err(e)) = self.network.map(|network| network.release(placement)) {
+                tracing::warn!(error = chain(&e), "cannot give up a place");
+            }
+        }
+    }
+}

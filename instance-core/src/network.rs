@@ -1,0 +1,140 @@
+//! What a region asks of a network: a place for each instance, and a port for each of its machines.
+//!
+//! The crate `network-vpc` has one. A region without a network has instances without ports.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use ami_core::{InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId, VpcId};
+use serde::{Deserialize, Serialize};
+
+use crate::machine::NetSpec;
+use crate::net::MacAddress;
+use crate::{InstanceDescription, Result};
+
+/// Where an instance is to be in a network: what [`LaunchSpec`](crate::LaunchSpec) says of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct PlacementRequest {
+    /// The subnet; the default one, if none is named.
+    pub subnet_id: Option<SubnetId>,
+    /// The security groups; the default one, if none is named.
+    pub security_groups: Vec<SecurityGroupId>,
+    /// The address; one that is free, if none is named.
+    pub private_ip: Option<Ipv4Addr>,
+}
+
+impl PlacementRequest {
+    /// Whether nothing is asked for.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Where an instance is in a network, for as long as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct NetworkPlacement {
+    /// The interface that the network has for it.
+    pub interface_id: NetworkInterfaceId,
+    /// The subnet.
+    pub subnet_id: SubnetId,
+    /// The VPC of that.
+    pub vpc_id: VpcId,
+    /// The address in the subnet.
+    pub private_ip: Ipv4Addr,
+    /// The name in the VPC.
+    pub private_dns_name: String,
+    /// The Ethernet address.
+    pub mac: MacAddress,
+    /// The security groups that it was launched into.
+    pub security_groups: Vec<SecurityGroupId>,
+}
+
+impl NetworkPlacement {
+    /// An interface's place, with no name and in no group yet.
+    pub fn new(
+        interface_id: NetworkInterfaceId,
+        (vpc_id, subnet_id): (VpcId, SubnetId),
+        private_ip: Ipv4Addr,
+        mac: MacAddress,
+    ) -> Self {
+        let (private_dns_name, security_groups) = Default::default();
+        Self { interface_id, subnet_id, vpc_id, private_ip, private_dns_name, mac, security_groups }
+    }
+}
+
+/// An instance whose machine is about to be made, and what its guest may be told of it.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Guest<'a> {
+    /// The instance.
+    pub instance: &'a InstanceDescription,
+    /// Its place.
+    pub placement: &'a NetworkPlacement,
+    /// What it was given to do.
+    pub user_data: Option<&'a [u8]>,
+}
+
+impl<'a> Guest<'a> {
+    pub(crate) fn new(
+        instance: &'a InstanceDescription,
+        placement: &'a NetworkPlacement,
+        user_data: Option<&'a [u8]>,
+    ) -> Self {
+        Self { instance, placement, user_data }
+    }
+}
+
+/// A network that instances are plugged into.
+///
+/// # Contract
+///
+/// - Any thread may call at any time.
+/// - A place is durable when [`place`](Self::place) returns, and is the instance's until it is
+///   [released](Self::release). A crash may leave places of instances that never came to be:
+///   [`keep_only`](Self::keep_only), which the region calls when it is opened, releases them.
+/// - A port ends with its machine: an instance that is started again is plugged in again.
+pub trait Network: fmt::Debug + Send + Sync + 'static {
+    /// That a key pair of this name is there for a new instance's user.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyPairNotFound`](crate::ErrorKind::KeyPairNotFound).
+    fn check_key_pair(&self, name: &str) -> Result<()>;
+
+    /// Reserves a place for an instance.
+    ///
+    /// # Errors
+    ///
+    /// [`SubnetNotFound`](crate::ErrorKind::SubnetNotFound),
+    /// [`SecurityGroupNotFound`](crate::ErrorKind::SecurityGroupNotFound),
+    /// [`AddressInUse`](crate::ErrorKind::AddressInUse), [`SubnetFull`](crate::ErrorKind::SubnetFull),
+    /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter), or what the host refused.
+    fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement>;
+
+    /// Plugs a machine in that is about to be made, in the place of its last one.
+    ///
+    /// # Errors
+    ///
+    /// What the host refused.
+    fn plug(&self, guest: Guest<'_>) -> Result<NetSpec>;
+
+    /// What is known of a running instance has changed, which its guest may be told.
+    fn update(&self, guest: Guest<'_>);
+
+    /// Gives up a place. Does nothing to one that is given up.
+    ///
+    /// # Errors
+    ///
+    /// What the host refused; then the place is released when the region is opened again.
+    fn release(&self, placement: &NetworkPlacement) -> Result<()>;
+
+    /// Releases every place that was made for an instance and is not one of these.
+    ///
+    /// # Errors
+    ///
+    /// What the host refused.
+    fn keep_only(&self, interfaces: &HashSet<NetworkInterfaceId>) -> Result<()>;
+}

@@ -1,0 +1,128 @@
+//! Instances of a region that has a network.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+use std::path::Path;
+
+use ami_core::{Ami, X86_64};
+use instance_core::testing::{FakeHypervisor, tiny_elf};
+use instance_core::{
+    DescribeInstances, DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region, RegionOptions,
+};
+use network_vpc::{Network, NetworkOptions};
+use storage_block::MemoryDisk;
+
+fn open(dir: &Path) -> (Region<FakeHypervisor>, Network) {
+    let name = "eu-west-1".parse().unwrap();
+    let network = NetworkOptions::new().resolver(None).open(&dir.join("network"), &name).unwrap();
+    let options = RegionOptions::new().name(name).network(network.clone());
+    (options.open(dir, FakeHypervisor::new()).unwrap(), network)
+}
+
+fn image(region: &Region<FakeHypervisor>) -> Ami<X86_64> {
+    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    region.register_image(Ami::<X86_64>::builder("web"), source).unwrap()
+}
+
+fn spec() -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap())
+}
+
+#[test]
+fn an_instance_has_a_place_for_as_long_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    network.create_key_pair("mine").unwrap();
+    let server = region.launch(&ami, spec().key_name("mine")).unwrap();
+    let place = server.describe().network.unwrap();
+    assert_eq!(place.private_ip.to_string(), "172.31.0.4");
+    assert_eq!(place.private_dns_name, "ip-172-31-0-4.eu-west-1.compute.internal");
+    assert_eq!(network.interface(place.interface_id).unwrap().instance_id, Some(server.id()));
+    let in_use = network.delete_interface(place.interface_id).unwrap_err();
+    assert_eq!(in_use.code(), "InvalidNetworkInterface.InUse", "its machine is plugged in");
+
+    let by_address = DescribeInstances::new().filter("private-ip-address", ["172.31.0.4"]);
+    assert_eq!(region.describe_instances(&by_address).unwrap().items.len(), 1);
+
+    server.reboot().unwrap();
+    server.stop(std::time::Duration::ZERO).unwrap();
+    network.plug(place.interface_id).expect("a stopped instance is plugged in nowhere");
+    server.start().unwrap();
+    assert_eq!(server.describe().network.as_ref(), Some(&place));
+    server.terminate().unwrap();
+    assert!(network.interfaces().is_empty());
+}
+
+#[test]
+fn a_launch_into_nothing_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let taken = network.create_interface(network.interface_spec().unwrap()).unwrap();
+    let (subnet, group) =
+        ("subnet-0123456789abcdef0".parse().unwrap(), "sg-0123456789abcdef0".parse().unwrap());
+    for (launch, kind, code) in [
+        (spec().key_name("mine"), ErrorKind::KeyPairNotFound, "InvalidKeyPair.NotFound"),
+        (spec().subnet(subnet), ErrorKind::SubnetNotFound, "InvalidSubnetID.NotFound"),
+        (spec().security_group(group), ErrorKind::SecurityGroupNotFound, "InvalidGroup.NotFound"),
+        (spec().private_ip(taken.private_ip), ErrorKind::AddressInUse, "InvalidIPAddress.InUse"),
+        (
+            spec().private_ip("10.0.0.1".parse().unwrap()),
+            ErrorKind::InvalidParameter,
+            "InvalidParameterValue",
+        ),
+        (
+            spec().private_ip("172.31.0.9".parse().unwrap()).count(2, 2),
+            ErrorKind::InvalidParameterCombination,
+            "InvalidParameterCombination",
+        ),
+    ] {
+        let refused = region.run_instances(&ami, launch).unwrap_err();
+        assert_eq!((refused.kind(), refused.code()), (kind, code), "{refused}");
+    }
+    assert_eq!(network.interfaces(), [taken]);
+
+    // Of a subnet with room for eleven, a launch of twelve takes none.
+    let vpc = network.default_vpc().unwrap();
+    let small = network.create_subnet(vpc, "172.31.255.0/28".parse().unwrap()).unwrap();
+    let refused = region.run_instances(&ami, spec().subnet(small.id).count(12, 12)).unwrap_err();
+    assert_eq!(refused.code(), "InsufficientFreeAddressesInSubnet");
+    assert_eq!(network.interfaces().len(), 1);
+    assert!(region.instances().is_empty());
+}
+
+#[test]
+fn places_of_instances_that_never_came_to_be_are_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let server = region.launch(&ami, spec()).unwrap();
+    let place = server.describe().network.unwrap();
+    drop((region, server));
+    // What a crash leaves between the place and the record of an instance.
+    use instance_core::network::{Network as _, PlacementRequest};
+    let lost = network.place("i-0123456789abcdef0".parse().unwrap(), &PlacementRequest::default()).unwrap();
+    let own = network.create_interface(network.interface_spec().unwrap()).unwrap();
+    drop(network);
+    let (region, network) = open(dir.path());
+    let mut left: Vec<_> = network.interfaces().iter().map(|interface| interface.id).collect();
+    left.sort();
+    let mut expect = vec![place.interface_id, own.id];
+    expect.sort();
+    assert_eq!(left, expect);
+    assert!(!left.contains(&lost.interface_id));
+    region.instances()[0].start().unwrap();
+    assert_eq!(region.instances()[0].describe().network, Some(place));
+}
+
+#[test]
+fn a_region_without_a_network_has_no_places() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+    let ami = image(&region);
+    let refused =
+        region.launch(&ami, spec().subnet("subnet-0123456789abcdef0".parse().unwrap())).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    assert_eq!(region.launch(&ami, spec().key_name("any")).unwrap().describe().network, None);
+}

@@ -1,0 +1,73 @@
+//! How the store's objects are found and read, also where some are damaged.
+
+use crate::format::{self, Id, Kind};
+use crate::keys::EncryptionKey;
+use crate::object::{Found, Object};
+use crate::store::{Inner, lock, read, write};
+use crate::{ErrorKind, Result};
+
+impl Inner {
+    /// Where an object lies, with its packs open, so that it stays readable whatever the sweep does next.
+    pub(crate) fn find_open(&self, kind: Kind, id: &Id) -> Result<Found> {
+        let find = || read(&self.index).find(id).filter(|found| found.slot.kind == kind);
+        if find().is_none() {
+            // A root has its name for a moment before its objects are known.
+            drop(lock(&self.publishing));
+        }
+        // The guard keeps the packs' files there until they are open.
+        let index = read(&self.index);
+        let found = index.find(id).filter(|found| found.slot.kind == kind);
+        let found = found.ok_or_else(|| index.lost(kind, id))?;
+        found.open()?;
+        Ok(found)
+    }
+
+    /// Reads an object and checks that it is what its name says. A damaged one is read from a copy, where there is
+    /// one; else it counts as damaged from here on, and is stored again when somebody comes with it.
+    pub(crate) fn read_object(&self, kind: Kind, id: &Id, key: Option<&EncryptionKey>) -> Result<Vec<u8>> {
+        loop {
+            let error = match self.find_open(kind, id) {
+                Ok(found) => match found.object(id).read_checked(key) {
+                    Err(error) if error.kind() == ErrorKind::Corrupt => {
+                        (self.mark_damaged(id, &found, key), error)
+                    }
+                    result => return result,
+                },
+                // The pack itself is damaged, or there is no such object.
+                Err(error) if error.kind() == ErrorKind::Corrupt => (self.mark_unopened(id), error),
+                Err(error) => return Err(error),
+            };
+            if let (false, error) = error {
+                return Err(error);
+            }
+        }
+    }
+
+    /// The ids in a manifest leaf.
+    pub(crate) fn read_leaf(&self, id: &Id) -> Result<Vec<Id>> {
+        Ok(format::split_ids(&self.read_object(Kind::Leaf, id, None)?))
+    }
+
+    /// Notes that an object is not what its name says, or rather what it differs from is not. Whether it may now be
+    /// read from elsewhere.
+    fn mark_damaged(&self, id: &Id, found: &Found, key: Option<&EncryptionKey>) -> bool {
+        if let Some((_, Some(own))) = found.object(id).patch {
+            let base = Object { own, patch: None };
+            if base.read_checked(key).is_err_and(|error| error.kind() == ErrorKind::Corrupt) {
+                return write(&self.index).mark_damaged(own.id, own.pack.number, own.slot.start);
+            }
+        }
+        write(&self.index).mark_damaged(id, found.pack.number, found.slot.start)
+    }
+
+    fn mark_unopened(&self, id: &Id) -> bool {
+        let mut index = write(&self.index);
+        let Some(found) = index.find(id) else { return false };
+        let bad = |found: &Found| found.pack.file().is_err_and(|error| error.kind() == ErrorKind::Corrupt);
+        match found.patch.as_ref().and_then(|patch| patch.base.as_ref()) {
+            Some(base) if !bad(&found) => index.mark_damaged(&base.id, base.pack.number, base.slot.start),
+            _ if bad(&found) => index.mark_damaged(id, found.pack.number, found.slot.start),
+            _ => false,
+        }
+    }
+}

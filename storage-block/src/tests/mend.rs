@@ -1,0 +1,178 @@
+//! What is damaged is mended by whoever comes with it once more, and spoils nothing else meanwhile.
+
+use std::collections::HashSet;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::{image, memory};
+use crate::testing::compare;
+use crate::{ErrorKind, Store, Volume};
+
+const CHUNK: usize = 64 << 10;
+const LEAF: u64 = 32 << 10;
+
+fn flip(path: &Path, at: u64) {
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+/// How somebody comes to know of a damage.
+#[derive(Debug, Clone, Copy)]
+enum Found {
+    Read,
+    Scrub,
+    Verify,
+}
+
+#[test]
+fn what_is_damaged_is_stored_again() {
+    // A chunk, the leaf behind three of them, and both.
+    for (damages, stored) in [
+        (&[4096 + CHUNK as u64 + 9][..], CHUNK as u64),
+        (&[4096 + 3 * CHUNK as u64 + 9], LEAF),
+        (&[4096 + 9, 4096 + 3 * CHUNK as u64], CHUNK as u64 + LEAF),
+    ] {
+        for found in [Found::Read, Found::Scrub, Found::Verify] {
+            let dir = tempfile::tempdir().unwrap();
+            let bytes = image(3, 0, 1);
+            let digest = {
+                let store = Store::open(dir.path()).unwrap();
+                store.import(&memory(&bytes), &mut |_| ()).unwrap().0.digest()
+            };
+            damages.iter().for_each(|at| flip(&dir.path().join("packs/00000000.pack"), *at));
+            let store = Store::open(dir.path()).unwrap();
+            let snapshot = store.snapshot(&digest).unwrap();
+            let read = || {
+                // Each chunk, so that each damage is met.
+                let mut buf = vec![0; CHUNK];
+                (0..3).map(|at| snapshot.disk().read_at(&mut buf, at << 16)).filter_map(Result::err).count()
+            };
+            let leaf_too = || store.scrub(&mut |_| ()).unwrap().damages.len();
+            match found {
+                Found::Read => assert!(read() > 0),
+                Found::Scrub => assert_eq!(leaf_too(), damages.len()),
+                Found::Verify => assert_eq!(snapshot.verify().unwrap_err().kind(), ErrorKind::Corrupt),
+            }
+            let (_, stats) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+            // Where the leaf is damaged nobody has looked behind it yet.
+            let behind = !matches!(found, Found::Scrub) && damages.len() > 1;
+            assert_eq!(stats.stored_bytes, if behind { LEAF } else { stored }, "{damages:?}, {found:?}");
+            if behind {
+                assert!(read() > 0, "the chunk is met now");
+                store.import(&memory(&bytes), &mut |_| ()).unwrap();
+            }
+            // For who had it open before, too, and after the store was opened again.
+            compare(&snapshot.disk(), &bytes, "a snapshot that was open");
+            snapshot.verify().unwrap();
+            drop((snapshot, store));
+            let store = Store::open(dir.path()).unwrap();
+            let snapshot = store.snapshot(&digest).unwrap();
+            compare(&snapshot.disk(), &bytes, "a snapshot that was opened again");
+            snapshot.verify().unwrap();
+            // Once is enough.
+            assert_eq!(store.import(&memory(&bytes), &mut |_| ()).unwrap().1.stored_bytes, 0);
+            drop(snapshot);
+            // And what is alive is carried from where it is whole.
+            store.sweep().remove_unreferenced(&HashSet::from([digest])).unwrap();
+            store.snapshot(&digest).unwrap().verify().unwrap();
+        }
+    }
+}
+
+/// A chunk that others are stored as what differs from: it is stored as a whole again.
+#[test]
+fn what_others_differ_from_is_mended() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bytes = image(1, 0, 1);
+    let (base, patched) = {
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let (base, _) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+        let volume = Volume::create(&dir.path().join("volume"), Some(&base), base.size()).unwrap();
+        volume.disk().write_at(&[9; 4096], 0).unwrap();
+        let (patched, stats) = volume.snapshot(&store).unwrap();
+        assert_eq!(stats.stored_bytes, 4096 + LEAF);
+        (base.digest(), patched.digest())
+    };
+    flip(&dir.path().join("store/packs/00000000.pack"), 4096 + 50_000);
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let snapshot = store.snapshot(&patched).unwrap();
+    let error = snapshot.disk().read_at(&mut [0; 512], 0).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().contains("slot 0 "), "{error}");
+    let (again, stats) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+    assert_eq!((again.digest(), stats.stored_bytes), (base, CHUNK as u64));
+    bytes[..4096].fill(9);
+    compare(&snapshot.disk(), &bytes, "what differs from what was mended");
+    drop((again, snapshot, store));
+    let store = Store::open(dir.path().join("store")).unwrap();
+    compare(&store.snapshot(&patched).unwrap().disk(), &bytes, "the same after it was opened again");
+    let report = store.scrub(&mut |_| ()).unwrap();
+    assert!(report.damaged_snapshots.is_empty(), "{report:?}");
+}
+
+#[test]
+fn a_damaged_root_is_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let bytes = image(2, 0, 1);
+    let digest = store.import(&memory(&bytes), &mut |_| ()).unwrap().0.digest();
+    flip(&dir.path().join("snapshots").join(digest.to_hex()), 70);
+    assert_eq!(store.snapshot(&digest).unwrap_err().kind(), ErrorKind::Corrupt);
+    let (again, stats) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+    assert_eq!((again.digest(), stats.stored_bytes), (digest, 0));
+    drop((again, store));
+    let store = Store::open(dir.path()).unwrap();
+    compare(&store.snapshot(&digest).unwrap().disk(), &bytes, "a snapshot whose root was damaged");
+}
+
+/// A pack that cannot be used closes nothing but itself: it is named by who reads from it, and by a scrub, and is neither
+/// appended to nor removed.
+#[test]
+fn a_damaged_pack_is_alone_in_it() {
+    type Damage = fn(&Path);
+    let cases: [(&str, Damage, &str); 4] = [
+        ("00000000.pack", |path| std::fs::write(path, b"").unwrap(), "00000000.pack"),
+        ("00000000.pack", |path| flip(path, 3), "00000000.pack"),
+        ("00000000.index", |path| flip(path, 3), "00000000.index"),
+        ("00000000.index", |path| std::fs::remove_file(path).unwrap(), "00000000.index"),
+    ];
+    for (file, damage, named) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let images = [image(2, 0, 1), image(2, 0, 2)];
+        let open = || Store::with_pack_slots(dir.path().to_owned(), 3).unwrap();
+        let digests = images.each_ref().map(|bytes| {
+            // So that each has a pack of its own.
+            open().import(&memory(bytes), &mut |_| ()).unwrap().0.digest()
+        });
+        let path = dir.path().join("packs").join(file);
+        damage(&path);
+        let left = std::fs::read(&path).ok();
+
+        let store = open();
+        compare(&store.snapshot(&digests[1]).unwrap().disk(), &images[1], "what is in another pack");
+        let error = store.snapshot(&digests[0]).unwrap().disk().read_at(&mut [0; 512], 0).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains(named), "{error} does not name {named}");
+        let report = store.scrub(&mut |_| ()).unwrap();
+        assert_eq!(report.damaged_snapshots, [digests[0]]);
+        assert!(report.damages.iter().any(|damage| damage.to_string().contains(named)), "{report:?}");
+        // A sweep that has to keep what nobody can read removes nothing.
+        let kept = store.sweep().remove_unreferenced(&HashSet::from([digests[0]]));
+        assert_eq!(kept.unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(store.snapshots().unwrap().len(), 2);
+
+        // Whoever has what was in it makes good for it.
+        let (again, stats) = store.import(&memory(&images[0]), &mut |_| ()).unwrap();
+        assert_eq!((again.digest(), stats.stored_bytes), (digests[0], 2 * CHUNK as u64 + LEAF), "{file}");
+        drop((again, store));
+        assert_eq!(std::fs::read(&path).ok(), left, "it is left as it is");
+        let store = open();
+        for (digest, bytes) in digests.iter().zip(&images) {
+            compare(&store.snapshot(digest).unwrap().disk(), bytes, "what was stored again");
+        }
+        store.sweep().remove_unreferenced(&digests.into()).unwrap();
+        store.snapshot(&digests[0]).unwrap().verify().unwrap();
+    }
+}

@@ -1,0 +1,87 @@
+//! Who stores and who sweeps: many store at once, and nobody does while somebody sweeps.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::store::lock;
+
+/// Whose turn it is.
+#[derive(Debug, Default)]
+pub(crate) struct Turns {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    storing: usize,
+    /// Sweeps that wait for those who store.
+    waiting: usize,
+    sweeping: bool,
+}
+
+/// Somebody stores, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Storing(Arc<Turns>);
+
+/// Somebody sweeps, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Sweeping(Arc<Turns>);
+
+impl Turns {
+    /// Waits for a sweep under way, and for those that wait, so that these have their turn some time.
+    pub(crate) fn store(self: &Arc<Self>) -> Storing {
+        self.store_unless(|state| state.sweeping || state.waiting > 0)
+    }
+
+    /// The same ahead of sweeps that wait, for who cannot wait until all others have stored what they store.
+    pub(crate) fn store_soon(self: &Arc<Self>) -> Storing {
+        self.store_unless(|state| state.sweeping)
+    }
+
+    fn store_unless(self: &Arc<Self>, not_now: impl Fn(&State) -> bool) -> Storing {
+        let mut state = lock(&self.state);
+        while not_now(&state) {
+            state = self.wait(state);
+        }
+        state.storing += 1;
+        drop(state);
+        Storing(Arc::clone(self))
+    }
+
+    /// Waits until nobody stores.
+    pub(crate) fn sweep(self: &Arc<Self>) -> Sweeping {
+        let mut state = lock(&self.state);
+        state.waiting += 1;
+        while state.sweeping || state.storing > 0 {
+            state = self.wait(state);
+        }
+        state.waiting -= 1;
+        state.sweeping = true;
+        drop(state);
+        Sweeping(Arc::clone(self))
+    }
+
+    /// Whether a sweep waits for those who store.
+    #[cfg(test)]
+    pub(crate) fn sweep_waits(&self) -> bool {
+        lock(&self.state).waiting > 0
+    }
+
+    fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Storing {
+    fn drop(&mut self) {
+        lock(&self.0.state).storing -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Drop for Sweeping {
+    fn drop(&mut self) {
+        lock(&self.0.state).sweeping = false;
+        self.0.changed.notify_all();
+    }
+}

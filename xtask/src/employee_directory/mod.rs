@@ -1,0 +1,177 @@
+//! `cargo xtask employee-directory`: a server that one can connect to, on the real thing.
+//!
+//! A stock Debian with cloud-init is launched into a network with a key pair, a security group and user data; what
+//! is checked is what its users see: the page over a forwarded port, the session of the system's `ssh`.
+
+mod ssh;
+mod user_data;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use ami_core::{Ami, BlockDeviceMapping, OperatingSystem, X86_64};
+use anyhow::{Context as _, Result, bail, ensure};
+use instance_core::machine::Hypervisor;
+use instance_core::{ImageSource, Instance, InstanceState, LaunchSpec, Region, RegionOptions};
+use network_vpc::{Direction, Network, Rule};
+use storage_block::RawFile;
+
+use crate::guest::cloud;
+use crate::prerequisites::{self, CURL, SSH};
+use crate::process;
+use crate::progress::step;
+use crate::quickstart::{Choice, choose};
+use ssh::Ssh;
+
+/// How long a guest may take to boot, and to do what its user data says, on a processor that is emulated.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+/// A photo, as far as anybody looks.
+const PHOTO: &[u8] = b"\x89PNG\r\n\x1a\nnot much of a picture";
+
+/// Launch a web application on a stock Debian, log in, make an image of it and launch more
+#[derive(clap::Args)]
+pub(crate) struct EmployeeDirectoryArgs {
+    /// What runs the machines
+    #[arg(long, value_enum, default_value_t = Choice::Auto)]
+    hypervisor: Choice,
+}
+
+/// The command.
+pub(crate) fn run(args: &EmployeeDirectoryArgs) -> Result<ExitCode> {
+    prerequisites::require(&[&cloud::TOOLS[..], &[CURL, SSH]].concat())?;
+    let hypervisor = choose(args.hypervisor, |line| eprintln!("  {line}"))?;
+    let disk = cloud::ensure(false)?;
+    let dir = tempfile::tempdir().context("cannot make a directory for the region")?;
+    whole(dir.path(), hypervisor, &disk)?;
+    println!("three servers served the directory, and nobody else got in");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An instance that is reached from the host.
+struct Server {
+    instance: Instance,
+    web: SocketAddr,
+    ssh: SocketAddr,
+}
+
+fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path) -> Result<()> {
+    let name = "eu-west-1".parse()?;
+    let network = Network::open(&dir.join("network"), &name)?;
+    let region =
+        RegionOptions::new().name(name).network(network.clone()).open(dir.join("region"), hypervisor)?;
+    let ami = step("registering the image", || {
+        let disk = RawFile::open(disk, true)?.into_disk();
+        let builder = Ami::<X86_64>::builder("debian-12-cloud")
+            .operating_system(OperatingSystem::linux("debian", cloud::VERSION));
+        Ok(region.register_image(builder, ImageSource::new(&disk))?)
+    })?;
+    let key = network.create_key_pair("operator")?;
+    let group = network.create_security_group(network.default_vpc()?, "web", "the employee directory")?.id;
+    network.authorize(group, Direction::Ingress, Rule::tcp(22, "127.0.0.1/32".parse()?))?;
+    let web = network.authorize(group, Direction::Ingress, Rule::tcp(80, "0.0.0.0/0".parse()?))?;
+
+    let spec = || Ok::<_, anyhow::Error>(hardware()?.security_group(group).key_name("operator"));
+    let data = BlockDeviceMapping::blank("/dev/xvdb", 1);
+    let with_data = spec()?.block_device(data).user_data(user_data::cloud_config());
+    let first = step("launching the first instance", || launch(&region, &network, &ami, with_data))?;
+    step("waiting for its page", || wait_for_page(&first))?;
+    step("adding an employee with a photo", || add_employee(dir, &first))?;
+    let shell = step("reading its host keys off the console", || {
+        let console = first.instance.console();
+        console.reader().wait_for(ssh::KEYS_END, Instant::now() + PATIENCE)?;
+        Ssh::new(dir, first.ssh, &key.private_key, &String::from_utf8_lossy(&console.output()))
+    })?;
+    step("logging in and installing a package", || {
+        ensure!(shell.run("cloud-id")?.trim() == "aws", "cloud-init does not take this for EC2");
+        shell.run("sudo apt-get install -y --no-install-recommends hello >&2 && hello").map(drop)
+    })?;
+    let mut session = shell.echo()?;
+
+    let created = step("making an image of it", || Ok(first.instance.create_image("employee-directory")?))?;
+    let image = created.ami.typed::<X86_64>()?;
+    let more = step("launching two more", || {
+        let launched = [0, 1].map(|_| launch(&region, &network, &image, spec()?));
+        let [one, other] = launched;
+        Ok([one?, other?])
+    })?;
+    for server in &more {
+        step("waiting for its page", || wait_for_page(server))?;
+        let page = curl(&[&format!("http://{}/", server.web)])?;
+        ensure!(page.contains("Ada Lovelace"), "{} has other employees: {page}", server.instance.id());
+    }
+    step("closing port 80", || {
+        network.revoke(group, web)?;
+        for server in more.iter().chain([&first]) {
+            ensure!(!serves(server), "{} is still reached at port 80", server.instance.id());
+        }
+        session.check("still here").context("the open session did not live on")
+    })?;
+    drop(session);
+    step("terminating everything", || {
+        more.iter().chain([&first]).try_for_each(|server| Ok(server.instance.terminate()?))
+    })?;
+    ensure!(network.interfaces().is_empty(), "interfaces are left: {:?}", network.interfaces());
+    Ok(())
+}
+
+/// EC2's smallest with memory enough for Debian's package manager.
+fn hardware() -> Result<LaunchSpec> {
+    Ok(LaunchSpec::new("t3.micro".parse()?))
+}
+
+fn launch(
+    region: &Region<Box<dyn Hypervisor>>,
+    network: &Network,
+    ami: &Ami<X86_64>,
+    spec: LaunchSpec,
+) -> Result<Server> {
+    let instance = region.launch(ami, spec)?;
+    let place = instance.describe().network.context("the instance has no place in the network")?;
+    let free = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let ssh = network.forward(place.interface_id, 22, free)?;
+    let web = network.forward(place.interface_id, 80, free)?;
+    eprintln!("    {} is {}: http://{web}/ and port {} for ssh", instance.id(), place.private_ip, ssh.port());
+    Ok(Server { instance, web, ssh })
+}
+
+fn wait_for_page(server: &Server) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !serves(server) {
+        let state = server.instance.state();
+        if state != InstanceState::Running || Instant::now() > deadline {
+            let console = server.instance.console().output();
+            bail!("it serves no page and is {state}:\n{}", String::from_utf8_lossy(&console));
+        }
+        // Of a page nobody tells that it is there.
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
+}
+
+/// Whether the page is there.
+fn serves(server: &Server) -> bool {
+    let url = format!("http://{}/", server.web);
+    TcpStream::connect_timeout(&server.web, Duration::from_secs(1)).is_ok()
+        && curl(&[&url]).is_ok_and(|page| page.contains("<h1>Employee directory</h1>"))
+}
+
+fn add_employee(dir: &Path, server: &Server) -> Result<()> {
+    let photo = dir.join("photo.png");
+    std::fs::write(&photo, PHOTO)?;
+    let url = format!("http://{}/employees", server.web);
+    let form = format!("photo=@{}", photo.display());
+    curl(&["-F", "name=Ada Lovelace", "-F", "title=Programmer", "-F", &form, &url])?;
+    let page = curl(&[&format!("{url}/1")])?;
+    ensure!(page.contains("Programmer"), "the employee is not shown: {page}");
+    let copy = dir.join("copy.png");
+    curl(&["-o", &copy.display().to_string(), &format!("{url}/1/photo")])?;
+    ensure!(std::fs::read(copy)? == PHOTO, "the photo comes back differently");
+    Ok(())
+}
+
+fn curl(arguments: &[&str]) -> Result<String> {
+    process::output(process::command("curl").args(["-sS", "--fail", "--max-time", "20"]).args(arguments))
+}
