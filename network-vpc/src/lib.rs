@@ -27,8 +27,9 @@
 //!   and of the time. It answers ARP, DHCP and pings of the router by itself, lets no frame out with another's
 //!   address, and learns nothing from what guests claim.
 //! - **Security groups** decide about the first packet of a conversation, at the sender's interface and at the
-//!   receiver's. What was allowed is remembered in a bounded table, in which beginnings never take the place of
-//!   conversations that go on. Fragments have no ports to decide by and are dropped.
+//!   receiver's. What was allowed is remembered in a bounded table and outlives its rule; beginnings, and what comes
+//!   from made-up addresses, never take the place of conversations that go on. As in EC2, what is open to everybody
+//!   in both directions is not tracked, and ends with its rule. Fragments have no ports to decide by and are dropped.
 //! - **The world outside** is reached over sockets of the host, one a conversation: a stack in user space speaks TCP
 //!   with the guest. Clients come in at [forwarded ports](Network::forward). The host's own addresses
 //!   are out of reach unless [allowed](NetworkOptions::reach_host), and loopback and link-local ones always.

@@ -116,7 +116,8 @@ impl Network {
         })
     }
 
-    /// Takes a rule back, by its id. Conversations that it allowed go on.
+    /// Takes a rule back, by its id. Conversations that it allowed go on, unless they needed no tracking: those of a rule
+    /// for everybody, where everything may go the other way.
     ///
     /// # Errors
     ///
