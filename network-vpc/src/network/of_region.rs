@@ -7,6 +7,7 @@ use instance_core::machine::NetSpec;
 use instance_core::network::{Guest, NetworkPlacement, PlacementRequest};
 
 use super::{InterfaceSpec, Network};
+use crate::model::Memberships;
 use crate::{Error, ErrorKind, Metadata};
 
 type Result<T> = instance_core::Result<T>;
@@ -46,7 +47,7 @@ impl instance_core::network::Network for Network {
         let made = self.create_interface_for(Some(instance), spec)?;
         let whole = (made.vpc_id, made.subnet_id);
         let mut placement = NetworkPlacement::new(made.id, whole, made.private_ip, made.mac);
-        let view = self.model().view(&made)?;
+        let view = self.model().view(&made, &mut Memberships::default())?;
         placement.private_dns_name = format!("{}.{}", view.host_name, view.domain);
         placement.security_groups = made.groups;
         Ok(placement)
