@@ -249,7 +249,8 @@ fn the_world_outside_is_reached_over_the_hosts_sockets() {
     assert!(guest.connect(PATIENCE, own, closed).is_none());
     let server = TcpListener::bind((own, 0)).unwrap();
     let at = server.local_addr().unwrap().port();
-    let (_, mut shut_in) = boot(&network(), "a", &[]);
+    let network = network();
+    let (_, mut shut_in) = boot(&network, "a", &[]);
     assert!(shut_in.connect(PATIENCE, own, at).is_none());
     for address in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(169, 254, 1, 1), Ipv4Addr::new(0, 0, 0, 1)] {
         assert!(guest.connect(SILENCE, address, at).is_none(), "{address}");
