@@ -1,0 +1,160 @@
+//! What guests and strangers can reach, as functions of bytes: the bodies of fuzz targets in `fuzz/`, and of tests.
+//! Each checks more than that nothing panics. Not part of the public interface.
+
+mod conntrack;
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use hickory_proto::op::Message;
+use instance_core::HttpTokens;
+use instance_core::net::{Checksum, Frame, MacAddress, Offloads, Protocol, Segmentation};
+
+pub use self::conntrack::conntrack;
+use crate::firewall::{Conntrack, Members, Peer, Policy, Rule};
+use crate::metadata::{Metadata, Secret, Session, Told};
+use crate::packet::{ETHERNET_LEN, Flow};
+use crate::switch::{self, ROUTER_MAC, Verdict, View};
+use crate::{answer, dns, offload};
+
+const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
+const MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 9]);
+const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 7);
+const PEER_MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 7]);
+
+/// An interface that may send everything. None only where a constant is none.
+fn view() -> Option<View> {
+    let everything = Rule::all(Peer::Cidr(ipnet::Ipv4Net::default()));
+    let none = std::iter::empty();
+    Some(View {
+        interface: "eni-0123456789abcdef0".parse().ok()?,
+        vpc: "vpc-0123456789abcdef0".parse().ok()?,
+        vpc_cidr: "10.0.0.0/16".parse().ok()?,
+        subnet_id: "subnet-0123456789abcdef0".parse().ok()?,
+        subnet: "10.0.0.0/24".parse().ok()?,
+        mac: MAC,
+        address: OWN,
+        internet: true,
+        source_dest_check: true,
+        mtu: 1500,
+        host_name: dns::host_name(OWN),
+        domain: "ec2.internal".to_owned(),
+        region: "us-east-1".to_owned(),
+        zone: "us-east-1a".to_owned(),
+        groups: vec![("sg-0123456789abcdef0".parse().ok()?, "web".to_owned())],
+        policy: Policy::new(none, [&everything].into_iter(), |_| Members::default()),
+    })
+}
+
+/// A guest that sends a frame of its own making. What leaves its interface is from its own addresses, and what
+/// is answered is a sound answer to it.
+pub fn switch(bytes: &[u8]) {
+    let (Some(view), Some((marks, data))) = (view(), bytes.split_first_chunk::<8>()) else { return };
+    let mut frame = Frame::new(data.to_vec());
+    let [how, start, offset, size, header, ..] = *marks;
+    if how & 1 != 0 {
+        frame.checksum = Checksum::Partial { start: start.into(), offset: offset.into() };
+    }
+    if how & 2 != 0 {
+        let (size, header_len) = (size.into(), header.into());
+        frame.segmentation = Some(Segmentation { protocol: Protocol::Tcp4, size, header_len });
+    }
+    for frame in offload::finish(frame.clone(), Offloads::NONE) {
+        assert!(frame.is_sound() && frame.is_taken_by(Offloads::NONE));
+        assert!(frame.data.len() <= data.len(), "a segment is longer than the whole");
+    }
+    if !frame.is_sound() || frame.data.len() < ETHERNET_LEN {
+        return;
+    }
+    let peers = |address| (address == PEER).then_some(PEER_MAC);
+    let mut table = Conntrack::new(100);
+    match switch::decide(&view, &peers, &mut table, frame, 0) {
+        Verdict::Drop => {}
+        Verdict::Reply(answer) => {
+            assert_eq!(answer[..6], MAC.0, "an answer is the sender's");
+            assert!(answer.len() <= 1514 || answer.len() <= data.len());
+        }
+        Verdict::Local(to, frame) => {
+            assert!(to == PEER && frame.data[..6] == PEER_MAC.0 && frame.data[6..12] == ROUTER_MAC.0);
+            let flow = Flow::parse(&frame.data[ETHERNET_LEN..]);
+            assert!(flow.is_some_and(|flow| flow.source == OWN && flow.destination == PEER));
+            let _ = switch::admit(&view, &mut table, &frame.data, 0);
+        }
+        Verdict::Edge(frame) => {
+            let flow = Flow::parse(&frame.data[ETHERNET_LEN..]);
+            let leaves = |flow: Flow| {
+                let to = flow.destination;
+                flow.source == OWN && (view.is_resolver(to) || !view.vpc_cidr.contains(&to))
+            };
+            assert!(flow.is_some_and(leaves));
+        }
+    }
+    let _ = switch::admit(&view, &mut table, data, 0);
+}
+
+/// A guest that asks the DHCP server. It gets its own address or a refusal.
+pub fn dhcp(bytes: &[u8]) {
+    let Some(view) = view() else { return };
+    // As the payload of a datagram, which is how it comes.
+    let asked = answer::udp_frame(&view, (Ipv4Addr::UNSPECIFIED, 68), (Ipv4Addr::BROADCAST, 67), bytes);
+    if let Some(answer) = answer::dhcp(&view, &asked[ETHERNET_LEN..]) {
+        const YOUR_ADDRESS: usize = ETHERNET_LEN + 20 + 8 + 16;
+        let given = &answer[YOUR_ADDRESS..YOUR_ADDRESS + 4];
+        assert!(given == OWN.octets() || given == [0; 4], "another's address is given: {given:?}");
+        assert_eq!(answer[..6], MAC.0);
+    }
+}
+
+/// A guest that asks the resolver. What it answers by itself is an answer to the question.
+pub fn dns(bytes: &[u8]) {
+    let Some(view) = view() else { return };
+    if let Some(answer) = dns::answer(&view, bytes) {
+        let answer = Message::from_vec(&answer);
+        assert!(answer.is_ok_and(|answer| answer.id().to_be_bytes() == bytes[..2]));
+    }
+}
+
+/// A guest that talks to the metadata service and has no token: it is told nothing of the instance.
+pub fn metadata(bytes: &[u8]) {
+    const SECRET: &[u8] = b"nobody is told this";
+    let (Some(view), Ok(id), Ok(secret)) = (view(), "i-0123456789abcdef0".parse(), Secret::random()) else {
+        return;
+    };
+    let mut metadata = Metadata::new(id);
+    metadata.options.http_tokens = HttpTokens::Required;
+    metadata.user_data = Some(SECRET.to_vec());
+    let told = Told { view: Arc::new(view), metadata: Some(Arc::new(metadata)), secret };
+    let mut session = Session::default();
+    let (cut, bytes) = bytes.split_first().map_or((1, bytes), |(cut, rest)| (usize::from(*cut) + 1, rest));
+    for piece in bytes.chunks(cut) {
+        session.hear(piece, || told.clone());
+        let answer = session.answer();
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 "));
+        assert!(!answer.windows(SECRET.len()).any(|window| window == SECRET), "without a token");
+        session.said(answer.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// Every seed and what is left of it when it is cut short, through every body.
+    #[test]
+    fn the_bodies_hold_on_the_seeds() {
+        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
+        for target in ["vpc_conntrack", "vpc_switch", "vpc_dhcp", "vpc_dns", "vpc_metadata"] {
+            let mut count = 0;
+            for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
+                let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+                for len in (0..=bytes.len()).step_by(8).chain([bytes.len()]) {
+                    super::conntrack(&bytes[..len]);
+                    super::switch(&bytes[..len]);
+                    super::dhcp(&bytes[..len]);
+                    super::dns(&bytes[..len]);
+                    super::metadata(&bytes[..len]);
+                }
+                count += 1;
+            }
+            assert!(count >= 3, "{count} seeds of {target}");
+        }
+    }
+}
