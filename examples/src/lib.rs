@@ -16,6 +16,8 @@ mod readmes {
     struct InstanceCore;
     #[doc = include_str!("../../hypervisor-kvm/README.md")]
     struct HypervisorKvm;
+    #[doc = include_str!("../../network-vpc/README.md")]
+    struct NetworkVpc;
     #[doc = include_str!("../../hypervisor-qemu/README.md")]
     struct HypervisorQemu;
 }
