@@ -53,9 +53,10 @@
 //!
 //! # Left out
 //!
-//! Volumes attached to an instance that runs, hibernation, instance
+//! Hibernation, instance
 //! store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor crate's.
 
+mod attach;
 mod boot_cache;
 mod capacity;
 pub mod console;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ami_core::{Digest, Timestamp};
 use storage_block::Volume;
 
+use crate::attach::serial;
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
@@ -270,7 +271,7 @@ impl Inner {
         spec.runtime_dir = runtime_dir;
         spec.identity = Some(identity(description));
         spec.disks = (description.attachments.iter().zip(&live.volumes))
-            .map(|(a, v)| DiskSpec::new(v.disk(), a.volume_id.to_string().replace('-', "")))
+            .map(|(a, v)| DiskSpec::new(v.disk(), serial(a.volume_id)))
             .collect();
         spec.nets.extend(self.plug(&live.record)?);
         let failed = |e| Error::machine(e, format!("cannot start a machine for {}", cell.id));

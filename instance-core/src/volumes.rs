@@ -1,19 +1,19 @@
-//! Volumes as resources of their own: made, attached, detached, deleted and described.
+//! Volumes as resources of their own: made, deleted and described.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 
-use ami_core::{AccountId, DeviceName, InstanceId, Page, SnapshotId, Tags, Timestamp, VolumeId, VolumeType};
+use ami_core::{AccountId, InstanceId, Page, SnapshotId, Tags, Timestamp, VolumeId, VolumeType};
 use serde::{Deserialize, Serialize};
 use storage_block::Volume;
 
 use crate::describe::{DescribeVolumes, Filterable, tag_values};
-use crate::description::{Attachment, InstanceDescription};
+use crate::description::InstanceDescription;
 use crate::instance::Live;
 use crate::record::{InstanceRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
 
-const GIB: u64 = 1 << 30;
+pub(crate) const GIB: u64 = 1 << 30;
 
 /// The state of a volume. Making and deleting are done when their calls return, so that nobody sees a volume
 /// in between.
@@ -88,7 +88,7 @@ pub struct VolumeDescription {
 }
 
 impl VolumeDescription {
-    fn of(record: VolumeRecord, holder: Option<&InstanceDescription>) -> Self {
+    pub(crate) fn of(record: VolumeRecord, holder: Option<&InstanceDescription>) -> Self {
         let attachment = holder.and_then(|holder| {
             let attachment = holder.attachments.iter().find(|a| a.volume_id == record.id)?;
             Some(VolumeAttachment {
@@ -209,53 +209,6 @@ impl<H> Region<H> {
             .filter(|volume| request.asks_for(volume.id, volume));
         Ok(Page::collect(found, request.page.max_results(), |volume| volume.id))
     }
-
-    /// Attaches a volume of the account's to an instance that is stopped (`AttachVolume`). It is kept when the
-    /// instance is terminated.
-    ///
-    /// ```
-    /// # use ami_core::{Ami, X86_64};
-    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
-    /// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
-    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
-    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
-    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
-    /// use std::time::Duration;
-    /// use instance_core::VolumeSpec;
-    ///
-    /// let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
-    /// let volume = region.create_volume(VolumeSpec::new(1))?;
-    /// server.stop(Duration::from_secs(60))?;
-    /// region.attach_volume(volume.id, server.id(), "/dev/sdf")?;
-    /// server.start()?;
-    /// server.terminate()?;
-    /// region.delete_volume(volume.id)?; // it was kept
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InstanceNotFound`](ErrorKind::InstanceNotFound),
-    /// [`VolumeInUse`](ErrorKind::VolumeInUse), [`InvalidParameter`](ErrorKind::InvalidParameter) for a device
-    /// name that is none or taken, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
-    /// instance is stopped, or what the host met.
-    pub fn attach_volume(&self, volume: VolumeId, instance: InstanceId, device: &str) -> Result<()> {
-        self.inner.attach_volume(*self.account(), volume, instance, device)
-    }
-
-    /// Detaches a volume from the stopped instance that has it (`DetachVolume`).
-    ///
-    /// # Errors
-    ///
-    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`IncorrectState`](ErrorKind::IncorrectState) if it is
-    /// attached to nothing, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the instance
-    /// is stopped, [`OperationNotPermitted`](ErrorKind::OperationNotPermitted) for the root volume of one that
-    /// runs, or what the host met.
-    pub fn detach_volume(&self, volume: VolumeId) -> Result<()> {
-        self.inner.detach_volume(*self.account(), volume)
-    }
 }
 
 impl Inner {
@@ -265,7 +218,7 @@ impl Inner {
         record.filter(|record| record.owner == owner).ok_or_else(|| volume_not_found(id))
     }
 
-    fn check_free_to_go(&self, id: VolumeId) -> Result<()> {
+    pub(crate) fn check_free_to_go(&self, id: VolumeId) -> Result<()> {
         match self.directory.attached(id) {
             Some(holder) => {
                 let what = format!("the volume {id} is attached to {}", holder.id);
@@ -314,61 +267,6 @@ impl Inner {
         }
         drop(volume);
         Ok(VolumeDescription::of(record, None))
-    }
-
-    fn attach_volume(
-        &self,
-        owner: AccountId,
-        id: VolumeId,
-        instance: InstanceId,
-        device: &str,
-    ) -> Result<()> {
-        let name: DeviceName = device.parse().map_err(|e: ami_core::Error| {
-            Error::new(ErrorKind::InvalidParameter, "the volume cannot be attached there").with_source(e)
-        })?;
-        let cell = self.cell(owner, instance)?;
-        let mut live = cell.hold(self.supervisor.sender());
-        let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
-        self.volume(owner, id)?;
-        self.check_free_to_go(id)?;
-        check_stopped(&live)?;
-        let attachments = &live.record.description.attachments;
-        let taken = |a: &Attachment| a.device_name.parse().is_ok_and(|other| name.same_disk(&other));
-        if attachments.iter().any(taken) {
-            let what = format!("{instance} has a volume at {name} already");
-            return Err(Error::new(ErrorKind::InvalidParameter, what));
-        }
-        let mut record = live.record.clone();
-        let description = &mut record.description;
-        let attachment =
-            Attachment { device_name: name.to_string(), volume_id: id, delete_on_termination: false };
-        // The root volume is the first.
-        let place =
-            if name.as_str() == description.root_device_name { 0 } else { description.attachments.len() };
-        description.attachments.insert(place, attachment);
-        self.change(&cell, &mut live, record)
-    }
-
-    fn detach_volume(&self, owner: AccountId, id: VolumeId) -> Result<()> {
-        self.volume(owner, id)?;
-        let not_attached = || {
-            let what = format!("the volume {id} is attached to nothing");
-            Error::new(ErrorKind::IncorrectState, what)
-        };
-        let holder: Arc<InstanceDescription> = self.directory.attached(id).ok_or_else(not_attached)?;
-        let cell = self.cell(owner, holder.id)?;
-        let mut live = cell.hold(self.supervisor.sender());
-        let mut record = live.record.clone();
-        let attachments = &mut record.description.attachments;
-        let attached = record.description.state != InstanceState::Terminated;
-        let place = attachments.iter().position(|a| a.volume_id == id).filter(|_| attached);
-        let gone = attachments.remove(place.ok_or_else(not_attached)?);
-        if live.machine.is_some() && gone.device_name == record.description.root_device_name {
-            let what = format!("the root volume of {} cannot be detached while it runs", cell.id);
-            return Err(Error::new(ErrorKind::OperationNotPermitted, what));
-        }
-        check_stopped(&live)?;
-        self.change(&cell, &mut live, record)
     }
 
     /// Commits a record of an instance in the state that it is in, and tells everybody.

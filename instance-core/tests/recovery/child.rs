@@ -157,8 +157,8 @@ fn act_on_resources(
             })?;
         }
         5 => {
-            let stopped = instance.filter(|i| i.state() == InstanceState::Stopped);
-            let (Some(instance), Some(volume)) = (stopped, free.first()) else { return Ok(()) };
+            let settled = instance.filter(is_settled);
+            let (Some(instance), Some(volume)) = (settled, free.first()) else { return Ok(()) };
             if instance.describe().attachments.len() == 2 {
                 act_on(instance, &format!("attach {}", volume.id), |i| {
                     region.attach_volume(volume.id, i.id(), "/dev/sdg")
@@ -166,14 +166,19 @@ fn act_on_resources(
             }
         }
         _ => {
-            let stopped = instance.filter(|i| i.state() == InstanceState::Stopped);
-            let extra = stopped.and_then(|i| i.describe().attachments.get(2).map(|a| (i, a.volume_id)));
+            let settled = instance.filter(is_settled);
+            let extra = settled.and_then(|i| i.describe().attachments.get(2).map(|a| (i, a.volume_id)));
             if let Some((instance, volume)) = extra {
                 act_on(instance, &format!("detach {volume}"), |_| region.detach_volume(volume))?;
             }
         }
     }
     Ok(())
+}
+
+/// Whether its volumes can come and go.
+fn is_settled(instance: &&Instance) -> bool {
+    matches!(instance.state(), InstanceState::Stopped | InstanceState::Running)
 }
 
 fn act_on(instance: &Instance, what: &str, act: impl FnOnce(&Instance) -> Result<()>) -> Result<()> {

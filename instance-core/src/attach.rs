@@ -1,0 +1,268 @@
+//! Volumes and the instances that have them: attached, detached and made larger, also while the instance runs.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use ami_core::{AccountId, DeviceName, InstanceId, VolumeId};
+use storage_block::Volume;
+
+use crate::description::{Attachment, InstanceDescription};
+use crate::error::chain;
+use crate::instance::{Cell, Live};
+use crate::machine::{Detach, DiskSpec, Machine, MachineError, MachineErrorKind};
+use crate::record::{InstanceRecord, VolumeRecord};
+use crate::region::{Inner, Region};
+use crate::volumes::{GIB, VolumeDescription};
+use crate::{Error, ErrorKind, InstanceState, Result};
+
+/// How long a guest is asked to let go of a volume.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+impl<H> Region<H> {
+    /// Attaches a volume of the account's to an instance that is running or stopped (`AttachVolume`). It is kept when
+    /// the instance is terminated. A guest that runs finds it soon.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// use instance_core::VolumeSpec;
+    ///
+    /// let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+    /// let volume = region.create_volume(VolumeSpec::new(1))?;
+    /// region.attach_volume(volume.id, server.id(), "/dev/sdf")?; // as it runs
+    /// region.grow_volume(volume.id, 2)?;
+    /// region.detach_volume(volume.id)?; // the guest lets go of it
+    /// server.terminate()?;
+    /// region.delete_volume(volume.id)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InstanceNotFound`](ErrorKind::InstanceNotFound),
+    /// [`VolumeInUse`](ErrorKind::VolumeInUse), [`InvalidParameter`](ErrorKind::InvalidParameter) for a device
+    /// name that is none or taken, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
+    /// instance is running or stopped, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a machine that
+    /// takes no disks meanwhile or has as many as it can, or what the host met.
+    pub fn attach_volume(&self, volume: VolumeId, instance: InstanceId, device: &str) -> Result<()> {
+        self.inner.attach_volume(*self.account(), volume, instance, device)
+    }
+
+    /// Detaches a volume from the instance that has it (`DetachVolume`). A guest that runs is asked to let go of it,
+    /// and is waited for, for twenty seconds at most, in which other calls on the instance wait.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`IncorrectState`](ErrorKind::IncorrectState) if it is
+    /// attached to nothing or the guest has not let go of it, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState)
+    /// unless the instance is running or stopped, [`OperationNotPermitted`](ErrorKind::OperationNotPermitted) for the
+    /// root volume of one that runs, [`Unsupported`](ErrorKind::Unsupported) for a machine that gives no disks up, or
+    /// what the host met.
+    pub fn detach_volume(&self, volume: VolumeId) -> Result<()> {
+        self.inner.detach_volume(*self.account(), volume, Detach::Ask { until: Instant::now() + PATIENCE })
+    }
+
+    /// The same whatever the guest does with it (`DetachVolume` with `Force`): what it has not written is lost.
+    ///
+    /// # Errors
+    ///
+    /// As [`detach_volume`](Self::detach_volume).
+    pub fn force_detach_volume(&self, volume: VolumeId) -> Result<()> {
+        self.inner.detach_volume(*self.account(), volume, Detach::Force)
+    }
+
+    /// Makes a volume larger, also while an instance that runs has it, whose guest is told (`ModifyVolume`). What
+    /// it holds stays as it is; to make use of the room is the guest's.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InvalidParameter`](ErrorKind::InvalidParameter) for a size
+    /// that is less than it has or more than its type may have, [`Unsupported`](ErrorKind::Unsupported) for an instance
+    /// that runs on a machine whose disks do not grow, or what the host met.
+    pub fn grow_volume(&self, volume: VolumeId, size_gib: u32) -> Result<VolumeDescription> {
+        self.inner.grow_volume(*self.account(), volume, size_gib)
+    }
+}
+
+impl Inner {
+    fn attach_volume(
+        &self,
+        owner: AccountId,
+        id: VolumeId,
+        instance: InstanceId,
+        device: &str,
+    ) -> Result<()> {
+        let name: DeviceName = device.parse().map_err(|e: ami_core::Error| {
+            Error::new(ErrorKind::InvalidParameter, "the volume cannot be attached there").with_source(e)
+        })?;
+        let cell = self.cell(owner, instance)?;
+        let mut live = cell.hold(self.supervisor.sender());
+        let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
+        self.volume(owner, id)?;
+        self.check_free_to_go(id)?;
+        check_settled(&live)?;
+        let attachments = &live.record.description.attachments;
+        let taken = |a: &Attachment| a.device_name.parse().is_ok_and(|other| name.same_disk(&other));
+        if attachments.iter().any(taken) {
+            let what = format!("{instance} has a volume at {name} already");
+            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        }
+        let mut record = live.record.clone();
+        let description = &mut record.description;
+        let attachment =
+            Attachment { device_name: name.to_string(), volume_id: id, delete_on_termination: false };
+        // The root volume is the first.
+        let place =
+            if name.as_str() == description.root_device_name { 0 } else { description.attachments.len() };
+        description.attachments.insert(place, attachment);
+        if live.machine.is_none() {
+            return self.change(&cell, &mut live, record);
+        }
+        let volume = self.open_volume(id)?;
+        self.store.commit(|c| c.put(&record))?;
+        let plugged = with_machine(&live, |machine| machine.attach_disk(disk_of(id, &volume)));
+        if let Err(e) = plugged {
+            // Nobody has been told of it.
+            self.store.commit(|c| c.put(&live.record))?;
+            return Err(refused(e, format!("cannot attach {id} to {instance} while it runs")));
+        }
+        live.volumes.insert(place, volume);
+        self.publish(&cell, &mut live, record);
+        Ok(())
+    }
+
+    fn detach_volume(&self, owner: AccountId, id: VolumeId, how: Detach) -> Result<()> {
+        self.volume(owner, id)?;
+        let not_attached = || {
+            let what = format!("the volume {id} is attached to nothing");
+            Error::new(ErrorKind::IncorrectState, what)
+        };
+        let holder: Arc<InstanceDescription> = self.directory.attached(id).ok_or_else(not_attached)?;
+        let cell = self.cell(owner, holder.id)?;
+        let mut live = cell.hold(self.supervisor.sender());
+        let mut record = live.record.clone();
+        let attachments = &mut record.description.attachments;
+        let attached = record.description.state != InstanceState::Terminated;
+        let place = attachments.iter().position(|a| a.volume_id == id).filter(|_| attached);
+        let place = place.ok_or_else(not_attached)?;
+        let gone = attachments.remove(place);
+        if live.machine.is_some() && gone.device_name == record.description.root_device_name {
+            let what = format!("the root volume of {} cannot be detached while it runs", cell.id);
+            return Err(Error::new(ErrorKind::OperationNotPermitted, what));
+        }
+        check_settled(&live)?;
+        if live.machine.is_none() {
+            return self.change(&cell, &mut live, record);
+        }
+        self.unplug_volume(&cell, &mut live, place, how)?;
+        self.change(&cell, &mut live, record)
+    }
+
+    /// Takes a volume from a machine, with all on the disk that its guest has written.
+    fn unplug_volume(&self, cell: &Cell, live: &mut Live, place: usize, how: Detach) -> Result<()> {
+        let id = live.record.description.attachments[place].volume_id;
+        with_machine(live, |machine| machine.detach_disk(&serial(id), how))
+            .map_err(|e| refused(e, format!("cannot detach {id} from {} while it runs", cell.id)))?;
+        let volume = live.volumes.remove(place);
+        let flushed = volume.disk().flush();
+        if let Err(e) = flushed {
+            // The instance still has it, as far as anybody has been told.
+            if let Err(e) = with_machine(live, |machine| machine.attach_disk(disk_of(id, &volume))) {
+                tracing::error!(volume = %id, error = chain(&e), "a volume that was detached is not back");
+            }
+            live.volumes.insert(place, volume);
+            return Err(Error::storage(e, format!("cannot flush {id}")));
+        }
+        Ok(())
+    }
+
+    fn grow_volume(&self, owner: AccountId, id: VolumeId, size_gib: u32) -> Result<VolumeDescription> {
+        self.volume(owner, id)?;
+        let holder = self.directory.attached(id);
+        let cell = holder.map(|holder| self.cell(owner, holder.id)).transpose()?;
+        let live = cell.as_ref().map(|cell| cell.hold(self.supervisor.sender()));
+        let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut record: VolumeRecord = self.volume(owner, id)?;
+        let (old, (_, most)) = (record.size.div_ceil(GIB), record.volume_type.size_range_gib());
+        if u64::from(size_gib) < old || size_gib > most {
+            let what = format!("a {} volume of {old} GiB cannot have {size_gib}", record.volume_type);
+            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        }
+        let machine = live.as_ref().and_then(|live| {
+            let at = live.record.description.attachments.iter().position(|a| a.volume_id == id)?;
+            Some((live.machine.as_deref()?, live.volumes.get(at)?.clone()))
+        });
+        if machine.is_some() && !self.hypervisor.capabilities().live_growth {
+            let what =
+                format!("{id} is attached to an instance that runs, whose disks do not grow meanwhile");
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        let volume = match &machine {
+            Some((_, volume)) => volume.clone(),
+            None => self.open_volume(id)?,
+        };
+        record.size = u64::from(size_gib) * GIB;
+        volume.grow(record.size).map_err(|e| Error::storage(e, format!("cannot make {id} larger")))?;
+        self.store.commit(|c| c.put(&record))?;
+        if let Some((machine, _)) = machine {
+            // The volume is larger all the same: a guest that was not told finds out when it is started again.
+            machine
+                .disk_grown(&serial(id))
+                .map_err(|e| refused(e, format!("{id} is larger, and the guest has not been told")))?;
+        }
+        Ok(VolumeDescription::of(record, self.directory.attached(id).as_deref()))
+    }
+
+    fn open_volume(&self, id: VolumeId) -> Result<Volume> {
+        Volume::open(&self.paths.volume(id), &self.blocks)
+            .map_err(|e| Error::storage(e, format!("cannot open the volume {id}")))
+    }
+}
+
+/// The serial number that a guest finds a volume by: its id without the dash, as EC2's guests do.
+pub(crate) fn serial(id: VolumeId) -> String {
+    id.to_string().replace('-', "")
+}
+
+fn disk_of(id: VolumeId, volume: &Volume) -> DiskSpec {
+    DiskSpec::new(volume.disk(), serial(id))
+}
+
+fn with_machine(
+    live: &Live,
+    act: impl FnOnce(&dyn Machine) -> Result<(), MachineError>,
+) -> Result<(), MachineError> {
+    match live.machine.as_deref() {
+        Some(machine) => act(machine),
+        None => Err(MachineError::new(MachineErrorKind::WrongState, "the instance has no machine any more")),
+    }
+}
+
+/// That the instance is in a state in which its volumes may change.
+fn check_settled(live: &Live) -> Result<()> {
+    let InstanceRecord { description, .. } = &live.record;
+    match (description.state, &live.machine) {
+        (InstanceState::Stopped, _) | (InstanceState::Running, Some(_)) => Ok(()),
+        (state, _) => {
+            let what = format!("{} is {state}; this is done while it is running or stopped", description.id);
+            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
+        }
+    }
+}
+
+/// What a machine's refusal is to users.
+fn refused(error: MachineError, what: String) -> Error {
+    let kind = match error.kind() {
+        MachineErrorKind::Unsupported => ErrorKind::Unsupported,
+        MachineErrorKind::Held => ErrorKind::IncorrectState,
+        MachineErrorKind::WrongState => ErrorKind::IncorrectInstanceState,
+        _ => ErrorKind::Hypervisor,
+    };
+    Error::new(kind, what).with_source(error)
+}
