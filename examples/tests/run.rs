@@ -10,6 +10,7 @@ use hypervisor_qemu::Qemu;
 /// The examples: name, the guest artifact that it is given, what it says, in this order.
 const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("embed", "amd64/disk.raw", &["bytes more than ami-", "says: hello from the first"]),
+    ("formats", "amd64/disk.raw", &["was a Vmdk image", "hold the same"]),
     (
         "two_machines",
         "",

@@ -3,8 +3,10 @@
 use std::sync::{Arc, PoisonError};
 
 use ami_core::{
-    AmiId, AnyAmi, Catalog, CatalogExt, DescribeImages, Image, ModifyImageAttribute, Page, Query, Timestamp,
+    Action, AmiId, AnyAmi, BlockDeviceMapping, Catalog, CatalogExt, DescribeImages, DeviceName, Image,
+    ModifyImageAttribute, Page, Query, Timestamp,
 };
+use storage_block::Disk;
 
 use crate::record::{FormerImage, ImageRecord};
 use crate::region::{Inner, Owner, Region};
@@ -173,6 +175,52 @@ impl<H> Region<H> {
         let ami = copy.ami().clone();
         inner.store.commit(|c| c.put(&ImageRecord { image: copy, boot, snapshots: Vec::new() }))?;
         Ok(ami)
+    }
+
+    /// The bytes of a volume of an image's, to read: what is exported, and what EC2's EBS direct APIs read. They stay
+    /// for as long as the disk, also when the image goes.
+    ///
+    /// The crate `image-formats` makes a file of them, and opens files that images are
+    /// [registered](Self::register_image) of.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, Region};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// let root = region.image_disk(ami.id(), "/dev/xvda")?;
+    /// assert_eq!((root.size(), root.read_only()), (disk.size(), true));
+    /// let none = region.image_disk(ami.id(), "/dev/sdf").unwrap_err();
+    /// assert_eq!(none.kind(), ErrorKind::InvalidBlockDeviceMapping);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) without the permission
+    /// to copy it, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
+    /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping) for a device at which the image has no
+    /// content, or what the host met.
+    pub fn image_disk(&self, id: AmiId, device: &str) -> Result<Disk> {
+        let image = self.inner.image(id)?.image;
+        image.authorize(self.account(), Action::Copy)?;
+        let manifest = image.ami().manifest();
+        let named = device.parse::<DeviceName>().ok();
+        let same = |mapping: &&BlockDeviceMapping| {
+            let there = mapping.validate().ok();
+            named.as_ref().zip(there).is_some_and(|(named, there)| there.same_disk(named))
+        };
+        let mapping = manifest.block_device_mappings().iter().find(same);
+        let content = mapping.and_then(|mapping| mapping.as_ebs()?.snapshot().copied());
+        let content = content.ok_or_else(|| {
+            let what = format!("{id} has no content at {device:?}");
+            Error::new(ErrorKind::InvalidBlockDeviceMapping, what)
+        })?;
+        Ok(self.inner.content(&content)?.disk())
     }
 
     /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else names go.

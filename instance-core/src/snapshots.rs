@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 
 use ami_core::{AccountId, Digest, Page, SnapshotId, Tags, Timestamp, VolumeId};
 use serde::{Deserialize, Serialize};
-use storage_block::{Snapshot, Volume};
+use storage_block::{Disk, Snapshot, Volume};
 
 use crate::describe::{DescribeSnapshots, Filterable, tag_values};
 use crate::record::{ImageRecord, SnapshotRecord, VolumeRecord};
@@ -109,6 +109,17 @@ impl<H> Region<H> {
         let made = inner.create_snapshot(*self.account(), volume, description);
         drop(making);
         made.map(Into::into).inspect_err(|_| inner.discard_half_made())
+    }
+
+    /// The bytes of a snapshot of the account's, to read. They stay for as long as the disk, also when the snapshot is
+    /// deleted.
+    ///
+    /// # Errors
+    ///
+    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), or what the host met.
+    pub fn snapshot_disk(&self, id: SnapshotId) -> Result<Disk> {
+        let digest = self.inner.snapshot(*self.account(), id)?.digest;
+        Ok(self.inner.content(&digest)?.disk())
     }
 
     /// Deletes a snapshot of the account's (`DeleteSnapshot`). Volumes that were made of it stay.
