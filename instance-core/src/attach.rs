@@ -126,7 +126,7 @@ impl Inner {
         }
         let volume = self.open_volume(id)?;
         self.store.commit(|c| c.put(&record))?;
-        let plugged = with_machine(&live, |machine| machine.attach_disk(disk_of(id, &volume)));
+        let plugged = with_machine(&live, |machine| machine.attach_disk(disk_of(&live, id, &volume)));
         if let Err(e) = plugged {
             // Nobody has been told of it.
             self.store.commit(|c| c.put(&live.record))?;
@@ -173,7 +173,7 @@ impl Inner {
         let flushed = volume.disk().flush();
         if let Err(e) = flushed {
             // The instance still has it, as far as anybody has been told.
-            if let Err(e) = with_machine(live, |machine| machine.attach_disk(disk_of(id, &volume))) {
+            if let Err(e) = with_machine(live, |machine| machine.attach_disk(disk_of(live, id, &volume))) {
                 tracing::error!(volume = %id, error = chain(&e), "a volume that was detached is not back");
             }
             live.volumes.insert(place, volume);
@@ -226,12 +226,14 @@ impl Inner {
 }
 
 /// The serial number that a guest finds a volume by: its id without the dash, as EC2's guests do.
-pub(crate) fn serial(id: VolumeId) -> String {
+fn serial(id: VolumeId) -> String {
     id.to_string().replace('-', "")
 }
 
-fn disk_of(id: VolumeId, volume: &Volume) -> DiskSpec {
-    DiskSpec::new(volume.disk(), serial(id))
+/// A volume as its instance's machine has it.
+pub(crate) fn disk_of(live: &Live, id: VolumeId, volume: &Volume) -> DiskSpec {
+    let disk = live.limiters.iter().fold(volume.disk(), |disk, limiter| disk.limited(limiter));
+    DiskSpec::new(disk, serial(id))
 }
 
 fn with_machine(

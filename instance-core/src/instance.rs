@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use ami_core::{AccountId, AnyAmi, InstanceId};
-use storage_block::Volume;
+use storage_block::{Limiter, Volume};
 
 use crate::capacity::Claim;
 use crate::console::Console;
@@ -213,6 +213,8 @@ pub(crate) struct Live {
     pub(crate) machine: Option<Box<dyn Machine>>,
     /// Its volumes while it has a machine, in the order of its attachments.
     pub(crate) volumes: Vec<Volume>,
+    /// What holds its machine's disks to the bandwidth of its type.
+    pub(crate) limiters: Vec<Limiter>,
     /// What it takes of the host while it has a machine.
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
@@ -227,7 +229,14 @@ impl Cell {
             owner: description.owner,
             console: Console::new(),
             description: Publisher::new(description),
-            live: Mutex::new(Live { record, machine: None, volumes: Vec::new(), claim: None, generation: 0 }),
+            live: Mutex::new(Live {
+                record,
+                machine: None,
+                volumes: Vec::new(),
+                limiters: Vec::new(),
+                claim: None,
+                generation: 0,
+            }),
             terminated: Mutex::new(None),
         }
     }

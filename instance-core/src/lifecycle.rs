@@ -9,11 +9,11 @@ use std::time::{Duration, Instant, SystemTime};
 use ami_core::{Digest, Timestamp};
 use storage_block::Volume;
 
-use crate::attach::serial;
+use crate::attach::disk_of;
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
-use crate::machine::{Boot, DiskSpec, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec, NetSpec};
+use crate::machine::{Boot, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec, NetSpec};
 use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
@@ -263,6 +263,8 @@ impl Inner {
         let runtime_dir = self.paths.instance(cell.id);
         fs::create_dir_all(&runtime_dir)
             .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
+        let bandwidth = live.record.description.instance_type.ebs_bandwidth().filter(|_| self.ebs_limits);
+        live.limiters = bandwidth.map(|bandwidth| bandwidth.limiters().to_vec()).unwrap_or_default();
         let description = &live.record.description;
         let mut spec =
             MachineSpec::new(cell.id.to_string(), description.architecture, boot, cell.console.port());
@@ -271,7 +273,7 @@ impl Inner {
         spec.runtime_dir = runtime_dir;
         spec.identity = Some(identity(description));
         spec.disks = (description.attachments.iter().zip(&live.volumes))
-            .map(|(a, v)| DiskSpec::new(v.disk(), serial(a.volume_id)))
+            .map(|(a, v)| disk_of(live, a.volume_id, v))
             .collect();
         spec.nets.extend(self.plug(&live.record)?);
         let failed = |e| Error::machine(e, format!("cannot start a machine for {}", cell.id));

@@ -23,13 +23,27 @@ use crate::{Capacity, Result};
 /// assert_eq!(region.account().to_string(), "123456789012");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct RegionOptions {
     pub(crate) name: Option<RegionName>,
     pub(crate) account: Option<AccountId>,
     pub(crate) capacity: Capacity,
     pub(crate) state_store: Option<Box<dyn StateStore>>,
     pub(crate) network: Option<Box<dyn Network>>,
+    pub(crate) ebs_limits: bool,
+}
+
+impl Default for RegionOptions {
+    fn default() -> Self {
+        Self {
+            name: None,
+            account: None,
+            capacity: Capacity::default(),
+            state_store: None,
+            network: None,
+            ebs_limits: true,
+        }
+    }
 }
 
 impl RegionOptions {
@@ -87,6 +101,14 @@ impl RegionOptions {
     #[must_use]
     pub fn network(mut self, network: impl Network) -> Self {
         self.network = Some(Box::new(network));
+        self
+    }
+
+    /// Whether the disks of an instance are held to what its type's [`EbsBandwidth`](crate::EbsBandwidth) says: they are,
+    /// unless this says otherwise.
+    #[must_use]
+    pub fn ebs_limits(mut self, on: bool) -> Self {
+        self.ebs_limits = on;
         self
     }
 

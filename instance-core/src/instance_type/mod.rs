@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use ami_core::Architecture;
 use serde::{Deserialize, Serialize};
+use storage_block::{IoLimits, Limiter, Rate};
 
 use self::known::{FAMILIES, Family, Size};
 use crate::{Error, ErrorKind};
@@ -35,14 +36,29 @@ pub struct InstanceType {
     ebs_bandwidth: Option<EbsBandwidth>,
 }
 
-/// What an instance's volumes give together; [`InstanceType`] shows it in use. Nothing holds them to it: it is
-/// what EC2's type promises, for whoever compares types.
+/// What an instance's volumes give together; [`InstanceType`] shows it in use. They are held to it unless the region
+/// was opened [otherwise](crate::RegionOptions::ebs_limits).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct EbsBandwidth {
     /// For as long as is wanted, in Mbit/s.
     pub baseline_mbps: u32,
     /// At best, in Mbit/s.
     pub maximum_mbps: u32,
+}
+
+impl EbsBandwidth {
+    /// For how many seconds the best is kept up by an instance that has saved up all it can (EC2 User Guide,
+    /// "Amazon EBS-optimized instance types").
+    const BURST: u64 = 30 * 60;
+
+    /// What holds the disks of an instance to it, together.
+    pub(crate) fn limiters(self) -> [Limiter; 2] {
+        let bytes = |mbps: u32| u64::from(mbps) * 1_000_000 / 8;
+        let (baseline, maximum) = (bytes(self.baseline_mbps), bytes(self.maximum_mbps));
+        let burst = (maximum.saturating_sub(baseline) * Self::BURST).max(baseline);
+        [Rate::per_second(maximum), Rate { per_second: baseline, burst }]
+            .map(|rate| Limiter::new(IoLimits { bytes: Some(rate), ..IoLimits::NONE }))
+    }
 }
 
 impl InstanceType {
@@ -166,6 +182,10 @@ impl FromStr for InstanceType {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
+    use storage_block::MemoryDisk;
+
     use super::*;
 
     #[test]
@@ -211,5 +231,20 @@ mod tests {
             let refused = unknown.parse::<InstanceType>().unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::InvalidInstanceType, "{unknown}");
         }
+    }
+
+    #[test]
+    fn all_disks_of_an_instance_share_its_bandwidth() {
+        // A megabyte in a second, of which one is saved up.
+        let limiters = EbsBandwidth { baseline_mbps: 8, maximum_mbps: 8 }.limiters();
+        let disks = [0, 1].map(|_| {
+            let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+            limiters.iter().fold(disk, |disk, limiter| disk.limited(limiter))
+        });
+        let begun = Instant::now();
+        for _ in 0..2 {
+            disks.iter().for_each(|disk| disk.write_at(&[1; 512 << 10], 0).unwrap());
+        }
+        assert!(begun.elapsed() >= Duration::from_millis(400), "{:?}", begun.elapsed());
     }
 }
