@@ -43,7 +43,10 @@
 //!
 //! # Trust
 //!
-//! Guests are not trusted, nor who connects from outside. Queues and tables are bounded.
+//! Guests are not trusted, nor who connects from outside. Queues and tables are bounded, and a machine that takes its
+//! frames slowly gets those of each sender in turn: a flood delays and loses its own frames.
+//!
+//! A network in a directory has one process at a time, as the region's lock sees to that is kept beside it.
 //!
 //! # Left out
 //!
@@ -51,6 +54,7 @@
 //! interface, TAP devices, and rate limits.
 
 mod answer;
+mod backlog;
 mod dns;
 mod edge;
 mod error;

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Instant;
 
 use ami_core::VpcId;
-use instance_core::net::{Frame, NetPort, Offloads};
+use instance_core::net::{Frame, NetPort, Offloads, SendError};
 
+use crate::backlog::Backlog;
 use crate::firewall::Conntrack;
 use crate::metadata::{Metadata, Secret, Told};
 use crate::offload;
@@ -56,6 +57,10 @@ pub(crate) struct Port {
     table: Mutex<Conntrack>,
     cable: NetPort,
     fabric: Weak<Fabric>,
+    /// Frames of peers that the machine has no room for yet.
+    backlog: Mutex<Backlog>,
+    /// The machine has made room, and nobody has looked at the backlog since.
+    has_room: AtomicBool,
     /// Packets for the edge, from the IP header on.
     inbox: Mutex<VecDeque<Vec<u8>>>,
     edge: mio::Waker,
@@ -89,6 +94,8 @@ impl Port {
             table: Mutex::new(Conntrack::new(conversations)),
             cable,
             fabric: Arc::downgrade(fabric),
+            backlog: Mutex::default(),
+            has_room: AtomicBool::new(false),
             inbox: Mutex::default(),
             edge,
             stuck: AtomicBool::new(false),
@@ -130,6 +137,7 @@ impl Port {
         if self.stuck.load(Ordering::Acquire) || !self.is_plugged() {
             self.wake_edge();
         }
+        self.catch_up();
         // Whoever holds it takes what is there; it looks once more after it let go.
         while self.cable.waiting() > 0 {
             let Ok(_one) = self.pumping.try_lock() else { return };
@@ -159,7 +167,7 @@ impl Port {
             }
             Verdict::Local(to, frame) => {
                 if let Some(receiver) = fabric.find(view.vpc, to) {
-                    receiver.receive(frame);
+                    receiver.receive(view.address, frame);
                 }
                 false
             }
@@ -177,10 +185,44 @@ impl Port {
     }
 
     /// Takes a frame from a peer, if the interface's groups let it in.
-    fn receive(&self, frame: Frame) {
-        if switch::admit(&self.view(), &mut self.table(), &frame.data, self.now()) {
-            self.send(frame);
+    fn receive(&self, sender: Ipv4Addr, frame: Frame) {
+        if !switch::admit(&self.view(), &mut self.table(), &frame.data, self.now()) {
+            return;
         }
+        for frame in offload::finish(frame, self.cable.peer_takes()) {
+            let mut backlog = self.backlog();
+            let refused = if backlog.is_empty() { self.offer(frame) } else { Err(frame) };
+            if let Err(frame) = refused {
+                backlog.push(sender, frame);
+            }
+        }
+        if self.has_room.load(Ordering::Acquire) {
+            self.catch_up();
+        }
+    }
+
+    /// Gives the machine what has waited for it, as far as it has room.
+    fn catch_up(&self) {
+        self.has_room.store(true, Ordering::Release);
+        while self.has_room.load(Ordering::Acquire) {
+            // Whoever holds it looks again when done: that may be who called this, in whose hands a frame was
+            // taken at once.
+            let Ok(mut backlog) = self.backlog.try_lock() else { return };
+            self.has_room.store(false, Ordering::Release);
+            backlog.drain(|frame| self.offer(frame));
+        }
+    }
+
+    /// Gives the machine a frame, which comes back if it has no room.
+    fn offer(&self, frame: Frame) -> Result<(), Frame> {
+        match self.cable.send(frame) {
+            Err(SendError::Full(frame)) => Err(frame),
+            Ok(()) | Err(SendError::Disconnected) => Ok(()),
+        }
+    }
+
+    fn backlog(&self) -> MutexGuard<'_, Backlog> {
+        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A frame from the edge. Given back while the machine has no room for it.
@@ -188,10 +230,7 @@ impl Port {
         if through_groups && !switch::admit(&self.view(), &mut self.table(), &frame.data, self.now()) {
             return Ok(());
         }
-        match self.cable.send(frame) {
-            Err(instance_core::net::SendError::Full(frame)) => Err(frame),
-            _ => Ok(()),
-        }
+        self.offer(frame)
     }
 
     /// Whether a conversation may come in from outside, which the machine will see as `shown`.

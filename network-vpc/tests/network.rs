@@ -335,3 +335,32 @@ fn an_interface_has_one_machine_and_lets_it_go() {
     drop(network);
     assert!(!port.is_connected());
 }
+
+#[test]
+fn a_machine_that_takes_its_frames_at_once_gets_all_of_them() {
+    let network = network();
+    let (_, mut a) = boot(&network, "a", &[]);
+    let b = interface(&network, "b", &[Rule::all(Peer::Cidr(anywhere()))]);
+    let spec = network.plug(b.id).unwrap();
+    // In whatever thread they come, also the one that brings them.
+    let (taken, port) = (std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0)), spec.port.clone());
+    let count = taken.clone();
+    spec.port.set_waker(Some(std::sync::Arc::new(move || {
+        while port.recv().is_some() {
+            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+    })));
+    const FRAMES: usize = 5000;
+    let mut sent = 0;
+    a.until(|guest| {
+        for _ in 0..50 {
+            guest.tell(b.private_ip, 9, b"hello");
+            guest.work();
+        }
+        sent += 50;
+        (sent == FRAMES).then_some(())
+    });
+    // The first asks for the hardware address, and its socket is gone when that is known.
+    assert_eq!(taken.load(std::sync::atomic::Ordering::SeqCst), FRAMES - 1);
+    spec.port.set_waker(None);
+}

@@ -203,6 +203,17 @@ impl Guest {
         answer
     }
 
+    /// Sends a datagram, and waits for nothing.
+    pub(crate) fn tell(&mut self, to: Ipv4Addr, port: u16, text: &[u8]) {
+        let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 4], vec![0; 4096]);
+        let mut socket = udp::Socket::new(buffer(), buffer());
+        socket.bind(9999).unwrap();
+        socket.send_slice(text, (to, port)).unwrap();
+        let handle = self.sockets.add(socket);
+        self.work();
+        self.sockets.remove(handle);
+    }
+
     /// A request of HTTP/1.1 over a connection of its own: status and body.
     pub(crate) fn http(&mut self, to: Ipv4Addr, request: &str) -> (u16, String) {
         let connection = self.connect(PATIENCE, to, 80).expect("the server is there");
