@@ -42,7 +42,7 @@ fn view() -> Option<View> {
         region: "us-east-1".to_owned(),
         zone: "us-east-1a".to_owned(),
         groups: vec![("sg-0123456789abcdef0".parse().ok()?, "web".to_owned())],
-        policy: Policy::new(none, [&everything].into_iter(), |_| Members::default()),
+        policy: Policy::new(none, [&everything], |_| Members::default()),
     })
 }
 
