@@ -8,6 +8,7 @@ mod bare;
 #[allow(dead_code, reason = "shared with the tests of hypervisor-kvm, which use the rest")]
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod guest;
+pub mod kvm;
 pub mod launch;
 pub mod network;
 pub mod region;
@@ -30,6 +31,9 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "first_instruction" => launch::first_instruction(),
         "first_userspace_line" => launch::first_userspace_line(),
         "launch_256g_over_1g" => launch::launch_256g_over_1g(),
+        "machine_first_instruction" => kvm::machine_first_instruction(),
+        "thousandth_machine_over_first" => kvm::thousandth_machine_over_first(),
+        "machine_beyond_guest" => kvm::machine_beyond_guest(),
         "launch_over_append" => region::launch_over_append(),
         "describe_10000" => region::describe_10000(),
         "describe_10000_over_100" => region::describe_10000_over_100(),

@@ -10,6 +10,7 @@
 
 mod bar;
 mod facts;
+mod kvm;
 mod launch;
 mod network;
 mod region;
@@ -32,7 +33,7 @@ use bar::{Figure, Kept, Measurement, Place};
 use facts::Facts;
 
 /// The areas that have figures.
-const AREAS: &[Area] = &[launch::AREA, network::AREA, region::AREA, storage::AREA];
+const AREAS: &[Area] = &[kvm::AREA, launch::AREA, network::AREA, region::AREA, storage::AREA];
 
 /// In the lab counted instructions are slow, most of all on a busy host.
 const LAB_DEADLINE: Duration = Duration::from_secs(600);

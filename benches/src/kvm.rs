@@ -1,0 +1,151 @@
+//! Machines of `hypervisor-kvm`, without a region: how soon they run, how many there can be, what they weigh.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
+
+use ami_core::Architecture;
+use anyhow::{Context as _, ensure};
+use hypervisor_kvm::Kvm;
+use instance_core::console::Console;
+use instance_core::machine::{Boot, DiskSpec, Hypervisor, Machine, MachineSpec};
+use storage_block::{Disk, MemoryDisk};
+
+use crate::samples::{Measurement, Rounds, median, median_ratio};
+use crate::{bare, guest};
+
+/// How long a guest may take until it says what is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The memory of a machine that is compared with the bare sequence.
+const MIB: NonZeroU32 = NonZeroU32::new(512).unwrap();
+/// The memory of one of many small machines.
+const SMALL_MIB: NonZeroU32 = NonZeroU32::new(16).unwrap();
+/// How many small machines live at once.
+const MANY: usize = 1_000;
+/// How many of the first and of the last of them are compared.
+const ENDS: usize = 50;
+
+/// What machines of the bare-metal guest are made of.
+struct Maker {
+    kvm: Kvm,
+    boot: Boot,
+    disk: Disk,
+}
+
+/// A machine whose guest was started, and its console.
+type Live = (Box<dyn Machine>, Console);
+
+impl Maker {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            kvm: Kvm::open()?,
+            boot: guest::boot().map_err(anyhow::Error::msg)?,
+            disk: MemoryDisk::new(1 << 20)?.into_disk(),
+        })
+    }
+
+    fn start(&self, mib: NonZeroU32) -> anyhow::Result<Live> {
+        let console = Console::new();
+        let mut spec = MachineSpec::new("measured", Architecture::X86_64, self.boot.clone(), console.port());
+        spec.memory_mib = mib;
+        spec.disks = vec![DiskSpec::new(self.disk.clone(), "vol-1")];
+        let machine = self.kvm.create(spec)?;
+        machine.start()?;
+        Ok((machine, console))
+    }
+
+    /// From the call that makes a machine until its guest's first byte is on the console.
+    fn first_instruction(&self) -> anyhow::Result<Duration> {
+        let begun = Instant::now();
+        let (_machine, console) = self.start(MIB)?;
+        console.reader().read(begun + PATIENCE)?;
+        Ok(begun.elapsed())
+    }
+}
+
+/// From a machine's making to its guest's first instruction, as a multiple of the bare sequence.
+///
+/// # Errors
+///
+/// When there is no KVM or no C compiler, and those of machines.
+pub fn machine_first_instruction() -> anyhow::Result<Measurement> {
+    let maker = Maker::new()?;
+    median_ratio(
+        Rounds { rounds: 120, batch: 1 },
+        ("machine", &mut || maker.first_instruction()),
+        ("bare", &mut || bare::first_instruction(u64::from(MIB.get()) << 20)),
+    )
+}
+
+/// What a thousand machines took to make, each in seconds, and the bytes of this process that are not their
+/// guests' memory: before there were any, and while all of them waited for a command.
+struct Thousand {
+    seconds: Vec<f64>,
+    before: u64,
+    after: u64,
+}
+
+fn thousand() -> anyhow::Result<Thousand> {
+    let maker = Maker::new()?;
+    // What is made once in a process is no machine's.
+    drop(maker.start(SMALL_MIB)?);
+    let before = resident_of_host()?;
+    let mut seconds = Vec::with_capacity(MANY);
+    let mut live: Vec<Live> = Vec::with_capacity(MANY);
+    for n in 0..MANY {
+        let begun = Instant::now();
+        let made = maker.start(SMALL_MIB).with_context(|| format!("cannot make machine {n}"))?;
+        seconds.push(begun.elapsed().as_secs_f64());
+        made.1.reader().wait_for("GUEST READY", begun + PATIENCE)?;
+        live.push(made);
+    }
+    let after = resident_of_host()?;
+    // All of them are alive, not only the last.
+    for (n, (_, console)) in live.iter().enumerate() {
+        let until = Instant::now() + PATIENCE;
+        console.write_all(b"cpus\n", until)?;
+        console.reader().wait_for("cpus 1", until).with_context(|| format!("machine {n} is dead"))?;
+    }
+    Ok(Thousand { seconds, before, after })
+}
+
+/// What making and starting the last of a thousand machines takes, as a multiple of the first.
+///
+/// # Errors
+///
+/// As [`machine_first_instruction`].
+pub fn thousandth_machine_over_first() -> anyhow::Result<Measurement> {
+    let Thousand { seconds, .. } = thousand()?;
+    let value = median(seconds[MANY - ENDS..].to_vec()) / median(seconds[..ENDS].to_vec());
+    Ok(Measurement { value, noise: None, samples: [("machine".to_owned(), seconds)].into() })
+}
+
+/// The KiB of a machine at rest beyond its guest's memory, without what the host's kernel keeps of it.
+///
+/// # Errors
+///
+/// As [`machine_first_instruction`].
+pub fn machine_beyond_guest() -> anyhow::Result<Measurement> {
+    let Thousand { before, after, .. } = thousand()?;
+    ensure!(after > before, "a thousand machines weigh nothing: {before} bytes before, {after} after");
+    let value = (after - before) as f64 / MANY as f64 / 1024.0;
+    Ok(Measurement { value, noise: None, samples: BTreeMap::new() })
+}
+
+/// The bytes in memory of this process but for guests' RAM, which alone is kept out of both child processes
+/// and core dumps without being a device's (`VmFlags` in proc_pid_smaps(5)).
+fn resident_of_host() -> anyhow::Result<u64> {
+    let smaps = std::fs::read_to_string("/proc/self/smaps")?;
+    let (mut total, mut resident) = (0, 0);
+    for line in smaps.lines() {
+        if let Some(size) = line.strip_prefix("Pss:") {
+            let kib: u64 = size.trim().trim_end_matches(" kB").parse().context("smaps has an odd size")?;
+            resident = kib << 10;
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let has = |flag| flags.split_whitespace().any(|has| has == flag);
+            let of_guest = has("dc") && has("dd") && !has("io") && !has("pf");
+            total += if of_guest { 0 } else { resident };
+        }
+    }
+    Ok(total)
+}

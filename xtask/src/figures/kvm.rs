@@ -1,0 +1,15 @@
+//! The figures of machines on KVM.
+
+use super::Area;
+use super::bar::{Bar, Figure, Place};
+
+pub(super) const AREA: Area = Area { name: "kvm", figures: FIGURES, tools: &[], disk: None };
+
+const FIGURES: &[Figure] = &[
+    // From making a machine to its guest's first instruction, as a multiple of KVM's bare system calls.
+    Figure { name: "machine_first_instruction", unit: "x", bar: Bar::AtMost(1.5), place: Place::Host },
+    // A thousand machines live in one process, and the last is made nearly as fast as the first.
+    Figure { name: "thousandth_machine_over_first", unit: "x", bar: Bar::AtMost(1.5), place: Place::Host },
+    // Of a machine at rest, without its guest's memory and what the host's kernel keeps.
+    Figure { name: "machine_beyond_guest", unit: "KiB", bar: Bar::AtMost(1024.0), place: Place::Host },
+];
