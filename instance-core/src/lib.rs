@@ -53,8 +53,8 @@
 //!
 //! # Left out
 //!
-//! Hibernation, instance
-//! store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor crate's.
+//! Hibernation, instance store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor
+//! crate's, how frames go a network's.
 
 mod attach;
 mod boot_cache;
