@@ -5,9 +5,11 @@ use std::ops::{ControlFlow, Range};
 use instance_core::machine::ExitCause;
 use kvm_ioctls::VmFd;
 
+use crate::error::{Result, saved};
 use crate::layout;
 use crate::pci::{self, Access, Bus};
 use crate::power::Power;
+use crate::saved::State;
 use crate::serial::SerialPort;
 use crate::virtio::VirtioDevice;
 
@@ -25,6 +27,20 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
+    /// Goes on, as devices that nobody has used yet, where a machine's were saved.
+    pub(crate) fn restore(&mut self, vm: &VmFd, state: &State) -> Result<()> {
+        let fits = match (&mut self.pci, &state.pci) {
+            (Some(bus), Some(state)) => bus.restore(state),
+            (None, None) => true,
+            _ => false,
+        };
+        if !fits || self.virtio.len() != state.virtio.len() || !self.serial.restore(state.serial.clone()) {
+            return Err(saved("the saved machine's devices are not those of a machine like this"));
+        }
+        self.power.restore(&state.power, |level| set_sci(vm, level));
+        self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.restore(vm, state))
+    }
+
     /// The guest reads I/O ports; where there is nothing, all bits read as ones.
     pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);

@@ -23,6 +23,11 @@ pub(crate) fn unsupported(context: impl Into<String>) -> MachineError {
     MachineError::new(MachineErrorKind::Unsupported, context)
 }
 
+/// A saved machine cannot be restored.
+pub(crate) fn saved(context: impl Into<String>) -> MachineError {
+    MachineError::new(MachineErrorKind::Saved, context)
+}
+
 /// Says what was being done when the host failed.
 pub(crate) trait HostContext<T> {
     /// The failure as a [`MachineErrorKind::Host`] error about `context`.

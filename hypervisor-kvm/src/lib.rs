@@ -78,6 +78,7 @@ mod memory;
 mod pci;
 mod power;
 mod probe;
+mod saved;
 mod serial;
 mod smbios;
 mod vcpu;
@@ -89,10 +90,11 @@ use std::sync::Arc;
 
 use ami_core::{Architecture, X86_64};
 use instance_core::machine::{
-    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
+    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, RestoreSpec, Runs,
 };
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{HostContext, unsupported};
 use crate::machine::{KvmMachine, OTHER_DEVICES};
@@ -138,7 +140,7 @@ pub struct Kvm {
 ///     assert!(kvm.capabilities().max_disks < kvm.with_transport(Transport::Pci).capabilities().max_disks);
 /// }
 /// ```
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Transport {
     /// Each at an address and with an interrupt of its own, which ACPI names: the fastest to boot.
@@ -152,6 +154,8 @@ pub enum Transport {
 struct Inner {
     device: kvm_ioctls::Kvm,
     cpuid: CpuId,
+    /// The model-specific registers of a processor, where machines can be saved.
+    msrs: Option<Arc<[u32]>>,
     capabilities: Capabilities,
 }
 
@@ -191,7 +195,10 @@ impl Kvm {
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
         capabilities.live_growth = true;
-        let inner = Arc::new(Inner { device, cpuid, capabilities });
+        capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
+        let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
+        let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
+        let inner = Arc::new(Inner { device, cpuid, msrs, capabilities });
         Ok(Self { inner, transport: Transport::default() })
     }
 
@@ -209,15 +216,30 @@ impl Kvm {
         &self.inner.cpuid
     }
 
+    fn msrs(&self) -> Option<Arc<[u32]>> {
+        self.inner.msrs.clone()
+    }
+
+    fn most_processors(&self) -> usize {
+        self.inner.capabilities.max_vcpus as usize
+    }
+
     fn transport(&self) -> Transport {
         self.transport
     }
 
     /// For how many disks and network ports of a machine there is room.
     fn device_places(&self) -> usize {
-        let all = match self.transport {
-            Transport::Mmio => layout::VIRTIO_MAX,
-            Transport::Pci => layout::PCI_MAX,
+        self.transport.device_places()
+    }
+}
+
+impl Transport {
+    /// For how many disks and network ports of a machine there is room.
+    fn device_places(self) -> usize {
+        let all = match self {
+            Self::Mmio => layout::VIRTIO_MAX,
+            Self::Pci => layout::PCI_MAX,
         };
         all - OTHER_DEVICES
     }
@@ -241,6 +263,13 @@ impl Hypervisor for Kvm {
             return Err(unsupported(what));
         }
         Ok(Box::new(KvmMachine::create(self, &spec)?))
+    }
+
+    fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Machine>, MachineError> {
+        if !self.inner.capabilities.save {
+            return Err(unsupported("this host's KVM does not take all of a machine's state"));
+        }
+        Ok(Box::new(KvmMachine::restore(self, &spec)?))
     }
 }
 

@@ -1,21 +1,27 @@
 //! A machine: what its handle, its processors and its devices share, and how it begins and ends.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
 
-use instance_core::machine::{ExitCause, Machine, MachineError, MachineSpec, MachineState};
+use instance_core::console::ConsolePort;
+use instance_core::machine::{
+    DiskSpec, ExitCause, Machine, MachineError, MachineSpec, MachineState, NetSpec, RestoreSpec,
+};
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Plan;
 use crate::bus::Devices;
-use crate::error::{HostContext, Result};
+use crate::error::{HostContext, Result, unsupported};
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::power::Power;
+use crate::saved::{self, Loaded, Platform, Processor};
 use crate::serial::SerialPort;
 use crate::virtio::{Block, Net, Rng, VirtioDevice};
 use crate::{Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
@@ -36,11 +42,17 @@ pub(crate) struct KvmMachine {
 #[derive(Debug)]
 struct Shared {
     name: String,
-    /// The disks' serial numbers, in the order of the first virtio devices.
-    serials: Vec<String>,
+    /// What the guest knows of its disks, in the order of the first virtio devices.
+    disks: Vec<saved::Disk>,
+    /// What it knows of its network ports, which follow.
+    nets: Vec<saved::Port>,
+    /// Each in the hands of its thread while that runs it.
+    processors: Vec<Mutex<VcpuFd>>,
     vm: VmFd,
     devices: Devices,
-    _memory: Memory,
+    memory: Memory,
+    /// The model-specific registers that are saved, where machines can be.
+    msrs: Option<Arc<[u32]>>,
     gate: Gate,
     state: Publisher<MachineState>,
     threads: Mutex<Threads>,
@@ -54,19 +66,24 @@ struct Threads {
     ids: Vec<ThreadId>,
 }
 
+/// What a machine is put together from.
+struct Parts<'a> {
+    name: &'a str,
+    transport: Transport,
+    disks: &'a [DiskSpec],
+    nets: &'a [NetSpec],
+    console: &'a ConsolePort,
+    vm: VmFd,
+    memory: Memory,
+    processors: Vec<VcpuFd>,
+}
+
 impl KvmMachine {
     /// Makes the machine and its threads, which wait for [`start`](Machine::start).
     pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
         let memory = memory::allocate(spec.memory_mib)?;
         let plan = Plan::new(&spec.boot, &memory)?;
-        let vm = kvm.device().create_vm().host("KVM did not make a virtual machine")?;
-        // SAFETY: `Shared` keeps the memory for as long as the virtual machine, and the processors'
-        // threads keep `Shared` for as long as the processors.
-        #[allow(unsafe_code, reason = "the guest's memory is given to KVM")]
-        unsafe {
-            memory::register(&vm, &memory)?;
-        }
-        set_up_platform(&vm)?;
+        let vm = make_vm(kvm, &memory)?;
         let count = spec.vcpus.get();
         let transport = kvm.transport();
         acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + OTHER_DEVICES)?;
@@ -74,48 +91,51 @@ impl KvmMachine {
             smbios::write(&memory, identity)?;
         }
         let entry = plan.load(&memory)?;
-        let vcpus = (0..count)
+        let processors = (0..count)
             .map(|number| {
                 let vcpu = vm.create_vcpu(number.into()).host("KVM did not make a processor")?;
                 cpu::set_up(&vcpu, number, count, kvm.cpuid(), entry, &memory)?;
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>>>()?;
-        let mut virtio = (spec.disks.iter().enumerate())
-            .map(|(n, disk)| {
-                let block = Block::new(disk.disk.clone(), &disk.serial);
-                VirtioDevice::with_thread(&vm, &memory, n, transport, block)
+        let MachineSpec { name, disks, nets, console, .. } = spec;
+        let parts = Parts { name, transport, disks, nets, console, vm, memory, processors };
+        Self::run(parts.put_together(kvm, MachineState::Created)?)
+    }
+
+    /// Makes a machine that goes on where another was saved, when it is [resumed](Machine::resume).
+    pub(crate) fn restore(kvm: &Kvm, spec: &RestoreSpec) -> Result<Self> {
+        let loaded = Loaded::read(&spec.saved)?;
+        let state = &loaded.state;
+        state.check(spec, kvm.most_processors())?;
+        let memory = loaded.memory(&spec.saved)?;
+        let vm = make_vm(kvm, &memory)?;
+        let processors = (0..)
+            .zip(&state.processors)
+            .map(|(number, processor)| {
+                let vcpu = vm.create_vcpu(number).host("KVM did not make a processor")?;
+                processor.restore(&vcpu)?;
+                Ok(vcpu)
             })
             .collect::<Result<Vec<_>>>()?;
-        for net in &spec.nets {
-            let device = VirtioDevice::with_thread(&vm, &memory, virtio.len(), transport, Net::new(net))?;
-            net.port.set_waker(Some(Arc::new(device.waker()?)));
-            virtio.push(device);
-        }
-        virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, Rng)?);
-        let devices = Devices {
-            serial: serial_port(&vm, spec)?,
-            power: Power::default(),
-            pci: (transport == Transport::Pci).then(Bus::new),
-            virtio,
-        };
-        let shared = Arc::new(Shared {
-            name: spec.name.clone(),
-            serials: spec.disks.iter().map(|disk| disk.serial.clone()).collect(),
-            vm,
-            devices,
-            _memory: memory,
-            gate: Gate::new(),
-            state: Publisher::new(MachineState::Created),
-            threads: Mutex::default(),
-        });
+        state.platform.restore(&vm)?;
+        let RestoreSpec { name, disks, nets, console, .. } = spec;
+        let transport = state.transport;
+        let parts = Parts { name, transport, disks, nets, console, vm, memory, processors };
+        let mut shared = parts.put_together(kvm, MachineState::Paused)?;
+        shared.devices.restore(&shared.vm, state)?;
+        Self::run(shared)
+    }
+
+    /// Starts the threads.
+    fn run(shared: Shared) -> Result<Self> {
         // Dropped on the way out below, which ends the threads that were made.
-        let machine = Self { shared, actions: Mutex::default() };
+        let machine = Self { shared: Arc::new(shared), actions: Mutex::default() };
         machine.shared.devices.serial.connect();
         // Whoever makes the threads is a worker until they are there: so there is one to leave last,
         // even where the first thread cannot be made.
         machine.shared.gate.join();
-        let spawned = machine.spawn(vcpus);
+        let spawned = machine.spawn();
         if let Err(error) = &spawned {
             machine.shared.end(ExitCause::HostFailure(error.to_string()));
         }
@@ -123,15 +143,15 @@ impl KvmMachine {
         spawned.map(|()| machine)
     }
 
-    fn spawn(&self, vcpus: Vec<VcpuFd>) -> Result<()> {
-        for (n, vcpu) in vcpus.into_iter().enumerate() {
-            let thread = self.shared.spawn(&format!("vcpu{n}"), move |shared| shared.run_vcpu(vcpu))?;
+    fn spawn(&self) -> Result<()> {
+        for n in 0..self.shared.processors.len() {
+            let thread = self.shared.spawn(&format!("vcpu{n}"), move |shared| shared.run_vcpu(n))?;
             self.shared.threads().vcpus.push(thread);
         }
         for n in
             (0..self.shared.devices.virtio.len()).filter(|n| self.shared.devices.virtio[*n].needs_thread())
         {
-            let role = if n < self.shared.serials.len() { "disk" } else { "net" };
+            let role = if n < self.shared.disks.len() { "disk" } else { "net" };
             let thread = self.shared.spawn(&format!("{role}{n}"), move |shared| shared.run_device(n))?;
             self.shared.threads().devices.push(thread);
         }
@@ -162,6 +182,44 @@ impl KvmMachine {
     }
 }
 
+impl Parts<'_> {
+    /// A machine without threads, whose devices nobody has used yet.
+    fn put_together(self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
+        let Self { name, transport, disks, nets, console, vm, memory, processors } = self;
+        let mut virtio = (disks.iter().enumerate())
+            .map(|(n, disk)| {
+                let block = Block::new(disk.disk.clone(), &disk.serial);
+                VirtioDevice::with_thread(&vm, &memory, n, transport, block)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        for net in nets {
+            let device = VirtioDevice::with_thread(&vm, &memory, virtio.len(), transport, Net::new(net))?;
+            net.port.set_waker(Some(Arc::new(device.waker()?)));
+            virtio.push(device);
+        }
+        virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, Rng)?);
+        let devices = Devices {
+            serial: serial_port(&vm, console)?,
+            power: Power::default(),
+            pci: (transport == Transport::Pci).then(Bus::new),
+            virtio,
+        };
+        Ok(Shared {
+            name: name.to_owned(),
+            disks: disks.iter().map(saved::Disk::of).collect(),
+            nets: nets.iter().map(saved::Port::of).collect(),
+            processors: processors.into_iter().map(Mutex::new).collect(),
+            vm,
+            devices,
+            memory,
+            msrs: kvm.msrs(),
+            gate: Gate::new(),
+            state: Publisher::new(state),
+            threads: Mutex::default(),
+        })
+    }
+}
+
 impl Shared {
     /// Starts a thread that counts as a worker of the machine, with all signals blocked.
     fn spawn(
@@ -185,10 +243,31 @@ impl Shared {
         Ok(thread)
     }
 
-    fn run_vcpu(&self, mut vcpu: VcpuFd) {
-        if let Some(cause) = vcpu::run(&mut vcpu, &self.vm, &self.devices, &self.gate) {
+    fn run_vcpu(&self, n: usize) {
+        if let Some(cause) = vcpu::run(&self.processors[n], &self.vm, &self.devices, &self.gate) {
             self.end(cause);
         }
+    }
+
+    /// The machine, but for its memory, while all its threads stand still.
+    fn save(&self, msrs: &[u32]) -> Result<saved::State> {
+        let processor = |vcpu: &Mutex<VcpuFd>| {
+            Processor::save(&vcpu.lock().unwrap_or_else(PoisonError::into_inner), msrs)
+        };
+        let devices = &self.devices;
+        Ok(saved::State {
+            transport: if devices.pci.is_some() { Transport::Pci } else { Transport::Mmio },
+            memory_mib: (self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20) as u32,
+            disks: self.disks.clone(),
+            nets: self.nets.clone(),
+            serial: devices.serial.save(),
+            power: devices.power.save(),
+            pci: devices.pci.as_ref().map(Bus::save),
+            virtio: devices.virtio.iter().map(VirtioDevice::save).collect(),
+            processors: self.processors.iter().map(processor).collect::<Result<_>>()?,
+            // After the processors, whose state may still reach the interrupt controllers.
+            platform: Platform::save(&self.vm)?,
+        })
     }
 
     fn run_device(&self, n: usize) {
@@ -248,10 +327,23 @@ fn set_up_platform(vm: &VmFd) -> Result<()> {
     vm.create_pit2(timer).host("KVM did not make a timer")
 }
 
-fn serial_port(vm: &VmFd, spec: &MachineSpec) -> Result<SerialPort> {
+/// A virtual machine with this memory.
+fn make_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd> {
+    let vm = kvm.device().create_vm().host("KVM did not make a virtual machine")?;
+    // SAFETY: both go to one `Shared`, which keeps the memory for as long as the virtual machine and its
+    // processors; until then, whoever calls does.
+    #[allow(unsafe_code, reason = "the guest's memory is given to KVM")]
+    unsafe {
+        memory::register(&vm, memory)?;
+    }
+    set_up_platform(&vm)?;
+    Ok(vm)
+}
+
+fn serial_port(vm: &VmFd, console: &ConsolePort) -> Result<SerialPort> {
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
     vm.register_irqfd(&interrupt, layout::SERIAL_IRQ).host("KVM did not take the serial port's interrupt")?;
-    Ok(SerialPort::new(spec.console.clone(), interrupt))
+    Ok(SerialPort::new(console.clone(), interrupt))
 }
 
 impl Machine for KvmMachine {
@@ -293,10 +385,18 @@ impl Machine for KvmMachine {
             state => return Err(MachineError::wrong_state("grow a disk of", &state)),
         }
         let shared = &self.shared;
-        let found = shared.serials.iter().zip(&shared.devices.virtio).find(|(has, _)| *has == serial);
+        let found = shared.disks.iter().zip(&shared.devices.virtio).find(|(has, _)| has.serial == serial);
         let (_, device) = found.ok_or_else(|| MachineError::no_such_disk(serial))?;
         device.refresh(&shared.vm);
         Ok(())
+    }
+
+    fn save(&self, to: &File) -> Result<()> {
+        let Some(msrs) = &self.shared.msrs else {
+            return Err(unsupported("this host's KVM does not tell all of a machine's state"));
+        };
+        let _action = self.begin("save", &MachineState::Paused)?;
+        saved::write(to, &self.shared.save(msrs)?, &self.shared.memory)
     }
 
     fn kill(&self) {

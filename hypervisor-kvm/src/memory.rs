@@ -1,17 +1,26 @@
 //! The guest's RAM.
 #![allow(unsafe_code, reason = "KVM and the host's kernel are told addresses")]
 
+use std::fs::File;
 use std::num::NonZeroU32;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 use crate::error::{HostContext, Result};
 use crate::layout;
 
-/// The guest's RAM: anonymous memory that the host provides as it is touched.
+/// The guest's RAM: memory that the host provides as it is touched, anonymous or a private copy of a file's.
 pub(crate) type Memory = GuestMemoryMmap<()>;
+
+/// The bytes of a page.
+pub(crate) const PAGE: usize = 4096;
 
 /// Reserves addresses for `mib` MiB of RAM; no page is touched.
 pub(crate) fn allocate(mib: NonZeroU32) -> Result<Memory> {
@@ -20,6 +29,33 @@ pub(crate) fn allocate(mib: NonZeroU32) -> Result<Memory> {
         .map(|(start, len)| (GuestAddress(start), len as usize))
         .collect();
     let memory = Memory::from_ranges(&ranges).host(&format!("cannot map {mib} MiB of memory"))?;
+    keep_to_this_process(&memory)?;
+    Ok(memory)
+}
+
+/// Maps `mib` MiB of RAM from `offset` of a file on, privately: a page is read when it is first touched, and
+/// copied when it is first written. The file must be that long, and stay so.
+pub(crate) fn map(file: &Arc<File>, offset: u64, mib: NonZeroU32) -> Result<Memory> {
+    let failed = format!("cannot map {mib} MiB of memory from a file");
+    let mut regions = Vec::new();
+    let mut offset = offset;
+    for (start, len) in ranges(u64::from(mib.get()) << 20) {
+        let mapping = MmapRegionBuilder::new(len as usize)
+            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .build()
+            .host(&failed)?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start));
+        regions.push(region.ok_or("the region is beyond the address space").host(&failed)?);
+        offset += len;
+    }
+    let memory = Memory::from_regions(regions).host(&failed)?;
+    keep_to_this_process(&memory)?;
+    Ok(memory)
+}
+
+fn keep_to_this_process(memory: &Memory) -> Result<()> {
     // What the guest keeps there is nobody else's: no child process gets a copy, no core dump.
     for region in memory.iter() {
         for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
@@ -30,7 +66,38 @@ pub(crate) fn allocate(mib: NonZeroU32) -> Result<Memory> {
             }
         }
     }
-    Ok(memory)
+    Ok(())
+}
+
+/// Which pages of a region nobody has touched, so that they are zero and need not be looked at, which would have
+/// the host provide tables for them.
+pub(crate) struct Untouched {
+    /// What the host says of every page of this process's addresses, as far as it can be asked
+    /// (`Documentation/admin-guide/mm/pagemap.rst`): 64 bits each.
+    told: Option<File>,
+    first_page: u64,
+}
+
+impl Untouched {
+    pub(crate) fn of(region: &GuestRegionMmap<()>) -> Self {
+        // What is mapped from a file is not zero before it is touched.
+        let anonymous = region.file_offset().is_none();
+        let told = anonymous.then(|| File::open("/proc/self/pagemap").ok()).flatten();
+        Self { told, first_page: region.as_ptr() as u64 / PAGE as u64 }
+    }
+
+    /// Whether none of `len` bytes from `offset` on, whole pages, has been touched.
+    pub(crate) fn is(&self, offset: u64, len: usize) -> bool {
+        const IN_MEMORY_OR_SWAPPED: u64 = 3 << 62;
+        let Some(told) = &self.told else { return false };
+        let mut entries = vec![0; len / PAGE * 8];
+        let first = self.first_page + offset / PAGE as u64;
+        let read = told.read_exact_at(&mut entries, first * 8);
+        let touched = |entry: &[u8]| {
+            entry.try_into().map_or(true, |entry| u64::from_ne_bytes(entry) & IN_MEMORY_OR_SWAPPED != 0)
+        };
+        read.is_ok() && !entries.chunks_exact(8).any(touched)
+    }
 }
 
 /// The start and length of each piece of RAM: one below the hole, one above if needed.

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
 
 use instance_core::machine::ExitCause;
+use serde::{Deserialize, Serialize};
 
 use crate::layout;
 
@@ -20,13 +21,24 @@ const SLEEP_TYPE_MASK: u16 = 7;
 #[derive(Debug, Default)]
 pub(crate) struct Power(Mutex<Pm1>);
 
-#[derive(Debug, Default)]
-struct Pm1 {
+/// What they hold, which is also what is saved.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pm1 {
     status: u16,
     enable: u16,
 }
 
 impl Power {
+    /// The registers as they are now.
+    pub(crate) fn save(&self) -> Pm1 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Goes on with registers that were saved. `sci` is told the level of the ACPI interrupt.
+    pub(crate) fn restore(&self, state: &Pm1, sci: impl FnOnce(bool)) {
+        self.change(sci, |pm1| pm1.clone_from(state));
+    }
+
     /// Presses the power button. `sci` is told the level of the ACPI interrupt.
     pub(crate) fn press_button(&self, sci: impl FnOnce(bool)) {
         self.change(sci, |pm1| pm1.status |= POWER_BUTTON);

@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use instance_core::console::ConsolePort;
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -27,12 +28,67 @@ pub(crate) struct SerialPort {
     interrupt: Arc<EventFd>,
 }
 
+/// A port as it is saved: its registers, and what it has received.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SerialState {
+    baud_divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    received: Vec<u8>,
+}
+
 impl SerialPort {
     /// A serial port whose interrupt is raised by a write to `interrupt`, which must not block.
     pub(crate) fn new(port: ConsolePort, interrupt: EventFd) -> Self {
         let interrupt = Arc::new(interrupt);
         let uart = Mutex::new(Serial::new(Interrupt(interrupt.clone()), Output(port.clone())));
         Self { port, uart, interrupt }
+    }
+
+    /// The port as it is now.
+    pub(crate) fn save(&self) -> SerialState {
+        let uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner).state();
+        SerialState {
+            baud_divisor: [uart.baud_divisor_low, uart.baud_divisor_high],
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            received: uart.in_buffer,
+        }
+    }
+
+    /// Goes on where a port was saved. False if there was none like it.
+    pub(crate) fn restore(&self, state: SerialState) -> bool {
+        let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
+        let state = vm_superio::SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received,
+        };
+        let interrupt = Interrupt(self.interrupt.clone());
+        let Ok(uart) = Serial::from_state(&state, interrupt, NoEvents, Output(self.port.clone())) else {
+            return false;
+        };
+        *self.uart.lock().unwrap_or_else(PoisonError::into_inner) = uart;
+        // One may have been on its way, and what has been typed meanwhile was told to nobody.
+        let _ = self.interrupt.write(1);
+        true
     }
 
     /// The guest reads a register.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use instance_core::machine::ExitCause;
 use kvm_bindings::{
@@ -15,39 +16,57 @@ use crate::gate::Gate;
 use crate::kick;
 
 /// Runs a processor until the machine ends. Returns why, where this processor knows.
+///
+/// While it stands at the gate it is free to be looked at, and between two instructions.
 pub(crate) fn run(
-    vcpu: &mut VcpuFd,
+    vcpu: &Mutex<VcpuFd>,
     vm: &kvm_ioctls::VmFd,
     devices: &Devices,
     gate: &Gate,
 ) -> Option<ExitCause> {
-    if let Err(error) = kick::admit_while_running(vcpu) {
+    let lock = || vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut running = lock();
+    if let Err(error) = kick::admit_while_running(&running) {
         return Some(ExitCause::HostFailure(format!("KVM did not take a signal mask: {error}")));
     }
+    // Whether KVM has an instruction to finish with what a device answered, which it does when the guest next runs.
+    let mut unfinished = false;
     loop {
-        if !gate.is_open() {
+        if !gate.is_open() && !unfinished {
+            drop(running);
             if !gate.pass() {
                 return None;
             }
+            running = lock();
             // The guest's clock has gone on while it stood still, which Linux takes for a processor that
             // hangs, unless it is told. A guest without such a clock has nothing to be told.
-            let _ = vcpu.kvmclock_ctrl();
+            let _ = running.kvmclock_ctrl();
         }
+        let vcpu = &mut *running;
+        // Finishes the instruction, and no more where the gate is closed.
+        vcpu.set_kvm_immediate_exit((!gate.is_open()).into());
+        unfinished = false;
         let unexpected = match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 devices.port_read(port, data);
+                unfinished = true;
                 continue;
             }
             Ok(VcpuExit::IoOut(port, data)) => match devices.port_write(vm, port, data) {
                 std::ops::ControlFlow::Break(cause) => return Some(cause),
-                std::ops::ControlFlow::Continue(()) => continue,
+                std::ops::ControlFlow::Continue(()) => {
+                    unfinished = true;
+                    continue;
+                }
             },
             Ok(VcpuExit::MmioRead(address, data)) => {
                 devices.memory_read(address, data);
+                unfinished = true;
                 continue;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 devices.memory_write(vm, address, data);
+                unfinished = true;
                 continue;
             }
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Some(ExitCause::PowerOff),

@@ -4,13 +4,16 @@
 //! as [`Disk`](storage_block::Disk) handles, network ports as ends of [cables](crate::net), kernels as open
 //! [`BootFile`]s, the console as a [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
 
+mod saved;
 mod spec;
 
 use std::fmt;
+use std::fs::File;
 use std::time::Instant;
 
 use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
 
+pub use self::saved::{RestoreSpec, SavedMachine};
 pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec, NetSpec};
 use crate::watch::Watch;
 
@@ -48,6 +51,20 @@ pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// [`Boot`](MachineErrorKind::Boot) for a kernel that it cannot load,
     /// [`Host`](MachineErrorKind::Host) for what the host refused.
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError>;
+
+    /// Makes a machine that goes on where another was [saved](Machine::save), by this kind of hypervisor: it is
+    /// `Paused`, and its guest knows of nothing when it is [resumed](Machine::resume). [`RestoreSpec`] shows it.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`save`](Capabilities::save) is false,
+    /// [`Saved`](MachineErrorKind::Saved) if it is no saved machine, one of another hypervisor, format or host,
+    /// or one that had other disks or network ports; [`Host`](MachineErrorKind::Host) for what the host refused.
+    fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Machine>, MachineError> {
+        let _ = spec;
+        let what = format!("{} does not restore machines", self.capabilities().name);
+        Err(MachineError::new(MachineErrorKind::Unsupported, what))
+    }
 }
 
 /// A hypervisor that is known, when the program is compiled, to run images of architecture `A`.
@@ -85,6 +102,10 @@ impl Hypervisor for Box<dyn Hypervisor> {
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
         self.as_ref().create(spec)
+    }
+
+    fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Machine>, MachineError> {
+        self.as_ref().restore(spec)
     }
 }
 
@@ -208,6 +229,19 @@ pub trait Machine: fmt::Debug + Send + Sync {
         ))
     }
 
+    /// Writes a machine that is paused into a file, which must be empty: its memory, processors and devices, but
+    /// not the bytes of its disks. The machine stays paused, and may go on after. Memory that is zero becomes a
+    /// hole. The file is not made durable; if this fails, what it holds is of no use.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`save`](Capabilities::save) is false,
+    /// [`WrongState`](MachineErrorKind::WrongState), or what the host refused.
+    fn save(&self, to: &File) -> Result<(), MachineError> {
+        let _ = to;
+        Err(MachineError::new(MachineErrorKind::Unsupported, "this machine cannot be saved"))
+    }
+
     /// Ends the machine at once, whatever its guest does: `Exited(Killed)`. Does nothing to one that
     /// has exited. When it returns, the guest runs no more. A disk request that is under way is waited
     /// for.
@@ -251,7 +285,7 @@ pub enum Detach {
 /// Where a machine is in its life.
 ///
 /// ```text
-/// Created ──start──▶ Running ◀──pause/resume──▶ Paused
+/// Created ──start──▶ Running ◀──pause/resume──▶ Paused ◀── Hypervisor::restore
 ///    │                  │                          │
 ///    └──kill────────────┴── the guest, or kill ────┴──▶ Exited(cause)
 /// ```
@@ -350,6 +384,8 @@ pub struct Capabilities {
     pub hot_plug: bool,
     /// Whether [`Machine::disk_grown`] works.
     pub live_growth: bool,
+    /// Whether [`Machine::save`] and [`Hypervisor::restore`] work.
+    pub save: bool,
 }
 
 impl Capabilities {
@@ -368,6 +404,7 @@ impl Capabilities {
             power_button: false,
             hot_plug: false,
             live_growth: false,
+            save: false,
         }
     }
 
@@ -445,6 +482,8 @@ pub enum MachineErrorKind {
     Unsupported,
     /// The machine's state does not allow it.
     WrongState,
+    /// A saved machine cannot be restored: it is none, of another kind, or does not fit what it is given.
+    Saved,
     /// The kernel or initrd cannot be loaded.
     Boot,
     /// The machine has no disk of that serial number.

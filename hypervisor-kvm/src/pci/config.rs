@@ -95,6 +95,23 @@ impl ConfigSpace {
         self.writable[at..at + bits.len()].copy_from_slice(bits);
     }
 
+    /// The bytes as they are now.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Goes on with bytes that were saved. False if they are not those of a function like this.
+    pub(crate) fn restore(&mut self, saved: &[u8]) -> bool {
+        let fixed = |bytes: &[u8]| -> Vec<u8> {
+            bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & !mask).collect()
+        };
+        let fits = saved.len() == LEN && fixed(saved) == fixed(&self.bytes);
+        if fits {
+            self.bytes.copy_from_slice(saved);
+        }
+        fits
+    }
+
     /// The range, where the guest has it decoded.
     pub(crate) fn range(&self) -> Option<Range<u64>> {
         let decoded = self.bar_len != 0 && self.word(COMMAND) & MEMORY_DECODING != 0;

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use config::{ConfigSpace, Identity};
+use serde::{Deserialize, Serialize};
 
 use crate::layout;
 
@@ -32,6 +33,13 @@ pub(crate) enum Access {
     Device(usize, usize),
 }
 
+/// A bus as it is saved: the address port, and the host bridge's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BusState {
+    address: u32,
+    bridge: Vec<u8>,
+}
+
 impl Bus {
     pub(crate) fn new() -> Self {
         let bridge = Identity {
@@ -44,6 +52,17 @@ impl Bus {
             subsystem: 0,
         };
         Self { address: AtomicU32::new(0), bridge: ConfigSpace::new(bridge) }
+    }
+
+    /// The bus as it is now.
+    pub(crate) fn save(&self) -> BusState {
+        BusState { address: self.address.load(Ordering::Relaxed), bridge: self.bridge.save() }
+    }
+
+    /// Goes on where a bus was saved. False if it was another.
+    pub(crate) fn restore(&mut self, state: &BusState) -> bool {
+        self.address.store(state.address, Ordering::Relaxed);
+        self.bridge.restore(&state.bridge)
     }
 
     /// The guest reads from one of the [`PORTS`]; `data` holds ones.

@@ -2,6 +2,8 @@
 //!
 //! A function of what the guest reads and writes: who sends the messages is the caller's affair.
 
+use serde::{Deserialize, Serialize};
+
 /// The bytes of a table's entry: address, data, control.
 const ENTRY: usize = 16;
 const CONTROL: usize = 12;
@@ -20,7 +22,7 @@ pub(crate) struct Message {
 }
 
 /// The table of a function's messages, and those that wait for being unmasked.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Msix {
     table: Vec<u8>,
     pending: u64,
@@ -33,6 +35,17 @@ impl Msix {
         let mut table = vec![0; vectors.min(64) * ENTRY];
         table.iter_mut().skip(CONTROL).step_by(ENTRY).for_each(|control| *control = MASKED as u8);
         Self { table, pending: 0, control: 0 }
+    }
+
+    /// Goes on with a table that was saved. False if it is of another size.
+    pub(crate) fn restore(&mut self, saved: &Self) -> bool {
+        let fits = saved.table.len() == self.table.len();
+        if fits {
+            self.table.clone_from(&saved.table);
+            self.control = saved.control & CONTROL_BITS;
+            self.pending = saved.pending;
+        }
+        fits
     }
 
     /// How many messages there are.

@@ -3,6 +3,7 @@
 //!
 //! A function of what the driver does: no thread, no descriptor.
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -11,12 +12,19 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::chain::Malformed;
 use super::device::Device;
-use super::ring::{Description, Ring};
+use super::ring::{Description, Ring, RingState};
 use crate::memory::Memory;
 
 /// What the transports offer for every device.
 const TRANSPORT: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// The bits of the status that a driver may set.
+const DRIVER_BITS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
+    | VIRTIO_CONFIG_S_DRIVER
+    | VIRTIO_CONFIG_S_DRIVER_OK
+    | VIRTIO_CONFIG_S_FEATURES_OK
+    | VIRTIO_CONFIG_S_FAILED;
 
 /// A device, and how far its driver has come with it.
 #[derive(Debug)]
@@ -28,6 +36,16 @@ pub(crate) struct Core {
     /// Which configuration it is that the driver reads.
     generation: u32,
     rings: Vec<Ring>,
+}
+
+/// A device as it is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CoreState {
+    kind: u32,
+    accepted: u64,
+    status: u32,
+    generation: u32,
+    rings: Vec<RingState>,
 }
 
 /// What else an access of the driver does.
@@ -59,6 +77,34 @@ impl Core {
     pub(crate) fn new(device: Box<dyn Device>) -> Self {
         let rings = (0..device.queues()).map(|_| Ring::new()).collect();
         Self { offered: device.features() | TRANSPORT, accepted: 0, status: 0, generation: 0, rings, device }
+    }
+
+    /// The device as it is now.
+    pub(crate) fn save(&self) -> CoreState {
+        CoreState {
+            kind: self.kind(),
+            accepted: self.accepted,
+            status: self.status,
+            generation: self.generation,
+            rings: self.rings.iter().map(Ring::save).collect(),
+        }
+    }
+
+    /// Goes on, as a device that nobody has used yet, where another was saved. Fails where that was of another
+    /// type, or had what this one has not.
+    pub(crate) fn restore(&mut self, memory: &Memory, state: &CoreState) -> Result<(), Malformed> {
+        if state.kind != self.kind() || state.rings.len() != self.rings.len() {
+            return Err(Malformed("the device is of another type"));
+        }
+        (self.accepted, self.generation) = (state.accepted, state.generation);
+        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_acceptable() {
+            return Err(Malformed("the device lacks features that the driver uses"));
+        }
+        self.status = state.status & (DRIVER_BITS | VIRTIO_CONFIG_S_NEEDS_RESET);
+        let event_idx = self.event_idx();
+        let rings = state.rings.iter().map(|ring| Ring::restore(ring, memory, event_idx));
+        self.rings = rings.collect::<Result<_, _>>()?;
+        Ok(())
     }
 
     /// The device type.
@@ -135,7 +181,7 @@ impl Core {
 
     /// The driver says that a queue is ready, or takes it back.
     pub(crate) fn set_ready(&mut self, memory: &Memory, n: usize, ready: bool) -> Effect {
-        let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let event_idx = self.event_idx();
         let Some(ring) = self.rings.get_mut(n) else { return Effect::None };
         if !ready {
             ring.stop();
@@ -156,11 +202,6 @@ impl Core {
             self.device.reset();
             return Effect::Reset;
         }
-        const DRIVER_BITS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
-            | VIRTIO_CONFIG_S_DRIVER
-            | VIRTIO_CONFIG_S_DRIVER_OK
-            | VIRTIO_CONFIG_S_FEATURES_OK
-            | VIRTIO_CONFIG_S_FAILED;
         let mut added = value & DRIVER_BITS & !self.status;
         if added & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_acceptable() {
             added &= !VIRTIO_CONFIG_S_FEATURES_OK;
@@ -168,6 +209,10 @@ impl Core {
         self.status |= added;
         // Requests may have been put into the queue before the driver was done.
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 { Effect::Notify } else { Effect::None }
+    }
+
+    fn event_idx(&self) -> bool {
+        self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0
     }
 
     fn features_are_acceptable(&self) -> bool {

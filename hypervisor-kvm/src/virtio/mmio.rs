@@ -2,9 +2,11 @@
 //!
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 
-use super::core::{Core, Effect, Step};
+use super::chain::Malformed;
+use super::core::{Core, CoreState, Effect, Step};
 use super::device::Device;
 use super::half::{half, set_half};
 use super::ring::{Description, QUEUE_SIZE};
@@ -25,10 +27,30 @@ pub(crate) struct Mmio {
     queue_select: u32,
 }
 
+/// The registers as they are saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MmioState {
+    core: CoreState,
+    /// The selectors: of the features that are offered, of those accepted, of the queue.
+    selected: [u32; 3],
+}
+
 impl Mmio {
     /// The registers of a device that nobody has used yet.
     pub(crate) fn new(device: impl Device + 'static) -> Self {
         Self { core: Core::new(Box::new(device)), offered_select: 0, accepted_select: 0, queue_select: 0 }
+    }
+
+    /// The registers as they are now.
+    pub(crate) fn save(&self) -> MmioState {
+        let selected = [self.offered_select, self.accepted_select, self.queue_select];
+        MmioState { core: self.core.save(), selected }
+    }
+
+    /// See [`Core::restore`].
+    pub(crate) fn restore(&mut self, memory: &Memory, state: &MmioState) -> Result<(), Malformed> {
+        [self.offered_select, self.accepted_select, self.queue_select] = state.selected;
+        self.core.restore(memory, &state.core)
     }
 
     /// How many queues the device has.

@@ -27,22 +27,25 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use self::core::Effect;
 pub(crate) use self::core::Step;
 use crate::Transport;
-use crate::error::{HostContext, Result};
+use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
 use crate::memory::Memory;
 pub(crate) use block::Block;
 use chain::Malformed;
 pub(crate) use device::Device;
+use mmio::MmioState;
 pub(crate) use net::Net;
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;
+use pci::PciState;
 pub(crate) use rng::Rng;
 #[cfg(any(test, fuzzing))]
 pub(crate) use {
@@ -70,6 +73,14 @@ pub(crate) struct VirtioDevice {
 enum Port {
     Mmio(OnMmio),
     Pci(Box<OnPci>),
+}
+
+/// A device as it is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum DeviceState {
+    /// Its registers, and the status of its interrupt.
+    Mmio(MmioState, u32),
+    Pci(PciState),
 }
 
 impl VirtioDevice {
@@ -108,6 +119,37 @@ impl VirtioDevice {
             Transport::Pci => Port::Pci(Box::new(OnPci::new(n, device))),
         };
         Ok(Self { port, memory: memory.clone(), notification: None, warned: AtomicBool::new(false) })
+    }
+
+    /// The device as it is now. Nothing may be under way.
+    pub(crate) fn save(&self) -> DeviceState {
+        match &self.port {
+            Port::Mmio(mmio) => {
+                let (registers, status) = mmio.save();
+                DeviceState::Mmio(registers, status)
+            }
+            Port::Pci(pci) => DeviceState::Pci(pci.save()),
+        }
+    }
+
+    /// Goes on, as a device that nobody has used yet, where another was saved.
+    pub(crate) fn restore(&self, vm: &VmFd, state: &DeviceState) -> Result<()> {
+        let unfit = |why: Malformed| saved("a device of the saved machine does not fit").with_source(why);
+        match (&self.port, state) {
+            (Port::Mmio(mmio), DeviceState::Mmio(registers, status)) => {
+                mmio.restore(&self.memory, registers, *status).map_err(unfit)?;
+            }
+            (Port::Pci(pci), DeviceState::Pci(state)) => {
+                pci.restore(&self.memory, state).map_err(unfit)?;
+                if let Some(heard) = &self.notification {
+                    pci.listen(vm, heard).host("KVM did not take the place of a device's notification")?;
+                }
+            }
+            _ => return Err(unfit(Malformed("the device is on another transport"))),
+        }
+        // What the driver notified of may have been on its way.
+        self.wake();
+        Ok(())
     }
 
     /// Whether a thread has to [`serve`](Self::serve) it.

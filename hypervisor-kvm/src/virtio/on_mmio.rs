@@ -7,9 +7,10 @@ use kvm_ioctls::VmFd;
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::chain::Malformed;
 use super::core::{Effect, Step};
 use super::device::Device;
-use super::mmio::Mmio;
+use super::mmio::{Mmio, MmioState};
 use crate::error::{HostContext, Result};
 use crate::layout;
 use crate::memory::Memory;
@@ -29,6 +30,28 @@ impl OnMmio {
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
         vm.register_irqfd(&interrupt, irq(n)).host("KVM did not take a device's interrupt")?;
         Ok(Self { registers: Mutex::new(Mmio::new(device)), status: AtomicU32::new(0), interrupt })
+    }
+
+    /// The registers and the interrupt status as they are now.
+    pub(super) fn save(&self) -> (MmioState, u32) {
+        let registers = self.lock();
+        (registers.save(), self.status.load(Ordering::Acquire))
+    }
+
+    /// Goes on where a device was saved. An interrupt that the driver has not acknowledged is raised again: it
+    /// may have been on its way.
+    pub(super) fn restore(
+        &self,
+        memory: &Memory,
+        registers: &MmioState,
+        status: u32,
+    ) -> Result<(), Malformed> {
+        self.lock().restore(memory, registers)?;
+        let pending = status & (reg::VIRTIO_MMIO_INT_VRING | reg::VIRTIO_MMIO_INT_CONFIG);
+        if pending != 0 {
+            self.raise(pending);
+        }
+        Ok(())
     }
 
     pub(super) fn queues(&self) -> usize {

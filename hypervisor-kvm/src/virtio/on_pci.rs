@@ -8,9 +8,10 @@ use kvm_bindings::kvm_msi;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::chain::Malformed;
 use super::core::{Effect, Step};
 use super::device::Device;
-use super::pci::{Done, NOTIFY, Pci, RANGE_LEN};
+use super::pci::{Done, NOTIFY, Pci, PciState, RANGE_LEN};
 use crate::layout;
 use crate::memory::Memory;
 use crate::pci::msix::Message;
@@ -35,6 +36,19 @@ impl OnPci {
             address: AtomicU64::new(address.into()),
             notified_at: Mutex::default(),
         }
+    }
+
+    /// The registers as they are now.
+    pub(super) fn save(&self) -> PciState {
+        self.lock().save()
+    }
+
+    /// Goes on where a device was saved. No interrupt was on its way: they are sent at once.
+    pub(super) fn restore(&self, memory: &Memory, state: &PciState) -> Result<(), Malformed> {
+        let mut registers = self.lock();
+        registers.restore(memory, state)?;
+        self.take_place(&registers);
+        Ok(())
     }
 
     pub(super) fn queues(&self) -> usize {
@@ -84,8 +98,12 @@ impl OnPci {
     pub(super) fn write_space(&self, vm: &VmFd, memory: &Memory, at: usize, data: &[u8]) -> Effect {
         let mut registers = self.lock();
         let done = registers.write_space(memory, at, data);
-        self.address.store(registers.range().map_or(NOWHERE, |range| range.start), Ordering::Release);
+        self.take_place(&registers);
         finish(vm, &mut registers, done)
+    }
+
+    fn take_place(&self, registers: &Pci) {
+        self.address.store(registers.range().map_or(NOWHERE, |range| range.start), Ordering::Release);
     }
 
     pub(super) fn step(&self, vm: &VmFd, memory: &Memory, queue: usize) -> Step {

@@ -4,9 +4,11 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
-use super::core::{Core, Effect, Step};
+use super::chain::Malformed;
+use super::core::{Core, CoreState, Effect, Step};
 use super::device::Device;
 use super::half::{half, set_half};
 use super::ring::Description;
@@ -85,6 +87,19 @@ pub(crate) struct Pci {
     queue_vectors: Vec<u16>,
 }
 
+/// The registers as they are saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PciState {
+    core: CoreState,
+    config: Vec<u8>,
+    msix: Msix,
+    /// The selectors: of the features that are offered, of those accepted.
+    selected: [u32; 2],
+    queue_select: u16,
+    /// The vectors: of changes of the configuration, of each queue.
+    vectors: (u16, Vec<u16>),
+}
+
 /// What an access did besides.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Done {
@@ -156,6 +171,34 @@ impl Pci {
             queue_vectors: vec![NO_VECTOR; core.queues()],
             core,
         }
+    }
+
+    /// The registers as they are now.
+    pub(crate) fn save(&self) -> PciState {
+        PciState {
+            core: self.core.save(),
+            config: self.config.save(),
+            msix: self.msix.clone(),
+            selected: [self.offered_select, self.accepted_select],
+            queue_select: self.queue_select,
+            vectors: (self.config_vector, self.queue_vectors.clone()),
+        }
+    }
+
+    /// See [`Core::restore`].
+    pub(crate) fn restore(&mut self, memory: &Memory, state: &PciState) -> Result<(), Malformed> {
+        let (config_vector, queue_vectors) = &state.vectors;
+        let fits = self.config.restore(&state.config)
+            && self.msix.restore(&state.msix)
+            && queue_vectors.len() == self.queue_vectors.len();
+        if !fits {
+            return Err(Malformed("the device is of another type"));
+        }
+        [self.offered_select, self.accepted_select] = state.selected;
+        self.queue_select = state.queue_select;
+        self.config_vector = self.vector(*config_vector);
+        self.queue_vectors = queue_vectors.iter().map(|vector| self.vector(*vector)).collect();
+        self.core.restore(memory, &state.core)
     }
 
     /// How many queues the device has.

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -21,12 +22,20 @@ pub(crate) struct Ring {
 }
 
 /// Where the driver says that a queue is, and of what size: taken over when it is made ready.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Description {
     pub(crate) size: u32,
     pub(crate) descriptors: u64,
     pub(crate) available: u64,
     pub(crate) used: u64,
+}
+
+/// A queue as it is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RingState {
+    described: Description,
+    /// How far the device has come with a queue that is ready: in the available ring and in the used one.
+    at: Option<(u16, u16)>,
 }
 
 impl Description {
@@ -67,6 +76,23 @@ impl Ring {
         let queue = self.as_described(memory, event_idx);
         self.queue = queue.ok_or(Malformed("the queue's size or place is impossible"))?;
         Ok(())
+    }
+
+    /// The queue as it is now.
+    pub(crate) fn save(&self) -> RingState {
+        let at = self.ready().then(|| (self.queue.next_avail(), self.queue.next_used()));
+        RingState { described: self.described, at }
+    }
+
+    /// A queue that goes on where another was saved.
+    pub(crate) fn restore(state: &RingState, memory: &Memory, event_idx: bool) -> Result<Self, Malformed> {
+        let mut ring = Self { described: state.described, ..Self::new() };
+        if let Some((available, used)) = state.at {
+            ring.make_ready(memory, event_idx)?;
+            ring.queue.set_next_avail(available);
+            ring.queue.set_next_used(used);
+        }
+        Ok(ring)
     }
 
     /// The driver takes the queue back.

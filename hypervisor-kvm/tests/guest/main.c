@@ -204,6 +204,16 @@ static void do_write(u32 disk, u32 at, const char *text)
     say(disk_request(disk, WRITE, at, sector, SECTOR) ? "wrote\n" : "error\n");
 }
 
+static char remembered[64];
+
+static void remember(const char *text)
+{
+    u32 n = 0;
+    for (; text[n] && n < sizeof remembered - 1; n++)
+        remembered[n] = text[n];
+    remembered[n] = 0;
+}
+
 static void do_mac(u32 net)
 {
     u8 mac[6];
@@ -245,6 +255,13 @@ static void obey(char *line)
         answer_number("cpus ", count_cpus(info));
     } else if (is(command, "memory")) {
         answer_number("memory ", memory_mib());
+    } else if (is(command, "remember")) {
+        remember(word(&line));
+        say("remembered\n");
+    } else if (is(command, "recall")) {
+        say("recalled ");
+        say(remembered);
+        say("\n");
     } else if (is(command, "dmi")) {
         say("dmi ");
         say_smbios_field(word(&line), put);

@@ -21,12 +21,15 @@
 //! | `nets` | `nets N`: how many network ports it has |
 //! | `mac N`, `mtu N` | `mac ADDRESS`, `mtu BYTES` of port `N`, counted from 0 |
 //! | `up N IP` | `up`; from then on port `N` answers ARP and ICMP echo requests for that address |
+//! | `remember WORD` | `remembered`, after it holds the word in its memory |
+//! | `recall` | `recalled WORD` |
 //! | any of these that the disk refuses | `error` |
 //! | `poweroff`, `reboot`, `crash` | none: it does so (`unsupported` if it cannot crash) |
 //! | `spin` | `spinning`, and never again anything |
 
 mod hot_plug;
 mod nets;
+mod save;
 
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -114,6 +117,8 @@ const CHECKS: &[Check] = &[
     ("carries frames to and from network ports", nets::carries_frames),
     ("moves no frame of a network port while paused", nets::moves_no_frame_while_paused),
     ("ends network ports with their machine", nets::ports_end_with_their_machine),
+    ("refuses to save and restore what it cannot", save::refuses_what_it_cannot),
+    ("saves a machine and restores several", save::saves_and_restores),
     ("gives everything back", gives_everything_back),
 ];
 

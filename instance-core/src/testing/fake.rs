@@ -4,19 +4,22 @@
 //! [`conformance`](super::conformance)), on real disks and a real console, so that a region and
 //! everything above it can be tested without a kernel.
 
+mod memory;
+
+use std::fs::File;
 use std::io;
-use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use ami_core::{Architecture, Arm64, X86, X86_64};
+use memory::Memory;
 use storage_block::SECTOR;
 
 use crate::console::ConsolePort;
 use crate::machine::{
-    Boot, BootFile, Capabilities, Detach, DiskSpec, Execution, ExitCause, Hypervisor, Identity, Machine,
-    MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec, Runs,
+    Boot, BootFile, Capabilities, Detach, DiskSpec, Execution, ExitCause, Hypervisor, Machine, MachineError,
+    MachineErrorKind, MachineSpec, MachineState, NetSpec, RestoreSpec, Runs,
 };
 use crate::net::Frame;
 use crate::testing::ping::Station;
@@ -143,6 +146,7 @@ impl Hypervisor for FakeHypervisor {
         capabilities.power_button = true;
         capabilities.hot_plug = true;
         capabilities.live_growth = true;
+        capabilities.save = true;
         capabilities
     }
 
@@ -152,7 +156,15 @@ impl Hypervisor for FakeHypervisor {
             return Err(MachineError::new(MachineErrorKind::Host, "the fake host was told to refuse"));
         }
         check_kernel(&spec.boot)?;
-        Ok(Box::new(FakeMachine::new(spec)))
+        let memory = Memory::new(&spec);
+        Ok(Box::new(FakeMachine::new(MachineState::Created, memory, spec.disks, spec.nets, spec.console)))
+    }
+
+    fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Machine>, MachineError> {
+        let memory = Memory::restore(&spec)?;
+        let machine = FakeMachine::new(MachineState::Paused, memory, spec.disks, spec.nets, spec.console);
+        machine.run_guest()?;
+        Ok(Box::new(machine))
     }
 }
 
@@ -202,23 +214,54 @@ struct FakeMachine {
     disks: Arc<Mutex<Vec<DiskSpec>>>,
     /// Whether the first disk is one of the specification, and stays.
     has_root: bool,
-    /// What the thread is made from, until it is.
-    spec: Mutex<Option<MachineSpec>>,
+    memory: Arc<Mutex<Memory>>,
+    /// The network ports, until the guest has them.
+    nets: Mutex<Vec<NetSpec>>,
 }
 
 impl FakeMachine {
-    fn new(mut spec: MachineSpec) -> Self {
+    fn new(
+        state: MachineState,
+        memory: Memory,
+        disks: Vec<DiskSpec>,
+        nets: Vec<NetSpec>,
+        console: ConsolePort,
+    ) -> Self {
         Self {
-            has_root: !spec.disks.is_empty(),
-            disks: Arc::new(Mutex::new(std::mem::take(&mut spec.disks))),
-            state: Arc::new(Publisher::new(MachineState::Created)),
+            has_root: !disks.is_empty(),
+            disks: Arc::new(Mutex::new(disks)),
+            state: Arc::new(Publisher::new(state)),
             signals: Arc::default(),
             power_button: Arc::default(),
-            console: spec.console.clone(),
+            console,
             thread: Mutex::new(None),
             busy: Arc::default(),
-            spec: Mutex::new(Some(spec)),
+            memory: Arc::new(Mutex::new(memory)),
+            nets: Mutex::new(nets),
         }
+    }
+
+    /// Starts the guest's thread, which does what the machine's state says.
+    fn run_guest(&self) -> Result<(), MachineError> {
+        let signals = self.signals.clone();
+        self.console.set_input_notifier(Some(Arc::new(move || signals.raise())));
+        let nets = std::mem::take(&mut *lock(&self.nets));
+        let guest = FakeGuest {
+            state: self.state.clone(),
+            signals: self.signals.clone(),
+            power_button: self.power_button.clone(),
+            busy: self.busy.clone(),
+            console: self.console.clone(),
+            disks: self.disks.clone(),
+            memory: self.memory.clone(),
+            nets: nets.into_iter().map(FakePort).collect(),
+        };
+        guest.take_up_nets();
+        let spawned = std::thread::Builder::new().name("fake-machine".to_owned()).spawn(move || guest.run());
+        *lock(&self.thread) = Some(spawned.map_err(|e| {
+            MachineError::new(MachineErrorKind::Host, "cannot start the machine's thread").with_source(e)
+        })?);
+        Ok(())
     }
 
     fn go(&self, action: &str, from: MachineState, to: MachineState) -> Result<(), MachineError> {
@@ -262,31 +305,8 @@ impl Machine for FakeMachine {
     }
 
     fn start(&self) -> Result<(), MachineError> {
-        let mut thread = lock(&self.thread);
-        let spec = lock(&self.spec).take();
-        let Some(spec) = spec else {
-            return Err(MachineError::wrong_state("start", &self.state.get()));
-        };
         self.go("start", MachineState::Created, MachineState::Running)?;
-        let signals = self.signals.clone();
-        self.console.set_input_notifier(Some(Arc::new(move || signals.raise())));
-        let guest = FakeGuest {
-            state: self.state.clone(),
-            signals: self.signals.clone(),
-            power_button: self.power_button.clone(),
-            busy: self.busy.clone(),
-            console: spec.console,
-            disks: self.disks.clone(),
-            vcpus: spec.vcpus.get(),
-            memory_mib: spec.memory_mib.get(),
-            identity: spec.identity,
-            nets: spec.nets.into_iter().map(|spec| FakePort { spec, address: Mutex::default() }).collect(),
-        };
-        let spawned = std::thread::Builder::new().name("fake-machine".to_owned()).spawn(move || guest.run());
-        *thread = Some(spawned.map_err(|e| {
-            MachineError::new(MachineErrorKind::Host, "cannot start the machine's thread").with_source(e)
-        })?);
-        Ok(())
+        self.run_guest()
     }
 
     fn pause(&self) -> Result<(), MachineError> {
@@ -351,6 +371,14 @@ impl Machine for FakeMachine {
         find(&self.live_disks("grow a disk of")?, serial).map(drop)
     }
 
+    fn save(&self, to: &File) -> Result<(), MachineError> {
+        let _idle = lock(&self.busy);
+        match self.state.get() {
+            MachineState::Paused => lock(&self.memory).save(&lock(&self.disks), to),
+            state => Err(MachineError::wrong_state("save", &state)),
+        }
+    }
+
     fn kill(&self) {
         exit(&self.state, ExitCause::Killed);
         self.signals.raise();
@@ -358,7 +386,7 @@ impl Machine for FakeMachine {
             // A guest that panicked has nothing left to end.
             let _ = thread.join();
         }
-        lock(&self.spec).take();
+        lock(&self.nets).clear();
         lock(&self.disks).clear();
         self.console.set_input_notifier(None);
     }
@@ -380,21 +408,18 @@ fn exit(state: &Publisher<MachineState>, cause: ExitCause) {
     });
 }
 
-/// A network port, and the address that it answers for when it is up.
-struct FakePort {
-    spec: NetSpec,
-    address: Mutex<Option<Ipv4Addr>>,
-}
+/// A network port in use.
+struct FakePort(NetSpec);
 
 impl FakePort {
-    /// Answers a frame; says whether there was one.
-    fn serve(&self) -> bool {
-        let Some(address) = *lock(&self.address) else { return false };
-        let Some(frame) = self.spec.port.recv() else { return false };
-        let own = Station { mac: self.spec.mac, address };
+    /// Answers a frame as who has `address`; says whether there was one.
+    fn serve(&self, memory: &memory::Port) -> bool {
+        let Some(address) = memory.address else { return false };
+        let Some(frame) = self.0.port.recv() else { return false };
+        let own = Station { mac: self.0.mac, address };
         if let Some(answer) = own.answer(&frame.data) {
             // Lost where there is no room, as on any network.
-            let _ = self.spec.port.send(Frame::new(answer));
+            let _ = self.0.port.send(Frame::new(answer));
         }
         true
     }
@@ -402,7 +427,7 @@ impl FakePort {
 
 impl Drop for FakePort {
     fn drop(&mut self) {
-        self.spec.port.set_waker(None);
+        self.0.port.set_waker(None);
     }
 }
 
@@ -413,36 +438,36 @@ struct FakeGuest {
     busy: Arc<Mutex<()>>,
     console: ConsolePort,
     disks: Arc<Mutex<Vec<DiskSpec>>>,
-    vcpus: u32,
-    memory_mib: u32,
-    identity: Option<Identity>,
+    memory: Arc<Mutex<Memory>>,
     /// Plugged in for as long as it runs.
     nets: Vec<FakePort>,
 }
 
 impl FakeGuest {
     fn run(self) {
-        self.console.write_output(b"GUEST READY\n");
-        let mut line = Vec::new();
+        if !std::mem::replace(&mut lock(&self.memory).booted, true) {
+            self.console.write_output(b"GUEST READY\n");
+        }
         loop {
             match self.state.get() {
                 MachineState::Exited(_) => return,
                 MachineState::Running if self.power_button.load(Ordering::SeqCst) => {
                     return exit(&self.state, ExitCause::PowerOff);
                 }
-                MachineState::Running if self.serve(&mut line) => {}
+                MachineState::Running if self.serve() => {}
                 _ => self.signals.wait(),
             }
         }
     }
 
     /// Handles one byte of input; says whether there was one.
-    fn serve(&self, line: &mut Vec<u8>) -> bool {
+    fn serve(&self) -> bool {
         let _busy = lock(&self.busy);
         if self.state.get() != MachineState::Running {
             return true;
         }
-        if self.nets.iter().any(FakePort::serve) {
+        let mut memory = lock(&self.memory);
+        if self.nets.iter().zip(&memory.nets).any(|(net, memory)| net.serve(memory)) {
             return true;
         }
         let mut byte = [0];
@@ -450,33 +475,45 @@ impl FakeGuest {
             return false;
         }
         if !matches!(byte, [b'\n' | b'\r']) {
-            line.push(byte[0]);
-        } else if !line.is_empty() {
-            let text = String::from_utf8_lossy(&std::mem::take(line)).into_owned();
-            if let Some(answer) = self.answer(&text) {
+            memory.line.push(byte[0]);
+        } else if !memory.line.is_empty() {
+            let line = std::mem::take(&mut memory.line);
+            if let Some(answer) = self.answer(&String::from_utf8_lossy(&line), &mut memory) {
                 self.console.write_output(format!("{answer}\n").as_bytes());
             }
         }
         true
     }
 
-    fn answer(&self, line: &str) -> Option<String> {
+    fn answer(&self, line: &str, memory: &mut Memory) -> Option<String> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let answer = match words[..] {
             ["ping", word] => format!("pong {word}"),
-            ["cpus"] => format!("cpus {}", self.vcpus),
-            ["memory"] => format!("memory {}", self.memory_mib),
+            ["cpus"] => format!("cpus {}", memory.vcpus),
+            ["memory"] => format!("memory {}", memory.memory_mib),
+            ["remember", word] => {
+                memory.word = word.to_owned();
+                "remembered".to_owned()
+            }
+            ["recall"] => format!("recalled {}", memory.word),
             ["disks"] => format!("disks {}", lock(&self.disks).len()),
-            ["dmi", field] => format!("dmi {}", self.dmi(field)),
+            ["dmi", field] => format!("dmi {}", memory.dmi.get(field).map_or("", String::as_str)),
             ["size", d] => self.on(d, |disk| Ok(format!("size {}", disk.disk.size()))),
             ["serial", d] => self.on(d, |disk| Ok(format!("serial {}", disk.serial))),
             ["read", d, s] => self.on(d, |disk| read(disk, s)),
             ["write", d, s, word] => self.on(d, |disk| write(disk, s, word)),
             ["flush", d] => self.on(d, |disk| disk.disk.flush().map(|()| "flushed".to_owned())),
-            ["nets"] => format!("nets {}", self.nets.len()),
-            ["mac", n] => self.at(n, |net| format!("mac {}", net.spec.mac)),
-            ["mtu", n] => self.at(n, |net| format!("mtu {}", net.spec.mtu)),
-            ["up", n, address] => self.at(n, |net| self.bring_up(net, address)),
+            ["nets"] => format!("nets {}", memory.nets.len()),
+            ["mac", n] => memory.net(n).map_or_else(error, |net| format!("mac {}", net.mac)),
+            ["mtu", n] => memory.net(n).map_or_else(error, |net| format!("mtu {}", net.mtu)),
+            ["up", n, address] => match (memory.net(n), address.parse()) {
+                (Some(net), Ok(address)) => {
+                    net.address = Some(address);
+                    self.take_up_nets();
+                    "up".to_owned()
+                }
+                _ => error(),
+            },
             ["poweroff"] => return self.end(ExitCause::PowerOff),
             ["reboot"] => return self.end(ExitCause::Reset),
             ["crash"] => return self.end(ExitCause::Crash("the fake guest was told to".to_owned())),
@@ -486,28 +523,11 @@ impl FakeGuest {
         Some(answer)
     }
 
-    fn at(&self, index: &str, act: impl FnOnce(&FakePort) -> String) -> String {
-        let net = index.parse().ok().and_then(|n: usize| self.nets.get(n));
-        net.map_or_else(|| "error".to_owned(), act)
-    }
-
-    fn bring_up(&self, net: &FakePort, address: &str) -> String {
-        let Ok(address) = address.parse() else { return "error".to_owned() };
-        *lock(&net.address) = Some(address);
-        let signals = self.signals.clone();
-        net.spec.port.set_waker(Some(Arc::new(move || signals.raise())));
-        "up".to_owned()
-    }
-
-    fn dmi(&self, field: &str) -> String {
-        let Some(identity) = &self.identity else { return String::new() };
-        match field {
-            "bios_vendor" | "sys_vendor" | "chassis_asset_tag" => identity.vendor.clone(),
-            "product_name" => identity.product.clone(),
-            "product_uuid" => identity.uuid_text(),
-            "product_serial" => identity.serial.clone(),
-            "board_asset_tag" => identity.asset_tag.clone(),
-            _ => String::new(),
+    /// Has frames wake the guest.
+    fn take_up_nets(&self) {
+        for net in &self.nets {
+            let signals = self.signals.clone();
+            net.0.port.set_waker(Some(Arc::new(move || signals.raise())));
         }
     }
 
@@ -518,8 +538,12 @@ impl FakeGuest {
 
     fn on(&self, index: &str, act: impl FnOnce(&DiskSpec) -> storage_block::Result<String>) -> String {
         let disk = index.parse().ok().and_then(|i: usize| lock(&self.disks).get(i).cloned());
-        disk.and_then(|d| act(&d).ok()).unwrap_or_else(|| "error".to_owned())
+        disk.and_then(|d| act(&d).ok()).unwrap_or_else(error)
     }
+}
+
+fn error() -> String {
+    "error".to_owned()
 }
 
 fn read(disk: &DiskSpec, sector: &str) -> storage_block::Result<String> {

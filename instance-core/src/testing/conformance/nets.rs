@@ -11,7 +11,7 @@ use crate::machine::{MachineErrorKind, MachineSpec, NetSpec};
 use crate::net::{self, Frame, MacAddress, NetPort, Offloads, SendError};
 use crate::testing::ping::Station;
 
-const FIRST: Station =
+pub(super) const FIRST: Station =
     Station { mac: MacAddress([2, 0, 10, 0, 0, 12]), address: Ipv4Addr::new(10, 0, 0, 12) };
 const SECOND: Station =
     Station { mac: MacAddress([2, 0, 10, 0, 1, 12]), address: Ipv4Addr::new(10, 0, 1, 12) };
@@ -20,7 +20,7 @@ const SECOND: Station =
 const SILENCE: Duration = Duration::from_millis(200);
 
 /// What a guest's port is plugged into: the other end of its cable.
-struct Peer {
+pub(super) struct Peer {
     port: NetPort,
     woken: Receiver<()>,
     own: Station,
@@ -29,7 +29,7 @@ struct Peer {
 
 impl Peer {
     /// A cable to a guest that is to be `guest`, and the guest's end of it.
-    fn of(guest: Station) -> (NetSpec, Self) {
+    pub(super) fn of(guest: Station) -> (NetSpec, Self) {
         let (machine, port) = net::link();
         port.set_takes(Offloads::NONE);
         let (wake, woken) = channel();
@@ -58,7 +58,7 @@ impl Peer {
     }
 
     /// Pings with these bytes until the reply has come, which may be to an earlier one.
-    fn ping(&self, bytes: &[u8], patience: Duration) {
+    pub(super) fn ping(&self, bytes: &[u8], patience: Duration) {
         const AGAIN: Duration = Duration::from_secs(1);
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {

@@ -1,0 +1,107 @@
+//! Saved machines: what is in one, and how it lies in a file (`docs/saved-machine-format.md`).
+
+mod file;
+mod platform;
+mod processor;
+
+use instance_core::machine::{DiskSpec, NetSpec, RestoreSpec};
+use kvm_ioctls::Cap;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::file::{Loaded, write};
+pub(crate) use self::platform::Platform;
+pub(crate) use self::processor::Processor;
+use crate::Transport;
+use crate::error::{Result, saved};
+use crate::pci::BusState;
+use crate::power::Pm1;
+use crate::serial::SerialState;
+use crate::virtio::DeviceState;
+
+/// What KVM must be able to do for a machine to be saved.
+pub(crate) const NEEDED: [Cap; 8] = [
+    Cap::MpState,
+    Cap::Xsave,
+    Cap::Xcrs,
+    Cap::Debugregs,
+    Cap::VcpuEvents,
+    Cap::PitState2,
+    Cap::AdjustClock,
+    Cap::ImmediateExit,
+];
+
+/// A machine that stands still, but for its memory. What its fields are encoded as is the format: whoever changes
+/// one changes [`file::VERSION`] too.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct State {
+    pub(crate) transport: Transport,
+    pub(crate) memory_mib: u32,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) nets: Vec<Port>,
+    pub(crate) serial: SerialState,
+    pub(crate) power: Pm1,
+    pub(crate) pci: Option<BusState>,
+    /// In the order of disks, network ports and other devices.
+    pub(crate) virtio: Vec<DeviceState>,
+    pub(crate) platform: Platform,
+    pub(crate) processors: Vec<Processor>,
+}
+
+/// What the guest knows of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Disk {
+    pub(crate) serial: String,
+    size: u64,
+    read_only: bool,
+}
+
+impl Disk {
+    pub(crate) fn of(spec: &DiskSpec) -> Self {
+        let (size, read_only) = (spec.disk.size(), spec.disk.read_only());
+        Self { serial: spec.serial.clone(), size, read_only }
+    }
+}
+
+/// What the guest knows of a network port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Port {
+    mac: [u8; 6],
+    mtu: u16,
+}
+
+impl Port {
+    pub(crate) fn of(spec: &NetSpec) -> Self {
+        Self { mac: spec.mac.0, mtu: spec.mtu }
+    }
+}
+
+impl State {
+    /// That the machine had the disks and ports that it is to go on with.
+    pub(crate) fn check(&self, spec: &RestoreSpec, most_processors: usize) -> Result<()> {
+        let devices = self.disks.len() + self.nets.len();
+        let possible = (1..=most_processors).contains(&self.processors.len())
+            && self.memory_mib > 0
+            && devices <= self.transport.device_places();
+        if !possible {
+            return Err(saved("the saved machine has more than a machine has on this host, or less"));
+        }
+        for (had, given) in self.disks.iter().zip(spec.disks.iter().map(Disk::of)) {
+            if *had != given {
+                return Err(saved(format!("the machine had {had:?} when it was saved, not {given:?}")));
+            }
+        }
+        for (had, given) in self.nets.iter().zip(spec.nets.iter().map(Port::of)) {
+            if *had != given {
+                return Err(saved(format!("the machine had {had:?} when it was saved, not {given:?}")));
+            }
+        }
+        let (had, given) = ((self.disks.len(), self.nets.len()), (spec.disks.len(), spec.nets.len()));
+        if had != given {
+            return Err(saved(format!(
+                "the machine had {} disks and {} network ports when it was saved, not {} and {}",
+                had.0, had.1, given.0, given.1
+            )));
+        }
+        Ok(())
+    }
+}
