@@ -8,7 +8,7 @@ use ami_core::Architecture;
 use anyhow::{Context as _, ensure};
 use hypervisor_kvm::Kvm;
 use instance_core::console::Console;
-use instance_core::machine::{Boot, DiskSpec, Hypervisor, Machine, MachineSpec};
+use instance_core::machine::{Boot, DiskSpec, Hypervisor, Machine, MachineSpec, RestoreSpec, SavedMachine};
 use storage_block::{Disk, MemoryDisk};
 
 use crate::samples::{Measurement, Rounds, median, median_ratio};
@@ -74,6 +74,68 @@ pub fn machine_first_instruction() -> anyhow::Result<Measurement> {
         Rounds { rounds: 120, batch: 1 },
         ("machine", &mut || maker.first_instruction()),
         ("bare", &mut || bare::first_instruction(u64::from(MIB.get()) << 20)),
+    )
+}
+
+/// The memory of a small and of a large machine that are restored.
+const SAVED_MIB: [NonZeroU32; 2] = [NonZeroU32::new(128).unwrap(), NonZeroU32::new(2048).unwrap()];
+
+impl Maker {
+    /// A machine that was saved while its guest wrote to the console without end.
+    fn saved(&self, mib: NonZeroU32) -> anyhow::Result<SavedMachine> {
+        let (machine, console) = self.start(mib)?;
+        let until = Instant::now() + PATIENCE;
+        let mut reader = console.reader();
+        reader.wait_for("GUEST READY", until)?;
+        console.write_all(b"chatter\n", until)?;
+        reader.wait_for("chatter", until)?;
+        machine.pause()?;
+        let file = tempfile::tempfile()?;
+        machine.save(&file)?;
+        Ok(SavedMachine::new(file)?)
+    }
+
+    /// From the call that makes a machine of one that was saved until its guest's next byte is on the console.
+    fn restored_instruction(&self, saved: &SavedMachine) -> anyhow::Result<Duration> {
+        let begun = Instant::now();
+        let console = Console::new();
+        let mut spec = RestoreSpec::new("measured", saved.clone(), console.port());
+        spec.disks = vec![DiskSpec::new(self.disk.clone(), "vol-1")];
+        let machine = self.kvm.restore(spec)?;
+        machine.resume()?;
+        console.reader().read(begun + PATIENCE)?;
+        Ok(begun.elapsed())
+    }
+}
+
+/// From restoring a machine of 128 MiB to its guest's next instruction, as a multiple of the bare sequence that makes a
+/// new one.
+///
+/// # Errors
+///
+/// As [`machine_first_instruction`].
+pub fn restored_instruction() -> anyhow::Result<Measurement> {
+    let maker = Maker::new()?;
+    let saved = maker.saved(SAVED_MIB[0])?;
+    median_ratio(
+        Rounds { rounds: 120, batch: 1 },
+        ("restored", &mut || maker.restored_instruction(&saved)),
+        ("bare", &mut || bare::first_instruction(u64::from(SAVED_MIB[0].get()) << 20)),
+    )
+}
+
+/// The same for a machine of 2 GiB, as a multiple of that of one of 128 MiB.
+///
+/// # Errors
+///
+/// As [`machine_first_instruction`].
+pub fn restored_2g_over_128m() -> anyhow::Result<Measurement> {
+    let maker = Maker::new()?;
+    let [small, large] = [maker.saved(SAVED_MIB[0])?, maker.saved(SAVED_MIB[1])?];
+    median_ratio(
+        Rounds { rounds: 120, batch: 1 },
+        ("2 GiB", &mut || maker.restored_instruction(&large)),
+        ("128 MiB", &mut || maker.restored_instruction(&small)),
     )
 }
 

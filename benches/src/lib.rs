@@ -32,6 +32,8 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "first_userspace_line" => launch::first_userspace_line(),
         "launch_256g_over_1g" => launch::launch_256g_over_1g(),
         "machine_first_instruction" => kvm::machine_first_instruction(),
+        "restored_instruction" => kvm::restored_instruction(),
+        "restored_2g_over_128m" => kvm::restored_2g_over_128m(),
         "thousandth_machine_over_first" => kvm::thousandth_machine_over_first(),
         "machine_beyond_guest" => kvm::machine_beyond_guest(),
         "launch_over_append" => region::launch_over_append(),

@@ -12,10 +12,11 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::kernel::Kernel;
+use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::{Block, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
-use crate::{layout, memory};
+use crate::virtio::{Block, DeviceState, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
+use crate::{layout, memory, saved};
 
 const DISK: u64 = 64 << 10;
 
@@ -104,6 +105,52 @@ pub fn virtio_pci(bytes: &[u8]) {
         let range = device.range();
         assert!(range.is_none_or(|range| range.end - range.start == u64::from(RANGE_LEN)));
     }
+}
+
+/// Anybody's bytes as a saved machine's state, and what devices of it do. What can be decoded is encoded again as
+/// it was, and goes on where it was saved.
+pub fn saved_machine(bytes: &[u8]) {
+    let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
+    let Ok(state) = saved::decode(bytes) else { return };
+    // Numbers may be encoded in more bytes than they need.
+    let again = saved::encode(&state).expect("what was decoded can be encoded");
+    for device in &state.virtio {
+        let Ok(disk) = MemoryDisk::new(DISK) else { return };
+        let (port, _network) = net::link();
+        let net = Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])));
+        let block = Block::new(disk.into_disk(), "vol-fuzz");
+        match device {
+            DeviceState::Mmio(registers, _) => {
+                for mut device in [Mmio::new(block), Mmio::new(net)] {
+                    if device.restore(&memory, registers).is_ok() {
+                        assert_eq!(device.save(), *registers);
+                        (0..device.queues()).for_each(|queue| _ = device.step(&memory, queue));
+                    }
+                }
+            }
+            DeviceState::Pci(registers) => {
+                let place = layout::PCI_MEMORY;
+                for mut device in [Pci::new(block, place), Pci::new(net, place)] {
+                    if device.restore(&memory, registers).is_ok() {
+                        (0..device.queues()).for_each(|queue| {
+                            let _ = (device.step(&memory, queue), device.queue_message(queue));
+                        });
+                        assert!(
+                            device
+                                .range()
+                                .is_none_or(|range| range.end - range.start == u64::from(RANGE_LEN))
+                        );
+                    }
+                }
+            }
+        }
+    }
+    let fits = state.pci.as_ref().is_some_and(|state| Bus::new().restore(state));
+    let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
+    let serial = SerialPort::new(Console::new().port(), interrupt);
+    let _ = (fits, serial.restore(state.serial.clone()), serial.read(0), serial.write(0, 0));
+    let twice = saved::decode(&again).map(|state| saved::encode(&state));
+    assert!(matches!(twice, Ok(Ok(twice)) if twice == again), "it is encoded in two ways");
 }
 
 /// A guest and a network that do what they like with a network device. What comes out at the network's end is

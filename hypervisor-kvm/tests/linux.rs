@@ -41,7 +41,7 @@ fn kvm_conforms_with_linux() {
     bed(&kvm).run();
     println!("on PCI:");
     let on_pci = kvm.clone().with_transport(Transport::Pci);
-    let differs = ["disk", "network port", "gives everything back"];
+    let differs = ["disk", "network port", "restores", "gives everything back"];
     bed(&on_pci).run_those(|check| differs.iter().any(|what| check.contains(what)));
 }
 

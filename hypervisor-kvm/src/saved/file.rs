@@ -15,7 +15,7 @@ const MAGIC: [u8; 8] = *b"AMI-KVM\n";
 /// Counts up with every change of what [`State`] is encoded as.
 pub(super) const VERSION: u32 = 1;
 /// Magic, version, checksum of the state (CRC-32C), length of the state; 8 bytes are spare.
-const HEADER_LEN: usize = 32;
+pub(super) const HEADER_LEN: usize = 32;
 /// More than any machine's.
 const STATE_MAX: u64 = 16 << 20;
 /// How much of the memory is looked at and written at once.
@@ -27,7 +27,7 @@ pub(crate) fn write(to: &File, state: &State, memory: &Memory) -> Result<()> {
     if to.metadata().host(CONTEXT)?.len() != 0 {
         return Err(host("the file for a saved machine is not empty")("it has bytes".into()));
     }
-    let head = encode(state)?;
+    let head = head(state)?;
     let start = memory_start(head.len() as u64);
     let len: u64 = memory.iter().map(|region| region.len()).sum();
     // Where nothing is written, zeroes are read.
@@ -68,8 +68,8 @@ fn runs(piece: &[u8]) -> Vec<(usize, &[u8])> {
 }
 
 /// The header and the state.
-fn encode(state: &State) -> Result<Vec<u8>> {
-    let body = postcard::to_stdvec(state).host("the machine's state cannot be encoded")?;
+fn head(state: &State) -> Result<Vec<u8>> {
+    let body = encode(state)?;
     let mut head = Vec::with_capacity(HEADER_LEN + body.len());
     head.extend(MAGIC);
     head.extend(VERSION.to_le_bytes());
@@ -136,6 +136,11 @@ fn check_header(header: &[u8; HEADER_LEN]) -> Result<(u64, u32)> {
         )));
     }
     Ok((u64::from(word(8)) | u64::from(word(12)) << 32, word(4)))
+}
+
+/// The bytes of a state.
+pub(crate) fn encode(state: &State) -> Result<Vec<u8>> {
+    postcard::to_stdvec(state).host("the machine's state cannot be encoded")
 }
 
 /// The state of bytes that may be anybody's.

@@ -3,12 +3,16 @@
 mod file;
 mod platform;
 mod processor;
+#[cfg(test)]
+mod tests;
 
 use instance_core::machine::{DiskSpec, NetSpec, RestoreSpec};
 use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::file::{Loaded, write};
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::file::{decode, encode};
 pub(crate) use self::platform::Platform;
 pub(crate) use self::processor::Processor;
 use crate::Transport;

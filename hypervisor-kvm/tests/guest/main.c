@@ -1,5 +1,6 @@
 /* A guest that obeys one-line commands on the serial port: the protocol of the conformance suite in
-   instance-core, and `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0. */
+   instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0,
+   and `chatter`, after which it says the same for ever. */
 #include "guest.h"
 
 enum { SERIAL = 0x3f8, DATA = 0, INTERRUPTS = 1, FIFO = 2, LINE = 3, MODEM = 4, LINE_STATUS = 5 };
@@ -299,6 +300,9 @@ static void obey(char *line)
         say("spinning\n");
         for (;;)
             __asm__ volatile("");
+    } else if (is(command, "chatter")) {
+        for (;;)
+            say("chatter\n");
     } else if (is(command, "kernel")) {
         count(number(&line));
         say("kernel done\n");

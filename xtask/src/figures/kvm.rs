@@ -8,6 +8,9 @@ pub(super) const AREA: Area = Area { name: "kvm", figures: FIGURES, tools: &[], 
 const FIGURES: &[Figure] = &[
     // From making a machine to its guest's first instruction, as a multiple of KVM's bare system calls.
     Figure { name: "machine_first_instruction", unit: "x", bar: Bar::AtMost(1.5), place: Place::Host },
+    // From restoring a machine of 128 MiB to its guest's next instruction, as a multiple of the same; and of 2 GiB.
+    Figure { name: "restored_instruction", unit: "x", bar: Bar::AtMost(3.0), place: Place::Host },
+    Figure { name: "restored_2g_over_128m", unit: "x", bar: Bar::AtMost(1.2), place: Place::Host },
     // A thousand machines live in one process, and the last is made nearly as fast as the first.
     Figure { name: "thousandth_machine_over_first", unit: "x", bar: Bar::AtMost(1.5), place: Place::Host },
     // Of a machine at rest, without its guest's memory and what the host's kernel keeps.
