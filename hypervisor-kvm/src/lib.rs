@@ -37,9 +37,10 @@
 //! # How machines end
 //!
 //! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
-//! port `0xcf9` are [`Reset`]; a triple fault is [`Crash`]; what KVM cannot go on with is [`HostFailure`] with
-//! its reason, among them instructions that it cannot emulate, which a guest may choose to run. Both come
-//! with the processor's registers as KVM tells them; on AMD's, a triple fault has reset them before.
+//! port `0xcf9` are [`Reset`]; a triple fault is [`TripleFault`], and a panic that KVM is told of [`Panic`]; what
+//! KVM cannot go on with is [`ProcessorError`] with its reason, among them instructions that it cannot emulate,
+//! which a guest may choose to run. It and a triple fault come with the processor's registers as KVM tells
+//! them; on AMD's, a triple fault has reset them before. What fails outside of the guest is [`HostFailure`].
 //!
 //! # Errors and trust
 //!
@@ -54,7 +55,9 @@
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
-//! [`Crash`]: instance_core::machine::ExitCause::Crash
+//! [`TripleFault`]: instance_core::machine::ExitCause::TripleFault
+//! [`Panic`]: instance_core::machine::ExitCause::Panic
+//! [`ProcessorError`]: instance_core::machine::ExitCause::ProcessorError
 //! [`HostFailure`]: instance_core::machine::ExitCause::HostFailure
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
