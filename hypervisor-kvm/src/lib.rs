@@ -48,6 +48,10 @@
 //! its device stopped until it resets it, and no other device or machine notices. The kernel file is
 //! checked as it is loaded. KVM and the kernel of the host are trusted.
 //!
+//! Where that is asked for, the threads of a machine are [confined](Kvm::with_confinement) to the system calls
+//! that they need, by filters (seccomp) of their own: what a guest that has taken one over can then ask of the
+//! host's kernel.
+//!
 //! # What it leaves out
 //!
 //! Hot-plugging, saving and restoring, firmware, 32-bit kernels, other hosts than x86-64
@@ -66,6 +70,7 @@ compile_error!("hypervisor-kvm runs on x86-64 Linux hosts");
 mod acpi;
 mod boot;
 mod bus;
+mod confine;
 mod cpu;
 mod cpuid;
 mod error;
@@ -97,6 +102,7 @@ use instance_core::machine::{
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 
+pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
 use crate::machine::{KvmMachine, OTHER_DEVICES};
 
@@ -129,6 +135,7 @@ const NEEDED: [(Cap, &str); 6] = [
 pub struct Kvm {
     inner: Arc<Inner>,
     transport: Transport,
+    confinement: Option<Confinement>,
 }
 
 /// How the guest finds virtio devices and reaches them.
@@ -195,13 +202,32 @@ impl Kvm {
         capabilities.power_button = true;
         capabilities.live_growth = true;
         let inner = Arc::new(Inner { device, cpuid, capabilities });
-        Ok(Self { inner, transport: Transport::default() })
+        Ok(Self { inner, transport: Transport::default(), confinement: None })
     }
 
     /// The same, with another transport for the machines made by it.
     #[must_use]
     pub fn with_transport(self, transport: Transport) -> Self {
         Self { transport, ..self }
+    }
+
+    /// The same, with the threads of the machines made by it confined to the system calls that they need.
+    ///
+    /// ```
+    /// use hypervisor_kvm::{Confinement, Kvm};
+    ///
+    /// if let Ok(kvm) = Kvm::open() {
+    ///     let confined = kvm.with_confinement(Confinement::new());
+    /// #   drop(confined);
+    /// }
+    /// ```
+    #[must_use]
+    pub fn with_confinement(self, confinement: Confinement) -> Self {
+        Self { confinement: Some(confinement), ..self }
+    }
+
+    fn confinement(&self) -> Option<&Confinement> {
+        self.confinement.as_ref()
     }
 
     fn device(&self) -> &kvm_ioctls::Kvm {

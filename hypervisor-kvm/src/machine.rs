@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Plan;
 use crate::bus::Devices;
+use crate::confine::{self, Filter, Filters};
 use crate::error::{HostContext, Result};
 use crate::gate::Gate;
 use crate::memory::Memory;
@@ -18,7 +19,7 @@ use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::virtio::{Block, Net, Rng, VirtioDevice};
-use crate::{Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
+use crate::{Confinement, Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
 
 /// The virtio devices that every machine has besides its disks and network ports: the entropy device.
 pub(crate) const OTHER_DEVICES: usize = 1;
@@ -57,6 +58,7 @@ struct Threads {
 impl KvmMachine {
     /// Makes the machine and its threads, which wait for [`start`](Machine::start).
     pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
+        let filters = kvm.confinement().map(Confinement::compile).transpose()?;
         let memory = memory::allocate(spec.memory_mib)?;
         let plan = Plan::new(&spec.boot, &memory)?;
         let vm = kvm.device().create_vm().host("KVM did not make a virtual machine")?;
@@ -115,7 +117,7 @@ impl KvmMachine {
         // Whoever makes the threads is a worker until they are there: so there is one to leave last,
         // even where the first thread cannot be made.
         machine.shared.gate.join();
-        let spawned = machine.spawn(vcpus);
+        let spawned = machine.spawn(vcpus, filters.as_ref());
         if let Err(error) = &spawned {
             machine.shared.end(ExitCause::HostFailure(error.to_string()));
         }
@@ -123,16 +125,20 @@ impl KvmMachine {
         spawned.map(|()| machine)
     }
 
-    fn spawn(&self, vcpus: Vec<VcpuFd>) -> Result<()> {
+    fn spawn(&self, vcpus: Vec<VcpuFd>, filters: Option<&Filters>) -> Result<()> {
+        let [of_processor, of_device] =
+            [filters.map(|filters| &filters.processor), filters.map(|filters| &filters.device)];
         for (n, vcpu) in vcpus.into_iter().enumerate() {
-            let thread = self.shared.spawn(&format!("vcpu{n}"), move |shared| shared.run_vcpu(vcpu))?;
+            let work = move |shared: &Shared| shared.run_vcpu(vcpu);
+            let thread = self.shared.spawn(&format!("vcpu{n}"), of_processor, work)?;
             self.shared.threads().vcpus.push(thread);
         }
         for n in
             (0..self.shared.devices.virtio.len()).filter(|n| self.shared.devices.virtio[*n].needs_thread())
         {
             let role = if n < self.shared.serials.len() { "disk" } else { "net" };
-            let thread = self.shared.spawn(&format!("{role}{n}"), move |shared| shared.run_device(n))?;
+            let work = move |shared: &Shared| shared.run_device(n);
+            let thread = self.shared.spawn(&format!("{role}{n}"), of_device, work)?;
             self.shared.threads().devices.push(thread);
         }
         Ok(())
@@ -163,19 +169,24 @@ impl KvmMachine {
 }
 
 impl Shared {
-    /// Starts a thread that counts as a worker of the machine, with all signals blocked.
+    /// Starts a thread that counts as a worker of the machine, with all signals blocked, and confined by the
+    /// filter.
     fn spawn(
         self: &Arc<Self>,
         role: &str,
+        filter: Option<&Filter>,
         work: impl FnOnce(&Self) + Send + 'static,
     ) -> Result<JoinHandle<()>> {
         // At most the 15 bytes that the kernel keeps of a thread's name.
         let machine: String = self.name.chars().filter(char::is_ascii_graphic).take(8).collect();
         let name = format!("{machine}/{role}");
-        let shared = self.clone();
+        let (shared, filter) = (self.clone(), filter.cloned());
         let body = move || {
             let leaving = Leaving(&shared);
-            work(&shared);
+            match filter.as_ref().map_or(Ok(()), confine::enter) {
+                Ok(()) => work(&shared),
+                Err(error) => shared.end(ExitCause::HostFailure(error.to_string())),
+            }
             drop(leaving);
         };
         self.gate.join();
