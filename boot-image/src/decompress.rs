@@ -2,11 +2,13 @@
 
 use std::io::{self, Read};
 
+use bzip2::read::BzDecoder;
 use flate2::read::GzDecoder;
 use lz4_flex::frame::FrameDecoder as Lz4Decoder;
-use lzma_rust2::XzReader;
+use lzma_rust2::{LzmaReader, XzReader};
 use ruzstd::decoding::StreamingDecoder as ZstdDecoder;
 
+use crate::lzo::{self, LzopReader};
 use crate::{Error, ErrorKind, Result};
 
 /// The largest window or dictionary that a packed kernel may ask for. The kernel's own build uses
@@ -35,7 +37,7 @@ impl Format {
             (b"\x28\xb5\x2f\xfd", Format::Zstd),
             (b"\x5d\0\0", Format::Lzma),
             (b"BZh", Format::Bzip2),
-            (b"\x89LZO\0\r\n\x1a\n", Format::Lzo),
+            (lzo::MAGIC, Format::Lzo),
         ];
         MAGIC.iter().find(|(magic, _)| packed.starts_with(magic)).map(|(_, format)| *format)
     }
@@ -61,20 +63,25 @@ impl Format {
                 check_zstd_window(packed)?;
                 Box::new(ZstdDecoder::new(packed).map_err(|e| self.corrupt().because(e))?)
             }
-            Self::Lzma | Self::Bzip2 | Self::Lzo => {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    format!(
-                        "the kernel is packed with {}; gzip, xz, LZ4 and Zstandard are supported",
-                        self.name()
-                    ),
-                ));
+            Self::Lzma => {
+                let opened = LzmaReader::new_mem_limit(packed, (MAX_WINDOW >> 10) as u32, None);
+                Box::new(opened.map_err(|e| self.failure(MAX_WINDOW as usize, e))?)
             }
+            Self::Bzip2 => Box::new(BzDecoder::new(packed)),
+            Self::Lzo => Box::new(LzopReader::new(packed).map_err(|e| self.corrupt().because(e))?),
         })
     }
 
     fn corrupt(self) -> Error {
         Error::new(ErrorKind::Corrupt, format!("the kernel's {} data cannot be unpacked", self.name()))
+    }
+
+    /// What a reader's error means, where no more than so many bytes may come out.
+    fn failure(self, most: usize, error: io::Error) -> Error {
+        match error.kind() {
+            io::ErrorKind::OutOfMemory => too_large(most).because(error),
+            _ => self.corrupt().because(error),
+        }
     }
 }
 
@@ -105,11 +112,7 @@ pub(crate) fn bounded(format: Format, packed: &[u8], limit: usize) -> Result<Vec
 
 fn unpack(format: Format, packed: &[u8], most: usize, out: &mut Vec<u8>) -> Result<()> {
     let read = format.reader(packed)?.take(most as u64).read_to_end(out);
-    match read {
-        Ok(_) => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::OutOfMemory => Err(too_large(most).because(e)),
-        Err(e) => Err(format.corrupt().because(e)),
-    }
+    read.map(drop).map_err(|e| format.failure(most, e))
 }
 
 fn too_large(limit: usize) -> Error {

@@ -48,7 +48,7 @@ impl Kernel<'_> {
 /// Unpacks a kernel file into what a hypervisor loads directly.
 ///
 /// Read are: an ELF `vmlinux` and an ARM64 `Image`, which pass as they are; an x86 bzImage (boot
-/// protocol 2.08 and later, payload packed with gzip, xz, LZ4 or Zstandard); a gzip-packed ARM64
+/// protocol 2.08 and later, payload packed with gzip, bzip2, lzma, xz, LZO, LZ4 or Zstandard); a gzip-packed ARM64
 /// `Image`; and an EFI zboot file with any of these.
 ///
 /// ```

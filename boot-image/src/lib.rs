@@ -55,6 +55,7 @@ pub mod fuzzing;
 mod grub;
 mod kernel;
 mod loader_entry;
+mod lzo;
 mod partition;
 mod search;
 mod superblock;

@@ -11,8 +11,12 @@ use common::{Random, arm64_image, bzimage, elf, have, pack};
 #[test]
 fn unpacks_what_the_kernels_build_packs() {
     // The commands of the kernel's scripts/Makefile.lib.
-    let packers: [&[&str]; 6] = [
+    let packers: [&[&str]; 10] = [
         &["gzip", "-n", "-f", "-9"],
+        &["bzip2", "-9"],
+        &["xz", "--format=lzma", "-9"],
+        &["lzop", "-9"],
+        &["lzop", "-1", "--crc32"],
         &["xz", "--check=crc32", "--x86", "--lzma2=dict=32MiB"],
         &["xz", "--check=crc32", "--lzma2=dict=1MiB"],
         &["lz4", "-l", "-9", "-"],
@@ -85,9 +89,9 @@ fn says_what_is_wrong() {
         ("a wrong size", with(size, &100u32.to_le_bytes()), Corrupt, "unpacks to 100 bytes"),
         ("a huge size", with(size, &u32::MAX.to_le_bytes()), TooLarge, "512 MiB"),
         ("damage", with(payload + 500, &[0xff; 300]), Corrupt, "cannot be unpacked"),
-        ("lzma", with(payload, b"\x5d\0\0"), Unsupported, "packed with lzma; gzip, xz, LZ4 and Zstandard"),
-        ("bzip2", with(payload, b"BZh9"), Unsupported, "packed with bzip2"),
-        ("lzo", with(payload, b"\x89LZO\0\r\n\x1a\n"), Unsupported, "packed with LZO"),
+        ("lzma", with(payload, b"\x5d\0\0"), Corrupt, "lzma data cannot be unpacked"),
+        ("bzip2", with(payload, b"BZh9"), Corrupt, "bzip2 data cannot be unpacked"),
+        ("lzo", with(payload, b"\x89LZO\0\r\n\x1a\n"), Corrupt, "LZO data cannot be unpacked"),
         ("no compression", with(payload, b"plain"), Unsupported, "no known compression"),
         (
             "32-bit in a 64-bit file",
@@ -151,8 +155,11 @@ fn refuses_bombs() {
 fn survives_damage() {
     let content = elf(62, 3);
     let mut random = Random(0x5eed_0001);
-    let packers: [&[&str]; 4] = [
+    let packers: [&[&str]; 7] = [
         &["gzip"],
+        &["bzip2"],
+        &["xz", "--format=lzma", "-1"],
+        &["lzop"],
         &["xz", "--check=crc32", "--x86", "--lzma2=dict=1MiB"],
         &["lz4", "-l", "-"],
         &["zstd", "-q"],

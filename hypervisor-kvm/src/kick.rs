@@ -28,7 +28,7 @@ ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 type KernelSignalSet = u64;
 
 /// The signal that kicks.
-const SIGNAL: libc::c_int = libc::SIGSTKFLT;
+pub(crate) const SIGNAL: libc::c_int = libc::SIGSTKFLT;
 
 /// What `KVM_SET_SIGNAL_MASK` takes: [`kvm_signal_mask`] with its set.
 #[repr(C)]

@@ -37,15 +37,20 @@
 //! # How machines end
 //!
 //! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
-//! port `0xcf9` are [`Reset`]; a triple fault is [`Crash`]; what KVM cannot go on with is [`HostFailure`] with
-//! its reason, among them instructions that it cannot emulate, which a guest may choose to run. Both come
-//! with the processor's registers as KVM tells them; on AMD's, a triple fault has reset them before.
+//! port `0xcf9` are [`Reset`]; a triple fault is [`TripleFault`], and a panic that KVM is told of [`Panic`]; what
+//! KVM cannot go on with is [`ProcessorError`] with its reason, among them instructions that it cannot emulate,
+//! which a guest may choose to run. It and a triple fault come with the processor's registers as KVM tells
+//! them; on AMD's, a triple fault has reset them before. What fails outside of the guest is [`HostFailure`].
 //!
 //! # Errors and trust
 //!
 //! Errors are [`MachineError`]s. The guest is not trusted: a driver that breaks the rules of virtio has
 //! its device stopped until it resets it, and no other device or machine notices. The kernel file is
 //! checked as it is loaded. KVM and the kernel of the host are trusted.
+//!
+//! Where that is asked for, the threads of a machine are [confined](Kvm::with_confinement) to the system calls
+//! that they need, by filters (seccomp) of their own: what a guest that has taken one over can then ask of the
+//! host's kernel.
 //!
 //! # What it leaves out
 //!
@@ -54,7 +59,9 @@
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
-//! [`Crash`]: instance_core::machine::ExitCause::Crash
+//! [`TripleFault`]: instance_core::machine::ExitCause::TripleFault
+//! [`Panic`]: instance_core::machine::ExitCause::Panic
+//! [`ProcessorError`]: instance_core::machine::ExitCause::ProcessorError
 //! [`HostFailure`]: instance_core::machine::ExitCause::HostFailure
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
@@ -63,6 +70,7 @@ compile_error!("hypervisor-kvm runs on x86-64 Linux hosts");
 mod acpi;
 mod boot;
 mod bus;
+mod confine;
 mod cpu;
 mod cpuid;
 mod error;
@@ -96,6 +104,7 @@ use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 
+pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
 use crate::machine::{KvmMachine, OTHER_DEVICES};
 
@@ -128,6 +137,7 @@ const NEEDED: [(Cap, &str); 6] = [
 pub struct Kvm {
     inner: Arc<Inner>,
     transport: Transport,
+    confinement: Option<Confinement>,
 }
 
 /// How the guest finds virtio devices and reaches them.
@@ -199,13 +209,32 @@ impl Kvm {
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
         let inner = Arc::new(Inner { device, cpuid, msrs, capabilities });
-        Ok(Self { inner, transport: Transport::default() })
+        Ok(Self { inner, transport: Transport::default(), confinement: None })
     }
 
     /// The same, with another transport for the machines made by it.
     #[must_use]
     pub fn with_transport(self, transport: Transport) -> Self {
         Self { transport, ..self }
+    }
+
+    /// The same, with the threads of the machines made by it confined to the system calls that they need.
+    ///
+    /// ```
+    /// use hypervisor_kvm::{Confinement, Kvm};
+    ///
+    /// if let Ok(kvm) = Kvm::open() {
+    ///     let confined = kvm.with_confinement(Confinement::new());
+    /// #   drop(confined);
+    /// }
+    /// ```
+    #[must_use]
+    pub fn with_confinement(self, confinement: Confinement) -> Self {
+        Self { confinement: Some(confinement), ..self }
+    }
+
+    fn confinement(&self) -> Option<&Confinement> {
+        self.confinement.as_ref()
     }
 
     fn device(&self) -> &kvm_ioctls::Kvm {

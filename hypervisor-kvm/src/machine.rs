@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Plan;
 use crate::bus::Devices;
+use crate::confine::{self, Filter, Filters};
 use crate::error::{HostContext, Result, unsupported};
 use crate::gate::Gate;
 use crate::memory::Memory;
@@ -24,7 +25,7 @@ use crate::power::Power;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::serial::SerialPort;
 use crate::virtio::{Block, Net, Rng, VirtioDevice};
-use crate::{Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
+use crate::{Confinement, Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
 
 /// The virtio devices that every machine has besides its disks and network ports: the entropy device.
 pub(crate) const OTHER_DEVICES: usize = 1;
@@ -81,6 +82,7 @@ struct Parts<'a> {
 impl KvmMachine {
     /// Makes the machine and its threads, which wait for [`start`](Machine::start).
     pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
+        let filters = kvm.confinement().map(Confinement::compile).transpose()?;
         let memory = memory::allocate(spec.memory_mib)?;
         let plan = Plan::new(&spec.boot, &memory)?;
         let vm = make_vm(kvm, &memory)?;
@@ -100,11 +102,12 @@ impl KvmMachine {
             .collect::<Result<Vec<_>>>()?;
         let MachineSpec { name, disks, nets, console, .. } = spec;
         let parts = Parts { name, transport, disks, nets, console, vm, memory, processors };
-        Self::run(parts.put_together(kvm, MachineState::Created)?)
+        Self::run(parts.put_together(kvm, MachineState::Created)?, filters.as_ref())
     }
 
     /// Makes a machine that goes on where another was saved, when it is [resumed](Machine::resume).
     pub(crate) fn restore(kvm: &Kvm, spec: &RestoreSpec) -> Result<Self> {
+        let filters = kvm.confinement().map(Confinement::compile).transpose()?;
         let loaded = Loaded::read(&spec.saved)?;
         let state = &loaded.state;
         state.check(spec, kvm.most_processors())?;
@@ -124,18 +127,18 @@ impl KvmMachine {
         let parts = Parts { name, transport, disks, nets, console, vm, memory, processors };
         let mut shared = parts.put_together(kvm, MachineState::Paused)?;
         shared.devices.restore(&shared.vm, state)?;
-        Self::run(shared)
+        Self::run(shared, filters.as_ref())
     }
 
     /// Starts the threads.
-    fn run(shared: Shared) -> Result<Self> {
+    fn run(shared: Shared, filters: Option<&Filters>) -> Result<Self> {
         // Dropped on the way out below, which ends the threads that were made.
         let machine = Self { shared: Arc::new(shared), actions: Mutex::default() };
         machine.shared.devices.serial.connect();
         // Whoever makes the threads is a worker until they are there: so there is one to leave last,
         // even where the first thread cannot be made.
         machine.shared.gate.join();
-        let spawned = machine.spawn();
+        let spawned = machine.spawn(filters);
         if let Err(error) = &spawned {
             machine.shared.end(ExitCause::HostFailure(error.to_string()));
         }
@@ -143,16 +146,20 @@ impl KvmMachine {
         spawned.map(|()| machine)
     }
 
-    fn spawn(&self) -> Result<()> {
+    fn spawn(&self, filters: Option<&Filters>) -> Result<()> {
+        let [of_processor, of_device] =
+            [filters.map(|filters| &filters.processor), filters.map(|filters| &filters.device)];
         for n in 0..self.shared.processors.len() {
-            let thread = self.shared.spawn(&format!("vcpu{n}"), move |shared| shared.run_vcpu(n))?;
+            let work = move |shared: &Shared| shared.run_vcpu(n);
+            let thread = self.shared.spawn(&format!("vcpu{n}"), of_processor, work)?;
             self.shared.threads().vcpus.push(thread);
         }
         for n in
             (0..self.shared.devices.virtio.len()).filter(|n| self.shared.devices.virtio[*n].needs_thread())
         {
             let role = if n < self.shared.disks.len() { "disk" } else { "net" };
-            let thread = self.shared.spawn(&format!("{role}{n}"), move |shared| shared.run_device(n))?;
+            let work = move |shared: &Shared| shared.run_device(n);
+            let thread = self.shared.spawn(&format!("{role}{n}"), of_device, work)?;
             self.shared.threads().devices.push(thread);
         }
         Ok(())
@@ -221,19 +228,24 @@ impl Parts<'_> {
 }
 
 impl Shared {
-    /// Starts a thread that counts as a worker of the machine, with all signals blocked.
+    /// Starts a thread that counts as a worker of the machine, with all signals blocked, and confined by the
+    /// filter.
     fn spawn(
         self: &Arc<Self>,
         role: &str,
+        filter: Option<&Filter>,
         work: impl FnOnce(&Self) + Send + 'static,
     ) -> Result<JoinHandle<()>> {
         // At most the 15 bytes that the kernel keeps of a thread's name.
         let machine: String = self.name.chars().filter(char::is_ascii_graphic).take(8).collect();
         let name = format!("{machine}/{role}");
-        let shared = self.clone();
+        let (shared, filter) = (self.clone(), filter.cloned());
         let body = move || {
             let leaving = Leaving(&shared);
-            work(&shared);
+            match filter.as_ref().map_or(Ok(()), confine::enter) {
+                Ok(()) => work(&shared),
+                Err(error) => shared.end(ExitCause::HostFailure(error.to_string())),
+            }
             drop(leaving);
         };
         self.gate.join();

@@ -1,10 +1,9 @@
 //! A processor's thread: runs the guest and carries out what it asks of its devices.
 
-use std::fmt;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-use instance_core::machine::ExitCause;
+use instance_core::machine::{ExitCause, ProcessorError, ProcessorErrorReason as Reason, X86Registers};
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
     kvm_regs, kvm_sregs,
@@ -46,7 +45,7 @@ pub(crate) fn run(
         // Finishes the instruction, and no more where the gate is closed.
         vcpu.set_kvm_immediate_exit((!gate.is_open()).into());
         unfinished = false;
-        let unexpected = match vcpu.run() {
+        let reason = match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 devices.port_read(port, data);
                 unfinished = true;
@@ -71,15 +70,11 @@ pub(crate) fn run(
             }
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Some(ExitCause::PowerOff),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Some(ExitCause::Reset),
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
-                Stopped::Crash("the guest said that it crashed")
-            }
-            Ok(VcpuExit::Shutdown) => Stopped::Crash("triple fault"),
-            Ok(VcpuExit::InternalError) => Stopped::KvmError(internal_error(vcpu)),
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                Stopped::KvmError(format!("the guest cannot be entered, hardware reason {reason:#x}"))
-            }
-            Ok(other) => Stopped::KvmError(format!("an exit that is not known: {other:?}")),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => return Some(ExitCause::Panic),
+            Ok(VcpuExit::Shutdown) => return Some(ExitCause::TripleFault(registers(vcpu).map(Box::new))),
+            Ok(VcpuExit::InternalError) => internal_error(vcpu),
+            Ok(VcpuExit::FailEntry(reason, _)) => Reason::EntryRefused(reason),
+            Ok(other) => Reason::UnknownExit(format!("{other:?}")),
             Err(error) => match io::Error::from(error).kind() {
                 io::ErrorKind::Interrupted => {
                     kick::consume();
@@ -87,66 +82,78 @@ pub(crate) fn run(
                 }
                 // A processor that another one is about to start.
                 io::ErrorKind::WouldBlock => continue,
-                _ => Stopped::KvmError(error.to_string()),
+                _ => Reason::RunFailed(error.errno()),
             },
         };
-        return Some(unexpected.cause(vcpu));
-    }
-}
-
-/// Why a processor cannot go on.
-enum Stopped {
-    Crash(&'static str),
-    KvmError(String),
-}
-
-impl Stopped {
-    /// The cause, with the registers that explain it.
-    fn cause(self, vcpu: &VcpuFd) -> ExitCause {
-        let at = match (vcpu.get_regs(), vcpu.get_sregs()) {
-            (Ok(regs), Ok(sregs)) => Where(regs, sregs).to_string(),
-            _ => "at an unknown place".to_owned(),
-        };
-        match self {
-            Self::Crash(how) => ExitCause::Crash(format!("{how} {at}")),
-            Self::KvmError(what) => ExitCause::HostFailure(format!("KVM cannot run the guest: {what} {at}")),
-        }
+        return Some(ExitCause::ProcessorError(Box::new(ProcessorError::new(reason, registers(vcpu)))));
     }
 }
 
 /// What KVM says of its own failure.
-fn internal_error(vcpu: &mut VcpuFd) -> String {
+fn internal_error(vcpu: &mut VcpuFd) -> Reason {
     let run = vcpu.get_kvm_run();
     // SAFETY: every bit pattern is a value of these integers, and after this exit KVM has filled them in.
     #[allow(unsafe_code, reason = "a C union")]
     let internal = unsafe { run.__bindgen_anon_1.internal };
     match internal.suberror {
         KVM_INTERNAL_ERROR_EMULATION => {
-            // The data begins with flags, of which the first says that instruction bytes follow: their
-            // number and the bytes (`struct kvm_run.emulation_failure`).
             let words = &internal.data[..(internal.ndata as usize).min(internal.data.len())];
-            let bytes: Vec<u8> = words.iter().skip(1).flat_map(|w| w.to_le_bytes()).collect();
-            match (words.first(), bytes.split_first()) {
-                (Some(flags), Some((len, code))) if flags & 1 == 1 => {
-                    let code = &code[..usize::from(*len).min(code.len())];
-                    format!("it does not know an instruction, which begins {code:02x?},")
-                }
-                _ => "it does not know an instruction".to_owned(),
-            }
+            Reason::UnknownInstruction(instruction(words).unwrap_or_default())
         }
-        other => format!("internal error {other}"),
+        other => Reason::Internal(other),
     }
 }
 
-struct Where(kvm_regs, kvm_sregs);
+/// The bytes of the instruction that KVM's emulator failed at. What it tells begins with flags, of which the
+/// first says that their number and the bytes follow (`struct kvm_run.emulation_failure`).
+fn instruction(words: &[u64]) -> Option<Vec<u8>> {
+    let (flags, rest) = words.split_first()?;
+    let bytes: Vec<u8> = rest.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let (len, code) = bytes.split_first()?;
+    (flags & 1 == 1).then(|| code[..usize::from(*len).min(code.len())].to_vec())
+}
 
-impl fmt::Display for Where {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(regs, sregs) = self;
-        write!(f, "at rip={:#x} (cs base {:#x}), rflags={:#x}, ", regs.rip, sregs.cs.base, regs.rflags)?;
-        write!(f, "rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} ", regs.rax, regs.rbx, regs.rcx, regs.rdx)?;
-        write!(f, "rsi={:#x} rdi={:#x} rsp={:#x}, ", regs.rsi, regs.rdi, regs.rsp)?;
-        write!(f, "cr0={:#x} cr2={:#x} cr3={:#x} ", sregs.cr0, sregs.cr2, sregs.cr3)?;
-        write!(f, "cr4={:#x} efer={:#x}", sregs.cr4, sregs.efer)
+/// Where a processor is, as far as KVM tells.
+fn registers(vcpu: &VcpuFd) -> Option<X86Registers> {
+    Some(told(&vcpu.get_regs().ok()?, &vcpu.get_sregs().ok()?))
+}
+
+fn told(regs: &kvm_regs, sregs: &kvm_sregs) -> X86Registers {
+    let mut told = X86Registers::default();
+    (told.rip, told.rflags) = (regs.rip, regs.rflags);
+    told.general = [
+        regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9,
+        regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
+    ];
+    (told.cs, told.cs_base) = (sregs.cs.selector, sregs.cs.base);
+    (told.cr0, told.cr2, told.cr3, told.cr4) = (sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4);
+    told.efer = sregs.efer;
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_instruction_is_as_long_as_kvm_says_and_knows() {
+        let words = |code: [u8; 16]| {
+            let (low, high) = code.split_at(8);
+            [low, high].map(|half| u64::from_le_bytes(half.try_into().unwrap()))
+        };
+        let [low, high] = words([3, 0x0f, 0x0b, 0xcc, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
+        for (told, expect) in [
+            (vec![1, low, high], Some(vec![0x0f, 0x0b, 0xcc])),
+            (vec![0, low, high], None),
+            (
+                vec![1, low | 0xff, high],
+                Some([&[0x0f, 0x0b, 0xcc][..], &(4..=15).collect::<Vec<u8>>()].concat()),
+            ),
+            (vec![1, low & !0xff, high], Some(vec![])),
+            (vec![1], None),
+            (vec![], None),
+        ] {
+            assert_eq!(instruction(&told), expect, "{told:x?}");
+        }
     }
 }

@@ -7,13 +7,14 @@ mod common;
 use std::time::Duration;
 
 use ami_core::Architecture;
+use hypervisor_kvm::Confinement;
 use instance_core::testing::conformance::TestBed;
 
 #[test]
 fn kvm_conforms_on_bare_metal() {
     let Some(kvm) = common::kvm() else { return };
-    TestBed {
-        hypervisor: &kvm,
+    let bed = |kvm| TestBed {
+        hypervisor: kvm,
         boot: common::guest::boot().unwrap(),
         architecture: Architecture::X86_64,
         foreign_architecture: Architecture::Arm64,
@@ -21,6 +22,9 @@ fn kvm_conforms_on_bare_metal() {
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 64,
-    }
-    .run();
+    };
+    bed(&kvm).run();
+    println!("confined:");
+    let confined = kvm.clone().with_confinement(Confinement::new());
+    bed(&confined).run();
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
-use hypervisor_kvm::{Kvm, Transport};
+use hypervisor_kvm::{Confinement, Kvm, Transport};
 use instance_core::console::Console;
 use instance_core::machine::{Boot, BootFile, ExitCause, Hypervisor, MachineSpec, MachineState};
 use instance_core::testing::conformance::TestBed;
@@ -39,8 +39,11 @@ fn kvm_conforms_with_linux() {
         memory_mib: 256,
     };
     bed(&kvm).run();
+    println!("confined:");
+    let confined = kvm.clone().with_confinement(Confinement::new());
+    bed(&confined).run();
     println!("on PCI:");
-    let on_pci = kvm.clone().with_transport(Transport::Pci);
+    let on_pci = confined.clone().with_transport(Transport::Pci);
     let differs = ["disk", "network port", "restores", "gives everything back"];
     bed(&on_pci).run_those(|check| differs.iter().any(|what| check.contains(what)));
 }

@@ -70,6 +70,9 @@ pub(crate) fn arguments(
     add("-chardev", &format!("socket,id=console,fd={}", at.console));
     add("-serial", "chardev:console");
 
+    // By which a guest's kernel says that it panicked.
+    add("-device", "pvpanic");
+
     if let Some(identity) = &spec.identity {
         smbios(identity).iter().for_each(|table| add("-smbios", table));
     }

@@ -32,9 +32,9 @@ impl Evidence {
     pub(crate) fn cause(&self, killed: bool, status: Option<ExitStatus>) -> ExitCause {
         match self.shutdown.as_deref() {
             Some("guest-shutdown") => ExitCause::PowerOff,
-            Some("guest-reset") if self.triple_fault.found => ExitCause::Crash("triple fault".to_owned()),
+            Some("guest-reset") if self.triple_fault.found => ExitCause::TripleFault(None),
             Some("guest-reset") => ExitCause::Reset,
-            Some("guest-panic") => ExitCause::Crash("its kernel reported a panic".to_owned()),
+            Some("guest-panic") => ExitCause::Panic,
             _ if killed => ExitCause::Killed,
             Some(reason) => ExitCause::HostFailure(format!("QEMU shut down for the reason `{reason}`")),
             None => ExitCause::HostFailure(self.failure(status)),
@@ -120,8 +120,8 @@ mod tests {
         check(Some("guest-shutdown"), "", false, ExitCause::PowerOff);
         check(Some("guest-shutdown"), "", true, ExitCause::PowerOff);
         check(Some("guest-reset"), "CPU Reset (CPU 0)", false, ExitCause::Reset);
-        check(Some("guest-reset"), "x\nTriple fault\n", false, ExitCause::Crash("triple fault".into()));
-        check(Some("guest-panic"), "", false, ExitCause::Crash("its kernel reported a panic".into()));
+        check(Some("guest-reset"), "x\nTriple fault\n", false, ExitCause::TripleFault(None));
+        check(Some("guest-panic"), "", false, ExitCause::Panic);
         check(Some("host-signal"), "", true, ExitCause::Killed);
         check(Some("host-signal"), "", false, host("QEMU shut down for the reason `host-signal`"));
         check(None, "", true, ExitCause::Killed);

@@ -37,9 +37,10 @@
 //! # How machines end
 //!
 //! A guest's power-off and reset are told apart by QEMU. A triple fault, which QEMU reports as a reset,
-//! is told from one by TCG's log and becomes [`Crash`]; under KVM it cannot be, and is a [`Reset`]. A
+//! is told from one by TCG's log and becomes [`TripleFault`]; under KVM it cannot be, and is a [`Reset`]. A
 //! guest that reboots *by* a triple fault, Linux with `reboot=t`, has crashed in these terms. A kernel
-//! that panics does what its command line says (`panic=-1`: a reset) or stands still.
+//! with a driver for `pvpanic` that panics is a [`Panic`]; another does what its command line says (`panic=-1`:
+//! a reset) or stands still.
 //!
 //! # Errors and trust
 //!
@@ -52,7 +53,8 @@
 //!
 //! Saving and restoring, firmware, other architectures.
 //!
-//! [`Crash`]: instance_core::machine::ExitCause::Crash
+//! [`TripleFault`]: instance_core::machine::ExitCause::TripleFault
+//! [`Panic`]: instance_core::machine::ExitCause::Panic
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
 //! [`HostFailure`]: instance_core::machine::ExitCause::HostFailure
 

@@ -53,7 +53,8 @@ fn ends_are_told_apart() {
     let table = [
         (Tiny::PowerOff, ExitCause::PowerOff),
         (Tiny::Reset, ExitCause::Reset),
-        (Tiny::TripleFault, ExitCause::Crash("triple fault".to_owned())),
+        (Tiny::TripleFault, ExitCause::TripleFault(None)),
+        (Tiny::Panic, ExitCause::Panic),
     ];
     for (what, expect) in table {
         let (machine, console) = up(&qemu, what);

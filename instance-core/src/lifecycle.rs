@@ -221,7 +221,9 @@ impl Inner {
                 }
             }
             _ => {
-                self.lose(cell, live, StateReason::new("Server.InternalError", cause.to_string()));
+                let code =
+                    if cause.is_guest_crash() { "Client.InternalError" } else { "Server.InternalError" };
+                self.lose(cell, live, StateReason::new(code, cause.to_string()));
                 Ok(())
             }
         }

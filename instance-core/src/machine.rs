@@ -4,6 +4,7 @@
 //! as [`Disk`](storage_block::Disk) handles, network ports as ends of [cables](crate::net), kernels as open
 //! [`BootFile`]s, the console as a [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
 
+mod exit;
 mod saved;
 mod spec;
 
@@ -13,6 +14,7 @@ use std::time::Instant;
 
 use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
 
+pub use self::exit::{ExitCause, ProcessorError, ProcessorErrorReason, X86Registers};
 pub use self::saved::{RestoreSpec, SavedMachine};
 pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec, NetSpec};
 use crate::watch::Watch;
@@ -293,8 +295,7 @@ pub enum Detach {
 /// ```
 /// use instance_core::machine::{ExitCause, MachineState};
 ///
-/// let cause = ExitCause::Crash("triple fault".to_owned());
-/// assert_eq!(cause.to_string(), "the guest crashed: triple fault");
+/// let cause = ExitCause::PowerOff;
 /// assert_eq!(MachineState::Exited(cause.clone()).exit_cause(), Some(&cause));
 /// assert_eq!(MachineState::Paused.exit_cause(), None);
 /// ```
@@ -316,34 +317,6 @@ impl MachineState {
         match self {
             Self::Exited(cause) => Some(cause),
             _ => None,
-        }
-    }
-}
-
-/// Why a machine ended. [`MachineState`] holds it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ExitCause {
-    /// The guest powered itself off.
-    PowerOff,
-    /// The guest reset itself: a reboot.
-    Reset,
-    /// The guest crashed the (virtual) processor, for example by a triple fault.
-    Crash(String),
-    /// [`Machine::kill`], or the machine's handle was dropped.
-    Killed,
-    /// The hypervisor or the host failed.
-    HostFailure(String),
-}
-
-impl fmt::Display for ExitCause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PowerOff => f.write_str("the guest powered off"),
-            Self::Reset => f.write_str("the guest rebooted"),
-            Self::Crash(how) => write!(f, "the guest crashed: {how}"),
-            Self::Killed => f.write_str("the machine was killed"),
-            Self::HostFailure(how) => write!(f, "the host failed: {how}"),
         }
     }
 }

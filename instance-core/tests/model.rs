@@ -59,6 +59,7 @@ struct Expected {
 
 const BY_USER: &str = "Client.UserInitiatedShutdown";
 const BY_GUEST: &str = "Client.InstanceInitiatedShutdown";
+const BY_CRASH: &str = "Client.InternalError";
 const BY_HOST: &str = "Server.InternalError";
 
 impl Expected {
@@ -73,7 +74,8 @@ impl Expected {
             ("terminate", _) => (Terminated, Some(BY_USER)),
             ("power off", Running) if self.terminate => (Terminated, Some(BY_GUEST)),
             ("power off", Running) => (Stopped, Some(BY_GUEST)),
-            ("crash" | "close", Running) => (Stopped, Some(BY_HOST)),
+            ("crash", Running) => (Stopped, Some(BY_CRASH)),
+            ("close", Running) => (Stopped, Some(BY_HOST)),
             ("close", _) => return Ok(()),
             _ => return Err(ErrorKind::IncorrectInstanceState),
         };

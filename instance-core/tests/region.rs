@@ -125,7 +125,8 @@ fn what_the_guest_does_to_itself_is_followed() {
             InstanceState::Terminated,
             "Client.InstanceInitiatedShutdown",
         ),
-        ("crash", ShutdownBehavior::Stop, InstanceState::Stopped, "Server.InternalError"),
+        ("crash", ShutdownBehavior::Stop, InstanceState::Stopped, "Client.InternalError"),
+        ("panic", ShutdownBehavior::Terminate, InstanceState::Stopped, "Client.InternalError"),
     ];
     for (command, behavior, state, code) in table {
         let instance = region.launch(&ami, spec().shutdown_behavior(behavior)).unwrap();

@@ -103,6 +103,7 @@ answer() {
     poweroff) poweroff -f ;;
     reboot) reboot -f ;;
     crash) echo unsupported ;;
+    panic) [ -e /sys/bus/platform/devices/QEMU0001:00/driver ] && echo c >/proc/sysrq-trigger; echo unsupported ;;
     spin) spin ;;
     *) echo unknown ;;
     esac

@@ -10,7 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
 use crate::lab::{self, Ended, Lab};
-use crate::prerequisites::{self, FIO, LZ4, NBDCOPY, NBDINFO, NBDKIT, QEMU_IMG, QEMU_IO, Tool, XZ, ZSTD};
+use crate::prerequisites::{
+    self, BZIP2, FIO, LZ4, LZOP, NBDCOPY, NBDINFO, NBDKIT, QEMU_IMG, QEMU_IO, Tool, XZ, ZSTD,
+};
 use crate::{bare_guest, guest, process};
 
 /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
@@ -39,7 +41,7 @@ enum Step {
 }
 
 /// What the tests call, besides what the lab does. Under CI none of them skips what it cannot do.
-const TOOLS: [Tool; 9] = [NBDINFO, NBDCOPY, NBDKIT, FIO, QEMU_IMG, QEMU_IO, LZ4, XZ, ZSTD];
+const TOOLS: [Tool; 11] = [NBDINFO, NBDCOPY, NBDKIT, FIO, QEMU_IMG, QEMU_IO, BZIP2, LZ4, LZOP, XZ, ZSTD];
 
 /// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
 const LAB_TESTS: [&str; 3] = ["linux", "conformance", "drops"];

@@ -80,6 +80,19 @@ static void crash(void)
     __asm__ volatile("lidt %0; ud2" : : "m"(none));
 }
 
+/* Code where there is no memory, which nobody can run. */
+static void go_astray(void)
+{
+    ((void (*)(void))0xc0001000)();
+}
+
+/* Says by pvpanic that it panicked. */
+static void panic(void)
+{
+    outb(0x505, 1);
+    say("unsupported\n");
+}
+
 /* Interrupts: of the serial port (4), of ACPI (9), which comes by the second controller (2). */
 
 static struct { u16 low, selector, type, high; } idt[VECTORS + IRQS];
@@ -296,6 +309,10 @@ static void obey(char *line)
         reset();
     } else if (is(command, "crash")) {
         crash();
+    } else if (is(command, "panic")) {
+        panic();
+    } else if (is(command, "astray")) {
+        go_astray();
     } else if (is(command, "spin")) {
         say("spinning\n");
         for (;;)

@@ -76,6 +76,8 @@ pub enum Tiny {
     Reset,
     /// Raises an exception without an interrupt table.
     TripleFault,
+    /// Says by pvpanic that it panicked.
+    Panic,
     /// Writes to the serial port for ever.
     Flood,
     /// Writes back what is typed.
@@ -97,6 +99,8 @@ pub fn tiny(what: Tiny) -> Boot {
         Tiny::Reset => vec![0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee],
         // lidt [zeroes]; ud2
         Tiny::TripleFault => vec![0x0f, 0x01, 0x1d, 0x40, 0x00, 0x10, 0x00, 0x0f, 0x0b],
+        // mov dx, 0x505; mov al, 1; out dx, al
+        Tiny::Panic => vec![0x66, 0xba, 0x05, 0x05, 0xb0, 0x01, 0xee],
         Tiny::Flood => vec![0xee, 0xeb, 0xfd], // out dx, al; jmp back
         // mov dl, 0xfd; in al, dx; and al, 0x21; cmp al, 0x21; jne back; mov dl, 0xf8; in al, dx; out dx, al;
         // jmp back. It writes when the port takes another byte: one written before that is lost.

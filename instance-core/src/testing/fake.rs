@@ -516,7 +516,8 @@ impl FakeGuest {
             },
             ["poweroff"] => return self.end(ExitCause::PowerOff),
             ["reboot"] => return self.end(ExitCause::Reset),
-            ["crash"] => return self.end(ExitCause::Crash("the fake guest was told to".to_owned())),
+            ["crash"] => return self.end(ExitCause::TripleFault(None)),
+            ["panic"] => return self.end(ExitCause::Panic),
             ["spin"] => "spinning".to_owned(),
             _ => "unknown".to_owned(),
         };

@@ -1,0 +1,224 @@
+//! Which system calls the threads of a machine may make, where they are confined.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kvm_bindings::{KVMIO, kvm_ioeventfd, kvm_irq_level, kvm_msi, kvm_regs, kvm_signal_mask, kvm_sregs};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
+
+use crate::error::{HostContext, Result};
+use crate::kick;
+
+/// What the threads of a machine are confined to, for [`Kvm::with_confinement`](crate::Kvm::with_confinement):
+/// the system calls that they need, each kind of thread its own.
+///
+/// A call that is not among them fails with `EPERM` and does nothing; the thread goes on. It is not killed: a
+/// thread that vanishes would leave its machine standing for ever, and a process that is killed is the
+/// embedder's. Only a call by the interface of 32-bit programs ends the process, by Linux's own rules for such filters.
+///
+/// The threads that processors run in can make KVM run, interrupt and kick; those of devices can besides
+/// that work on open files and sockets, and open files that exist, as volumes do with the packs of their snapshots.
+/// What of the embedder's own code runs in them is confined with them: disks of its own, hooks on states,
+/// subscribers of `tracing`. If these need more, they are given it:
+///
+/// ```
+/// use hypervisor_kvm::{Confinement, Kvm};
+///
+/// let confinement = Confinement::new().allow_devices([libc::SYS_connect, libc::SYS_socket]);
+/// if let Ok(kvm) = Kvm::open() {
+///     let kvm = kvm.with_confinement(confinement); // and from here on as ever
+/// #   drop(kvm);
+/// }
+/// ```
+///
+/// The threads that call this library are never confined, and neither are those that disks start for themselves.
+#[derive(Debug, Clone, Default)]
+pub struct Confinement {
+    processors: Vec<i64>,
+    devices: Vec<i64>,
+}
+
+impl Confinement {
+    /// What a machine's own code needs, with the disks of `storage-block`.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// These calls too for processors' threads, by their numbers, whatever their arguments.
+    #[must_use]
+    pub fn allow_processors(mut self, calls: impl IntoIterator<Item = i64>) -> Self {
+        self.processors.extend(calls);
+        self
+    }
+
+    /// These calls too for the threads of disks and network ports, by their numbers, whatever their arguments.
+    #[must_use]
+    pub fn allow_devices(mut self, calls: impl IntoIterator<Item = i64>) -> Self {
+        self.devices.extend(calls);
+        self
+    }
+
+    /// The filters.
+    pub(crate) fn compile(&self) -> Result<Filters> {
+        let processors = [COMMON, PROCESSOR].concat();
+        let devices = [COMMON, DEVICE].concat();
+        Ok(Filters {
+            processor: Arc::new(program(&processors, PROCESSOR_IOCTLS, &self.processors)?),
+            device: Arc::new(program(&devices, DEVICE_IOCTLS, &self.devices)?),
+        })
+    }
+}
+
+/// The filters of a machine's threads.
+#[derive(Debug)]
+pub(crate) struct Filters {
+    pub(crate) processor: Filter,
+    pub(crate) device: Filter,
+}
+
+/// A filter that threads put on themselves.
+pub(crate) type Filter = Arc<BpfProgram>;
+
+/// Confines the calling thread, for ever.
+pub(crate) fn enter(filter: &Filter) -> Result<()> {
+    seccompiler::apply_filter(filter).host("the host's kernel did not confine a thread")
+}
+
+/// A call, and under which condition it may be made.
+type Allowed = (i64, When);
+
+#[derive(Debug, Clone, Copy)]
+enum When {
+    Always,
+    /// None of these bits is set in the argument of this number.
+    Without(u8, u64),
+    /// To kick a thread of this process.
+    Kick,
+}
+
+/// Memory that is made executable.
+const NOT_EXECUTABLE: When = When::Without(2, libc::PROT_EXEC as u64);
+/// Files that are made or emptied.
+const NOT_MADE: When = When::Without(2, (libc::O_CREAT | libc::O_TRUNC) as u64);
+
+/// What each thread needs to live and to end: locks, memory, descriptors that wake others, time. What is
+/// written to open files besides is mostly what a subscriber of `tracing` says.
+const COMMON: &[Allowed] = &[
+    (libc::SYS_brk, When::Always),
+    (libc::SYS_clock_gettime, When::Always),
+    (libc::SYS_clock_nanosleep, When::Always),
+    (libc::SYS_close, When::Always),
+    (libc::SYS_exit, When::Always),
+    (libc::SYS_futex, When::Always),
+    (libc::SYS_getpid, When::Always),
+    (libc::SYS_getrandom, When::Always),
+    (libc::SYS_gettid, When::Always),
+    (libc::SYS_madvise, When::Always),
+    (libc::SYS_mmap, NOT_EXECUTABLE),
+    (libc::SYS_mprotect, NOT_EXECUTABLE),
+    (libc::SYS_mremap, When::Always),
+    (libc::SYS_munmap, When::Always),
+    (libc::SYS_nanosleep, When::Always),
+    (libc::SYS_read, When::Always),
+    (libc::SYS_restart_syscall, When::Always),
+    (libc::SYS_rt_sigprocmask, When::Always),
+    (libc::SYS_rt_sigreturn, When::Always),
+    (libc::SYS_sched_getaffinity, When::Always),
+    (libc::SYS_sched_yield, When::Always),
+    (libc::SYS_sigaltstack, When::Always),
+    (libc::SYS_tgkill, When::Kick),
+    (libc::SYS_write, When::Always),
+    (libc::SYS_writev, When::Always),
+];
+
+const PROCESSOR: &[Allowed] = &[(libc::SYS_rt_sigtimedwait, When::Always)];
+
+/// What disks and network ports of this library's do.
+const DEVICE: &[Allowed] = &[
+    (libc::SYS_epoll_wait, When::Always),
+    (libc::SYS_fallocate, When::Always),
+    (libc::SYS_fdatasync, When::Always),
+    (libc::SYS_fstat, When::Always),
+    (libc::SYS_fsync, When::Always),
+    (libc::SYS_ftruncate, When::Always),
+    (libc::SYS_io_uring_enter, When::Always),
+    (libc::SYS_lseek, When::Always),
+    (libc::SYS_openat, NOT_MADE),
+    (libc::SYS_poll, When::Always),
+    (libc::SYS_ppoll, When::Always),
+    (libc::SYS_pread64, When::Always),
+    (libc::SYS_preadv, When::Always),
+    (libc::SYS_preadv2, When::Always),
+    (libc::SYS_pwrite64, When::Always),
+    (libc::SYS_pwritev, When::Always),
+    (libc::SYS_pwritev2, When::Always),
+    (libc::SYS_readv, When::Always),
+    (libc::SYS_recvfrom, When::Always),
+    (libc::SYS_recvmsg, When::Always),
+    (libc::SYS_sendmsg, When::Always),
+    (libc::SYS_sendto, When::Always),
+    (libc::SYS_statx, When::Always),
+    (libc::SYS_sync_file_range, When::Always),
+    (libc::SYS_timerfd_settime, When::Always),
+];
+
+/// A call of KVM's: direction, number, size of the argument (Linux, `include/uapi/linux/kvm.h`).
+type KvmCall = (u32, u32, usize);
+
+const SIGNAL_MSI: KvmCall = (_IOC_WRITE, 0xa5, size_of::<kvm_msi>());
+
+const PROCESSOR_IOCTLS: &[KvmCall] = &[
+    (_IOC_NONE, 0x80, 0),                             // KVM_RUN
+    (_IOC_READ, 0x81, size_of::<kvm_regs>()),         // KVM_GET_REGS
+    (_IOC_READ, 0x83, size_of::<kvm_sregs>()),        // KVM_GET_SREGS
+    (_IOC_WRITE, 0x8b, size_of::<kvm_signal_mask>()), // KVM_SET_SIGNAL_MASK
+    (_IOC_NONE, 0xad, 0),                             // KVM_KVMCLOCK_CTRL
+    (_IOC_WRITE, 0x61, size_of::<kvm_irq_level>()),   // KVM_IRQ_LINE
+    (_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>()),   // KVM_IOEVENTFD, where a guest moves a PCI device
+    SIGNAL_MSI,
+];
+
+const DEVICE_IOCTLS: &[KvmCall] = &[SIGNAL_MSI];
+
+/// Compiles a filter.
+fn program(allowed: &[Allowed], ioctls: &[KvmCall], more: &[i64]) -> Result<BpfProgram> {
+    let build = || -> Result<BpfProgram, seccompiler::Error> {
+        let mut rules = BTreeMap::new();
+        for (call, when) in allowed {
+            rules.insert(*call, when.rules()?);
+        }
+        let ioctls = ioctls.iter().map(|(direction, number, size)| {
+            let command = ioctl_expr(*direction, KVMIO, *number, *size as u32);
+            Ok(SeccompRule::new(vec![equal(1, command)?])?)
+        });
+        rules.insert(libc::SYS_ioctl, ioctls.collect::<Result<_, seccompiler::Error>>()?);
+        rules.extend(more.iter().map(|call| (*call, Vec::new())));
+        let refused = SeccompAction::Errno(libc::EPERM as u32);
+        let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, TargetArch::x86_64)?;
+        Ok(filter.try_into()?)
+    };
+    build().host("the filter for a machine's threads cannot be compiled")
+}
+
+impl When {
+    /// A call is let through if one of its rules says so, or if it has none.
+    fn rules(self) -> Result<Vec<SeccompRule>, seccompiler::Error> {
+        let conditions = match self {
+            Self::Always => return Ok(Vec::new()),
+            Self::Without(argument, bits) => {
+                let none = SeccompCmpOp::MaskedEq(bits);
+                vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, none, 0)?]
+            }
+            Self::Kick => vec![equal(0, std::process::id().into())?, equal(2, kick::SIGNAL as u64)?],
+        };
+        Ok(vec![SeccompRule::new(conditions)?])
+    }
+}
+
+fn equal(argument: u8, value: u64) -> Result<SeccompCondition, seccompiler::BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}

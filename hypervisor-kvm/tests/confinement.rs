@@ -1,0 +1,161 @@
+//! The threads of a confined machine can do nothing but their work, and others are as free as before.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io;
+use std::net::UdpSocket;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use ami_core::Architecture;
+use hypervisor_kvm::{Confinement, Kvm};
+use instance_core::console::Console;
+use instance_core::machine::{DiskSpec, Hypervisor, Machine, MachineSpec};
+use storage_block::{BlockBackend, Disk, MemoryDisk, Result};
+
+use common::{guest, kvm};
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// Whether things that a machine has no use for could be done.
+#[derive(Debug, PartialEq, Eq)]
+struct Could {
+    make_a_file: bool,
+    open_a_socket: bool,
+    open_a_file: bool,
+    run_a_program: bool,
+}
+
+const ANYTHING: Could =
+    Could { make_a_file: true, open_a_socket: true, open_a_file: true, run_a_program: true };
+const NOTHING: Could =
+    Could { make_a_file: false, open_a_socket: false, open_a_file: false, run_a_program: false };
+
+fn try_things(dir: &Path) -> Could {
+    let allowed = |done: io::Result<()>| match done {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => false,
+        Err(error) => panic!("neither allowed nor refused: {error}"),
+    };
+    Could {
+        make_a_file: allowed(File::create(dir.join("made")).map(drop)),
+        open_a_socket: allowed(UdpSocket::bind("127.0.0.1:0").map(drop)),
+        open_a_file: allowed(File::open(dir).map(drop)),
+        run_a_program: allowed(std::process::Command::new("true").status().map(drop)),
+    }
+}
+
+/// A disk whose reads try things out.
+#[derive(Debug)]
+struct Trying {
+    inner: Disk,
+    dir: std::path::PathBuf,
+    tell: mpsc::Sender<Could>,
+}
+
+impl BlockBackend for Trying {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let _ = self.tell.send(try_things(&self.dir));
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.inner.write_at(buf, offset)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.inner.flush()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.write_zeroes(offset, len)
+    }
+}
+
+/// A guest that is up, and its console.
+fn up(kvm: &Kvm, disks: Vec<DiskSpec>) -> (Box<dyn Machine>, Console) {
+    let console = Console::new();
+    let mut spec = MachineSpec::new("confined", Architecture::X86_64, guest::boot().unwrap(), console.port());
+    spec.disks = disks;
+    let machine = kvm.create(spec).unwrap();
+    machine.start().unwrap();
+    console.reader().wait_for("GUEST READY\n", soon()).unwrap();
+    (machine, console)
+}
+
+/// What code of an embedder's could do in a disk's thread, and in a processor's.
+fn could(kvm: &Kvm) -> [Could; 2] {
+    let dir = tempfile::tempdir().unwrap();
+    let (tell, told) = mpsc::channel();
+    let trying = Trying {
+        inner: MemoryDisk::new(4096).unwrap().into_disk(),
+        dir: dir.path().to_owned(),
+        tell: tell.clone(),
+    };
+    let (machine, console) = up(kvm, vec![DiskSpec::new(Disk::new(trying).unwrap(), "vol-1")]);
+    console.write_all(b"read 0 0\n", soon()).unwrap();
+    let on_disk = told.recv_timeout(Duration::from_secs(20)).unwrap();
+    drop(machine);
+
+    // The processor's thread is the only one, and so the last: the hook runs in it.
+    let (machine, console) = up(kvm, Vec::new());
+    let path = dir.path().to_owned();
+    machine.state().subscribe(move |state| {
+        if state.exit_cause().is_some() {
+            let _ = tell.send(try_things(&path));
+        }
+    });
+    console.write_all(b"poweroff\n", soon()).unwrap();
+    [on_disk, told.recv_timeout(Duration::from_secs(20)).unwrap()]
+}
+
+#[test]
+fn a_confined_thread_is_refused_what_it_has_no_use_for() {
+    let Some(kvm) = kvm() else { return };
+    assert_eq!(could(&kvm), [ANYTHING, ANYTHING], "nobody is confined unasked");
+    let confined = kvm.clone().with_confinement(Confinement::new());
+    // A disk's thread opens the packs of snapshots.
+    assert_eq!(could(&confined), [Could { open_a_file: true, ..NOTHING }, NOTHING]);
+    let more = Confinement::new()
+        .allow_devices([libc::SYS_socket, libc::SYS_bind, libc::SYS_setsockopt])
+        .allow_processors([libc::SYS_openat, libc::SYS_fcntl]);
+    let [on_disk, on_processor] = could(&kvm.clone().with_confinement(more));
+    assert_eq!(on_disk, Could { open_a_file: true, open_a_socket: true, ..NOTHING });
+    assert_eq!(on_processor, Could { open_a_file: true, make_a_file: true, ..NOTHING });
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(try_things(dir.path()), ANYTHING, "who made the machines is as free as ever");
+}
+
+#[test]
+fn each_thread_has_a_filter_and_no_other_has() {
+    let Some(kvm) = kvm() else { return };
+    let disk = MemoryDisk::new(4096).unwrap().into_disk();
+    let confined = kvm.with_confinement(Confinement::new());
+    let (_machine, _console) = up(&confined, vec![DiskSpec::new(disk, "vol-1")]);
+    let mut seen = Vec::new();
+    for task in fs::read_dir("/proc/self/task").unwrap() {
+        // A thread of another test may have ended.
+        let Ok(status) = fs::read_to_string(task.unwrap().path().join("status")) else { continue };
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim().to_owned()
+        };
+        let (name, filtered) = (field("Name:"), field("Seccomp:") == "2");
+        if name == "main" || name.starts_with("each_") {
+            assert!(!filtered, "{name}");
+        } else if name == "confined/vcpu0" || name == "confined/disk0" {
+            seen.push((filtered, name));
+        }
+    }
+    assert!(seen.iter().any(|(filtered, name)| *filtered && name == "confined/vcpu0"), "{seen:?}");
+    assert!(seen.iter().any(|(filtered, name)| *filtered && name == "confined/disk0"), "{seen:?}");
+}

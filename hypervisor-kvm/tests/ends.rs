@@ -1,0 +1,43 @@
+//! How machines end is told by types, with the registers that explain it.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use ami_core::Architecture;
+use instance_core::console::Console;
+use instance_core::machine::{ExitCause, Hypervisor, MachineSpec, ProcessorErrorReason};
+
+use common::{guest, kvm};
+
+/// How the machine of a guest that is told so ends.
+fn end_by(command: &str) -> Option<ExitCause> {
+    let kvm = kvm()?;
+    let console = Console::new();
+    let spec = MachineSpec::new(command, Architecture::X86_64, guest::boot().unwrap(), console.port());
+    let machine = kvm.create(spec).unwrap();
+    machine.start().unwrap();
+    let soon = Instant::now() + Duration::from_secs(20);
+    console.reader().wait_for("GUEST READY\n", soon).unwrap();
+    console.write_all(format!("{command}\n").as_bytes(), soon).unwrap();
+    let end = machine.state().wait(soon, |state| state.exit_cause().is_some()).unwrap();
+    Some(end.exit_cause().unwrap().clone())
+}
+
+#[test]
+fn what_kvm_cannot_run_says_where_it_is() {
+    let Some(cause) = end_by("astray") else { return };
+    let ExitCause::ProcessorError(error) = cause else { panic!("{cause:?}") };
+    assert!(matches!(error.reason, ProcessorErrorReason::UnknownInstruction(_)), "{error:?}");
+    let at = error.registers.unwrap();
+    assert_eq!((at.rip, at.cs, at.cs_base), (0xc000_1000, 8, 0), "{at}");
+    assert_eq!(at.cr0 & 1, 1, "protected mode: {at}");
+}
+
+#[test]
+fn a_triple_fault_is_one() {
+    let Some(cause) = end_by("crash") else { return };
+    let ExitCause::TripleFault(registers) = cause else { panic!("{cause:?}") };
+    assert!(registers.is_some());
+}
