@@ -37,7 +37,8 @@
 //! # How machines end
 //!
 //! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
-//! port `0xcf9` are [`Reset`]; a triple fault is [`Crash`]; what KVM cannot go on with is [`HostFailure`] with
+//! port `0xcf9` are [`Reset`]; a triple fault is [`Crash`]; a guest's
+//! kernel that says so on the port of pvpanic is [`Panic`]; what KVM cannot go on with is [`HostFailure`] with
 //! its reason, among them instructions that it cannot emulate, which a guest may choose to run. Both come
 //! with the processor's registers as KVM tells them; on AMD's, a triple fault has reset them before.
 //!
@@ -55,6 +56,7 @@
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
 //! [`Crash`]: instance_core::machine::ExitCause::Crash
+//! [`Panic`]: instance_core::machine::ExitCause::Panic
 //! [`HostFailure`]: instance_core::machine::ExitCause::HostFailure
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
@@ -70,14 +72,17 @@ mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 mod gate;
+mod generation;
 mod kernel;
 mod kick;
 mod layout;
 mod machine;
 mod memory;
+mod panic;
 mod pci;
 mod power;
 mod probe;
+mod rtc;
 mod serial;
 mod smbios;
 mod vcpu;

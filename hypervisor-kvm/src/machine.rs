@@ -16,9 +16,10 @@ use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::power::Power;
+use crate::rtc::Rtc;
 use crate::serial::SerialPort;
 use crate::virtio::{Block, Net, Rng, VirtioDevice};
-use crate::{Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
+use crate::{Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
 
 /// The virtio devices that every machine has besides its disks and network ports: the entropy device.
 pub(crate) const OTHER_DEVICES: usize = 1;
@@ -70,6 +71,7 @@ impl KvmMachine {
         let count = spec.vcpus.get();
         let transport = kvm.transport();
         acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + OTHER_DEVICES)?;
+        generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
         }
@@ -96,6 +98,7 @@ impl KvmMachine {
         let devices = Devices {
             serial: serial_port(&vm, spec)?,
             power: Power::default(),
+            rtc: Mutex::new(Rtc::new()),
             pci: (transport == Transport::Pci).then(Bus::new),
             virtio,
         };

@@ -296,6 +296,8 @@ pub enum ExitCause {
     Reset,
     /// The guest crashed the (virtual) processor, for example by a triple fault.
     Crash(String),
+    /// The guest's kernel said that it panics.
+    Panic,
     /// [`Machine::kill`], or the machine's handle was dropped.
     Killed,
     /// The hypervisor or the host failed.
@@ -308,6 +310,7 @@ impl fmt::Display for ExitCause {
             Self::PowerOff => f.write_str("the guest powered off"),
             Self::Reset => f.write_str("the guest rebooted"),
             Self::Crash(how) => write!(f, "the guest crashed: {how}"),
+            Self::Panic => f.write_str("the guest's kernel panicked"),
             Self::Killed => f.write_str("the machine was killed"),
             Self::HostFailure(how) => write!(f, "the host failed: {how}"),
         }
