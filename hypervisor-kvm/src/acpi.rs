@@ -1,8 +1,8 @@
 //! The ACPI tables (ACPI 6.5): processors, interrupts, power, and where the devices are.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, IO, Interrupt, Memory32Fixed, Name, Package, Path,
-    ResourceTemplate,
+    AddressSpace, AddressSpaceCacheable, Device, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
+    Path, ResourceTemplate,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -26,7 +26,6 @@ const HEADER_LEN: u32 = 36;
 
 /// FADT, "IA-PC boot architecture flags" (5.2.9.3): what a PC has and this machine has not.
 const NO_VGA: u16 = 1 << 2;
-const NO_CMOS_CLOCK: u16 = 1 << 5;
 const LEGACY_DEVICES: u16 = 1 << 0;
 
 /// Writes the tables for so many processors and disks. The first of them is at [`layout::ACPI`].
@@ -49,7 +48,10 @@ pub(crate) fn write(memory: &Memory, vcpus: u32, transport: Transport, disks: us
     fadt.pm1_evt_len = 4;
     fadt.pm1a_cnt_blk = u32::from(layout::PM1_CONTROL_PORT).into();
     fadt.pm1_cnt_len = 2;
-    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_CMOS_CLOCK).into();
+    fadt.gpe0_blk = u32::from(layout::GPE_PORT).into();
+    fadt.gpe0_blk_len = layout::GPE_LEN;
+    fadt.century = layout::RTC_CENTURY;
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA).into();
     fadt.reset_reg = GAS::new(Space::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(layout::RESET_PORT));
     fadt.reset_value = layout::RESET_VALUE;
     let fadt = tables.put(&fadt.finalize());
@@ -58,6 +60,7 @@ pub(crate) fn write(memory: &Memory, vcpus: u32, transport: Transport, disks: us
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
     let xsdt = tables.put(&xsdt);
+    debug_assert!(tables.next <= layout::GENERATION_ID);
 
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
@@ -101,6 +104,9 @@ fn dsdt(transport: Transport, disks: usize) -> Sdt {
     let (off, zero) = (layout::SLEEP_TYPE_OFF, 0u8);
     Name::new(Path::new("_S5_"), &Package::new(vec![&off, &off, &zero, &zero])).to_aml_bytes(&mut code);
     serial_port(&mut code);
+    clock(&mut code);
+    panic_port(&mut code);
+    generation_id(&mut code);
     match transport {
         Transport::Mmio => (0..disks).for_each(|n| virtio_mmio(n, &mut code)),
         Transport::Pci => pci_bus(&mut code),
@@ -122,6 +128,51 @@ fn serial_port(code: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(code);
+}
+
+fn clock(code: &mut Vec<u8>) {
+    let ports = IO::new(layout::RTC_PORT, layout::RTC_PORT, 1, 2);
+    Device::new(
+        Path::new("_SB_.RTC0"),
+        vec![
+            &Name::new(Path::new("_HID"), &aml::EISAName::new("PNP0B00")),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&ports])),
+        ],
+    )
+    .to_aml_bytes(code);
+}
+
+fn panic_port(code: &mut Vec<u8>) {
+    let port = IO::new(layout::PANIC_PORT, layout::PANIC_PORT, 1, 1);
+    Device::new(
+        Path::new("_SB_.PEVT"),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMU0001"),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&port])),
+        ],
+    )
+    .to_aml_bytes(code);
+}
+
+/// Where the machine's generation id is, and that the guest looks there at its event (Microsoft, "Virtual Machine
+/// Generation ID"). The compatible id is what drivers know it by.
+fn generation_id(code: &mut Vec<u8>) {
+    let device = "_SB_.VGEN";
+    let (low, high) = (layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32);
+    Device::new(
+        Path::new(device),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMUVGID"),
+            &Name::new(Path::new("_CID"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(code);
+    const CHANGED: u8 = 0x80;
+    let edge = format!("_GPE._E{:02X}", layout::GENERATION_GPE);
+    Method::new(Path::new(&edge), 0, false, vec![&Notify::new(&Path::new(device), &CHANGED)])
+        .to_aml_bytes(code);
 }
 
 /// A virtio-mmio device; Linux knows its id (`drivers/virtio/virtio_mmio.c`).
@@ -227,6 +278,25 @@ mod tests {
     fn a_guest_finds_them_all() {
         let names: Vec<_> = found(1, 0).into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, [*b"FACP", *b"APIC", *b"DSDT"]);
+    }
+
+    #[test]
+    fn the_clock_and_the_events_are_announced() {
+        let fadt = &found(1, 0)[0].1;
+        // Offsets of ACPI 6.5, table 5.9.
+        let (gpe, gpe_len, century, boot) = (&fadt[80..84], fadt[92], fadt[108], &fadt[109..111]);
+        assert_eq!((gpe, gpe_len, century), (&[8, 6, 0, 0][..], 2, 0x32));
+        assert_eq!(boot, [0b101, 0], "there is a CMOS clock, and no VGA");
+    }
+
+    #[test]
+    fn the_place_of_the_generation_id_is_named() {
+        let dsdt = &found(1, 0)[2].1;
+        let named = |bytes: &[u8]| dsdt.windows(bytes.len()).filter(|window| *window == bytes).count();
+        // A package of 8 bytes with two elements: a double word, and zero.
+        assert_eq!(named(b"ADDR\x12\x08\x02\x0c\x00\xf0\x0e\x00\x00"), 1);
+        assert_eq!(named(b"_CID\x0dVM_Gen_Counter\0"), 1);
+        assert_eq!(named(b"_E00"), 1);
     }
 
     #[test]

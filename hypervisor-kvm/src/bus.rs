@@ -1,26 +1,32 @@
 //! Which device answers at which port or address.
 
 use std::ops::{ControlFlow, Range};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use instance_core::machine::ExitCause;
 use kvm_ioctls::VmFd;
 
 use crate::error::{Result, saved};
-use crate::layout;
+use crate::memory::Memory;
 use crate::pci::{self, Access, Bus};
 use crate::power::Power;
+use crate::rtc::Rtc;
 use crate::saved::State;
 use crate::serial::SerialPort;
 use crate::virtio::VirtioDevice;
+use crate::{generation, layout, panic};
 
 const SERIAL: Range<u16> = layout::SERIAL_PORT..layout::SERIAL_PORT + 8;
-const PM1: Range<u16> = layout::PM1_EVENT_PORT..layout::PM1_CONTROL_PORT + 2;
+const POWER: Range<u16> = layout::PM1_EVENT_PORT..layout::GPE_PORT + layout::GPE_LEN as u16;
+const RTC: Range<u16> = layout::RTC_PORT..layout::RTC_PORT + 2;
 
 /// The devices of a machine. Any vCPU may call at any time.
 #[derive(Debug)]
 pub(crate) struct Devices {
     pub(crate) serial: SerialPort,
     pub(crate) power: Power,
+    pub(crate) rtc: Mutex<Rtc>,
     /// Where devices are on PCI.
     pub(crate) pci: Option<Bus>,
     pub(crate) virtio: Vec<VirtioDevice>,
@@ -28,7 +34,7 @@ pub(crate) struct Devices {
 
 impl Devices {
     /// Goes on, as devices that nobody has used yet, where a machine's were saved.
-    pub(crate) fn restore(&mut self, vm: &VmFd, state: &State) -> Result<()> {
+    pub(crate) fn restore(&mut self, vm: &VmFd, memory: &Memory, state: &State) -> Result<()> {
         let fits = match (&mut self.pci, &state.pci) {
             (Some(bus), Some(state)) => bus.restore(state),
             (None, None) => true,
@@ -38,7 +44,9 @@ impl Devices {
             return Err(saved("the saved machine's devices are not those of a machine like this"));
         }
         self.power.restore(&state.power, |level| set_sci(vm, level));
-        self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.restore(vm, state))
+        self.rtc.get_mut().unwrap_or_else(PoisonError::into_inner).clone_from(&state.rtc);
+        self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.restore(vm, state))?;
+        self.regenerate(vm, memory)
     }
 
     /// The guest reads I/O ports; where there is nothing, all bits read as ones.
@@ -49,8 +57,12 @@ impl Devices {
             for byte in data {
                 *byte = self.serial.read((port - SERIAL.start) as u8);
             }
-        } else if PM1.contains(&port) {
+        } else if POWER.contains(&port) {
             self.power.read(port, data);
+        } else if port == layout::PANIC_PORT {
+            data.fill(panic::EVENTS);
+        } else if port == RTC.start + 1 {
+            data.fill(self.clock(|rtc, now| rtc.read(now)));
         } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
             if let Access::Device(number, at) = bus.read(port, data) {
                 if let Some(device) = self.pci_device(number) {
@@ -66,8 +78,12 @@ impl Devices {
             for byte in data {
                 self.serial.write((port - SERIAL.start) as u8, *byte);
             }
-        } else if PM1.contains(&port) {
+        } else if POWER.contains(&port) {
             self.power.write(port, data, |level| set_sci(vm, level))?;
+        } else if port == layout::PANIC_PORT {
+            data.iter().try_for_each(|event| panic::write(*event))?;
+        } else if RTC.contains(&port) {
+            self.clock(|rtc, now| write_clock(rtc, port, data, now));
         } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
             if let Access::Device(number, at) = bus.write(port, data) {
                 if let Some(device) = self.pci_device(number) {
@@ -104,6 +120,19 @@ impl Devices {
         self.power.press_button(|level| set_sci(vm, level));
     }
 
+    /// Gives the guest a new generation id and tells it: it continues what was saved of another machine.
+    fn regenerate(&self, vm: &VmFd, memory: &Memory) -> Result<()> {
+        generation::write_new(memory)?;
+        self.power.raise_event(layout::GENERATION_GPE, |level| set_sci(vm, level));
+        Ok(())
+    }
+
+    /// Uses the clock, which is told the host's time.
+    fn clock<T>(&self, access: impl FnOnce(&mut Rtc, Duration) -> T) -> T {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        access(&mut self.rtc.lock().unwrap_or_else(PoisonError::into_inner), now)
+    }
+
     fn device_at(&self, address: u64) -> Option<(&VirtioDevice, u64)> {
         if self.pci.is_some() {
             return self.virtio.iter().find_map(|device| Some((device, device.pci_offset_of(address)?)));
@@ -116,6 +145,17 @@ impl Devices {
     /// Number 0 is the host bridge's.
     fn pci_device(&self, number: usize) -> Option<&VirtioDevice> {
         self.virtio.get(number.checked_sub(1)?)
+    }
+}
+
+/// Bytes from `port` on: a word for both ports chooses a register and writes it.
+fn write_clock(rtc: &mut Rtc, port: u16, data: &[u8], now: Duration) {
+    for (port, value) in (port..).zip(data) {
+        match port - RTC.start {
+            0 => rtc.select(*value),
+            1 => rtc.write(*value, now),
+            _ => {}
+        }
     }
 }
 

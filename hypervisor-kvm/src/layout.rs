@@ -8,7 +8,7 @@
 //! | `0x0000_6000` | PVH start info, module list, memory map; or, at `0x7000`, Linux's zero page |
 //! | `0x0000_9000..0x0000_f000` | page tables (64-bit entry only) |
 //! | `0x0002_0000` | kernel command line |
-//! | `0x0009_fc00..0x0010_0000` | reserved; ACPI tables from `0x000e_0000`, the RSDP first; SMBIOS from `0x000f_0000` |
+//! | `0x0009_fc00..0x0010_0000` | reserved; ACPI tables from `0x000e_0000`, the RSDP first; the generation id at `0x000e_f000`; SMBIOS from `0x000f_0000` |
 //! | `0x0010_0000..` | RAM: the kernel, and the initrd at the end of it, below 2 GiB |
 //! | `0xc000_0000..0x1_0000_0000` | no RAM: PCI devices, virtio-mmio devices, IOAPIC, local APICs |
 //! | `0x1_0000_0000..` | the RAM that does not fit below |
@@ -36,6 +36,8 @@ pub(crate) const COMMAND_LINE_MAX: usize = 2048;
 pub(crate) const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The RSDP, and after it the other ACPI tables. In the range that is searched for it.
 pub(crate) const ACPI: u64 = 0xe_0000;
+/// The machine's generation id, on a page of its own, as its specification asks.
+pub(crate) const GENERATION_ID: u64 = 0xe_f000;
 /// The SMBIOS entry point, and after it the tables: the start of the range that is searched for it.
 pub(crate) const SMBIOS: u64 = 0xf_0000;
 /// Where kernels may be loaded from.
@@ -85,6 +87,12 @@ pub(crate) const SERIAL_IRQ: u32 = 4;
 pub(crate) const PM1_EVENT_PORT: u16 = 0x600;
 /// ACPI PM1 control register, 16 bits.
 pub(crate) const PM1_CONTROL_PORT: u16 = 0x604;
+/// ACPI's general-purpose events: a status and an enable register, 8 bits each.
+pub(crate) const GPE_PORT: u16 = 0x608;
+/// How many ports they take.
+pub(crate) const GPE_LEN: u8 = 2;
+/// The event by which the guest is told of a new generation id.
+pub(crate) const GENERATION_GPE: u8 = 0;
 /// ACPI's interrupt, level, active high.
 pub(crate) const SCI_IRQ: u32 = 9;
 /// The reset control register of PC chipsets, named as ACPI's reset register.
@@ -97,3 +105,9 @@ pub(crate) const SLEEP_TYPE_OFF: u8 = 5;
 pub(crate) const I8042_PORT: u16 = 0x64;
 /// The keyboard controller's command that pulses the reset line.
 pub(crate) const I8042_RESET: u8 = 0xfe;
+/// The port by which a guest's kernel says that it panics (QEMU, `docs/specs/pvpanic.rst`).
+pub(crate) const PANIC_PORT: u16 = 0x505;
+/// The real-time clock: a port that takes the number of a register, and the one of its value.
+pub(crate) const RTC_PORT: u16 = 0x70;
+/// Which of its registers holds the century.
+pub(crate) const RTC_CENTURY: u8 = 0x32;

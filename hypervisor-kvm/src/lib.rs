@@ -37,10 +37,11 @@
 //! # How machines end
 //!
 //! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
-//! port `0xcf9` are [`Reset`]; a triple fault is [`TripleFault`], and a panic that KVM is told of [`Panic`]; what
-//! KVM cannot go on with is [`ProcessorError`] with its reason, among them instructions that it cannot emulate,
-//! which a guest may choose to run. It and a triple fault come with the processor's registers as KVM tells
-//! them; on AMD's, a triple fault has reset them before. What fails outside of the guest is [`HostFailure`].
+//! port `0xcf9` are [`Reset`]; a triple fault is [`TripleFault`], and a guest's kernel that says so on the port of
+//! pvpanic is [`Panic`]; what KVM cannot go on with is [`ProcessorError`] with its reason, among them instructions
+//! that it cannot emulate, which a guest may choose to run. It and a triple fault come with the processor's
+//! registers as KVM tells them; on AMD's, a triple fault has reset them before. What fails outside of the guest is
+//! [`HostFailure`].
 //!
 //! # Errors and trust
 //!
@@ -52,9 +53,18 @@
 //! that they need, by filters (seccomp) of their own: what a guest that has taken one over can then ask of the
 //! host's kernel.
 //!
+//! # Saved machines
+//!
+//! A machine that is paused can be saved into a file, and any number of machines go on from there: their memory is
+//! mapped from the file, so that a page is read when it is touched, and copied when it is written. Their guests
+//! find a new generation id, by which Linux renews its random numbers. The format is that of
+//! `docs/saved-machine-format.md`; a file is checked as far as it is anybody's, and KVM takes from it only what a guest could
+//! have brought about. Some hosts' KVM does not tell all of a processor: see
+//! [`Capabilities::save`](instance_core::machine::Capabilities::save).
+//!
 //! # What it leaves out
 //!
-//! Hot-plugging, saving and restoring, firmware, 32-bit kernels, other hosts than x86-64
+//! Hot-plugging, firmware, 32-bit kernels, other hosts than x86-64
 //! Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
@@ -78,14 +88,17 @@ mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 mod gate;
+mod generation;
 mod kernel;
 mod kick;
 mod layout;
 mod machine;
 mod memory;
+mod panic;
 mod pci;
 mod power;
 mod probe;
+mod rtc;
 mod saved;
 mod serial;
 mod smbios;

@@ -22,10 +22,11 @@ use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::power::Power;
+use crate::rtc::Rtc;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::serial::SerialPort;
 use crate::virtio::{Block, Net, Rng, VirtioDevice};
-use crate::{Confinement, Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
+use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
 
 /// The virtio devices that every machine has besides its disks and network ports: the entropy device.
 pub(crate) const OTHER_DEVICES: usize = 1;
@@ -89,6 +90,7 @@ impl KvmMachine {
         let count = spec.vcpus.get();
         let transport = kvm.transport();
         acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + OTHER_DEVICES)?;
+        generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
         }
@@ -126,7 +128,7 @@ impl KvmMachine {
         let transport = state.transport;
         let parts = Parts { name, transport, disks, nets, console, vm, memory, processors };
         let mut shared = parts.put_together(kvm, MachineState::Paused)?;
-        shared.devices.restore(&shared.vm, state)?;
+        shared.devices.restore(&shared.vm, &shared.memory, state)?;
         Self::run(shared, filters.as_ref())
     }
 
@@ -208,6 +210,7 @@ impl Parts<'_> {
         let devices = Devices {
             serial: serial_port(&vm, console)?,
             power: Power::default(),
+            rtc: Mutex::new(Rtc::new()),
             pci: (transport == Transport::Pci).then(Bus::new),
             virtio,
         };
@@ -274,6 +277,7 @@ impl Shared {
             nets: self.nets.clone(),
             serial: devices.serial.save(),
             power: devices.power.save(),
+            rtc: devices.rtc.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             pci: devices.pci.as_ref().map(Bus::save),
             virtio: devices.virtio.iter().map(VirtioDevice::save).collect(),
             processors: self.processors.iter().map(processor).collect::<Result<_>>()?,

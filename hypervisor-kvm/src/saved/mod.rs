@@ -18,7 +18,8 @@ pub(crate) use self::processor::Processor;
 use crate::Transport;
 use crate::error::{Result, saved};
 use crate::pci::BusState;
-use crate::power::Pm1;
+use crate::power;
+use crate::rtc::Rtc;
 use crate::serial::SerialState;
 use crate::virtio::DeviceState;
 
@@ -43,7 +44,8 @@ pub(crate) struct State {
     pub(crate) disks: Vec<Disk>,
     pub(crate) nets: Vec<Port>,
     pub(crate) serial: SerialState,
-    pub(crate) power: Pm1,
+    pub(crate) power: power::State,
+    pub(crate) rtc: Rtc,
     pub(crate) pci: Option<BusState>,
     /// In the order of disks, network ports and other devices.
     pub(crate) virtio: Vec<DeviceState>,

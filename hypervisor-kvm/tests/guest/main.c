@@ -1,11 +1,12 @@
 /* A guest that obeys one-line commands on the serial port: the protocol of the conformance suite in
-   instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0,
+   instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0, `clock`,
    and `chatter`, after which it says the same for ever. */
 #include "guest.h"
 
 enum { SERIAL = 0x3f8, DATA = 0, INTERRUPTS = 1, FIFO = 2, LINE = 3, MODEM = 4, LINE_STATUS = 5 };
 enum { RECEIVED = 0x01, CAN_SEND = 0x20 };
 enum { PM1_STATUS = 0x600, PM1_ENABLE = 0x602, PM1_CONTROL = 0x604, POWER_BUTTON = 1 << 8 };
+enum { PANIC = 0x505, PANICKED = 1, RTC = 0x70 };
 enum { PIC = 0x20, PIC2 = 0xa0, VECTORS = 0x20, IRQS = 16 };
 
 static const struct start_info *info;
@@ -86,11 +87,33 @@ static void go_astray(void)
     ((void (*)(void))0xc0001000)();
 }
 
-/* Says by pvpanic that it panicked. */
+/* Says by pvpanic that it panicked. Where the guest is still there, nobody has heard it. */
 static void panic(void)
 {
-    outb(0x505, 1);
+    outb(PANIC, inb(PANIC) & PANICKED);
     say("unsupported\n");
+}
+
+static u32 clock(u8 which)
+{
+    outb(RTC, which);
+    u8 digits = inb(RTC + 1);
+    return (digits >> 4) * 10 + (digits & 15);
+}
+
+/* Century, year, month, day, hour, minute and second, two digits each. */
+static u64 time(void)
+{
+    static const u8 order[] = { 0x32, 9, 8, 7, 4, 2, 0 };
+    u64 number;
+    u32 second;
+    do {
+        number = 0;
+        second = clock(0);
+        for (u32 n = 0; n < sizeof order; n++)
+            number = number * 100 + clock(order[n]);
+    } while (second != clock(0));
+    return number;
 }
 
 /* Interrupts: of the serial port (4), of ACPI (9), which comes by the second controller (2). */
@@ -313,6 +336,8 @@ static void obey(char *line)
         panic();
     } else if (is(command, "astray")) {
         go_astray();
+    } else if (is(command, "clock")) {
+        answer_number("clock ", time());
     } else if (is(command, "spin")) {
         say("spinning\n");
         for (;;)
