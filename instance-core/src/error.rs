@@ -72,6 +72,14 @@ pub enum ErrorKind {
     VolumeInUse,
     /// The account has no such snapshot.
     SnapshotNotFound,
+    /// The account has no such launch template.
+    LaunchTemplateNotFound,
+    /// The launch template has no such version.
+    LaunchTemplateVersionNotFound,
+    /// The account has a launch template of that name already.
+    LaunchTemplateNameDuplicate,
+    /// The account has as many of these as it can have.
+    ResourceLimitExceeded,
     /// There is no such key pair.
     KeyPairNotFound,
     /// There is no such subnet.
@@ -195,6 +203,10 @@ impl Error {
             ErrorKind::VolumeNotFound => "InvalidVolume.NotFound",
             ErrorKind::VolumeInUse => "VolumeInUse",
             ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",
+            ErrorKind::LaunchTemplateNotFound => "InvalidLaunchTemplateId.NotFound",
+            ErrorKind::LaunchTemplateVersionNotFound => "InvalidLaunchTemplateId.VersionNotFound",
+            ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
+            ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::SubnetFull => "InsufficientFreeAddressesInSubnet",

@@ -28,7 +28,7 @@
 //!   what is known of it, [`Console`](console::Console) its serial console, and
 //!   [`Shell`](shell::Shell) a session on that.
 //! - A region is used as an account: [`Region::as_account`]. [`Region::run_instances`] launches with a
-//!   [`LaunchSpec`]; images, instances, volumes, snapshots and tags are described by requests with EC2's
+//!   [`LaunchSpec`], and [`Region::launch_from_template`] with what a [`LaunchTemplate`] keeps; images, instances, volumes, snapshots and tags are described by requests with EC2's
 //!   filters ([`Describe`], [`DescribeTags`], [`ami_core::DescribeImages`]). [`Capacity`] is what the host
 //!   holds.
 //! - [`state_store`]: where a region keeps what it knows, if not in its own file.
@@ -72,6 +72,7 @@ mod images;
 mod instance;
 mod instance_type;
 mod launch;
+mod launch_template;
 mod lifecycle;
 mod lock;
 pub mod machine;
@@ -105,6 +106,10 @@ pub use images::CreatedImage;
 pub use instance::Instance;
 pub use instance_type::{EbsBandwidth, InstanceType};
 pub use launch::{LaunchSpec, Reservation};
+pub use launch_template::{
+    DescribeLaunchTemplateVersions, DescribeLaunchTemplates, LaunchTemplate, LaunchTemplateRef,
+    LaunchTemplateVersion, LaunchTemplateVersionSpec, TemplateVersion,
+};
 pub use metadata_options::{HttpTokens, MetadataOptions};
 pub use options::RegionOptions;
 pub use region::{Region, StateChange};
