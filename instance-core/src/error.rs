@@ -124,6 +124,8 @@ pub enum ErrorKind {
     Unsupported,
     /// The host cannot hold it: no memory, no vCPUs or no disk space.
     InsufficientCapacity,
+    /// Whoever watched its progress ended it.
+    Cancelled,
     /// Another process, or another handle of this one, has the region open.
     RegionInUse,
     /// Bytes in the region directory are not what they should be.
@@ -229,7 +231,9 @@ impl Error {
             ErrorKind::Unsupported => "UnsupportedOperation",
             ErrorKind::InsufficientCapacity => "InsufficientInstanceCapacity",
             ErrorKind::RegionInUse => "ResourceInUse",
-            ErrorKind::Corrupt | ErrorKind::Hypervisor | ErrorKind::Internal => "InternalError",
+            ErrorKind::Corrupt | ErrorKind::Hypervisor | ErrorKind::Cancelled | ErrorKind::Internal => {
+                "InternalError"
+            }
         }
     }
 
@@ -257,6 +261,7 @@ impl Error {
         let kind = match source.kind() {
             Storage::NoSpace => ErrorKind::InsufficientCapacity,
             Storage::Corrupt => ErrorKind::Corrupt,
+            Storage::Cancelled => ErrorKind::Cancelled,
             Storage::InUse => ErrorKind::RegionInUse,
             Storage::InvalidSize => ErrorKind::InvalidParameter,
             _ => ErrorKind::Internal,

@@ -64,7 +64,8 @@ impl<H> Region<H> {
     /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch) for a kernel of another
     /// architecture than the image's, [`InvalidImage`](ErrorKind::InvalidImage),
     /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
-    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity). Nothing is left of it then.
+    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), [`Cancelled`](ErrorKind::Cancelled). Nothing is left of
+    /// it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
         let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
         let made = self.inner.import(*self.account(), builder, source);

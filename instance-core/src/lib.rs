@@ -60,6 +60,7 @@ mod attach;
 mod boot_cache;
 mod capacity;
 pub mod console;
+mod copy_image;
 mod describe;
 mod description;
 mod directory;
@@ -98,6 +99,7 @@ mod volumes;
 pub mod watch;
 
 pub use capacity::Capacity;
+pub use copy_image::CopyImage;
 pub use describe::{Describe, DescribeInstances, DescribeSnapshots, DescribeVolumes};
 pub use description::{Attachment, InstanceDescription, ShutdownBehavior, StateReason};
 pub use error::{Error, ErrorKind, Result};
