@@ -78,6 +78,8 @@ pub enum ErrorKind {
     LaunchTemplateVersionNotFound,
     /// The account has a launch template of that name already.
     LaunchTemplateNameDuplicate,
+    /// The account has no such task.
+    TaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
     /// There is no such key pair.
@@ -208,6 +210,7 @@ impl Error {
             ErrorKind::LaunchTemplateNotFound => "InvalidLaunchTemplateId.NotFound",
             ErrorKind::LaunchTemplateVersionNotFound => "InvalidLaunchTemplateId.VersionNotFound",
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
+            ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",

@@ -75,7 +75,7 @@ impl<H> Region<H> {
 }
 
 impl Inner {
-    fn import<A: Arch>(
+    pub(crate) fn import<A: Arch>(
         &self,
         owner: AccountId,
         builder: AmiBuilder<A>,

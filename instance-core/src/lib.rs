@@ -94,6 +94,7 @@ mod status;
 mod store;
 mod supervisor;
 mod tags;
+mod tasks;
 pub mod testing;
 mod volumes;
 pub mod watch;
@@ -120,4 +121,8 @@ pub use snapshots::{SnapshotDescription, SnapshotState};
 pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};
+pub use tasks::{
+    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
+    TaskDescription, TaskStatus, Tell,
+};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

@@ -28,6 +28,7 @@ use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
 use crate::store::{RedbStore, Store};
 use crate::supervisor::Supervisor;
+use crate::tasks::Tasks;
 use crate::{Error, ErrorKind, InstanceState, Result};
 
 /// A region, kept in a directory and owned by this handle's process.
@@ -286,15 +287,16 @@ impl Paths {
 pub(crate) struct Owner(Arc<Inner>);
 
 impl Deref for Owner {
-    type Target = Inner;
+    type Target = Arc<Inner>;
 
-    fn deref(&self) -> &Inner {
+    fn deref(&self) -> &Arc<Inner> {
         &self.0
     }
 }
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        self.0.tasks.stop();
         self.0.supervisor.stop();
     }
 }
@@ -309,6 +311,7 @@ pub(crate) struct Inner {
     pub(crate) directory: Directory,
     pub(crate) tokens: Tokens,
     pub(crate) in_flight: InFlight,
+    pub(crate) tasks: Tasks,
     pub(crate) meter: Meter,
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) network: Option<Box<dyn Network>>,
@@ -364,6 +367,7 @@ impl Inner {
             directory: Directory::default(),
             tokens: Tokens::default(),
             in_flight: InFlight::default(),
+            tasks: Tasks::default(),
             meter: Meter::new(options.capacity),
             hypervisor,
             network: options.network.take(),

@@ -92,7 +92,11 @@ fn what_is_there_is_not_copied_and_of_what_is_alike_only_the_difference() {
     ask(&server, "write 0 5 changed", "wrote");
     let second = server.create_image("second").unwrap().ami;
     let (id, totals) = copy(&to, &from, second.id(), "second");
-    assert_eq!(totals, [1 << 30, 64 << 10], "all of the second disk, which is empty, and a chunk of the root");
+    assert_eq!(
+        totals,
+        [1 << 30, 64 << 10],
+        "all of the second disk, which is empty, and a chunk of the root"
+    );
     let ami = to.image(id).unwrap().ami().typed::<X86_64>().unwrap();
     ask(&launch(&to, &ami).unwrap(), "read 0 5", "data changed");
     let root = |region: &TestRegion, id: AmiId| bytes(&region.image_disk(id, "/dev/xvda").unwrap());
