@@ -70,6 +70,8 @@ pub enum ErrorKind {
     VolumeNotFound,
     /// The volume is attached to an instance.
     VolumeInUse,
+    /// The volume has not been modified.
+    VolumeModificationNotFound,
     /// The account has no such snapshot.
     SnapshotNotFound,
     /// The account has no such launch template.
@@ -82,6 +84,8 @@ pub enum ErrorKind {
     TaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
+    /// There is no such key for encryption, or nobody who has any.
+    KeyUnavailable,
     /// There is no such key pair.
     KeyPairNotFound,
     /// There is no such subnet.
@@ -212,6 +216,8 @@ impl Error {
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
+            ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
+            ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::SubnetFull => "InsufficientFreeAddressesInSubnet",
@@ -263,6 +269,7 @@ impl Error {
         use storage_block::ErrorKind as Storage;
         let kind = match source.kind() {
             Storage::NoSpace => ErrorKind::InsufficientCapacity,
+            Storage::KeyUnavailable => ErrorKind::KeyUnavailable,
             Storage::Corrupt => ErrorKind::Corrupt,
             Storage::Cancelled => ErrorKind::Cancelled,
             Storage::InUse => ErrorKind::RegionInUse,

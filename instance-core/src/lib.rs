@@ -53,7 +53,7 @@
 //!
 //! # Left out
 //!
-//! Hibernation, instance store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor
+//! Hibernation, instance store volumes, and EC2's API over HTTP. How machines run is a hypervisor
 //! crate's, how frames go a network's.
 
 mod attach;
@@ -96,6 +96,7 @@ mod supervisor;
 mod tags;
 mod tasks;
 pub mod testing;
+mod volume_modification;
 mod volumes;
 pub mod watch;
 
@@ -125,4 +126,5 @@ pub use tasks::{
     DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
     TaskDescription, TaskStatus, Tell,
 };
+pub use volume_modification::{ModifyVolume, VolumeModification, VolumeModificationState};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

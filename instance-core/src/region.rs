@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use ami_core::{AccountId, AmiId, Digest, InstanceId, Page, RegionName, VolumeId};
-use storage_block::{Snapshot, Store as BlockStore};
+use storage_block::{Snapshot, Store as BlockStore, StoreOptions};
 
 use crate::boot_cache::BootCache;
 use crate::capacity::Meter;
@@ -357,7 +357,9 @@ impl Inner {
             Some(region) => check_identity(region, &options)?,
             None => new_identity(&store, &options, &paths)?,
         };
-        let blocks = BlockStore::open(paths.blocks())
+        let keys = options.keys.take();
+        let of_store = keys.map_or_else(StoreOptions::new, |keys| StoreOptions::new().keys(keys));
+        let blocks = BlockStore::open_with(paths.blocks(), &of_store)
             .map_err(|e| Error::storage(e, "cannot open the region's snapshots"))?;
         let boot = BootCache::open(paths.root.join("boot"))?;
         let (supervisor, messages) = Supervisor::new();

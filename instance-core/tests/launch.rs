@@ -85,7 +85,6 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
     let gone = Digest::of(b"gone");
     let (parameter, mapping) = (ErrorKind::InvalidParameter, ErrorKind::InvalidBlockDeviceMapping);
     let (invalid, bad_mapping) = ("InvalidParameterValue", "InvalidBlockDeviceMapping");
-    let unsupported = (ErrorKind::Unsupported, "UnsupportedOperation");
     let table = [
         (spec().count(0, 1), parameter, invalid),
         (spec().count(2, 1), parameter, invalid),
@@ -112,8 +111,12 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
             ErrorKind::SnapshotNotFound,
             "InvalidSnapshot.NotFound",
         ),
-        (device(blank("/dev/sdg", 1).encrypted(true)), unsupported.0, unsupported.1),
-        (device(BlockDeviceMapping::ephemeral("/dev/sdg", "ephemeral0")), unsupported.0, unsupported.1),
+        (
+            device(blank("/dev/sdg", 1).encrypted(true)),
+            ErrorKind::KeyUnavailable,
+            "InvalidKMSKey.InvalidState",
+        ),
+        (device(BlockDeviceMapping::ephemeral("/dev/sdg", "ephemeral24")), mapping, bad_mapping),
     ];
     for (spec, kind, code) in table {
         let what = format!("{spec:?}");
@@ -362,42 +365,16 @@ fn launches_from_many_threads_are_all_there_and_none_twice() {
     assert_eq!(found(&region), made);
 }
 
+/// No instance type has an instance store, and EC2 passes over what is mapped to one then.
 #[test]
-fn the_status_of_instances_is_described_by_filters_and_pages() {
-    use instance_core::{Describe, DescribeInstanceStatus as Status};
-    let dir = tempfile::tempdir().unwrap();
-    let region = common::open(dir.path());
-    let ami = common::register(&region, "base", &common::disk(1, 7)).unwrap();
-    let spec = LaunchSpec::new("t2.nano".parse().unwrap()).count(6, 6);
-    let all = region.run_instances(&ami, spec).unwrap().instances;
-    let soon = Instant::now() + Duration::from_secs(20);
-    all.iter().for_each(|instance| instance.wait_until_status_ok(soon).unwrap());
-    all[0].stop(Duration::ZERO).unwrap();
-    let count = |request: Status| region.describe_instance_status(&request).unwrap().items.len();
-    let filter = |name: &str, value: &str| Describe::new().filter(name, [value]);
-    assert_eq!(count(Status::new()), 5, "those that run");
-    assert_eq!(count(Status::new().include_all_instances(true)), 6);
-    assert_eq!(count(Status::of(Describe::new().id(all[1].id()))), 1);
-    for (name, value, running) in [
-        ("instance-status.status", "ok", 5),
-        ("instance-status.reachability", "passed", 5),
-        ("system-status.status", "ok", 5),
-        ("system-status.reachability", "passed", 5),
-        ("system-status.status", "impaired", 0),
-        ("instance-state-name", "running", 5),
-        ("instance-state-code", "16", 5),
-        ("instance-state-code", "80", 0),
-    ] {
-        assert_eq!(count(Status::of(filter(name, value))), running, "{name}");
-    }
-    let stopped = filter("instance-status.status", "not-applicable");
-    assert_eq!(count(Status::of(stopped).include_all_instances(true)), 1);
-    let page = region
-        .describe_instance_status(&Status::of(Describe::new().max_results(5)).include_all_instances(true))
-        .unwrap();
-    let rest = Describe::new().max_results(5).next_token(page.next_token.unwrap());
-    assert_eq!(count(Status::of(rest).include_all_instances(true)), 1);
-    let gone = Status::of(Describe::new().id("i-0123456789abcdef0".parse().unwrap()));
-    let refused = region.describe_instance_status(&gone).unwrap_err();
-    common::check(&refused, ErrorKind::InstanceNotFound, "InvalidInstanceID.NotFound", &[]);
+fn instance_store_and_what_is_left_out_are_no_disks() {
+    let (_dir, region, ami) = world();
+    let spec = spec()
+        .block_device(BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0"))
+        .block_device(BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral1"))
+        .block_device(BlockDeviceMapping::no_device("/dev/sdh"))
+        .block_device(BlockDeviceMapping::blank("/dev/sdg", 2));
+    let server = region.launch(&ami, spec).unwrap();
+    let devices: Vec<String> = server.describe().attachments.iter().map(|a| a.device_name.clone()).collect();
+    assert_eq!(devices, ["/dev/xvda", "/dev/sdg"], "the image's disk at /dev/sdf has given way");
 }

@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use storage_block::Volume;
+use storage_block::{Snapshot, Volume, VolumeOptions};
 
 use super::Launching;
 use super::plan::Planned;
@@ -66,11 +66,16 @@ impl Inner {
     fn make_volumes(&self, planned: &[Planned]) -> Result<Vec<Volume>> {
         planned
             .iter()
-            .map(|Planned { record, .. }| {
+            .map(|Planned { record, encrypted, .. }| {
                 let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));
                 let base = record.base.map(|digest| self.content(&digest)).transpose()?;
                 let dir = self.paths.volume(record.id);
-                Volume::create_unsynced(&dir, base.as_ref(), record.size).map_err(failed)
+                // What begins as encrypted content stays under the key of that.
+                let options = match *encrypted && !base.as_ref().is_some_and(Snapshot::encrypted) {
+                    true => VolumeOptions::new().encrypt(&self.blocks.new_key(None).map_err(failed)?),
+                    false => VolumeOptions::new(),
+                };
+                options.create_unsynced(&dir, base.as_ref(), record.size).map_err(failed)
             })
             .collect()
     }
@@ -86,7 +91,8 @@ impl Inner {
         self.store.commit(|c| {
             launching.iter().zip(&started).try_for_each(|(one, record)| {
                 let Some(record) = record else { return Ok(()) };
-                one.planned.iter().try_for_each(|p| c.put(&p.record))?;
+                let mut volumes = one.planned.iter().zip(&one.hold.volumes);
+                volumes.try_for_each(|(planned, volume)| c.put(&planned.as_made(volume)))?;
                 c.put(record)
             })
         })?;

@@ -12,8 +12,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use ami_core::{
-    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
-    Timestamp,
+    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, Ebs, InstanceId,
+    ReservationId, Timestamp,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -113,7 +113,7 @@ impl<H> Region<H> {
     /// [`SecurityGroupNotFound`](ErrorKind::SecurityGroupNotFound), [`AddressInUse`](ErrorKind::AddressInUse),
     /// [`SubnetFull`](ErrorKind::SubnetFull),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
-    /// [`Unsupported`](ErrorKind::Unsupported) for instance store and encrypted volumes,
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
     /// [dry run](method@LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or
     /// [`UnauthorizedOperation`](ErrorKind::UnauthorizedOperation). Later:
@@ -231,6 +231,7 @@ impl Inner {
         self.check_architecture(&record, &spec.instance_type)?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
         self.check_contents(owner, &disks, spec)?;
+        self.check_keys(&disks)?;
         self.check_network(spec)?;
         let claims = self.claim(spec)?;
         if launch.dry_run {
@@ -330,6 +331,17 @@ impl Inner {
             ebs.check_snapshot_size(self.content(&digest)?.size())?;
         }
         Ok(())
+    }
+
+    /// That there is a key for what is to be encrypted.
+    fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
+        match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {
+            true => match self.blocks.new_key(None) {
+                Ok(_) => Ok(()),
+                Err(e) => Err(Error::storage(e, "cannot encrypt a volume")),
+            },
+            false => Ok(()),
+        }
     }
 
     /// Takes of the host what the instances need: at least the minimum.
