@@ -22,6 +22,7 @@ use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerA
 /// | `platform` | `windows`, for nothing else has one |
 /// | `product-code`, `product-code.type` | each product code |
 /// | `root-device-name`, `root-device-type` | the type is `ebs` |
+/// | `source-image-id`, `source-image-region` | what it is a copy of |
 /// | `tag:KEY`, `tag-key` | the value of that tag; each key |
 /// | `virtualization-type` | `hvm` |
 ///
@@ -87,6 +88,8 @@ enum Field {
     RootDeviceName,
     RootDeviceType,
     SnapshotDigest,
+    SourceImageId,
+    SourceImageRegion,
     State,
     Tag(String),
     TagKey,
@@ -121,6 +124,8 @@ impl FromStr for Field {
             "product-code.type" => Self::ProductCodeType,
             "root-device-name" => Self::RootDeviceName,
             "root-device-type" => Self::RootDeviceType,
+            "source-image-id" => Self::SourceImageId,
+            "source-image-region" => Self::SourceImageRegion,
             "state" => Self::State,
             "tag-key" => Self::TagKey,
             "virtualization-type" => Self::VirtualizationType,
@@ -166,6 +171,10 @@ impl Field {
             Self::RootDeviceName => vec![manifest.root_device_name().to_string()],
             Self::RootDeviceType => vec!["ebs".to_owned()],
             Self::SnapshotDigest => volumes().filter_map(|v| v.snapshot()).map(ToString::to_string).collect(),
+            Self::SourceImageId => image.source_image().map(|s| s.id.to_string()).into_iter().collect(),
+            Self::SourceImageRegion => {
+                image.source_image().map(|s| s.region.to_string()).into_iter().collect()
+            }
             Self::State => vec![image.state().to_string()],
             Self::Tag(key) => image.tags().get(key).map(str::to_owned).into_iter().collect(),
             Self::TagKey => image.tags().iter().map(|(key, _)| key.to_owned()).collect(),

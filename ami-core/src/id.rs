@@ -47,6 +47,8 @@ impl MalformedId {
             RouteTableId::PREFIX => "InvalidRouteTableId.Malformed",
             DhcpOptionsId::PREFIX => "InvalidDhcpOptionsId.Malformed",
             LaunchTemplateId::PREFIX => "InvalidLaunchTemplateId.Malformed",
+            ImportImageTaskId::PREFIX => "InvalidConversionTaskId.Malformed",
+            ExportImageTaskId::PREFIX => "InvalidExportTaskID.Malformed",
             _ => "InvalidParameterValue",
         }
     }
@@ -199,4 +201,8 @@ ids! {
     KeyPairId = "key";
     /// The id of a launch template.
     LaunchTemplateId = "lt";
+    /// The id of a task that imports an image.
+    ImportImageTaskId = "import-ami";
+    /// The id of a task that exports an image.
+    ExportImageTaskId = "export-ami";
 }

@@ -216,6 +216,16 @@ impl LaunchPermissions {
     }
 }
 
+/// The image that another is a copy of, which may be gone; [`Image::source_image`] shows it in use.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceImage {
+    /// Its region.
+    pub region: RegionName,
+    /// Its id there.
+    pub id: AmiId,
+}
+
 /// An image as its region describes it: what never changes, and the attributes that do.
 ///
 /// ```
@@ -249,6 +259,8 @@ pub struct Image {
     owner_alias: Option<OwnerAlias>,
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty", deserialize_with = "read_product_codes")]
     product_codes: BTreeSet<ProductCode>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    source_image: Option<SourceImage>,
 }
 
 impl Image {
@@ -266,6 +278,7 @@ impl Image {
             deprecation: None,
             owner_alias: None,
             product_codes: BTreeSet::new(),
+            source_image: None,
         }
     }
 
@@ -308,7 +321,8 @@ impl Image {
         self.authorize(caller, Action::Copy)?;
         let ami = self.ami.copy_to(region, caller, name)?;
         let product_codes = self.product_codes.clone();
-        Ok(Self { description: self.description.clone(), product_codes, ..Self::pending(ami) })
+        let source_image = Some(SourceImage { region: self.ami.region().clone(), id: self.id() });
+        Ok(Self { description: self.description.clone(), product_codes, source_image, ..Self::pending(ami) })
     }
 
     /// Checks that `next` can take the place of this record while `kept` is the one that is kept: for those who
@@ -425,6 +439,25 @@ impl Image {
     /// The product codes.
     pub fn product_codes(&self) -> impl ExactSizeIterator<Item = &ProductCode> {
         self.product_codes.iter()
+    }
+
+    /// The image that this one is a copy of, if it is one (`SourceImageRegion`, `SourceImageId`).
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, Image, X86_64};
+    /// # let ami = Ami::<X86_64>::builder("web")
+    /// #     .root_device("/dev/xvda")
+    /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+    /// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+    /// let image = Image::new(ami);
+    /// let copy = image.copy_to(image.ami().owner(), &"eu-west-1".parse()?, "web")?;
+    /// let source = copy.source_image().ok_or("it is a copy")?;
+    /// assert_eq!((source.region.as_str(), source.id), ("us-east-1", image.id()));
+    /// assert_eq!(image.source_image(), None);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn source_image(&self) -> Option<&SourceImage> {
+        self.source_image.as_ref()
     }
 
     /// Adds a product code. It cannot be taken away again.

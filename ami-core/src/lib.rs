@@ -96,7 +96,9 @@ pub use digest::{Digest, DigestWriter, MalformedDigest};
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, Query};
 pub use id::*;
-pub use image::{Category, Image, ImageState, LaunchPermissions, OwnerAlias, ProductCode, ProductCodeKind};
+pub use image::{
+    Category, Image, ImageState, LaunchPermissions, OwnerAlias, ProductCode, ProductCodeKind, SourceImage,
+};
 pub use manifest::{Manifest, VirtualizationType};
 pub use page::{Page, PageRequest};
 pub use pattern::Pattern;

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, quote, words};
-use crate::{AmiId, InstanceId, SnapshotId, VolumeId};
+use crate::{AmiId, InstanceId, LaunchTemplateId, SnapshotId, VolumeId};
 
 words! {
     /// The kind of a [`ResourceId`], which shows it in use.
@@ -15,6 +15,8 @@ words! {
         Image = "image",
         /// An instance.
         Instance = "instance",
+        /// A launch template.
+        LaunchTemplate = "launch-template",
         /// A snapshot.
         Snapshot = "snapshot",
         /// A volume.
@@ -41,6 +43,8 @@ pub enum ResourceId {
     Image(AmiId),
     /// An instance.
     Instance(InstanceId),
+    /// A launch template.
+    LaunchTemplate(LaunchTemplateId),
     /// A snapshot.
     Snapshot(SnapshotId),
     /// A volume.
@@ -53,6 +57,7 @@ impl ResourceId {
         match self {
             Self::Image(_) => ResourceType::Image,
             Self::Instance(_) => ResourceType::Instance,
+            Self::LaunchTemplate(_) => ResourceType::LaunchTemplate,
             Self::Snapshot(_) => ResourceType::Snapshot,
             Self::Volume(_) => ResourceType::Volume,
         }
@@ -64,6 +69,7 @@ impl fmt::Display for ResourceId {
         match self {
             Self::Image(id) => id.fmt(f),
             Self::Instance(id) => id.fmt(f),
+            Self::LaunchTemplate(id) => id.fmt(f),
             Self::Snapshot(id) => id.fmt(f),
             Self::Volume(id) => id.fmt(f),
         }
@@ -77,12 +83,16 @@ impl FromStr for ResourceId {
         let id = match text.split_once('-').map(|(prefix, _)| prefix) {
             Some(AmiId::PREFIX) => text.parse().map(Self::Image).ok(),
             Some(InstanceId::PREFIX) => text.parse().map(Self::Instance).ok(),
+            Some(LaunchTemplateId::PREFIX) => text.parse().map(Self::LaunchTemplate).ok(),
             Some(SnapshotId::PREFIX) => text.parse().map(Self::Snapshot).ok(),
             Some(VolumeId::PREFIX) => text.parse().map(Self::Volume).ok(),
             _ => None,
         };
         id.ok_or_else(|| {
-            let message = format!("{} is no id of an image, instance, snapshot or volume", quote(text));
+            let message = format!(
+                "{} is no id of an image, instance, launch template, snapshot or volume",
+                quote(text)
+            );
             Error::new(ErrorKind::InvalidResourceId, message)
         })
     }
@@ -112,4 +122,7 @@ macro_rules! from_ids {
     )*};
 }
 
-from_ids!(AmiId => Image, InstanceId => Instance, SnapshotId => Snapshot, VolumeId => Volume);
+from_ids!(
+    AmiId => Image, InstanceId => Instance, LaunchTemplateId => LaunchTemplate, SnapshotId => Snapshot,
+    VolumeId => Volume
+);

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
-    Ami, Arm64, BlockDeviceMapping, Boot, Digest, Image, Manifest, OperatingSystem, Software, VolumeType,
-    X86_64,
+    Ami, Arm64, BlockDeviceMapping, Boot, Digest, Image, ImageState, Manifest, OperatingSystem, Software,
+    VolumeType, X86_64,
 };
 
 const SMALL: &[u8] = include_bytes!("golden/small.manifest.json");
@@ -11,6 +11,8 @@ const SMALL_DIGEST: &str = "sha256:28d9a70b56327366a0ac28f66f38e48841060093ed2a5
 const FULL: &[u8] = include_bytes!("golden/full.manifest.json");
 const FULL_DIGEST: &str = "sha256:3ae96a5de4bff4de348d66c13f80906be4e80126486e8a26bf99f057e3391dad";
 const IMAGE: &[u8] = include_bytes!("golden/image.json");
+const COPY: &[u8] = include_bytes!("golden/copy.json");
+const COPY_ID: &str = "ami-294517ac247000e61";
 const IMAGE_ID: &str = "ami-56bcde7a68bbd0b45";
 
 fn small() -> Manifest {
@@ -62,4 +64,17 @@ fn an_image_keeps_its_id() {
     assert_eq!(again.id().to_string(), IMAGE_ID, "the id is derived from what it always was");
     let rewritten = serde_json::to_value(&image).unwrap();
     assert_eq!(rewritten, serde_json::from_slice::<serde_json::Value>(IMAGE).unwrap());
+}
+
+#[test]
+fn a_copy_says_what_it_is_a_copy_of() {
+    let copy: Image = serde_json::from_slice(COPY).unwrap();
+    let image: Image = serde_json::from_slice(IMAGE).unwrap();
+    let mut again = image.copy_to(image.ami().owner(), copy.ami().region(), copy.ami().name()).unwrap();
+    again.set_state(ImageState::Available).unwrap();
+    assert_eq!((copy.id().to_string().as_str(), &again), (COPY_ID, &copy));
+    let source = copy.source_image().unwrap();
+    assert_eq!((source.id.to_string().as_str(), &source.region), (IMAGE_ID, image.ami().region()));
+    let rewritten = serde_json::to_value(&copy).unwrap();
+    assert_eq!(rewritten, serde_json::from_slice::<serde_json::Value>(COPY).unwrap());
 }

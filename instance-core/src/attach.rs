@@ -3,15 +3,16 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use ami_core::{AccountId, DeviceName, InstanceId, VolumeId};
+use ami_core::{AccountId, DeviceName, InstanceId, Timestamp, VolumeId};
 use storage_block::Volume;
 
 use crate::description::{Attachment, InstanceDescription};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Detach, DiskSpec, Machine, MachineError, MachineErrorKind};
-use crate::record::{InstanceRecord, VolumeRecord};
+use crate::record::{InstanceRecord, ModificationRecord, VolumeRecord};
 use crate::region::{Inner, Region};
+use crate::volume_modification::ModifyVolume;
 use crate::volumes::{GIB, VolumeDescription};
 use crate::{Error, ErrorKind, InstanceState, Result};
 
@@ -86,7 +87,9 @@ impl<H> Region<H> {
     /// that is less than it has or more than its type may have, [`Unsupported`](ErrorKind::Unsupported) for an instance
     /// that runs on a machine whose disks do not grow, or what the host met.
     pub fn grow_volume(&self, volume: VolumeId, size_gib: u32) -> Result<VolumeDescription> {
-        self.inner.grow_volume(*self.account(), volume, size_gib)
+        self.modify_volume(volume, ModifyVolume::new().size_gib(size_gib))?;
+        let record = self.inner.volume(*self.account(), volume)?;
+        Ok(VolumeDescription::of(record, self.inner.directory.attached(volume).as_deref()))
     }
 }
 
@@ -182,19 +185,38 @@ impl Inner {
         Ok(())
     }
 
-    fn grow_volume(&self, owner: AccountId, id: VolumeId, size_gib: u32) -> Result<VolumeDescription> {
+    pub(crate) fn modify_volume(
+        &self,
+        owner: AccountId,
+        id: VolumeId,
+        change: ModifyVolume,
+    ) -> Result<VolumeRecord> {
+        let started = Timestamp::now();
         self.volume(owner, id)?;
         let holder = self.directory.attached(id);
         let cell = holder.map(|holder| self.cell(owner, holder.id)).transpose()?;
         let live = cell.as_ref().map(|cell| cell.hold(self.supervisor.sender()));
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
         let mut record: VolumeRecord = self.volume(owner, id)?;
-        let (old, (_, most)) = (record.size.div_ceil(GIB), record.volume_type.size_range_gib());
-        if u64::from(size_gib) < old || size_gib > most {
-            let what = format!("a {} volume of {old} GiB cannot have {size_gib}", record.volume_type);
+        let target_type = change.volume_type.unwrap_or(record.volume_type);
+        let (old, (least, most)) = (record.size.div_ceil(GIB), target_type.size_range_gib());
+        let size_gib = change.size_gib.map_or(old, u64::from);
+        if size_gib < old.max(u64::from(least)) || size_gib > u64::from(most) {
+            let what = format!("a volume of {old} GiB cannot be a {target_type} volume of {size_gib}");
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
-        let machine = live.as_ref().and_then(|live| {
+        let target_size = size_gib * GIB;
+        let mut modification = ModificationRecord {
+            original_size: record.size,
+            target_size,
+            original_type: record.volume_type,
+            target_type,
+            started,
+            ended: started,
+        };
+        record.volume_type = target_type;
+        let grows = target_size > record.size;
+        let machine = live.as_ref().filter(|_| grows).and_then(|live| {
             let at = live.record.description.attachments.iter().position(|a| a.volume_id == id)?;
             Some((live.machine.as_deref()?, live.volumes.get(at)?.clone()))
         });
@@ -203,12 +225,16 @@ impl Inner {
                 format!("{id} is attached to an instance that runs, whose disks do not grow meanwhile");
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
-        let volume = match &machine {
-            Some((_, volume)) => volume.clone(),
-            None => self.open_volume(id)?,
-        };
-        record.size = u64::from(size_gib) * GIB;
-        volume.grow(record.size).map_err(|e| Error::storage(e, format!("cannot make {id} larger")))?;
+        if grows {
+            let volume = match &machine {
+                Some((_, volume)) => volume.clone(),
+                None => self.open_volume(id)?,
+            };
+            record.size = target_size;
+            volume.grow(record.size).map_err(|e| Error::storage(e, format!("cannot make {id} larger")))?;
+        }
+        modification.ended = Timestamp::now();
+        record.modification = Some(modification);
         self.store.commit(|c| c.put(&record))?;
         if let Some((machine, _)) = machine {
             // The volume is larger all the same: a guest that was not told finds out when it is started again.
@@ -216,7 +242,7 @@ impl Inner {
                 .disk_grown(&serial(id))
                 .map_err(|e| refused(e, format!("{id} is larger, and the guest has not been told")))?;
         }
-        Ok(VolumeDescription::of(record, self.directory.attached(id).as_deref()))
+        Ok(record)
     }
 
     fn open_volume(&self, id: VolumeId) -> Result<Volume> {

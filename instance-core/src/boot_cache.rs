@@ -62,6 +62,21 @@ impl BootCache {
         })
     }
 
+    /// Keeps what a plan names of another region's.
+    pub(crate) fn copy_from(&self, source: &Self, plan: BootPlan) -> Result<BootPlan> {
+        let boot = source.boot(&plan)?;
+        for (file, digest) in
+            [Some(&boot.kernel), boot.initrd.as_ref()].into_iter().flatten().zip(plan.files())
+        {
+            let bytes = file.read().map_err(|e| Error::io(e, "cannot read a boot file"))?;
+            if self.keep_bytes(&bytes)? != digest {
+                let what = format!("the boot file {digest} of the other region is damaged");
+                return Err(Error::new(ErrorKind::Corrupt, what));
+            }
+        }
+        Ok(plan)
+    }
+
     /// Opens what a plan names.
     pub(crate) fn boot(&self, plan: &BootPlan) -> Result<Boot> {
         let open = |digest: Digest| {

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use event_listener::{Event, Listener};
+use event_listener::{Event, EventListener, Listener};
 
 /// How many bytes of output are kept: the last 64 KiB.
 ///
@@ -117,6 +117,22 @@ impl Console {
     /// How many bytes the guest has ever written.
     pub fn written(&self) -> u64 {
         self.0.lock().written
+    }
+
+    /// Whether the guest has written `text` after so many bytes, of what is kept.
+    pub(crate) fn has_written(&self, text: &str, after: u64) -> bool {
+        let mut reader = ConsoleReader { shared: self.0.clone(), position: after };
+        find(&reader.read_new(), text.as_bytes()).is_some()
+    }
+
+    /// Heard when the guest has written something, or [`wake_readers`](Self::wake_readers) was called.
+    pub(crate) fn news(&self) -> EventListener {
+        self.0.output_grew.listen()
+    }
+
+    /// Has whoever waits for output look again.
+    pub(crate) fn wake_readers(&self) {
+        self.0.output_grew.notify(usize::MAX);
     }
 
     /// A reader that begins with the oldest output still kept.

@@ -70,8 +70,22 @@ pub enum ErrorKind {
     VolumeNotFound,
     /// The volume is attached to an instance.
     VolumeInUse,
+    /// The volume has not been modified.
+    VolumeModificationNotFound,
     /// The account has no such snapshot.
     SnapshotNotFound,
+    /// The account has no such launch template.
+    LaunchTemplateNotFound,
+    /// The launch template has no such version.
+    LaunchTemplateVersionNotFound,
+    /// The account has a launch template of that name already.
+    LaunchTemplateNameDuplicate,
+    /// The account has no such task.
+    TaskNotFound,
+    /// The account has as many of these as it can have.
+    ResourceLimitExceeded,
+    /// There is no such key for encryption, or nobody who has any.
+    KeyUnavailable,
     /// There is no such key pair.
     KeyPairNotFound,
     /// There is no such subnet.
@@ -116,6 +130,8 @@ pub enum ErrorKind {
     Unsupported,
     /// The host cannot hold it: no memory, no vCPUs or no disk space.
     InsufficientCapacity,
+    /// Whoever watched its progress ended it.
+    Cancelled,
     /// Another process, or another handle of this one, has the region open.
     RegionInUse,
     /// Bytes in the region directory are not what they should be.
@@ -195,6 +211,13 @@ impl Error {
             ErrorKind::VolumeNotFound => "InvalidVolume.NotFound",
             ErrorKind::VolumeInUse => "VolumeInUse",
             ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",
+            ErrorKind::LaunchTemplateNotFound => "InvalidLaunchTemplateId.NotFound",
+            ErrorKind::LaunchTemplateVersionNotFound => "InvalidLaunchTemplateId.VersionNotFound",
+            ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
+            ErrorKind::TaskNotFound => "InvalidConversionTaskId",
+            ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
+            ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
+            ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::SubnetFull => "InsufficientFreeAddressesInSubnet",
@@ -217,7 +240,9 @@ impl Error {
             ErrorKind::Unsupported => "UnsupportedOperation",
             ErrorKind::InsufficientCapacity => "InsufficientInstanceCapacity",
             ErrorKind::RegionInUse => "ResourceInUse",
-            ErrorKind::Corrupt | ErrorKind::Hypervisor | ErrorKind::Internal => "InternalError",
+            ErrorKind::Corrupt | ErrorKind::Hypervisor | ErrorKind::Cancelled | ErrorKind::Internal => {
+                "InternalError"
+            }
         }
     }
 
@@ -244,7 +269,9 @@ impl Error {
         use storage_block::ErrorKind as Storage;
         let kind = match source.kind() {
             Storage::NoSpace => ErrorKind::InsufficientCapacity,
+            Storage::KeyUnavailable => ErrorKind::KeyUnavailable,
             Storage::Corrupt => ErrorKind::Corrupt,
+            Storage::Cancelled => ErrorKind::Cancelled,
             Storage::InUse => ErrorKind::RegionInUse,
             Storage::InvalidSize => ErrorKind::InvalidParameter,
             _ => ErrorKind::Internal,

@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 
 use ami_core::{
-    Action, AmiId, AnyAmi, BlockDeviceMapping, Catalog, CatalogExt, DescribeImages, DeviceName, Image,
+    Action, AmiId, BlockDeviceMapping, Catalog, CatalogExt, DescribeImages, DeviceName, Image,
     ModifyImageAttribute, Page, Query, Timestamp,
 };
 use storage_block::Disk;
@@ -140,41 +140,6 @@ impl<H> Region<H> {
     /// what the host met.
     pub fn disable_image_deprecation(&self, id: AmiId) -> Result<Image> {
         Ok(self.catalog().as_account(*self.account()).disable_deprecation(&id)?)
-    }
-
-    /// Makes an image of the account's own of one that it may launch, in this region (`CopyImage`). It has
-    /// the same content and description, and neither permissions nor tags.
-    ///
-    /// ```
-    /// # use ami_core::{Ami, X86_64};
-    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
-    /// # use instance_core::{DirectBoot, ImageSource, Region};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
-    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
-    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
-    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
-    /// let copy = region.copy_image(ami.id(), "web-copy")?;
-    /// assert_eq!(copy.digest(), ami.digest());
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) without
-    /// permission, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
-    /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), [`InvalidImage`](ErrorKind::InvalidImage) for a
-    /// name that breaks the rule, or what the host met.
-    pub fn copy_image(&self, id: AmiId, name: &str) -> Result<AnyAmi> {
-        let inner = &self.inner;
-        let _naming = inner.naming.lock().unwrap_or_else(PoisonError::into_inner);
-        let ImageRecord { image, boot, .. } = inner.image(id)?;
-        let mut copy = image.copy_to(self.account(), &inner.region.name, name)?;
-        copy.set_state(ami_core::ImageState::Available)?;
-        inner.check_name(copy.ami())?;
-        let ami = copy.ami().clone();
-        inner.store.commit(|c| c.put(&ImageRecord { image: copy, boot, snapshots: Vec::new() }))?;
-        Ok(ami)
     }
 
     /// The bytes of a volume of an image's, to read: what is exported, and what EC2's EBS direct APIs read. They stay

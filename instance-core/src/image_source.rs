@@ -32,6 +32,7 @@ pub struct ImageSource<'a> {
     pub(crate) root: Root<'a>,
     pub(crate) root_device: &'a str,
     pub(crate) boot: Option<DirectBoot>,
+    pub(crate) encrypted: bool,
     pub(crate) progress: Option<&'a mut dyn FnMut(Progress)>,
 }
 
@@ -48,7 +49,13 @@ impl<'a> ImageSource<'a> {
     /// A root disk that boots by itself: a partition table or an ext4 file system with a kernel in
     /// `/boot`.
     pub fn new(root: &'a Disk) -> Self {
-        Self { root: Root::Disk(root), root_device: ROOT_DEVICE, boot: None, progress: None }
+        Self {
+            root: Root::Disk(root),
+            root_device: ROOT_DEVICE,
+            boot: None,
+            encrypted: false,
+            progress: None,
+        }
     }
 
     /// The same of a snapshot that the account has made (`RegisterImage`). Nothing is copied; the snapshot
@@ -71,7 +78,8 @@ impl<'a> ImageSource<'a> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn of_snapshot(snapshot: SnapshotId) -> Self {
-        Self { root: Root::Snapshot(snapshot), root_device: ROOT_DEVICE, boot: None, progress: None }
+        let root = Root::Snapshot(snapshot);
+        Self { root, root_device: ROOT_DEVICE, boot: None, encrypted: false, progress: None }
     }
 
     /// The device name of the root volume; `/dev/xvda` if this is not called.
@@ -85,6 +93,15 @@ impl<'a> ImageSource<'a> {
     #[must_use]
     pub fn boot(mut self, boot: DirectBoot) -> Self {
         self.boot = Some(boot);
+        self
+    }
+
+    /// Stores the disk encrypted, under a data key that the region's [keys](crate::RegionOptions::keys) wrap. Without
+    /// meaning for a snapshot, which is encrypted or not. The kernel and the initial RAM disk that are found on it, or come
+    /// beside it, are kept unpacked, and not encrypted.
+    #[must_use]
+    pub fn encrypted(mut self, encrypted: bool) -> Self {
+        self.encrypted = encrypted;
         self
     }
 

@@ -64,7 +64,8 @@ impl<H> Region<H> {
     /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch) for a kernel of another
     /// architecture than the image's, [`InvalidImage`](ErrorKind::InvalidImage),
     /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
-    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity). Nothing is left of it then.
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), [`Cancelled`](ErrorKind::Cancelled). Nothing is left of
+    /// it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
         let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
         let made = self.inner.import(*self.account(), builder, source);
@@ -74,7 +75,7 @@ impl<H> Region<H> {
 }
 
 impl Inner {
-    fn import<A: Arch>(
+    pub(crate) fn import<A: Arch>(
         &self,
         owner: AccountId,
         builder: AmiBuilder<A>,
@@ -96,9 +97,15 @@ impl Inner {
             (Root::Disk(disk), _) => {
                 let mut nobody = |_| ();
                 let progress = source.progress.unwrap_or(&mut nobody);
-                let imported = self.blocks.import(disk, progress);
-                let (snapshot, _) =
-                    imported.map_err(|e| Error::storage(e, "cannot copy the disk into the region"))?;
+                let failed = |e| Error::storage(e, "cannot copy the disk into the region");
+                let imported = match source.encrypted {
+                    true => {
+                        let key = self.blocks.new_key(None).map_err(failed)?;
+                        self.blocks.import_encrypted(disk, &key, progress)
+                    }
+                    false => self.blocks.import(disk, progress),
+                };
+                let (snapshot, _) = imported.map_err(failed)?;
                 (Vec::new(), snapshot)
             }
             (_, Some((id, snapshot))) => (vec![id], snapshot),
@@ -126,10 +133,6 @@ impl Inner {
         for mapping in manifest.block_device_mappings() {
             let Some(ebs) = mapping.as_ebs() else { continue };
             let name = mapping.device_name();
-            if ebs.encrypted() {
-                let what = format!("{name}: encrypted volumes are not supported yet");
-                return Err(Error::new(ErrorKind::Unsupported, what));
-            }
             if let Some(digest) = ebs.snapshot() {
                 let snapshot = self.blocks.snapshot(digest).map_err(|e| {
                     let what = format!("{name}: the region has no snapshot {digest}");
@@ -138,6 +141,10 @@ impl Inner {
                         .with_source(e)
                 })?;
                 ebs.check_snapshot_size(snapshot.size()).map_err(invalid_image)?;
+                if snapshot.encrypted() && !ebs.encrypted() {
+                    let what = format!("{name}: its content is encrypted, and so is a volume of it");
+                    return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
+                }
             }
         }
         Ok(())
@@ -274,8 +281,12 @@ fn child_of(
         let volume_type = volume.map_or(VolumeType::Gp3, |volume| volume.volume_type);
         let mapping =
             BlockDeviceMapping::ebs(&attachment.device_name, snapshot.digest(), gib(snapshot.size())?);
-        mappings
-            .push(mapping.delete_on_termination(attachment.delete_on_termination).volume_type(volume_type));
+        mappings.push(
+            mapping
+                .delete_on_termination(attachment.delete_on_termination)
+                .volume_type(volume_type)
+                .encrypted(snapshot.encrypted()),
+        );
     }
     // What is no volume the image has as its parent had it.
     let others = manifest.block_device_mappings().iter().filter(|m| m.as_ebs().is_none());
@@ -295,7 +306,8 @@ fn child_of(
 
 /// EC2 counts volumes in whole GiB; a smaller disk gets a volume with room to grow.
 fn root_mapping(device: &str, snapshot: &Snapshot) -> Result<BlockDeviceMapping> {
-    Ok(BlockDeviceMapping::ebs(device, snapshot.digest(), gib(snapshot.size())?))
+    let mapping = BlockDeviceMapping::ebs(device, snapshot.digest(), gib(snapshot.size())?);
+    Ok(mapping.encrypted(snapshot.encrypted()))
 }
 
 fn gib(bytes: u64) -> Result<u32> {

@@ -16,6 +16,7 @@ use crate::images::CreatedImage;
 use crate::machine::Machine;
 use crate::record::InstanceRecord;
 use crate::region::Owner;
+use crate::status::Boot;
 use crate::supervisor::Message;
 use crate::watch::{Publisher, Watch};
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
@@ -201,6 +202,8 @@ pub(crate) struct Cell {
     pub(crate) console: Console,
     pub(crate) description: Publisher<InstanceDescription>,
     live: Mutex<Live>,
+    /// What is known of its machine, for status checks, which wait for nothing that is done to it.
+    boot: Mutex<Option<Boot>>,
     /// When it was terminated, if it was.
     terminated: Mutex<Option<Instant>>,
 }
@@ -237,8 +240,13 @@ impl Cell {
                 claim: None,
                 generation: 0,
             }),
+            boot: Mutex::new(None),
             terminated: Mutex::new(None),
         }
+    }
+
+    pub(crate) fn boot(&self) -> MutexGuard<'_, Option<Boot>> {
+        self.boot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn terminated(&self) -> Option<Instant> {

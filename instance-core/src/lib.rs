@@ -28,7 +28,7 @@
 //!   what is known of it, [`Console`](console::Console) its serial console, and
 //!   [`Shell`](shell::Shell) a session on that.
 //! - A region is used as an account: [`Region::as_account`]. [`Region::run_instances`] launches with a
-//!   [`LaunchSpec`]; images, instances, volumes, snapshots and tags are described by requests with EC2's
+//!   [`LaunchSpec`], and [`Region::launch_from_template`] with what a [`LaunchTemplate`] keeps; images, instances, volumes, snapshots and tags are described by requests with EC2's
 //!   filters ([`Describe`], [`DescribeTags`], [`ami_core::DescribeImages`]). [`Capacity`] is what the host
 //!   holds.
 //! - [`state_store`]: where a region keeps what it knows, if not in its own file.
@@ -53,13 +53,14 @@
 //!
 //! # Left out
 //!
-//! Hibernation, instance store and encrypted volumes, and EC2's API over HTTP. How machines run is a hypervisor
+//! Hibernation, instance store volumes, and EC2's API over HTTP. How machines run is a hypervisor
 //! crate's, how frames go a network's.
 
 mod attach;
 mod boot_cache;
 mod capacity;
 pub mod console;
+mod copy_image;
 mod describe;
 mod description;
 mod directory;
@@ -72,6 +73,7 @@ mod images;
 mod instance;
 mod instance_type;
 mod launch;
+mod launch_template;
 mod lifecycle;
 mod lock;
 pub mod machine;
@@ -88,14 +90,18 @@ pub mod shell;
 mod snapshots;
 mod state;
 pub mod state_store;
+mod status;
 mod store;
 mod supervisor;
 mod tags;
+mod tasks;
 pub mod testing;
+mod volume_modification;
 mod volumes;
 pub mod watch;
 
 pub use capacity::Capacity;
+pub use copy_image::CopyImage;
 pub use describe::{Describe, DescribeInstances, DescribeSnapshots, DescribeVolumes};
 pub use description::{Attachment, InstanceDescription, ShutdownBehavior, StateReason};
 pub use error::{Error, ErrorKind, Result};
@@ -105,10 +111,20 @@ pub use images::CreatedImage;
 pub use instance::Instance;
 pub use instance_type::{EbsBandwidth, InstanceType};
 pub use launch::{LaunchSpec, Reservation};
+pub use launch_template::{
+    DescribeLaunchTemplateVersions, DescribeLaunchTemplates, LaunchTemplate, LaunchTemplateRef,
+    LaunchTemplateVersion, LaunchTemplateVersionSpec, TemplateVersion,
+};
 pub use metadata_options::{HttpTokens, MetadataOptions};
 pub use options::RegionOptions;
 pub use region::{Region, StateChange};
 pub use snapshots::{SnapshotDescription, SnapshotState};
 pub use state::{InstanceState, Transition};
+pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};
+pub use tasks::{
+    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
+    TaskDescription, TaskStatus, Tell,
+};
+pub use volume_modification::{ModifyVolume, VolumeModification, VolumeModificationState};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

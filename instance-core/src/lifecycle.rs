@@ -68,6 +68,7 @@ impl Inner {
         self.directory.set(record.description.clone());
         cell.description.set(record.description.clone());
         if moved {
+            cell.console.wake_readers();
             self.announce(&StateChange::of(&record.description));
         }
         live.record = record;
@@ -143,6 +144,7 @@ impl Inner {
 
     /// Gives a running instance a new machine, or stops it where that fails.
     fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
+        cell.begin_boot();
         let ended = live.end_machine();
         // What it takes of the host it keeps.
         let claim = live.claim.take();
@@ -262,6 +264,7 @@ impl Inner {
 
     /// Makes a machine on the volumes that are open, and starts it.
     pub(crate) fn power_on(&self, cell: &Cell, live: &mut Live, boot: Boot) -> Result<()> {
+        cell.begin_boot();
         let runtime_dir = self.paths.instance(cell.id);
         fs::create_dir_all(&runtime_dir)
             .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
@@ -289,6 +292,7 @@ impl Inner {
             }
         });
         machine.start().map_err(failed)?;
+        cell.booted(machine.state());
         live.machine = Some(machine);
         Ok(())
     }

@@ -14,7 +14,7 @@ use crate::net::MacAddress;
 use crate::{InstanceDescription, Result};
 
 /// Where an instance is to be in a network: what [`LaunchSpec`](crate::LaunchSpec) says of it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PlacementRequest {
     /// The subnet; the default one, if none is named.

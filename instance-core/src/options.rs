@@ -1,8 +1,11 @@
 //! How a region is opened.
 
+use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use ami_core::{AccountId, RegionName};
+use storage_block::keys::KeyProvider;
 
 use crate::machine::Hypervisor;
 use crate::network::Network;
@@ -23,7 +26,6 @@ use crate::{Capacity, Result};
 /// assert_eq!(region.account().to_string(), "123456789012");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug)]
 pub struct RegionOptions {
     pub(crate) name: Option<RegionName>,
     pub(crate) account: Option<AccountId>,
@@ -31,6 +33,22 @@ pub struct RegionOptions {
     pub(crate) state_store: Option<Box<dyn StateStore>>,
     pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) ebs_limits: bool,
+    pub(crate) keys: Option<Arc<dyn KeyProvider>>,
+}
+
+impl fmt::Debug for RegionOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, account, capacity, state_store, network, ebs_limits, keys } = self;
+        f.debug_struct("RegionOptions")
+            .field("name", name)
+            .field("account", account)
+            .field("capacity", capacity)
+            .field("state_store", state_store)
+            .field("network", network)
+            .field("ebs_limits", ebs_limits)
+            .field("keys", &keys.as_ref().map(|keys| keys.default_key_id()))
+            .finish()
+    }
 }
 
 impl Default for RegionOptions {
@@ -42,6 +60,7 @@ impl Default for RegionOptions {
             state_store: None,
             network: None,
             ebs_limits: true,
+            keys: None,
         }
     }
 }
@@ -109,6 +128,33 @@ impl RegionOptions {
     #[must_use]
     pub fn ebs_limits(mut self, on: bool) -> Self {
         self.ebs_limits = on;
+        self
+    }
+
+    /// Who has the keys of what is encrypted. Without them nothing is encrypted here, and what was encrypted before cannot
+    /// be read; it stays.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use instance_core::testing::FakeHypervisor;
+    /// use instance_core::{ErrorKind, Region, RegionOptions, VolumeSpec};
+    /// use storage_block::keys::LocalKey;
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let keys = Arc::new(LocalKey::create(&dir.path().join("region.key"))?);
+    /// let region = RegionOptions::new().keys(keys).open(dir.path().join("region"), FakeHypervisor::new())?;
+    /// let volume = region.create_volume(VolumeSpec::new(1).encrypted(true))?;
+    /// let backup = region.create_snapshot(volume.id, "as secret as the volume")?;
+    /// assert!(volume.kms_key_id.is_some() && backup.kms_key_id == volume.kms_key_id);
+    ///
+    /// let plain = Region::open(dir.path().join("plain"), FakeHypervisor::new())?;
+    /// let refused = plain.create_volume(VolumeSpec::new(1).encrypted(true)).unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::KeyUnavailable);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn keys(mut self, provider: Arc<dyn KeyProvider>) -> Self {
+        self.keys = Some(provider);
         self
     }
 

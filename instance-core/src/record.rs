@@ -80,6 +80,24 @@ pub(crate) struct VolumeRecord {
     pub(crate) volume_type: VolumeType,
     pub(crate) created: Timestamp,
     pub(crate) tags: Tags,
+    /// The key that wraps its data key, if it is encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kms_key_id: Option<String>,
+    /// What was last changed of it, if anything was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) modification: Option<ModificationRecord>,
+}
+
+/// What was last changed of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ModificationRecord {
+    /// In bytes.
+    pub(crate) original_size: u64,
+    pub(crate) target_size: u64,
+    pub(crate) original_type: VolumeType,
+    pub(crate) target_type: VolumeType,
+    pub(crate) started: Timestamp,
+    pub(crate) ended: Timestamp,
 }
 
 impl Record for VolumeRecord {
@@ -102,6 +120,9 @@ pub(crate) struct SnapshotRecord {
     pub(crate) description: String,
     pub(crate) created: Timestamp,
     pub(crate) tags: Tags,
+    /// The key that wraps its data key, if it is encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kms_key_id: Option<String>,
 }
 
 impl Record for SnapshotRecord {

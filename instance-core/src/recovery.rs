@@ -64,9 +64,12 @@ impl Inner {
     fn is_whole(&self, record: &InstanceRecord) -> bool {
         let description = &record.description;
         description.state != InstanceState::Pending
-            && description
-                .attachments
-                .iter()
-                .all(|a| Volume::open(&self.paths.volume(a.volume_id), &self.blocks).is_ok())
+            && description.attachments.iter().all(|a| {
+                match Volume::open(&self.paths.volume(a.volume_id), &self.blocks) {
+                    Ok(_) => true,
+                    // It is there: only who has the key is missing.
+                    Err(e) => e.kind() == storage_block::ErrorKind::KeyUnavailable,
+                }
+            })
     }
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use ami_core::{AccountId, AmiId, Digest, InstanceId, Page, RegionName, VolumeId};
-use storage_block::{Snapshot, Store as BlockStore};
+use storage_block::{Snapshot, Store as BlockStore, StoreOptions};
 
 use crate::boot_cache::BootCache;
 use crate::capacity::Meter;
@@ -28,6 +28,7 @@ use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
 use crate::store::{RedbStore, Store};
 use crate::supervisor::Supervisor;
+use crate::tasks::Tasks;
 use crate::{Error, ErrorKind, InstanceState, Result};
 
 /// A region, kept in a directory and owned by this handle's process.
@@ -286,15 +287,16 @@ impl Paths {
 pub(crate) struct Owner(Arc<Inner>);
 
 impl Deref for Owner {
-    type Target = Inner;
+    type Target = Arc<Inner>;
 
-    fn deref(&self) -> &Inner {
+    fn deref(&self) -> &Arc<Inner> {
         &self.0
     }
 }
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        self.0.tasks.stop();
         self.0.supervisor.stop();
     }
 }
@@ -309,6 +311,7 @@ pub(crate) struct Inner {
     pub(crate) directory: Directory,
     pub(crate) tokens: Tokens,
     pub(crate) in_flight: InFlight,
+    pub(crate) tasks: Tasks,
     pub(crate) meter: Meter,
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) network: Option<Box<dyn Network>>,
@@ -354,7 +357,9 @@ impl Inner {
             Some(region) => check_identity(region, &options)?,
             None => new_identity(&store, &options, &paths)?,
         };
-        let blocks = BlockStore::open(paths.blocks())
+        let keys = options.keys.take();
+        let of_store = keys.map_or_else(StoreOptions::new, |keys| StoreOptions::new().keys(keys));
+        let blocks = BlockStore::open_with(paths.blocks(), &of_store)
             .map_err(|e| Error::storage(e, "cannot open the region's snapshots"))?;
         let boot = BootCache::open(paths.root.join("boot"))?;
         let (supervisor, messages) = Supervisor::new();
@@ -364,6 +369,7 @@ impl Inner {
             directory: Directory::default(),
             tokens: Tokens::default(),
             in_flight: InFlight::default(),
+            tasks: Tasks::default(),
             meter: Meter::new(options.capacity),
             hypervisor,
             network: options.network.take(),

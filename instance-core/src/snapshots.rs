@@ -68,6 +68,8 @@ pub struct SnapshotDescription {
     pub state: SnapshotState,
     /// What its user says of it.
     pub description: String,
+    /// The key that wraps its data key, if it is encrypted, as it is if the volume was.
+    pub kms_key_id: Option<String>,
     /// When it was made.
     pub start_time: Timestamp,
     /// Its tags.
@@ -84,6 +86,7 @@ impl From<SnapshotRecord> for SnapshotDescription {
             volume_size_gib: record.size.div_ceil(GIB),
             state: SnapshotState::Completed,
             description: record.description,
+            kms_key_id: record.kms_key_id,
             start_time: record.created,
             tags: record.tags,
         }
@@ -194,6 +197,7 @@ impl Inner {
             description: description.to_owned(),
             created: Timestamp::now(),
             tags: Tags::new(),
+            kms_key_id: snapshot.key_id().map(str::to_owned),
         };
         self.store.commit(|c| c.put(&record))?;
         Ok(record)
@@ -250,7 +254,7 @@ impl Filterable for SnapshotDescription {
     fn values(&self, name: &str) -> Vec<String> {
         match name {
             "description" => vec![self.description.clone()],
-            "encrypted" => vec!["false".to_owned()],
+            "encrypted" => vec![self.kms_key_id.is_some().to_string()],
             "owner-id" => vec![self.owner.to_string()],
             "progress" => vec!["100%".to_owned()],
             "snapshot-id" => vec![self.id.to_string()],

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 
 use ami_core::{
-    AccountId, Action, AmiId, InstanceId, Page, PageRequest, ResourceId, ResourceType, SnapshotId, Tags,
-    VolumeId,
+    AccountId, Action, AmiId, InstanceId, LaunchTemplateId, Page, PageRequest, ResourceId, ResourceType,
+    SnapshotId, Tags, VolumeId,
 };
 
 use crate::describe::{Condition, Filterable, MIN_RESULTS};
 use crate::instance::{Cell, Hold};
+use crate::launch_template::LaunchTemplateRecord;
 use crate::modify::check_alive;
 use crate::record::{ImageRecord, InstanceRecord, SnapshotRecord, VolumeRecord};
 use crate::region::{Inner, Region};
@@ -73,7 +74,7 @@ impl DescribeTags {
 }
 
 impl<H> Region<H> {
-    /// Sets tags of images, instances, snapshots and volumes of the account's: of all of them or of none
+    /// Sets tags of images, instances, launch templates, snapshots and volumes of the account's: of all of them or of none
     /// (`CreateTags`). A key that is there gets the new value.
     ///
     /// ```
@@ -94,6 +95,7 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`InstanceNotFound`](ErrorKind::InstanceNotFound),
+    /// [`LaunchTemplateNotFound`](ErrorKind::LaunchTemplateNotFound),
     /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`VolumeNotFound`](ErrorKind::VolumeNotFound),
     /// [`AuthFailure`](ErrorKind::AuthFailure) for another account's image,
     /// [`MalformedTagKey`](ErrorKind::MalformedTagKey), [`InvalidParameter`](ErrorKind::InvalidParameter) for a
@@ -195,6 +197,7 @@ impl Inner {
         }
         let snapshots = self.store.all::<SnapshotRecord>()?.into_iter().filter(|s| s.owner == owner);
         all.extend(snapshots.map(|s| (s.id.into(), s.tags)));
+        all.extend(self.templates(owner)?.into_iter().map(|r| (r.template.id.into(), r.template.tags)));
         let volumes = self.store.all::<VolumeRecord>()?.into_iter().filter(|v| v.owner == owner);
         all.extend(volumes.map(|v| (v.id.into(), v.tags)));
         Ok(all)
@@ -231,6 +234,7 @@ impl Inner {
             instances.push(record);
         }
         let (mut images, mut snapshots, mut volumes) = (Vec::new(), Vec::new(), Vec::new());
+        let mut templates: Vec<LaunchTemplateRecord> = Vec::new();
         for id in &sorted.images {
             let mut record = self.image(*id)?;
             record.image.authorize(&owner, Action::Change)?;
@@ -242,6 +246,11 @@ impl Inner {
             change(&mut record.tags)?;
             snapshots.push(record);
         }
+        for id in &sorted.templates {
+            let mut record = self.template(owner, &(*id).into())?;
+            change(&mut record.template.tags)?;
+            templates.push(record);
+        }
         for id in &sorted.volumes {
             let mut record = self.volume(owner, *id)?;
             change(&mut record.tags)?;
@@ -251,6 +260,7 @@ impl Inner {
             instances.iter().try_for_each(|record| c.put(record))?;
             images.iter().try_for_each(|record| c.put(record))?;
             snapshots.iter().try_for_each(|record| c.put(record))?;
+            templates.iter().try_for_each(|record| c.put(record))?;
             volumes.iter().try_for_each(|record| c.put(record))
         })?;
         for ((cell, hold), record) in cells.iter().zip(&mut holds).zip(instances) {
@@ -266,6 +276,7 @@ struct Sorted {
     images: BTreeSet<AmiId>,
     instances: BTreeSet<InstanceId>,
     snapshots: BTreeSet<SnapshotId>,
+    templates: BTreeSet<LaunchTemplateId>,
     volumes: BTreeSet<VolumeId>,
 }
 
@@ -274,6 +285,7 @@ impl Sorted {
         match id {
             ResourceId::Image(id) => self.images.insert(id),
             ResourceId::Instance(id) => self.instances.insert(id),
+            ResourceId::LaunchTemplate(id) => self.templates.insert(id),
             ResourceId::Snapshot(id) => self.snapshots.insert(id),
             ResourceId::Volume(id) => self.volumes.insert(id),
             _ => {

@@ -4,7 +4,7 @@ use std::sync::PoisonError;
 
 use ami_core::{AccountId, InstanceId, Page, SnapshotId, Tags, Timestamp, VolumeId, VolumeType};
 use serde::{Deserialize, Serialize};
-use storage_block::Volume;
+use storage_block::VolumeOptions;
 
 use crate::describe::{DescribeVolumes, Filterable, tag_values};
 use crate::description::InstanceDescription;
@@ -81,6 +81,8 @@ pub struct VolumeDescription {
     pub attachment: Option<VolumeAttachment>,
     /// The snapshot that it was made of, if it was made of one by its id.
     pub snapshot_id: Option<SnapshotId>,
+    /// The key that wraps its data key, if it is encrypted.
+    pub kms_key_id: Option<String>,
     /// When it was made.
     pub create_time: Timestamp,
     /// Its tags.
@@ -105,6 +107,7 @@ impl VolumeDescription {
             state: if attachment.is_some() { VolumeState::InUse } else { VolumeState::Available },
             attachment,
             snapshot_id: record.snapshot_id,
+            kms_key_id: record.kms_key_id,
             create_time: record.created,
             tags: record.tags,
         }
@@ -118,13 +121,17 @@ pub struct VolumeSpec {
     size_gib: Option<u32>,
     snapshot: Option<SnapshotId>,
     volume_type: VolumeType,
+    encrypted: bool,
+    kms_key_id: Option<String>,
     tags: Vec<(String, String)>,
 }
 
 impl VolumeSpec {
     /// An empty volume of so many GiB.
     pub fn new(size_gib: u32) -> Self {
-        Self { size_gib: Some(size_gib), snapshot: None, volume_type: VolumeType::Gp3, tags: Vec::new() }
+        let (encrypted, kms_key_id, tags) = Default::default();
+        let (size_gib, volume_type) = (Some(size_gib), VolumeType::Gp3);
+        Self { size_gib, snapshot: None, volume_type, encrypted, kms_key_id, tags }
     }
 
     /// A volume with the content of a snapshot, as large as the volume that this was made of unless
@@ -145,6 +152,19 @@ impl VolumeSpec {
         self
     }
 
+    /// Encrypted under a data key of its own, which the default key of the region's [keys](crate::RegionOptions::keys)
+    /// wraps. One that is made of an encrypted snapshot is encrypted under the snapshot's data key, unless this is said.
+    pub fn encrypted(mut self, encrypted: bool) -> Self {
+        self.encrypted = encrypted;
+        self
+    }
+
+    /// Encrypted, with this key of the region's keys to wrap its data key.
+    pub fn kms_key_id(mut self, key_id: impl Into<String>) -> Self {
+        self.kms_key_id = Some(key_id.into());
+        self.encrypted(true)
+    }
+
     /// A tag.
     pub fn tag(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
         self.tags.push((key.into(), value.into()));
@@ -160,7 +180,8 @@ impl<H> Region<H> {
     /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`InvalidParameter`](ErrorKind::InvalidParameter) for
     /// a size that the type does not have or that is less than the snapshot's,
     /// [`MalformedTagKey`](ErrorKind::MalformedTagKey), [`TagLimitExceeded`](ErrorKind::TagLimitExceeded),
-    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what the host met.
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what
+    /// the host met.
     pub fn create_volume(&self, spec: VolumeSpec) -> Result<VolumeDescription> {
         self.inner.create_volume(*self.account(), spec)
     }
@@ -244,7 +265,7 @@ impl Inner {
             let what = format!("a {} volume of it has {min} to {max} GiB, not {size_gib}", spec.volume_type);
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
-        let record = VolumeRecord {
+        let mut record = VolumeRecord {
             id: VolumeId::random().map_err(|e| Error::io(e, "cannot make an id"))?,
             owner,
             size: size_gib * GIB,
@@ -253,11 +274,17 @@ impl Inner {
             volume_type: spec.volume_type,
             created: Timestamp::now(),
             tags,
+            kms_key_id: None,
+            modification: None,
         };
         let base = record.base.map(|digest| self.content(&digest)).transpose()?;
         let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));
-        let volume =
-            Volume::create(&self.paths.volume(record.id), base.as_ref(), record.size).map_err(failed)?;
+        let key = spec.encrypted.then(|| self.blocks.new_key(spec.kms_key_id.as_deref())).transpose();
+        let options =
+            key.map_err(failed)?.map_or_else(VolumeOptions::new, |key| VolumeOptions::new().encrypt(&key));
+        let made = options.create(&self.paths.volume(record.id), base.as_ref(), record.size);
+        let volume = made.map_err(failed)?;
+        record.kms_key_id = volume.key().map(|key| key.key_id().to_owned());
         if let Err(e) = self.store.commit(|c| c.put(&record)) {
             // The commit may have got as far as to be there: record and files go.
             if let Err(left) = self.remove_volumes(&[record.id]) {
@@ -293,7 +320,7 @@ pub(crate) fn check_stopped(live: &Live) -> Result<()> {
     }
 }
 
-fn volume_not_found(id: VolumeId) -> Error {
+pub(crate) fn volume_not_found(id: VolumeId) -> Error {
     Error::new(ErrorKind::VolumeNotFound, format!("the volume {id} does not exist"))
 }
 
@@ -324,7 +351,7 @@ impl Filterable for VolumeDescription {
             "attachment.instance-id" => attachment().map(|a| a.instance_id.to_string()).collect(),
             "attachment.status" => attachment().map(|_| "attached".to_owned()).collect(),
             "create-time" => vec![self.create_time.to_string()],
-            "encrypted" => vec!["false".to_owned()],
+            "encrypted" => vec![self.kms_key_id.is_some().to_string()],
             "size" => vec![self.size_gib.to_string()],
             "snapshot-id" => self.snapshot_id.iter().map(ToString::to_string).collect(),
             "status" => vec![self.state.as_str().to_owned()],

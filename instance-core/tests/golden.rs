@@ -37,6 +37,17 @@ fn newest() -> u32 {
     VERSIONS[VERSIONS.len() - 1]
 }
 
+fn spec(name: &str) -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap())
+        .user_data("#!/bin/sh")
+        .key_name("laptop")
+        .client_token(name)
+        .termination_protection(name == "object")
+        .volume_tag("Name", name)
+        .tag("Name", name)
+        .shutdown_behavior(ShutdownBehavior::Terminate)
+}
+
 /// Makes a region with a record of every kind: images of a disk, of a snapshot and of an instance, one that was
 /// deregistered, instances that are stopped, their volumes, and those and the snapshot of another account.
 fn make(dir: &Path) {
@@ -53,16 +64,7 @@ fn make(dir: &Path) {
             .block_device(BlockDeviceMapping::blank("/dev/sdf", 1).delete_on_termination(false));
         region.register_image(builder, ImageSource::new(&disk).boot(boot)).unwrap()
     };
-    let launch = |ami: &Ami<X86_64>, name: &str| {
-        let spec = LaunchSpec::new("t2.nano".parse().unwrap())
-            .user_data("#!/bin/sh")
-            .key_name("laptop")
-            .client_token(name)
-            .termination_protection(name == "object")
-            .volume_tag("Name", name)
-            .tag("Name", name);
-        region.launch(ami, spec.shutdown_behavior(ShutdownBehavior::Terminate)).unwrap()
-    };
+    let launch = |ami: &Ami<X86_64>, name: &str| region.launch(ami, spec(name)).unwrap();
     let (web, former) = (register("web"), register("former"));
     let instance = launch(&web, "object");
     ask(&instance, "write 0 0 object", "wrote");
@@ -238,6 +240,9 @@ fn knows_what_version_2_knows(region: &TestRegion, instance: &Instance) {
         (Some("laptop"), Some("object"))
     );
     assert_eq!(instance.user_data().as_deref(), Some(&b"#!/bin/sh"[..]));
+    // What its launch was asked for with is known by its digest, in this version too.
+    let ami = region.image(described.image_id).unwrap().ami().typed::<X86_64>().unwrap();
+    assert_eq!(region.launch(&ami, spec("object")).unwrap().id(), instance.id());
     assert_eq!(instance.terminate().unwrap_err().code(), "OperationNotPermitted");
     let other = region.as_account(OTHER.parse().unwrap());
     let [snapshot] = &other.describe_snapshots(&DescribeSnapshots::new()).unwrap().items[..] else {

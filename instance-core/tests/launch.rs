@@ -85,7 +85,6 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
     let gone = Digest::of(b"gone");
     let (parameter, mapping) = (ErrorKind::InvalidParameter, ErrorKind::InvalidBlockDeviceMapping);
     let (invalid, bad_mapping) = ("InvalidParameterValue", "InvalidBlockDeviceMapping");
-    let unsupported = (ErrorKind::Unsupported, "UnsupportedOperation");
     let table = [
         (spec().count(0, 1), parameter, invalid),
         (spec().count(2, 1), parameter, invalid),
@@ -112,8 +111,12 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
             ErrorKind::SnapshotNotFound,
             "InvalidSnapshot.NotFound",
         ),
-        (device(blank("/dev/sdg", 1).encrypted(true)), unsupported.0, unsupported.1),
-        (device(BlockDeviceMapping::ephemeral("/dev/sdg", "ephemeral0")), unsupported.0, unsupported.1),
+        (
+            device(blank("/dev/sdg", 1).encrypted(true)),
+            ErrorKind::KeyUnavailable,
+            "InvalidKMSKey.InvalidState",
+        ),
+        (device(BlockDeviceMapping::ephemeral("/dev/sdg", "ephemeral24")), mapping, bad_mapping),
     ];
     for (spec, kind, code) in table {
         let what = format!("{spec:?}");
@@ -360,4 +363,18 @@ fn launches_from_many_threads_are_all_there_and_none_twice() {
     assert_eq!(found(&region), made);
     let region: Region<FakeHypervisor> = reopen(&dir, region);
     assert_eq!(found(&region), made);
+}
+
+/// No instance type has an instance store, and EC2 passes over what is mapped to one then.
+#[test]
+fn instance_store_and_what_is_left_out_are_no_disks() {
+    let (_dir, region, ami) = world();
+    let spec = spec()
+        .block_device(BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0"))
+        .block_device(BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral1"))
+        .block_device(BlockDeviceMapping::no_device("/dev/sdh"))
+        .block_device(BlockDeviceMapping::blank("/dev/sdg", 2));
+    let server = region.launch(&ami, spec).unwrap();
+    let devices: Vec<String> = server.describe().attachments.iter().map(|a| a.device_name.clone()).collect();
+    assert_eq!(devices, ["/dev/xvda", "/dev/sdg"], "the image's disk at /dev/sdf has given way");
 }

@@ -341,11 +341,6 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
             ErrorKind::InvalidImage,
             "InvalidBlockDeviceMapping",
         ),
-        (
-            try_device(BlockDeviceMapping::blank("/dev/sdf", 8).encrypted(true)),
-            ErrorKind::Unsupported,
-            "UnsupportedOperation",
-        ),
     ];
     for ((kind, code), expected, expected_code) in table {
         assert_eq!((kind, code.as_str()), (expected, expected_code));

@@ -474,3 +474,67 @@ fn what_cannot_be_asked_is_refused() {
     let found = region.describe_instances(&ids.iter().fold(all(), |request, id| request.id(*id))).unwrap();
     assert_eq!(found.items.len(), 1);
 }
+
+#[test]
+fn volumes_are_modified_and_tell_what_was_last_changed() {
+    use instance_core::ModifyVolume;
+    let (dir, region, ami) = world();
+    let server = region.launch(&ami, spec()).unwrap();
+    let (attached, alone) =
+        (server.describe().attachments[1].volume_id, region.create_volume(VolumeSpec::new(1)).unwrap().id);
+    let all = |region: &TestRegion, request: DescribeVolumes| {
+        region.describe_volumes_modifications(&request).unwrap().items
+    };
+    assert_eq!(all(&region, DescribeVolumes::new()), []);
+    let none = (ErrorKind::VolumeModificationNotFound, "InvalidVolumeModification.NotFound");
+    refused(region.describe_volumes_modifications(&DescribeVolumes::new().id(alone)), none.0, none.1);
+    let gone = "vol-0123456789abcdef0".parse().unwrap();
+    refused(
+        region.describe_volumes_modifications(&DescribeVolumes::new().id(gone)),
+        VOLUME_GONE.0,
+        VOLUME_GONE.1,
+    );
+
+    let larger = region.modify_volume(attached, ModifyVolume::new().size_gib(3)).unwrap();
+    ask(&server, "size 1", "size 3221225472");
+    assert_eq!((larger.original_size_gib, larger.target_size_gib, larger.progress), (1, 3, 100));
+    assert!(larger.start_time <= larger.end_time);
+    let other = region.modify_volume(alone, ModifyVolume::new().volume_type(VolumeType::Gp2)).unwrap();
+    assert_eq!((other.original_type, other.target_type), (VolumeType::Gp3, VolumeType::Gp2));
+    assert_eq!((other.original_size_gib, other.target_size_gib), (1, 1));
+    let told = region.describe_volumes(&DescribeVolumes::new().id(alone)).unwrap().items;
+    assert_eq!((told[0].volume_type, told[0].size_gib), (VolumeType::Gp2, 1));
+
+    // A type with another least size, and what cannot be.
+    let value = (ErrorKind::InvalidParameter, "InvalidParameterValue");
+    let st1 = ModifyVolume::new().volume_type(VolumeType::St1);
+    refused(region.modify_volume(alone, st1), value.0, value.1);
+    for (volume, change) in
+        [(attached, ModifyVolume::new().size_gib(2)), (alone, ModifyVolume::new().size_gib(65_537))]
+    {
+        refused(region.modify_volume(volume, change), value.0, value.1);
+    }
+    refused(
+        region.modify_volume(alone, ModifyVolume::new()),
+        ErrorKind::MissingParameter,
+        "MissingParameter",
+    );
+    let large = region.modify_volume(alone, st1.size_gib(125)).unwrap();
+    assert_eq!(
+        (large.original_type, large.target_type, large.target_size_gib),
+        (VolumeType::Gp2, VolumeType::St1, 125)
+    );
+    drop((server, region));
+    let region = open(dir.path());
+    for (name, value, found) in [
+        ("modification-state", "completed", 2),
+        ("original-size", "1", 2),
+        ("target-size", "125", 1),
+        ("original-volume-type", "gp2", 1),
+        ("target-volume-type", "gp3", 1),
+        ("volume-id", &*alone.to_string(), 1),
+    ] {
+        assert_eq!(all(&region, DescribeVolumes::new().filter(name, [value])).len(), found, "{name}");
+    }
+    assert_eq!(all(&region, DescribeVolumes::new().id(alone)), [large]);
+}

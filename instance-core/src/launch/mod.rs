@@ -1,38 +1,39 @@
 //! Launching: from an image and hardware to instances that run (`RunInstances`).
 
 mod in_flight;
+mod make;
+mod parameters;
 mod places;
 mod plan;
 mod spec;
 mod tokens;
 
 use std::sync::{Arc, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use ami_core::{
-    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
-    Timestamp,
+    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, Ebs, InstanceId,
+    ReservationId, Timestamp,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use storage_block::Volume;
 
 use self::in_flight::Flight;
 pub(crate) use self::in_flight::{InFlight, Needs};
+use self::parameters::Parameters;
+pub(crate) use self::parameters::{Launch, digest_of};
 use self::plan::Planned;
 pub use self::spec::LaunchSpec;
 pub(crate) use self::tokens::Tokens;
 use self::tokens::Turn;
 use crate::boot_cache::BootPlan;
 use crate::capacity::Claim;
-use crate::description::{InstanceDescription, StateReason};
-use crate::error::chain;
+use crate::description::InstanceDescription;
 use crate::instance::{Cell, Hold, Instance};
 use crate::machine::{Boot, Runs};
 use crate::record::{ImageRecord, InstanceRecord, SnapshotRecord};
 use crate::region::{Inner, Region, StateChange};
-use crate::{Error, ErrorKind, InstanceState, InstanceType, Result, Transition};
+use crate::{Error, ErrorKind, InstanceState, InstanceType, Result};
 
 /// What a launch gave.
 ///
@@ -88,7 +89,7 @@ impl<H> Region<H> {
     where
         H: Runs<A>,
     {
-        if spec.max_count > 1 {
+        if spec.count.is_some_and(|(_, max)| max > 1) {
             let what = "launch makes one instance; run_instances makes several";
             return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
         }
@@ -97,7 +98,7 @@ impl<H> Region<H> {
     }
 
     /// Launches instances of `ami` and returns them when their machines run, as many as can be up to the
-    /// [`count`](LaunchSpec::count) and all of them or none up to its minimum (`RunInstances`).
+    /// [`count`](method@LaunchSpec::count) and all of them or none up to its minimum (`RunInstances`).
     ///
     /// # Errors
     ///
@@ -112,9 +113,9 @@ impl<H> Region<H> {
     /// [`SecurityGroupNotFound`](ErrorKind::SecurityGroupNotFound), [`AddressInUse`](ErrorKind::AddressInUse),
     /// [`SubnetFull`](ErrorKind::SubnetFull),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
-    /// [`Unsupported`](ErrorKind::Unsupported) for instance store and encrypted volumes,
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
-    /// [dry run](LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or
+    /// [dry run](method@LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or
     /// [`UnauthorizedOperation`](ErrorKind::UnauthorizedOperation). Later:
     /// [`Unsupported`](ErrorKind::Unsupported) for hardware that the hypervisor cannot give,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity),
@@ -124,12 +125,23 @@ impl<H> Region<H> {
     where
         H: Runs<A>,
     {
-        let owner = *self.account();
-        let cells = self.inner.run_once(owner, ami.id(), &spec)?;
+        let (owner, launch) = (*self.account(), Launch::of(ami.id(), spec)?);
+        let run = || self.inner.run(owner, &launch);
+        let cells = match launch.client_token.as_deref().filter(|_| !launch.dry_run) {
+            Some(token) => {
+                launch.check()?;
+                self.inner.run_once(owner, token, launch.digest()?, run)
+            }
+            None => run(),
+        };
+        self.reservation(cells?)
+    }
+
+    pub(crate) fn reservation(&self, cells: Vec<Arc<Cell>>) -> Result<Reservation> {
         let first = cells.first().map(|cell| cell.description.get().reservation_id);
         let id = first.ok_or_else(|| Error::new(ErrorKind::Internal, "a launch gave no instance"))?;
         let instance = |cell| Instance::new(self.inner.clone(), cell);
-        Ok(Reservation { id, owner, instances: cells.into_iter().map(instance).collect() })
+        Ok(Reservation { id, owner: *self.account(), instances: cells.into_iter().map(instance).collect() })
     }
 }
 
@@ -150,14 +162,16 @@ struct Launching<'a> {
 
 impl Inner {
     /// Launches, unless a launch with the same client token has happened.
-    fn run_once(&self, owner: AccountId, image: AmiId, spec: &LaunchSpec) -> Result<Vec<Arc<Cell>>> {
-        let Some(token) = spec.client_token.as_deref().filter(|_| !spec.dry_run) else {
-            return self.run(owner, image, spec);
-        };
-        spec.check()?;
-        match self.tokens.begin(owner, token, spec.parameters(image)?)? {
+    pub(crate) fn run_once(
+        &self,
+        owner: AccountId,
+        token: &str,
+        asked: Digest,
+        run: impl FnOnce() -> Result<Vec<Arc<Cell>>>,
+    ) -> Result<Vec<Arc<Cell>>> {
+        match self.tokens.begin(owner, token, asked)? {
             Turn::First(under_way) => {
-                let cells = self.run(owner, image, spec)?;
+                let cells = run()?;
                 under_way.done(cells.iter().map(|cell| cell.id).collect());
                 Ok(cells)
             }
@@ -168,9 +182,9 @@ impl Inner {
         }
     }
 
-    fn run(&self, owner: AccountId, image: AmiId, spec: &LaunchSpec) -> Result<Vec<Arc<Cell>>> {
+    pub(crate) fn run(&self, owner: AccountId, launch: &Launch) -> Result<Vec<Arc<Cell>>> {
         self.forget_terminated(Instant::now());
-        let Prepared { boot, records, _flight } = self.prepare(owner, image, spec)?;
+        let Prepared { boot, records, _flight } = self.prepare(owner, launch)?;
         let (mut cells, mut planned, mut claims) = (Vec::new(), Vec::new(), Vec::new());
         for (record, volumes, claim) in records {
             cells.push(Arc::new(Cell::new(record)));
@@ -188,7 +202,7 @@ impl Inner {
             self.cells().insert(cell.id, cell.clone());
             self.announce(&StateChange::of(&description));
         }
-        let min = usize::try_from(spec.min_count).unwrap_or(usize::MAX);
+        let min = usize::try_from(launch.parameters.min_count).unwrap_or(usize::MAX);
         let outcome = self.make(&mut launching, &boot, min);
         let mut running = Vec::new();
         for one in launching {
@@ -201,13 +215,14 @@ impl Inner {
     }
 
     /// Checks everything that can be checked beforehand.
-    fn prepare(&self, owner: AccountId, image: AmiId, spec: &LaunchSpec) -> Result<Prepared<'_>> {
-        let checked = spec.check()?;
+    fn prepare(&self, owner: AccountId, launch: &Launch) -> Result<Prepared<'_>> {
+        let checked = launch.check()?;
+        let (image, spec) = (launch.image, &launch.parameters);
         self.find_what_boots(image)?;
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let record = self.image(image)?;
         record.image.authorize(&owner, Action::Launch).map_err(|e| match e.kind() {
-            ami_core::ErrorKind::AuthFailure if spec.dry_run => {
+            ami_core::ErrorKind::AuthFailure if launch.dry_run => {
                 Error::new(ErrorKind::UnauthorizedOperation, "the account may not launch the image")
                     .with_source(e)
             }
@@ -216,9 +231,10 @@ impl Inner {
         self.check_architecture(&record, &spec.instance_type)?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
         self.check_contents(owner, &disks, spec)?;
+        self.check_keys(&disks)?;
         self.check_network(spec)?;
         let claims = self.claim(spec)?;
-        if spec.dry_run {
+        if launch.dry_run {
             let what = "the launch would have been made, had it not been asked for as a dry run";
             return Err(Error::new(ErrorKind::DryRunOperation, what));
         }
@@ -229,8 +245,8 @@ impl Inner {
         let no_random = |e| Error::io(e, "cannot make an id");
         let reservation = ReservationId::random().map_err(no_random)?;
         let now = Timestamp::now();
-        let parameters = match spec.client_token {
-            Some(_) => Some(spec.parameters(image)?),
+        let parameters = match launch.client_token {
+            Some(_) => Some(launch.digest()?),
             None => None,
         };
         let mut places = self.places(spec);
@@ -245,7 +261,7 @@ impl Inner {
                 reservation_id: reservation,
                 launch_index: index,
                 launch_time: now,
-                client_token: spec.client_token.clone(),
+                client_token: launch.client_token.clone(),
                 image_id: ami.id(),
                 architecture: ami.architecture(),
                 instance_type: spec.instance_type.clone(),
@@ -297,7 +313,7 @@ impl Inner {
         &self,
         owner: AccountId,
         disks: &[BlockDeviceMapping],
-        spec: &LaunchSpec,
+        spec: &Parameters,
     ) -> Result<()> {
         if spec.block_devices.is_empty() {
             return Ok(());
@@ -317,8 +333,19 @@ impl Inner {
         Ok(())
     }
 
+    /// That there is a key for what is to be encrypted.
+    fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
+        match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {
+            true => match self.blocks.new_key(None) {
+                Ok(_) => Ok(()),
+                Err(e) => Err(Error::storage(e, "cannot encrypt a volume")),
+            },
+            false => Ok(()),
+        }
+    }
+
     /// Takes of the host what the instances need: at least the minimum.
-    fn claim(&self, spec: &LaunchSpec) -> Result<Vec<Claim>> {
+    fn claim(&self, spec: &Parameters) -> Result<Vec<Claim>> {
         let mut claims = Vec::new();
         for number in 0..spec.max_count {
             match self.meter.claim(&spec.instance_type) {
@@ -328,108 +355,6 @@ impl Inner {
             }
         }
         Ok(claims)
-    }
-
-    /// Makes volumes, machines and records, and says of each instance what came of it; an error if fewer than
-    /// `min` run.
-    ///
-    /// The volumes become durable while the machines are made and the records committed, so that only one of
-    /// the two is waited for. The records say so: see [`InstanceRecord::launched`].
-    fn make(&self, launching: &mut [Launching<'_>], boot: &Boot, min: usize) -> Result<()> {
-        for one in launching.iter_mut() {
-            match self.make_volumes(one.planned) {
-                Ok(volumes) => one.hold.volumes = volumes,
-                Err(e) => one.done = Err(e),
-            }
-        }
-        let volumes: Vec<Vec<Volume>> = launching.iter().map(|one| one.hold.volumes.clone()).collect();
-        let sync = || -> Vec<Result<(), storage_block::Error>> {
-            volumes.iter().map(|volumes| volumes.iter().try_for_each(Volume::sync_created)).collect()
-        };
-        let (started, synced) = thread::scope(|scope| {
-            let syncing = thread::Builder::new().name("sync-volumes".to_owned()).spawn_scoped(scope, sync);
-            for one in launching.iter_mut().filter(|one| one.done.is_ok()) {
-                one.done = self.power_on(one.cell, &mut one.hold, boot.clone());
-            }
-            let started = enough(launching, min).and_then(|()| self.commit_started(launching));
-            let synced = match syncing {
-                Ok(syncing) => syncing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                // No thread to be had: in this one, then.
-                Err(_) => sync(),
-            };
-            (started, synced)
-        });
-        let started = started?;
-        for (one, synced) in launching.iter_mut().zip(synced) {
-            if let (Ok(()), Err(e)) = (&one.done, synced) {
-                one.done = Err(Error::storage(e, "cannot make a volume durable"));
-            }
-        }
-        enough(launching, min)?;
-        let running = launching.iter_mut().zip(started);
-        for (one, record) in running.filter(|(one, _)| one.done.is_ok()) {
-            let Some(record) = record else { continue };
-            // With whatever is committed next: until then opening the region looks at the volumes themselves.
-            if let Err(e) = self.store.later(|c| c.put(&record)) {
-                tracing::warn!(instance = %one.cell.id, error = chain(&e), "cannot note that a launch is whole");
-            }
-            self.publish(one.cell, &mut one.hold, record);
-        }
-        Ok(())
-    }
-
-    fn make_volumes(&self, planned: &[Planned]) -> Result<Vec<Volume>> {
-        planned
-            .iter()
-            .map(|Planned { record, .. }| {
-                let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));
-                let base = record.base.map(|digest| self.content(&digest)).transpose()?;
-                let dir = self.paths.volume(record.id);
-                Volume::create_unsynced(&dir, base.as_ref(), record.size).map_err(failed)
-            })
-            .collect()
-    }
-
-    /// Commits all instances that run, and all that is theirs, in one: what a crash leaves of a launch is all
-    /// of it or nothing. Gives their records as they are once their volumes are durable.
-    fn commit_started(&self, launching: &[Launching<'_>]) -> Result<Vec<Option<InstanceRecord>>> {
-        let started = launching.iter().map(|one| match one.done {
-            Ok(()) => one.hold.after(Transition::Started, None).map(Some),
-            Err(_) => Ok(None),
-        });
-        let mut started = started.collect::<Result<Vec<_>>>()?;
-        self.store.commit(|c| {
-            launching.iter().zip(&started).try_for_each(|(one, record)| {
-                let Some(record) = record else { return Ok(()) };
-                one.planned.iter().try_for_each(|p| c.put(&p.record))?;
-                c.put(record)
-            })
-        })?;
-        started.iter_mut().flatten().for_each(|record| record.launched = true);
-        Ok(started)
-    }
-
-    /// Leaves nothing of a launch that failed. Files that cannot be removed now are when the region is opened
-    /// again: no record names them.
-    fn undo_launch(&self, cell: &Cell, mut live: Hold<'_>, planned: &[Planned], why: &Error) {
-        self.power_off(&mut live);
-        self.cells().remove(&cell.id);
-        self.release_place(&live.record.description);
-        // A commit that failed may have got as far as to say so.
-        live.record.launched = false;
-        let left = planned.iter().try_for_each(|p| {
-            let failed = |e| Error::storage(e, format!("cannot remove the volume {}", p.record.id));
-            Volume::remove(&self.paths.volume(p.record.id)).map_err(failed)
-        });
-        if let Err(e) = self.forget(&live.record).and(left) {
-            tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
-        }
-        let mut gone = live.record.description.clone();
-        gone.state = InstanceState::Terminated;
-        gone.state_reason = Some(StateReason::new(why.code(), chain(why)));
-        self.announce(&StateChange::of(&gone));
-        self.directory.remove(cell.id);
-        cell.description.set(gone);
     }
 
     /// Finds what an image boots that was put into the catalogue as a record alone, and keeps it.
@@ -462,17 +387,6 @@ impl Inner {
         let record = ImageRecord { boot: Some(plan), ..self.image(id)? };
         self.store.commit(|c| c.put(&record))
     }
-}
-
-/// The first failure, if fewer than `min` are without one.
-fn enough(launching: &mut [Launching<'_>], min: usize) -> Result<()> {
-    if launching.iter().filter(|one| one.done.is_ok()).count() >= min {
-        return Ok(());
-    }
-    let mut failures = launching.iter_mut().filter_map(|one| std::mem::replace(&mut one.done, Ok(())).err());
-    Err(failures
-        .next()
-        .unwrap_or_else(|| Error::new(ErrorKind::Internal, "a launch failed without a reason")))
 }
 
 fn not_found_to_boot(id: AmiId) -> Error {

@@ -2,7 +2,7 @@
 
 use ami_core::InstanceId;
 
-use super::LaunchSpec;
+use super::Parameters;
 use crate::description::InstanceDescription;
 use crate::error::chain;
 use crate::network::{Network, NetworkPlacement};
@@ -12,13 +12,13 @@ use crate::{Error, ErrorKind, Result};
 /// Places that were taken, and are released again unless they are [kept](Self::keep).
 pub(super) struct Places<'a> {
     network: Option<&'a dyn Network>,
-    spec: &'a LaunchSpec,
+    spec: &'a Parameters,
     taken: Vec<NetworkPlacement>,
 }
 
 impl Inner {
     /// Checks what a launch asks of the network.
-    pub(super) fn check_network(&self, spec: &LaunchSpec) -> Result<()> {
+    pub(super) fn check_network(&self, spec: &Parameters) -> Result<()> {
         match (&self.network, &spec.key_name) {
             (None, _) if !spec.placement.is_default() => {
                 let what = "the region has no network, and so no subnets, groups and addresses";
@@ -29,7 +29,7 @@ impl Inner {
         }
     }
 
-    pub(super) fn places<'a>(&'a self, spec: &'a LaunchSpec) -> Places<'a> {
+    pub(super) fn places<'a>(&'a self, spec: &'a Parameters) -> Places<'a> {
         Places { network: self.network.as_deref(), spec, taken: Vec::new() }
     }
 

@@ -4,6 +4,8 @@ use ami_core::{
     AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Ebs, Manifest, Tags, Timestamp, VolumeId,
 };
 
+use storage_block::Volume;
+
 use crate::description::Attachment;
 use crate::record::VolumeRecord;
 use crate::{Error, ErrorKind, Result};
@@ -12,6 +14,16 @@ use crate::{Error, ErrorKind, Result};
 pub(super) struct Planned {
     pub(super) attachment: Attachment,
     pub(super) record: VolumeRecord,
+    /// Whether it is to be encrypted, also if its content is not.
+    pub(super) encrypted: bool,
+}
+
+impl Planned {
+    /// Its record once the volume is there.
+    pub(super) fn as_made(&self, volume: &Volume) -> VolumeRecord {
+        let kms_key_id = volume.key().map(|key| key.key_id().to_owned());
+        VolumeRecord { kms_key_id, ..self.record.clone() }
+    }
 }
 
 /// The disks of an image's instance as mappings of EBS volumes, the root volume first, with `changes` made.
@@ -38,23 +50,16 @@ pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Resu
             (None, _) => disks.push(change.clone()),
         }
     }
-    disks.retain(|disk| *disk.kind() != BlockDeviceKind::NoDevice);
+    // No instance type that is known has an instance store: EC2 passes over what is mapped to one then.
+    disks.retain(|disk| disk.as_ebs().is_some());
     disks.sort_by_key(|disk| disk.device_name() != root.as_str());
     for disk in &disks {
         let name = disk.device_name();
         match disk.as_ebs() {
-            None => {
-                let what = format!("{name}: instance store volumes are not supported");
-                return Err(Error::new(ErrorKind::Unsupported, what));
-            }
-            Some(ebs) if ebs.encrypted() => {
-                let what = format!("{name}: encrypted volumes are not supported yet");
-                return Err(Error::new(ErrorKind::Unsupported, what));
-            }
             Some(ebs) if name == root.as_str() && !ebs.volume_type().can_boot() => {
                 return invalid(format!("nothing boots from {name}, a volume of type {}", ebs.volume_type()));
             }
-            Some(_) => {}
+            _ => {}
         }
     }
     Ok(disks)
@@ -109,7 +114,10 @@ pub(super) fn volumes(
                 volume_type: ebs.volume_type(),
                 created,
                 tags: tags.clone(),
+                kms_key_id: None,
+                modification: None,
             },
+            encrypted: ebs.encrypted(),
         })
     };
     disks.iter().filter_map(|disk| disk.as_ebs().map(|ebs| volume(disk, ebs))).collect()

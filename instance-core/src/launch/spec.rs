@@ -1,15 +1,19 @@
-//! What an image is launched with: the parameters of `RunInstances`.
+//! What an image is launched with, as it is asked for: the parameters of `RunInstances`.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use ami_core::{AmiId, BlockDeviceMapping, Digest, SecurityGroupId, SubnetId, Tags};
-use serde::Serialize;
+use ami_core::{AmiId, BlockDeviceMapping, SecurityGroupId, SubnetId};
+use serde::{Deserialize, Serialize};
 
 use crate::network::PlacementRequest;
-use crate::{Error, ErrorKind, InstanceType, MetadataOptions, Result, ShutdownBehavior};
+use crate::{InstanceType, MetadataOptions, ShutdownBehavior};
 
-/// What to launch an image with.
+/// What to launch an image with, or a part of it: what a [launch template](crate::LaunchTemplateVersion) keeps, and
+/// what a launch says beside one.
+///
+/// A parameter that is not given is the template's, if there is one, and otherwise has EC2's default; only the
+/// image and the instance type have none. Setters and fields have the same names.
 ///
 /// ```
 /// use ami_core::BlockDeviceMapping;
@@ -25,28 +29,48 @@ use crate::{Error, ErrorKind, InstanceType, MetadataOptions, Result, ShutdownBeh
 ///     .client_token("deploy-17")
 ///     .tag("Name", "employee-directory")
 ///     .volume_tag("Name", "employee-directory");
+/// assert_eq!(spec.key_name.as_deref(), Some("laptop"));
+/// let nothing_yet = LaunchSpec::default();
+/// assert_eq!(nothing_yet.instance_type, None);
 /// # Ok::<(), instance_core::Error>(())
 /// ```
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LaunchSpec {
-    pub(super) instance_type: InstanceType,
-    pub(super) min_count: u32,
-    pub(super) max_count: u32,
-    pub(super) user_data: Option<Vec<u8>>,
-    pub(super) key_name: Option<String>,
-    pub(super) tags: BTreeMap<String, String>,
-    pub(super) volume_tags: BTreeMap<String, String>,
-    pub(super) block_devices: Vec<BlockDeviceMapping>,
-    pub(super) shutdown_behavior: ShutdownBehavior,
-    pub(super) termination_protection: bool,
-    pub(super) stop_protection: bool,
-    pub(super) metadata_options: MetadataOptions,
-    #[serde(skip_serializing_if = "PlacementRequest::is_default")]
-    pub(super) placement: PlacementRequest,
+    /// The image, of a launch by a template alone.
+    pub image_id: Option<AmiId>,
+    /// The hardware.
+    pub instance_type: Option<InstanceType>,
+    /// What the guest is told by its metadata.
+    #[serde(with = "base64_text")]
+    pub user_data: Option<Vec<u8>>,
+    /// The name of the key pair.
+    pub key_name: Option<String>,
+    /// The tags of each instance.
+    pub tags: BTreeMap<String, String>,
+    /// The tags of each of their volumes.
+    pub volume_tags: BTreeMap<String, String>,
+    /// What is changed of the image's disks.
+    pub block_devices: Vec<BlockDeviceMapping>,
+    /// What happens when the guest powers itself off.
+    pub shutdown_behavior: Option<ShutdownBehavior>,
+    /// Whether it is refused to terminate it.
+    pub termination_protection: Option<bool>,
+    /// Whether it is refused to stop and to terminate it.
+    pub stop_protection: Option<bool>,
+    /// How the metadata is offered.
+    pub metadata_options: Option<MetadataOptions>,
+    /// Where it is to be in the region's network.
+    pub placement: PlacementRequest,
+    /// How many at least and at most; of a launch alone, as is what follows.
     #[serde(skip)]
-    pub(super) client_token: Option<String>,
+    pub count: Option<(u32, u32)>,
+    /// A name for the launch.
     #[serde(skip)]
-    pub(super) dry_run: bool,
+    pub client_token: Option<String>,
+    /// Whether only to ask.
+    #[serde(skip)]
+    pub dry_run: bool,
 }
 
 impl LaunchSpec {
@@ -57,32 +81,30 @@ impl LaunchSpec {
     /// The most characters of the name of a key pair.
     pub const MAX_KEY_NAME: usize = 255;
 
-    /// This hardware, and EC2's defaults for the rest.
+    /// This hardware, and nothing else given.
     pub fn new(instance_type: InstanceType) -> Self {
-        Self {
-            instance_type,
-            min_count: 1,
-            max_count: 1,
-            user_data: None,
-            key_name: None,
-            tags: BTreeMap::new(),
-            volume_tags: BTreeMap::new(),
-            block_devices: Vec::new(),
-            shutdown_behavior: ShutdownBehavior::default(),
-            termination_protection: false,
-            stop_protection: false,
-            metadata_options: MetadataOptions::default(),
-            placement: PlacementRequest::default(),
-            client_token: None,
-            dry_run: false,
-        }
+        Self { instance_type: Some(instance_type), ..Self::default() }
+    }
+
+    /// The image, where it is not named beside this: in a template, and in a launch by one.
+    #[must_use]
+    pub fn image_id(mut self, id: AmiId) -> Self {
+        self.image_id = Some(id);
+        self
+    }
+
+    /// The hardware.
+    #[must_use]
+    pub fn instance_type(mut self, instance_type: InstanceType) -> Self {
+        self.instance_type = Some(instance_type);
+        self
     }
 
     /// How many instances: as many as can be, up to `max`, and none if that is less than `min`. One, unless
     /// this says otherwise.
     #[must_use]
     pub fn count(mut self, min: u32, max: u32) -> Self {
-        (self.min_count, self.max_count) = (min, max);
+        self.count = Some((min, max));
         self
     }
 
@@ -128,7 +150,7 @@ impl LaunchSpec {
     /// What happens when the guest powers itself off.
     #[must_use]
     pub fn shutdown_behavior(mut self, behavior: ShutdownBehavior) -> Self {
-        self.shutdown_behavior = behavior;
+        self.shutdown_behavior = Some(behavior);
         self
     }
 
@@ -136,21 +158,21 @@ impl LaunchSpec {
     /// off is terminated all the same, if that is its [`shutdown_behavior`](Self::shutdown_behavior).
     #[must_use]
     pub fn termination_protection(mut self, protect: bool) -> Self {
-        self.termination_protection = protect;
+        self.termination_protection = Some(protect);
         self
     }
 
     /// Refuses to stop and to terminate it until this is taken back (`DisableApiStop`).
     #[must_use]
     pub fn stop_protection(mut self, protect: bool) -> Self {
-        self.stop_protection = protect;
+        self.stop_protection = Some(protect);
         self
     }
 
     /// How its metadata is offered to its guest.
     #[must_use]
     pub fn metadata_options(mut self, options: MetadataOptions) -> Self {
-        self.metadata_options = options;
+        self.metadata_options = Some(options);
         self
     }
 
@@ -193,66 +215,55 @@ impl LaunchSpec {
         self
     }
 
-    pub(crate) fn check_user_data(bytes: Option<&[u8]>) -> Result<()> {
-        match bytes.map(<[u8]>::len) {
-            Some(len) if len > Self::MAX_USER_DATA => {
-                let what = format!("the user data has {len} bytes; it is limited to {}", Self::MAX_USER_DATA);
-                Err(Error::new(ErrorKind::InvalidParameter, what))
-            }
-            _ => Ok(()),
+    /// The same, with what it does not say as `other` says it. A parameter is taken as a whole: tags and block devices
+    /// that are given here are all that there are.
+    pub(crate) fn or(self, other: Self) -> Self {
+        fn given<T: Default + PartialEq>(this: T, other: T) -> T {
+            if this == T::default() { other } else { this }
         }
-    }
-
-    /// Checks what can be checked without looking at the region.
-    pub(super) fn check(&self) -> Result<Checked> {
-        let (min, max) = (self.min_count, self.max_count);
-        if min < 1 || max < min {
-            let what =
-                format!("{min} to {max} instances cannot be launched; use 1 or more, and no less at most");
-            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        let (place, other_place) = (self.placement, other.placement);
+        Self {
+            image_id: self.image_id.or(other.image_id),
+            instance_type: self.instance_type.or(other.instance_type),
+            user_data: self.user_data.or(other.user_data),
+            key_name: self.key_name.or(other.key_name),
+            tags: given(self.tags, other.tags),
+            volume_tags: given(self.volume_tags, other.volume_tags),
+            block_devices: given(self.block_devices, other.block_devices),
+            shutdown_behavior: self.shutdown_behavior.or(other.shutdown_behavior),
+            termination_protection: self.termination_protection.or(other.termination_protection),
+            stop_protection: self.stop_protection.or(other.stop_protection),
+            metadata_options: self.metadata_options.or(other.metadata_options),
+            placement: PlacementRequest {
+                subnet_id: place.subnet_id.or(other_place.subnet_id),
+                security_groups: given(place.security_groups, other_place.security_groups),
+                private_ip: place.private_ip.or(other_place.private_ip),
+            },
+            count: self.count.or(other.count),
+            client_token: self.client_token.or(other.client_token),
+            dry_run: self.dry_run || other.dry_run,
         }
-        if max > 1 && self.placement.private_ip.is_some() {
-            let what = "several instances cannot have one address";
-            return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
-        }
-        Self::check_user_data(self.user_data.as_deref())?;
-        check_ascii("client token", self.client_token.as_deref(), Self::MAX_CLIENT_TOKEN)?;
-        check_ascii("key name", self.key_name.as_deref(), Self::MAX_KEY_NAME)?;
-        let tags = Tags::try_from(self.tags.clone())?;
-        self.metadata_options.check(&tags)?;
-        for (place, mapping) in self.block_devices.iter().enumerate() {
-            let name = mapping.validate()?;
-            let same =
-                |other: &BlockDeviceMapping| other.validate().is_ok_and(|other| other.same_disk(&name));
-            if self.block_devices[..place].iter().any(same) {
-                let what = format!("the device {name} is mapped twice");
-                return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
-            }
-        }
-        Ok(Checked { volume_tags: Tags::try_from(self.volume_tags.clone())? })
-    }
-
-    /// The digest of all that has to be the same for a launch to be a repeated one.
-    pub(super) fn parameters(&self, image: AmiId) -> Result<Digest> {
-        let json = serde_json::to_vec(&(image, self))
-            .map_err(|e| Error::new(ErrorKind::Internal, "cannot serialise a launch").with_source(e))?;
-        Ok(Digest::of(&json))
     }
 }
 
-fn check_ascii(what: &str, text: Option<&str>, max: usize) -> Result<()> {
-    match text {
-        Some(text)
-            if !(1..=max).contains(&text.len()) || !text.bytes().all(|b| (b' '..=b'~').contains(&b)) =>
-        {
-            let what = format!("the {what} must be 1 to {max} ASCII characters");
-            Err(Error::new(ErrorKind::InvalidParameter, what))
-        }
-        _ => Ok(()),
-    }
-}
+/// Bytes as a text in base64.
+mod base64_text {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD as BASE64;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// What a check has made of the texts.
-pub(super) struct Checked {
-    pub(super) volume_tags: Tags,
+    pub(super) fn serialize<S: Serializer>(
+        bytes: &Option<Vec<u8>>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        bytes.as_ref().map(|bytes| BASE64.encode(bytes)).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Vec<u8>>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| BASE64.decode(text).map_err(D::Error::custom)).transpose()
+    }
 }

@@ -1,0 +1,215 @@
+//! EC2's calls on tasks, and the threads that do what they ask for.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
+use std::sync::{Arc, PoisonError};
+use std::thread;
+
+use ami_core::{AmiBuilder, AmiId, Arch, ExportImageTaskId, ImportImageTaskId, Page};
+use storage_block::{Disk, Progress};
+
+use super::{
+    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, ImportImageTask, Shelf, Task,
+    TaskDescription,
+};
+use crate::describe::{Describe, Filterable};
+use crate::image_source::ImageSource;
+use crate::region::{Inner, Region};
+use crate::{DirectBoot, Error, ErrorKind, Result};
+
+/// Tells how many bytes of how many are done, and is told whether to go on.
+pub type Tell<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
+
+/// What comes of putting the bytes of an image somewhere: why that failed, if it did.
+pub type Exported = Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+impl<H> Region<H> {
+    /// Begins to register an image made of a disk (`ImportImage`), as [`register_image`](Self::register_image) does, in a
+    /// thread of its own. The disk has to boot by itself unless there is a kernel to go with it.
+    ///
+    /// # Errors
+    ///
+    /// [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded) with twenty under way, or what the host met. Whatever is
+    /// wrong with the image [the task](ImportImageTask::wait) says.
+    pub fn import_image<A: Arch>(
+        &self,
+        builder: AmiBuilder<A>,
+        disk: Disk,
+        boot: Option<DirectBoot>,
+    ) -> Result<ImportImageTask> {
+        let (inner, owner) = (&self.inner, *self.account());
+        let id = ImportImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
+        let task = Task::new(id, owner, None, "converting");
+        inner.tasks.imports.add(&task)?;
+        inner.begin(&task, &inner.tasks.imports, move |region, task| {
+            let mut progress = |progress: Progress| {
+                task.reach(progress.done, progress.total);
+                if task.is_cancelled() {
+                    progress.cancel();
+                }
+            };
+            let mut source = ImageSource::new(&disk).progress(&mut progress);
+            source.boot = boot;
+            let making = region.making_images.read().unwrap_or_else(PoisonError::into_inner);
+            let made = region.import(owner, builder, source);
+            drop(making);
+            made.map(|ami| ami.id()).inspect_err(|_| region.discard_half_made())
+        })
+    }
+
+    /// Begins to put the bytes of a volume of an image's somewhere (`ExportImage`), in a thread of its own: the disk is
+    /// that of [`image_disk`](Self::image_disk), and where it goes and in which format is `to`'s, which tells how far it is and
+    /// leaves nothing when it is told not to go on.
+    ///
+    /// ```text
+    /// let options = ExportOptions::new(Format::Vmdk); // of the crate image-formats
+    /// let task = region.export_image(ami.id(), "/dev/xvda", move |disk, tell| {
+    ///     image_formats::export(disk, path, &options, &mut |p| tell(p.done, p.total))?;
+    ///     Ok(())
+    /// })?;
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`image_disk`](Self::image_disk), and as [`import_image`](Self::import_image).
+    pub fn export_image(
+        &self,
+        image: AmiId,
+        device: &str,
+        to: impl FnOnce(&Disk, &mut Tell<'_>) -> Exported + Send + 'static,
+    ) -> Result<ExportImageTask> {
+        let disk = self.image_disk(image, device)?;
+        let inner = &self.inner;
+        let id = ExportImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
+        let task = Task::new(id, *self.account(), Some(image), "converting");
+        inner.tasks.exports.add(&task)?;
+        inner.begin(&task, &inner.tasks.exports, move |_, task| {
+            let mut tell = |done, total| {
+                task.reach(done, total);
+                if task.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            to(&disk, &mut tell).map(|()| image).map_err(|e| {
+                let kind = if task.is_cancelled() { ErrorKind::Cancelled } else { ErrorKind::Internal };
+                Error::new(kind, format!("cannot export {image}")).with_source(e)
+            })
+        })
+    }
+
+    /// The account's tasks that import images, or some of them (`DescribeImportImageTasks`). Filter: `task-state`.
+    ///
+    /// # Errors
+    ///
+    /// [`TaskNotFound`](ErrorKind::TaskNotFound) for an id that is not there,
+    /// [`InvalidParameter`](ErrorKind::InvalidParameter),
+    /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) and
+    /// [`InvalidNextToken`](ErrorKind::InvalidNextToken).
+    pub fn describe_import_image_tasks(
+        &self,
+        request: &DescribeImportImageTasks,
+    ) -> Result<Page<TaskDescription<ImportImageTaskId>>> {
+        describe(self.inner.tasks.imports.of(*self.account()), request, import_not_found)
+    }
+
+    /// The account's tasks that export images, or some of them (`DescribeExportImageTasks`). Filter: `task-state`.
+    ///
+    /// # Errors
+    ///
+    /// As [`describe_import_image_tasks`](Self::describe_import_image_tasks).
+    pub fn describe_export_image_tasks(
+        &self,
+        request: &DescribeExportImageTasks,
+    ) -> Result<Page<TaskDescription<ExportImageTaskId>>> {
+        describe(self.inner.tasks.exports.of(*self.account()), request, export_not_found)
+    }
+
+    /// The account's task with this id.
+    ///
+    /// # Errors
+    ///
+    /// [`TaskNotFound`](ErrorKind::TaskNotFound).
+    pub fn import_image_task(&self, id: ImportImageTaskId) -> Result<ImportImageTask> {
+        let mut tasks = self.inner.tasks.imports.of(*self.account()).into_iter();
+        tasks.find(|task| task.id() == id).ok_or_else(|| import_not_found(id))
+    }
+
+    /// The account's task with this id.
+    ///
+    /// # Errors
+    ///
+    /// [`TaskNotFound`](ErrorKind::TaskNotFound).
+    pub fn export_image_task(&self, id: ExportImageTaskId) -> Result<ExportImageTask> {
+        let mut tasks = self.inner.tasks.exports.of(*self.account()).into_iter();
+        tasks.find(|task| task.id() == id).ok_or_else(|| export_not_found(id))
+    }
+}
+
+impl Inner {
+    /// Has a thread do what a task is to do. One that cannot begin is not there.
+    fn begin<Id>(
+        self: &Arc<Self>,
+        task: &Task<Id>,
+        shelf: &Shelf<Id>,
+        work: impl FnOnce(&Self, &Task<Id>) -> Result<AmiId> + Send + 'static,
+    ) -> Result<Task<Id>>
+    where
+        Id: Copy + Ord + fmt::Display + Send + Sync + 'static,
+    {
+        // The region outlives its tasks: whoever closes it waits for them.
+        let (region, own) = (self.clone(), task.clone());
+        let run = move || {
+            let done = catch_unwind(AssertUnwindSafe(|| work(&region, &own)));
+            own.end(done.unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "the task has panicked"))));
+        };
+        match thread::Builder::new().name("image-task".to_owned()).spawn(run) {
+            Ok(thread) => {
+                let mut threads = self.tasks.threads();
+                threads.retain(|thread| !thread.is_finished());
+                threads.push(thread);
+                Ok(task.clone())
+            }
+            Err(e) => {
+                shelf.lock().remove(&task.id());
+                Err(Error::io(e, "cannot start a thread for a task"))
+            }
+        }
+    }
+}
+
+fn describe<Id: Copy + Ord + fmt::Display + FromStr + Send + Sync + 'static>(
+    tasks: Vec<Task<Id>>,
+    request: &Describe<Id>,
+    not_found: fn(Id) -> Error,
+) -> Result<Page<TaskDescription<Id>>> {
+    request.check::<TaskDescription<Id>>()?;
+    let after: Option<Id> = request.page.after_key()?;
+    if let Some(missing) = request.ids.iter().find(|id| tasks.iter().all(|task| task.id() != **id)) {
+        return Err(not_found(*missing));
+    }
+    let found = (tasks.iter().map(Task::describe))
+        .filter(|task| after.is_none_or(|after| task.id > after))
+        .filter(|task| request.asks_for(task.id, task));
+    Ok(Page::collect(found, request.page.max_results(), |task| task.id))
+}
+
+fn import_not_found(id: ImportImageTaskId) -> Error {
+    Error::new(ErrorKind::TaskNotFound, format!("the task {id} does not exist"))
+}
+
+fn export_not_found(id: ExportImageTaskId) -> Error {
+    let what = format!("the task {id} does not exist");
+    Error::new(ErrorKind::TaskNotFound, what).with_code("InvalidExportTaskID.NotFound")
+}
+
+impl<Id> Filterable for TaskDescription<Id> {
+    const WHAT: &'static str = "tasks";
+    const NAMES: &'static [&'static str] = &["task-state"];
+
+    fn values(&self, name: &str) -> Vec<String> {
+        match name {
+            "task-state" => vec![self.status.as_str().to_owned()],
+            _ => Vec::new(),
+        }
+    }
+}

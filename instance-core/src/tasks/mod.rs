@@ -1,0 +1,336 @@
+//! Tasks that import and export images, in threads of their own.
+
+mod calls;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ami_core::{AccountId, AmiId, ExportImageTaskId, ImportImageTaskId, Timestamp};
+
+pub use self::calls::{Exported, Tell};
+use crate::describe::Describe;
+use crate::watch::{Publisher, Watch};
+use crate::{Error, ErrorKind, Result};
+
+/// The most tasks of an account that are under way at once.
+const MOST: usize = 20;
+/// How long one that has ended is told of.
+const REMEMBERED: Duration = Duration::from_secs(60 * 60);
+
+/// How a task is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TaskStatus {
+    /// It is under way.
+    Active,
+    /// It was cancelled, and has not ended yet.
+    Deleting,
+    /// It was cancelled, or has failed, and has left nothing.
+    Deleted,
+    /// It has done what it was to do.
+    Completed,
+}
+
+impl TaskStatus {
+    /// EC2's name of it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Deleting => "deleting",
+            Self::Deleted => "deleted",
+            Self::Completed => "completed",
+        }
+    }
+
+    /// Whether it comes to nothing else any more.
+    pub const fn has_ended(self) -> bool {
+        matches!(self, Self::Deleted | Self::Completed)
+    }
+}
+
+/// What is known of a task (`DescribeImportImageTasks`, `DescribeExportImageTasks`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TaskDescription<Id> {
+    /// Its id.
+    pub id: Id,
+    /// The account that it belongs to.
+    pub owner: AccountId,
+    /// How it is.
+    pub status: TaskStatus,
+    /// What it is at, or why it has failed.
+    pub status_message: String,
+    /// How much of it is done, in percent.
+    pub progress: u8,
+    /// The image: that which is exported, or that which an import has made.
+    pub image_id: Option<AmiId>,
+    /// When it was begun.
+    pub create_time: Timestamp,
+}
+
+/// A task that imports or exports an image. Cheap to clone; all clones are the same task, which goes on without them.
+///
+/// A task ends with its region, which cancels it when it is closed and waits for it: what it had done until then is
+/// removed. It is told of for an hour after it has ended.
+///
+/// ```
+/// # use ami_core::{Ami, X86_64};
+/// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+/// # use instance_core::{DirectBoot, Region};
+/// # let dir = tempfile::tempdir()?;
+/// # let region = Region::open(dir.path().join("region"), FakeHypervisor::new())?;
+/// use std::time::{Duration, Instant};
+/// use instance_core::{DescribeImportImageTasks, TaskStatus};
+///
+/// // Any disk is imported, of whatever format: those of the crate `image-formats` are disks.
+/// let disk = storage_block::MemoryDisk::from_vec(vec![7; 1 << 20])?.into_disk();
+/// let boot = Some(DirectBoot::new(tiny_elf(), None, "console=ttyS0"));
+/// let import = region.import_image(Ami::<X86_64>::builder("web"), disk, boot)?;
+/// import.watch().subscribe(|task| println!("{} {} % {}", task.id, task.progress, task.status_message));
+/// let image = import.wait(Instant::now() + Duration::from_secs(60))?.image_id.ok_or("it has made one")?;
+/// assert_eq!(region.describe_import_image_tasks(&DescribeImportImageTasks::new())?.items[0].progress, 100);
+///
+/// // And a disk is what an export is given, with somebody to tell how far it is.
+/// let path = dir.path().join("web.raw");
+/// let export = region.export_image(image, "/dev/xvda", move |disk, tell| {
+///     let mut bytes = vec![0; disk.size() as usize];
+///     disk.read_at(&mut bytes, 0)?;
+///     if tell(disk.size() / 2, disk.size()).is_break() {
+///         return Err("cancelled".into());
+///     }
+///     Ok(std::fs::write(path, bytes)?)
+/// })?;
+/// let ended = export.wait(Instant::now() + Duration::from_secs(60))?;
+/// assert_eq!((ended.status, ended.progress), (TaskStatus::Completed, 100));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Task<Id>(Arc<State<Id>>);
+
+/// A task that imports an image.
+pub type ImportImageTask = Task<ImportImageTaskId>;
+/// A task that exports an image.
+pub type ExportImageTask = Task<ExportImageTaskId>;
+/// A request for tasks that import images.
+pub type DescribeImportImageTasks = Describe<ImportImageTaskId>;
+/// A request for tasks that export images.
+pub type DescribeExportImageTasks = Describe<ExportImageTaskId>;
+
+struct State<Id> {
+    told: Publisher<TaskDescription<Id>>,
+    cancelled: AtomicBool,
+    ended: Mutex<Option<(Instant, Option<Failure>)>>,
+}
+
+/// Why a task has failed, for everybody who waits for it.
+#[derive(Debug, Clone)]
+struct Failure {
+    kind: ErrorKind,
+    code: &'static str,
+    text: String,
+}
+
+impl<Id> Clone for Task<Id> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<Id: fmt::Debug> fmt::Debug for Task<Id> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Task").field(&self.0.told).finish()
+    }
+}
+
+impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
+    fn new(id: Id, owner: AccountId, image_id: Option<AmiId>, at: &str) -> Self {
+        let told = TaskDescription {
+            id,
+            owner,
+            status: TaskStatus::Active,
+            status_message: at.to_owned(),
+            progress: 0,
+            image_id,
+            create_time: Timestamp::now(),
+        };
+        let (cancelled, ended) = Default::default();
+        Self(Arc::new(State { told: Publisher::new(told), cancelled, ended }))
+    }
+
+    /// Its id.
+    pub fn id(&self) -> Id {
+        self.describe().id
+    }
+
+    /// All that is known of it.
+    pub fn describe(&self) -> TaskDescription<Id> {
+        self.0.told.get()
+    }
+
+    /// What is known of it, to wait for: by blocking with a deadline or as a future.
+    pub fn watch(&self) -> Watch<TaskDescription<Id>> {
+        self.0.told.watch()
+    }
+
+    /// Ends it (`CancelImportTask`, `CancelExportTask`): it leaves nothing. Does nothing to one that is being cancelled or
+    /// was.
+    ///
+    /// # Errors
+    ///
+    /// [`IncorrectState`](ErrorKind::IncorrectState) if it has completed. Whoever cancels when it is all but done may find
+    /// it completed in the end.
+    pub fn cancel(&self) -> Result<()> {
+        if self.describe().status == TaskStatus::Completed {
+            let what = format!("the task {} has completed", self.id());
+            return Err(Error::new(ErrorKind::IncorrectState, what));
+        }
+        self.0.cancelled.store(true, Ordering::Release);
+        self.0.told.update(|task| {
+            let active = task.status == TaskStatus::Active;
+            if active {
+                task.status = TaskStatus::Deleting;
+            }
+            active
+        });
+        Ok(())
+    }
+
+    /// Blocks until it has ended, and gives what is known of it then.
+    ///
+    /// # Errors
+    ///
+    /// Why it has failed, of which [`Cancelled`](ErrorKind::Cancelled) is one;
+    /// [`IncorrectState`](ErrorKind::IncorrectState) if it is still under way at the deadline.
+    pub fn wait(&self, deadline: Instant) -> Result<TaskDescription<Id>> {
+        match self.watch().wait(deadline, |task| task.status.has_ended()) {
+            Ok(task) if task.status == TaskStatus::Completed => Ok(task),
+            Ok(task) => Err(match self.ended().as_ref().and_then(|(_, failure)| failure.clone()) {
+                Some(failure) => Error::new(failure.kind, failure.text).with_code(failure.code),
+                None => Error::new(ErrorKind::Internal, task.status_message),
+            }),
+            Err(task) => {
+                let what = format!("{} is {} at the deadline", task.id, task.status.as_str());
+                Err(Error::new(ErrorKind::IncorrectState, what))
+            }
+        }
+    }
+
+    fn ended(&self) -> MutexGuard<'_, Option<(Instant, Option<Failure>)>> {
+        self.0.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Tells how far it is, where that is news.
+    fn reach(&self, done: u64, total: u64) {
+        // What is done is not all before it has ended.
+        let percent = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or_default().min(99);
+        let percent = u8::try_from(percent).unwrap_or_default();
+        self.0.told.update(|task| {
+            let news = percent > task.progress;
+            task.progress = task.progress.max(percent);
+            news
+        });
+    }
+
+    fn end(&self, with: Result<AmiId>) {
+        let failure = with.as_ref().err().map(|e| Failure {
+            kind: e.kind(),
+            code: e.code(),
+            text: crate::error::chain(e),
+        });
+        // Before it is told: whoever is told finds it.
+        *self.ended() = Some((Instant::now(), failure.clone()));
+        self.0.told.update(|task| {
+            match (&with, failure) {
+                (Ok(image), _) => {
+                    (task.status, task.progress, task.image_id) = (TaskStatus::Completed, 100, Some(*image));
+                    task.status_message.clear();
+                }
+                (Err(_), failure) => {
+                    task.status = TaskStatus::Deleted;
+                    task.status_message = failure.map(|failure| failure.text).unwrap_or_default();
+                }
+            }
+            true
+        });
+    }
+}
+
+/// The tasks of a region.
+#[derive(Debug, Default)]
+pub(crate) struct Tasks {
+    imports: Shelf<ImportImageTaskId>,
+    exports: Shelf<ExportImageTaskId>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// The tasks of a kind.
+#[derive(Debug)]
+struct Shelf<Id>(Mutex<BTreeMap<Id, Task<Id>>>);
+
+impl<Id> Default for Shelf<Id> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<Id: Copy + Ord + fmt::Display + Send + Sync + 'static> Shelf<Id> {
+    // Nothing that is done under the lock panics half way.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Id, Task<Id>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes one in, and forgets those that ended long ago.
+    fn add(&self, task: &Task<Id>) -> Result<()> {
+        let (now, owner) = (Instant::now(), task.describe().owner);
+        let mut tasks = self.lock();
+        let long_gone = |ended: Instant| now.saturating_duration_since(ended) >= REMEMBERED;
+        tasks.retain(|_, task| !task.ended().as_ref().is_some_and(|(at, _)| long_gone(*at)));
+        let active = |task: &&Task<Id>| {
+            let told = task.describe();
+            told.owner == owner && !told.status.has_ended()
+        };
+        if tasks.values().filter(active).count() >= MOST {
+            let what =
+                format!("{MOST} tasks of the account are under way; wait for one of them, or cancel one");
+            return Err(Error::new(ErrorKind::ResourceLimitExceeded, what));
+        }
+        tasks.insert(task.id(), task.clone());
+        Ok(())
+    }
+
+    fn of(&self, owner: AccountId) -> Vec<Task<Id>> {
+        self.lock().values().filter(|task| task.describe().owner == owner).cloned().collect()
+    }
+
+    fn cancel_all(&self) {
+        let all: Vec<Task<Id>> = self.lock().values().cloned().collect();
+        // One that has completed needs no end.
+        all.iter().for_each(|task| drop(task.cancel()));
+    }
+}
+
+impl Tasks {
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends them all and waits for them; called in a task's own thread, it does not wait for that.
+    pub(crate) fn stop(&self) {
+        self.imports.cancel_all();
+        self.exports.cancel_all();
+        let threads = std::mem::take(&mut *self.threads());
+        for thread in threads {
+            if thread.thread().id() != std::thread::current().id() {
+                // What it panicked with has been told.
+                let _ = thread.join();
+            }
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! The status of instances, as it is described.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use instance_core::{Describe, DescribeInstanceStatus as Status, ErrorKind, LaunchSpec};
+
+#[test]
+fn the_status_of_instances_is_described_by_filters_and_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = common::open(dir.path());
+    let ami = common::register(&region, "base", &common::disk(1, 7)).unwrap();
+    let spec = LaunchSpec::new("t2.nano".parse().unwrap()).count(6, 6);
+    let all = region.run_instances(&ami, spec).unwrap().instances;
+    let soon = Instant::now() + Duration::from_secs(20);
+    all.iter().for_each(|instance| instance.wait_until_status_ok(soon).unwrap());
+    all[0].stop(Duration::ZERO).unwrap();
+    let count = |request: Status| region.describe_instance_status(&request).unwrap().items.len();
+    let filter = |name: &str, value: &str| Describe::new().filter(name, [value]);
+    assert_eq!(count(Status::new()), 5, "those that run");
+    assert_eq!(count(Status::new().include_all_instances(true)), 6);
+    assert_eq!(count(Status::of(Describe::new().id(all[1].id()))), 1);
+    for (name, value, running) in [
+        ("instance-status.status", "ok", 5),
+        ("instance-status.reachability", "passed", 5),
+        ("system-status.status", "ok", 5),
+        ("system-status.reachability", "passed", 5),
+        ("system-status.status", "impaired", 0),
+        ("instance-state-name", "running", 5),
+        ("instance-state-code", "16", 5),
+        ("instance-state-code", "80", 0),
+    ] {
+        assert_eq!(count(Status::of(filter(name, value))), running, "{name}");
+    }
+    let stopped = filter("instance-status.status", "not-applicable");
+    assert_eq!(count(Status::of(stopped).include_all_instances(true)), 1);
+    let page = region
+        .describe_instance_status(&Status::of(Describe::new().max_results(5)).include_all_instances(true))
+        .unwrap();
+    let rest = Describe::new().max_results(5).next_token(page.next_token.unwrap());
+    assert_eq!(count(Status::of(rest).include_all_instances(true)), 1);
+    let gone = Status::of(Describe::new().id("i-0123456789abcdef0".parse().unwrap()));
+    let refused = region.describe_instance_status(&gone).unwrap_err();
+    common::check(&refused, ErrorKind::InstanceNotFound, "InvalidInstanceID.NotFound", &[]);
+}
