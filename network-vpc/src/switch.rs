@@ -10,7 +10,7 @@ use smoltcp::wire::Ipv4Packet;
 
 use crate::answer;
 use crate::firewall::{Conntrack, Direction, Policy};
-use crate::packet::{Carries, ETHERNET_LEN, Ethernet, Flow, Transport};
+use crate::packet::{Carries, ETHERNET_LEN, Ethernet, Flow, Transport, leaves_its_own};
 
 /// The address of every subnet's router, as guests see it.
 pub(crate) const ROUTER_MAC: MacAddress = MacAddress([0x0a, 0, 0, 0, 0, 1]);
@@ -108,7 +108,7 @@ pub(crate) fn decide(
 /// None of a packet that goes nowhere.
 fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now: u32) -> Option<Verdict> {
     let packet = &frame.data[ETHERNET_LEN..];
-    let flow = Flow::parse(packet)?;
+    let flow = Flow::parse(packet).filter(|_| leaves_its_own(&frame))?;
     if let Transport::Udp { source: 68, destination: 67 } = flow.transport {
         return answer::dhcp(view, packet).map(Verdict::Reply);
     }

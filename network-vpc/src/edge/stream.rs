@@ -261,19 +261,32 @@ fn is_connected(host: &TcpStream) -> io::Result<bool> {
 
 /// Answers the guest's questions. False when the conversation is over.
 fn serve(session: &mut Session, guest: &mut tcp::Socket<'_>, port: &Port) -> bool {
-    while guest.can_recv() {
-        let heard = guest.recv(|bytes| (bytes.len(), session.hear(bytes, || port.told())));
-        if heard.is_err() {
+    loop {
+        let mut heard = 0;
+        let hear = |bytes: &mut [u8]| {
+            heard = session.hear(bytes, || port.told());
+            (heard, ())
+        };
+        // What was heard before may be answered now that there is room for it.
+        if guest.can_recv() && guest.recv(hear).is_err() {
             return false;
         }
-    }
-    if let Some(hops) = session.hops() {
-        guest.set_hop_limit(Some(hops));
-    }
-    while guest.can_send() && !session.answer().is_empty() {
-        match guest.send_slice(session.answer()) {
-            Ok(sent) => session.said(sent),
-            Err(_) => return false,
+        if heard == 0 {
+            session.hear(&[], || port.told());
+        }
+        if let Some(hops) = session.hops() {
+            guest.set_hop_limit(Some(hops));
+        }
+        let mut said = 0;
+        while guest.can_send() && !session.answer().is_empty() {
+            match guest.send_slice(session.answer()) {
+                Ok(sent) => session.said(sent),
+                Err(_) => return false,
+            }
+            said += 1;
+        }
+        if heard == 0 && said == 0 {
+            break;
         }
     }
     let has_ended = !guest.may_recv() && guest.state() != tcp::State::SynReceived;

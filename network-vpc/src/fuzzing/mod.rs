@@ -13,7 +13,7 @@ use instance_core::net::{Checksum, Frame, MacAddress, Offloads, Protocol, Segmen
 pub use self::conntrack::conntrack;
 use crate::firewall::{Conntrack, Members, Peer, Policy, Rule};
 use crate::metadata::{Metadata, Secret, Session, Told};
-use crate::packet::{ETHERNET_LEN, Flow};
+use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::switch::{self, ROUTER_MAC, Verdict, View};
 use crate::{answer, dns, offload};
 
@@ -68,6 +68,7 @@ pub fn switch(bytes: &[u8]) {
     }
     let peers = |address| (address == PEER).then_some(PEER_MAC);
     let mut table = Conntrack::new(100);
+    let decided = Flow::parse(&frame.data[ETHERNET_LEN..]);
     match switch::decide(&view, &peers, &mut table, frame, 0) {
         Verdict::Drop => {}
         Verdict::Reply(answer) => {
@@ -78,6 +79,10 @@ pub fn switch(bytes: &[u8]) {
             assert!(to == PEER && frame.data[..6] == PEER_MAC.0 && frame.data[6..12] == ROUTER_MAC.0);
             let flow = Flow::parse(&frame.data[ETHERNET_LEN..]);
             assert!(flow.is_some_and(|flow| flow.source == OWN && flow.destination == PEER));
+            for frame in offload::finish(frame.clone(), Offloads::NONE) {
+                let arrives = Flow::parse(&frame.data[ETHERNET_LEN..]);
+                assert_eq!(arrives.map(ports), decided.map(ports), "what arrives is what was decided about");
+            }
             let _ = switch::admit(&view, &mut table, &frame.data, 0);
         }
         Verdict::Edge(frame) => {
@@ -90,6 +95,18 @@ pub fn switch(bytes: &[u8]) {
         }
     }
     let _ = switch::admit(&view, &mut table, data, 0);
+}
+
+/// What of a packet rules decide by; of a segment also whether a conversation begins with it.
+fn ports(flow: Flow) -> (Ipv4Addr, Ipv4Addr, Transport) {
+    let transport = match flow.transport {
+        Transport::Tcp { source, destination, flags } => {
+            let flags = TcpFlags { syn: flags.syn, ack: flags.ack, rst: flags.rst, ..TcpFlags::default() };
+            Transport::Tcp { source, destination, flags }
+        }
+        other => other,
+    };
+    (flow.source, flow.destination, transport)
 }
 
 /// A guest that asks the DHCP server. It gets its own address or a refusal.
