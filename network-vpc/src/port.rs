@@ -3,9 +3,9 @@
 //! What the machine sends is decided upon in the thread that sends it. What is for the [`edge`](crate::edge) waits
 //! for a thread of the interface's own, in a bounded queue: who floods fills only their own.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Instant;
 
@@ -14,6 +14,7 @@ use instance_core::net::{Frame, NetPort, Offloads, SendError};
 
 use crate::backlog::Backlog;
 use crate::firewall::Conntrack;
+use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Told};
 use crate::offload;
 use crate::packet::{ETHERNET_LEN, Flow};
@@ -36,16 +37,36 @@ impl Fabric {
     pub(crate) fn add(&self, port: &Arc<Port>) {
         let view = port.view();
         let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
-        ports.insert((view.vpc, view.address), port.clone());
+        ports.extend(view.addresses().map(|address| ((view.vpc, address), port.clone())));
     }
 
-    /// Takes a port out, unless another has its place by now.
-    pub(crate) fn remove(&self, port: &Arc<Port>) {
+    /// Tells a port what is known of its interface now, which may have other addresses.
+    pub(crate) fn renew(&self, port: &Arc<Port>, view: View) {
+        let moved = !port.view().addresses().eq(view.addresses());
+        if moved {
+            let is_there = self.remove(port);
+            port.set_view(view);
+            if is_there {
+                self.add(port);
+            }
+        } else {
+            port.set_view(view);
+        }
+    }
+
+    /// Takes a port out, but for where another has its place by now. Says whether it was there.
+    pub(crate) fn remove(&self, port: &Arc<Port>) -> bool {
         let view = port.view();
         let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
-        if ports.get(&(view.vpc, view.address)).is_some_and(|there| Arc::ptr_eq(there, port)) {
-            ports.remove(&(view.vpc, view.address));
+        let mut was_there = false;
+        for address in view.addresses() {
+            let at = (view.vpc, address);
+            if ports.get(&at).is_some_and(|there| Arc::ptr_eq(there, port)) {
+                ports.remove(&at);
+                was_there = true;
+            }
         }
+        was_there
     }
 }
 
@@ -57,10 +78,14 @@ pub(crate) struct Port {
     table: Mutex<Conntrack>,
     cable: NetPort,
     fabric: Weak<Fabric>,
+    /// What of its packets is not complete.
+    fragments: Mutex<Fragments>,
     /// Frames of peers that the machine has no room for yet.
     backlog: Mutex<Backlog>,
     /// The machine has made room, and nobody has looked at the backlog since.
     has_room: AtomicBool,
+    /// The next number of a packet from the edge that has to be cut.
+    next_id: AtomicU16,
     /// Packets for the edge, from the IP header on.
     inbox: Mutex<VecDeque<Vec<u8>>>,
     edge: mio::Waker,
@@ -94,8 +119,10 @@ impl Port {
             table: Mutex::new(Conntrack::new(conversations)),
             cable,
             fabric: Arc::downgrade(fabric),
+            fragments: Mutex::default(),
             backlog: Mutex::default(),
             has_room: AtomicBool::new(false),
+            next_id: AtomicU16::new(0),
             inbox: Mutex::default(),
             edge,
             stuck: AtomicBool::new(false),
@@ -157,6 +184,13 @@ impl Port {
         if !frame.is_sound() || frame.data.len() < ETHERNET_LEN {
             return false;
         }
+        let frame = if fragments::is_fragment(&frame.data) {
+            let mut fragments = self.fragments.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(whole) = fragments.take(&frame, self.now()) else { return false };
+            whole
+        } else {
+            frame
+        };
         let peers = |address| fabric.find(view.vpc, address).map(|port| port.view().mac);
         let verdict = switch::decide(view, &peers, &mut self.table(), frame, self.now());
         match verdict {
@@ -186,10 +220,11 @@ impl Port {
 
     /// Takes a frame from a peer, if the interface's groups let it in.
     fn receive(&self, sender: Ipv4Addr, frame: Frame) {
-        if !switch::admit(&self.view(), &mut self.table(), &frame.data, self.now()) {
+        let view = self.view();
+        if !switch::admit(&view, &mut self.table(), &frame.data, self.now()) {
             return;
         }
-        for frame in offload::finish(frame, self.cable.peer_takes()) {
+        for frame in fitting(frame, self.cable.peer_takes(), view.mtu) {
             let mut backlog = self.backlog();
             let refused = if backlog.is_empty() { self.offer(frame) } else { Err(frame) };
             if let Err(frame) = refused {
@@ -227,10 +262,18 @@ impl Port {
 
     /// A frame from the edge. Given back while the machine has no room for it.
     pub(crate) fn send_from_edge(&self, frame: Frame, through_groups: bool) -> Result<(), Frame> {
-        if through_groups && !switch::admit(&self.view(), &mut self.table(), &frame.data, self.now()) {
+        let view = self.view();
+        if through_groups && !switch::admit(&view, &mut self.table(), &frame.data, self.now()) {
             return Ok(());
         }
-        self.offer(frame)
+        if frame.data.len() <= ETHERNET_LEN + usize::from(view.mtu) {
+            return self.offer(frame);
+        }
+        // Of a datagram a part is worth nothing, so it does not come back.
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let pieces = fragments::cut(fragments::numbered(frame, id), view.mtu);
+        let _ = pieces.into_iter().try_for_each(|piece| self.offer(piece));
+        Ok(())
     }
 
     /// Whether a conversation may come in from outside, which the machine will see as `shown`.
@@ -241,6 +284,12 @@ impl Port {
     /// The packets that wait for the edge.
     pub(crate) fn take_inbox(&self) -> VecDeque<Vec<u8>> {
         std::mem::take(&mut *self.inbox.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Forgets conversations with peers that are no more: what has their addresses next is another.
+    pub(crate) fn forget(&self, gone: &HashSet<(VpcId, Ipv4Addr)>) {
+        let vpc = self.view().vpc;
+        self.table().forget(|peer| gone.contains(&(vpc, peer)));
     }
 
     /// How many conversations are tracked.
@@ -263,4 +312,12 @@ impl Port {
     fn now(&self) -> u32 {
         u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX)
     }
+}
+
+/// A frame, or what it is cut into, as an end takes it that takes these offloads and packets so long.
+fn fitting(frame: Frame, takes: Offloads, mtu: u16) -> Vec<Frame> {
+    let is_long = frame.segmentation.is_none() && frame.data.len() > ETHERNET_LEN + usize::from(mtu);
+    // A checksum goes over the whole of a packet.
+    let frames = offload::finish(frame, if is_long { Offloads::NONE } else { takes });
+    frames.into_iter().flat_map(|frame| fragments::cut(frame, mtu)).collect()
 }

@@ -96,10 +96,10 @@ impl Stack {
     }
 
     /// A socket for the conversation that the guest is about to begin with an address.
-    pub(super) fn expect(&mut self, address: Ipv4Addr, port: u16, hops: Option<u8>) -> Option<SocketHandle> {
+    pub(super) fn expect(&mut self, at: (Ipv4Addr, u16), hops: Option<u8>) -> Option<SocketHandle> {
         let mut socket = Self::socket();
         socket.set_hop_limit(hops);
-        socket.listen((address, port)).ok()?;
+        socket.listen(at).ok()?;
         Some(self.sockets.add(socket))
     }
 

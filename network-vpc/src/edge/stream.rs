@@ -14,6 +14,7 @@ use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
+use super::names::Names;
 use super::stack::Stack;
 use super::{Forward, Reach, Tokens};
 use crate::answer::ethernet;
@@ -28,8 +29,8 @@ const MOST: usize = 1024;
 /// How long a host outside may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(30);
 
-/// Who the guest speaks with: its own port, and the other's address and port.
-type Key = (u16, Ipv4Addr, u16);
+/// Who speaks with whom: the guest's address and port, and the other's.
+type Key = ((Ipv4Addr, u16), (Ipv4Addr, u16));
 
 /// The conversations of an interface.
 pub(super) struct Streams {
@@ -42,8 +43,10 @@ pub(super) struct Streams {
 
 struct Listener {
     socket: TcpListener,
-    /// The port in the instance.
+    at: SocketAddr,
+    /// The port in the instance, and its address, where that is not the primary one.
     port: u16,
+    to: Option<Ipv4Addr>,
 }
 
 enum Conversation {
@@ -59,6 +62,7 @@ enum Conversation {
 enum Other {
     Host(Pipe),
     Metadata(Session),
+    Names(Names),
 }
 
 /// A connection of the host's.
@@ -86,21 +90,23 @@ impl Streams {
         forward.listener.set_nonblocking(true)?;
         let mut socket = TcpListener::from_std(forward.listener);
         registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
-        self.listeners.push(Listener { socket, port: forward.port });
+        let Forward { at, port, to, .. } = forward;
+        self.listeners.push(Listener { socket, at, port, to });
         Ok(())
     }
 
-    pub(super) fn unlisten(&mut self, port: u16) {
-        self.listeners.retain(|listener| listener.port != port);
+    pub(super) fn unlisten(&mut self, at: SocketAddr) {
+        self.listeners.retain(|listener| listener.at != at);
     }
 
     /// A packet of the guest's.
-    pub(super) fn take(&mut self, registry: &Registry, flow: &Flow, packet: Vec<u8>) {
+    pub(super) fn take(&mut self, registry: &Registry, view: &View, flow: &Flow, packet: Vec<u8>) {
         let Transport::Tcp { source, destination, flags } = flow.transport else { return };
-        let key = (source, flow.destination, destination);
+        let key = ((flow.source, source), (flow.destination, destination));
         let begins = flags.syn && !flags.ack && !self.conversations.contains_key(&key);
         if begins && self.conversations.len() < MOST {
-            match self.begin(registry, key, packet) {
+            let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
+            match self.begin(registry, key, is_service, packet) {
                 // The stack refuses what there is no socket for.
                 Some(refused) => self.stack.take(refused),
                 None => return,
@@ -112,12 +118,15 @@ impl Streams {
     }
 
     /// Begins a conversation. Gives the packet back if there is nobody to speak with.
-    fn begin(&mut self, registry: &Registry, key: Key, packet: Vec<u8>) -> Option<Vec<u8>> {
-        let (_, address, port) = key;
-        if address == METADATA {
+    fn begin(&mut self, registry: &Registry, key: Key, is_service: bool, packet: Vec<u8>) -> Option<Vec<u8>> {
+        let (_, (address, port)) = key;
+        if is_service {
             // How many hops its answers go is decided when it is known what is asked.
-            let Some(socket) = self.stack.expect(address, port, None) else { return Some(packet) };
-            let other = Other::Metadata(Session::default());
+            let Some(socket) = self.stack.expect((address, port), None) else { return Some(packet) };
+            let other = match address {
+                METADATA => Other::Metadata(Session::default()),
+                _ => Other::Names(Names::new(self.reach.resolver)),
+            };
             self.conversations.insert(key, Conversation::Open { socket, other });
             self.stack.take(packet);
             self.stack.work();
@@ -141,7 +150,7 @@ impl Streams {
         let keys: Vec<Key> = self.conversations.keys().copied().collect();
         for key in keys {
             let Some(conversation) = self.conversations.remove(&key) else { continue };
-            if let Some(goes_on) = self.advance(key, conversation, port) {
+            if let Some(goes_on) = self.advance(registry, key, conversation, port) {
                 self.conversations.insert(key, goes_on);
             }
         }
@@ -155,12 +164,18 @@ impl Streams {
     }
 
     /// None of a conversation that is over.
-    fn advance(&mut self, key: Key, conversation: Conversation, port: &Port) -> Option<Conversation> {
+    fn advance(
+        &mut self,
+        registry: &Registry,
+        key: Key,
+        conversation: Conversation,
+        port: &Port,
+    ) -> Option<Conversation> {
         match conversation {
             Conversation::Connecting { host, packet, until } => match is_connected(&host) {
                 Ok(true) => {
                     let _ = host.set_nodelay(true);
-                    let socket = self.stack.expect(key.1, key.2, None);
+                    let socket = self.stack.expect(key.1, None);
                     self.stack.take(packet);
                     self.stack.work();
                     let other = Other::Host(Pipe { host, host_done: false, guest_done: false });
@@ -179,6 +194,9 @@ impl Streams {
                     && match &mut other {
                         Other::Host(pipe) => pipe.pump(stack).is_ok(),
                         Other::Metadata(session) => serve(session, stack, port),
+                        Other::Names(names) => {
+                            names.pump(stack, &port.view(), (registry, &mut self.tokens)).is_ok()
+                        }
                     };
                 if goes_on {
                     return Some(Conversation::Open { socket, other });
@@ -195,18 +213,19 @@ impl Streams {
 
     /// Takes clients in whom the instance's groups let in.
     fn accept(&mut self, registry: &Registry, port: &Port) {
-        let own = port.view().address;
+        let view = port.view();
         for n in 0..self.listeners.len() {
+            let own = self.listeners[n].to.unwrap_or(view.address);
             while let Ok((mut host, client)) = self.listeners[n].socket.accept() {
                 let inside = self.listeners[n].port;
                 let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = if real.is_loopback() || real == own { LOCAL_CLIENT } else { real };
+                let shown = if real.is_loopback() || view.has(real) { LOCAL_CLIENT } else { real };
                 let flow = |source| {
                     let flags = TcpFlags { syn: true, ..TcpFlags::default() };
                     let transport = Transport::Tcp { source: client.port(), destination: inside, flags };
                     Flow { source, destination: own, transport }
                 };
-                let key = (inside, shown, client.port());
+                let key = ((own, inside), (shown, client.port()));
                 let room = self.conversations.len() < MOST && !self.conversations.contains_key(&key);
                 // Dropped, the connection is reset or closed: nobody is told why.
                 if !room || !port.admits(&flow(real), &flow(shown)) {
@@ -231,7 +250,9 @@ impl Streams {
         port.stuck.store(false, Ordering::Release);
         let mut tried_again = false;
         while let Some(packet) = self.stack.next() {
-            let from_service = packet.get(12..16) == Some(&METADATA.octets());
+            let from =
+                packet.get(12..16).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok()).map(Ipv4Addr::from);
+            let from_service = from.is_some_and(|from| from == METADATA || view.is_resolver(from));
             let mut frame = ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, packet.len());
             frame[ETHERNET_LEN..].copy_from_slice(&packet);
             if port.send_from_edge(Frame::new(frame), !from_service).is_ok() {
