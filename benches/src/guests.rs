@@ -27,14 +27,14 @@ pub const IN_GUEST: &str = "in-guest";
 
 const INIT: &str = include_str!("in_guest/init.sh");
 const TYPE: &str = "t2.nano";
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 const PORT: u16 = 5001;
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 const SERVER: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 10);
 const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 11);
 
 /// How much is sent at a time, how often it is sent, and how often before that, which does not count.
-const BULK: usize = 16 << 20;
+const BULK: usize = 4 << 20;
 const WARM_UP: usize = 1;
 const TIMES: usize = 3;
 /// How often is asked.

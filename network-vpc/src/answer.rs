@@ -171,9 +171,19 @@ pub(crate) fn ipv4(view: &View, from: Ipv4Addr, to: Ipv4Addr, protocol: IpProtoc
 
 /// A frame with an Ethernet header, and room behind it.
 pub(crate) fn ethernet(from: MacAddress, to: MacAddress, ethertype: EthernetProtocol, len: usize) -> Vec<u8> {
+    let mut frame = vec![0; ETHERNET_LEN + len];
+    write_ethernet(from, to, ethertype, &mut frame);
+    frame
+}
+
+/// Writes the Ethernet header that a frame has room for.
+pub(crate) fn write_ethernet(
+    from: MacAddress,
+    to: MacAddress,
+    ethertype: EthernetProtocol,
+    frame: &mut [u8],
+) {
     let header =
         EthernetRepr { src_addr: EthernetAddress(from.0), dst_addr: EthernetAddress(to.0), ethertype };
-    let mut frame = vec![0; ETHERNET_LEN + len];
-    header.emit(&mut EthernetFrame::new_unchecked(&mut frame));
-    frame
+    header.emit(&mut EthernetFrame::new_unchecked(frame));
 }

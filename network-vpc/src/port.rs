@@ -20,7 +20,7 @@ use crate::offload;
 use crate::packet::{ETHERNET_LEN, Flow};
 use crate::switch::{self, Verdict, View};
 
-/// How many packets wait for the edge.
+/// How many frames wait for the edge.
 const INBOX: usize = 512;
 
 /// All ports of a network, by where they are.
@@ -86,7 +86,7 @@ pub(crate) struct Port {
     has_room: AtomicBool,
     /// The next number of a packet from the edge that has to be cut.
     next_id: AtomicU16,
-    /// Packets for the edge, from the IP header on.
+    /// Frames for the edge.
     inbox: Mutex<VecDeque<Vec<u8>>>,
     edge: mio::Waker,
     /// The edge has frames that the machine had no room for.
@@ -179,7 +179,7 @@ impl Port {
         }
     }
 
-    /// Does with a frame of the machine's what is to be done. Says whether it is for the edge.
+    /// Does with a frame of the machine's what is to be done. Says whether the edge has to be woken for it.
     fn take(&self, view: &View, fabric: &Fabric, frame: Frame) -> bool {
         if !frame.is_sound() || frame.data.len() < ETHERNET_LEN {
             return false;
@@ -207,13 +207,14 @@ impl Port {
             }
             Verdict::Edge(frame) => {
                 let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-                for mut frame in offload::finish(frame, Offloads::ALL) {
+                // Who has put something in before has woken it, and it takes all.
+                let is_asleep = inbox.is_empty();
+                for frame in offload::finish(frame, Offloads::ALL) {
                     if inbox.len() < INBOX {
-                        frame.data.drain(..ETHERNET_LEN);
                         inbox.push_back(frame.data);
                     }
                 }
-                true
+                is_asleep
             }
         }
     }
@@ -281,7 +282,7 @@ impl Port {
         self.table().admit_as(&self.view().policy, real, shown, self.now())
     }
 
-    /// The packets that wait for the edge.
+    /// The frames that wait for the edge.
     pub(crate) fn take_inbox(&self) -> VecDeque<Vec<u8>> {
         std::mem::take(&mut *self.inbox.lock().unwrap_or_else(PoisonError::into_inner))
     }

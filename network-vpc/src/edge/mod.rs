@@ -21,7 +21,7 @@ use mio::{Events, Poll, Token};
 
 use self::datagram::Datagrams;
 use self::stream::Streams;
-use crate::packet::{Flow, Transport};
+use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::LOCAL_CLIENT;
 
@@ -133,18 +133,19 @@ impl Worker {
             self.take_orders();
             let registry = self.poll.registry();
             let view = self.port.view();
-            for packet in self.port.take_inbox() {
-                let Some(flow) = Flow::parse(&packet) else { continue };
+            for frame in self.port.take_inbox() {
+                let Some(packet) = frame.get(ETHERNET_LEN..) else { continue };
+                let Some(flow) = Flow::parse(packet) else { continue };
                 match flow.transport {
-                    Transport::Tcp { .. } => self.streams.take(registry, &view, &flow, packet),
-                    _ => self.datagrams.take(registry, &self.port, &flow, &packet),
+                    Transport::Tcp { .. } => self.streams.take(registry, &view, &flow, frame),
+                    _ => self.datagrams.take(registry, &self.port, &flow, packet),
                 }
             }
             self.streams.work(registry, &self.port);
             self.datagrams.work(&self.port);
             let sleep = self.streams.patience().map_or(SLEEP, |until| until.min(SLEEP));
             match self.poll.poll(&mut events, Some(sleep)) {
-                Ok(()) => {}
+                Ok(()) => events.iter().for_each(|event| self.streams.notice(event)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }

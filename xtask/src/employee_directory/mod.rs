@@ -41,7 +41,7 @@ pub(crate) struct EmployeeDirectoryArgs {
 
 /// The command.
 pub(crate) fn run(args: &EmployeeDirectoryArgs) -> Result<ExitCode> {
-    prerequisites::require(&[&cloud::TOOLS[..], &[CURL, SSH]].concat())?;
+    prerequisites::require(&[cloud::tools(), &[CURL, SSH]].concat())?;
     let hypervisor = choose(args.hypervisor, |line| eprintln!("  {line}"))?;
     let disk = cloud::ensure(false)?;
     let dir = tempfile::tempdir().context("cannot make a directory for the region")?;
