@@ -25,7 +25,7 @@ use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
 
 use crate::samples::{Measurement, Rounds, median_ratio};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// What passes in a round.
 const BULK: usize = 64 << 20;
 const ROUNDS: Rounds = Rounds { rounds: 11, batch: 1 };
@@ -60,13 +60,13 @@ pub fn nat_in_over_passt() -> anyhow::Result<Measurement> {
 fn over_passt(way: Way) -> anyhow::Result<Measurement> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let port = listener.local_addr()?.port();
-    std::thread::spawn(move || serve(&listener, way));
+    std::thread::Builder::new().name("server".to_owned()).spawn(move || serve(&listener, way))?;
     let (mut ours, mut theirs) = (Ours::new()?, Passt::new()?);
     let (at_ours, at_theirs) = ((own_address()?, port), (Passt::ROUTER, port));
     median_ratio(
         ROUNDS,
-        ("passt", &mut || theirs.guest.transfer(at_theirs, way)),
-        ("network-vpc", &mut || ours.guest.transfer(at_ours, way)),
+        ("passt", &mut || theirs.guest.transfer(at_theirs, way).context("behind passt")),
+        ("network-vpc", &mut || ours.guest.transfer(at_ours, way).context("behind network-vpc")),
     )
 }
 
@@ -114,7 +114,7 @@ impl Ours {
         let spec = network.plug(interface.id)?;
         let (near, far) = UnixStream::pair()?;
         let bridge = Bridge::new(far, spec.port)?;
-        std::thread::spawn(move || bridge.carry());
+        std::thread::Builder::new().name("bridge".to_owned()).spawn(move || bridge.carry())?;
         let address = Ipv4Cidr::new(interface.private_ip, 20);
         let guest = Guest::new(near, interface.mac.0, address, Ipv4Addr::new(172, 31, 0, 1))?;
         Ok(Self { guest, _network: network })
@@ -181,7 +181,9 @@ struct Guest {
 impl Guest {
     fn new(socket: UnixStream, mac: [u8; 6], address: Ipv4Cidr, router: Ipv4Addr) -> anyhow::Result<Self> {
         socket.set_nonblocking(true)?;
-        let mut wire = Wire { socket, received: Vec::new(), inbox: VecDeque::new(), unsent: Vec::new() };
+        let chunk = vec![0; CHUNK];
+        let mut wire =
+            Wire { socket, chunk, received: Vec::new(), inbox: VecDeque::new(), unsent: Vec::new() };
         let config = Config::new(HardwareAddress::Ethernet(EthernetAddress(mac)));
         let mut interface = Interface::new(config, &mut wire, StackInstant::ZERO);
         interface.update_ip_addrs(|addresses| _ = addresses.push(IpCidr::Ipv4(address)));
@@ -257,6 +259,7 @@ impl Guest {
 /// Frames with their lengths before them.
 struct Wire {
     socket: UnixStream,
+    chunk: Vec<u8>,
     received: Vec<u8>,
     inbox: VecDeque<Vec<u8>>,
     unsent: Vec<u8>,
@@ -264,10 +267,9 @@ struct Wire {
 
 impl Wire {
     fn receive(&mut self) -> anyhow::Result<bool> {
-        let mut bytes = [0; 64 << 10];
-        match self.socket.read(&mut bytes) {
+        match self.socket.read(&mut self.chunk) {
             Ok(0) => bail!("the network has gone"),
-            Ok(len) => self.received.extend(&bytes[..len]),
+            Ok(len) => self.received.extend(&self.chunk[..len]),
             Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
             Err(e) => return Err(e.into()),
         }

@@ -78,6 +78,7 @@ mod offload;
 mod packet;
 mod port;
 mod routing;
+mod ssh;
 mod switch;
 
 pub use elastic::{Association, ElasticAddress};
@@ -88,3 +89,4 @@ pub use metadata::Metadata;
 pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
 pub use network::{DhcpOptions, DhcpSettings, InterfaceSpec, Network, NetworkOptions};
 pub use routing::{InternetGateway, Route, RouteState, RouteTable};
+pub use ssh::SshAccess;

@@ -81,6 +81,11 @@ impl Stack {
         self.wire.outbox.len() >= OUTBOX
     }
 
+    /// Whether there are frames that the guest has had no room for.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.wire.outbox.is_empty()
+    }
+
     /// The next frame to the guest, whose Ethernet header is still to be written.
     pub(super) fn next(&mut self) -> Option<Vec<u8>> {
         self.wire.outbox.pop_front()

@@ -188,9 +188,10 @@ impl Streams {
         }
     }
 
-    /// How long nothing has to be done if nothing comes.
+    /// How long nothing has to be done if nothing comes. While the machine has no room there is nothing to do until it
+    /// says that it has.
     pub(super) fn patience(&mut self) -> Option<Duration> {
-        self.stack.patience()
+        if self.stack.has_waiting() { None } else { self.stack.patience() }
     }
 
     /// None of a conversation that is over.

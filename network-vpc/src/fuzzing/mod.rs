@@ -18,7 +18,7 @@ use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Session, Told};
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::switch::{self, ROUTER_MAC, Verdict, View};
-use crate::{answer, dns, offload};
+use crate::{answer, dns, offload, ssh};
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
 const MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 9]);
@@ -198,14 +198,30 @@ pub fn fragments(bytes: &[u8]) {
     }
 }
 
+/// A guest that writes to its console. What is taken for its host keys are keys, one a line and few.
+pub fn host_keys(bytes: &[u8]) {
+    let keys = ssh::host_keys(bytes);
+    assert!(keys.len() <= 16);
+    for key in keys {
+        assert!(!key.contains(['\n', '\r']) && ssh_key::PublicKey::from_openssh(&key).is_ok(), "{key:?}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     /// Every seed and what is left of it when it is cut short, through every body.
     #[test]
     fn the_bodies_hold_on_the_seeds() {
         let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
-        for target in ["vpc_conntrack", "vpc_switch", "vpc_dhcp", "vpc_dns", "vpc_metadata", "vpc_fragments"]
-        {
+        for target in [
+            "vpc_conntrack",
+            "vpc_switch",
+            "vpc_dhcp",
+            "vpc_dns",
+            "vpc_metadata",
+            "vpc_fragments",
+            "vpc_host_keys",
+        ] {
             let mut count = 0;
             for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
                 let bytes = std::fs::read(seed.unwrap().path()).unwrap();
@@ -216,6 +232,7 @@ mod tests {
                     super::dns(&bytes[..len]);
                     super::metadata(&bytes[..len]);
                     super::fragments(&bytes[..len]);
+                    super::host_keys(&bytes[..len]);
                 }
                 count += 1;
             }
