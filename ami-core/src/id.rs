@@ -45,6 +45,8 @@ impl MalformedId {
             SecurityGroupId::PREFIX => "InvalidGroupId.Malformed",
             SecurityGroupRuleId::PREFIX => "InvalidSecurityGroupRuleId.Malformed",
             RouteTableId::PREFIX => "InvalidRouteTableId.Malformed",
+            AllocationId::PREFIX => "InvalidAllocationID.Malformed",
+            AssociationId::PREFIX => "InvalidAssociationID.Malformed",
             DhcpOptionsId::PREFIX => "InvalidDhcpOptionsId.Malformed",
             LaunchTemplateId::PREFIX => "InvalidLaunchTemplateId.Malformed",
             ImportImageTaskId::PREFIX => "InvalidConversionTaskId.Malformed",
@@ -195,6 +197,8 @@ ids! {
     InternetGatewayId = "igw";
     /// The id of an Elastic IP address's allocation.
     AllocationId = "eipalloc";
+    /// The id of an Elastic IP address's association with a network interface.
+    AssociationId = "eipassoc";
     /// The id of a set of DHCP options.
     DhcpOptionsId = "dopt";
     /// The id of a key pair.

@@ -117,6 +117,22 @@ pub fn bare_ioctls() -> anyhow::Result<Duration> {
     bare::first_instruction(TYPE_BYTES)
 }
 
+/// KVM, where it runs kernels on the processor.
+pub(crate) fn kvm_for_linux() -> anyhow::Result<Kvm> {
+    let kvm = Kvm::open()?;
+    let execution = kvm.capabilities().execution;
+    ensure!(execution.is_hardware(), "KVM does not run Linux here: {execution:?}");
+    Ok(kvm)
+}
+
+/// One of the guest artifacts.
+pub(crate) fn artifact(name: &str) -> anyhow::Result<Vec<u8>> {
+    let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
+    let dir = std::env::var_os("AMI_GUEST_DIR").map_or_else(|| PathBuf::from(workspace), PathBuf::from);
+    let path = dir.join("amd64").join(name);
+    std::fs::read(&path).with_context(|| format!("cannot read {}; run `cargo xtask guest`", path.display()))
+}
+
 /// Launches Debian's kernel on KVM, with an init that says a line and ends.
 ///
 /// # Errors
@@ -124,16 +140,7 @@ pub fn bare_ioctls() -> anyhow::Result<Duration> {
 /// When KVM does not run kernels on the processor, when the guest artifacts are not there, and those of
 /// the region.
 pub fn linux() -> anyhow::Result<Launcher<Kvm>> {
-    let kvm = Kvm::open()?;
-    let execution = kvm.capabilities().execution;
-    ensure!(execution.is_hardware(), "KVM does not run Linux here: {execution:?}");
-    let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
-    let dir = std::env::var_os("AMI_GUEST_DIR").map_or_else(|| PathBuf::from(workspace), PathBuf::from);
-    let artifact = |name: &str| {
-        let path = dir.join("amd64").join(name);
-        std::fs::read(&path)
-            .with_context(|| format!("cannot read {}; run `cargo xtask guest`", path.display()))
-    };
+    let kvm = kvm_for_linux()?;
     let command_line = format!("console=ttyS0 quiet panic=-1 rdinit=/bin/busybox -- echo {FIRST_LINE}");
     let boot = DirectBoot::new(artifact("vmlinuz")?, Some(artifact("conformance.img")?), command_line);
     Launcher::new(kvm, &MemoryDisk::new(1 << 20)?.into_disk(), boot)

@@ -8,8 +8,10 @@ mod bare;
 #[allow(dead_code, reason = "shared with the tests of hypervisor-kvm, which use the rest")]
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod guest;
+pub mod guests;
 pub mod kvm;
 pub mod launch;
+pub mod nat;
 pub mod network;
 pub mod region;
 pub mod samples;
@@ -45,6 +47,10 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "tracked_1000000" => network::tracked_1000000(),
         "established_lost_to_flood" => network::established_lost_to_flood(),
         "switch_over_loopback" => network::switch_over_loopback(),
+        "tcp_guests_over_loopback" => guests::tcp_guests_over_loopback(),
+        "metadata_beyond_loopback" => guests::metadata_beyond_loopback(),
+        "nat_out_over_passt" => nat::nat_out_over_passt(),
+        "nat_in_over_passt" => nat::nat_in_over_passt(),
         _ => storage::measure(name, bench),
     }
 }
@@ -53,6 +59,9 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
 pub fn run(measure: impl Fn(&str, &Bench) -> anyhow::Result<Measurement>) -> ExitCode {
     let mut args = std::env::args().skip(1);
     let name = args.next().unwrap_or_default();
+    if name == guests::IN_GUEST {
+        return guests::work_in_guest(&args.next().unwrap_or_default());
+    }
     let dir = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
     let bench = Bench::new(&dir, args.next().is_some_and(|arg| arg == "quick"));
     match measure(&name, &bench).and_then(|measured| Ok(serde_json::to_string(&measured)?)) {

@@ -17,9 +17,11 @@ use crate::switch::{Peers, ROUTER_MAC, View};
 const LEASE: u32 = 3600;
 
 /// DHCP's options that `smoltcp` has no field for (RFC 2132).
+const DNS_SERVERS: u8 = 6;
 const HOST_NAME: u8 = 12;
 const DOMAIN: u8 = 15;
 const MTU: u8 = 26;
+const NTP_SERVERS: u8 = 42;
 
 /// The answer to a request for the hardware address of the router, of a resolver or of a peer in the subnet.
 pub(crate) fn arp(view: &View, peers: Peers<'_>, frame: &[u8]) -> Option<Vec<u8>> {
@@ -34,9 +36,9 @@ pub(crate) fn arp(view: &View, peers: Peers<'_>, frame: &[u8]) -> Option<Vec<u8>
         return None;
     };
     let honest = source_hardware_addr.0 == view.mac.0
-        && (source_protocol_addr == view.address || source_protocol_addr.is_unspecified());
+        && (view.has(source_protocol_addr) || source_protocol_addr.is_unspecified());
     // Who asks for its own address looks whether another has it.
-    if operation != ArpOperation::Request || !honest || target_protocol_addr == view.address {
+    if operation != ArpOperation::Request || !honest || view.has(target_protocol_addr) {
         return None;
     }
     let wanted = if target_protocol_addr == view.router() || view.is_resolver(target_protocol_addr) {
@@ -80,11 +82,21 @@ pub(crate) fn dhcp(view: &View, packet: &[u8]) -> Option<Vec<u8>> {
     let refused = kind == DhcpMessageType::Nak;
     let informs = asked.message_type == DhcpMessageType::Inform;
     let mtu = view.mtu.to_be_bytes();
-    let options = [
+    let addresses = |all: &[Ipv4Addr]| all.iter().flat_map(Ipv4Addr::octets).collect::<Vec<u8>>();
+    let time = addresses(view.dhcp.time_servers());
+    let names = match view.dhcp.name_servers() {
+        [] => addresses(&[view.resolver()]),
+        servers => addresses(servers),
+    };
+    let mut options = vec![
         DhcpOption { kind: HOST_NAME, data: view.host_name.as_bytes() },
-        DhcpOption { kind: DOMAIN, data: view.domain.as_bytes() },
+        DhcpOption { kind: DOMAIN, data: view.dhcp.domain().unwrap_or(&view.domain).as_bytes() },
         DhcpOption { kind: MTU, data: &mtu },
+        DhcpOption { kind: DNS_SERVERS, data: &names },
     ];
+    if !time.is_empty() {
+        options.push(DhcpOption { kind: NTP_SERVERS, data: &time });
+    }
     let reply = DhcpRepr {
         message_type: kind,
         transaction_id: asked.transaction_id,
@@ -101,7 +113,7 @@ pub(crate) fn dhcp(view: &View, packet: &[u8]) -> Option<Vec<u8>> {
         client_identifier: None,
         server_identifier: Some(view.router()),
         parameter_request_list: None,
-        dns_servers: if refused { None } else { Some([view.resolver()].into_iter().collect()) },
+        dns_servers: None,
         max_size: None,
         lease_duration: (!refused && !informs).then_some(LEASE),
         renew_duration: None,
@@ -159,9 +171,19 @@ pub(crate) fn ipv4(view: &View, from: Ipv4Addr, to: Ipv4Addr, protocol: IpProtoc
 
 /// A frame with an Ethernet header, and room behind it.
 pub(crate) fn ethernet(from: MacAddress, to: MacAddress, ethertype: EthernetProtocol, len: usize) -> Vec<u8> {
+    let mut frame = vec![0; ETHERNET_LEN + len];
+    write_ethernet(from, to, ethertype, &mut frame);
+    frame
+}
+
+/// Writes the Ethernet header that a frame has room for.
+pub(crate) fn write_ethernet(
+    from: MacAddress,
+    to: MacAddress,
+    ethertype: EthernetProtocol,
+    frame: &mut [u8],
+) {
     let header =
         EthernetRepr { src_addr: EthernetAddress(from.0), dst_addr: EthernetAddress(to.0), ethertype };
-    let mut frame = vec![0; ETHERNET_LEN + len];
-    header.emit(&mut EthernetFrame::new_unchecked(&mut frame));
-    frame
+    header.emit(&mut EthernetFrame::new_unchecked(frame));
 }

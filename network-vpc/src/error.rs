@@ -53,6 +53,30 @@ pub enum ErrorKind {
     InvalidAddress,
     /// Another interface has the address.
     AddressInUse,
+    /// An interface has as many addresses as it may have.
+    PrivateAddressLimit,
+    /// There is no such internet gateway.
+    InternetGatewayNotFound,
+    /// The gateway, or the VPC, is not attached.
+    GatewayNotAttached,
+    /// The gateway is attached already.
+    AlreadyAssociated,
+    /// There is no such route table.
+    RouteTableNotFound,
+    /// The table has no such route.
+    RouteNotFound,
+    /// The table has a route to the destination.
+    RouteAlreadyExists,
+    /// A table has as many routes as it may have.
+    RoutesLimit,
+    /// There is no such Elastic IP address.
+    AllocationNotFound,
+    /// No Elastic IP address leads anywhere by that association.
+    AssociationNotFound,
+    /// No Elastic IP address is left.
+    AddressLimit,
+    /// There is no such set of DHCP options.
+    DhcpOptionsNotFound,
     /// Something else needs what was to be deleted.
     DependencyViolation,
     /// A parameter is out of bounds.
@@ -63,6 +87,8 @@ pub enum ErrorKind {
     KeyPairDuplicate,
     /// A text is no public key of a kind that can be used.
     InvalidKeyFormat,
+    /// An instance has not shown its host keys.
+    HostKeysUnknown,
     /// The state on disk cannot be read.
     Corrupt,
     /// The host refused or failed.
@@ -122,6 +148,18 @@ impl Error {
             ErrorKind::InterfaceNotFound => "InvalidNetworkInterfaceID.NotFound",
             ErrorKind::InterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
+            ErrorKind::PrivateAddressLimit => "PrivateIpAddressLimitExceeded",
+            ErrorKind::InternetGatewayNotFound => "InvalidInternetGatewayID.NotFound",
+            ErrorKind::GatewayNotAttached => "Gateway.NotAttached",
+            ErrorKind::AlreadyAssociated => "Resource.AlreadyAssociated",
+            ErrorKind::RouteTableNotFound => "InvalidRouteTableID.NotFound",
+            ErrorKind::RouteNotFound => "InvalidRoute.NotFound",
+            ErrorKind::RouteAlreadyExists => "RouteAlreadyExists",
+            ErrorKind::RoutesLimit => "RouteLimitExceeded",
+            ErrorKind::AllocationNotFound => "InvalidAllocationID.NotFound",
+            ErrorKind::AssociationNotFound => "InvalidAssociationID.NotFound",
+            ErrorKind::AddressLimit => "AddressLimitExceeded",
+            ErrorKind::DhcpOptionsNotFound => "InvalidDhcpOptionID.NotFound",
             ErrorKind::DependencyViolation => "DependencyViolation",
             ErrorKind::InvalidAddress | ErrorKind::InvalidPermission | ErrorKind::InvalidParameter => {
                 "InvalidParameterValue"
@@ -129,6 +167,7 @@ impl Error {
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::KeyPairDuplicate => "InvalidKeyPair.Duplicate",
             ErrorKind::InvalidKeyFormat => "InvalidKey.Format",
+            ErrorKind::HostKeysUnknown => "IncorrectInstanceState",
             ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
         }
     }

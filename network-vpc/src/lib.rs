@@ -29,10 +29,13 @@
 //! - **Security groups** decide about the first packet of a conversation, at the sender's interface and at the
 //!   receiver's. What was allowed is remembered in a bounded table and outlives its rule; beginnings, and what comes
 //!   from made-up addresses, never take the place of conversations that go on. As in EC2, what is open to everybody
-//!   in both directions is not tracked, and ends with its rule. Fragments have no ports to decide by and are dropped.
+//!   in both directions is not tracked, and ends with its rule. Fragments are put together first, as only one of them
+//!   has ports to decide by, and cut again for their receiver.
 //! - **The world outside** is reached over sockets of the host, one a conversation: a stack in user space speaks TCP
 //!   with the guest. Clients come in at [forwarded ports](Network::forward). The host's own addresses
-//!   are out of reach unless [allowed](NetworkOptions::reach_host), and loopback and link-local ones always.
+//!   are out of reach unless [allowed](NetworkOptions::reach_host), and loopback and link-local ones always. What of
+//!   it a subnet reaches its [route table](Network::create_route) says; the VPC that is there from the beginning has a
+//!   gateway and a route to it. [Elastic IP addresses](Network::allocate_address) are addresses of the host's.
 //! - **Services**: DHCP, a resolver at the VPC's second address and at 169.254.169.253, and metadata at
 //!   169.254.169.254, each guest's own.
 //!
@@ -46,19 +49,24 @@
 //! Guests are not trusted, nor who connects from outside. Queues and tables are bounded, and a machine that takes its
 //! frames slowly gets those of each sender in turn: a flood delays and loses its own frames.
 //!
+//! What goes on outlives its rule, but not its peer: an interface that gets the address of one that was deleted goes
+//! on with nothing of what that one had begun.
+//!
 //! A network in a directory has one process at a time, as the region's lock sees to that is kept beside it.
 //!
 //! # Left out
 //!
-//! IPv6, fragments, route tables, Elastic IPs as addresses of the host, DNS over TCP, more than one address an
-//! interface, TAP devices, and rate limits.
+//! IPv6, routes to anything but internet gateways, Elastic IP addresses as guests reach them or as the source of what
+//! goes out, TAP devices, and rate limits.
 
 mod answer;
 mod backlog;
 mod dns;
 mod edge;
+mod elastic;
 mod error;
 mod firewall;
+mod fragments;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -69,11 +77,16 @@ mod network;
 mod offload;
 mod packet;
 mod port;
+mod routing;
+mod ssh;
 mod switch;
 
+pub use elastic::{Association, ElasticAddress};
 pub use error::{Error, ErrorKind, Result};
 pub use firewall::{Direction, Peer, Ports, Protocol, Rule};
 pub use key_pair::{CreatedKeyPair, KeyPair, KeyType};
 pub use metadata::Metadata;
 pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
-pub use network::{InterfaceSpec, Network, NetworkOptions};
+pub use network::{DhcpOptions, DhcpSettings, InterfaceSpec, Network, NetworkOptions};
+pub use routing::{InternetGateway, Route, RouteState, RouteTable};
+pub use ssh::SshAccess;

@@ -1,17 +1,22 @@
 //! What a network consists of, as users see it and as it is kept.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::{
-    InstanceId, NetworkInterfaceId, RegionName, SecurityGroupId, SecurityGroupRuleId, SubnetId, VpcId,
+    AllocationId, DhcpOptionsId, InstanceId, InternetGatewayId, NetworkInterfaceId, RegionName, RouteTableId,
+    SecurityGroupId, SecurityGroupRuleId, SubnetId, VpcId,
 };
 use instance_core::net::MacAddress;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::elastic::{self, Association, ElasticAddress};
 use crate::firewall::{Members, Policy};
 use crate::key_pair::KeyPair;
+use crate::network::DhcpOptions;
+use crate::network::forwards::ElasticOffers;
+use crate::routing::{InternetGateway, RouteState, RouteTable, Routes};
 use crate::switch::{View, offset};
 use crate::{Error, ErrorKind, Result, Rule, dns};
 
@@ -25,8 +30,9 @@ pub struct Vpc {
     pub cidr: Ipv4Net,
     /// Whether it is the one that is there from the beginning.
     pub is_default: bool,
-    /// Whether a way leads out of it.
-    pub internet_gateway: bool,
+    /// What its guests are told of whom to ask; EC2's own set, if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dhcp_options_id: Option<DhcpOptionsId>,
 }
 
 /// A part of a VPC's addresses.
@@ -41,6 +47,9 @@ pub struct Subnet {
     pub cidr: Ipv4Net,
     /// Where it is.
     pub availability_zone: String,
+    /// Its route table; its VPC's main one, if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route_table_id: Option<RouteTableId>,
 }
 
 /// Which conversations the interfaces in it may begin, and which may begin with them.
@@ -75,6 +84,9 @@ pub struct NetworkInterface {
     pub mac: MacAddress,
     /// Its address in the subnet.
     pub private_ip: Ipv4Addr,
+    /// Its other addresses in the subnet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secondary_private_ips: Vec<Ipv4Addr>,
     /// The groups it is in.
     pub groups: Vec<SecurityGroupId>,
     /// Whether it may send and receive only what is from and to its own address.
@@ -84,9 +96,17 @@ pub struct NetworkInterface {
     pub instance_id: Option<InstanceId>,
     /// Where on the host its ports are reached.
     pub forwards: BTreeMap<u16, SocketAddr>,
+    /// For which of its ports the host's was chosen and not asked for.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) chosen_forwards: BTreeSet<u16>,
 }
 
 impl NetworkInterface {
+    /// All its addresses, the primary one first.
+    pub fn addresses(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+        std::iter::once(self.private_ip).chain(self.secondary_private_ips.iter().copied())
+    }
+
     /// The name of the instance in its VPC, without the domain.
     pub fn private_host_name(&self) -> String {
         dns::host_name(self.private_ip)
@@ -103,11 +123,19 @@ pub(crate) struct Model {
     pub(crate) groups: BTreeMap<SecurityGroupId, SecurityGroup>,
     pub(crate) interfaces: BTreeMap<NetworkInterfaceId, NetworkInterface>,
     pub(crate) key_pairs: BTreeMap<String, KeyPair>,
+    #[serde(default)]
+    pub(crate) gateways: BTreeMap<InternetGatewayId, InternetGateway>,
+    #[serde(default)]
+    pub(crate) route_tables: BTreeMap<RouteTableId, RouteTable>,
+    #[serde(default)]
+    pub(crate) addresses: BTreeMap<AllocationId, ElasticAddress>,
+    #[serde(default)]
+    pub(crate) dhcp_options: BTreeMap<DhcpOptionsId, DhcpOptions>,
 }
 
 impl Model {
     /// The version of how it is kept.
-    pub(crate) const FORMAT: u32 = 1;
+    pub(crate) const FORMAT: u32 = 2;
 
     pub(crate) fn vpc(&self, id: VpcId) -> Result<&Vpc> {
         self.vpcs.get(&id).ok_or_else(|| not_found(ErrorKind::VpcNotFound, id))
@@ -129,16 +157,104 @@ impl Model {
         self.interfaces.get_mut(&id).ok_or_else(|| not_found(ErrorKind::InterfaceNotFound, id))
     }
 
+    pub(crate) fn vpc_mut(&mut self, id: VpcId) -> Result<&mut Vpc> {
+        self.vpcs.get_mut(&id).ok_or_else(|| not_found(ErrorKind::VpcNotFound, id))
+    }
+
+    pub(crate) fn subnet_mut(&mut self, id: SubnetId) -> Result<&mut Subnet> {
+        self.subnets.get_mut(&id).ok_or_else(|| not_found(ErrorKind::SubnetNotFound, id))
+    }
+
+    pub(crate) fn gateway(&self, id: InternetGatewayId) -> Result<&InternetGateway> {
+        self.gateways.get(&id).ok_or_else(|| not_found(ErrorKind::InternetGatewayNotFound, id))
+    }
+
+    pub(crate) fn gateway_mut(&mut self, id: InternetGatewayId) -> Result<&mut InternetGateway> {
+        self.gateways.get_mut(&id).ok_or_else(|| not_found(ErrorKind::InternetGatewayNotFound, id))
+    }
+
+    /// The gateway that leads out of a VPC.
+    pub(crate) fn gateway_of(&self, vpc: VpcId) -> Option<&InternetGateway> {
+        self.gateways.values().find(|gateway| gateway.vpc_id == Some(vpc))
+    }
+
+    pub(crate) fn route_table(&self, id: RouteTableId) -> Result<&RouteTable> {
+        self.route_tables.get(&id).ok_or_else(|| not_found(ErrorKind::RouteTableNotFound, id))
+    }
+
+    pub(crate) fn route_table_mut(&mut self, id: RouteTableId) -> Result<&mut RouteTable> {
+        self.route_tables.get_mut(&id).ok_or_else(|| not_found(ErrorKind::RouteTableNotFound, id))
+    }
+
+    pub(crate) fn main_route_table(&self, vpc: VpcId) -> Result<&RouteTable> {
+        self.vpc(vpc)?;
+        let main = self.route_tables.values().find(|table| table.vpc_id == vpc && table.is_main);
+        main.ok_or_else(|| {
+            not_found(ErrorKind::RouteTableNotFound, format_args!("main route table of {vpc}"))
+        })
+    }
+
+    /// What becomes of packets that take a route of a VPC's table.
+    pub(crate) fn route_state(&self, vpc: VpcId, gateway: InternetGatewayId) -> RouteState {
+        let leads = self.gateways.get(&gateway).is_some_and(|gateway| gateway.vpc_id == Some(vpc));
+        if leads { RouteState::Active } else { RouteState::Blackhole }
+    }
+
     /// The addresses of a subnet that interfaces have.
     pub(crate) fn taken(&self, subnet: SubnetId) -> HashSet<Ipv4Addr> {
         let there = self.interfaces.values().filter(|interface| interface.subnet_id == subnet);
-        there.map(|interface| interface.private_ip).collect()
+        there.flat_map(NetworkInterface::addresses).collect()
+    }
+
+    /// The addresses that interfaces have.
+    pub(crate) fn all_addresses(&self) -> impl Iterator<Item = (VpcId, Ipv4Addr)> + '_ {
+        self.interfaces.values().flat_map(|there| there.addresses().map(|address| (there.vpc_id, address)))
+    }
+
+    /// Removes an interface, with what leads to it.
+    pub(crate) fn remove_interface(&mut self, id: NetworkInterfaceId) {
+        self.disassociate(|association| association.interface_id == id);
+        self.interfaces.remove(&id);
+    }
+
+    /// Has Elastic IP addresses lead nowhere that lead to what is told.
+    pub(crate) fn disassociate(&mut self, gone: impl Fn(&Association) -> bool) {
+        for address in self.addresses.values_mut() {
+            address.association.take_if(|association| gone(association));
+        }
+    }
+
+    /// The Elastic IP addresses that lead to an interface.
+    fn elastic<'m>(
+        &'m self,
+        interface: &NetworkInterface,
+    ) -> impl Iterator<Item = (Ipv4Addr, Ipv4Addr)> + 'm {
+        let id = interface.id;
+        let there =
+            self.addresses.values().filter_map(|address| Some((address, address.association.as_ref()?)));
+        there.filter(move |(_, a)| a.interface_id == id).map(|(address, a)| (address.public_ip, a.private_ip))
+    }
+
+    /// Where Elastic IP addresses are to be listened at for an interface.
+    pub(crate) fn elastic_offers(&self, interface: &NetworkInterface) -> ElasticOffers {
+        let groups = interface.groups.iter().filter_map(|id| self.groups.get(id));
+        let ports = elastic::offered(groups.flat_map(|group| group.ingress.values()));
+        let at = |(public, to): (Ipv4Addr, Ipv4Addr)| {
+            ports.iter().map(move |port| (SocketAddr::from((public, *port)), to)).collect::<Vec<_>>()
+        };
+        self.elastic(interface).flat_map(at).collect()
     }
 
     /// What the switch has to know of an interface.
     pub(crate) fn view(&self, interface: &NetworkInterface, members: &mut Memberships) -> Result<View> {
         let (subnet, vpc) = (self.subnet(interface.subnet_id)?, self.vpc(interface.vpc_id)?);
         let groups = interface.groups.iter().map(|id| self.group(*id)).collect::<Result<Vec<_>>>()?;
+        let table = match subnet.route_table_id {
+            Some(id) => self.route_table(id)?,
+            None => self.main_route_table(vpc.id)?,
+        };
+        let routes = table.routes.iter().map(|(to, gateway)| (*to, self.route_state(vpc.id, *gateway)));
+        let options = vpc.dhcp_options_id.and_then(|id| self.dhcp_options.get(&id));
         let ingress = groups.iter().flat_map(|group| group.ingress.values());
         let egress = groups.iter().flat_map(|group| group.egress.values());
         Ok(View {
@@ -149,7 +265,10 @@ impl Model {
             subnet: subnet.cidr,
             mac: interface.mac,
             address: interface.private_ip,
-            internet: vpc.internet_gateway,
+            secondary: interface.secondary_private_ips.clone(),
+            public: self.elastic(interface).collect(),
+            routes: Routes::new(routes),
+            dhcp: options.map(|options| options.settings.clone()).unwrap_or_default(),
             source_dest_check: interface.source_dest_check,
             mtu: MTU,
             host_name: interface.private_host_name(),
@@ -170,7 +289,7 @@ impl Memberships {
     fn of(&mut self, model: &Model, group: SecurityGroupId) -> Members {
         let members = self.0.entry(group).or_insert_with(|| {
             let members = model.interfaces.values().filter(|interface| interface.groups.contains(&group));
-            Members::new(members.map(|interface| interface.private_ip).collect())
+            Members::new(members.flat_map(NetworkInterface::addresses).collect())
         });
         members.clone()
     }

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use instance_core::net::MacAddress;
+use instance_core::net::{Checksum, Frame, MacAddress, Protocol};
 use smoltcp::wire::{
     EthernetFrame, EthernetProtocol, Icmpv4Packet, IpProtocol, Ipv4Packet, TcpPacket, UdpPacket,
 };
@@ -135,6 +135,33 @@ impl Flow {
         };
         Some(Self { source: quoted.src_addr(), destination: quoted.dst_addr(), transport })
     }
+}
+
+/// Whether what the sender of a frame of IPv4 has left to be done to it is what its own headers call for. Anything else
+/// would be written where the firewall has looked already, such as over the port that it has let pass.
+pub(crate) fn leaves_its_own(frame: &Frame) -> bool {
+    const OF_UDP: u16 = 6;
+    const OF_TCP: u16 = 16;
+    let Checksum::Partial { start, offset } = frame.checksum else { return frame.segmentation.is_none() };
+    let Some(ip) = frame.data.get(ETHERNET_LEN..).and_then(|packet| Ipv4Packet::new_checked(packet).ok())
+    else {
+        return false;
+    };
+    let transport = ETHERNET_LEN + usize::from(ip.header_len());
+    let (field, header_len) = match ip.next_header() {
+        IpProtocol::Udp => (OF_UDP, None),
+        IpProtocol::Tcp => {
+            let header_len =
+                TcpPacket::new_checked(ip.payload()).ok().map(|tcp| usize::from(tcp.header_len()));
+            (OF_TCP, header_len)
+        }
+        _ => return false,
+    };
+    let cut_is_its_own = frame.segmentation.is_none_or(|cut| {
+        cut.protocol == Protocol::Tcp4
+            && header_len.is_some_and(|len| usize::from(cut.header_len) == transport + len)
+    });
+    usize::from(start) == transport && offset == field && cut_is_its_own
 }
 
 impl Transport {

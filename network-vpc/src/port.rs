@@ -3,9 +3,9 @@
 //! What the machine sends is decided upon in the thread that sends it. What is for the [`edge`](crate::edge) waits
 //! for a thread of the interface's own, in a bounded queue: who floods fills only their own.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Instant;
 
@@ -14,12 +14,13 @@ use instance_core::net::{Frame, NetPort, Offloads, SendError};
 
 use crate::backlog::Backlog;
 use crate::firewall::Conntrack;
+use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Told};
 use crate::offload;
 use crate::packet::{ETHERNET_LEN, Flow};
 use crate::switch::{self, Verdict, View};
 
-/// How many packets wait for the edge.
+/// How many frames wait for the edge.
 const INBOX: usize = 512;
 
 /// All ports of a network, by where they are.
@@ -36,16 +37,36 @@ impl Fabric {
     pub(crate) fn add(&self, port: &Arc<Port>) {
         let view = port.view();
         let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
-        ports.insert((view.vpc, view.address), port.clone());
+        ports.extend(view.addresses().map(|address| ((view.vpc, address), port.clone())));
     }
 
-    /// Takes a port out, unless another has its place by now.
-    pub(crate) fn remove(&self, port: &Arc<Port>) {
+    /// Tells a port what is known of its interface now, which may have other addresses.
+    pub(crate) fn renew(&self, port: &Arc<Port>, view: View) {
+        let moved = !port.view().addresses().eq(view.addresses());
+        if moved {
+            let is_there = self.remove(port);
+            port.set_view(view);
+            if is_there {
+                self.add(port);
+            }
+        } else {
+            port.set_view(view);
+        }
+    }
+
+    /// Takes a port out, but for where another has its place by now. Says whether it was there.
+    pub(crate) fn remove(&self, port: &Arc<Port>) -> bool {
         let view = port.view();
         let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
-        if ports.get(&(view.vpc, view.address)).is_some_and(|there| Arc::ptr_eq(there, port)) {
-            ports.remove(&(view.vpc, view.address));
+        let mut was_there = false;
+        for address in view.addresses() {
+            let at = (view.vpc, address);
+            if ports.get(&at).is_some_and(|there| Arc::ptr_eq(there, port)) {
+                ports.remove(&at);
+                was_there = true;
+            }
         }
+        was_there
     }
 }
 
@@ -57,11 +78,15 @@ pub(crate) struct Port {
     table: Mutex<Conntrack>,
     cable: NetPort,
     fabric: Weak<Fabric>,
+    /// What of its packets is not complete.
+    fragments: Mutex<Fragments>,
     /// Frames of peers that the machine has no room for yet.
     backlog: Mutex<Backlog>,
     /// The machine has made room, and nobody has looked at the backlog since.
     has_room: AtomicBool,
-    /// Packets for the edge, from the IP header on.
+    /// The next number of a packet from the edge that has to be cut.
+    next_id: AtomicU16,
+    /// Frames for the edge.
     inbox: Mutex<VecDeque<Vec<u8>>>,
     edge: mio::Waker,
     /// The edge has frames that the machine had no room for.
@@ -94,8 +119,10 @@ impl Port {
             table: Mutex::new(Conntrack::new(conversations)),
             cable,
             fabric: Arc::downgrade(fabric),
+            fragments: Mutex::default(),
             backlog: Mutex::default(),
             has_room: AtomicBool::new(false),
+            next_id: AtomicU16::new(0),
             inbox: Mutex::default(),
             edge,
             stuck: AtomicBool::new(false),
@@ -152,11 +179,18 @@ impl Port {
         }
     }
 
-    /// Does with a frame of the machine's what is to be done. Says whether it is for the edge.
+    /// Does with a frame of the machine's what is to be done. Says whether the edge has to be woken for it.
     fn take(&self, view: &View, fabric: &Fabric, frame: Frame) -> bool {
         if !frame.is_sound() || frame.data.len() < ETHERNET_LEN {
             return false;
         }
+        let frame = if fragments::is_fragment(&frame.data) {
+            let mut fragments = self.fragments.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(whole) = fragments.take(&frame, self.now()) else { return false };
+            whole
+        } else {
+            frame
+        };
         let peers = |address| fabric.find(view.vpc, address).map(|port| port.view().mac);
         let verdict = switch::decide(view, &peers, &mut self.table(), frame, self.now());
         match verdict {
@@ -173,23 +207,25 @@ impl Port {
             }
             Verdict::Edge(frame) => {
                 let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-                for mut frame in offload::finish(frame, Offloads::ALL) {
+                // Who has put something in before has woken it, and it takes all.
+                let is_asleep = inbox.is_empty();
+                for frame in offload::finish(frame, Offloads::ALL) {
                     if inbox.len() < INBOX {
-                        frame.data.drain(..ETHERNET_LEN);
                         inbox.push_back(frame.data);
                     }
                 }
-                true
+                is_asleep
             }
         }
     }
 
     /// Takes a frame from a peer, if the interface's groups let it in.
     fn receive(&self, sender: Ipv4Addr, frame: Frame) {
-        if !switch::admit(&self.view(), &mut self.table(), &frame.data, self.now()) {
+        let view = self.view();
+        if !switch::admit(&view, &mut self.table(), &frame.data, self.now()) {
             return;
         }
-        for frame in offload::finish(frame, self.cable.peer_takes()) {
+        for frame in fitting(frame, self.cable.peer_takes(), view.mtu) {
             let mut backlog = self.backlog();
             let refused = if backlog.is_empty() { self.offer(frame) } else { Err(frame) };
             if let Err(frame) = refused {
@@ -227,10 +263,18 @@ impl Port {
 
     /// A frame from the edge. Given back while the machine has no room for it.
     pub(crate) fn send_from_edge(&self, frame: Frame, through_groups: bool) -> Result<(), Frame> {
-        if through_groups && !switch::admit(&self.view(), &mut self.table(), &frame.data, self.now()) {
+        let view = self.view();
+        if through_groups && !switch::admit(&view, &mut self.table(), &frame.data, self.now()) {
             return Ok(());
         }
-        self.offer(frame)
+        if frame.data.len() <= ETHERNET_LEN + usize::from(view.mtu) {
+            return self.offer(frame);
+        }
+        // Of a datagram a part is worth nothing, so it does not come back.
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let pieces = fragments::cut(fragments::numbered(frame, id), view.mtu);
+        let _ = pieces.into_iter().try_for_each(|piece| self.offer(piece));
+        Ok(())
     }
 
     /// Whether a conversation may come in from outside, which the machine will see as `shown`.
@@ -238,9 +282,15 @@ impl Port {
         self.table().admit_as(&self.view().policy, real, shown, self.now())
     }
 
-    /// The packets that wait for the edge.
+    /// The frames that wait for the edge.
     pub(crate) fn take_inbox(&self) -> VecDeque<Vec<u8>> {
         std::mem::take(&mut *self.inbox.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Forgets conversations with peers that are no more: what has their addresses next is another.
+    pub(crate) fn forget(&self, gone: &HashSet<(VpcId, Ipv4Addr)>) {
+        let vpc = self.view().vpc;
+        self.table().forget(|peer| gone.contains(&(vpc, peer)));
     }
 
     /// How many conversations are tracked.
@@ -263,4 +313,12 @@ impl Port {
     fn now(&self) -> u32 {
         u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX)
     }
+}
+
+/// A frame, or what it is cut into, as an end takes it that takes these offloads and packets so long.
+fn fitting(frame: Frame, takes: Offloads, mtu: u16) -> Vec<Frame> {
+    let is_long = frame.segmentation.is_none() && frame.data.len() > ETHERNET_LEN + usize::from(mtu);
+    // A checksum goes over the whole of a packet.
+    let frames = offload::finish(frame, if is_long { Offloads::NONE } else { takes });
+    frames.into_iter().flat_map(|frame| fragments::cut(frame, mtu)).collect()
 }

@@ -10,7 +10,9 @@ use smoltcp::wire::Ipv4Packet;
 
 use crate::answer;
 use crate::firewall::{Conntrack, Direction, Policy};
-use crate::packet::{Carries, ETHERNET_LEN, Ethernet, Flow, Transport};
+use crate::network::DhcpSettings;
+use crate::packet::{Carries, ETHERNET_LEN, Ethernet, Flow, Transport, leaves_its_own};
+use crate::routing::Routes;
 
 /// The address of every subnet's router, as guests see it.
 pub(crate) const ROUTER_MAC: MacAddress = MacAddress([0x0a, 0, 0, 0, 0, 1]);
@@ -25,7 +27,7 @@ pub(crate) const LOCAL_CLIENT: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 1);
 
 /// The port of HTTP, at which metadata is served, and of DNS.
 const HTTP: u16 = 80;
-const DNS: u16 = 53;
+pub(crate) const DNS: u16 = 53;
 
 /// What the switch knows of an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,8 +39,13 @@ pub(crate) struct View {
     pub(crate) subnet: Ipv4Net,
     pub(crate) mac: MacAddress,
     pub(crate) address: Ipv4Addr,
-    /// Whether a way leads out of the VPC.
-    pub(crate) internet: bool,
+    /// Its other addresses.
+    pub(crate) secondary: Vec<Ipv4Addr>,
+    /// Its Elastic IP addresses, each with its own that it leads to.
+    pub(crate) public: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// The ways out of the VPC.
+    pub(crate) routes: Routes,
+    pub(crate) dhcp: DhcpSettings,
     /// Whether frames have to be from and to its own address.
     pub(crate) source_dest_check: bool,
     pub(crate) mtu: u16,
@@ -61,6 +68,16 @@ impl View {
     /// The VPC's resolver: the second address behind the first of the VPC's.
     pub(crate) fn resolver(&self) -> Ipv4Addr {
         offset(self.vpc_cidr, 2)
+    }
+
+    /// Whether an address is its own.
+    pub(crate) fn has(&self, address: Ipv4Addr) -> bool {
+        address == self.address || self.secondary.contains(&address)
+    }
+
+    /// Its own addresses.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+        std::iter::once(self.address).chain(self.secondary.iter().copied())
     }
 
     pub(crate) fn is_resolver(&self, address: Ipv4Addr) -> bool {
@@ -108,18 +125,18 @@ pub(crate) fn decide(
 /// None of a packet that goes nowhere.
 fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now: u32) -> Option<Verdict> {
     let packet = &frame.data[ETHERNET_LEN..];
-    let flow = Flow::parse(packet)?;
+    let flow = Flow::parse(packet).filter(|_| leaves_its_own(&frame))?;
     if let Transport::Udp { source: 68, destination: 67 } = flow.transport {
         return answer::dhcp(view, packet).map(Verdict::Reply);
     }
-    if view.source_dest_check && flow.source != view.address {
+    if view.source_dest_check && !view.has(flow.source) {
         return None;
     }
     let to = flow.destination;
     if to == METADATA || view.is_resolver(to) {
         // Services of the network's own are not subject to groups (VPC User Guide, "Security groups").
         let served = match flow.transport {
-            Transport::Tcp { destination, .. } => to == METADATA && destination == HTTP,
+            Transport::Tcp { destination, .. } => destination == if to == METADATA { HTTP } else { DNS },
             Transport::Udp { destination, .. } => to != METADATA && destination == DNS,
             _ => false,
         };
@@ -129,7 +146,8 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
         return answer::echo(view, packet).map(Verdict::Reply);
     }
     let is_local = view.vpc_cidr.contains(&to);
-    let outside = view.internet && (is_outside(to) || to == LOCAL_CLIENT);
+    // Clients on the host itself come in without a way out.
+    let outside = to == LOCAL_CLIENT || is_outside(to) && view.routes.lead_out(to);
     let error = Flow::parse_error(packet);
     let allowed = match error {
         Some(about) => table.allows_error(&view.policy, Direction::Egress, &flow, &about, now),

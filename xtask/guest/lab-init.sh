@@ -58,6 +58,12 @@ ln -s /proc/self/fd/0 /root/dev/stdin
 ln -s /proc/self/fd/1 /root/dev/stdout
 ln -s /proc/self/fd/2 /root/dev/stderr
 ip link set lo up
+# Where there is a network, QEMU has these addresses for it.
+if [ -d /root/sys/class/net/eth0 ]; then
+    ip addr add 10.0.2.15/24 dev eth0
+    ip link set eth0 up
+    ip route add default via 10.0.2.2
+fi
 
 # The commands of a small system, where the disk doesn't bring its own.
 cat /bin/busybox >/root/bin/busybox && chmod 755 /root/bin/busybox

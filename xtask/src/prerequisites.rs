@@ -21,6 +21,7 @@ pub(crate) const MKE2FS: Tool = Tool { program: "mke2fs", package: "e2fsprogs" }
 pub(crate) const MMDEBSTRAP: Tool = Tool { program: "mmdebstrap", package: "mmdebstrap" };
 pub(crate) const CURL: Tool = Tool { program: "curl", package: "curl" };
 pub(crate) const SSH: Tool = Tool { program: "ssh", package: "openssh-client" };
+pub(crate) const PASST: Tool = Tool { program: "passt", package: "passt" };
 pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
 pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
 pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };

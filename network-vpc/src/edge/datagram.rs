@@ -17,6 +17,7 @@ use crate::answer::{ipv4, udp_frame};
 use crate::dns;
 use crate::packet::{ECHO, ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
+use crate::switch::View;
 
 /// The most conversations of an interface; the one that was silent longest makes room.
 const MOST: usize = 512;
@@ -24,14 +25,15 @@ const MOST: usize = 512;
 /// How long one may be silent.
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// The most bytes of a datagram.
-const LONGEST: usize = 65_535;
+/// The most bytes of a datagram in an IPv4 packet.
+const LONGEST: usize = 65_507;
 
-/// What tells conversations apart: the guest's port or ping's number, and who it speaks to, as it sees them.
+/// What tells conversations apart: the guest's address with its port or ping's number, and who it speaks to, as it
+/// sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Key {
-    Udp(u16, Ipv4Addr, u16),
-    Ping(u16, Ipv4Addr),
+    Udp((Ipv4Addr, u16), (Ipv4Addr, u16)),
+    Ping((Ipv4Addr, u16), Ipv4Addr),
 }
 
 /// The conversations of an interface.
@@ -55,17 +57,19 @@ impl Datagrams {
     pub(super) fn take(&mut self, registry: &Registry, port: &Port, flow: &Flow, packet: &[u8]) {
         let Ok(ip) = Ipv4Packet::new_checked(packet) else { return };
         let key = match flow.transport {
-            Transport::Udp { source, destination } => Key::Udp(source, flow.destination, destination),
-            Transport::Icmp { kind: ECHO, id, .. } => Key::Ping(id, flow.destination),
+            Transport::Udp { source, destination } => {
+                Key::Udp((flow.source, source), (flow.destination, destination))
+            }
+            Transport::Icmp { kind: ECHO, id, .. } => Key::Ping((flow.source, id), flow.destination),
             _ => return,
         };
         match key {
-            Key::Udp(source, to, at) => {
+            Key::Udp(own, (to, at)) => {
                 let Ok(udp) = UdpPacket::new_checked(ip.payload()) else { return };
                 let view = port.view();
                 let known = view.is_resolver(to).then(|| dns::answer(&view, udp.payload())).flatten();
                 if let Some(answer) = known {
-                    let frame = udp_frame(&view, (to, at), (view.address, source), &answer);
+                    let frame = udp_frame(&view, (to, at), own, &answer);
                     // A lost answer is asked for again.
                     let _ = port.send_from_edge(Frame::new(frame), false);
                     return;
@@ -96,8 +100,8 @@ impl Datagrams {
     fn open(&mut self, registry: &Registry, port: &Port, key: Key) -> Option<UdpSocket> {
         let opened = match key {
             // Without a resolver there is nobody to ask.
-            Key::Udp(_, to, _) if port.view().is_resolver(to) => connect(self.reach.resolver?),
-            Key::Udp(_, to, at) if self.reach.allows(to) => connect(SocketAddr::new(to.into(), at)),
+            Key::Udp(_, (to, _)) if port.view().is_resolver(to) => connect(self.reach.resolver?),
+            Key::Udp(_, (to, at)) if self.reach.allows(to) => connect(SocketAddr::new(to.into(), at)),
             Key::Ping(_, to) if self.reach.allows(to) => ping(to),
             _ => return None,
         };
@@ -116,18 +120,13 @@ impl Datagrams {
             while let Ok(len) = conversation.socket.recv(&mut bytes) {
                 conversation.last = Instant::now();
                 let frame = match *key {
-                    Key::Udp(own, from, at) => {
-                        if len + 28 > usize::from(view.mtu) {
-                            continue; // longer than the guest takes, and not cut
-                        }
-                        udp_frame(&view, (from, at), (view.address, own), &bytes[..len])
-                    }
-                    Key::Ping(id, from) => {
-                        let Some(frame) = echo_reply(&view, from, id, &bytes[..len]) else { continue };
+                    Key::Udp(own, from) => udp_frame(&view, from, own, &bytes[..len]),
+                    Key::Ping(own, from) => {
+                        let Some(frame) = echo_reply(&view, from, own, &bytes[..len]) else { continue };
                         frame
                     }
                 };
-                let from_service = matches!(*key, Key::Udp(_, from, _) if view.is_resolver(from));
+                let from_service = matches!(*key, Key::Udp(_, (from, _)) if view.is_resolver(from));
                 let _ = port.send_from_edge(Frame::new(frame), !from_service);
             }
         }
@@ -154,14 +153,15 @@ fn ping(to: Ipv4Addr) -> io::Result<UdpSocket> {
 }
 
 /// The answer to a ping, with the number that the guest gave it.
-fn echo_reply(view: &crate::switch::View, from: Ipv4Addr, id: u16, bytes: &[u8]) -> Option<Vec<u8>> {
+fn echo_reply(view: &View, from: Ipv4Addr, own: (Ipv4Addr, u16), bytes: &[u8]) -> Option<Vec<u8>> {
+    let (to, id) = own;
     let capabilities = ChecksumCapabilities::default();
     let packet = Icmpv4Packet::new_checked(bytes).ok()?;
     let Icmpv4Repr::EchoReply { seq_no, data, .. } = Icmpv4Repr::parse(&packet, &capabilities).ok()? else {
         return None;
     };
     let reply = Icmpv4Repr::EchoReply { ident: id, seq_no, data };
-    let mut frame = ipv4(view, from, view.address, IpProtocol::Icmp, reply.buffer_len());
+    let mut frame = ipv4(view, from, to, IpProtocol::Icmp, reply.buffer_len());
     reply.emit(&mut Icmpv4Packet::new_unchecked(&mut frame[ETHERNET_LEN + 20..]), &capabilities);
     Some(frame)
 }

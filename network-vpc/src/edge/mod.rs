@@ -5,13 +5,15 @@
 //! them; datagrams are passed on as they are.
 
 mod datagram;
+mod names;
 mod stack;
 mod stream;
 
 use std::io;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -19,7 +21,7 @@ use mio::{Events, Poll, Token};
 
 use self::datagram::Datagrams;
 use self::stream::Streams;
-use crate::packet::{Flow, Transport};
+use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::LOCAL_CLIENT;
 
@@ -33,8 +35,12 @@ const SLEEP: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Forward {
     pub(crate) listener: std::net::TcpListener,
+    /// Where that listens.
+    pub(crate) at: SocketAddr,
     /// The port in the instance.
     pub(crate) port: u16,
+    /// The instance's address, where that is not its primary one.
+    pub(crate) to: Option<Ipv4Addr>,
 }
 
 /// What the edge may reach.
@@ -59,8 +65,8 @@ pub(crate) struct Edge {
 #[derive(Debug)]
 enum Order {
     Listen(Forward),
-    /// By the port in the instance.
-    Unlisten(u16),
+    /// By where it is listened, and who waits for it to be done.
+    Unlisten(SocketAddr, SyncSender<()>),
 }
 
 impl Edge {
@@ -88,8 +94,12 @@ impl Edge {
         self.order(Order::Listen(forward));
     }
 
-    pub(crate) fn unlisten(&self, port: u16) {
-        self.order(Order::Unlisten(port));
+    /// Nobody listens there any more when this returns.
+    pub(crate) fn unlisten(&self, at: SocketAddr) {
+        let (done, is_done) = sync_channel(1);
+        self.order(Order::Unlisten(at, done));
+        // A thread that has ended listens to nothing, and does not say so.
+        let _ = is_done.recv_timeout(Duration::from_secs(1));
     }
 
     fn order(&self, order: Order) {
@@ -120,20 +130,22 @@ impl Worker {
     fn work(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         while !self.over.load(Ordering::Acquire) && self.port.is_plugged() {
-            self.take_orders()?;
+            self.take_orders();
             let registry = self.poll.registry();
-            for packet in self.port.take_inbox() {
-                let Some(flow) = Flow::parse(&packet) else { continue };
+            let view = self.port.view();
+            for frame in self.port.take_inbox() {
+                let Some(packet) = frame.get(ETHERNET_LEN..) else { continue };
+                let Some(flow) = Flow::parse(packet) else { continue };
                 match flow.transport {
-                    Transport::Tcp { .. } => self.streams.take(registry, &flow, packet),
-                    _ => self.datagrams.take(registry, &self.port, &flow, &packet),
+                    Transport::Tcp { .. } => self.streams.take(registry, &view, &flow, frame),
+                    _ => self.datagrams.take(registry, &self.port, &flow, packet),
                 }
             }
             self.streams.work(registry, &self.port);
             self.datagrams.work(&self.port);
             let sleep = self.streams.patience().map_or(SLEEP, |until| until.min(SLEEP));
             match self.poll.poll(&mut events, Some(sleep)) {
-                Ok(()) => {}
+                Ok(()) => events.iter().for_each(|event| self.streams.notice(event)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -141,16 +153,24 @@ impl Worker {
         Ok(())
     }
 
-    fn take_orders(&mut self) -> io::Result<()> {
+    fn take_orders(&mut self) {
         let orders =
             std::mem::take(&mut *self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         for order in orders {
             match order {
-                Order::Listen(forward) => self.streams.listen(self.poll.registry(), forward)?,
-                Order::Unlisten(port) => self.streams.unlisten(port),
+                Order::Listen(forward) => {
+                    let at = forward.at;
+                    if let Err(error) = self.streams.listen(self.poll.registry(), forward) {
+                        tracing::warn!(%error, %at, "a port that is forwarded is not listened at");
+                    }
+                }
+                Order::Unlisten(at, done) => {
+                    self.streams.unlisten(at);
+                    // Whoever asked may have lost patience.
+                    let _ = done.try_send(());
+                }
             }
         }
-        Ok(())
     }
 }
 

@@ -10,6 +10,7 @@ use smoltcp::socket::tcp;
 use smoltcp::time::Instant as StackInstant;
 use smoltcp::wire::{HardwareAddress, IpCidr, Ipv4Cidr};
 
+use crate::packet::ETHERNET_LEN;
 use crate::switch::View;
 
 /// The room of a conversation each way. Its memory is taken as it is used.
@@ -19,7 +20,7 @@ const FROM_GUEST: usize = 256 << 10;
 /// Packets that are made while the machine takes none.
 const OUTBOX: usize = 128;
 
-/// A stack without a device: packets go in and come out.
+/// A stack without a device: frames go in and come out.
 pub(super) struct Stack {
     interface: Interface,
     pub(super) sockets: SocketSet<'static>,
@@ -58,9 +59,9 @@ impl Stack {
         StackInstant::from_micros(i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX))
     }
 
-    /// A packet of the guest's.
-    pub(super) fn take(&mut self, packet: Vec<u8>) {
-        self.wire.inbox.push_back(packet);
+    /// A frame of the guest's, for when there is work to do.
+    pub(super) fn take(&mut self, frame: Vec<u8>) {
+        self.wire.inbox.push_back(frame);
     }
 
     /// Has the stack do what there is to do.
@@ -75,14 +76,24 @@ impl Stack {
         self.interface.poll_delay(now, &self.sockets).map(|delay| Duration::from_micros(delay.total_micros()))
     }
 
-    /// The next packet to the guest.
+    /// Whether it may have more to say than it had room for.
+    pub(super) fn is_full(&self) -> bool {
+        self.wire.outbox.len() >= OUTBOX
+    }
+
+    /// Whether there are frames that the guest has had no room for.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.wire.outbox.is_empty()
+    }
+
+    /// The next frame to the guest, whose Ethernet header is still to be written.
     pub(super) fn next(&mut self) -> Option<Vec<u8>> {
         self.wire.outbox.pop_front()
     }
 
-    /// A packet that the guest had no room for.
-    pub(super) fn put_back(&mut self, packet: Vec<u8>) {
-        self.wire.outbox.push_front(packet);
+    /// A frame that the guest had no room for.
+    pub(super) fn put_back(&mut self, frame: Vec<u8>) {
+        self.wire.outbox.push_front(frame);
     }
 
     fn socket() -> tcp::Socket<'static> {
@@ -96,10 +107,10 @@ impl Stack {
     }
 
     /// A socket for the conversation that the guest is about to begin with an address.
-    pub(super) fn expect(&mut self, address: Ipv4Addr, port: u16, hops: Option<u8>) -> Option<SocketHandle> {
+    pub(super) fn expect(&mut self, at: (Ipv4Addr, u16), hops: Option<u8>) -> Option<SocketHandle> {
         let mut socket = Self::socket();
         socket.set_hop_limit(hops);
-        socket.listen((address, port)).ok()?;
+        socket.listen(at).ok()?;
         Some(self.sockets.add(socket))
     }
 
@@ -147,7 +158,7 @@ struct Received(Vec<u8>);
 
 impl RxToken for Received {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(&self.0)
+        f(self.0.get(ETHERNET_LEN..).unwrap_or_default())
     }
 }
 
@@ -155,9 +166,9 @@ struct Outbox<'a>(&'a mut VecDeque<Vec<u8>>);
 
 impl TxToken for Outbox<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut packet = vec![0; len];
-        let result = f(&mut packet);
-        self.0.push_back(packet);
+        let mut frame = vec![0; ETHERNET_LEN + len];
+        let result = f(&mut frame[ETHERNET_LEN..]);
+        self.0.push_back(frame);
         result
     }
 }

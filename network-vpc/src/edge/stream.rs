@@ -8,15 +8,17 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use instance_core::net::Frame;
+use mio::event::Event;
 use mio::net::{TcpListener, TcpStream};
-use mio::{Interest, Registry};
+use mio::{Interest, Registry, Token};
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
+use super::names::Names;
 use super::stack::Stack;
 use super::{Forward, Reach, Tokens};
-use crate::answer::ethernet;
+use crate::answer::write_ethernet;
 use crate::metadata::Session;
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::port::Port;
@@ -28,8 +30,8 @@ const MOST: usize = 1024;
 /// How long a host outside may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(30);
 
-/// Who the guest speaks with: its own port, and the other's address and port.
-type Key = (u16, Ipv4Addr, u16);
+/// Who speaks with whom: the guest's address and port, and the other's.
+type Key = ((Ipv4Addr, u16), (Ipv4Addr, u16));
 
 /// The conversations of an interface.
 pub(super) struct Streams {
@@ -37,33 +39,42 @@ pub(super) struct Streams {
     reach: Reach,
     tokens: Tokens,
     conversations: HashMap<Key, Conversation>,
+    /// Whose the host's connections are.
+    owners: HashMap<Token, Key>,
     listeners: Vec<Listener>,
 }
 
 struct Listener {
     socket: TcpListener,
-    /// The port in the instance.
+    at: SocketAddr,
+    /// The port in the instance, and its address, where that is not the primary one.
     port: u16,
+    to: Option<Ipv4Addr>,
 }
 
 enum Conversation {
-    /// The host outside has not answered; with the packet by which the guest began.
-    Connecting { host: TcpStream, packet: Vec<u8>, until: Instant },
+    /// The host outside has not answered; with the frame by which the guest began.
+    Connecting { host: TcpStream, token: Token, frame: Vec<u8>, until: Instant },
     /// Both sides are there.
-    Open { socket: SocketHandle, other: Other },
+    Open { socket: SocketHandle, other: Other, token: Option<Token> },
     /// What the guest is told of its end.
-    Ending { socket: SocketHandle },
+    Ending { socket: SocketHandle, token: Option<Token> },
 }
 
 /// The other side of a conversation.
 enum Other {
     Host(Pipe),
     Metadata(Session),
+    Names(Names),
 }
 
 /// A connection of the host's.
 struct Pipe {
     host: TcpStream,
+    /// Whether the host may have something to be read, and room for something to be written: it is not asked
+    /// again until it has said so.
+    readable: bool,
+    writable: bool,
     /// The host has said that it sends no more.
     host_done: bool,
     /// The host has been told that the guest sends no more.
@@ -77,6 +88,7 @@ impl Streams {
             reach,
             tokens: Tokens(1),
             conversations: HashMap::new(),
+            owners: HashMap::new(),
             listeners: Vec::new(),
         }
     }
@@ -86,52 +98,72 @@ impl Streams {
         forward.listener.set_nonblocking(true)?;
         let mut socket = TcpListener::from_std(forward.listener);
         registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
-        self.listeners.push(Listener { socket, port: forward.port });
+        let Forward { at, port, to, .. } = forward;
+        self.listeners.push(Listener { socket, at, port, to });
         Ok(())
     }
 
-    pub(super) fn unlisten(&mut self, port: u16) {
-        self.listeners.retain(|listener| listener.port != port);
+    pub(super) fn unlisten(&mut self, at: SocketAddr) {
+        self.listeners.retain(|listener| listener.at != at);
     }
 
-    /// A packet of the guest's.
-    pub(super) fn take(&mut self, registry: &Registry, flow: &Flow, packet: Vec<u8>) {
+    /// A frame of the guest's.
+    pub(super) fn take(&mut self, registry: &Registry, view: &View, flow: &Flow, frame: Vec<u8>) {
         let Transport::Tcp { source, destination, flags } = flow.transport else { return };
-        let key = (source, flow.destination, destination);
-        let begins = flags.syn && !flags.ack && !self.conversations.contains_key(&key);
-        if begins && self.conversations.len() < MOST {
-            match self.begin(registry, key, packet) {
-                // The stack refuses what there is no socket for.
-                Some(refused) => self.stack.take(refused),
-                None => return,
-            }
-        } else if !matches!(self.conversations.get(&key), Some(Conversation::Connecting { .. })) {
-            self.stack.take(packet);
+        let key = ((flow.source, source), (flow.destination, destination));
+        let there = self.conversations.get(&key);
+        if flags.syn && !flags.ack && there.is_none() && self.conversations.len() < MOST {
+            let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
+            // The stack refuses what there is no socket for.
+            let refused = if is_service { self.serve(key, frame) } else { self.begin(registry, key, frame) };
+            refused.into_iter().for_each(|frame| self.stack.take(frame));
+        } else if !matches!(there, Some(Conversation::Connecting { .. })) {
+            self.stack.take(frame);
         }
-        self.stack.work();
     }
 
-    /// Begins a conversation. Gives the packet back if there is nobody to speak with.
-    fn begin(&mut self, registry: &Registry, key: Key, packet: Vec<u8>) -> Option<Vec<u8>> {
-        let (_, address, port) = key;
-        if address == METADATA {
-            // How many hops its answers go is decided when it is known what is asked.
-            let Some(socket) = self.stack.expect(address, port, None) else { return Some(packet) };
-            let other = Other::Metadata(Session::default());
-            self.conversations.insert(key, Conversation::Open { socket, other });
-            self.stack.take(packet);
-            self.stack.work();
-            return None;
-        }
-        let connecting = Some(address).filter(|address| self.reach.allows(*address)).and_then(|address| {
-            let mut host = TcpStream::connect(SocketAddr::new(address.into(), port)).ok()?;
-            registry.register(&mut host, self.tokens.next(), Interest::READABLE | Interest::WRITABLE).ok()?;
-            Some(host)
-        });
-        let Some(host) = connecting else { return Some(packet) };
-        let until = Instant::now() + CONNECT_WITHIN;
-        self.conversations.insert(key, Conversation::Connecting { host, packet, until });
+    /// Begins a conversation with a service of the network's. Gives the frame back if there is no room.
+    fn serve(&mut self, key: Key, frame: Vec<u8>) -> Option<Vec<u8>> {
+        let (_, at) = key;
+        // How many hops its answers go is decided when it is known what is asked.
+        let Some(socket) = self.stack.expect(at, None) else { return Some(frame) };
+        let other = match at.0 {
+            METADATA => Other::Metadata(Session::default()),
+            _ => Other::Names(Names::new(self.reach.resolver)),
+        };
+        self.conversations.insert(key, Conversation::Open { socket, other, token: None });
+        self.stack.take(frame);
+        // Before another waits at the same place.
+        self.stack.work();
         None
+    }
+
+    /// Begins a conversation with a host outside. Gives the frame back if that cannot be.
+    fn begin(&mut self, registry: &Registry, key: Key, frame: Vec<u8>) -> Option<Vec<u8>> {
+        let (_, (address, port)) = key;
+        if !self.reach.allows(address) {
+            return Some(frame);
+        }
+        let Ok(mut host) = TcpStream::connect(SocketAddr::new(address.into(), port)) else {
+            return Some(frame);
+        };
+        let token = self.tokens.next();
+        if registry.register(&mut host, token, Interest::READABLE | Interest::WRITABLE).is_err() {
+            return Some(frame);
+        }
+        let until = Instant::now() + CONNECT_WITHIN;
+        self.owners.insert(token, key);
+        self.conversations.insert(key, Conversation::Connecting { host, token, frame, until });
+        None
+    }
+
+    /// Something has happened to a socket of the host's.
+    pub(super) fn notice(&mut self, event: &Event) {
+        let owner = self.owners.get(&event.token()).and_then(|key| self.conversations.get_mut(key));
+        if let Some(Conversation::Open { other: Other::Host(pipe), .. }) = owner {
+            pipe.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
+            pipe.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
+        }
     }
 
     /// Moves what can be moved.
@@ -141,52 +173,71 @@ impl Streams {
         let keys: Vec<Key> = self.conversations.keys().copied().collect();
         for key in keys {
             let Some(conversation) = self.conversations.remove(&key) else { continue };
-            if let Some(goes_on) = self.advance(key, conversation, port) {
-                self.conversations.insert(key, goes_on);
+            let token = conversation.token();
+            match self.advance(registry, key, conversation, port) {
+                Some(goes_on) => drop(self.conversations.insert(key, goes_on)),
+                None => drop(token.and_then(|token| self.owners.remove(&token))),
             }
         }
-        self.stack.work();
-        self.send(port);
+        loop {
+            self.stack.work();
+            let is_full = self.stack.is_full();
+            if !self.send(port) || !is_full {
+                break;
+            }
+        }
     }
 
-    /// How long nothing has to be done if nothing comes.
+    /// How long nothing has to be done if nothing comes. While the machine has no room there is nothing to do until it
+    /// says that it has.
     pub(super) fn patience(&mut self) -> Option<Duration> {
-        self.stack.patience()
+        if self.stack.has_waiting() { None } else { self.stack.patience() }
     }
 
     /// None of a conversation that is over.
-    fn advance(&mut self, key: Key, conversation: Conversation, port: &Port) -> Option<Conversation> {
+    fn advance(
+        &mut self,
+        registry: &Registry,
+        key: Key,
+        conversation: Conversation,
+        port: &Port,
+    ) -> Option<Conversation> {
         match conversation {
-            Conversation::Connecting { host, packet, until } => match is_connected(&host) {
+            Conversation::Connecting { host, token, frame, until } => match is_connected(&host) {
                 Ok(true) => {
                     let _ = host.set_nodelay(true);
-                    let socket = self.stack.expect(key.1, key.2, None);
-                    self.stack.take(packet);
+                    let socket = self.stack.expect(key.1, None);
+                    self.stack.take(frame);
                     self.stack.work();
-                    let other = Other::Host(Pipe { host, host_done: false, guest_done: false });
-                    socket.map(|socket| Conversation::Open { socket, other })
+                    let other = Other::Host(Pipe::new(host));
+                    socket.map(|socket| Conversation::Open { socket, other, token: Some(token) })
                 }
-                Ok(false) if Instant::now() < until => Some(Conversation::Connecting { host, packet, until }),
+                Ok(false) if Instant::now() < until => {
+                    Some(Conversation::Connecting { host, token, frame, until })
+                }
                 Ok(false) | Err(_) => {
-                    self.stack.take(packet);
+                    self.stack.take(frame);
                     self.stack.work();
                     None
                 }
             },
-            Conversation::Open { socket, mut other } => {
+            Conversation::Open { socket, mut other, token } => {
                 let stack = self.stack.get(socket);
                 let goes_on = stack.state() != tcp::State::Closed
                     && match &mut other {
                         Other::Host(pipe) => pipe.pump(stack).is_ok(),
                         Other::Metadata(session) => serve(session, stack, port),
+                        Other::Names(names) => {
+                            names.pump(stack, &port.view(), (registry, &mut self.tokens)).is_ok()
+                        }
                     };
                 if goes_on {
-                    return Some(Conversation::Open { socket, other });
+                    return Some(Conversation::Open { socket, other, token });
                 }
                 stack.abort();
-                Some(Conversation::Ending { socket })
+                Some(Conversation::Ending { socket, token })
             }
-            Conversation::Ending { socket } => {
+            Conversation::Ending { socket, .. } => {
                 self.stack.remove(socket);
                 None
             }
@@ -195,54 +246,66 @@ impl Streams {
 
     /// Takes clients in whom the instance's groups let in.
     fn accept(&mut self, registry: &Registry, port: &Port) {
-        let own = port.view().address;
+        let view = port.view();
         for n in 0..self.listeners.len() {
+            let own = self.listeners[n].to.unwrap_or(view.address);
             while let Ok((mut host, client)) = self.listeners[n].socket.accept() {
                 let inside = self.listeners[n].port;
                 let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = if real.is_loopback() || real == own { LOCAL_CLIENT } else { real };
+                let shown = if real.is_loopback() || view.has(real) { LOCAL_CLIENT } else { real };
                 let flow = |source| {
                     let flags = TcpFlags { syn: true, ..TcpFlags::default() };
                     let transport = Transport::Tcp { source: client.port(), destination: inside, flags };
                     Flow { source, destination: own, transport }
                 };
-                let key = (inside, shown, client.port());
+                let key = ((own, inside), (shown, client.port()));
                 let room = self.conversations.len() < MOST && !self.conversations.contains_key(&key);
                 // Dropped, the connection is reset or closed: nobody is told why.
                 if !room || !port.admits(&flow(real), &flow(shown)) {
                     continue;
                 }
                 let _ = host.set_nodelay(true);
-                let interest = Interest::READABLE | Interest::WRITABLE;
-                if registry.register(&mut host, self.tokens.next(), interest).is_err() {
+                let (token, interest) = (self.tokens.next(), Interest::READABLE | Interest::WRITABLE);
+                if registry.register(&mut host, token, interest).is_err() {
                     continue;
                 }
                 if let Some(socket) = self.stack.connect((shown, client.port()), (own, inside)) {
-                    let other = Other::Host(Pipe { host, host_done: false, guest_done: false });
-                    self.conversations.insert(key, Conversation::Open { socket, other });
+                    let other = Other::Host(Pipe::new(host));
+                    self.owners.insert(token, key);
+                    self.conversations.insert(key, Conversation::Open { socket, other, token: Some(token) });
                 }
             }
         }
     }
 
-    /// Gives the machine the stack's packets, as far as it has room.
-    fn send(&mut self, port: &Port) {
+    /// Gives the machine the stack's frames, as far as it has room. Says whether it had room for all.
+    fn send(&mut self, port: &Port) -> bool {
         let view = port.view();
         port.stuck.store(false, Ordering::Release);
         let mut tried_again = false;
-        while let Some(packet) = self.stack.next() {
-            let from_service = packet.get(12..16) == Some(&METADATA.octets());
-            let mut frame = ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, packet.len());
-            frame[ETHERNET_LEN..].copy_from_slice(&packet);
-            if port.send_from_edge(Frame::new(frame), !from_service).is_ok() {
-                continue;
-            }
-            self.stack.put_back(packet);
+        while let Some(mut data) = self.stack.next() {
+            let from = data.get(ETHERNET_LEN + 12..).and_then(|bytes| bytes.first_chunk::<4>().copied());
+            let from = from.map_or(Ipv4Addr::UNSPECIFIED, Ipv4Addr::from);
+            let from_service = from == METADATA || view.is_resolver(from);
+            write_ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, &mut data);
+            let Err(frame) = port.send_from_edge(Frame::new(data), !from_service) else { continue };
+            self.stack.put_back(frame.data);
             // There may be room again by now, of which nobody tells any more.
             port.stuck.store(true, Ordering::Release);
             if std::mem::replace(&mut tried_again, true) {
-                return;
+                return false;
             }
+        }
+        true
+    }
+}
+
+impl Conversation {
+    /// What tells its connection of the host's from others.
+    fn token(&self) -> Option<Token> {
+        match self {
+            Self::Connecting { token, .. } => Some(*token),
+            Self::Open { token, .. } | Self::Ending { token, .. } => *token,
         }
     }
 }
@@ -261,19 +324,32 @@ fn is_connected(host: &TcpStream) -> io::Result<bool> {
 
 /// Answers the guest's questions. False when the conversation is over.
 fn serve(session: &mut Session, guest: &mut tcp::Socket<'_>, port: &Port) -> bool {
-    while guest.can_recv() {
-        let heard = guest.recv(|bytes| (bytes.len(), session.hear(bytes, || port.told())));
-        if heard.is_err() {
+    loop {
+        let mut heard = 0;
+        let hear = |bytes: &mut [u8]| {
+            heard = session.hear(bytes, || port.told());
+            (heard, ())
+        };
+        // What was heard before may be answered now that there is room for it.
+        if guest.can_recv() && guest.recv(hear).is_err() {
             return false;
         }
-    }
-    if let Some(hops) = session.hops() {
-        guest.set_hop_limit(Some(hops));
-    }
-    while guest.can_send() && !session.answer().is_empty() {
-        match guest.send_slice(session.answer()) {
-            Ok(sent) => session.said(sent),
-            Err(_) => return false,
+        if heard == 0 {
+            session.hear(&[], || port.told());
+        }
+        if let Some(hops) = session.hops() {
+            guest.set_hop_limit(Some(hops));
+        }
+        let mut said = 0;
+        while guest.can_send() && !session.answer().is_empty() {
+            match guest.send_slice(session.answer()) {
+                Ok(sent) => session.said(sent),
+                Err(_) => return false,
+            }
+            said += 1;
+        }
+        if heard == 0 && said == 0 {
+            break;
         }
     }
     let has_ended = !guest.may_recv() && guest.state() != tcp::State::SynReceived;
@@ -284,9 +360,13 @@ fn serve(session: &mut Session, guest: &mut tcp::Socket<'_>, port: &Port) -> boo
 }
 
 impl Pipe {
+    fn new(host: TcpStream) -> Self {
+        Self { host, readable: true, writable: true, host_done: false, guest_done: false }
+    }
+
     /// Moves bytes both ways. An error is the end of both.
     fn pump(&mut self, guest: &mut tcp::Socket<'_>) -> io::Result<()> {
-        while guest.can_recv() {
+        while guest.can_recv() && self.writable {
             let mut written = Ok(0);
             let received = guest.recv(|bytes| {
                 written = self.host.write(bytes);
@@ -295,7 +375,7 @@ impl Pipe {
             match written {
                 _ if received.is_err() => return Err(ErrorKind::ConnectionReset.into()),
                 Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.writable = false,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
@@ -309,7 +389,7 @@ impl Pipe {
             // Fails where the other side has gone, which is seen below.
             let _ = self.host.shutdown(Shutdown::Write);
         }
-        while guest.can_send() && !self.host_done {
+        while guest.can_send() && self.readable && !self.host_done {
             let mut read = Ok(0);
             let sent = guest.send(|room| {
                 read = self.host.read(room);
@@ -319,7 +399,7 @@ impl Pipe {
                 _ if sent.is_err() => return Err(ErrorKind::ConnectionReset.into()),
                 Ok(0) => self.host_done = true,
                 Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }

@@ -5,6 +5,8 @@
 //! that wait and no others, also where the instance answers each. In the same way it ends only with a reset that has
 //! the number which its receiver waits for (RFC 5961, section 3.2), or when both sides have ended it.
 
+use std::net::Ipv4Addr;
+
 use super::table::{Class, Key, Phase, State, Table};
 use crate::firewall::{Direction, Policy};
 use crate::packet::{ECHO, ECHO_REPLY, Flow, TcpFlags, Transport};
@@ -126,6 +128,11 @@ impl Conntrack {
         let went = direction.opposite();
         let goes_on = || Key::of(went, about).is_some_and(|key| self.table.find(&key, now).is_some());
         policy.leaves_untracked(went, about) || goes_on() || policy.allows(direction, error)
+    }
+
+    /// Forgets all conversations with these peers.
+    pub(crate) fn forget(&mut self, is_gone: impl Fn(Ipv4Addr) -> bool) {
+        self.table.forget(is_gone);
     }
 
     /// That all is as it has to be.

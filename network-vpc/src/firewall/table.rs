@@ -255,6 +255,13 @@ impl Table {
         }
     }
 
+    /// Removes all of these peers. It looks at every one, which nothing else does.
+    pub(super) fn forget(&mut self, is_gone: impl Fn(Ipv4Addr) -> bool) {
+        let gone: Vec<u32> =
+            self.index.iter().filter(|(key, _)| is_gone(key.peer)).map(|(_, at)| *at).collect();
+        gone.into_iter().for_each(|at| self.remove(Slot(at)));
+    }
+
     /// Puts an entry at the end of its class's list.
     fn link(&mut self, at: u32) {
         let list = &mut self.lists[self.entries[at as usize].class as usize];

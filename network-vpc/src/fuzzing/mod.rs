@@ -10,12 +10,15 @@ use hickory_proto::op::Message;
 use instance_core::HttpTokens;
 use instance_core::net::{Checksum, Frame, MacAddress, Offloads, Protocol, Segmentation};
 
+use smoltcp::wire::{EthernetProtocol, Ipv4Packet};
+
 pub use self::conntrack::conntrack;
 use crate::firewall::{Conntrack, Members, Peer, Policy, Rule};
+use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Session, Told};
-use crate::packet::{ETHERNET_LEN, Flow};
+use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::switch::{self, ROUTER_MAC, Verdict, View};
-use crate::{answer, dns, offload};
+use crate::{answer, dns, offload, ssh};
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
 const MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 9]);
@@ -34,7 +37,10 @@ fn view() -> Option<View> {
         subnet: "10.0.0.0/24".parse().ok()?,
         mac: MAC,
         address: OWN,
-        internet: true,
+        secondary: Vec::new(),
+        public: Vec::new(),
+        routes: crate::routing::Routes::new([(ipnet::Ipv4Net::default(), crate::RouteState::Active)]),
+        dhcp: crate::DhcpSettings::default(),
         source_dest_check: true,
         mtu: 1500,
         host_name: dns::host_name(OWN),
@@ -68,6 +74,7 @@ pub fn switch(bytes: &[u8]) {
     }
     let peers = |address| (address == PEER).then_some(PEER_MAC);
     let mut table = Conntrack::new(100);
+    let decided = Flow::parse(&frame.data[ETHERNET_LEN..]);
     match switch::decide(&view, &peers, &mut table, frame, 0) {
         Verdict::Drop => {}
         Verdict::Reply(answer) => {
@@ -78,6 +85,10 @@ pub fn switch(bytes: &[u8]) {
             assert!(to == PEER && frame.data[..6] == PEER_MAC.0 && frame.data[6..12] == ROUTER_MAC.0);
             let flow = Flow::parse(&frame.data[ETHERNET_LEN..]);
             assert!(flow.is_some_and(|flow| flow.source == OWN && flow.destination == PEER));
+            for frame in offload::finish(frame.clone(), Offloads::NONE) {
+                let arrives = Flow::parse(&frame.data[ETHERNET_LEN..]);
+                assert_eq!(arrives.map(ports), decided.map(ports), "what arrives is what was decided about");
+            }
             let _ = switch::admit(&view, &mut table, &frame.data, 0);
         }
         Verdict::Edge(frame) => {
@@ -90,6 +101,18 @@ pub fn switch(bytes: &[u8]) {
         }
     }
     let _ = switch::admit(&view, &mut table, data, 0);
+}
+
+/// What of a packet rules decide by; of a segment also whether a conversation begins with it.
+fn ports(flow: Flow) -> (Ipv4Addr, Ipv4Addr, Transport) {
+    let transport = match flow.transport {
+        Transport::Tcp { source, destination, flags } => {
+            let flags = TcpFlags { syn: flags.syn, ack: flags.ack, rst: flags.rst, ..TcpFlags::default() };
+            Transport::Tcp { source, destination, flags }
+        }
+        other => other,
+    };
+    (flow.source, flow.destination, transport)
 }
 
 /// A guest that asks the DHCP server. It gets its own address or a refusal.
@@ -135,13 +158,70 @@ pub fn metadata(bytes: &[u8]) {
     }
 }
 
+/// A guest that sends fragments: of three packets whose every byte tells where it belongs, and of its own making. What
+/// is put together is right to the last byte, and what waits is bounded.
+pub fn fragments(bytes: &[u8]) {
+    let byte_at = |at: usize| (at * 7) as u8;
+    let mut waiting = Fragments::default();
+    for mark in bytes.chunks_exact(4) {
+        let [id, begin, len, last] = [mark[0] % 3, mark[1], mark[2], mark[3] & 1].map(usize::from);
+        let begin = begin * 8;
+        let payload: Vec<u8> = (begin..begin + len).map(byte_at).collect();
+        let mut frame = answer::ethernet(PEER_MAC, MAC, EthernetProtocol::Ipv4, 20 + len);
+        let mut ip = Ipv4Packet::new_unchecked(&mut frame[ETHERNET_LEN..]);
+        ip.set_version(4);
+        ip.set_header_len(20);
+        ip.set_total_len((20 + len) as u16);
+        ip.set_ident(id as u16);
+        ip.set_more_frags(last == 0);
+        ip.set_frag_offset(begin as u16);
+        ip.payload_mut().copy_from_slice(&payload);
+        if let Some(whole) = waiting.take(&Frame::new(frame), 0) {
+            assert!(!fragments::is_fragment(&whole.data));
+            let packet = Ipv4Packet::new_checked(&whole.data[ETHERNET_LEN..]).ok();
+            let right = packet.is_some_and(|packet| {
+                packet.verify_checksum()
+                    && packet.payload().iter().enumerate().all(|(at, byte)| *byte == byte_at(at))
+            });
+            assert!(right, "what was put together is wrong");
+            let pieces = fragments::cut(whole.clone(), 576);
+            let mut again = Fragments::default();
+            let back = pieces.iter().rev().filter_map(|piece| again.take(piece, 0)).next();
+            assert!(pieces == [whole.clone()] || back == Some(whole));
+        }
+        waiting.check();
+    }
+    let frame = Frame::new(bytes.to_vec());
+    if frame.is_sound() && fragments::is_fragment(&frame.data) {
+        let _ = waiting.take(&frame, 1);
+        waiting.check();
+    }
+}
+
+/// A guest that writes to its console. What is taken for its host keys are keys, one a line and few.
+pub fn host_keys(bytes: &[u8]) {
+    let keys = ssh::host_keys(bytes);
+    assert!(keys.len() <= 16);
+    for key in keys {
+        assert!(!key.contains(['\n', '\r']) && ssh_key::PublicKey::from_openssh(&key).is_ok(), "{key:?}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     /// Every seed and what is left of it when it is cut short, through every body.
     #[test]
     fn the_bodies_hold_on_the_seeds() {
         let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
-        for target in ["vpc_conntrack", "vpc_switch", "vpc_dhcp", "vpc_dns", "vpc_metadata"] {
+        for target in [
+            "vpc_conntrack",
+            "vpc_switch",
+            "vpc_dhcp",
+            "vpc_dns",
+            "vpc_metadata",
+            "vpc_fragments",
+            "vpc_host_keys",
+        ] {
             let mut count = 0;
             for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
                 let bytes = std::fs::read(seed.unwrap().path()).unwrap();
@@ -151,6 +231,8 @@ mod tests {
                     super::dhcp(&bytes[..len]);
                     super::dns(&bytes[..len]);
                     super::metadata(&bytes[..len]);
+                    super::fragments(&bytes[..len]);
+                    super::host_keys(&bytes[..len]);
                 }
                 count += 1;
             }

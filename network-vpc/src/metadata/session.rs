@@ -67,13 +67,21 @@ impl Answer {
 }
 
 impl Session {
-    /// Takes what the guest says.
-    pub(crate) fn hear(&mut self, bytes: &[u8], told: impl Fn() -> Told) {
+    /// Takes what the guest says, as far as there is room for it, and says how much that was. Who does not take its
+    /// answers is not listened to.
+    pub(crate) fn hear(&mut self, bytes: &[u8], told: impl Fn() -> Told) -> usize {
         if self.over {
-            return;
+            return bytes.len();
         }
-        self.heard.extend(bytes);
-        while !self.over {
+        let taken = bytes.len().min(LONGEST + 1 - self.heard.len());
+        self.heard.extend(&bytes[..taken]);
+        self.answer_requests(told);
+        taken
+    }
+
+    /// Answers what was asked, until there is enough to say.
+    fn answer_requests(&mut self, told: impl Fn() -> Told) {
+        while !self.over && self.answer.len() < LONGEST {
             match parse(&self.heard) {
                 Ok(Some((request, len))) => {
                     self.heard.drain(..len);

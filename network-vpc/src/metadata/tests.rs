@@ -18,7 +18,10 @@ fn view() -> View {
         subnet: "10.0.0.0/24".parse().unwrap(),
         mac: MacAddress([6, 0, 0, 0, 0, 9]),
         address: "10.0.0.12".parse().unwrap(),
-        internet: true,
+        secondary: Vec::new(),
+        public: Vec::new(),
+        routes: crate::routing::Routes::new([(ipnet::Ipv4Net::default(), crate::RouteState::Active)]),
+        dhcp: crate::DhcpSettings::default(),
         source_dest_check: true,
         mtu: 1500,
         host_name: "ip-10-0-0-12".to_owned(),
@@ -193,4 +196,28 @@ fn several_requests_come_over_one_connection() {
     assert!(!session.is_over());
     session.hear(b"GET / HTTP/1.0\r\n\r\n", || told.clone());
     assert!(session.is_over());
+}
+
+/// Who asks and asks and takes no answer fills neither the one nor the other, and is answered when they do.
+#[test]
+fn who_takes_no_answers_is_not_listened_to() {
+    const QUESTION: &[u8] = b"GET /latest/user-data HTTP/1.1\r\n\r\n";
+    let mut metadata = metadata();
+    metadata.user_data = Some(vec![b'x'; 16 << 10]);
+    let told = told(metadata);
+    let questions = QUESTION.repeat(10_000);
+    let (mut session, mut rest, mut said) = (Session::default(), &questions[..], Vec::new());
+    let mut heard = session.hear(rest, || told.clone());
+    assert!(heard < 40 << 10 && session.answer().len() < 40 << 10, "{heard}, {}", session.answer().len());
+    while !session.answer().is_empty() {
+        rest = &rest[heard..];
+        let (status, len) = (session.answer().starts_with(b"HTTP/1.1 200 OK"), session.answer().len());
+        assert!(status);
+        said.push(len);
+        session.said(len);
+        heard = session.hear(rest, || told.clone());
+    }
+    assert!(rest.is_empty());
+    let one = said[0];
+    assert_eq!(said.iter().sum::<usize>(), 10_000 * one);
 }

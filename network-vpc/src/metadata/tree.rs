@@ -2,6 +2,7 @@
 //! nothing at all, as cloud-init does.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 use serde_json::json;
 
@@ -103,6 +104,9 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
     put("security-groups", names.clone());
     put("services/domain", "amazonaws.com".to_owned());
     put("services/partition", "aws".to_owned());
+    if let Some((public, _)) = view.public.iter().find(|(_, own)| *own == view.address) {
+        put("public-ipv4", public.to_string());
+    }
     if !metadata.instance_type.is_empty() {
         put("instance-type", metadata.instance_type.clone());
     }
@@ -128,7 +132,7 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
         ("device-number", "0".to_owned()),
         ("interface-id", view.interface.to_string()),
         ("local-hostname", host_name),
-        ("local-ipv4s", view.address.to_string()),
+        ("local-ipv4s", lines(view.addresses())),
         ("mac", mac.clone()),
         ("security-groups", names),
         ("security-group-ids", ids),
@@ -138,11 +142,22 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
         ("vpc-ipv4-cidr-block", view.vpc_cidr.to_string()),
         ("vpc-ipv4-cidr-blocks", view.vpc_cidr.to_string()),
     ];
+    if !view.public.is_empty() {
+        of_interface.push(("public-ipv4s", lines(view.public.iter().map(|(public, _)| *public))));
+    }
+    for (public, own) in &view.public {
+        put(&format!("network/interfaces/macs/{mac}/ipv4-associations/{public}"), own.to_string());
+    }
     of_interface.extend(metadata.owner.map(|owner| ("owner-id", owner.to_string())));
     for (name, text) in of_interface {
         put(&format!("network/interfaces/macs/{mac}/{name}"), text);
     }
     leaves
+}
+
+/// One a line.
+fn lines(addresses: impl Iterator<Item = Ipv4Addr>) -> String {
+    addresses.map(|address| address.to_string()).collect::<Vec<_>>().join("\n")
 }
 
 fn dynamic(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {

@@ -77,7 +77,9 @@ impl instance_core::network::Network for Network {
             |there: &crate::NetworkInterface| there.instance_id.is_some() && !interfaces.contains(&there.id);
         if self.model().interfaces.values().any(left) {
             self.change(|model| {
-                model.interfaces.retain(|_, there| !left(there));
+                let gone: Vec<_> =
+                    model.interfaces.values().filter(|there| left(there)).map(|i| i.id).collect();
+                gone.into_iter().for_each(|id| model.remove_interface(id));
                 Ok(())
             })?;
         }

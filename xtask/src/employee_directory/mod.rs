@@ -41,7 +41,7 @@ pub(crate) struct EmployeeDirectoryArgs {
 
 /// The command.
 pub(crate) fn run(args: &EmployeeDirectoryArgs) -> Result<ExitCode> {
-    prerequisites::require(&[&cloud::TOOLS[..], &[CURL, SSH]].concat())?;
+    prerequisites::require(&[cloud::tools(), &[CURL, SSH]].concat())?;
     let hypervisor = choose(args.hypervisor, |line| eprintln!("  {line}"))?;
     let disk = cloud::ensure(false)?;
     let dir = tempfile::tempdir().context("cannot make a directory for the region")?;
@@ -54,7 +54,6 @@ pub(crate) fn run(args: &EmployeeDirectoryArgs) -> Result<ExitCode> {
 struct Server {
     instance: Instance,
     web: SocketAddr,
-    ssh: SocketAddr,
 }
 
 fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path) -> Result<()> {
@@ -82,7 +81,8 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path) -> Result<()>
     let shell = step("reading its host keys off the console", || {
         let console = first.instance.console();
         console.reader().wait_for(ssh::KEYS_END, Instant::now() + PATIENCE)?;
-        Ssh::new(dir, first.ssh, &key.private_key, &String::from_utf8_lossy(&console.output()))
+        let place = first.instance.describe().network.context("the instance has no place in the network")?;
+        Ssh::new(dir, &network, place.interface_id, &key.private_key, &console.output())
     })?;
     step("logging in and installing a package", || {
         ensure!(shell.run("cloud-id")?.trim() == "aws", "cloud-init does not take this for EC2");
@@ -131,10 +131,9 @@ fn launch(
     let instance = region.launch(ami, spec)?;
     let place = instance.describe().network.context("the instance has no place in the network")?;
     let free = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let ssh = network.forward(place.interface_id, 22, free)?;
     let web = network.forward(place.interface_id, 80, free)?;
-    eprintln!("    {} is {}: http://{web}/ and port {} for ssh", instance.id(), place.private_ip, ssh.port());
-    Ok(Server { instance, web, ssh })
+    eprintln!("    {} is {}: http://{web}/", instance.id(), place.private_ip);
+    Ok(Server { instance, web })
 }
 
 fn wait_for_page(server: &Server) -> Result<()> {

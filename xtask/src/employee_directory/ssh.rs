@@ -2,43 +2,45 @@
 
 use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
+use ami_core::NetworkInterfaceId;
 use anyhow::{Context as _, Result, ensure};
+use network_vpc::{Network, SshAccess};
 
 use crate::process;
 
 /// The user that Debian's cloud-init makes.
 const USER: &str = "debian";
 
-/// Where cloud-init writes a machine's host keys between, on its console.
-const KEYS_BEGIN: &str = "-----BEGIN SSH HOST KEY KEYS-----";
+/// What cloud-init writes behind a machine's host keys on its console.
 pub(super) const KEYS_END: &str = "-----END SSH HOST KEY KEYS-----";
 
 /// A way into an instance.
 pub(super) struct Ssh {
-    at: SocketAddr,
+    access: SshAccess,
     identity: PathBuf,
     known_hosts: PathBuf,
 }
 
 impl Ssh {
-    /// To what listens at `at`, with a private key, if its host key is one that the console has shown.
-    pub(super) fn new(dir: &Path, at: SocketAddr, private_key: &str, console: &str) -> Result<Self> {
+    /// Into an instance, with a private key, if its host key is one that the console has shown.
+    pub(super) fn new(
+        dir: &Path,
+        network: &Network,
+        interface: NetworkInterfaceId,
+        private_key: &str,
+        console: &[u8],
+    ) -> Result<Self> {
         let identity = dir.join("identity");
         fs::write(&identity, private_key)?;
         fs::set_permissions(&identity, Permissions::from_mode(0o600))?;
-        let keys = console.split(KEYS_BEGIN).nth(1).and_then(|rest| rest.split(KEYS_END).next());
-        let keys = keys.context("the console does not show the host's keys")?;
-        let line = |key: &str| format!("[{}]:{} {}\n", at.ip(), at.port(), key.trim());
-        let known: String = keys.lines().filter(|key| key.contains("AAAA")).map(line).collect();
-        ensure!(!known.is_empty(), "the console shows no host key");
-        let known_hosts = dir.join(format!("known_hosts-{}", at.port()));
-        fs::write(&known_hosts, known)?;
-        Ok(Self { at, identity, known_hosts })
+        let access = network.ssh(interface, USER, console)?;
+        let known_hosts = dir.join(format!("known_hosts-{}", access.at.port()));
+        fs::write(&known_hosts, access.known_hosts())?;
+        Ok(Self { access, identity, known_hosts })
     }
 
     fn command(&self, what: &str) -> Command {
@@ -46,8 +48,7 @@ impl Ssh {
         ssh.args(["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=60"]);
         ssh.args(["-o", "IdentitiesOnly=yes", "-o", "GlobalKnownHostsFile=/dev/null", "-F", "none"]);
         ssh.arg("-o").arg(format!("UserKnownHostsFile={}", self.known_hosts.display()));
-        ssh.arg("-i").arg(&self.identity).args(["-p", &self.at.port().to_string()]);
-        ssh.arg(format!("{USER}@{}", self.at.ip())).arg(what);
+        ssh.arg("-i").arg(&self.identity).args(self.access.destination()).arg(what);
         ssh
     }
 

@@ -15,8 +15,10 @@ use crate::progress::step;
 use crate::{digest, process, workspace};
 
 const NAME: &str = "cloud.raw";
+/// The file that says by which recipes it was made.
+const MADE_BY: &str = "cloud.recipe";
 /// What building it calls.
-pub(crate) const TOOLS: [Tool; 3] = [MMDEBSTRAP, FAKEROOT, MKE2FS];
+const TOOLS: [Tool; 3] = [MMDEBSTRAP, FAKEROOT, MKE2FS];
 
 /// The version of Debian whose cloud-init and kernel this is.
 pub(crate) const VERSION: &str = "12";
@@ -50,18 +52,29 @@ const AFTER: &str = include_str!("../../guest/cloud/after.sh");
 /// What `dpkg` leaves out, which no server reads.
 const LEFT_OUT: [&str; 3] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
 
+/// What [`ensure`] needs on the host.
+pub(crate) fn tools() -> &'static [Tool] {
+    if is_current() { &[] } else { &TOOLS }
+}
+
+/// Whether the disk is there, made by these recipes.
+fn is_current() -> bool {
+    let dir = workspace::guest_dir().join("amd64");
+    let made_by = fs::read_to_string(dir.join(MADE_BY));
+    dir.join(NAME).is_file() && made_by.is_ok_and(|text| text == recipe())
+}
+
 /// The disk, made if it is not there, or if `update` asks for the packages that are current.
 pub(crate) fn ensure(update: bool) -> anyhow::Result<PathBuf> {
-    prerequisites::require(&TOOLS)?;
     let dir = workspace::guest_dir().join("amd64");
     fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let lock = fs::File::create(dir.join(".cloud-lock")).context("cannot make the lock file")?;
     flock(&lock, FlockOperation::LockExclusive).context("cannot lock the guest directory")?;
-    let (path, made_by) = (dir.join(NAME), dir.join("cloud.recipe"));
-    let is_current = fs::read_to_string(&made_by).is_ok_and(|text| text == recipe());
-    if path.is_file() && is_current && !update {
+    let (path, made_by) = (dir.join(NAME), dir.join(MADE_BY));
+    if is_current() && !update {
         return Ok(path);
     }
+    prerequisites::require(&TOOLS)?;
     let work = tempfile::tempdir_in(&dir).context("cannot make a working directory")?;
     let archive = work.path().join("root.tar");
     step("installing Debian into the cloud guest", || {

@@ -236,6 +236,9 @@ fn command(lab: &Lab, artifacts: &Artifacts, disk: &Path, sockets: &Path) -> Com
     qemu.arg("-drive")
         .arg(format!("if=none,id=disk,format=raw,cache=unsafe,discard=unmap,file={}", escaped(disk)));
     qemu.args(["-device", "virtio-blk-pci,drive=disk", "-device", "virtio-serial-pci"]);
+    if lab.network {
+        qemu.args(["-netdev", "user,id=net,ipv6=off", "-device", "virtio-net-pci,netdev=net"]);
+    }
     for name in PORTS {
         qemu.arg("-chardev").arg(format!("socket,id={name},path={}", escaped(&sockets.join(name))));
         qemu.arg("-device").arg(format!("virtserialport,chardev={name},name={name}"));

@@ -10,6 +10,7 @@
 //! cargo xtask lab -- quickstart --hypervisor kvm     this program's own commands
 //! cargo xtask lab --exec target/debug/deps/machine-0123 --nocapture
 //! cargo xtask lab --file data.raw:/data.raw --out /trace:trace.txt --exec ./program /data.raw
+//! cargo xtask lab --network --memory 6144 --program curl --program ssh -- employee-directory --hypervisor kvm
 //! ```
 //!
 //! A program comes with its shared libraries, and the guest artifacts with this program's own commands.
@@ -54,6 +55,7 @@ Examples:
   cargo xtask lab --guest --exec target/debug/deps/linux-0123 --nocapture
   cargo xtask lab --file data.raw:/data.raw --out /trace:trace.txt --exec ./program /data.raw
   cargo xtask lab --icount --exec ./benchmark
+  cargo xtask lab --network --memory 6144 --program curl --program ssh -- employee-directory --hypervisor kvm
 
 Without --exec, COMMAND is one of this program's own, and the guest artifacts are there for it. With
 --exec it is a program of the host with its arguments. Either runs as root in /root, on a disk of its
@@ -79,6 +81,9 @@ pub(crate) struct LabArgs {
     /// Count time in executed instructions, one a nanosecond, on one processor: measurements repeat
     #[arg(long)]
     icount: bool,
+    /// Let the lab reach what this host reaches, over sockets of QEMU's
+    #[arg(long)]
+    network: bool,
     /// The lab's processors; guests in a lab of several have been seen to stand still
     #[arg(long, value_name = "N", default_value_t = Lab::CPUS, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
@@ -134,7 +139,7 @@ fn lab_of(args: LabArgs) -> anyhow::Result<Lab> {
     if args.guest || !args.exec {
         lab = lab.guest_artifacts();
     }
-    lab = lab.icount(args.icount).cpus(args.cpus).memory_mib(args.memory);
+    lab = lab.network(args.network).icount(args.icount).cpus(args.cpus).memory_mib(args.memory);
     if let Some(seconds) = args.deadline {
         lab = lab.deadline(Duration::from_secs(seconds));
     }
@@ -165,6 +170,7 @@ pub(crate) struct Lab {
     outputs: Vec<(PathBuf, PathBuf)>,
     env: Vec<(String, OsString)>,
     guest_artifacts: bool,
+    network: bool,
     icount: bool,
     cpus: u32,
     memory_mib: u32,
@@ -200,6 +206,7 @@ impl Lab {
             outputs: Vec::new(),
             env: Vec::new(),
             guest_artifacts: false,
+            network: false,
             icount: false,
             cpus: Self::CPUS,
             memory_mib: Self::MEMORY_MIB,
@@ -240,6 +247,12 @@ impl Lab {
     /// Brings in the guest artifacts and names them in `AMI_GUEST_DIR`.
     pub(crate) fn guest_artifacts(mut self) -> Self {
         self.guest_artifacts = true;
+        self
+    }
+
+    /// Lets it reach what this host reaches, as 10.0.2.15.
+    pub(crate) fn network(mut self, network: bool) -> Self {
+        self.network = network;
         self
     }
 

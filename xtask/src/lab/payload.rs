@@ -17,7 +17,7 @@ const DISK_SIZE: u64 = 16 << 30;
 
 /// Makes the disk image `disk` for `lab`, by way of the empty directory `tree`.
 pub(super) fn build(lab: &Lab, tree: &Path, disk: &Path) -> anyhow::Result<()> {
-    for dir in ["lab/bin", "root", "sbin", "tmp", "usr/bin", "usr/sbin"] {
+    for dir in ["etc", "lab/bin", "root", "sbin", "tmp", "usr/bin", "usr/sbin"] {
         fs::create_dir_all(tree.join(dir)).context("cannot make the lab's directories")?;
     }
     let programs = std::iter::once(&lab.program).chain(&lab.programs);
@@ -26,6 +26,11 @@ pub(super) fn build(lab: &Lab, tree: &Path, disk: &Path) -> anyhow::Result<()> {
     }
     for (from, to) in &lab.files {
         copy(from, &inside(tree, to)?)?;
+    }
+    // Some programs ask who they are.
+    write(&tree.join("etc/passwd"), b"root:x:0:0:root:/root:/bin/sh\n", 0o644)?;
+    if lab.network {
+        write(&tree.join("etc/resolv.conf"), b"nameserver 10.0.2.3\n", 0o644)?;
     }
     write(&tree.join("lab/bring-back"), &archiving(lab), 0o755)?;
     write(&tree.join("lab/run"), &script(lab), 0o755)?;

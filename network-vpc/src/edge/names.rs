@@ -1,0 +1,125 @@
+//! The resolver over TCP (RFC 7766), where messages have their lengths before them.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::SocketAddr;
+
+use mio::net::TcpStream;
+use mio::{Interest, Registry};
+use smoltcp::socket::tcp;
+
+use super::Tokens;
+use crate::dns;
+use crate::switch::View;
+
+/// The bytes that say how long a message is, and how long one is at most.
+const PREFIX: usize = 2;
+const LONGEST: usize = PREFIX + u16::MAX as usize;
+
+/// What a guest asks over a connection, and what it is answered.
+#[derive(Debug)]
+pub(super) struct Names {
+    resolver: Option<SocketAddr>,
+    /// The resolver, once there is something to ask it.
+    upstream: Option<TcpStream>,
+    /// Of the guest's, what is no whole message yet; then what the resolver has not taken.
+    heard: Vec<u8>,
+    questions: Vec<u8>,
+    /// Of the resolver's, what is no whole message yet; then what the guest has not taken.
+    learned: Vec<u8>,
+    answers: Vec<u8>,
+}
+
+impl Names {
+    pub(super) fn new(resolver: Option<SocketAddr>) -> Self {
+        let (heard, questions, learned, answers) = Default::default();
+        Self { resolver, upstream: None, heard, questions, learned, answers }
+    }
+
+    /// Moves what can be moved. An error is the end of the connection.
+    pub(super) fn pump(
+        &mut self,
+        guest: &mut tcp::Socket<'_>,
+        view: &View,
+        (registry, tokens): (&Registry, &mut Tokens),
+    ) -> io::Result<()> {
+        // Who takes no answers is not listened to.
+        while guest.can_recv() && self.answers.len() < LONGEST && self.questions.len() < LONGEST {
+            let room = LONGEST - self.heard.len();
+            let hear = |bytes: &mut [u8]| {
+                let taken = bytes.len().min(room);
+                self.heard.extend(&bytes[..taken]);
+                (taken, ())
+            };
+            guest.recv(hear).map_err(|_| ErrorKind::ConnectionReset)?;
+            while let Some(message) = take_message(&mut self.heard) {
+                match dns::answer(view, &message[PREFIX..]) {
+                    Some(answer) => self.answers.extend(with_length(&answer)),
+                    None => self.questions.extend(message),
+                }
+            }
+        }
+        self.ask(registry, tokens)?;
+        while guest.can_send() && !self.answers.is_empty() {
+            let sent = guest.send_slice(&self.answers).map_err(|_| ErrorKind::ConnectionReset)?;
+            self.answers.drain(..sent);
+        }
+        // A guest that has nothing more to ask may still wait for answers; the resolver ends then by itself.
+        let has_ended = !guest.may_recv() && guest.state() != tcp::State::SynReceived;
+        if has_ended && self.answers.is_empty() && self.upstream.is_none() {
+            guest.close();
+        }
+        Ok(())
+    }
+
+    /// Passes questions on to the resolver, and takes what it says.
+    fn ask(&mut self, registry: &Registry, tokens: &mut Tokens) -> io::Result<()> {
+        if self.upstream.is_none() && !self.questions.is_empty() {
+            let resolver = self.resolver.ok_or(ErrorKind::ConnectionRefused)?;
+            let mut upstream = TcpStream::connect(resolver)?;
+            registry.register(&mut upstream, tokens.next(), Interest::READABLE | Interest::WRITABLE)?;
+            self.upstream = Some(upstream);
+        }
+        let Some(upstream) = &mut self.upstream else { return Ok(()) };
+        while !self.questions.is_empty() {
+            match upstream.write(&self.questions) {
+                Ok(0) => break,
+                Ok(taken) => drop(self.questions.drain(..taken)),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => break,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let mut bytes = [0; 4096];
+        while self.answers.len() < LONGEST {
+            match upstream.read(&mut bytes) {
+                Ok(0) => {
+                    // What is asked next is asked anew.
+                    self.upstream = None;
+                    self.learned.clear();
+                    break;
+                }
+                Ok(len) => self.learned.extend(&bytes[..len]),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => break,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+            while let Some(message) = take_message(&mut self.learned) {
+                self.answers.extend(message);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first message, with its length before it, if it is whole.
+fn take_message(bytes: &mut Vec<u8>) -> Option<Vec<u8>> {
+    let prefix: [u8; PREFIX] = *bytes.first_chunk()?;
+    let len = PREFIX + usize::from(u16::from_be_bytes(prefix));
+    (bytes.len() >= len).then(|| bytes.drain(..len).collect())
+}
+
+fn with_length(message: &[u8]) -> Vec<u8> {
+    // The VPC's own answers are short.
+    let len = u16::try_from(message.len()).unwrap_or_default();
+    [&len.to_be_bytes(), &message[..usize::from(len)]].concat()
+}

@@ -1,0 +1,170 @@
+//! Where on the host interfaces are reached: at forwarded ports and at Elastic IP addresses.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind as IoErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+use ami_core::NetworkInterfaceId;
+
+use super::{Network, Plugged};
+use crate::edge::Forward;
+use crate::{Error, NetworkInterface, Result, SshAccess};
+
+/// Where an interface's Elastic IP addresses are listened at, and the address of the interface that each leads to.
+pub(crate) type ElasticOffers = BTreeMap<SocketAddr, Ipv4Addr>;
+
+impl Network {
+    /// Has a port of an interface reached at an address of the host's, and says which: with port 0, a free one is
+    /// taken. It stays so when the network is opened again, but for one that was not asked for: if that is taken by
+    /// then, the instance is plugged in with another, which [`interface`](Self::interface) says.
+    ///
+    /// Clients get in whom the interface's groups let in, by their own addresses. The guest sees those of
+    /// the host itself as 169.254.0.1.
+    ///
+    /// ```
+    /// # use network_vpc::Network;
+    /// # let network = Network::in_memory(&"us-east-1".parse()?)?;
+    /// let interface = network.create_interface(network.interface_spec()?)?;
+    /// let at = network.forward(interface.id, 22, "127.0.0.1:0".parse()?)?;
+    /// println!("ssh -p {} admin@{}", at.port(), at.ip());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound), or that the host has no such address free.
+    pub fn forward(&self, id: NetworkInterfaceId, port: u16, at: SocketAddr) -> Result<SocketAddr> {
+        let is_chosen = at.port() == 0;
+        let refused = |e| Error::host(format!("cannot listen at {at}"), e);
+        self.model().interface(id)?;
+        let listener = TcpListener::bind(at).map_err(refused)?;
+        let at = listener.local_addr().map_err(refused)?;
+        self.stop_forwarding(id, port)?;
+        let mut plugged = self.plugged();
+        self.change_with(&mut plugged, |model| {
+            let interface = model.interface_mut(id)?;
+            interface.forwards.insert(port, at);
+            if is_chosen {
+                interface.chosen_forwards.insert(port);
+            }
+            Ok(())
+        })?;
+        if let Some(plugged) = plugged.get(&id) {
+            plugged.edge.listen(Forward { listener, at, port, to: None });
+        }
+        Ok(at)
+    }
+
+    /// What a user has to know to log in to an instance, of which the interface and the console's output are given: its
+    /// SSH server is reached where port 22 is [forwarded](Self::forward), which it is at a free port of 127.0.0.1 if it
+    /// was not before. Who gets in is up to the interface's groups.
+    ///
+    /// ```no_run
+    /// # fn log_in(network: network_vpc::Network, instance: instance_core::Instance) -> Result<(), Box<dyn std::error::Error>> {
+    /// let place = instance.describe().network.ok_or("it is in no network")?;
+    /// let access = network.ssh(place.interface_id, "debian", &instance.console().output())?;
+    /// println!("ssh {}", access.destination().join(" "));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`HostKeysUnknown`](crate::ErrorKind::HostKeysUnknown) until the console has shown them, as cloud-init does,
+    /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound),
+    /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter) for what is no user's name, or what the host refused.
+    pub fn ssh(&self, id: NetworkInterfaceId, user: &str, console: &[u8]) -> Result<SshAccess> {
+        let free = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let mut access = SshAccess::new(free, user, console)?;
+        let there = self.interface(id)?.forwards.get(&22).copied();
+        access.at = match there {
+            Some(at) => at,
+            None => self.forward(id, 22, free)?,
+        };
+        Ok(access)
+    }
+
+    /// Takes that back. Conversations go on.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound), or what the host refused.
+    pub fn stop_forwarding(&self, id: NetworkInterfaceId, port: u16) -> Result<()> {
+        let mut plugged = self.plugged();
+        if !self.model().interface(id)?.forwards.contains_key(&port) {
+            return Ok(());
+        }
+        let at = self.change_with(&mut plugged, |model| {
+            let interface = model.interface_mut(id)?;
+            interface.chosen_forwards.remove(&port);
+            Ok(interface.forwards.remove(&port))
+        })?;
+        if let (Some(at), Some(plugged)) = (at, plugged.get(&id)) {
+            plugged.edge.unlisten(at);
+        }
+        Ok(())
+    }
+
+    /// Has the ports listened at that are forwarded to an interface which is about to be plugged in. One that is taken
+    /// and nobody asked for becomes another.
+    pub(super) fn listen_again(
+        &self,
+        plugged: &mut HashMap<NetworkInterfaceId, Plugged>,
+        there: &Plugged,
+        interface: &NetworkInterface,
+    ) -> Result<()> {
+        let mut moved = Vec::new();
+        for (&port, &before) in &interface.forwards {
+            let refused = |e| Error::host(format!("cannot listen at {before}"), e);
+            let listener = match TcpListener::bind(before) {
+                Err(e) if e.kind() == IoErrorKind::AddrInUse && interface.chosen_forwards.contains(&port) => {
+                    TcpListener::bind((before.ip(), 0))
+                }
+                bound => bound,
+            };
+            let listener = listener.map_err(refused)?;
+            let at = listener.local_addr().map_err(refused)?;
+            there.edge.listen(Forward { listener, at, port, to: None });
+            if at != before {
+                moved.push((port, at));
+            }
+        }
+        if moved.is_empty() {
+            return Ok(());
+        }
+        self.change_with(plugged, |model| {
+            model.interface_mut(interface.id)?.forwards.extend(moved);
+            Ok(())
+        })
+    }
+}
+
+impl Plugged {
+    /// Listens no longer for Elastic IP addresses where that is not among what is wanted.
+    pub(super) fn withdraw(&mut self, wanted: &ElasticOffers) {
+        let edge = &self.edge;
+        self.elastic.retain(|at, to| {
+            let stays = wanted.get(at) == Some(to);
+            if !stays {
+                edge.unlisten(*at);
+            }
+            stays
+        });
+    }
+
+    /// Listens for Elastic IP addresses where that is wanted and the host lets us.
+    pub(super) fn offer(&mut self, wanted: ElasticOffers) {
+        for (at, to) in wanted {
+            if self.elastic.contains_key(&at) {
+                continue;
+            }
+            match TcpListener::bind(at) {
+                Ok(listener) => {
+                    self.edge.listen(Forward { listener, at, port: at.port(), to: Some(to) });
+                    self.elastic.insert(at, to);
+                }
+                Err(error) => tracing::warn!(%error, %at, "an Elastic IP address is not listened at"),
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Interfaces of a network.
+
+use std::net::Ipv4Addr;
+
+use ami_core::{InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId};
+use instance_core::net::MacAddress;
+
+use super::{Network, groups, no_random};
+use crate::model::{Model, check_address, usable};
+use crate::{Error, ErrorKind, NetworkInterface, Result, Subnet};
+
+/// The most addresses of an interface: what EC2's larger types have.
+const MOST_ADDRESSES: usize = 50;
+
+/// What an interface is made by: [`Network::create_interface`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterfaceSpec {
+    subnet: SubnetId,
+    groups: Vec<SecurityGroupId>,
+    private_ip: Option<Ipv4Addr>,
+    source_dest_check: bool,
+}
+
+impl InterfaceSpec {
+    /// An interface in a subnet, in no group yet.
+    pub fn new(subnet: SubnetId) -> Self {
+        Self { subnet, groups: Vec::new(), private_ip: None, source_dest_check: true }
+    }
+
+    /// In these groups; in its VPC's default one, if in none.
+    pub fn groups(mut self, groups: impl IntoIterator<Item = SecurityGroupId>) -> Self {
+        self.groups = groups.into_iter().collect();
+        self
+    }
+
+    /// With this address.
+    pub fn private_ip(mut self, address: Ipv4Addr) -> Self {
+        self.private_ip = Some(address);
+        self
+    }
+
+    /// Whether it may send and receive only what is from and to its own address; it may, unless this says otherwise.
+    pub fn source_dest_check(mut self, on: bool) -> Self {
+        self.source_dest_check = on;
+        self
+    }
+}
+
+impl Network {
+    /// What an interface is made by that is in the default subnet.
+    ///
+    /// # Errors
+    ///
+    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound) if there is none any more.
+    pub fn interface_spec(&self) -> Result<InterfaceSpec> {
+        let vpc = self.default_vpc()?;
+        let model = self.model();
+        let subnet = model.subnets.values().find(|subnet| subnet.vpc_id == vpc);
+        let subnet =
+            subnet.ok_or_else(|| Error::new(ErrorKind::SubnetNotFound, format!("{vpc} has no subnet")))?;
+        Ok(InterfaceSpec::new(subnet.id))
+    }
+
+    /// Makes an interface.
+    ///
+    /// # Errors
+    ///
+    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound), [`SubnetFull`](ErrorKind::SubnetFull),
+    /// [`InvalidAddress`](ErrorKind::InvalidAddress), [`AddressInUse`](ErrorKind::AddressInUse),
+    /// [`GroupNotFound`](ErrorKind::GroupNotFound), or what the host refused.
+    pub fn create_interface(&self, spec: InterfaceSpec) -> Result<NetworkInterface> {
+        self.create_interface_for(None, spec)
+    }
+
+    pub(super) fn create_interface_for(
+        &self,
+        instance_id: Option<InstanceId>,
+        spec: InterfaceSpec,
+    ) -> Result<NetworkInterface> {
+        let InterfaceSpec { subnet, groups, private_ip, source_dest_check } = spec;
+        let id = NetworkInterfaceId::random().map_err(no_random)?;
+        let mac = random_mac()?;
+        self.change(|model| {
+            let subnet = model.subnet(subnet)?.clone();
+            let groups = groups::of_interface(model, subnet.vpc_id, groups)?;
+            let private_ip = match private_ip {
+                Some(address) => free(model, &subnet, address)?,
+                None => any_free(model, &subnet)?,
+            };
+            let (forwards, chosen_forwards, secondary_private_ips) = Default::default();
+            let (subnet_id, vpc_id) = (subnet.id, subnet.vpc_id);
+            let made = NetworkInterface {
+                id,
+                subnet_id,
+                vpc_id,
+                mac,
+                private_ip,
+                secondary_private_ips,
+                groups,
+                source_dest_check,
+                instance_id,
+                forwards,
+                chosen_forwards,
+            };
+            model.interfaces.insert(id, made.clone());
+            Ok(made)
+        })
+    }
+
+    /// Puts an interface into other groups. Those conversations go on that were allowed.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`GroupNotFound`](ErrorKind::GroupNotFound), or what the
+    /// host refused.
+    pub fn modify_groups(&self, id: NetworkInterfaceId, groups: &[SecurityGroupId]) -> Result<()> {
+        self.change(|model| {
+            let vpc = model.interface(id)?.vpc_id;
+            let groups = groups::of_interface(model, vpc, groups.to_vec())?;
+            model.interface_mut(id)?.groups = groups;
+            Ok(())
+        })
+    }
+
+    /// Gives an interface these addresses of its subnet beside the one that it has. DHCP tells its guest of none of
+    /// them; metadata does.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`InvalidAddress`](ErrorKind::InvalidAddress),
+    /// [`AddressInUse`](ErrorKind::AddressInUse), also by the interface itself,
+    /// [`PrivateAddressLimit`](ErrorKind::PrivateAddressLimit), or what the host refused; then it has none of them.
+    pub fn assign_private_ips(&self, id: NetworkInterfaceId, addresses: &[Ipv4Addr]) -> Result<()> {
+        self.change(|model| {
+            for address in addresses {
+                let subnet = model.subnet(model.interface(id)?.subnet_id)?.clone();
+                let address = free(model, &subnet, *address)?;
+                add_address(model, id, address)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Gives an interface so many addresses more that are free, and says which.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`SubnetFull`](ErrorKind::SubnetFull),
+    /// [`PrivateAddressLimit`](ErrorKind::PrivateAddressLimit), or what the host refused; then it has none of them.
+    pub fn assign_any_private_ips(&self, id: NetworkInterfaceId, count: usize) -> Result<Vec<Ipv4Addr>> {
+        self.change(|model| {
+            let subnet = model.subnet(model.interface(id)?.subnet_id)?.clone();
+            let one = |_| {
+                let address = any_free(model, &subnet)?;
+                add_address(model, id, address)
+            };
+            (0..count).map(one).collect()
+        })
+    }
+
+    /// Takes addresses from an interface, with the Elastic IP addresses that lead to them, but not the one that it was
+    /// made with.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`InvalidAddress`](ErrorKind::InvalidAddress) for one that
+    /// it has not got or was made with, or what the host refused.
+    pub fn unassign_private_ips(&self, id: NetworkInterfaceId, addresses: &[Ipv4Addr]) -> Result<()> {
+        self.change(|model| {
+            for address in addresses {
+                let there = &mut model.interface_mut(id)?.secondary_private_ips;
+                let Some(at) = there.iter().position(|own| own == address) else {
+                    let what = format!("{address} is no secondary address of {id}");
+                    return Err(Error::new(ErrorKind::InvalidAddress, what));
+                };
+                there.remove(at);
+                model.disassociate(|a| a.interface_id == id && a.private_ip == *address);
+            }
+            Ok(())
+        })
+    }
+
+    /// Deletes an interface that is not plugged in.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`InterfaceInUse`](ErrorKind::InterfaceInUse), or what
+    /// the host refused.
+    pub fn delete_interface(&self, id: NetworkInterfaceId) -> Result<()> {
+        let plugged = self.plugged();
+        if plugged.get(&id).is_some_and(|plugged| plugged.port.is_plugged()) {
+            return Err(Error::new(ErrorKind::InterfaceInUse, format!("{id} is plugged in")));
+        }
+        drop(plugged);
+        self.unplug(id);
+        self.change(|model| {
+            model.interface(id)?;
+            model.remove_interface(id);
+            Ok(())
+        })
+    }
+}
+
+/// An address of those that are given locally, and no router's.
+fn random_mac() -> Result<MacAddress> {
+    let mut bytes = [0; 6];
+    getrandom::fill(&mut bytes).map_err(|e| no_random(e.into()))?;
+    bytes[0] = 0x06;
+    Ok(MacAddress(bytes))
+}
+
+/// The address, if it is one of the subnet's that nobody has.
+fn free(model: &Model, subnet: &Subnet, address: Ipv4Addr) -> Result<Ipv4Addr> {
+    check_address(subnet, address)?;
+    if model.taken(subnet.id).contains(&address) {
+        return Err(Error::new(ErrorKind::AddressInUse, format!("an interface has {address}")));
+    }
+    Ok(address)
+}
+
+fn any_free(model: &Model, subnet: &Subnet) -> Result<Ipv4Addr> {
+    let taken = model.taken(subnet.id);
+    usable(subnet.cidr)
+        .find(|address| !taken.contains(address))
+        .ok_or_else(|| Error::new(ErrorKind::SubnetFull, format!("{} has no address left", subnet.id)))
+}
+
+fn add_address(model: &mut Model, id: NetworkInterfaceId, address: Ipv4Addr) -> Result<Ipv4Addr> {
+    let there = &mut model.interface_mut(id)?.secondary_private_ips;
+    if there.len() + 1 >= MOST_ADDRESSES {
+        let what = format!("{id} has {MOST_ADDRESSES} addresses, which is the most");
+        return Err(Error::new(ErrorKind::PrivateAddressLimit, what));
+    }
+    there.push(address);
+    Ok(address)
+}

@@ -1,0 +1,133 @@
+//! VPCs and subnets of a network.
+
+use std::collections::BTreeMap;
+
+use ami_core::{RegionName, SubnetId, VpcId};
+use ipnet::Ipv4Net;
+
+use super::{Network, groups, no_random, routes};
+use crate::model::{Model, check_block};
+use crate::{Error, ErrorKind, Result, Subnet, Vpc};
+
+/// The block of the VPC that is there from the beginning, and of its subnet (VPC User Guide, "Default VPCs").
+const DEFAULT_VPC: &str = "172.31.0.0/16";
+const DEFAULT_SUBNET: &str = "172.31.0.0/20";
+
+impl Network {
+    /// Makes a VPC with its default security group and its main route table. No way leads out of it until it has an
+    /// [internet gateway](Self::create_internet_gateway).
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidVpcRange`](ErrorKind::InvalidVpcRange), or what the host refused.
+    pub fn create_vpc(&self, cidr: Ipv4Net) -> Result<Vpc> {
+        let cidr = check_block(cidr, ErrorKind::InvalidVpcRange)?;
+        self.change(|model| {
+            let made = add_vpc(model, cidr, false)?;
+            routes::add_route_table(model, made.id, true, BTreeMap::new())?;
+            Ok(made)
+        })
+    }
+
+    /// Deletes a VPC that nothing is in but its default group and its main route table.
+    ///
+    /// # Errors
+    ///
+    /// [`VpcNotFound`](ErrorKind::VpcNotFound), [`DependencyViolation`](ErrorKind::DependencyViolation), or what the
+    /// host refused.
+    pub fn delete_vpc(&self, id: VpcId) -> Result<()> {
+        self.change(|model| {
+            model.vpc(id)?;
+            let in_use = model.subnets.values().any(|subnet| subnet.vpc_id == id)
+                || model.groups.values().any(|g| g.vpc_id == id && g.name != groups::DEFAULT)
+                || model.route_tables.values().any(|table| table.vpc_id == id && !table.is_main)
+                || model.gateway_of(id).is_some();
+            if in_use {
+                let what = format!("{id} has subnets, groups, route tables or a gateway");
+                return Err(Error::new(ErrorKind::DependencyViolation, what));
+            }
+            model.groups.retain(|_, group| group.vpc_id != id);
+            model.route_tables.retain(|_, table| table.vpc_id != id);
+            model.vpcs.remove(&id);
+            Ok(())
+        })
+    }
+
+    /// Makes a subnet.
+    ///
+    /// # Errors
+    ///
+    /// [`VpcNotFound`](ErrorKind::VpcNotFound), [`InvalidSubnetRange`](ErrorKind::InvalidSubnetRange),
+    /// [`SubnetConflict`](ErrorKind::SubnetConflict), or what the host refused.
+    pub fn create_subnet(&self, vpc: VpcId, cidr: Ipv4Net) -> Result<Subnet> {
+        let cidr = check_block(cidr, ErrorKind::InvalidSubnetRange)?;
+        self.change(|model| add_subnet(model, vpc, cidr))
+    }
+
+    /// Deletes a subnet without interfaces.
+    ///
+    /// # Errors
+    ///
+    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound), [`DependencyViolation`](ErrorKind::DependencyViolation), or
+    /// what the host refused.
+    pub fn delete_subnet(&self, id: SubnetId) -> Result<()> {
+        self.change(|model| {
+            model.subnet(id)?;
+            if !model.taken(id).is_empty() {
+                return Err(Error::new(ErrorKind::DependencyViolation, format!("{id} has interfaces")));
+            }
+            model.subnets.remove(&id);
+            Ok(())
+        })
+    }
+}
+
+pub(super) fn first_model(region: &RegionName) -> Result<Model> {
+    let mut model = Model {
+        format: Model::FORMAT,
+        region: region.clone(),
+        vpcs: Default::default(),
+        subnets: Default::default(),
+        groups: Default::default(),
+        interfaces: Default::default(),
+        key_pairs: Default::default(),
+        gateways: Default::default(),
+        route_tables: Default::default(),
+        addresses: Default::default(),
+        dhcp_options: Default::default(),
+    };
+    let constant = |text: &str| {
+        text.parse().map_err(|_| Error::new(ErrorKind::InvalidVpcRange, format!("{text} is no block")))
+    };
+    let vpc = add_vpc(&mut model, constant(DEFAULT_VPC)?, true)?;
+    routes::lead_out(&mut model, vpc.id)?;
+    add_subnet(&mut model, vpc.id, constant(DEFAULT_SUBNET)?)?;
+    Ok(model)
+}
+
+fn add_vpc(model: &mut Model, cidr: Ipv4Net, is_default: bool) -> Result<Vpc> {
+    let id = VpcId::random().map_err(no_random)?;
+    let vpc = Vpc { id, cidr, is_default, dhcp_options_id: None };
+    model.vpcs.insert(id, vpc.clone());
+    let group = groups::default_group(id)?;
+    model.groups.insert(group.id, group);
+    Ok(vpc)
+}
+
+fn add_subnet(model: &mut Model, vpc: VpcId, cidr: Ipv4Net) -> Result<Subnet> {
+    let whole = model.vpc(vpc)?.cidr;
+    if !whole.contains(&cidr) {
+        return Err(Error::new(ErrorKind::InvalidSubnetRange, format!("{cidr} is no part of {whole}")));
+    }
+    let overlaps =
+        |other: &&Subnet| other.vpc_id == vpc && (other.cidr.contains(&cidr) || cidr.contains(&other.cidr));
+    if let Some(other) = model.subnets.values().find(overlaps) {
+        let what = format!("{cidr} overlaps {}, which has {}", other.id, other.cidr);
+        return Err(Error::new(ErrorKind::SubnetConflict, what));
+    }
+    let id = SubnetId::random().map_err(no_random)?;
+    let availability_zone = format!("{}a", model.region);
+    let subnet = Subnet { id, vpc_id: vpc, cidr, availability_zone, route_table_id: None };
+    model.subnets.insert(id, subnet.clone());
+    Ok(subnet)
+}

@@ -1,0 +1,500 @@
+//! Ways out of a network and into it: gateways and routes, Elastic IP addresses, secondary addresses, what DHCP says,
+//! long datagrams.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use common::{Guest, PATIENCE, SILENCE, together};
+use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::{Name, RecordType};
+use instance_core::machine::NetSpec;
+use instance_core::net::{Frame, NetPort};
+use network_vpc::{
+    DhcpSettings, Direction, InterfaceSpec, Metadata, Network, NetworkInterface, NetworkOptions, Peer,
+    RouteState, Rule,
+};
+use smoltcp::socket::tcp;
+use smoltcp::wire::{Ipv4Cidr, Ipv4Packet, UdpPacket};
+
+const ROUTER: [u8; 6] = [0x0a, 0, 0, 0, 0, 1];
+
+fn options() -> NetworkOptions {
+    NetworkOptions::new().resolver(None)
+}
+
+fn network() -> Network {
+    options().in_memory(&"eu-west-1".parse().unwrap()).unwrap()
+}
+
+/// An interface of the default subnet that lets everything in.
+fn open_interface(network: &Network) -> NetworkInterface {
+    let name = format!("group {}", network.security_groups().len());
+    let group = network.create_security_group(network.default_vpc().unwrap(), &name, "").unwrap();
+    let everything = Rule::all(Peer::Cidr("0.0.0.0/0".parse().unwrap()));
+    network.authorize(group.id, Direction::Ingress, everything).unwrap();
+    network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap()
+}
+
+/// An address of this host's that is not a loopback one.
+fn own_address() -> Option<Ipv4Addr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.connect("203.0.113.1:9").ok()?;
+    match socket.local_addr().ok()? {
+        SocketAddr::V4(address) if !address.ip().is_unspecified() => Some(*address.ip()),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_vpc_has_the_ways_out_that_its_routes_say() {
+    let Some(own) = own_address() else {
+        eprintln!("SKIPPED: this host has no address but the loopback one");
+        return;
+    };
+    let network = options().reach_host(true).in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let server = TcpListener::bind((own, 0)).unwrap();
+    let at = server.local_addr().unwrap().port();
+    let vpc = network.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap();
+    let subnet = network.create_subnet(vpc.id, "10.0.1.0/24".parse().unwrap()).unwrap();
+    let interface = network.create_interface(InterfaceSpec::new(subnet.id)).unwrap();
+    let mut guest = Guest::boot(network.plug(interface.id).unwrap());
+    let mut reaches = |expect: bool, what: &str| {
+        let patience = if expect { PATIENCE } else { SILENCE };
+        assert_eq!(guest.connect(patience, own, at).is_some(), expect, "{what}");
+    };
+    reaches(false, "without a gateway");
+    let (gateway, main) =
+        (network.create_internet_gateway().unwrap(), network.main_route_table(vpc.id).unwrap());
+    let everywhere = "0.0.0.0/0".parse().unwrap();
+    let refused = network.create_route(main.id, everywhere, gateway.id).unwrap_err();
+    assert_eq!(refused.code(), "InvalidParameterValue", "it is not attached");
+    network.attach_internet_gateway(gateway.id, vpc.id).unwrap();
+    reaches(false, "without a route");
+    network.create_route(main.id, everywhere, gateway.id).unwrap();
+    reaches(true, "with a route");
+
+    // A table of the subnet's own.
+    let table = network.create_route_table(vpc.id).unwrap();
+    network.set_route_table(subnet.id, Some(table.id)).unwrap();
+    reaches(false, "by a table without routes");
+    network.create_route(table.id, ipnet::Ipv4Net::from(own), gateway.id).unwrap();
+    reaches(true, "by a table with a route to this one");
+    assert_eq!(network.delete_route_table(table.id).unwrap_err().code(), "DependencyViolation");
+    network.set_route_table(subnet.id, None).unwrap();
+    network.delete_route_table(table.id).unwrap();
+
+    network.detach_internet_gateway(gateway.id, vpc.id).unwrap();
+    assert_eq!(network.routes(main.id).unwrap()[0].state, RouteState::Blackhole);
+    reaches(false, "into a black hole");
+    network.attach_internet_gateway(gateway.id, vpc.id).unwrap();
+    reaches(true, "when the gateway is back");
+}
+
+#[test]
+fn gateways_and_routes_are_refused_as_in_ec2() {
+    let network = network();
+    let vpc = network.default_vpc().unwrap();
+    let (main, there) = (network.main_route_table(vpc).unwrap(), network.internet_gateways()[0].id);
+    let everywhere: ipnet::Ipv4Net = "0.0.0.0/0".parse().unwrap();
+    let other = network.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap();
+    let foreign = network.create_route_table(other.id).unwrap();
+    let subnet = network.subnets()[0].id;
+    let new = network.create_internet_gateway().unwrap().id;
+    for (code, refused) in [
+        ("Resource.AlreadyAssociated", network.attach_internet_gateway(there, other.id)),
+        ("InvalidParameterValue", network.attach_internet_gateway(new, vpc)),
+        ("Gateway.NotAttached", network.detach_internet_gateway(new, vpc)),
+        ("DependencyViolation", network.delete_internet_gateway(there)),
+        (
+            "InvalidInternetGatewayID.NotFound",
+            network.delete_internet_gateway("igw-0123456789abcdef0".parse().unwrap()),
+        ),
+        ("RouteAlreadyExists", network.create_route(main.id, everywhere, there)),
+        ("InvalidParameterValue", network.create_route(main.id, "172.31.4.0/24".parse().unwrap(), there)),
+        ("InvalidParameterValue", network.create_route(foreign.id, everywhere, there)),
+        ("InvalidRoute.NotFound", network.replace_route(main.id, "192.0.2.0/24".parse().unwrap(), there)),
+        ("InvalidRoute.NotFound", network.delete_route(main.id, "192.0.2.0/24".parse().unwrap())),
+        (
+            "InvalidRouteTableID.NotFound",
+            network.delete_route("rtb-0123456789abcdef0".parse().unwrap(), everywhere),
+        ),
+        ("DependencyViolation", network.delete_route_table(main.id)),
+        ("InvalidParameterValue", network.set_route_table(subnet, Some(foreign.id))),
+        ("DependencyViolation", network.delete_vpc(other.id)),
+    ] {
+        assert_eq!(refused.unwrap_err().code(), code);
+    }
+    network.delete_route_table(foreign.id).unwrap();
+    network.delete_vpc(other.id).unwrap();
+}
+
+/// A guest that listens, and a thread that connects from the host and says what it hears.
+fn greets(guest: &mut Guest, inside: u16, at: SocketAddr) -> Option<String> {
+    let server = guest.listen(inside);
+    let client = thread::spawn(move || {
+        let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(5)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+        let mut heard = String::new();
+        stream.read_to_string(&mut heard).ok()?;
+        Some(heard)
+    });
+    let to = guest.within(SILENCE, |guest| guest.tcp(server).may_send().then_some(()));
+    if to.is_some() {
+        let own = guest.tcp(server).local_endpoint().unwrap();
+        guest.say(server, format!("I am {}", own.addr).as_bytes());
+        guest.tcp(server).close();
+        guest.until(|guest| (!guest.tcp(server).is_open()).then_some(()));
+    }
+    guest.sockets.remove(server);
+    client.join().unwrap().filter(|heard| !heard.is_empty())
+}
+
+#[test]
+fn an_elastic_address_leads_where_it_is_associated() {
+    let network = network();
+    let [one, other] = [0, 1].map(|_| open_interface(&network));
+    let mut guests = [&one, &other].map(|interface| Guest::boot(network.plug(interface.id).unwrap()));
+    let address = network.allocate_address().unwrap();
+    assert!(address.public_ip.is_loopback() && address.association.is_none());
+    let at = SocketAddr::from((address.public_ip, 8642));
+    network.associate_address(address.allocation_id, one.id, None).unwrap();
+    assert_eq!(greets(&mut guests[0], 8642, at), None, "no rule names the port");
+    for interface in [&one, &other] {
+        let rule = Rule::tcp(8642, "0.0.0.0/0".parse().unwrap());
+        network.authorize(interface.groups[0], Direction::Ingress, rule).unwrap();
+    }
+    assert_eq!(greets(&mut guests[0], 8642, at), Some(format!("I am {}", one.private_ip)));
+
+    // It leads to one place at a time, and says so to the guest.
+    network.set_metadata(other.id, Some(Metadata::new("i-0123456789abcdef0".parse().unwrap()))).unwrap();
+    let association = network.associate_address(address.allocation_id, other.id, None).unwrap();
+    assert_eq!(greets(&mut guests[1], 8642, at), Some(format!("I am {}", other.private_ip)));
+    assert_eq!(
+        read_metadata(&mut guests[1], "public-ipv4").as_deref(),
+        Some(&*address.public_ip.to_string())
+    );
+    assert_eq!(network.release_address(address.allocation_id).unwrap_err().code(), "InvalidIPAddress.InUse");
+    let gateway = network.internet_gateways()[0].clone();
+    let needed = network.detach_internet_gateway(gateway.id, gateway.vpc_id.unwrap()).unwrap_err();
+    assert_eq!(needed.code(), "DependencyViolation");
+    network.disassociate_address(association).unwrap();
+    assert!(TcpStream::connect(at).is_err(), "nobody listens any more");
+    assert_eq!(read_metadata(&mut guests[1], "public-ipv4"), None);
+    assert_eq!(
+        network.disassociate_address(association).unwrap_err().code(),
+        "InvalidAssociationID.NotFound"
+    );
+
+    // With its interface goes the association and not the address.
+    network.associate_address(address.allocation_id, one.id, None).unwrap();
+    network.unplug(one.id);
+    network.delete_interface(one.id).unwrap();
+    assert_eq!(network.addresses()[0].association, None);
+    network.release_address(address.allocation_id).unwrap();
+    assert_eq!(
+        network.release_address(address.allocation_id).unwrap_err().code(),
+        "InvalidAllocationID.NotFound"
+    );
+}
+
+#[test]
+fn elastic_addresses_are_refused_as_in_ec2() {
+    let network = options().elastic_pool("127.65.4.0/30".parse().unwrap());
+    let network = network.in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let [one, other] = [0, 1].map(|_| network.allocate_address().unwrap());
+    assert_ne!(one.public_ip, other.public_ip);
+    assert_eq!(network.allocate_address().unwrap_err().code(), "AddressLimitExceeded");
+    let vpc = network.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap();
+    let subnet = network.create_subnet(vpc.id, "10.0.1.0/24".parse().unwrap()).unwrap();
+    let inside = network.create_interface(InterfaceSpec::new(subnet.id)).unwrap();
+    let reached = open_interface(&network);
+    let nobody = "eipalloc-0123456789abcdef0".parse().unwrap();
+    for (code, refused) in [
+        ("Gateway.NotAttached", network.associate_address(one.allocation_id, inside.id, None)),
+        ("InvalidAllocationID.NotFound", network.associate_address(nobody, reached.id, None)),
+        (
+            "InvalidParameterValue",
+            network.associate_address(one.allocation_id, reached.id, Some(inside.private_ip)),
+        ),
+        (
+            "InvalidNetworkInterfaceID.NotFound",
+            network.associate_address(one.allocation_id, "eni-0123456789abcdef0".parse().unwrap(), None),
+        ),
+    ] {
+        assert_eq!(refused.unwrap_err().code(), code);
+    }
+}
+
+fn read_metadata(guest: &mut Guest, path: &str) -> Option<String> {
+    let service = Ipv4Addr::new(169, 254, 169, 254);
+    let ttl = "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n";
+    let (_, token) = guest.http(service, &format!("PUT /latest/api/token HTTP/1.1\r\n{ttl}"));
+    let header = format!("X-aws-ec2-metadata-token: {token}\r\n");
+    let (status, body) = guest.http(service, &format!("GET /latest/meta-data/{path} HTTP/1.1\r\n{header}"));
+    (status == 200).then_some(body)
+}
+
+#[test]
+fn an_interface_has_secondary_addresses() {
+    let network = network();
+    let (here, there) = (open_interface(&network), open_interface(&network));
+    let mut asks = Guest::boot(network.plug(here.id).unwrap());
+    let mut serves = Guest::boot(network.plug(there.id).unwrap());
+    let second = network.assign_any_private_ips(there.id, 1).unwrap()[0];
+    let third: Ipv4Addr = "172.31.7.7".parse().unwrap();
+    network.assign_private_ips(there.id, &[third]).unwrap();
+    assert_eq!(network.interface(there.id).unwrap().secondary_private_ips, [second, third]);
+    for (code, addresses) in [
+        ("InvalidIPAddress.InUse", vec!["172.31.7.8".parse().unwrap(), third]),
+        ("InvalidIPAddress.InUse", vec![here.private_ip]),
+        ("InvalidParameterValue", vec!["10.0.0.9".parse().unwrap()]),
+    ] {
+        assert_eq!(network.assign_private_ips(there.id, &addresses).unwrap_err().code(), code);
+    }
+    assert_eq!(network.interface(there.id).unwrap().secondary_private_ips.len(), 2, "all or nothing");
+    let limit = network.assign_any_private_ips(there.id, 48).unwrap_err();
+    assert_eq!(limit.code(), "PrivateIpAddressLimitExceeded");
+
+    network.set_metadata(there.id, Some(Metadata::new("i-0123456789abcdef0".parse().unwrap()))).unwrap();
+    let mac = format!("network/interfaces/macs/{}/local-ipv4s", there.mac);
+    let all = format!("{}\n{second}\n{third}", there.private_ip);
+    assert_eq!(read_metadata(&mut serves, &mac), Some(all));
+
+    serves.set_address(Ipv4Cidr::new(third, 20), serves.router);
+    let mut reaches = |patience| {
+        let (server, connection) = (serves.listen(80), asks.begin_connecting(third, 80));
+        let connected = together(patience, &mut [&mut asks, &mut serves], |guests| {
+            (guests[0].tcp(connection).state() == tcp::State::Established).then_some(())
+        });
+        asks.sockets.remove(connection);
+        serves.sockets.remove(server);
+        connected.is_some()
+    };
+    assert!(reaches(PATIENCE));
+    network.unassign_private_ips(there.id, &[third]).unwrap();
+    assert!(!reaches(SILENCE), "it is nobody's any more");
+    for not_secondary in [third, there.private_ip] {
+        let refused = network.unassign_private_ips(there.id, &[not_secondary]).unwrap_err();
+        assert_eq!(refused.code(), "InvalidParameterValue");
+    }
+}
+
+#[test]
+fn dhcp_says_what_the_vpcs_options_say() {
+    let network = network();
+    let vpc = network.default_vpc().unwrap();
+    let servers = [Ipv4Addr::new(10, 0, 0, 53), Ipv4Addr::new(10, 0, 0, 54)];
+    let settings = DhcpSettings::default().domain_name("corp.example.com").domain_name_servers(servers);
+    let made = network.create_dhcp_options(settings).unwrap();
+    network.associate_dhcp_options(vpc, Some(made.id)).unwrap();
+    assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "DependencyViolation");
+    let guest = Guest::boot(network.plug(open_interface(&network).id).unwrap());
+    assert_eq!(guest.resolvers, servers);
+    network.associate_dhcp_options(vpc, None).unwrap();
+    network.delete_dhcp_options(made.id).unwrap();
+    assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "InvalidDhcpOptionID.NotFound");
+    let guest = Guest::boot(network.plug(open_interface(&network).id).unwrap());
+    assert_eq!(guest.resolvers, [Ipv4Addr::new(172, 31, 0, 2)]);
+    let five = DhcpSettings::default().ntp_servers([servers[0]; 5]);
+    assert_eq!(network.create_dhcp_options(five).unwrap_err().code(), "InvalidParameterValue");
+}
+
+fn question(name: &str, id: u16) -> Vec<u8> {
+    let mut question = Message::new();
+    question.set_id(id).add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+    let bytes = question.to_vec().unwrap();
+    [&u16::try_from(bytes.len()).unwrap().to_be_bytes()[..], &bytes].concat()
+}
+
+#[test]
+fn names_are_told_over_tcp_too() {
+    // A resolver of the host's that gives every question back, as an answer and with much behind it.
+    let resolver = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = resolver.local_addr().unwrap();
+    thread::spawn(move || {
+        let (mut client, _) = resolver.accept().unwrap();
+        let mut len = [0; 2];
+        while client.read_exact(&mut len).is_ok() {
+            let mut message = vec![0; u16::from_be_bytes(len).into()];
+            client.read_exact(&mut message).unwrap();
+            message[2] |= 0x80;
+            message.resize(20_000, 7);
+            client.write_all(&20_000u16.to_be_bytes()).unwrap();
+            client.write_all(&message).unwrap();
+        }
+    });
+    let network = NetworkOptions::new().resolver(Some(at)).in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let interface = open_interface(&network);
+    let mut guest = Guest::boot(network.plug(interface.id).unwrap());
+    let connection = guest.connect(PATIENCE, guest.resolvers[0], 53).unwrap();
+    let own = format!("{}.eu-west-1.compute.internal.", interface.private_host_name());
+    // All at once, and cut where no message ends.
+    let asked = [question(&own, 1), question("example.com.", 2), question(&own, 3)].concat();
+    guest.say(connection, &asked[..30]);
+    guest.say(connection, &asked[30..]);
+    let mut heard = Vec::new();
+    let mut answers = BTreeMap::new();
+    while answers.len() < 3 {
+        heard.extend(guest.hear(connection, 1));
+        while heard.len() > 2 && heard.len() >= 2 + usize::from(u16::from_be_bytes([heard[0], heard[1]])) {
+            let message: Vec<u8> =
+                heard.drain(..2 + usize::from(u16::from_be_bytes([heard[0], heard[1]]))).collect();
+            answers.insert(u16::from_be_bytes([message[2], message[3]]), message[2..].to_vec());
+        }
+    }
+    for id in [1, 3] {
+        let answer = Message::from_vec(&answers[&id]).unwrap();
+        assert_eq!(answer.answers()[0].data().to_string(), interface.private_ip.to_string());
+    }
+    assert_eq!(answers[&2].len(), 20_000);
+}
+
+/// Fragments of a datagram as a guest sends them.
+fn fragments(from: &NetworkInterface, to: Ipv4Addr, at: u16, text: &[u8], order: &[usize]) -> Vec<Frame> {
+    let mut datagram = vec![0; 8];
+    datagram.extend(text);
+    let mut udp = UdpPacket::new_unchecked(&mut datagram[..]);
+    udp.set_src_port(4000);
+    udp.set_dst_port(at);
+    udp.set_len((8 + text.len()) as u16);
+    udp.fill_checksum(&from.private_ip.into(), &to.into());
+    let count = datagram.len().div_ceil(1480);
+    let piece = |n: usize| {
+        let payload = &datagram[n * 1480..datagram.len().min((n + 1) * 1480)];
+        let mut frame = [&ROUTER[..], &from.mac.0, &[8, 0], &[0; 20], payload].concat();
+        let mut ip = Ipv4Packet::new_unchecked(&mut frame[14..]);
+        ip.set_version(4);
+        ip.set_header_len(20);
+        ip.set_total_len((20 + payload.len()) as u16);
+        ip.set_ident(99);
+        ip.set_more_frags(n + 1 < count);
+        ip.set_frag_offset((n * 1480) as u16);
+        ip.set_hop_limit(64);
+        ip.set_next_header(smoltcp::wire::IpProtocol::Udp);
+        ip.set_src_addr(from.private_ip);
+        ip.set_dst_addr(to);
+        ip.fill_checksum();
+        Frame::new(frame)
+    };
+    order.iter().map(|n| piece(*n)).collect()
+}
+
+/// The payload of the datagram whose fragments come to a port.
+fn received(port: &NetPort) -> Vec<u8> {
+    let mut pieces = BTreeMap::new();
+    for _ in 0..500 {
+        while let Some(frame) = port.recv() {
+            assert!(frame.data.len() <= 1514, "longer than the guest takes");
+            let ip = Ipv4Packet::new_checked(&frame.data[14..]).unwrap();
+            assert!(ip.verify_checksum());
+            pieces.insert(ip.frag_offset(), (ip.payload().to_vec(), ip.more_frags()));
+        }
+        if pieces.last_key_value().is_some_and(|(_, (_, more))| !more) && pieces.contains_key(&0) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let whole: Vec<u8> = pieces.into_values().flat_map(|(piece, _)| piece).collect();
+    whole.get(8..).map(<[u8]>::to_vec).unwrap_or_default()
+}
+
+#[test]
+fn long_datagrams_come_in_fragments_and_are_decided_upon_as_a_whole() {
+    let network = options().reach_host(true).in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let from = open_interface(&network);
+    let group = network.create_security_group(network.default_vpc().unwrap(), "few", "").unwrap();
+    network
+        .authorize(group.id, Direction::Ingress, Rule::udp(53..=53, "0.0.0.0/0".parse().unwrap()))
+        .unwrap();
+    let to = network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap();
+    let [NetSpec { port: sender, .. }, NetSpec { port: receiver, .. }] =
+        [&from, &to].map(|interface| network.plug(interface.id).unwrap());
+    let text: Vec<u8> = (0..4000).map(|n| (n / 9) as u8).collect();
+    for order in [[0, 1, 2], [2, 0, 1], [1, 2, 0]] {
+        fragments(&from, to.private_ip, 53, &text, &order).into_iter().for_each(|f| sender.send(f).unwrap());
+        assert!(received(&receiver) == text, "{order:?}");
+        fragments(&from, to.private_ip, 54, &text, &order).into_iter().for_each(|f| sender.send(f).unwrap());
+        assert!(receiver.recv().is_none(), "no rule allows it");
+    }
+
+    let Some(own) = own_address() else { return };
+    let echo = UdpSocket::bind((own, 0)).unwrap();
+    let at = echo.local_addr().unwrap().port();
+    fragments(&from, own, at, &text, &[1, 0, 2]).into_iter().for_each(|f| sender.send(f).unwrap());
+    let mut heard = [0; 8192];
+    echo.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (len, back) = echo.recv_from(&mut heard).unwrap();
+    assert!(heard[..len] == text);
+    echo.send_to(&heard[..len], back).unwrap();
+    assert!(received(&sender) == text, "and back");
+}
+
+#[test]
+fn a_taken_port_that_nobody_asked_for_becomes_another() {
+    let network = network();
+    let made = open_interface(&network);
+    let before = network.forward(made.id, 22, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let _thief = TcpListener::bind(before).unwrap();
+    let mut guest = Guest::boot(network.plug(made.id).unwrap());
+    let now = network.interface(made.id).unwrap().forwards[&22];
+    assert_ne!(now, before);
+    assert_eq!(greets(&mut guest, 22, now), Some(format!("I am {}", made.private_ip)));
+
+    // One that was asked for is not given up.
+    network.unplug(made.id);
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let asked = network.forward(made.id, 80, free).unwrap();
+    let _thief = TcpListener::bind(asked).unwrap();
+    let refused = network.plug(made.id).unwrap_err();
+    assert_eq!(refused.code(), "InternalError");
+    network.stop_forwarding(made.id, 80).unwrap();
+    network.plug(made.id).unwrap();
+}
+
+#[test]
+fn who_gets_an_address_next_goes_on_with_nothing() {
+    let network = network();
+    let vpc = network.default_vpc().unwrap();
+    let group = network.create_security_group(vpc, "ssh", "").unwrap();
+    let rule = Rule::tcp(22, "172.31.0.0/16".parse().unwrap());
+    let rule = network.authorize(group.id, Direction::Ingress, rule).unwrap();
+    let server = network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap();
+    let mut serves = Guest::boot(network.plug(server.id).unwrap());
+    let first = open_interface(&network);
+    let mut asks = Guest::boot(network.plug(first.id).unwrap());
+    let (listener, connection) = (serves.listen(22), asks.begin_connecting(server.private_ip, 22));
+    together(PATIENCE, &mut [&mut asks, &mut serves], |guests| {
+        (guests[1].tcp(listener).state() == tcp::State::Established).then_some(())
+    })
+    .unwrap();
+    network.revoke(group.id, rule).unwrap();
+    let remembered = network.tracked_conversations(server.id);
+    assert!(remembered > 0);
+    asks.tcp(connection).abort();
+    network.unplug(first.id);
+    network.delete_interface(first.id).unwrap();
+    assert_eq!(network.tracked_conversations(server.id), 0);
+}
+
+#[test]
+fn a_network_of_format_1_has_a_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = include_str!("golden/network-1.json");
+    std::fs::write(dir.path().join("network.json"), old).unwrap();
+    let network = Network::open(dir.path(), &"eu-west-1".parse().unwrap()).unwrap();
+    let vpc = network.default_vpc().unwrap();
+    let main = network.main_route_table(vpc).unwrap();
+    assert_eq!(network.routes(main.id).unwrap()[0].state, RouteState::Active);
+    assert_eq!(network.interfaces().len(), 1);
+    let made = network.create_key_pair("new").unwrap().key_pair;
+    drop(network);
+    let network = Network::open(dir.path(), &"eu-west-1".parse().unwrap()).unwrap();
+    assert_eq!(network.main_route_table(vpc).unwrap(), main);
+    assert_eq!(network.key_pair("new").unwrap(), made);
+}
