@@ -9,6 +9,7 @@ mod bare;
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod guest;
 pub mod kvm;
+pub mod kvm_disk;
 pub mod launch;
 pub mod network;
 pub mod region;
@@ -34,6 +35,9 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "machine_first_instruction" => kvm::machine_first_instruction(),
         "thousandth_machine_over_first" => kvm::thousandth_machine_over_first(),
         "machine_beyond_guest" => kvm::machine_beyond_guest(),
+        "machine_exits_per_request" => kvm_disk::machine_exits_per_request(bench),
+        "machine_random_reads_over_host" => kvm_disk::machine_random_reads_over_host(bench),
+        "machine_random_writes_over_host" => kvm_disk::machine_random_writes_over_host(bench),
         "launch_over_append" => region::launch_over_append(),
         "describe_10000" => region::describe_10000(),
         "describe_10000_over_100" => region::describe_10000_over_100(),

@@ -74,6 +74,7 @@ mod confine;
 mod cpu;
 mod cpuid;
 mod error;
+mod exits;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
 
-use instance_core::machine::{ExitCause, Machine, MachineError, MachineSpec, MachineState};
+use instance_core::machine::{ExitCause, Machine, MachineError, MachineSpec, MachineState, VmExits};
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -13,6 +13,7 @@ use crate::boot::Plan;
 use crate::bus::Devices;
 use crate::confine::{self, Filter, Filters};
 use crate::error::{HostContext, Result};
+use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
@@ -44,6 +45,8 @@ struct Shared {
     _memory: Memory,
     gate: Gate,
     state: Publisher<MachineState>,
+    /// How often each processor has left its guest.
+    exits: Vec<Exits>,
     threads: Mutex<Threads>,
 }
 
@@ -109,6 +112,7 @@ impl KvmMachine {
             _memory: memory,
             gate: Gate::new(),
             state: Publisher::new(MachineState::Created),
+            exits: (0..count).map(|_| Exits::default()).collect(),
             threads: Mutex::default(),
         });
         // Dropped on the way out below, which ends the threads that were made.
@@ -129,7 +133,7 @@ impl KvmMachine {
         let [of_processor, of_device] =
             [filters.map(|filters| &filters.processor), filters.map(|filters| &filters.device)];
         for (n, vcpu) in vcpus.into_iter().enumerate() {
-            let work = move |shared: &Shared| shared.run_vcpu(vcpu);
+            let work = move |shared: &Shared| shared.run_vcpu(n, vcpu);
             let thread = self.shared.spawn(&format!("vcpu{n}"), of_processor, work)?;
             self.shared.threads().vcpus.push(thread);
         }
@@ -196,8 +200,8 @@ impl Shared {
         Ok(thread)
     }
 
-    fn run_vcpu(&self, mut vcpu: VcpuFd) {
-        if let Some(cause) = vcpu::run(&mut vcpu, &self.vm, &self.devices, &self.gate) {
+    fn run_vcpu(&self, n: usize, mut vcpu: VcpuFd) {
+        if let Some(cause) = vcpu::run(&mut vcpu, &self.vm, &self.devices, &self.gate, &self.exits[n]) {
             self.end(cause);
         }
     }
@@ -308,6 +312,10 @@ impl Machine for KvmMachine {
         let (_, device) = found.ok_or_else(|| MachineError::no_such_disk(serial))?;
         device.refresh(&shared.vm);
         Ok(())
+    }
+
+    fn vm_exits(&self) -> Vec<VmExits> {
+        self.shared.exits.iter().map(Exits::read).collect()
     }
 
     fn kill(&self) {
