@@ -1,6 +1,6 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
-//! [`Kvm`] makes machines of 64-bit x86: a kernel loaded directly, virtio block devices, network
+//! [`Kvm`] makes machines of 64-bit and of 32-bit x86: a kernel loaded directly, virtio block devices, network
 //! ports and an entropy device on virtio-mmio or PCI, where a stock kernel finds them, a serial port, a power button, and nothing that an
 //! instance does not need.
 //!
@@ -27,7 +27,7 @@
 //!   leave says why the machine ended. A processor in the guest is called back by the signal `SIGSTKFLT`,
 //!   which Linux itself never sends: it stays blocked in these threads and is let in by KVM alone, so that
 //!   no handler is needed or touched. One that is sent to the whole process may be lost to them.
-//! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit protocol,
+//! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit or 32-bit protocol,
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.
 //! - **Execution.** Some hosts have a `/dev/kvm` that emulates the guest's kernel, thousands of times
@@ -54,7 +54,7 @@
 //!
 //! # What it leaves out
 //!
-//! Hot-plugging, saving and restoring, firmware, 32-bit kernels, other hosts than x86-64
+//! Hot-plugging, saving and restoring, firmware, other hosts than x86-64
 //! Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
@@ -96,7 +96,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use ami_core::{Architecture, X86_64};
+use ami_core::{Architecture, X86, X86_64};
 use instance_core::machine::{
     Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
 };
@@ -198,7 +198,8 @@ impl Kvm {
         let cpuid = (device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
             .host("KVM did not tell what processors it supports")?;
         let execution = probe::measure(&device)?;
-        let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64], execution);
+        let mut capabilities =
+            Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
         capabilities.live_growth = true;
@@ -275,6 +276,7 @@ impl Hypervisor for Kvm {
 }
 
 impl Runs<X86_64> for Kvm {}
+impl Runs<X86> for Kvm {}
 
 fn open_device(path: &Path) -> Result<kvm_ioctls::Kvm, MachineError> {
     let to_c = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).host("no path")?;

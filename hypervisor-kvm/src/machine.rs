@@ -63,7 +63,7 @@ impl KvmMachine {
     pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
         let filters = kvm.confinement().map(Confinement::compile).transpose()?;
         let memory = memory::allocate(spec.memory_mib)?;
-        let plan = Plan::new(&spec.boot, &memory)?;
+        let plan = Plan::new(&spec.boot, spec.architecture, &memory)?;
         let vm = kvm.device().create_vm().host("KVM did not make a virtual machine")?;
         // SAFETY: `Shared` keeps the memory for as long as the virtual machine, and the processors'
         // threads keep `Shared` for as long as the processors.

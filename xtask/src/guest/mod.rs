@@ -8,6 +8,7 @@
 //! amd64/lab.img              the initrd of `cargo xtask lab`
 //! amd64/manifest.json        what they were made of
 //! amd64/cloud.raw            with `--cloud`: Debian with cloud-init and an SSH server, as clouds have it
+//! i386, debian-13            with `--others`: kernel and conformance guest of other releases of Debian
 //! ```
 //!
 //! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are the binaries of
@@ -21,6 +22,7 @@ mod disk;
 mod distribution;
 mod initrd;
 mod modules;
+pub(crate) mod others;
 mod rootfs;
 mod sources;
 
@@ -65,6 +67,9 @@ pub(crate) struct GuestArgs {
     /// Make the cloud guest as well: Debian with cloud-init and an SSH server, a root disk of 2 GiB
     #[arg(long)]
     cloud: bool,
+    /// Make the conformance guests of other kernels as well: Debian 12 for 32-bit x86, Debian 13
+    #[arg(long)]
+    others: bool,
 }
 
 /// The command.
@@ -73,6 +78,11 @@ pub(crate) fn run(args: &GuestArgs) -> anyhow::Result<ExitCode> {
     println!("{}", artifacts.dir.display());
     if args.cloud {
         println!("{}", cloud::ensure(args.update)?.display());
+    }
+    if args.others {
+        for other in &others::ALL {
+            println!("{}", other.ensure(args.update)?.display());
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
