@@ -89,6 +89,7 @@ mod power;
 mod probe;
 mod serial;
 mod smbios;
+mod thread;
 mod vcpu;
 mod virtio;
 
@@ -106,6 +107,7 @@ use kvm_ioctls::Cap;
 pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
 use crate::machine::{KvmMachine, OTHER_DEVICES};
+use crate::thread::Stacks;
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
@@ -162,6 +164,7 @@ pub enum Transport {
 #[derive(Debug)]
 struct Inner {
     device: kvm_ioctls::Kvm,
+    stacks: Arc<Stacks>,
     cpuid: CpuId,
     capabilities: Capabilities,
 }
@@ -203,7 +206,7 @@ impl Kvm {
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
         capabilities.live_growth = true;
-        let inner = Arc::new(Inner { device, cpuid, capabilities });
+        let inner = Arc::new(Inner { device, stacks: Arc::default(), cpuid, capabilities });
         Ok(Self { inner, transport: Transport::default(), confinement: None })
     }
 
@@ -234,6 +237,10 @@ impl Kvm {
 
     fn device(&self) -> &kvm_ioctls::Kvm {
         &self.inner.device
+    }
+
+    fn stacks(&self) -> Arc<Stacks> {
+        self.inner.stacks.clone()
     }
 
     fn cpuid(&self) -> &CpuId {

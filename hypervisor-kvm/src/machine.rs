@@ -1,7 +1,7 @@
 //! A machine: what its handle, its processors and its devices share, and how it begins and ends.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle, ThreadId};
+use std::thread;
 
 use instance_core::machine::{ExitCause, Machine, MachineError, MachineSpec, MachineState, VmExits};
 use instance_core::watch::{Publisher, Watch};
@@ -19,6 +19,7 @@ use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
+use crate::thread::{Stacks, Thread};
 use crate::virtio::{Block, Net, Rng, VirtioDevice};
 use crate::{Confinement, Kvm, Transport, acpi, cpu, kick, layout, memory, smbios, vcpu};
 
@@ -47,15 +48,21 @@ struct Shared {
     state: Publisher<MachineState>,
     /// How often each processor has left its guest.
     exits: Vec<Exits>,
+    stacks: Arc<Stacks>,
     threads: Mutex<Threads>,
 }
 
 /// The threads that run the guest, each in one place so that all can be woken.
 #[derive(Debug, Default)]
 struct Threads {
-    vcpus: Vec<JoinHandle<()>>,
-    devices: Vec<JoinHandle<()>>,
-    ids: Vec<ThreadId>,
+    vcpus: Vec<Thread>,
+    devices: Vec<Thread>,
+}
+
+impl Threads {
+    fn all(&self) -> impl Iterator<Item = &Thread> {
+        self.vcpus.iter().chain(&self.devices)
+    }
 }
 
 impl KvmMachine {
@@ -113,6 +120,7 @@ impl KvmMachine {
             gate: Gate::new(),
             state: Publisher::new(MachineState::Created),
             exits: (0..count).map(|_| Exits::default()).collect(),
+            stacks: kvm.stacks(),
             threads: Mutex::default(),
         });
         // Dropped on the way out below, which ends the threads that were made.
@@ -180,8 +188,8 @@ impl Shared {
         role: &str,
         filter: Option<&Filter>,
         work: impl FnOnce(&Self) + Send + 'static,
-    ) -> Result<JoinHandle<()>> {
-        // At most the 15 bytes that the kernel keeps of a thread's name.
+    ) -> Result<Thread> {
+        // In all, at most the 15 bytes that the kernel keeps of a thread's name.
         let machine: String = self.name.chars().filter(char::is_ascii_graphic).take(8).collect();
         let name = format!("{machine}/{role}");
         let (shared, filter) = (self.clone(), filter.cloned());
@@ -194,10 +202,8 @@ impl Shared {
             drop(leaving);
         };
         self.gate.join();
-        let spawned = kick::with_signals_blocked(|| thread::Builder::new().name(name).spawn(body));
-        let thread = spawned.inspect_err(|_| self.leave()).host("cannot start a thread")?;
-        self.threads().ids.push(thread.thread().id());
-        Ok(thread)
+        let spawned = kick::with_signals_blocked(|| Thread::spawn(&self.stacks, &name, body));
+        spawned.inspect_err(|_| self.leave()).host("cannot start a thread")
     }
 
     fn run_vcpu(&self, n: usize, mut vcpu: VcpuFd) {
@@ -321,15 +327,13 @@ impl Machine for KvmMachine {
     fn kill(&self) {
         self.shared.end(ExitCause::Killed);
         // A watcher's hook runs in the last thread to leave, which cannot wait for itself.
-        if self.shared.threads().ids.contains(&thread::current().id()) {
+        if self.shared.threads().all().any(Thread::is_current) {
             return;
         }
         self.shared.gate.wait_until_over();
         let threads = std::mem::take(&mut *self.shared.threads());
-        for thread in threads.vcpus.into_iter().chain(threads.devices) {
-            // A thread that panicked has ended the machine as well: see `Leaving`.
-            let _ = thread.join();
-        }
+        // One that panicked has ended the machine as well: see `Leaving`.
+        threads.vcpus.into_iter().chain(threads.devices).for_each(Thread::join);
     }
 }
 
