@@ -9,6 +9,7 @@ mod bare;
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod guest;
 pub mod kvm;
+pub mod kvm_boot;
 pub mod kvm_disk;
 pub mod launch;
 pub mod network;
@@ -35,6 +36,7 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "machine_first_instruction" => kvm::machine_first_instruction(),
         "thousandth_machine_over_first" => kvm::thousandth_machine_over_first(),
         "machine_beyond_guest" => kvm::machine_beyond_guest(),
+        "machine_boot_to_exit" => kvm_boot::machine_boot_to_exit(),
         "machine_exits_per_request" => kvm_disk::machine_exits_per_request(bench),
         "machine_random_reads_over_host" => kvm_disk::machine_random_reads_over_host(bench),
         "machine_random_writes_over_host" => kvm_disk::machine_random_writes_over_host(bench),
@@ -57,6 +59,15 @@ pub fn run(measure: impl Fn(&str, &Bench) -> anyhow::Result<Measurement>) -> Exi
     let name = args.next().unwrap_or_default();
     let dir = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
     let bench = Bench::new(&dir, args.next().is_some_and(|arg| arg == "quick"));
+    if name == kvm_boot::ONCE {
+        return match kvm_boot::once(&dir) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     match measure(&name, &bench).and_then(|measured| Ok(serde_json::to_string(&measured)?)) {
         Ok(json) => {
             println!("{json}");

@@ -5,6 +5,7 @@
 //! amd64/initrd.img           the quick-start guest's initrd
 //! amd64/disk.raw             the quick-start guest's root disk: GPT, ext4, a shell on ttyS0
 //! amd64/conformance.img      the conformance guest, an initrd that needs no disk
+//! amd64/boot.img             an initrd that reboots as soon as it is up
 //! amd64/lab.img              the initrd of `cargo xtask lab`
 //! amd64/manifest.json        what they were made of
 //! amd64/cloud.raw            with `--cloud`: Debian with cloud-init and an SSH server, as clouds have it
@@ -94,7 +95,7 @@ pub(crate) struct Artifacts {
 }
 
 impl Artifacts {
-    const NAMES: [&str; 5] = ["vmlinuz", "initrd.img", "disk.raw", "conformance.img", "lab.img"];
+    const NAMES: [&str; 6] = ["vmlinuz", "initrd.img", "disk.raw", "conformance.img", "boot.img", "lab.img"];
 
     /// The quick start's root disk.
     pub(crate) fn disk(&self) -> PathBuf {
@@ -182,6 +183,7 @@ fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
     };
     write("vmlinuz", &sources.vmlinuz)?;
     write("conformance.img", &initrd::build(&initrd::CONFORMANCE, sources)?)?;
+    write("boot.img", &initrd::build(&initrd::BOOT, sources)?)?;
     write("lab.img", &initrd::build(&initrd::LAB, sources)?)?;
     let quick_start = initrd::build(&initrd::QUICK_START, sources)?;
     write("initrd.img", &quick_start)?;
