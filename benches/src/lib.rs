@@ -10,6 +10,8 @@ mod bare;
 mod guest;
 pub mod guests;
 pub mod kvm;
+pub mod kvm_boot;
+pub mod kvm_disk;
 pub mod launch;
 pub mod nat;
 pub mod network;
@@ -38,6 +40,10 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "restored_2g_over_128m" => kvm::restored_2g_over_128m(),
         "thousandth_machine_over_first" => kvm::thousandth_machine_over_first(),
         "machine_beyond_guest" => kvm::machine_beyond_guest(),
+        "machine_boot_to_exit" => kvm_boot::machine_boot_to_exit(),
+        "machine_exits_per_request" => kvm_disk::machine_exits_per_request(bench),
+        "machine_random_reads_over_host" => kvm_disk::machine_random_reads_over_host(bench),
+        "machine_random_writes_over_host" => kvm_disk::machine_random_writes_over_host(bench),
         "launch_over_append" => region::launch_over_append(),
         "describe_10000" => region::describe_10000(),
         "describe_10000_over_100" => region::describe_10000_over_100(),
@@ -64,6 +70,15 @@ pub fn run(measure: impl Fn(&str, &Bench) -> anyhow::Result<Measurement>) -> Exi
     }
     let dir = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
     let bench = Bench::new(&dir, args.next().is_some_and(|arg| arg == "quick"));
+    if name == kvm_boot::ONCE {
+        return match kvm_boot::once(&dir) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     match measure(&name, &bench).and_then(|measured| Ok(serde_json::to_string(&measured)?)) {
         Ok(json) => {
             println!("{json}");

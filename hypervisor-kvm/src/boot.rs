@@ -1,5 +1,6 @@
 //! What a kernel is told when it starts: its command line, its memory, its initrd.
 
+use ami_core::Architecture;
 use instance_core::machine::Boot;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -49,7 +50,7 @@ pub(crate) struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     /// Reads and checks what is to be booted.
-    pub(crate) fn new(what: &'a Boot, memory: &Memory) -> Result<Self> {
+    pub(crate) fn new(what: &'a Boot, architecture: Architecture, memory: &Memory) -> Result<Self> {
         let line = what.command_line.as_bytes();
         if line.contains(&0) {
             return Err(boot("the kernel's command line contains a zero byte"));
@@ -58,7 +59,7 @@ impl<'a> Plan<'a> {
             let (len, most) = (line.len(), layout::COMMAND_LINE_MAX - 1);
             return Err(boot(format!("the kernel's command line has {len} bytes; the most is {most}")));
         }
-        let kernel = Kernel::read(&what.kernel, memory::low_end(memory))?;
+        let kernel = Kernel::read(&what.kernel, architecture, memory::low_end(memory))?;
         let initrd = match &what.initrd {
             Some(file) => Some((kernel::initrd_address(file.len(), kernel.end(), memory)?, file.len())),
             None => None,
@@ -78,7 +79,7 @@ impl<'a> Plan<'a> {
             .host("no memory for the command line")?;
         match self.kernel.entry {
             Entry::Pvh(_) => self.write_start_info(memory)?,
-            Entry::Linux64(_) => self.write_zero_page(memory)?,
+            Entry::Linux64(_) | Entry::Linux32(_) => self.write_zero_page(memory)?,
         }
         Ok(self.kernel.entry)
     }

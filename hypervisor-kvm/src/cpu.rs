@@ -179,6 +179,8 @@ fn registers(entry: Entry) -> kvm_regs {
     match entry {
         Entry::Pvh(address) => kvm_regs { rip: address.into(), rbx: layout::PVH_START_INFO, ..start },
         Entry::Linux64(address) => kvm_regs { rip: address, rsi: layout::ZERO_PAGE, ..start },
+        // The protocol wants zeroes in the other registers.
+        Entry::Linux32(address) => kvm_regs { rip: address.into(), rsi: layout::ZERO_PAGE, rbp: 0, ..start },
     }
 }
 
@@ -191,6 +193,7 @@ mod tests {
         for (segment, expect) in [
             (code_segment(Entry::Linux64(0)), 0x00af_9b00_0000_ffff),
             (code_segment(Entry::Pvh(0)), 0x00cf_9b00_0000_ffff),
+            (code_segment(Entry::Linux32(0)), 0x00cf_9b00_0000_ffff),
             (data_segment(), 0x00cf_9300_0000_ffff),
             (task_segment(), 0x0000_8b00_0000_0067),
         ] {

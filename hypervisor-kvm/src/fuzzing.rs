@@ -209,7 +209,7 @@ pub fn kernel(bytes: &[u8]) {
         tempfile::tempfile().and_then(|mut file| file.write_all(bytes).and_then(|()| BootFile::new(file)));
     let (Ok(file), Ok(memory)) = (file, memory::allocate(NonZeroU32::MIN.saturating_add(3))) else { return };
     let low_end = memory::low_end(&memory);
-    if let Ok(kernel) = Kernel::read(&file, low_end) {
+    if let Ok(kernel) = Kernel::read(&file, ami_core::Architecture::X86_64, low_end) {
         assert!(kernel.end() <= low_end && kernel.end() >= layout::HIGH_MEMORY);
         assert!(kernel.load(&file, &memory).is_ok(), "what was checked cannot be loaded");
     }

@@ -1,5 +1,6 @@
 //! Kernel files: which bytes go where, and at which address the first processor starts.
 
+use ami_core::Architecture;
 use instance_core::machine::BootFile;
 use object::Endianness;
 use object::elf::{self, FileHeader32, FileHeader64};
@@ -28,6 +29,8 @@ pub(crate) enum Entry {
     Pvh(u32),
     /// As Linux's 64-bit protocol says (Linux, `Documentation/arch/x86/boot.rst`).
     Linux64(u64),
+    /// As its 32-bit protocol says.
+    Linux32(u32),
 }
 
 /// A kernel file whose headers were read and checked.
@@ -52,32 +55,36 @@ impl Segment {
 }
 
 impl Kernel {
-    /// Reads a kernel's headers and checks that it fits into a machine whose RAM below the hole ends
-    /// at `low_end`.
-    pub(crate) fn read(file: &BootFile, low_end: u64) -> Result<Self> {
+    /// Reads a kernel's headers and checks that it fits into a machine of this architecture whose RAM below the
+    /// hole ends at `low_end`.
+    pub(crate) fn read(file: &BootFile, architecture: Architecture, low_end: u64) -> Result<Self> {
         let headers = bytes_at(file, 0, HEADERS_MAX.min(file.len()))?;
         if !headers.starts_with(b"\x7fELF") {
             return Err(boot("the kernel is not an ELF file"));
         }
         match headers.get(4) {
             Some(&class) if class == elf::ELFCLASS32.0 => {
-                Self::read_as::<FileHeader32<Endianness>>(file, &headers, low_end)
+                Self::read_as::<FileHeader32<Endianness>>(file, &headers, architecture, low_end)
             }
-            _ => Self::read_as::<FileHeader64<Endianness>>(file, &headers, low_end),
+            _ => Self::read_as::<FileHeader64<Endianness>>(file, &headers, architecture, low_end),
         }
     }
 
     fn read_as<H: FileHeader<Endian = Endianness>>(
         file: &BootFile,
         headers: &[u8],
+        architecture: Architecture,
         low_end: u64,
     ) -> Result<Self> {
         let bad = |error| boot("the kernel's ELF headers cannot be read").with_source(error);
         let header = H::parse(headers).map_err(bad)?;
         let endian = header.endian().map_err(bad)?;
-        match header.e_machine(endian) {
-            elf::EM_386 | elf::EM_X86_64 => {}
-            other => return Err(boot(format!("the kernel is for ELF machine {}, not for x86", other.0))),
+        match (header.e_machine(endian), architecture) {
+            (elf::EM_386, _) | (elf::EM_X86_64, Architecture::X86_64) => {}
+            (elf::EM_X86_64, _) => return Err(boot("the kernel is for 64-bit x86, and the machine is not")),
+            (other, _) => {
+                return Err(boot(format!("the kernel is for ELF machine {}, not for x86", other.0)));
+            }
         }
         let (mut segments, mut pvh) = (Vec::new(), None);
         for program in header.program_headers(endian, headers).map_err(bad)? {
@@ -94,10 +101,11 @@ impl Kernel {
         let entry = match pvh {
             Some(address) => Entry::Pvh(address),
             None if header.is_type_64() => Entry::Linux64(header.e_entry(endian).into()),
-            None => return Err(boot("the kernel is a 32-bit ELF file without a PVH entry")),
+            // Of a 32-bit file, the entry is a word of 32 bits.
+            None => Entry::Linux32(header.e_entry(endian).into() as u32),
         };
         let address = match entry {
-            Entry::Pvh(address) => u64::from(address),
+            Entry::Pvh(address) | Entry::Linux32(address) => u64::from(address),
             Entry::Linux64(address) => address,
         };
         if !segments.iter().any(|s| s.address <= address && address < s.end()) {
@@ -235,9 +243,35 @@ mod tests {
     }
 
     fn read(bytes: &[u8]) -> Result<Kernel> {
+        read_for(Architecture::X86_64, bytes)
+    }
+
+    fn read_for(architecture: Architecture, bytes: &[u8]) -> Result<Kernel> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
-        Kernel::read(&BootFile::new(file).unwrap(), 2 * MIB)
+        Kernel::read(&BootFile::new(file).unwrap(), architecture, 2 * MIB)
+    }
+
+    /// A 32-bit ELF file with a segment of `0x100` bytes for 1 MiB.
+    fn elf32() -> Vec<u8> {
+        let mut file = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        let words =
+            |file: &mut Vec<u8>, words: &[u32]| words.iter().for_each(|w| file.extend(w.to_le_bytes()));
+        words(&mut file, &[3 << 16 | 2, 1, MIB as u32 + 0x20, 52, 0, 0]);
+        words(&mut file, &[32 << 16 | 52, 1, 0]);
+        words(&mut file, &[1, 84, 0xc010_0000, MIB as u32, 0x100, 0x200, 7, 0x1000]); // PT_LOAD
+        file.extend([0x90; 0x100]);
+        file
+    }
+
+    #[test]
+    fn a_machine_of_either_kind_boots_32_bit_kernels_and_one_of_them_the_others() {
+        for architecture in [Architecture::X86, Architecture::X86_64] {
+            let kernel = read_for(architecture, &elf32()).unwrap();
+            assert_eq!((kernel.entry, kernel.end()), (Entry::Linux32(0x10_0020), MIB + 0x200));
+        }
+        let error = read_for(Architecture::X86, &elf(&[])).unwrap_err().to_string();
+        assert_eq!(error, "the kernel is for 64-bit x86, and the machine is not");
     }
 
     #[test]

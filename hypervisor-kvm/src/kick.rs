@@ -13,14 +13,14 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
-use std::thread::JoinHandle;
 
 use kvm_bindings::{KVMIO, kvm_signal_mask};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
+
+use crate::thread::Thread;
 
 ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 
@@ -86,9 +86,9 @@ pub(crate) fn consume() {
 }
 
 /// Kicks a vCPU thread, which was spawned in [`with_signals_blocked`]. Harmless where it has ended.
-pub(crate) fn send<T>(thread: &JoinHandle<T>) {
+pub(crate) fn send(thread: &Thread) {
     // It cannot fail: the signal and the thread are valid, and only real-time signals can be refused.
     // SAFETY: the handle is borrowed, so the thread has been neither joined nor detached, and its
     // id is valid. The signal is blocked in it from its first instruction on.
-    unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGNAL) };
+    unsafe { libc::pthread_kill(thread.id(), SIGNAL) };
 }

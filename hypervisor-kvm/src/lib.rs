@@ -1,6 +1,6 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
-//! [`Kvm`] makes machines of 64-bit x86: a kernel loaded directly, virtio block devices, network
+//! [`Kvm`] makes machines of 64-bit and of 32-bit x86: a kernel loaded directly, virtio block devices, network
 //! ports and an entropy device on virtio-mmio or PCI, where a stock kernel finds them, a serial port, a power button, and nothing that an
 //! instance does not need.
 //!
@@ -27,7 +27,7 @@
 //!   leave says why the machine ended. A processor in the guest is called back by the signal `SIGSTKFLT`,
 //!   which Linux itself never sends: it stays blocked in these threads and is let in by KVM alone, so that
 //!   no handler is needed or touched. One that is sent to the whole process may be lost to them.
-//! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit protocol,
+//! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit or 32-bit protocol,
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.
 //! - **Execution.** Some hosts have a `/dev/kvm` that emulates the guest's kernel, thousands of times
@@ -64,7 +64,7 @@
 //!
 //! # What it leaves out
 //!
-//! Hot-plugging, firmware, 32-bit kernels, other hosts than x86-64
+//! Hot-plugging, firmware, other hosts than x86-64
 //! Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
@@ -84,6 +84,7 @@ mod confine;
 mod cpu;
 mod cpuid;
 mod error;
+mod exits;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -102,6 +103,7 @@ mod rtc;
 mod saved;
 mod serial;
 mod smbios;
+mod thread;
 mod vcpu;
 mod virtio;
 
@@ -109,7 +111,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use ami_core::{Architecture, X86_64};
+use ami_core::{Architecture, X86, X86_64};
 use instance_core::machine::{
     Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, RestoreSpec, Runs,
 };
@@ -120,6 +122,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
 use crate::machine::{KvmMachine, OTHER_DEVICES};
+use crate::thread::Stacks;
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
@@ -176,6 +179,7 @@ pub enum Transport {
 #[derive(Debug)]
 struct Inner {
     device: kvm_ioctls::Kvm,
+    stacks: Arc<Stacks>,
     cpuid: CpuId,
     /// The model-specific registers of a processor, where machines can be saved.
     msrs: Option<Arc<[u32]>>,
@@ -214,14 +218,15 @@ impl Kvm {
         let cpuid = (device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
             .host("KVM did not tell what processors it supports")?;
         let execution = probe::measure(&device)?;
-        let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64], execution);
+        let mut capabilities =
+            Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
         capabilities.live_growth = true;
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
-        let inner = Arc::new(Inner { device, cpuid, msrs, capabilities });
+        let inner = Arc::new(Inner { device, stacks: Arc::default(), cpuid, msrs, capabilities });
         Ok(Self { inner, transport: Transport::default(), confinement: None })
     }
 
@@ -252,6 +257,10 @@ impl Kvm {
 
     fn device(&self) -> &kvm_ioctls::Kvm {
         &self.inner.device
+    }
+
+    fn stacks(&self) -> Arc<Stacks> {
+        self.inner.stacks.clone()
     }
 
     fn cpuid(&self) -> &CpuId {
@@ -316,6 +325,7 @@ impl Hypervisor for Kvm {
 }
 
 impl Runs<X86_64> for Kvm {}
+impl Runs<X86> for Kvm {}
 
 fn open_device(path: &Path) -> Result<kvm_ioctls::Kvm, MachineError> {
     let to_c = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).host("no path")?;

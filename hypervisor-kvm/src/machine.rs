@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle, ThreadId};
+use std::thread;
 
 use instance_core::console::ConsolePort;
 use instance_core::machine::{
-    DiskSpec, ExitCause, Machine, MachineError, MachineSpec, MachineState, NetSpec, RestoreSpec,
+    DiskSpec, ExitCause, Machine, MachineError, MachineSpec, MachineState, NetSpec, RestoreSpec, VmExits,
 };
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
@@ -18,6 +18,7 @@ use crate::boot::Plan;
 use crate::bus::Devices;
 use crate::confine::{self, Filter, Filters};
 use crate::error::{HostContext, Result, unsupported};
+use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
@@ -25,6 +26,7 @@ use crate::power::Power;
 use crate::rtc::Rtc;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::serial::SerialPort;
+use crate::thread::{Stacks, Thread};
 use crate::virtio::{Block, Net, Rng, VirtioDevice};
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
 
@@ -57,15 +59,23 @@ struct Shared {
     msrs: Option<Arc<[u32]>>,
     gate: Gate,
     state: Publisher<MachineState>,
+    /// How often each processor has left its guest.
+    exits: Vec<Exits>,
+    stacks: Arc<Stacks>,
     threads: Mutex<Threads>,
 }
 
 /// The threads that run the guest, each in one place so that all can be woken.
 #[derive(Debug, Default)]
 struct Threads {
-    vcpus: Vec<JoinHandle<()>>,
-    devices: Vec<JoinHandle<()>>,
-    ids: Vec<ThreadId>,
+    vcpus: Vec<Thread>,
+    devices: Vec<Thread>,
+}
+
+impl Threads {
+    fn all(&self) -> impl Iterator<Item = &Thread> {
+        self.vcpus.iter().chain(&self.devices)
+    }
 }
 
 /// What a machine is put together from.
@@ -85,7 +95,7 @@ impl KvmMachine {
     pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
         let filters = kvm.confinement().map(Confinement::compile).transpose()?;
         let memory = memory::allocate(spec.memory_mib)?;
-        let plan = Plan::new(&spec.boot, &memory)?;
+        let plan = Plan::new(&spec.boot, spec.architecture, &memory)?;
         let vm = make_vm(kvm, &memory)?;
         let count = spec.vcpus.get();
         let transport = kvm.transport();
@@ -218,6 +228,8 @@ impl Parts<'_> {
             name: name.to_owned(),
             disks: disks.iter().map(saved::Disk::of).collect(),
             nets: nets.iter().map(saved::Port::of).collect(),
+            exits: processors.iter().map(|_| Exits::default()).collect(),
+            stacks: kvm.stacks(),
             processors: processors.into_iter().map(Mutex::new).collect(),
             vm,
             devices,
@@ -238,8 +250,8 @@ impl Shared {
         role: &str,
         filter: Option<&Filter>,
         work: impl FnOnce(&Self) + Send + 'static,
-    ) -> Result<JoinHandle<()>> {
-        // At most the 15 bytes that the kernel keeps of a thread's name.
+    ) -> Result<Thread> {
+        // In all, at most the 15 bytes that the kernel keeps of a thread's name.
         let machine: String = self.name.chars().filter(char::is_ascii_graphic).take(8).collect();
         let name = format!("{machine}/{role}");
         let (shared, filter) = (self.clone(), filter.cloned());
@@ -252,14 +264,13 @@ impl Shared {
             drop(leaving);
         };
         self.gate.join();
-        let spawned = kick::with_signals_blocked(|| thread::Builder::new().name(name).spawn(body));
-        let thread = spawned.inspect_err(|_| self.leave()).host("cannot start a thread")?;
-        self.threads().ids.push(thread.thread().id());
-        Ok(thread)
+        let spawned = kick::with_signals_blocked(|| Thread::spawn(&self.stacks, &name, body));
+        spawned.inspect_err(|_| self.leave()).host("cannot start a thread")
     }
 
     fn run_vcpu(&self, n: usize) {
-        if let Some(cause) = vcpu::run(&self.processors[n], &self.vm, &self.devices, &self.gate) {
+        let done = vcpu::run(&self.processors[n], &self.vm, &self.devices, &self.gate, &self.exits[n]);
+        if let Some(cause) = done {
             self.end(cause);
         }
     }
@@ -415,18 +426,20 @@ impl Machine for KvmMachine {
         saved::write(to, &self.shared.save(msrs)?, &self.shared.memory)
     }
 
+    fn vm_exits(&self) -> Vec<VmExits> {
+        self.shared.exits.iter().map(Exits::read).collect()
+    }
+
     fn kill(&self) {
         self.shared.end(ExitCause::Killed);
         // A watcher's hook runs in the last thread to leave, which cannot wait for itself.
-        if self.shared.threads().ids.contains(&thread::current().id()) {
+        if self.shared.threads().all().any(Thread::is_current) {
             return;
         }
         self.shared.gate.wait_until_over();
         let threads = std::mem::take(&mut *self.shared.threads());
-        for thread in threads.vcpus.into_iter().chain(threads.devices) {
-            // A thread that panicked has ended the machine as well: see `Leaving`.
-            let _ = thread.join();
-        }
+        // One that panicked has ended the machine as well: see `Leaving`.
+        threads.vcpus.into_iter().chain(threads.devices).for_each(Thread::join);
     }
 }
 

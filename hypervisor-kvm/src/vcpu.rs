@@ -1,6 +1,7 @@
 //! A processor's thread: runs the guest and carries out what it asks of its devices.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
 
 use instance_core::machine::{ExitCause, ProcessorError, ProcessorErrorReason as Reason, X86Registers};
@@ -11,6 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Devices;
+use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::kick;
 
@@ -22,6 +24,7 @@ pub(crate) fn run(
     vm: &kvm_ioctls::VmFd,
     devices: &Devices,
     gate: &Gate,
+    exits: &Exits,
 ) -> Option<ExitCause> {
     let lock = || vcpu.lock().unwrap_or_else(PoisonError::into_inner);
     let mut running = lock();
@@ -47,23 +50,28 @@ pub(crate) fn run(
         unfinished = false;
         let reason = match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
+                exits.port_reads.add();
                 devices.port_read(port, data);
                 unfinished = true;
                 continue;
             }
-            Ok(VcpuExit::IoOut(port, data)) => match devices.port_write(vm, port, data) {
-                std::ops::ControlFlow::Break(cause) => return Some(cause),
-                std::ops::ControlFlow::Continue(()) => {
-                    unfinished = true;
-                    continue;
+            Ok(VcpuExit::IoOut(port, data)) => {
+                exits.port_writes.add();
+                match devices.port_write(vm, port, data) {
+                    ControlFlow::Break(cause) => return Some(cause),
+                    ControlFlow::Continue(()) => {}
                 }
-            },
+                unfinished = true;
+                continue;
+            }
             Ok(VcpuExit::MmioRead(address, data)) => {
+                exits.memory_reads.add();
                 devices.memory_read(address, data);
                 unfinished = true;
                 continue;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
+                exits.memory_writes.add();
                 devices.memory_write(vm, address, data);
                 unfinished = true;
                 continue;
@@ -77,14 +85,19 @@ pub(crate) fn run(
             Ok(other) => Reason::UnknownExit(format!("{other:?}")),
             Err(error) => match io::Error::from(error).kind() {
                 io::ErrorKind::Interrupted => {
+                    exits.interruptions.add();
                     kick::consume();
                     continue;
                 }
                 // A processor that another one is about to start.
-                io::ErrorKind::WouldBlock => continue,
+                io::ErrorKind::WouldBlock => {
+                    exits.others.add();
+                    continue;
+                }
                 _ => Reason::RunFailed(error.errno()),
             },
         };
+        exits.others.add();
         return Some(ExitCause::ProcessorError(Box::new(ProcessorError::new(reason, registers(vcpu)))));
     }
 }

@@ -5,6 +5,7 @@
 //! [`BootFile`]s, the console as a [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
 
 mod exit;
+mod exits;
 mod saved;
 mod spec;
 
@@ -15,6 +16,7 @@ use std::time::Instant;
 use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
 
 pub use self::exit::{ExitCause, ProcessorError, ProcessorErrorReason, X86Registers};
+pub use self::exits::VmExits;
 pub use self::saved::{RestoreSpec, SavedMachine};
 pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec, NetSpec};
 use crate::watch::Watch;
@@ -242,6 +244,12 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn save(&self, to: &File) -> Result<(), MachineError> {
         let _ = to;
         Err(MachineError::new(MachineErrorKind::Unsupported, "this machine cannot be saved"))
+    }
+
+    /// How often each of its processors has left its guest so far, the first processor first: it shows what a
+    /// guest's devices cost it. Empty where the hypervisor does not count them.
+    fn vm_exits(&self) -> Vec<VmExits> {
+        Vec::new()
     }
 
     /// Ends the machine at once, whatever its guest does: `Exited(Killed)`. Does nothing to one that

@@ -11,6 +11,69 @@ use anyhow::{Context as _, bail};
 use crate::prerequisites::{self, update_package_lists};
 use crate::{digest, process};
 
+/// Whose packages they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Apt {
+    /// The host's, as apt is set up there.
+    #[default]
+    Host,
+    /// Those of a release of Debian's for an architecture, of which apt keeps its account in a directory of
+    /// its own.
+    Debian {
+        /// That directory.
+        dir: PathBuf,
+        /// As Debian names it.
+        architecture: String,
+    },
+}
+
+impl Apt {
+    /// The packages of `suite` for `architecture`, with apt's account of them in `dir`.
+    pub(crate) fn of_debian(dir: &Path, suite: &str, architecture: &str) -> anyhow::Result<Self> {
+        let context = || format!("cannot make {}", dir.display());
+        for place in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(dir.join(place)).with_context(context)?;
+        }
+        let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let source = format!("deb [signed-by={keys}] http://deb.debian.org/debian {suite} main\n");
+        fs::write(dir.join("sources.list"), source).with_context(context)?;
+        Ok(Self::Debian { dir: dir.to_owned(), architecture: architecture.to_owned() })
+    }
+
+    fn command(&self, program: &str) -> std::process::Command {
+        let mut apt = process::command(program);
+        if let Self::Debian { dir, architecture } = self {
+            for (option, value) in [
+                ("Dir::State::lists", dir.join("lists")),
+                ("Dir::Cache", dir.join("cache")),
+                ("Dir::Etc::sourcelist", dir.join("sources.list")),
+                ("Dir::Etc::sourceparts", "/dev/null".into()),
+                ("APT::Architecture", architecture.into()),
+                ("APT::Architectures", architecture.into()),
+                ("Acquire::Languages", "none".into()),
+            ] {
+                apt.arg("-o").arg(format!("{option}={}", value.display()));
+            }
+        }
+        if prerequisites::is_root() {
+            // apt would drop to its own user, which may not write here.
+            apt.args(["-o", "APT::Sandbox::User=root"]);
+        }
+        apt
+    }
+
+    /// Fetches the package lists anew.
+    fn update(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Host => update_package_lists(),
+            Self::Debian { architecture, .. } => {
+                eprintln!("  updating the package lists for {architecture}");
+                process::output(self.command("apt-get").args(["-q", "update"])).map(drop)
+            }
+        }
+    }
+}
+
 /// What apt's index says of one version of one package.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Package {
@@ -21,6 +84,8 @@ pub(crate) struct Package {
     pub(crate) description: String,
     #[serde(skip)]
     depends: Vec<String>,
+    #[serde(skip)]
+    apt: Apt,
 }
 
 /// A package whose files lie in `root`.
@@ -30,13 +95,13 @@ pub(crate) struct Unpacked {
 }
 
 impl Package {
-    /// The version that apt would install of the first of `names` that it knows.
-    pub(crate) fn candidate(names: &[&str]) -> anyhow::Result<Self> {
-        let known = || names.iter().find_map(|name| show(name).ok());
+    /// The version that `apt` would install of the first of `names` that it knows.
+    pub(crate) fn candidate(apt: &Apt, names: &[&str]) -> anyhow::Result<Self> {
+        let known = || names.iter().find_map(|name| show(apt, name).ok());
         if let Some(package) = known() {
             return Ok(package);
         }
-        update_package_lists()?;
+        apt.update()?;
         known().with_context(|| format!("apt knows no package {}", names.join(" or ")))
     }
 
@@ -56,7 +121,7 @@ impl Package {
         let work = tempfile::tempdir_in(cache).context("cannot make a directory for the download")?;
         if self.download(work.path()).is_err() {
             // The index names a file that the archive has replaced since.
-            update_package_lists()?;
+            self.apt.update()?;
             self.download(work.path())?;
         }
         let archive = single_file(work.path())?;
@@ -71,21 +136,17 @@ impl Package {
     }
 
     fn download(&self, into: &Path) -> anyhow::Result<()> {
-        let mut apt = process::command("apt-get");
+        let mut apt = self.apt.command("apt-get");
         apt.current_dir(into).arg("-q");
-        if prerequisites::is_root() {
-            // apt would drop to its own user, which may not write here.
-            apt.args(["-o", "APT::Sandbox::User=root"]);
-        }
         apt.arg("download").arg(format!("{}:{}={}", self.name, self.architecture, self.version));
         process::output(&mut apt).with_context(|| format!("cannot fetch {}", self.name)).map(drop)
     }
 }
 
-fn show(name: &str) -> anyhow::Result<Package> {
-    let mut apt = process::command("apt-cache");
-    let text = process::output(apt.args(["show", "--no-all-versions", name]))?;
-    parse(&text).with_context(|| format!("apt's index has no usable entry for {name}"))
+fn show(apt: &Apt, name: &str) -> anyhow::Result<Package> {
+    let text = process::output(apt.command("apt-cache").args(["show", "--no-all-versions", name]))?;
+    let package = parse(&text).with_context(|| format!("apt's index has no usable entry for {name}"))?;
+    Ok(Package { apt: apt.clone(), ..package })
 }
 
 /// Reads the first stanza of `apt-cache show`.
@@ -101,6 +162,7 @@ fn parse(text: &str) -> Option<Package> {
         sha256: field("SHA256").filter(|digest| digest.len() == 64)?,
         description: field("Description").or_else(|| field("Description-en")).unwrap_or_default(),
         depends: field("Depends").map(|list| names(&list)).unwrap_or_default(),
+        apt: Apt::Host,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,9 @@ enum Step {
 const TOOLS: [Tool; 11] = [NBDINFO, NBDCOPY, NBDKIT, FIO, QEMU_IMG, QEMU_IO, BZIP2, LZ4, LZOP, XZ, ZSTD];
 
 /// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
-const LAB_TESTS: [&str; 3] = ["linux", "conformance", "drops"];
+const LAB_TESTS: [&str; 5] = ["linux", "conformance", "ends", "confinement", "drops"];
+/// The one of them that boots other kernels too.
+const OTHER_KERNELS: &str = "linux";
 /// The members of the workspace that are not published.
 const UNPUBLISHED: [&str; 4] = ["ami-benches", "ami-examples", "ami-rivals", "xtask"];
 /// The minor version of the cargo that packages crates together with what they depend on.
@@ -134,6 +136,11 @@ fn test_in_lab(name: &str) -> Result<()> {
     bare.write_all(elf).context("cannot write the bare-metal guest")?;
     let mut lab =
         Lab::new(test_binary(name)?).args(["--nocapture"]).guest_artifacts().deadline(TEST_PATIENCE);
+    if name == OTHER_KERNELS {
+        for other in &guest::others::ALL {
+            lab = lab.file(other.ensure(false)?, Path::new(lab::GUEST_DIR).join(other.name));
+        }
+    }
     lab = lab.file(bare.path(), BARE_GUEST).env("AMI_BARE_GUEST", BARE_GUEST);
     if let Some(ci) = env::var_os("CI") {
         lab = lab.env("CI", ci);

@@ -1,22 +1,7 @@
 /* A driver of virtio block devices on virtio-mmio: one request at a time, waited for by asking. */
-#include "guest.h"
+#include "virtio.h"
 
-enum { FIRST = 0xd0000000, DISTANCE = 0x1000, MOST = 16, QUEUE = 4 };
-enum {
-    MAGIC = 0x00, VERSION = 0x04, DEVICE = 0x08, DRIVER_FEATURES = 0x20, DRIVER_SELECT = 0x24,
-    DEVICE_FEATURES = 0x10, DEVICE_SELECT = 0x14, QUEUE_SELECT = 0x30, QUEUE_SIZE = 0x38,
-    QUEUE_READY = 0x44, NOTIFY = 0x50, STATUS = 0x70, DESCRIPTORS = 0x80, AVAILABLE = 0x90, USED = 0xa0,
-    CAPACITY = 0x100,
-};
-enum { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 64 };
-enum { FEATURE_FLUSH = 1 << 9, FEATURE_VERSION_1 = 1 << 0 /* of the high half */ };
-enum { NEXT = 1, DEVICE_WRITES = 2, NO_INTERRUPT = 1 };
-
-struct descriptor {
-    u64 address;
-    u32 length;
-    u16 flags, next;
-};
+enum { QUEUE = 4 };
 
 struct queue {
     struct descriptor descriptors[QUEUE];
@@ -26,13 +11,6 @@ struct queue {
 } __attribute__((aligned(16)));
 
 static struct queue queues[MOST];
-
-static u32 base(u32 disk) { return FIRST + disk * DISTANCE; }
-
-static int is_disk(u32 at)
-{
-    return load(at + MAGIC) == 0x74726976 && load(at + VERSION) == 2 && load(at + DEVICE) == 2;
-}
 
 u32 count_disks(void)
 {
@@ -48,36 +26,45 @@ static void set_address(u32 at, const void *address)
     store(at + 4, 0);
 }
 
-static int set_up(u32 at, struct queue *queue)
+int start_disk(u32 at, u32 features, u32 size, const void *descriptors, const void *available, const void *used)
 {
     u32 status = ACKNOWLEDGE | DRIVER;
     store(at + STATUS, 0);
     store(at + STATUS, status);
     store(at + DEVICE_SELECT, 0);
     store(at + DRIVER_SELECT, 0);
-    store(at + DRIVER_FEATURES, load(at + DEVICE_FEATURES) & FEATURE_FLUSH);
+    store(at + DRIVER_FEATURES, load(at + DEVICE_FEATURES) & features);
     store(at + DRIVER_SELECT, 1);
     store(at + DRIVER_FEATURES, FEATURE_VERSION_1);
     store(at + STATUS, status |= FEATURES_OK);
     if (!(load(at + STATUS) & FEATURES_OK))
         return 0;
     store(at + QUEUE_SELECT, 0);
-    store(at + QUEUE_SIZE, QUEUE);
-    set_address(at + DESCRIPTORS, queue->descriptors);
-    set_address(at + AVAILABLE, &queue->available);
-    set_address(at + USED, &queue->used);
-    queue->available.flags = NO_INTERRUPT;
+    store(at + QUEUE_SIZE, size);
+    set_address(at + DESCRIPTORS, descriptors);
+    set_address(at + AVAILABLE, available);
+    set_address(at + USED, used);
     store(at + QUEUE_READY, 1);
     store(at + STATUS, status | DRIVER_OK);
     return 1;
 }
 
+static int set_up(u32 at, struct queue *queue)
+{
+    queue->available.flags = NO_INTERRUPT;
+    return start_disk(at, FEATURE_FLUSH, QUEUE, queue->descriptors, &queue->available, &queue->used);
+}
+
+void forget_disk(u32 disk) { queues[disk].ready = 0; }
+
 static int ready(u32 disk)
 {
     if (disk >= MOST || !is_disk(base(disk)))
         return 0;
-    if (!queues[disk].ready)
+    if (!queues[disk].ready) {
+        queues[disk].available.index = queues[disk].used.index = 0;
         queues[disk].ready = set_up(base(disk), &queues[disk]);
+    }
     return queues[disk].ready;
 }
 

@@ -38,7 +38,8 @@ struct start_info {
 void wait_for_interrupt(void);
 void interrupt(void);
 void count(u32 turns);
-void enter_user(u32 turns);
+void enter_user(void (*code)(void), u32 argument);
+void count_in_user(void);
 extern u8 trampoline[], trampoline_end[], trampoline_counter[];
 
 /* main.c: whether two texts are the same. */
@@ -64,3 +65,7 @@ u32 count_disks(void);
 u64 disk_size(u32 disk);
 /* False if the disk refuses. */
 int disk_request(u32 disk, enum request type, u32 sector, void *data, u32 length);
+
+/* storm.c: as many requests of 4 KiB at random places, many at once, from a driver in ring 3. False if one
+   failed. */
+int storm_disk(u32 disk, enum request type, u32 requests, u32 *notifications);

@@ -1,6 +1,7 @@
 /* A guest that obeys one-line commands on the serial port: the protocol of the conformance suite in
-   instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0, `clock`,
-   and `chatter`, after which it says the same for ever. */
+   instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0, `clock`, `astray`,
+   `storm DISK read|write REQUESTS`, which is answered by `notified TIMES`, and `chatter`, after which it says the
+   same for ever. */
 #include "guest.h"
 
 enum { SERIAL = 0x3f8, DATA = 0, INTERRUPTS = 1, FIFO = 2, LINE = 3, MODEM = 4, LINE_STATUS = 5 };
@@ -251,6 +252,15 @@ static void remember(const char *text)
     remembered[n] = 0;
 }
 
+static void do_storm(u32 disk, enum request type, u32 requests)
+{
+    u32 notifications;
+    if (storm_disk(disk, type, requests, &notifications))
+        answer_number("notified ", notifications);
+    else
+        say("error\n");
+}
+
 static void do_mac(u32 net)
 {
     u8 mac[6];
@@ -317,6 +327,10 @@ static void obey(char *line)
         do_write(disk, at, word(&line));
     } else if (is(command, "flush")) {
         say(disk_request(number(&line), FLUSH, 0, 0, 0) ? "flushed\n" : "error\n");
+    } else if (is(command, "storm")) {
+        u32 disk = number(&line);
+        enum request type = is(word(&line), "write") ? WRITE : READ;
+        do_storm(disk, type, number(&line));
     } else if (is(command, "nets")) {
         answer_number("nets ", count_nets());
     } else if (is(command, "mac")) {
@@ -349,7 +363,7 @@ static void obey(char *line)
         count(number(&line));
         say("kernel done\n");
     } else if (is(command, "user")) {
-        enter_user(number(&line));
+        enter_user(count_in_user, number(&line));
         say("user done\n");
     } else {
         say("unknown\n");

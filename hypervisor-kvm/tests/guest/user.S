@@ -15,12 +15,14 @@
 .set RFLAGS_RESERVED, 1 << 1
 .set INVALID_OPCODE, 6
 
-/* void enter_user(unsigned turns): runs the loop of `count` at privilege level 3. */
+/* void enter_user(void (*code)(void), unsigned argument): runs 64-bit code at privilege level 3, with the argument
+   in rdi and without a stack, until it executes ud2. */
 .text
 .globl enter_user
 enter_user:
     pusha
-    mov 36(%esp), %edi
+    mov 36(%esp), %esi
+    mov 40(%esp), %edi
     mov %esp, kernel_stack
     sidt kernel_idt
 
@@ -54,15 +56,17 @@ enter_user:
 1:  mov $TASK, %eax
     ltr %ax
     push $USER_DATA
-    push $0                         /* the loop needs no stack */
+    push $0                         /* no stack */
     push $RFLAGS_RESERVED
     push $USER_CODE64
-    mov $in_user, %eax
-    push %rax
+    push %rsi
     iretq
-in_user:
+
+/* The loop of `count`. */
+.globl count_in_user
+count_in_user:
     dec %edi
-    jnz in_user
+    jnz count_in_user
     ud2                             /* the way back */
 
 /* The exception's frame is left behind. */
@@ -108,17 +112,17 @@ task:
     .long 0, exception_stack, 0     /* the stack of level 0 */
     .skip 0x68 - 12
 
-/* The first GiB, mapped to itself for all levels. */
+/* The first four GiB, mapped to themselves for all levels. */
 .balign 0x1000
 page_tables:
     .long middle + 7, 0
     .balign 0x1000
 middle:
-    .long bottom + 7, 0
+    .long bottom + 7, 0, bottom + 0x1007, 0, bottom + 0x2007, 0, bottom + 0x3007, 0
     .balign 0x1000
 bottom:
     .set page, 0
-    .rept 512
+    .rept 4 * 512
     .quad page << 21 | 0x87
     .set page, page + 1
     .endr

@@ -68,6 +68,10 @@ pub(crate) const CONFORMANCE: Recipe = Recipe {
     files: &[("etc/acpi/PWRF/00000080", include_str!("../../guest/conformance-button.sh"))],
 };
 
+/// The initrd that reboots as soon as it is up.
+pub(crate) const BOOT: Recipe =
+    Recipe { init: "#!/bin/sh\nexec reboot -f\n", modules: &[], applets: &["reboot", "sh"], files: &[] };
+
 /// The initrd of the lab.
 pub(crate) const LAB: Recipe = Recipe {
     init: include_str!("../../guest/lab-init.sh"),

@@ -5,9 +5,11 @@
 //! amd64/initrd.img           the quick-start guest's initrd
 //! amd64/disk.raw             the quick-start guest's root disk: GPT, ext4, a shell on ttyS0
 //! amd64/conformance.img      the conformance guest, an initrd that needs no disk
+//! amd64/boot.img             an initrd that reboots as soon as it is up
 //! amd64/lab.img              the initrd of `cargo xtask lab`
 //! amd64/manifest.json        what they were made of
 //! amd64/cloud.raw            with `--cloud`: Debian with cloud-init and an SSH server, as clouds have it
+//! i386, debian-13            with `--others`: kernel and conformance guest of other releases of Debian
 //! ```
 //!
 //! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are the binaries of
@@ -21,6 +23,7 @@ mod disk;
 mod distribution;
 mod initrd;
 mod modules;
+pub(crate) mod others;
 mod rootfs;
 mod sources;
 
@@ -65,6 +68,9 @@ pub(crate) struct GuestArgs {
     /// Make the cloud guest as well: Debian with cloud-init and an SSH server, a root disk of 2 GiB
     #[arg(long)]
     cloud: bool,
+    /// Make the conformance guests of other kernels as well: Debian 12 for 32-bit x86, Debian 13
+    #[arg(long)]
+    others: bool,
 }
 
 /// The command.
@@ -73,6 +79,11 @@ pub(crate) fn run(args: &GuestArgs) -> anyhow::Result<ExitCode> {
     println!("{}", artifacts.dir.display());
     if args.cloud {
         println!("{}", cloud::ensure(args.update)?.display());
+    }
+    if args.others {
+        for other in &others::ALL {
+            println!("{}", other.ensure(args.update)?.display());
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -84,7 +95,7 @@ pub(crate) struct Artifacts {
 }
 
 impl Artifacts {
-    const NAMES: [&str; 5] = ["vmlinuz", "initrd.img", "disk.raw", "conformance.img", "lab.img"];
+    const NAMES: [&str; 6] = ["vmlinuz", "initrd.img", "disk.raw", "conformance.img", "boot.img", "lab.img"];
 
     /// The quick start's root disk.
     pub(crate) fn disk(&self) -> PathBuf {
@@ -172,6 +183,7 @@ fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
     };
     write("vmlinuz", &sources.vmlinuz)?;
     write("conformance.img", &initrd::build(&initrd::CONFORMANCE, sources)?)?;
+    write("boot.img", &initrd::build(&initrd::BOOT, sources)?)?;
     write("lab.img", &initrd::build(&initrd::LAB, sources)?)?;
     let quick_start = initrd::build(&initrd::QUICK_START, sources)?;
     write("initrd.img", &quick_start)?;

@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 
 use super::distribution::Distribution;
 use super::modules::Modules;
-use crate::deb::{Package, Unpacked};
+use crate::deb::{Apt, Package, Unpacked};
 use crate::process;
 use crate::progress::step;
 
@@ -31,17 +31,29 @@ pub(crate) struct Sources {
 }
 
 impl Sources {
-    /// Fetches what `cache` doesn't hold yet.
+    /// Fetches what `cache` doesn't hold yet: the host's distribution, for 64-bit x86.
     pub(crate) fn fetch(cache: &Path) -> anyhow::Result<Self> {
-        let kernel = step("fetching the kernel", || kernel(cache))?;
-        let busybox = step("fetching busybox", || {
-            let package = Package::candidate(&["busybox-static"])?;
-            ensure!(package.architecture == "amd64", "apt offers busybox for {}", package.architecture);
-            package.unpack(cache)
-        })?;
+        let sources = Self::fetch_from(cache, &Apt::Host, &KERNELS, Distribution::of_host()?).context(
+            "the guests are made of the kernel for virtual machines of Debian 12 or 13, or of Ubuntu",
+        )?;
+        let wrong = sources.packages.iter().find(|package| package.architecture != "amd64");
+        ensure!(wrong.is_none(), "apt offers packages for another architecture: {wrong:?}");
+        Ok(sources)
+    }
+
+    /// Fetches from `apt` the first of these kernels that is there, and busybox.
+    pub(crate) fn fetch_from(
+        cache: &Path,
+        apt: &Apt,
+        kernels: &[&str],
+        distribution: Distribution,
+    ) -> anyhow::Result<Self> {
+        let kernel = step("fetching the kernel", || kernel(cache, apt, kernels))?;
+        let busybox =
+            step("fetching busybox", || Package::candidate(apt, &["busybox-static"])?.unpack(cache))?;
         let program = find(std::slice::from_ref(&busybox), "bin/busybox")?;
         Ok(Self {
-            distribution: Distribution::of_host()?,
+            distribution,
             vmlinuz: read(&find(&kernel.parts, &format!("boot/vmlinuz-{}", kernel.version))?)?,
             modules: Modules::index(&find(&kernel.parts, &format!("lib/modules/{}", kernel.version))?)?,
             busybox: read(&program)?,
@@ -58,13 +70,12 @@ struct Kernel {
     parts: Vec<Unpacked>,
 }
 
-fn kernel(cache: &Path) -> anyhow::Result<Kernel> {
-    let current = Package::candidate(&KERNELS)
-        .context("the guests are made of the kernel for virtual machines of Debian 12 or 13, or of Ubuntu")?;
-    let image = Package::candidate(&[current.dependency("linux-image-")?])?;
+fn kernel(cache: &Path, apt: &Apt, kernels: &[&str]) -> anyhow::Result<Kernel> {
+    let current = Package::candidate(apt, kernels)?;
+    let image = Package::candidate(apt, &[current.dependency("linux-image-")?])?;
     let version = image.name.trim_start_matches("linux-image-").to_owned();
     // Ubuntu's image depends on its modules, Debian's has them in it.
-    let modules = image.dependency("linux-modules-").ok().map(|name| Package::candidate(&[name]));
+    let modules = image.dependency("linux-modules-").ok().map(|name| Package::candidate(apt, &[name]));
     let packages = std::iter::once(Ok(image)).chain(modules);
     let parts = packages.map(|package| package?.unpack(cache)).collect::<anyhow::Result<_>>()?;
     Ok(Kernel { version, parts })

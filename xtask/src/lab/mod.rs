@@ -43,7 +43,7 @@ use work::WorkDir;
 pub(crate) const TOOLS: [Tool; 5] = [QEMU_X86_64, SETPRIV, LDD, FAKEROOT, MKE2FS];
 
 /// Where the guest artifacts lie in the lab.
-const GUEST_DIR: &str = "/lab/guest";
+pub(crate) const GUEST_DIR: &str = "/lab/guest";
 /// Exit statuses of the lab itself, as in timeout(1).
 const EXIT_LATE: u8 = 124;
 const EXIT_FAILED: u8 = 125;

@@ -74,14 +74,10 @@ impl Peer {
         panic!("a ping with {} bytes has no reply", bytes.len());
     }
 
-    /// How many replies come in a while, among whatever else a guest has to say.
+    /// How many replies come in a while. A guest may say other things between them.
     fn replies(&self, until: Instant, most: usize) -> usize {
-        let mut count = 0;
-        while count < most {
-            let Some(frame) = self.hear(until) else { break };
-            count += usize::from(self.own.reply(&frame).is_some());
-        }
-        count
+        let heard = std::iter::from_fn(|| self.hear(until));
+        heard.filter(|frame| self.own.reply(frame).is_some()).take(most).count()
     }
 }
 

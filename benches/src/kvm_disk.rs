@@ -1,0 +1,186 @@
+//! What a disk costs a guest: a driver in the guest's ring 3, which runs on the processor also where KVM emulates
+//! kernels, keeps 32 requests of 4 KiB under way on a raw file, beside io_uring on the host that does the same.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::num::NonZeroU32;
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ami_core::Architecture;
+use anyhow::{Context as _, ensure};
+use hypervisor_kvm::Kvm;
+use instance_core::console::Console;
+use instance_core::machine::{DiskSpec, Hypervisor as _, Machine, MachineSpec};
+use io_uring::{IoUring, opcode, types};
+use storage_block::RawFile;
+use tempfile::TempDir;
+
+use crate::guest;
+use crate::samples::{Measurement, median_speed};
+use crate::storage::Bench;
+
+/// How long the guest may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The file, which stays in the page cache: the disk under it is not what is measured.
+const SIZE: u64 = 256 << 20;
+const BLOCK: usize = 4096;
+const DEPTH: u32 = 32;
+/// What a sample moves: enough that its beginning and its end do not count.
+const BYTES: u64 = 200_000 * BLOCK as u64;
+
+/// Which way the data goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Read,
+    Write,
+}
+
+impl What {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// A guest that is up, with the file as its disk.
+struct Storm {
+    machine: Box<dyn Machine>,
+    console: Console,
+    file: File,
+    requests: u64,
+    _dir: TempDir,
+}
+
+impl Storm {
+    fn new(bench: &Bench) -> anyhow::Result<Self> {
+        let dir = bench.temp_dir()?;
+        let path = dir.path().join("disk.raw");
+        let file = filled(&path)?;
+        let console = Console::new();
+        let boot = guest::boot().map_err(anyhow::Error::msg)?;
+        let mut spec = MachineSpec::new("storm", Architecture::X86_64, boot, console.port());
+        spec.memory_mib = NonZeroU32::new(64).context("more than none")?;
+        spec.disks = vec![DiskSpec::new(RawFile::open(&path, false)?.into_disk(), "vol-1")];
+        let machine = Kvm::open()?.create(spec)?;
+        machine.start()?;
+        console.reader().wait_for("GUEST READY\n", Instant::now() + PATIENCE)?;
+        Ok(Self { machine, console, file, requests: bench.bytes(BYTES) / BLOCK as u64, _dir: dir })
+    }
+
+    /// Has the guest's driver do so many requests. Returns how long that took, and how often it notified the device.
+    fn run(&self, what: What, requests: u64) -> anyhow::Result<(Duration, u64)> {
+        let until = Instant::now() + PATIENCE;
+        let mut reader = self.console.reader_from_now();
+        let begun = Instant::now();
+        self.console.write_all(format!("storm 0 {} {requests}\n", what.name()).as_bytes(), until)?;
+        reader.wait_for("notified ", until)?;
+        let took = begun.elapsed();
+        let notified = String::from_utf8(reader.wait_for("\n", until)?)?;
+        Ok((took, notified.trim().parse()?))
+    }
+}
+
+/// A file whose every block has been written.
+fn filled(path: &Path) -> anyhow::Result<File> {
+    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+    let piece = vec![0x5a; 1 << 20];
+    for _ in 0..SIZE >> 20 {
+        file.write_all(&piece)?;
+    }
+    file.sync_all()?;
+    Ok(file)
+}
+
+/// The same on the host: io_uring with as many requests under way.
+fn host(file: &File, what: What, requests: u64) -> anyhow::Result<Duration> {
+    let mut ring = IoUring::new(DEPTH)?;
+    let mut buffers = vec![vec![0x5a_u8; BLOCK]; DEPTH as usize];
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let fd = types::Fd(file.as_raw_fd());
+    let (mut begun, mut ended) = (0, 0);
+    let mut free: Vec<usize> = (0..buffers.len()).collect();
+    let start = Instant::now();
+    while ended < requests {
+        while let Some(slot) = (begun < requests).then(|| free.pop()).flatten() {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let at = (random >> 33) % (SIZE / BLOCK as u64) * BLOCK as u64;
+            let buffer = &mut buffers[slot];
+            let entry = match what {
+                What::Read => opcode::Read::new(fd, buffer.as_mut_ptr(), BLOCK as u32).offset(at).build(),
+                What::Write => opcode::Write::new(fd, buffer.as_ptr(), BLOCK as u32).offset(at).build(),
+            };
+            // SAFETY: the buffers and the file outlive the ring's requests, each of which is waited for below, and
+            // nobody else uses a buffer whose request is under way.
+            #[allow(unsafe_code, reason = "the kernel is told addresses")]
+            unsafe {
+                ring.submission().push(&entry.user_data(slot as u64))?;
+            }
+            begun += 1;
+        }
+        ring.submit_and_wait(1)?;
+        for entry in ring.completion() {
+            ensure!(entry.result() == BLOCK as i32, "the host's request ended with {}", entry.result());
+            free.push(entry.user_data() as usize);
+            ended += 1;
+        }
+    }
+    Ok(start.elapsed())
+}
+
+fn over_host(bench: &Bench, what: What) -> anyhow::Result<Measurement> {
+    let storm = Storm::new(bench)?;
+    let requests = storm.requests;
+    median_speed(
+        bench.rounds(15),
+        ("guest", &mut || Ok(storm.run(what, requests)?.0)),
+        ("host", &mut || host(&storm.file, what, requests)),
+        ("host again", &mut || host(&storm.file, what, requests)),
+    )
+}
+
+/// The speed of a guest's random reads as a share of the host's.
+///
+/// # Errors
+///
+/// When there is no KVM, no io_uring or no C compiler, and those of machines.
+pub fn machine_random_reads_over_host(bench: &Bench) -> anyhow::Result<Measurement> {
+    over_host(bench, What::Read)
+}
+
+/// The speed of a guest's random writes as a share of the host's.
+///
+/// # Errors
+///
+/// As [`machine_random_reads_over_host`].
+pub fn machine_random_writes_over_host(bench: &Bench) -> anyhow::Result<Measurement> {
+    over_host(bench, What::Write)
+}
+
+/// How often the guest's processor leaves the guest for each request, notifications that the kernel sees to
+/// among them.
+///
+/// # Errors
+///
+/// As [`machine_random_reads_over_host`].
+pub fn machine_exits_per_request(bench: &Bench) -> anyhow::Result<Measurement> {
+    let storm = Storm::new(bench)?;
+    let exits = || storm.machine.vm_exits().iter().map(|exits| exits.total()).sum::<u64>();
+    let mut a_request = 0_f64;
+    for what in [What::Read, What::Write] {
+        // Without what the command itself costs, which is what the fewest requests take.
+        let count = |requests| -> anyhow::Result<u64> {
+            let before = exits();
+            let (_, notified) = storm.run(what, requests)?;
+            Ok(exits() - before + notified)
+        };
+        let few = count(DEPTH.into())?;
+        let many = count(storm.requests)?;
+        a_request = a_request.max(many.saturating_sub(few) as f64 / storm.requests as f64);
+    }
+    Ok(Measurement { value: a_request, noise: None, samples: BTreeMap::new() })
+}
