@@ -93,6 +93,7 @@ mod supervisor;
 mod tags;
 pub mod testing;
 mod volumes;
+pub mod vsock;
 pub mod watch;
 
 pub use capacity::Capacity;
