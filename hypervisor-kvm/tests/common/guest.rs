@@ -32,7 +32,18 @@ const FLAGS: &[&str] = &[
     "-Wl,-z,noexecstack",
     "-Wl,-T,link.ld",
 ];
-const SOURCES: &[&str] = &["entry.S", "user.S", "main.c", "cpus.c", "disk.c", "net.c", "smbios.c"];
+const SOURCES: &[&str] = &[
+    "entry.S",
+    "user.S",
+    "main.c",
+    "cpus.c",
+    "disk.c",
+    "net.c",
+    "smbios.c",
+    "virtio.c",
+    "vsock.c",
+    "balloon.c",
+];
 
 /// The guest as an ELF file, built once in a process.
 ///
