@@ -1,8 +1,8 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
 //! [`Kvm`] makes machines of 64-bit and of 32-bit x86: a kernel loaded directly, virtio block devices, network
-//! ports and an entropy device on virtio-mmio or PCI, where a stock kernel finds them, a serial port, a power button, and nothing that an
-//! instance does not need.
+//! ports, sockets, an entropy device and a memory balloon on virtio-mmio or PCI, where a stock kernel finds them, a serial
+//! port, a clock, a power button, and nothing that an instance does not need.
 //!
 //! ```no_run
 //! use std::{fs::File, time::{Duration, Instant}};
@@ -223,6 +223,7 @@ impl Kvm {
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
         capabilities.live_growth = true;
+        (capabilities.balloon, capabilities.vsock) = (true, true);
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
