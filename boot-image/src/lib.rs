@@ -48,6 +48,7 @@ mod budget;
 mod decompress;
 mod entry;
 mod error;
+mod file;
 mod filesystem;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
@@ -64,4 +65,5 @@ mod window;
 
 pub use entry::{BootEntry, BootSource};
 pub use error::{Error, ErrorKind, Result};
+pub use file::read_file;
 pub use kernel::{Kernel, unpack_kernel};

@@ -49,7 +49,7 @@ struct Choice {
 }
 
 /// The file systems of a disk, and what was met on the way.
-struct Search {
+pub(crate) struct Search {
     found: Vec<(Place, FileSystem)>,
     /// What explains a failure: file systems that are not read, entries whose files are missing.
     notes: Vec<String>,
@@ -74,7 +74,7 @@ pub(crate) fn locate(disk: &Disk) -> Result<Located> {
 }
 
 impl Search {
-    fn open(disk: &Disk) -> Result<Self> {
+    pub(crate) fn open(disk: &Disk) -> Result<Self> {
         let (places, has_table) = match partition::layout(disk)? {
             Layout::Gpt(places) => (places, true),
             Layout::Whole(place) => (vec![place], false),
@@ -114,6 +114,13 @@ impl Search {
             "the disk has no partition table and no ext4 file system"
         };
         Err(Error::new(kind, with_notes(what, &search.notes)))
+    }
+
+    /// The bytes of a regular file, on the first file system that has it.
+    pub(crate) fn read(&self, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+        let mut read =
+            self.found.iter().map(|(place, fs)| fs.read(path, limit).map_err(|e| e.about(&place.name())));
+        read.find(|file| !matches!(file, Ok(None))).unwrap_or(Ok(None))
     }
 
     fn failed(&mut self, e: Error) {

@@ -86,6 +86,8 @@ mod options;
 mod record;
 mod recovery;
 mod region;
+#[cfg(feature = "sbom")]
+mod sbom;
 pub mod shell;
 mod snapshots;
 mod state;
@@ -119,6 +121,8 @@ pub use launch_template::{
 pub use metadata_options::{HttpTokens, MetadataOptions};
 pub use options::RegionOptions;
 pub use region::{Region, StateChange};
+#[cfg(feature = "sbom")]
+pub use sbom::{InstalledPackage, SoftwareBill};
 pub use snapshots::{SnapshotDescription, SnapshotState};
 pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};

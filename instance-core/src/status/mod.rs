@@ -294,6 +294,7 @@ mod tests {
             (Running, running.clone(), None, true, "ok", "impaired"),
             (Running, off.clone(), None, false, "ok", "insufficient-data"),
             (Running, exited(ExitCause::Reset), None, false, "ok", "insufficient-data"),
+            (Running, exited(ExitCause::TripleFault(None)), None, false, "ok", "impaired"),
             (Running, exited(ExitCause::Panic), None, false, "ok", "impaired"),
             (Running, exited(ExitCause::Killed), None, true, "impaired", "insufficient-data"),
             (
