@@ -145,7 +145,9 @@ fn assess(facts: &Facts) -> (Status, Status) {
         (InstanceState::Running, Some(MachineState::Exited(ExitCause::PowerOff | ExitCause::Reset))) => {
             (Ok, InsufficientData)
         }
-        (InstanceState::Running, Some(MachineState::Exited(ExitCause::Crash(_)))) => (Ok, Impaired),
+        (InstanceState::Running, Some(MachineState::Exited(cause))) if cause.is_guest_crash() => {
+            (Ok, Impaired)
+        }
         (InstanceState::Running, Some(MachineState::Exited(_))) => (Impaired, InsufficientData),
         (InstanceState::Running, Some(_)) => match facts.silent_for {
             _ if facts.panicked => (Ok, Impaired),
@@ -292,7 +294,8 @@ mod tests {
             (Running, running.clone(), None, true, "ok", "impaired"),
             (Running, off.clone(), None, false, "ok", "insufficient-data"),
             (Running, exited(ExitCause::Reset), None, false, "ok", "insufficient-data"),
-            (Running, exited(ExitCause::Crash("triple fault".to_owned())), None, false, "ok", "impaired"),
+            (Running, exited(ExitCause::TripleFault(None)), None, false, "ok", "impaired"),
+            (Running, exited(ExitCause::Panic), None, false, "ok", "impaired"),
             (Running, exited(ExitCause::Killed), None, true, "impaired", "insufficient-data"),
             (
                 Running,
