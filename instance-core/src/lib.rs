@@ -98,6 +98,7 @@ mod tasks;
 pub mod testing;
 mod volume_modification;
 mod volumes;
+pub mod vsock;
 pub mod watch;
 
 pub use capacity::Capacity;

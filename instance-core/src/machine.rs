@@ -252,6 +252,28 @@ pub trait Machine: fmt::Debug + Send + Sync {
         Vec::new()
     }
 
+    /// Asks the guest to leave `mib` MiB of its memory to the host, from now on. It obeys late, in part or never,
+    /// and may take some back when it is short of memory. What it leaves is counted as the machine's no longer.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`balloon`](Capabilities::balloon) is false, and for
+    /// as much as the machine has or more;
+    /// [`WrongState`](MachineErrorKind::WrongState) unless the machine is running or paused.
+    fn set_balloon(&self, mib: u32) -> Result<(), MachineError> {
+        let _ = mib;
+        Err(MachineError::new(MachineErrorKind::Unsupported, "this machine's memory stays as it is"))
+    }
+
+    /// How many MiB the guest says that it has left to the host. It may lie.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`balloon`](Capabilities::balloon) is false.
+    fn balloon(&self) -> Result<u32, MachineError> {
+        Err(MachineError::new(MachineErrorKind::Unsupported, "this machine's memory stays as it is"))
+    }
+
     /// Ends the machine at once, whatever its guest does: `Exited(Killed)`. Does nothing to one that
     /// has exited. When it returns, the guest runs no more. A disk request that is under way is waited
     /// for.
@@ -367,12 +389,16 @@ pub struct Capabilities {
     pub live_growth: bool,
     /// Whether [`Machine::save`] and [`Hypervisor::restore`] work.
     pub save: bool,
+    /// Whether [`Machine::set_balloon`] and [`Machine::balloon`] work.
+    pub balloon: bool,
+    /// Whether a machine may have a [place for streams](MachineSpec::vsock).
+    pub vsock: bool,
 }
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
     /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks that come, go or grow
-    /// while it runs, unless the fields are then set otherwise.
+    /// while it runs, no balloon, no streams, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self {
             name,
@@ -386,6 +412,8 @@ impl Capabilities {
             hot_plug: false,
             live_growth: false,
             save: false,
+            balloon: false,
+            vsock: false,
         }
     }
 
@@ -425,6 +453,13 @@ impl Capabilities {
             ));
         }
         spec.nets.iter().try_for_each(NetSpec::check)?;
+        match &spec.vsock {
+            Some(_) if !self.vsock => return unsupported(format!("{name} has no streams for machines")),
+            Some(vsock) if !vsock.is_valid() => {
+                return unsupported(format!("{} is no guest's address", vsock.cid));
+            }
+            Some(_) | None => {}
+        }
         if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
         }

@@ -13,6 +13,7 @@ use storage_block::Disk;
 use super::{MachineError, MachineErrorKind};
 use crate::console::ConsolePort;
 use crate::net::{MacAddress, NetPort};
+use crate::vsock::VsockSpec;
 
 /// Everything a machine is made from.
 ///
@@ -49,6 +50,8 @@ pub struct MachineSpec {
     pub disks: Vec<DiskSpec>,
     /// Its network ports, in the order in which the guest finds them.
     pub nets: Vec<NetSpec>,
+    /// Its place for streams with the host, if it has one.
+    pub vsock: Option<VsockSpec>,
     /// The machine's side of its serial console.
     pub console: ConsolePort,
     /// What the machine tells its guest of itself, if anything.
@@ -75,6 +78,7 @@ impl MachineSpec {
             boot,
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             console,
             identity: None,
             runtime_dir: std::env::temp_dir(),
