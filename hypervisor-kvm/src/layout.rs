@@ -55,10 +55,11 @@ pub(crate) const HOLE_END: u64 = 0x1_0000_0000;
 pub(crate) const VIRTIO: u64 = 0xd000_0000;
 /// How many bytes of addresses a virtio-mmio device takes.
 pub(crate) const VIRTIO_LEN: u64 = 0x1000;
-/// The interrupt of the first virtio-mmio device; the others follow. Edge, active high.
-pub(crate) const VIRTIO_IRQ: u32 = 10;
-/// How many virtio-mmio devices there are interrupts for: the IOAPIC has 24 inputs.
-pub(crate) const VIRTIO_MAX: usize = 14;
+/// The interrupts of the virtio-mmio devices: the IOAPIC has 24 inputs, and these are free. Edge, active high.
+pub(crate) const VIRTIO_IRQS: [u32; VIRTIO_MAX] =
+    [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7];
+/// How many virtio-mmio devices there are interrupts for.
+pub(crate) const VIRTIO_MAX: usize = 17;
 
 /// Addresses of PCI devices.
 pub(crate) const PCI_MEMORY: u32 = 0xc000_0000;

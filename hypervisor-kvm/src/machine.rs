@@ -8,6 +8,7 @@ use instance_core::console::ConsolePort;
 use instance_core::machine::{
     DiskSpec, ExitCause, Machine, MachineError, MachineSpec, MachineState, NetSpec, RestoreSpec, VmExits,
 };
+use instance_core::vsock::VsockSpec;
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -27,11 +28,13 @@ use crate::rtc::Rtc;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::serial::SerialPort;
 use crate::thread::{Stacks, Thread};
-use crate::virtio::{Block, Net, Rng, VirtioDevice};
+use crate::virtio::{Balloon, Block, Net, Rng, VirtioDevice, Vsock, Wish};
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
 
-/// The virtio devices that every machine has besides its disks and network ports: the entropy device.
-pub(crate) const OTHER_DEVICES: usize = 1;
+/// The most virtio devices that a machine has besides its disks and network ports: in this order the entropy
+/// device; the balloon, which machines have that were not saved before there was one; and, if its specification
+/// says so, the place for streams.
+pub(crate) const OTHER_DEVICES: usize = 3;
 
 /// A machine's handle.
 #[derive(Debug)]
@@ -54,6 +57,8 @@ struct Shared {
     processors: Vec<Mutex<VcpuFd>>,
     vm: VmFd,
     devices: Devices,
+    /// Which virtio device the balloon is, if there is one, and what is wanted of it.
+    balloon: Option<(usize, Arc<Wish>)>,
     memory: Memory,
     /// The model-specific registers that are saved, where machines can be.
     msrs: Option<Arc<[u32]>>,
@@ -84,6 +89,9 @@ struct Parts<'a> {
     transport: Transport,
     disks: &'a [DiskSpec],
     nets: &'a [NetSpec],
+    vsock: Option<&'a VsockSpec>,
+    /// How many of [`OTHER_DEVICES`].
+    others: usize,
     console: &'a ConsolePort,
     vm: VmFd,
     memory: Memory,
@@ -99,7 +107,8 @@ impl KvmMachine {
         let vm = make_vm(kvm, &memory)?;
         let count = spec.vcpus.get();
         let transport = kvm.transport();
-        acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + OTHER_DEVICES)?;
+        let others = OTHER_DEVICES - usize::from(spec.vsock.is_none());
+        acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + others)?;
         generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
@@ -113,7 +122,8 @@ impl KvmMachine {
             })
             .collect::<Result<Vec<_>>>()?;
         let MachineSpec { name, disks, nets, console, .. } = spec;
-        let parts = Parts { name, transport, disks, nets, console, vm, memory, processors };
+        let vsock = spec.vsock.as_ref();
+        let parts = Parts { name, transport, disks, nets, vsock, others, console, vm, memory, processors };
         Self::run(parts.put_together(kvm, MachineState::Created)?, filters.as_ref())
     }
 
@@ -135,10 +145,14 @@ impl KvmMachine {
             .collect::<Result<Vec<_>>>()?;
         state.platform.restore(&vm)?;
         let RestoreSpec { name, disks, nets, console, .. } = spec;
-        let transport = state.transport;
-        let parts = Parts { name, transport, disks, nets, console, vm, memory, processors };
+        let (transport, vsock, others) = (state.transport, spec.vsock.as_ref(), state.other_devices());
+        let parts = Parts { name, transport, disks, nets, vsock, others, console, vm, memory, processors };
         let mut shared = parts.put_together(kvm, MachineState::Paused)?;
         shared.devices.restore(&shared.vm, &shared.memory, state)?;
+        if let Some((device, _)) = &shared.balloon {
+            // Nobody has asked this one's guest for memory.
+            shared.devices.virtio[*device].refresh(&shared.vm);
+        }
         Self::run(shared, filters.as_ref())
     }
 
@@ -169,7 +183,11 @@ impl KvmMachine {
         for n in
             (0..self.shared.devices.virtio.len()).filter(|n| self.shared.devices.virtio[*n].needs_thread())
         {
-            let role = if n < self.shared.disks.len() { "disk" } else { "net" };
+            let role = match n.checked_sub(self.shared.disks.len()) {
+                None => "disk",
+                Some(n) if n < self.shared.nets.len() => "net",
+                Some(_) => "vsock",
+            };
             let work = move |shared: &Shared| shared.run_device(n);
             let thread = self.shared.spawn(&format!("{role}{n}"), of_device, work)?;
             self.shared.threads().devices.push(thread);
@@ -204,7 +222,7 @@ impl KvmMachine {
 impl Parts<'_> {
     /// A machine without threads, whose devices nobody has used yet.
     fn put_together(self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
-        let Self { name, transport, disks, nets, console, vm, memory, processors } = self;
+        let Self { name, transport, disks, nets, vsock, others, console, vm, memory, processors } = self;
         let mut virtio = (disks.iter().enumerate())
             .map(|(n, disk)| {
                 let block = Block::new(disk.disk.clone(), &disk.serial);
@@ -217,6 +235,24 @@ impl Parts<'_> {
             virtio.push(device);
         }
         virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, Rng)?);
+        let mut balloon = None;
+        if others > 1 {
+            let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
+            let wish = Arc::new(Wish::new(mib as u32));
+            let device = Balloon::new(wish.clone());
+            balloon = Some((virtio.len(), wish));
+            virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, device)?);
+        }
+        if let Some(spec) = vsock {
+            let mut device = Vsock::new(spec);
+            if state == MachineState::Paused {
+                // It goes on, with streams that nobody else has.
+                device.break_streams();
+            }
+            let device = VirtioDevice::with_thread(&vm, &memory, virtio.len(), transport, device)?;
+            spec.port.set_waker(Some(Arc::new(device.waker()?)));
+            virtio.push(device);
+        }
         let devices = Devices {
             serial: serial_port(&vm, console)?,
             power: Power::default(),
@@ -233,6 +269,7 @@ impl Parts<'_> {
             processors: processors.into_iter().map(Mutex::new).collect(),
             vm,
             devices,
+            balloon,
             memory,
             msrs: kvm.msrs(),
             gate: Gate::new(),
@@ -266,6 +303,11 @@ impl Shared {
         self.gate.join();
         let spawned = kick::with_signals_blocked(|| Thread::spawn(&self.stacks, &name, body));
         spawned.inspect_err(|_| self.leave()).host("cannot start a thread")
+    }
+
+    /// The balloon, if there is one.
+    fn balloon(&self) -> Result<&(usize, Arc<Wish>)> {
+        self.balloon.as_ref().ok_or_else(|| unsupported("this machine was saved when there was no balloon"))
     }
 
     fn run_vcpu(&self, n: usize) {
@@ -428,6 +470,21 @@ impl Machine for KvmMachine {
 
     fn vm_exits(&self) -> Vec<VmExits> {
         self.shared.exits.iter().map(Exits::read).collect()
+    }
+
+    fn set_balloon(&self, mib: u32) -> Result<()> {
+        match self.shared.state.get() {
+            MachineState::Running | MachineState::Paused => {}
+            state => return Err(MachineError::wrong_state("ask for memory of", &state)),
+        }
+        let (device, wish) = self.shared.balloon()?;
+        wish.set_mib(mib)?;
+        self.shared.devices.virtio[*device].refresh(&self.shared.vm);
+        Ok(())
+    }
+
+    fn balloon(&self) -> Result<u32> {
+        Ok(self.shared.balloon()?.1.actual_mib())
     }
 
     fn kill(&self) {

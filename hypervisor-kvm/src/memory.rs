@@ -152,6 +152,32 @@ pub(crate) fn low_end(memory: &Memory) -> u64 {
     memory.iter().next().map_or(0, |region| region.len())
 }
 
+/// Gives the pages that lie wholly in a range back to the host; used again, they read as zeroes, or as they are in
+/// the file that the memory is mapped from. None, and nothing is done, where the range is not all RAM.
+pub(crate) fn release(memory: &Memory, start: u64, len: u64) -> Option<()> {
+    let (start, len) = (GuestAddress(start), usize::try_from(len).ok()?);
+    if !memory.check_range(start, len) {
+        return None;
+    }
+    for slice in memory.get_slices(start, len) {
+        let slice = slice.ok()?;
+        let guard = slice.ptr_guard_mut();
+        let skipped = guard.as_ptr().align_offset(PAGE);
+        let whole = slice.len().saturating_sub(skipped) / PAGE * PAGE;
+        if whole == 0 {
+            continue;
+        }
+        // SAFETY: `skipped + whole` bytes of the slice are mapped and stay so. They are the guest's, to whom no
+        // reference exists, and whose bytes may change at any time.
+        let done = unsafe { libc::madvise(guard.as_ptr().add(skipped).cast(), whole, libc::MADV_DONTNEED) };
+        if done != 0 {
+            let error = std::io::Error::last_os_error();
+            tracing::debug!(%error, "the host did not take a guest's pages back");
+        }
+    }
+    Some(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

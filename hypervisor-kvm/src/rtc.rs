@@ -143,7 +143,7 @@ impl Rtc {
 
     /// A number below 100 as a register shows it.
     fn digits(&self, number: u8) -> u8 {
-        if self.status_b & BINARY != 0 { number } else { number / 10 << 4 | number % 10 }
+        if self.status_b & BINARY != 0 { number } else { ((number / 10) << 4) | (number % 10) }
     }
 
     fn number(&self, digits: u8) -> Option<u8> {

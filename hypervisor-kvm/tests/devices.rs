@@ -3,12 +3,16 @@
 
 mod common;
 
+use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::Architecture;
 use hypervisor_kvm::Kvm;
 use instance_core::console::{Console, ConsoleReader};
-use instance_core::machine::{ExitCause, Hypervisor, Machine, MachineSpec};
+use instance_core::machine::{
+    ExitCause, Hypervisor, Machine, MachineErrorKind, MachineSpec, RestoreSpec, SavedMachine,
+};
+use instance_core::vsock::{self, VsockSpec};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -77,4 +81,149 @@ fn the_clock_has_the_hosts_time() {
         date.into_iter().chain(clock).fold(0, |all, digits| all * 100 + digits) as u64
     };
     assert!((digits(before)..=digits(after)).contains(&told), "{told}");
+}
+
+#[test]
+fn host_and_guest_talk_on_streams() {
+    let Some(kvm) = common::kvm() else { return };
+    let (port, host) = vsock::cable();
+    let mut guest = Guest::with(&kvm, |spec| {
+        let mut vsock = VsockSpec::new(port);
+        vsock.cid = 77;
+        spec.vsock = Some(vsock);
+    });
+    assert_eq!(guest.number("cid"), 77);
+    let echo = |mut stream: vsock::Stream, len: u32| {
+        let all: Vec<u8> = (0..len).map(|n| (n % 253) as u8).collect();
+        stream.set_deadline(Some(soon()));
+        let (mut writer, sent) = (stream.clone(), all.clone());
+        let writing = std::thread::spawn(move || writer.write_all(&sent));
+        let mut got = vec![0; all.len()];
+        stream.read_exact(&mut got).unwrap();
+        writing.join().unwrap().unwrap();
+        assert!(got == all);
+    };
+    // More than both sides have room for.
+    echo(host.connect(7, soon()).unwrap(), 200_000);
+    assert_eq!(host.connect(8, soon()).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(guest.number("connect 5000"), 0, "nobody listens");
+    let listener = host.listen(5000).unwrap();
+    assert_eq!(guest.number("connect 5000"), 1);
+    let mut stream = listener.accept(soon()).unwrap();
+    echo(stream.clone(), 1000);
+    // Not while it is paused.
+    guest.machine.pause().unwrap();
+    stream.write_all(b"now").unwrap();
+    stream.set_deadline(Some(Instant::now() + Duration::from_millis(100)));
+    assert_eq!(stream.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::TimedOut);
+    guest.machine.resume().unwrap();
+    stream.set_deadline(Some(soon()));
+    stream.read_exact(&mut [0; 3]).unwrap();
+    guest.machine.kill();
+    assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn a_machine_without_streams_has_no_device_for_them() {
+    let Some(kvm) = common::kvm() else { return };
+    let mut guest = Guest::with(&kvm, |_| ());
+    assert_eq!(guest.number("cid"), 0);
+    for cid in [0, 2, u32::MAX] {
+        let boot = common::guest::boot().unwrap();
+        let mut spec = MachineSpec::new("bad", Architecture::X86_64, boot, Console::new().port());
+        let (port, _host) = vsock::cable();
+        let mut vsock = VsockSpec::new(port);
+        vsock.cid = cid;
+        spec.vsock = Some(vsock);
+        assert_eq!(kvm.create(spec).unwrap_err().kind(), MachineErrorKind::Unsupported, "{cid}");
+    }
+}
+
+#[test]
+fn the_balloon_gives_memory_back_to_the_host() {
+    let Some(kvm) = common::kvm() else { return };
+    const MIB: u64 = 1 << 20;
+    const MEMORY: u32 = 512;
+    // 32 MiB from 48 MiB on, in pages of 4 KiB.
+    const PAGES: &str = "12288 8192";
+    let mut guest = Guest::with(&kvm, |spec| spec.memory_mib = MEMORY.try_into().unwrap());
+    assert_eq!(guest.number("target"), 0);
+    guest.machine.set_balloon(32).unwrap();
+    assert_eq!(guest.number("target"), 8192);
+    assert_eq!(guest.number(&format!("touch {PAGES}")), 0);
+    let full = private_bytes(u64::from(MEMORY) * MIB);
+    assert_eq!(guest.number(&format!("touch {PAGES}")), 8192);
+    assert_eq!(guest.machine.balloon().unwrap(), 0);
+    assert_eq!(guest.number(&format!("inflate {PAGES}")), 1);
+    let left = private_bytes(u64::from(MEMORY) * MIB);
+    assert!(full - left >= 31 * MIB, "{full} bytes before, {left} after");
+    assert_eq!(guest.machine.balloon().unwrap(), 32);
+    // They are there again when they are used, and forgotten.
+    assert_eq!(guest.number(&format!("touch {PAGES}")), 0);
+    // A page that is none stops the balloon, and nothing else.
+    guest.say("inflate 4294967295 1");
+    assert_eq!(guest.machine.set_balloon(MEMORY).unwrap_err().kind(), MachineErrorKind::Unsupported);
+    guest.machine.kill();
+    assert_eq!(guest.machine.set_balloon(1).unwrap_err().kind(), MachineErrorKind::WrongState);
+}
+
+#[test]
+fn a_restored_machine_has_new_streams_and_an_empty_balloon() {
+    let Some(kvm) = common::kvm() else { return };
+    if !kvm.capabilities().save {
+        return eprintln!("SKIPPED: this host's KVM does not tell all of a machine's state");
+    }
+    let (port, host) = vsock::cable();
+    let mut guest = Guest::with(&kvm, |spec| spec.vsock = Some(VsockSpec::new(port)));
+    assert_eq!((guest.number("cid"), guest.number("target")), (3, 0));
+    guest.machine.set_balloon(16).unwrap();
+    guest.number("inflate 12288 4096");
+    let mut before = host.connect(7, soon()).unwrap();
+    before.write_all(b"x").unwrap();
+    guest.machine.pause().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    guest.machine.save(&file).unwrap();
+
+    let restore = |vsock: Option<VsockSpec>, console: &Console| {
+        let saved = SavedMachine::new(file.try_clone().unwrap()).unwrap();
+        let mut spec = RestoreSpec::new("restored", saved, console.port());
+        spec.vsock = vsock;
+        kvm.restore(spec)
+    };
+    assert_eq!(restore(None, &Console::new()).unwrap_err().kind(), MachineErrorKind::Saved);
+    let (port, host) = vsock::cable();
+    let console = Console::new();
+    let machine = restore(Some(VsockSpec::new(port)), &console).unwrap();
+    machine.resume().unwrap();
+    let mut restored = Guest { machine, reader: console.reader(), console };
+    let mut stream = host.connect(7, soon()).unwrap();
+    stream.write_all(b"new").unwrap();
+    stream.set_deadline(Some(soon()));
+    let mut echo = [0; 3];
+    stream.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"new");
+    assert_eq!(restored.number("target"), 0, "nobody has asked this one for memory");
+    restored.machine.set_balloon(8).unwrap();
+    assert_eq!(restored.number("target"), 2048);
+}
+
+/// What the host keeps of mappings of this length: others of this process's tests have less memory.
+fn private_bytes(len: u64) -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut lines = maps.lines();
+    let mut bytes = 0;
+    while let Some(line) = lines.next() {
+        let Some((start, end)) = line.split(' ').next().and_then(|range| range.split_once('-')) else {
+            continue;
+        };
+        let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) else {
+            continue;
+        };
+        // A neighbour of the same kind may be shown as one with it.
+        if end - start >= len {
+            let rss = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+            bytes += rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
+        }
+    }
+    bytes
 }

@@ -16,7 +16,8 @@ pub(crate) use self::file::{decode, encode};
 pub(crate) use self::platform::Platform;
 pub(crate) use self::processor::Processor;
 use crate::Transport;
-use crate::error::{Result, saved};
+use crate::error::{Result, saved, unsupported};
+use crate::machine::OTHER_DEVICES;
 use crate::pci::BusState;
 use crate::power;
 use crate::rtc::Rtc;
@@ -47,7 +48,7 @@ pub(crate) struct State {
     pub(crate) power: power::State,
     pub(crate) rtc: Rtc,
     pub(crate) pci: Option<BusState>,
-    /// In the order of disks, network ports and other devices.
+    /// In the order of disks, network ports and other devices, of which earlier versions had less.
     pub(crate) virtio: Vec<DeviceState>,
     pub(crate) platform: Platform,
     pub(crate) processors: Vec<Processor>,
@@ -82,12 +83,18 @@ impl Port {
 }
 
 impl State {
+    /// How many virtio devices there are besides disks and network ports.
+    pub(crate) fn other_devices(&self) -> usize {
+        self.virtio.len().saturating_sub(self.disks.len() + self.nets.len())
+    }
+
     /// That the machine had the disks and ports that it is to go on with.
     pub(crate) fn check(&self, spec: &RestoreSpec, most_processors: usize) -> Result<()> {
         let devices = self.disks.len() + self.nets.len();
         let possible = (1..=most_processors).contains(&self.processors.len())
             && self.memory_mib > 0
-            && devices <= self.transport.device_places();
+            && devices <= self.transport.device_places()
+            && (1..=OTHER_DEVICES).contains(&self.other_devices());
         if !possible {
             return Err(saved("the saved machine has more than a machine has on this host, or less"));
         }
@@ -100,6 +107,13 @@ impl State {
             if *had != given {
                 return Err(saved(format!("the machine had {had:?} when it was saved, not {given:?}")));
             }
+        }
+        if (self.other_devices() == OTHER_DEVICES) != spec.vsock.is_some() {
+            let what = if spec.vsock.is_some() { "no" } else { "a" };
+            return Err(saved(format!("the machine had {what} place for streams when it was saved")));
+        }
+        if spec.vsock.as_ref().is_some_and(|vsock| !vsock.is_valid()) {
+            return Err(unsupported("a guest cannot have this address for streams"));
         }
         let (had, given) = ((self.disks.len(), self.nets.len()), (spec.disks.len(), spec.nets.len()));
         if had != given {

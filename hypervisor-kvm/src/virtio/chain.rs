@@ -69,6 +69,11 @@ impl Buffers {
         self.len
     }
 
+    /// Where each piece begins, and how long it is. All of it is RAM.
+    pub(crate) fn segments(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.segments.iter().map(|(address, len)| (address.0, *len))
+    }
+
     /// Fills `buf` with the bytes from `offset` on.
     pub(crate) fn read(&self, memory: &Memory, offset: u64, buf: &mut [u8]) -> Result<(), Malformed> {
         let mut rest = buf;

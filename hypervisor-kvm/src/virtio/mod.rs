@@ -4,10 +4,15 @@
 //! [`pci`] are functions of what they are given; here, in [`on_mmio`] and in [`on_pci`] are the descriptors
 //! and the thread that drive them.
 
+mod balloon;
+#[cfg(test)]
+mod balloon_tests;
 mod block;
 mod chain;
 mod core;
 mod device;
+#[cfg(test)]
+mod driver;
 mod half;
 mod mmio;
 mod net;
@@ -22,6 +27,9 @@ mod ring;
 mod rng;
 #[cfg(test)]
 mod tests;
+mod vsock;
+#[cfg(test)]
+mod vsock_tests;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,6 +45,7 @@ use crate::Transport;
 use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
 use crate::memory::Memory;
+pub(crate) use balloon::{Balloon, Wish};
 pub(crate) use block::Block;
 use chain::Malformed;
 pub(crate) use device::Device;
@@ -47,6 +56,7 @@ pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;
 use pci::PciState;
 pub(crate) use rng::Rng;
+pub(crate) use vsock::Vsock;
 #[cfg(any(test, fuzzing))]
 pub(crate) use {
     mmio::Mmio,

@@ -127,5 +127,5 @@ pub(crate) fn address(n: usize) -> u64 {
 
 /// The interrupt of the `n`th device.
 pub(crate) fn irq(n: usize) -> u32 {
-    layout::VIRTIO_IRQ + n as u32
+    layout::VIRTIO_IRQS[n]
 }

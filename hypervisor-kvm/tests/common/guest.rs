@@ -32,8 +32,20 @@ const FLAGS: &[&str] = &[
     "-Wl,-z,noexecstack",
     "-Wl,-T,link.ld",
 ];
-const SOURCES: &[&str] =
-    &["entry.S", "user.S", "storm64.S", "main.c", "cpus.c", "disk.c", "net.c", "smbios.c", "storm.c"];
+const SOURCES: &[&str] = &[
+    "entry.S",
+    "user.S",
+    "storm64.S",
+    "main.c",
+    "cpus.c",
+    "disk.c",
+    "net.c",
+    "smbios.c",
+    "storm.c",
+    "queue.c",
+    "vsock.c",
+    "balloon.c",
+];
 
 /// The guest as an ELF file, built once in a process.
 ///

@@ -55,6 +55,15 @@ u32 net_mtu(u32 net);
 int net_up(u32 net, const u8 address[4]);
 int serve_nets(void);
 
+/* vsock.c: the guest's address, or zero; whether the host answered. */
+u32 vsock_up(void);
+int vsock_connect(u32 port);
+int serve_vsock(void);
+
+/* balloon.c: in pages. */
+u32 balloon_target(void);
+void inflate(u32 first, u32 count);
+
 /* cpus.c */
 u32 count_cpus(const struct start_info *info);
 

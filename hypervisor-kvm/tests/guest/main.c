@@ -1,7 +1,7 @@
 /* A guest that obeys one-line commands on the serial port: the protocol of the conformance suite in
    instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0, `clock`, `astray`,
-   `storm DISK read|write REQUESTS`, which is answered by `notified TIMES`, and `chatter`, after which it says the
-   same for ever. */
+   `storm DISK read|write REQUESTS`, which is answered by `notified TIMES`, `chatter`, after which it says the
+   same for ever, and what the tests of single devices ask for. */
 #include "guest.h"
 
 enum { SERIAL = 0x3f8, DATA = 0, INTERRUPTS = 1, FIFO = 2, LINE = 3, MODEM = 4, LINE_STATUS = 5 };
@@ -158,7 +158,7 @@ static char get(void)
             power_off();
         if (inb(SERIAL + LINE_STATUS) & RECEIVED)
             return inb(SERIAL + DATA);
-        if (!serve_nets())
+        if (!(serve_nets() | serve_vsock()))
             wait_for_interrupt();
     }
 }
@@ -352,6 +352,23 @@ static void obey(char *line)
         go_astray();
     } else if (is(command, "clock")) {
         answer_number("clock ", time());
+    } else if (is(command, "cid")) {
+        answer_number("cid ", vsock_up());
+    } else if (is(command, "connect")) {
+        answer_number("connect ", vsock_connect(number(&line)));
+    } else if (is(command, "target")) {
+        answer_number("target ", balloon_target());
+    } else if (is(command, "touch")) {
+        u32 first = number(&line), count = number(&line), sum = 0;
+        for (u32 page = first; page < first + count; page++) {
+            sum += load(page << 12);
+            store(page << 12, 1);
+        }
+        answer_number("touch ", sum);
+    } else if (is(command, "inflate")) {
+        u32 first = number(&line);
+        inflate(first, number(&line));
+        say("inflate 1\n");
     } else if (is(command, "spin")) {
         say("spinning\n");
         for (;;)

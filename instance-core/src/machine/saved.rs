@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::{DiskSpec, NetSpec};
 use crate::console::ConsolePort;
+use crate::vsock::VsockSpec;
 
 /// A machine as it was when [`Machine::save`](super::Machine::save) wrote it: an open file that is never
 /// changed. Cheap to clone; any number of machines may be made from one, also at the same time.
@@ -90,6 +91,8 @@ pub struct RestoreSpec {
     pub disks: Vec<DiskSpec>,
     /// The network ports, in the order in which the machine had them, with the same addresses and MTUs.
     pub nets: Vec<NetSpec>,
+    /// The place for streams, if the machine had one. The guest is told that its streams are no more.
+    pub vsock: Option<VsockSpec>,
     /// The machine's side of its serial console.
     pub console: ConsolePort,
     /// As [`MachineSpec::runtime_dir`](super::MachineSpec::runtime_dir).
@@ -97,13 +100,14 @@ pub struct RestoreSpec {
 }
 
 impl RestoreSpec {
-    /// A machine without disks and network ports, with the temporary directory as its runtime directory.
+    /// A machine without disks, network ports and streams, with the temporary directory as its runtime directory.
     pub fn new(name: impl Into<String>, saved: SavedMachine, console: ConsolePort) -> Self {
         Self {
             name: name.into(),
             saved,
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             console,
             runtime_dir: std::env::temp_dir(),
         }
