@@ -1,6 +1,8 @@
 //! What a guest and a kernel file can reach, as functions of bytes: the bodies of the fuzz targets in
 //! `fuzz/`. Each checks more than that nothing panics. Not part of the public interface.
 
+mod devices;
+
 use std::io::Write;
 use std::num::NonZeroU32;
 
@@ -17,6 +19,8 @@ use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::virtio::{Block, DeviceState, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
 use crate::{layout, memory, saved};
+
+pub use devices::{clock, virtio_balloon, virtio_vsock, vsock_streams};
 
 const DISK: u64 = 64 << 10;
 
@@ -222,7 +226,7 @@ pub fn ports(bytes: &[u8]) {
     let (serial, power) = (SerialPort::new(console.port(), interrupt), Power::default());
     let mut input = Input(bytes);
     while let Some([action, register, value]) = input.take() {
-        let port = layout::PM1_EVENT_PORT + u16::from(register % 6);
+        let port = layout::PM1_EVENT_PORT + u16::from(register % 10);
         match action % 4 {
             0 => serial.write(register % 8, value),
             1 => _ = serial.read(register % 8),
@@ -234,6 +238,28 @@ pub fn ports(bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    /// The bodies of devices that have seeds of their own.
+    const BODIES: [(&str, fn(&[u8])); 4] = [
+        ("kvm_virtio_balloon", super::virtio_balloon),
+        ("kvm_virtio_vsock", super::virtio_vsock),
+        ("kvm_vsock_streams", super::vsock_streams),
+        ("kvm_clock", super::clock),
+    ];
+
+    #[test]
+    fn the_bodies_of_devices_hold_on_their_seeds() {
+        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
+        for (target, body) in BODIES {
+            let mut count = 0;
+            for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
+                let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+                (0..=bytes.len()).for_each(|len| body(&bytes[..len]));
+                count += 1;
+            }
+            assert!(count > 0, "{target} has no seeds");
+        }
+    }
+
     /// Every seed and what is left of it when it is cut short, through every body.
     #[test]
     fn the_bodies_hold_on_the_seeds() {
@@ -271,6 +297,7 @@ mod tests {
             super::virtio_net(&bytes);
             super::virtio_pci(&bytes);
             super::ports(&bytes);
+            BODIES.iter().for_each(|(_, body)| body(&bytes));
             super::kernel(&[b"\x7fELF", &bytes[..]].concat());
         }
     }

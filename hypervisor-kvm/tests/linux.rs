@@ -3,15 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::Architecture;
 use hypervisor_kvm::{Confinement, Kvm, Transport};
-use instance_core::console::Console;
-use instance_core::machine::{Boot, BootFile, ExitCause, Hypervisor, MachineSpec, MachineState};
+use instance_core::console::{Console, ConsoleReader};
+use instance_core::machine::{
+    Boot, BootFile, ExitCause, Hypervisor, Machine, MachineSpec, MachineState, RestoreSpec, SavedMachine,
+};
 use instance_core::testing::conformance::TestBed;
+use instance_core::vsock::{self, VsockSpec};
 
 /// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -28,6 +31,9 @@ fn kvm_conforms_with_linux() {
         return skip("this host's KVM emulates guest kernels; `cargo xtask test` runs this in the lab");
     }
     boots_by_the_64_bit_entry(&kvm);
+    has_drivers_for_every_device(&kvm);
+    println!("on PCI:");
+    has_drivers_for_every_device(&kvm.clone().with_transport(Transport::Pci));
     let bed_of = |kvm, guest, architecture| TestBed {
         hypervisor: kvm,
         boot: linux(guest, true),
@@ -68,6 +74,88 @@ fn boots_by_the_64_bit_entry(kvm: &Kvm) {
     console.write_all(b"poweroff\n", soon).unwrap();
     let end = machine.state().wait(soon, |state| state.exit_cause().is_some()).unwrap();
     assert_eq!(end, MachineState::Exited(ExitCause::PowerOff));
+}
+
+/// A guest that is asked about its devices.
+struct Guest {
+    machine: Box<dyn Machine>,
+    console: Console,
+    reader: ConsoleReader,
+}
+
+impl Guest {
+    /// The first line of a file under `/sys`.
+    fn show(&mut self, file: &str) -> String {
+        let soon = Instant::now() + PATIENCE;
+        self.console.write_all(format!("show {file}\n").as_bytes(), soon).unwrap();
+        let line = self.reader.wait_for("\n", soon).unwrap();
+        let line = String::from_utf8(line).unwrap();
+        line.trim().strip_prefix("show ").unwrap_or_else(|| panic!("{file}: {line}")).to_owned()
+    }
+
+    /// Waits for a balloon of so many MiB.
+    fn wait_for_balloon(&self, mib: u32) {
+        let soon = Instant::now() + PATIENCE;
+        self.machine.set_balloon(mib).unwrap();
+        while self.machine.balloon().unwrap() != mib {
+            assert!(Instant::now() < soon, "{} MiB, not {mib}", self.machine.balloon().unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until an interrupt of ACPI's has come so often.
+    fn wait_for_event(&mut self, times: &str) {
+        let soon = Instant::now() + PATIENCE;
+        loop {
+            let shown = self.show("firmware/acpi/interrupts/gpe00");
+            assert!(shown.contains("enabled"), "{shown}");
+            if shown.split(' ').next() == Some(times) {
+                return;
+            }
+            assert!(Instant::now() < soon, "{shown}");
+        }
+    }
+}
+
+fn has_drivers_for_every_device(kvm: &Kvm) {
+    let (port, host) = vsock::cable();
+    let console = Console::new();
+    let mut spec = MachineSpec::new("devices", Architecture::X86_64, linux("amd64", true), console.port());
+    (spec.memory_mib, spec.vsock) = (256.try_into().unwrap(), Some(VsockSpec::new(port)));
+    let machine = kvm.create(spec).unwrap();
+    machine.start().unwrap();
+    let mut guest = Guest { machine, reader: console.reader(), console };
+    guest.reader.wait_for("GUEST READY\n", Instant::now() + PATIENCE).unwrap();
+
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let before = now();
+    let clock: u64 = guest.show("class/rtc/rtc0/since_epoch").parse().unwrap();
+    assert!((before..=now()).contains(&clock), "{before} <= {clock}");
+    let generation = guest.show("bus/acpi/devices/QEMUVGID:00/modalias");
+    assert_eq!(generation, "acpi:QEMUVGID:VM_GEN_COUNTER:");
+    // Its driver answers that nobody listens there.
+    let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
+    guest.wait_for_balloon(64);
+    guest.wait_for_balloon(0);
+    guest.wait_for_balloon(32);
+
+    guest.wait_for_event("0");
+    guest.machine.pause().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    guest.machine.save(&file).unwrap();
+    drop(guest);
+    let (port, host) = vsock::cable();
+    let console = Console::new();
+    let mut spec = RestoreSpec::new("restored", SavedMachine::new(file).unwrap(), console.port());
+    spec.vsock = Some(VsockSpec::new(port));
+    let machine = kvm.restore(spec).unwrap();
+    let mut guest = Guest { machine, reader: console.reader(), console };
+    guest.machine.resume().unwrap();
+    guest.wait_for_event("1");
+    let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
+    guest.wait_for_balloon(48);
 }
 
 /// Says why the test does nothing. In the lab there is no reason to.

@@ -104,6 +104,7 @@ answer() {
     reboot) reboot -f ;;
     crash) echo unsupported ;;
     panic) [ -e /sys/bus/platform/devices/QEMU0001:00/driver ] && echo c >/proc/sysrq-trigger; echo unsupported ;;
+    show) read -r shown <"/sys/$2" && echo "show $shown" || echo error ;;
     spin) spin ;;
     *) echo unknown ;;
     esac

@@ -43,7 +43,17 @@ pub(crate) const QUICK_START: Recipe = Recipe {
 /// The initrd that is the conformance guest.
 pub(crate) const CONFORMANCE: Recipe = Recipe {
     init: include_str!("../../guest/conformance-init.sh"),
-    modules: &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "button", "evdev"],
+    modules: &[
+        "virtio_mmio",
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_net",
+        "virtio_balloon",
+        "vmw_vsock_virtio_transport",
+        "pvpanic_mmio",
+        "button",
+        "evdev",
+    ],
     applets: &[
         "acpid",
         "cat",
