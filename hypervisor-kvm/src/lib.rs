@@ -1,8 +1,8 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
 //! [`Kvm`] makes machines of 64-bit and of 32-bit x86: a kernel loaded directly, virtio block devices, network
-//! ports and an entropy device on virtio-mmio or PCI, where a stock kernel finds them, a serial port, a power button, and nothing that an
-//! instance does not need.
+//! ports, sockets, an entropy device and a memory balloon on virtio-mmio or PCI, where a stock kernel finds them, a serial
+//! port, a clock, a power button, and nothing that an instance does not need.
 //!
 //! ```no_run
 //! use std::{fs::File, time::{Duration, Instant}};
