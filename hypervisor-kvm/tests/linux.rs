@@ -88,9 +88,16 @@ impl Guest {
     fn show(&mut self, file: &str) -> String {
         let soon = Instant::now() + PATIENCE;
         self.console.write_all(format!("show {file}\n").as_bytes(), soon).unwrap();
-        let line = self.reader.wait_for("\n", soon).unwrap();
-        let line = String::from_utf8(line).unwrap();
-        line.trim().strip_prefix("show ").unwrap_or_else(|| panic!("{file}: {line}")).to_owned()
+        loop {
+            let line = self.reader.wait_for("\n", soon).unwrap();
+            let line = String::from_utf8(line).unwrap();
+            match line.trim().split_once(' ') {
+                Some(("show", shown)) => return shown.to_owned(),
+                // What is left of the line before.
+                None if line.trim().is_empty() => {}
+                _ => panic!("{file}: {line}"),
+            }
+        }
     }
 
     /// Waits for a balloon of so many MiB.
@@ -125,7 +132,7 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     let mut guest = Guest { machine, reader: console.reader(), console };
-    guest.reader.wait_for("GUEST READY\n", Instant::now() + PATIENCE).unwrap();
+    guest.reader.wait_for("GUEST READY", Instant::now() + PATIENCE).unwrap();
 
     let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let before = now();

@@ -120,6 +120,8 @@ fn free_pages_that_are_reported_are_given_back() {
 fn a_bad_driver_stops_its_balloon_and_nothing_else_is_touched() {
     type Bad = fn(&mut Guest);
     let bad: &[(&str, usize, u64, Bad)] = &[
+        // A run that ends outside: no page of it is touched.
+        ("a page is not of the memory", INFLATE, 0, |d| d.offer_pages(INFLATE, &[1023, 1024])),
         ("a page is not of the memory", INFLATE, 0, |d| d.offer_pages(INFLATE, &[300, 1024])),
         ("a page is not of the memory", INFLATE, 0, |d| d.offer_pages(INFLATE, &[u32::MAX])),
         ("a page is not of the memory", INFLATE, 0, |d| d.offer_pages(INFLATE, &[0xc_0000])),
