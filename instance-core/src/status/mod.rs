@@ -145,7 +145,10 @@ fn assess(facts: &Facts) -> (Status, Status) {
         (InstanceState::Running, Some(MachineState::Exited(ExitCause::PowerOff | ExitCause::Reset))) => {
             (Ok, InsufficientData)
         }
-        (InstanceState::Running, Some(MachineState::Exited(ExitCause::Crash(_)))) => (Ok, Impaired),
+        (
+            InstanceState::Running,
+            Some(MachineState::Exited(ExitCause::Panic | ExitCause::TripleFault(_))),
+        ) => (Ok, Impaired),
         (InstanceState::Running, Some(MachineState::Exited(_))) => (Impaired, InsufficientData),
         (InstanceState::Running, Some(_)) => match facts.silent_for {
             _ if facts.panicked => (Ok, Impaired),
