@@ -238,8 +238,10 @@ pub fn ports(bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    type Body = fn(&[u8]);
+
     /// The bodies of devices that have seeds of their own.
-    const BODIES: [(&str, fn(&[u8])); 4] = [
+    const BODIES: [(&str, Body); 4] = [
         ("kvm_virtio_balloon", super::virtio_balloon),
         ("kvm_virtio_vsock", super::virtio_vsock),
         ("kvm_vsock_streams", super::vsock_streams),

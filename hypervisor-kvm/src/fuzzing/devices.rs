@@ -143,10 +143,10 @@ impl Program {
 
     fn act(&mut self, [what, which, amount]: [u8; 3]) {
         let now = Instant::now();
-        let stream = self.streams.get_mut(usize::from(which)).map(|stream| {
+        let mut stream = self.streams.get_mut(usize::from(which));
+        if let Some(stream) = &mut stream {
             stream.set_deadline(Some(now));
-            stream
-        });
+        }
         match (what % 8, stream) {
             (0, _) => self.listeners.extend(self.host.listen(u32::from(which % 16))),
             (1, _) => self.streams.extend(self.listeners.iter().filter_map(|l| l.accept(now).ok())),

@@ -42,7 +42,7 @@ const SOURCES: &[&str] = &[
     "net.c",
     "smbios.c",
     "storm.c",
-    "virtio.c",
+    "queue.c",
     "vsock.c",
     "balloon.c",
 ];

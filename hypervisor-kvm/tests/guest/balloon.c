@@ -1,6 +1,6 @@
 /* A driver of the memory balloon that puts in what it is told to. */
 #include "guest.h"
-#include "devices.h"
+#include "queue.h"
 
 enum { TYPE = 5, INFLATE = 0, QUEUES = 2, TARGET = 0, ACTUAL = 4, LIST = 256 };
 

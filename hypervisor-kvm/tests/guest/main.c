@@ -1,5 +1,5 @@
 /* A guest that obeys one-line commands on the serial port: the protocol of the conformance suite in
-   instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0,
+   instance-core, `user TURNS` and `kernel TURNS`, which count in ring 3 and in ring 0, `clock`, `astray`,
    `storm DISK read|write REQUESTS`, which is answered by `notified TIMES`, `chatter`, after which it says the
    same for ever, and what the tests of single devices ask for. */
 #include "guest.h"

@@ -1,6 +1,6 @@
 /* A driver of the virtio socket device that sends back what comes, on streams to its port 7 and on its own. */
 #include "guest.h"
-#include "devices.h"
+#include "queue.h"
 
 enum { TYPE = 19, RECEIVE = 0, TRANSMIT = 1, QUEUES = 3, ROOM = 4096, BUFFERS = QUEUE };
 enum { HOST = 2, ECHO = 7, OWN = 1024, STREAM = 1, CREDIT = BUFFERS * ROOM };

@@ -1,6 +1,6 @@
 /* What drivers of devices on virtio-mmio do in the same way. */
 #include "guest.h"
-#include "devices.h"
+#include "queue.h"
 
 static u32 find(u32 type)
 {
