@@ -55,8 +55,10 @@ fn crash(dir: &Path, store: &Shared, volume: &str, lost: &[&str]) -> (tempfile::
     let copy = after.path().join("region");
     let copied = Command::new("cp").args(["-a", "--sparse=always"]).args([dir, &copy]).status().unwrap();
     assert!(copied.success());
-    for file in lost {
-        fs::remove_file(copy.join("volumes").join(volume).join(file)).unwrap();
+    let files = fs::read_dir(copy.join("volumes").join(volume)).unwrap().map(|file| file.unwrap().path());
+    let named = |path: &PathBuf, start: &&str| path.file_name().unwrap().to_str().unwrap().starts_with(start);
+    for file in files.filter(|path| lost.iter().any(|start| named(path, start))) {
+        fs::remove_file(file).unwrap();
     }
     (after, copy, store.copy())
 }

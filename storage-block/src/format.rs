@@ -3,12 +3,14 @@
 //! All numbers are little-endian. Every decoder takes any bytes and answers with what is wrong.
 
 mod key;
+mod name;
 mod pack;
 mod root;
 
 use ami_core::Digest;
 
 pub(crate) use key::{KEY_CHECK, KEY_ID_MAX, KEY_MAX, WRAPPED_MAX, WrappedKey, encode_key, parse_key};
+pub(crate) use name::{LOG_NAME, log_name, parse_log_name};
 pub(crate) use pack::*;
 pub(crate) use root::{RootParts, encode_root, parse_root};
 

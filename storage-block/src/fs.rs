@@ -111,6 +111,15 @@ impl File {
         act!(&self.track, Op::SetLen { len }, self.file.set_len(len))
     }
 
+    /// Sees to it that there is room for so many bytes, where the file system can; the file is as long as before.
+    pub(crate) fn reserve(&self, len: u64) -> io::Result<()> {
+        let reserve = || match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, len) {
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            reserved => reserved.map_err(io::Error::from),
+        };
+        act!(&self.track, Op::Reserve { len }, reserve())
+    }
+
     /// Gives the space of a range back, where the file system can; the range reads as zeroes then.
     pub(crate) fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

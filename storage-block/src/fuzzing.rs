@@ -138,6 +138,11 @@ const BLOCKS: u64 = 3 * 16384 + 777;
 /// A volume's log: batches of any runs are read as they were written, and leave the map as they
 /// leave a plain list of states.
 pub fn volume_log(bytes: &[u8]) {
+    if let Some((size, base)) =
+        std::str::from_utf8(bytes).ok().and_then(|name| format::parse_log_name(name).ok())
+    {
+        assert_eq!(format::log_name(size, base.as_ref()).as_bytes(), bytes);
+    }
     if let Ok(header) = format::parse_volume(bytes) {
         let key = header.key.as_ref().map(|key| format::encode_key(&key.wrapped).len());
         let said = key.map_or(68, |len| 100 + len);

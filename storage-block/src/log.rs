@@ -3,24 +3,35 @@
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use ami_core::Digest;
+
 use crate::format::{
-    self, BATCH_HEADER, BATCH_MAX, BATCH_RECORD, BLOCK, LOG_ALIGN, LOG_HEADER, Run, State, VolumeHeader,
-    VolumeKey,
+    self, BATCH_HEADER, BATCH_MAX, BATCH_RECORD, BLOCK, LOG_ALIGN, LOG_HEADER, LOG_NAME, Run, State,
+    VolumeHeader, VolumeKey,
 };
 use crate::fs::{self, File};
 use crate::map::StateMap;
+use crate::pack::read_dir;
 use crate::raw::write_zeroes;
 use crate::store::{parent, sync_dir};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
-/// The length of a new log: zeroes are written ahead, so that most appends change no metadata.
+/// The least length of a log that says anything: zeroes are written ahead, so that most appends change no metadata.
 const INITIAL: u64 = 32 << 10;
 /// How far ahead zeroes are written.
 const AHEAD: u64 = 256 << 10;
 /// Logs shorter than this are never rewritten.
 const REWRITE_MIN: u64 = 1 << 20;
 
+/// The log of a volume that had a header from the beginning.
+const PLAIN: &str = "log";
+/// A log that is being written to take another's place.
+const TEMPORARY: &str = "log.tmp";
+
 /// An open log. Each append is one batch, durable before the next is written.
+///
+/// That of a new volume is an empty file whose name says what its header would: names are all that has to be made
+/// durable then, and a journal has these in one commit. The first append writes the log, and gives it that name.
 #[derive(Debug)]
 pub(crate) struct Log {
     path: PathBuf,
@@ -29,10 +40,13 @@ pub(crate) struct Log {
     /// The number and the place of the next batch.
     sequence: u64,
     end: u64,
-    /// The length of the file, all zeroes from `end`.
+    /// The length of the file, all zeroes from `end`; none, if it has no header yet.
     len: u64,
     /// `end` after the log was last rewritten.
     rewritten: u64,
+    /// While it has no header: the file that it will be written into, with room for a log of the least length. What was
+    /// written to a volume until its disk was full can then be flushed.
+    room: Option<File>,
 }
 
 /// Why an append failed.
@@ -44,48 +58,91 @@ pub(crate) enum AppendError {
 }
 
 impl Log {
-    /// Makes a log. It is durable after [`sync_created`](Self::sync_created), but for its name.
+    /// Makes a log in a volume's directory. It is durable after [`sync_all`](Self::sync_all), but for its name.
     pub(crate) fn create(
-        path: &Path,
+        dir: &Path,
         size: u64,
-        base: Option<ami_core::Digest>,
+        base: Option<Digest>,
         key: Option<VolumeKey>,
     ) -> Result<Self> {
-        let header = VolumeHeader { size, base, log: random()?, key };
+        if key.is_some() {
+            let path = dir.join(PLAIN);
+            let file = create(&path)?;
+            return Self::write(path, file, VolumeHeader { size, base, log: random()?, key });
+        }
+        let path = dir.join(format::log_name(size, base.as_ref()));
+        let log = Self::new(path.clone(), create(&path)?, VolumeHeader { size, base, log: 0, key });
+        Ok(Self { room: Some(room(dir)?), ..log })
+    }
+
+    /// Begins a log with a header.
+    fn write(path: PathBuf, file: File, header: VolumeHeader) -> Result<Self> {
         let failed = |e| Error::io(e, format!("cannot write {}", path.display()));
-        let file = File::create_new(path).map_err(failed)?;
         let mut bytes = format::encode_volume(&header);
         bytes.resize(INITIAL as usize, 0);
         file.write_all_at(&bytes, 0).map_err(failed)?;
-        let path = path.to_owned();
-        Ok(Self { path, file, header, sequence: 0, end: LOG_HEADER, len: INITIAL, rewritten: LOG_HEADER })
+        Ok(Self { len: INITIAL, ..Self::new(path, file, header) })
+    }
+
+    /// One of which nothing is known but this.
+    fn new(path: PathBuf, file: File, header: VolumeHeader) -> Self {
+        Self { path, file, header, sequence: 0, end: LOG_HEADER, len: 0, rewritten: LOG_HEADER, room: None }
+    }
+
+    /// Whether it has said nothing yet, so that there is nothing of it but its name.
+    pub(crate) fn is_blank(&self) -> bool {
+        self.len == 0
     }
 
     /// Makes a new log durable.
-    pub(crate) fn sync_created(&self) -> Result<()> {
+    pub(crate) fn sync_all(&self) -> Result<()> {
         self.file.sync_all().map_err(|e| Error::io(e, format!("cannot flush {}", self.path.display())))
     }
 
-    /// Opens a log and replays it. What a crash cut off at its end was never acknowledged, and goes.
-    pub(crate) fn open(path: &Path) -> Result<(Self, StateMap)> {
-        let file =
-            File::open_writable(path).map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
-        let mut log = Self {
-            path: path.to_owned(),
-            file,
-            header: VolumeHeader { size: 0, base: None, log: 0, key: None },
-            sequence: 0,
-            end: LOG_HEADER,
-            len: 0,
-            rewritten: LOG_HEADER,
-        };
+    /// Opens the log in a volume's directory and replays it. What a crash cut off at its end was never acknowledged, and
+    /// goes.
+    pub(crate) fn open(dir: &Path) -> Result<(Self, StateMap)> {
+        let path = Self::find(dir)?;
+        let file = File::open_writable(&path)
+            .map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
+        let mut log = Self::new(path, file, VolumeHeader { size: 0, base: None, log: 0, key: None });
         let map = log.replay()?;
         log.clear_tail()?;
         // A process may have died between a batch and its synchronisation, or between a log's name and its. What
         // is relied on from here on must not go with the power.
-        log.file.sync_data().map_err(|e| Error::io(e, format!("cannot flush {}", path.display())))?;
-        sync_dir(parent(path))?;
+        log.file.sync_data().map_err(|e| Error::io(e, format!("cannot flush {}", log.path.display())))?;
+        sync_dir(dir)?;
+        if log.is_blank() {
+            // On a full disk it goes on without.
+            log.room = room(dir).ok();
+        }
         Ok((log, map))
+    }
+
+    /// The path of the log in a volume's directory.
+    pub(crate) fn find(dir: &Path) -> Result<PathBuf> {
+        let mut logs = Self::names(dir)?;
+        logs.retain(|path| !path.ends_with(TEMPORARY));
+        match (logs.pop(), logs.is_empty()) {
+            // Who opens this is told that it is not there.
+            (None, _) => Ok(dir.join(PLAIN)),
+            (Some(log), true) => Ok(log),
+            (Some(_), false) => Err(Error::corrupt(dir, "it has two logs")),
+        }
+    }
+
+    /// Removes whatever is or was to be a log in a volume's directory.
+    pub(crate) fn remove(dir: &Path) -> Result<()> {
+        Self::names(dir)?.iter().try_for_each(|path| remove(path))
+    }
+
+    fn names(dir: &Path) -> Result<Vec<PathBuf>> {
+        let is_log = |name: &String| name == PLAIN || name == TEMPORARY || name.starts_with(LOG_NAME);
+        match read_dir(dir) {
+            Ok(names) => Ok(names.iter().filter(|name| is_log(name)).map(|name| dir.join(name)).collect()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
     }
 
     pub(crate) fn header(&self) -> &VolumeHeader {
@@ -94,6 +151,9 @@ impl Log {
 
     /// Appends runs and makes them durable.
     pub(crate) fn append(&mut self, runs: &[Run]) -> Result<(), AppendError> {
+        if self.is_blank() && !runs.is_empty() {
+            return self.replace(runs.to_vec());
+        }
         // One batch after the other, each durable before the next begins: a whole batch behind a damaged
         // one is then always a sign of rot and never one of a crash.
         for part in runs.chunks(BATCH_MAX) {
@@ -123,29 +183,44 @@ impl Log {
     }
 
     fn append_batch(&mut self, runs: &[Run]) -> Result<(), AppendError> {
-        let batch = format::encode_batch(self.header.log, self.sequence, runs);
-        let failed = |e| Error::io(e, format!("cannot append to {}", self.path.display()));
-        let end = self.end + batch.len() as u64;
-        if end > self.len {
-            let len = end.next_multiple_of(AHEAD);
-            write_zeroes(&self.file, self.len, len - self.len).map_err(|e| AppendError::Write(failed(e)))?;
-            self.len = len;
-        }
-        self.file.write_all_at(&batch, self.end).map_err(|e| AppendError::Write(failed(e)))?;
-        self.file.sync_data().map_err(|e| AppendError::Sync(failed(e)))?;
+        let end = self.write_batch(runs).map_err(AppendError::Write)?;
+        let synced = self.file.sync_data();
+        synced.map_err(|e| {
+            AppendError::Sync(Error::io(e, format!("cannot append to {}", self.path.display())))
+        })?;
         self.end = end;
         self.sequence += 1;
         Ok(())
     }
 
+    /// Writes a batch behind the last one, and says where it ends.
+    fn write_batch(&mut self, runs: &[Run]) -> Result<u64> {
+        let batch = format::encode_batch(self.header.log, self.sequence, runs);
+        let failed = |e| Error::io(e, format!("cannot append to {}", self.path.display()));
+        let end = self.end + batch.len() as u64;
+        if end > self.len {
+            let len = end.next_multiple_of(AHEAD);
+            write_zeroes(&self.file, self.len, len - self.len).map_err(failed)?;
+            self.len = len;
+        }
+        self.file.write_all_at(&batch, self.end).map_err(failed)?;
+        Ok(end)
+    }
+
     /// Reads the log from its beginning to its last whole batch.
     fn replay(&mut self) -> Result<StateMap> {
-        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new(), last: false };
         let corrupt = |why: String| Error::corrupt(&self.path, why);
-        self.header = format::parse_volume(window.get(0, LOG_HEADER as usize)?).map_err(corrupt)?;
         let metadata = self.file.metadata();
         self.len =
             metadata.map_err(|e| Error::io(e, format!("cannot look at {}", self.path.display())))?.len();
+        if self.len == 0 {
+            let name = self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let (size, base) = format::parse_log_name(name).map_err(corrupt)?;
+            self.header = VolumeHeader { size, base, log: 0, key: None };
+            return Ok(StateMap::default());
+        }
+        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new(), last: false };
+        self.header = format::parse_volume(window.get(0, LOG_HEADER as usize)?).map_err(corrupt)?;
         if self.len < INITIAL {
             return Err(corrupt(format!("it has been cut to {} bytes", self.len)));
         }
@@ -196,7 +271,7 @@ impl Log {
     /// Writes the log anew with these runs or else with what it comes to, for a volume of this size, and takes the place
     /// of the old one.
     fn rewrite(&mut self, size: u64, runs: Option<Vec<Run>>) -> Result<(), AppendError> {
-        let path = self.path.with_extension("tmp");
+        let path = parent(&self.path).join(TEMPORARY);
         let renamed = self.write_anew(&path, size, runs).and_then(|new| {
             let failed = |e| Error::io(e, format!("cannot replace {}", self.path.display()));
             fs::rename(&path, &self.path).map_err(failed).map(|()| new)
@@ -209,44 +284,33 @@ impl Log {
         new.rewritten = new.end;
         new.path = std::mem::take(&mut self.path);
         *self = new;
-        match self.path.parent() {
-            Some(dir) => sync_dir(dir).map_err(AppendError::Sync),
-            None => Ok(()),
-        }
+        sync_dir(parent(&self.path)).map_err(AppendError::Sync)
     }
 
     /// A new log at `path` that says these runs, or else what this one comes to, durable but for its name.
-    fn write_anew(&self, path: &Path, size: u64, runs: Option<Vec<Run>>) -> Result<Self> {
+    fn write_anew(&mut self, path: &Path, size: u64, runs: Option<Vec<Run>>) -> Result<Self> {
         let mut runs = runs.map_or_else(|| self.comes_to(), Ok)?;
         runs.retain(|run| run.state != State::Base);
 
-        match fs::remove_file(path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(e, format!("cannot remove {}", path.display())));
-            }
-            _ => {}
-        }
-        let mut new = Self::create(path, size, self.header.base, self.header.key.clone())?;
-        // Its header too must be on the disk before it takes the old one's place.
-        new.sync_created()?;
+        let file = match self.room.take() {
+            Some(file) => file,
+            None => create_anew(path)?,
+        };
+        let header = VolumeHeader { size, log: random()?, ..self.header.clone() };
+        let mut new = Self::write(path.to_owned(), file, header)?;
         for part in runs.chunks(BATCH_MAX) {
-            new.append_batch(part).map_err(|failed| match failed {
-                AppendError::Write(error) | AppendError::Sync(error) => error,
-            })?;
+            new.end = new.write_batch(part)?;
+            new.sequence += 1;
         }
+        // All of it must be on the disk before it takes the old one's place, and nobody reads it before.
+        new.sync_all()?;
         Ok(new)
     }
 
     /// What all batches together say.
     fn comes_to(&self) -> Result<Vec<Run>> {
-        let mut log = Self {
-            path: self.path.clone(),
-            file: self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?,
-            header: self.header.clone(),
-            sequence: 0,
-            end: LOG_HEADER,
-            ..*self
-        };
+        let file = self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?;
+        let mut log = Self::new(self.path.clone(), file, self.header.clone());
         Ok(log.replay()?.runs(0, self.header.size / BLOCK))
     }
 }
@@ -288,6 +352,38 @@ impl Window<'_> {
         let start = ((at - self.at) as usize).min(self.bytes.len());
         let end = (start + len).min(self.bytes.len());
         Ok(&self.bytes[start..end])
+    }
+}
+
+fn create(path: &Path) -> Result<File> {
+    File::create_new(path).map_err(|e| Error::io(e, format!("cannot create {}", path.display())))
+}
+
+/// Makes a file, in the place of the one that is there.
+fn create_anew(path: &Path) -> Result<File> {
+    remove(path)?;
+    create(path)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(e, format!("cannot remove {}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The file that the first log of a volume is to be written into.
+fn room(dir: &Path) -> Result<File> {
+    let path = dir.join(TEMPORARY);
+    let file = create_anew(&path)?;
+    match file.reserve(INITIAL) {
+        Ok(()) => Ok(file),
+        Err(e) => {
+            let _ = fs::remove_file(&path);
+            Err(Error::io(e, format!("cannot make room for {}", path.display())))
+        }
     }
 }
 

@@ -1,6 +1,5 @@
 //! Packs: files of objects named by their digests, each pack with an index.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt;
@@ -14,6 +13,7 @@ use crate::format::{
 };
 use crate::fs::File;
 use crate::object::{Base, Found, Patched};
+use crate::places::{Place, Places};
 use crate::{Error, ErrorKind, Result};
 
 /// A pack with its final name. It is opened at its first read, and stays readable for whoever holds it
@@ -123,14 +123,6 @@ impl Pack {
     }
 }
 
-/// Where an object lies, and what it differs from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(crate) pack: u32,
-    pub(crate) slot: Slot,
-    pub(crate) patch: Option<Box<Patch>>,
-}
-
 /// How much of a pack is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Taken {
@@ -148,7 +140,7 @@ impl Taken {
 /// Every object of the store, in memory; it is what the packs' indices say together.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
-    pub(crate) places: HashMap<Id, Place>,
+    pub(crate) places: Places,
     /// Where what is in `places` lies as a whole once more: two sessions may store the same side by side, and what was
     /// damaged is stored again.
     pub(crate) copies: HashMap<Id, Vec<Place>>,
@@ -167,26 +159,26 @@ impl Index {
     /// Where `id` lies, and what it differs from.
     pub(crate) fn find(&self, id: &Id) -> Option<Found> {
         let place = self.places.get(id)?;
-        let pack = |number| self.packs.get(number).map(Arc::clone);
-        let patch = match place.patch.as_deref() {
+        let pack = |number: u32| self.packs.get(&number).map(Arc::clone);
+        let patch = match &place.patch {
             None => None,
             Some(Patch { mask, base: HOLE }) => Some(Patched { mask: *mask, base: None }),
             Some(Patch { mask, base }) => {
                 let of_base = self.places.get(base).filter(|place| place.patch.is_none())?;
-                let base = Base { id: *base, pack: pack(&of_base.pack)?, slot: of_base.slot };
+                let base = Base { id: *base, pack: pack(of_base.pack)?, slot: of_base.slot };
                 Some(Patched { mask: *mask, base: Some(base) })
             }
         };
-        Some(Found { pack: pack(&place.pack)?, slot: place.slot, patch })
+        Some(Found { pack: pack(place.pack)?, slot: place.slot, patch })
     }
 
     /// Whether nobody need store the object: it is there, and so is what it differs from.
     pub(crate) fn has(&self, id: &Id) -> bool {
         let sound = |id: &Id| self.places.get(id).filter(|_| !self.damaged.contains(id));
         let whole = |id: &Id| sound(id).is_some_and(|place| place.patch.is_none());
-        sound(id).is_some_and(|place| match place.patch.as_deref() {
+        sound(id).is_some_and(|place| match place.patch {
             None | Some(Patch { base: HOLE, .. }) => true,
-            Some(Patch { base, .. }) => whole(base),
+            Some(Patch { base, .. }) => whole(&base),
         })
     }
 
@@ -198,13 +190,16 @@ impl Index {
     /// Notes that what lies there is not what its name says. Whether there is a copy, which takes its place.
     pub(crate) fn mark_damaged(&mut self, id: &Id, pack: u32, start: u32) -> bool {
         let is_there = |place: &Place| place.pack == pack && place.slot.start == start;
-        let Some(place) = self.places.get_mut(id) else { return false };
+        let Some(place) = self.places.get(id) else { return false };
         let mut copies = self.copies.remove(id).unwrap_or_default();
         copies.retain(|copy| !is_there(copy));
-        let mut found = !is_there(place);
+        let mut found = !is_there(&place);
         if !found {
             match copies.pop() {
-                Some(copy) => (*place, found) = (copy, true),
+                Some(copy) => {
+                    self.places.insert(*id, copy);
+                    found = true;
+                }
                 None => drop(self.damaged.insert(*id)),
             }
         }
@@ -294,8 +289,8 @@ impl Index {
         index.add_patches(rest.patches);
         for (id, place) in rest.cut {
             // Where there is no other, a read of it says what is wrong.
-            if let Entry::Vacant(entry) = index.places.entry(id) {
-                entry.insert(place);
+            if !index.places.contains_key(&id) {
+                index.places.insert(id, place);
                 index.damaged.insert(id);
             }
         }
@@ -339,7 +334,7 @@ impl Index {
             match format::parse_index_record(version, number, taken.records, record) {
                 Some((id, slot, patch)) => {
                     taken.units = taken.units.max(slot.end());
-                    let place = Place { pack: number, slot, patch: patch.map(Box::new) };
+                    let place = Place { pack: number, slot, patch };
                     if len < unit_offset(slot.end()) {
                         whole = false;
                         rest.cut.push((id, place));

@@ -7,7 +7,7 @@ use ami_core::Digest;
 
 use crate::format::{HOLE, Id, Kind, UNIT};
 use crate::keys::EncryptionKey;
-use crate::pack::Place;
+use crate::places::Place;
 use crate::progress::Reporter;
 use crate::snapshot::Root;
 use crate::store::{Inner, read};
@@ -68,7 +68,7 @@ impl Store {
         let keys = keys_of(inner, &roots);
         let mut objects: Vec<(u32, u32, u64, Id)> = {
             let index = read(&inner.index);
-            let place = |(id, place): (&Id, &Place)| {
+            let place = |(id, place): (&Id, Place)| {
                 (place.pack, place.slot.start, u64::from(place.slot.units()) * UNIT, *id)
             };
             index.places.iter().map(place).collect()

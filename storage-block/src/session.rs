@@ -1,6 +1,5 @@
 //! One writer's way into the packs: objects are appended, made durable together, and only then known.
 
-use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +11,8 @@ use crate::format::{
 use crate::fs::{self, File};
 use crate::import::is_zero;
 use crate::keys::EncryptionKey;
-use crate::pack::{self, Index, Pack, Place, Taken};
+use crate::pack::{self, Index, Pack, Taken};
+use crate::places::{Place, Places};
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::turns::Storing;
 use crate::writeback::{self, Writeback};
@@ -30,7 +30,7 @@ pub(crate) struct Session<'s> {
     /// What holds the sweep off, unless somebody else does.
     _turn: Option<Storing>,
     sweeps: bool,
-    added: HashMap<Id, Place>,
+    added: Places,
     packs: Vec<Writing>,
     buffer: Vec<u8>,
     writeback: Writeback,
@@ -70,7 +70,7 @@ pub(crate) struct Was {
 impl Was {
     /// What it takes to store the chunk as the difference from one that is no patch itself.
     fn patch(self, index: &Index) -> Option<Patch> {
-        match index.places.get(&self.id).filter(|_| index.has(&self.id))?.patch.as_deref() {
+        match index.places.get(&self.id).filter(|_| index.has(&self.id))?.patch {
             None => Some(Patch { mask: self.changed, base: self.id }),
             Some(patch) => Some(Patch { mask: self.changed | patch.mask, base: patch.base }),
         }
@@ -144,7 +144,7 @@ impl<'s> Session<'s> {
             store,
             _turn: turn,
             sweeps,
-            added: HashMap::new(),
+            added: Places::default(),
             packs: Vec::new(),
             buffer,
             writeback: Writeback::default(),
@@ -201,7 +201,7 @@ impl<'s> Session<'s> {
         let record = format::index_record(number, writing.taken.records, id, &slot, patch.as_ref());
         writing.records.extend_from_slice(&record);
         writing.taken = Taken { records: writing.taken.records + 1, units: slot.end() };
-        self.added.insert(*id, Place { pack: number, slot, patch: patch.map(Box::new) });
+        self.added.insert(*id, Place { pack: number, slot, patch });
         self.buffer.extend_from_slice(stored);
         self.appended += stored.len() as u64;
         if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }
@@ -269,12 +269,12 @@ impl<'s> Session<'s> {
                 index.open.insert(number, writing.taken);
             }
         }
-        if self.sweeps {
-            // What the sweep has carried is what it was.
-            index.places.extend(self.added.drain());
-        }
-        for (id, place) in self.added.drain() {
-            index.add(id, place);
+        for (id, place) in std::mem::take(&mut self.added).iter() {
+            match self.sweeps {
+                // What the sweep has carried is what it was.
+                true => drop(index.places.insert(*id, place)),
+                false => index.add(*id, place),
+            }
         }
         self.committed = true;
         published

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::thread::ScopedJoinHandle;
 
 use ami_core::Digest;
 use rustix::fs::FlockOperation;
@@ -305,6 +306,29 @@ fn clear_lone_indices(packs: &Path) -> Result<()> {
 
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     fs::sync_dir(dir).map_err(|e| Error::io(e, format!("cannot make {} durable", dir.display())))
+}
+
+/// Makes several things durable side by side, where each alone would wait for a journal's commit of its own. Returns when
+/// all is done, with an error if any failed.
+pub(crate) fn sync_at_once(syncs: &[&(dyn Fn() -> Result<()> + Sync)]) -> Result<()> {
+    let Some((here, others)) = syncs.split_last() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        let mut synced = Ok(());
+        for sync in others {
+            let thread = std::thread::Builder::new().name("storage-sync".to_owned());
+            match thread.spawn_scoped(scope, sync) {
+                Ok(thread) => threads.push(thread),
+                // It is slower and no less right.
+                Err(_) => synced = synced.and(sync()),
+            }
+        }
+        synced = synced.and(here());
+        let end = |thread: ScopedJoinHandle<'_, Result<()>>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(end).fold(synced, Result::and)
+    })
 }
 
 pub(crate) fn parent(dir: &Path) -> &Path {

@@ -8,7 +8,8 @@ use ami_core::Digest;
 
 use crate::format::{HOLE, Id, PACK_HEADER, Slot, UNIT};
 use crate::fs;
-use crate::pack::{self, Index, Pack, Place};
+use crate::pack::{self, Index, Pack};
+use crate::places::Place;
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::turns::Sweeping;
@@ -139,7 +140,7 @@ fn mark(snapshot: &Snapshot, live: &mut HashSet<Id>) -> Result<()> {
 
 /// What others differ from lives as long as they do.
 fn mark_bases(index: &Index, live: &mut HashSet<Id>) {
-    let base = |id: &Id| index.places.get(id)?.patch.as_ref().map(|patch| patch.base);
+    let base = |id: &Id| index.places.get(id)?.patch.map(|patch| patch.base);
     let bases: Vec<Id> = live.iter().filter_map(base).filter(|base| *base != HOLE).collect();
     live.extend(bases);
 }
@@ -154,9 +155,9 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
         for (number, pack) in &index.packs {
             victims.insert(*number, (Arc::clone(pack), Vec::new()));
         }
-        for (id, place) in &index.places {
+        for (id, place) in index.places.iter() {
             if let (true, Some((_, objects))) = (live.contains(id), victims.get_mut(&place.pack)) {
-                objects.push((*id, place.clone()));
+                objects.push((*id, place));
             }
         }
         let mut sized = Vec::new();
@@ -180,7 +181,7 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
         objects.sort_unstable_by_key(|(_, place)| place.slot.start);
         for (id, Place { slot, patch, .. }) in objects {
             match read_to_carry(inner, pack, slot, id) {
-                Ok(stored) => session.carry(id, slot, patch.as_deref().copied(), &stored)?,
+                Ok(stored) => session.carry(id, slot, *patch, &stored)?,
                 // Its pack stays as it is, for whoever can mend it.
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     tracing::warn!(%error, "a damaged pack is kept");

@@ -69,6 +69,11 @@ fn beside_imago(
     let volume = overlays.volume()?;
     let (theirs, ours) = (Side::Disk(imago_disk::open(&overlays.qcow2()?)?), Side::Disk(volume.disk()));
     overlays.warm()?;
+    // A volume's chunks are verified when they are first read, which a figure of its own shows.
+    let mut buf = vec![0; MIB];
+    for side in [&theirs, &ours] {
+        (0..side.size()).step_by(MIB).try_for_each(|at| side.read_at(&mut buf, at))?;
+    }
     let work = std::cell::RefCell::new(&mut work);
     let numbered = |side: Side| {
         let (work, round) = (&work, Cell::new(0));

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::{copy_dir, image, memory};
+use crate::log::Log;
 use crate::{ErrorKind, Result, Store, Volume};
 
 /// What is done to a file.
@@ -51,9 +52,10 @@ fn damage_is_found_and_named() {
     };
     read_all(&whole).unwrap();
 
-    let [pack, index, log, overlay] =
-        ["store/packs/00000000.pack", "store/packs/00000000.index", "volume/log", "volume/overlay"]
-            .map(PathBuf::from);
+    let [pack, index, overlay] =
+        ["store/packs/00000000.pack", "store/packs/00000000.index", "volume/overlay"].map(PathBuf::from);
+    let log = Log::find(&whole.join("volume")).unwrap();
+    let log = log.strip_prefix(&whole).unwrap().to_owned();
     // The pack has two chunks and a leaf.
     let leaf = 4096 + 2 * 65536;
     for (file, done, expected) in [

@@ -36,13 +36,14 @@ fn a_torn_batch_is_as_if_never_written() {
     disk.flush().unwrap();
     drop((disk, volume));
 
-    let log = std::fs::read(path.join("log")).unwrap();
+    let named = Log::find(&path).unwrap();
+    let log = std::fs::read(&named).unwrap();
     let batch = 4096 + 512..4096 + 512 + 1024;
     let used =
         batch.start + 32 + 16 * u32::from_le_bytes(log[batch.start + 4..][..4].try_into().unwrap()) as usize;
     assert!(used > batch.start + SECTOR && used <= batch.end);
     let check = |bytes: &[u8], expected: &[u8], when: &str| {
-        std::fs::write(path.join("log"), bytes).unwrap();
+        std::fs::write(&named, bytes).unwrap();
         let volume = Volume::open(&path, &store).unwrap_or_else(|error| panic!("{when}: {error}"));
         compare(&volume.disk(), expected, when);
         // It goes on from there.
@@ -68,7 +69,7 @@ fn a_torn_batch_is_as_if_never_written() {
     }
     check(&log, &after, "nothing is damaged");
     // A log that is shorter than it was made is no crash's work.
-    std::fs::write(path.join("log"), &log[..used]).unwrap();
+    std::fs::write(&named, &log[..used]).unwrap();
     assert_eq!(Volume::open(&path, &store).unwrap_err().kind(), ErrorKind::Corrupt);
 }
 
@@ -76,8 +77,7 @@ fn a_torn_batch_is_as_if_never_written() {
 #[test]
 fn long_logs_are_rewritten() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("log");
-    let mut log = Log::create(&path, 1 << 30, None, None).unwrap();
+    let mut log = Log::create(dir.path(), 1 << 30, None, None).unwrap();
     let expected = StateMap::default();
     let mut append = |runs: &[Run]| {
         runs.iter().for_each(|run| expected.set(*run));
@@ -92,10 +92,10 @@ fn long_logs_are_rewritten() {
     }
     append(&[Run { first: 1 << 17, count: 5, state: State::Overlay }]);
     drop(log);
-    let len = std::fs::metadata(&path).unwrap().len();
+    let len = std::fs::metadata(Log::find(dir.path()).unwrap()).unwrap().len();
     assert!(len < 2 << 20, "the log has {len} bytes");
-    let (log, map) = Log::open(&path).unwrap();
+    let (log, map) = Log::open(dir.path()).unwrap();
     assert_eq!(map.runs(0, 1 << 18), expected.runs(0, 1 << 18));
     assert_eq!((log.header().size, log.header().base), (1 << 30, None));
-    assert!(!path.with_extension("tmp").exists());
+    assert!(!dir.path().join("log.tmp").exists());
 }

@@ -183,6 +183,6 @@ fn files_load(version: &str, encrypted: &str) {
     assert_eq!(report.snapshots, 4);
     // Each way of storing a chunk is among them.
     let index = crate::store::read(&store.0.index);
-    let encodings: BTreeSet<u8> = index.places.values().map(|place| place.slot.encoding.0).collect();
+    let encodings: BTreeSet<u8> = index.places.iter().map(|(_, place)| place.slot.encoding.0).collect();
     assert_eq!(encodings, BTreeSet::from([0, 1, 3, 4, 6]));
 }

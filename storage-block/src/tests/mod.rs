@@ -80,6 +80,6 @@ fn scratch() -> tempfile::TempDir {
 }
 
 /// What an environment variable says.
-fn number(variable: &str, default: usize) -> usize {
+pub(crate) fn number(variable: &str, default: usize) -> usize {
     std::env::var(variable).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }

@@ -98,6 +98,7 @@ impl Replay {
     pub(crate) fn step(&mut self, step: &Step) {
         match &step.op {
             Op::Write { .. } | Op::SetLen { .. } | Op::Punch { .. } => self.content.push(step.clone()),
+            Op::Reserve { .. } => {}
             Op::Sync => {
                 self.content
                     .iter()

@@ -420,10 +420,3 @@ fn a_sweep_that_waits_holds_up_no_reader() {
         imported.verify().unwrap();
     });
 }
-
-/// What the crate's documentation says of its memory.
-#[test]
-fn an_object_takes_so_many_bytes_of_memory() {
-    // A table of them has a byte more for each place, and is between seven sixteenths and seven eighths full.
-    assert_eq!(size_of::<(crate::format::Id, crate::pack::Place)>(), 64);
-}

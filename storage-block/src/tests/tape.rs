@@ -13,6 +13,7 @@ pub(crate) enum Op {
     Create { path: PathBuf },
     Write { offset: u64, bytes: Vec<u8> },
     SetLen { len: u64 },
+    Reserve { len: u64 },
     Punch { offset: u64, len: u64 },
     Sync,
     Rename { from: PathBuf, to: PathBuf },
@@ -171,7 +172,7 @@ impl State {
                 file = self.names.remove(path);
             }
             Op::CreateDir { path } | Op::RemoveDir { path } | Op::SyncDir { path } => relative(path),
-            Op::Write { .. } | Op::SetLen { .. } | Op::Punch { .. } | Op::Sync => {}
+            Op::Write { .. } | Op::SetLen { .. } | Op::Reserve { .. } | Op::Punch { .. } | Op::Sync => {}
         }
         self.steps.push(Step { file, op });
     }

@@ -24,7 +24,7 @@ use crate::log::{AppendError, Log};
 use crate::map::StateMap;
 use crate::options::VolumeOptions;
 use crate::overlay::Overlay;
-use crate::store::{Locked, lock, parent, sync_dir};
+use crate::store::{Locked, lock, parent, sync_at_once, sync_dir};
 use crate::{Disk, Error, ErrorKind, Result, Snapshot, Store};
 
 /// A disk that can be written, and that begins as a snapshot or as zeroes.
@@ -111,14 +111,14 @@ impl Gate {
 }
 
 const OVERLAY: &str = "overlay";
-const LOG: &str = "log";
 
 impl Volume {
     /// Makes a volume of `size` bytes in `dir`, which is made too; its parent exists.
     ///
-    /// It is durable on return. That takes three synchronisations, of the log, of `dir` and of its parent; on
-    /// a journalling file system the first does the work of all three. The overlay is left out: what is lost of it
-    /// in a crash is its length, which opening restores.
+    /// It is durable on return. That takes three synchronisations side by side, of the log, of `dir` and of its parent;
+    /// a journalling file system does the work of all three in one commit. There is nothing in the log but where the
+    /// volume is encrypted: all else is said by names. The overlay is left out: what is lost of it in a crash is its
+    /// length, which opening restores.
     ///
     /// # Errors
     ///
@@ -173,7 +173,7 @@ impl Volume {
         })?;
         let created = Self::create_files(dir, overlay, base, size, key);
         if created.is_err() {
-            let _ = fs::remove_file(&dir.join(LOG));
+            let _ = Log::remove(dir);
             let _ = fs::remove_file(&path);
             if new {
                 let _ = fs::remove_dir(dir);
@@ -194,7 +194,7 @@ impl Volume {
             Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
         })?;
         let volume_key = key.map(VolumeKey::new).transpose()?;
-        let log = Log::create(&dir.join(LOG), size, base.map(Snapshot::digest), volume_key)?;
+        let log = Log::create(dir, size, base.map(Snapshot::digest), volume_key)?;
         Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned()))
     }
 
@@ -204,9 +204,10 @@ impl Volume {
     ///
     /// What the file system says. The volume may then be there after a crash, or not.
     pub fn sync_created(&self) -> Result<()> {
-        lock(&self.0.log).sync_created()?;
-        sync_dir(&self.0.dir)?;
-        sync_dir(parent(&self.0.dir))
+        let dir = &self.0.dir;
+        let log = &*lock(&self.0.log);
+        // None of them relies on another: before this returns nobody has been promised anything.
+        sync_at_once(&[&|| sync_dir(parent(dir)), &|| sync_dir(dir), &|| log.sync_all()])
     }
 
     /// Opens the volume in `dir`, whose snapshot is in `store`.
@@ -219,11 +220,11 @@ impl Volume {
     pub fn open(dir: &Path, store: &Store) -> Result<Self> {
         let path = dir.join(OVERLAY);
         let overlay = Locked::open(&path, false)?;
-        let (log, map) = Log::open(&dir.join(LOG))?;
+        let (log, map) = Log::open(dir)?;
         let header = log.header();
         let base = header.base.map(|base| store.snapshot(&base)).transpose()?;
         if base.as_ref().is_some_and(|base| base.size() > header.size) {
-            return Err(Error::corrupt(&dir.join(LOG), "the volume is smaller than its snapshot"));
+            return Err(Error::corrupt(dir, "the volume is smaller than its snapshot"));
         }
         let failed = |e| Error::io(e, format!("cannot open {}", path.display()));
         let len = overlay.metadata().map_err(failed)?.len();
@@ -398,10 +399,9 @@ fn remove_files(dir: &Path) -> Result<()> {
         }
         _ => Ok(()),
     };
-    for name in [LOG, "tmp", OVERLAY] {
-        let path = if name == "tmp" { dir.join(LOG).with_extension(name) } else { dir.join(name) };
-        gone(fs::remove_file(&path), &path)?;
-    }
+    Log::remove(dir)?;
+    let overlay = dir.join(OVERLAY);
+    gone(fs::remove_file(&overlay), &overlay)?;
     gone(fs::remove_dir(dir), dir)?;
     let parent = parent(dir);
     if parent.exists() { sync_dir(parent) } else { Ok(()) }
