@@ -10,7 +10,7 @@ use std::net::Ipv4Addr;
 use instance_core::net::{Checksum, Frame};
 use smoltcp::wire::{IpProtocol, Ipv4Packet};
 
-use crate::packet::ETHERNET_LEN;
+use crate::packet::{ETHERNET_LEN, sound_ipv4};
 
 /// The most packets that wait for the rest, and of how many fragments each may be.
 const PACKETS: usize = 16;
@@ -53,8 +53,7 @@ pub(crate) fn is_fragment(frame: &[u8]) -> bool {
     if frame.get(12..ETHERNET_LEN) != Some(&IPV4) {
         return false;
     }
-    let Ok(ip) = Ipv4Packet::new_checked(&frame[ETHERNET_LEN..]) else { return false };
-    ip.version() == 4 && (ip.more_frags() || ip.frag_offset() != 0)
+    sound_ipv4(&frame[ETHERNET_LEN..]).is_some_and(|ip| ip.more_frags() || ip.frag_offset() != 0)
 }
 
 impl Fragments {
@@ -64,7 +63,7 @@ impl Fragments {
         if frame.segmentation.is_some() || matches!(frame.checksum, Checksum::Partial { .. }) {
             return None; // it could be completed only as a whole
         }
-        let ip = Ipv4Packet::new_checked(frame.data.get(ETHERNET_LEN..)?).ok()?;
+        let ip = sound_ipv4(frame.data.get(ETHERNET_LEN..)?)?;
         let (source, destination) = (ip.src_addr(), ip.dst_addr());
         let key = Key { source, destination, protocol: ip.next_header(), id: ip.ident() };
         let (begin, payload) = (usize::from(ip.frag_offset()), ip.payload());
@@ -152,7 +151,7 @@ impl Incomplete {
 /// A frame of IPv4 that may be cut, with a number by which its fragments are known.
 pub(crate) fn numbered(mut frame: Frame, id: u16) -> Frame {
     // What is no packet is not cut either.
-    if frame.data.get(ETHERNET_LEN..).is_some_and(|packet| Ipv4Packet::new_checked(packet).is_ok()) {
+    if frame.data.get(ETHERNET_LEN..).is_some_and(|packet| sound_ipv4(packet).is_some()) {
         let mut ip = Ipv4Packet::new_unchecked(&mut frame.data[ETHERNET_LEN..]);
         ip.set_dont_frag(false);
         ip.set_ident(id);
@@ -167,10 +166,10 @@ pub(crate) fn cut(frame: Frame, mtu: u16) -> Vec<Frame> {
     if frame.segmentation.is_some() || frame.data.len() <= ETHERNET_LEN + mtu {
         return vec![frame];
     }
-    let Ok(ip) = Ipv4Packet::new_checked(&frame.data[ETHERNET_LEN..]) else { return Vec::new() };
+    let Some(ip) = sound_ipv4(&frame.data[ETHERNET_LEN..]) else { return Vec::new() };
     let header_len = usize::from(ip.header_len());
     let size = mtu.saturating_sub(header_len) / 8 * 8;
-    let may_be_cut = ip.version() == 4 && !ip.dont_frag() && !ip.more_frags() && ip.frag_offset() == 0;
+    let may_be_cut = !ip.dont_frag() && !ip.more_frags() && ip.frag_offset() == 0;
     if !may_be_cut || size == 0 || !matches!(frame.checksum, Checksum::Complete | Checksum::Verified) {
         return Vec::new();
     }

@@ -46,7 +46,9 @@ fn segments(frame: &Frame) -> Option<Vec<Frame>> {
     let cut = frame.segmentation?;
     let Checksum::Partial { start, .. } = frame.checksum else { return None };
     let (tcp, header_len) = (usize::from(start), usize::from(cut.header_len));
-    let is_ipv4 = tcp >= ETHERNET_LEN + 20 && tcp + 20 <= header_len;
+    // The IP header ends where TCP's begins, or a segment may be shorter than it says that its header is.
+    let ip_len = usize::from(frame.data.get(ETHERNET_LEN)? & 0xf) * 4;
+    let is_ipv4 = ip_len >= 20 && tcp == ETHERNET_LEN + ip_len && tcp + 20 <= header_len;
     let (header, payload) = frame.data.split_at_checked(header_len).filter(|_| is_ipv4)?;
     let sequence = u32::from_be_bytes(*header[tcp + TCP_SEQUENCE..].first_chunk()?);
     let id = u16::from_be_bytes(*header[ETHERNET_LEN + 4..].first_chunk()?);
@@ -180,6 +182,14 @@ mod tests {
         }
         assert_eq!(whole, payload);
         assert_eq!(finish(frame.clone(), Offloads::ALL), [frame]);
+    }
+
+    #[test]
+    fn a_header_that_is_longer_than_its_segment_is_dropped() {
+        let mut frame = partial(&[1; 3000]);
+        frame.data[ETHERNET_LEN] = 0x4f;
+        frame.segmentation = Some(Segmentation { protocol: Protocol::Tcp4, size: 3, header_len: 54 });
+        assert_eq!(finish(frame, Offloads::NONE), []);
     }
 
     #[test]

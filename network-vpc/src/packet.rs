@@ -87,6 +87,12 @@ impl TcpFlags {
     }
 }
 
+/// A packet of IPv4 whose lengths are true, that of its header too, which `smoltcp` takes at its word.
+pub(crate) fn sound_ipv4(packet: &[u8]) -> Option<Ipv4Packet<&[u8]>> {
+    const SHORTEST: u8 = 20;
+    Ipv4Packet::new_checked(packet).ok().filter(|ip| ip.version() == 4 && ip.header_len() >= SHORTEST)
+}
+
 /// ICMP's echo request and reply.
 pub(crate) const ECHO: u8 = 8;
 pub(crate) const ECHO_REPLY: u8 = 0;
@@ -94,10 +100,7 @@ pub(crate) const ECHO_REPLY: u8 = 0;
 impl Flow {
     /// Of an IPv4 packet. None of one that is not sound or is a fragment: those have no ports to tell by.
     pub(crate) fn parse(packet: &[u8]) -> Option<Self> {
-        let ip = Ipv4Packet::new_checked(packet).ok()?;
-        if ip.version() != 4 || ip.more_frags() || ip.frag_offset() != 0 {
-            return None;
-        }
+        let ip = sound_ipv4(packet).filter(|ip| !ip.more_frags() && ip.frag_offset() == 0)?;
         let transport = Transport::parse(ip.next_header(), ip.payload())?;
         Some(Self { source: ip.src_addr(), destination: ip.dst_addr(), transport })
     }
@@ -108,7 +111,7 @@ impl Flow {
         const TIME_EXCEEDED: u8 = 11;
         const PARAMETER_PROBLEM: u8 = 12;
         const HEADER_LEN: usize = 8;
-        let ip = Ipv4Packet::new_checked(packet).ok()?;
+        let ip = sound_ipv4(packet)?;
         if ip.next_header() != IpProtocol::Icmp {
             return None;
         }
@@ -143,10 +146,7 @@ pub(crate) fn leaves_its_own(frame: &Frame) -> bool {
     const OF_UDP: u16 = 6;
     const OF_TCP: u16 = 16;
     let Checksum::Partial { start, offset } = frame.checksum else { return frame.segmentation.is_none() };
-    let Some(ip) = frame.data.get(ETHERNET_LEN..).and_then(|packet| Ipv4Packet::new_checked(packet).ok())
-    else {
-        return false;
-    };
+    let Some(ip) = frame.data.get(ETHERNET_LEN..).and_then(sound_ipv4) else { return false };
     let transport = ETHERNET_LEN + usize::from(ip.header_len());
     let (field, header_len) = match ip.next_header() {
         IpProtocol::Udp => (OF_UDP, None),

@@ -1,26 +1,23 @@
-//! Ways out of a network and into it: gateways and routes, Elastic IP addresses, secondary addresses, what DHCP says,
-//! long datagrams.
+//! Ways out of a network: gateways and routes; what DHCP and the resolver say; long datagrams; networks of old.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
-use common::{Guest, PATIENCE, SILENCE, together};
+use common::{Guest, PATIENCE, SILENCE};
 use hickory_proto::op::{Message, Query};
 use hickory_proto::rr::{Name, RecordType};
 use instance_core::machine::NetSpec;
 use instance_core::net::{Frame, NetPort};
 use network_vpc::{
-    DhcpSettings, Direction, InterfaceSpec, Metadata, Network, NetworkInterface, NetworkOptions, Peer,
-    RouteState, Rule,
+    DhcpSettings, Direction, InterfaceSpec, Network, NetworkInterface, NetworkOptions, Peer, RouteState, Rule,
 };
-use smoltcp::socket::tcp;
-use smoltcp::wire::{Ipv4Cidr, Ipv4Packet, UdpPacket};
+use smoltcp::wire::{Ipv4Packet, UdpPacket};
 
 const ROUTER: [u8; 6] = [0x0a, 0, 0, 0, 0, 1];
 
@@ -132,157 +129,6 @@ fn gateways_and_routes_are_refused_as_in_ec2() {
     }
     network.delete_route_table(foreign.id).unwrap();
     network.delete_vpc(other.id).unwrap();
-}
-
-/// A guest that listens, and a thread that connects from the host and says what it hears.
-fn greets(guest: &mut Guest, inside: u16, at: SocketAddr) -> Option<String> {
-    let server = guest.listen(inside);
-    let client = thread::spawn(move || {
-        let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(5)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-        let mut heard = String::new();
-        stream.read_to_string(&mut heard).ok()?;
-        Some(heard)
-    });
-    let to = guest.within(SILENCE, |guest| guest.tcp(server).may_send().then_some(()));
-    if to.is_some() {
-        let own = guest.tcp(server).local_endpoint().unwrap();
-        guest.say(server, format!("I am {}", own.addr).as_bytes());
-        guest.tcp(server).close();
-        guest.until(|guest| (!guest.tcp(server).is_open()).then_some(()));
-    }
-    guest.sockets.remove(server);
-    client.join().unwrap().filter(|heard| !heard.is_empty())
-}
-
-#[test]
-fn an_elastic_address_leads_where_it_is_associated() {
-    let network = network();
-    let [one, other] = [0, 1].map(|_| open_interface(&network));
-    let mut guests = [&one, &other].map(|interface| Guest::boot(network.plug(interface.id).unwrap()));
-    let address = network.allocate_address().unwrap();
-    assert!(address.public_ip.is_loopback() && address.association.is_none());
-    let at = SocketAddr::from((address.public_ip, 8642));
-    network.associate_address(address.allocation_id, one.id, None).unwrap();
-    assert_eq!(greets(&mut guests[0], 8642, at), None, "no rule names the port");
-    for interface in [&one, &other] {
-        let rule = Rule::tcp(8642, "0.0.0.0/0".parse().unwrap());
-        network.authorize(interface.groups[0], Direction::Ingress, rule).unwrap();
-    }
-    assert_eq!(greets(&mut guests[0], 8642, at), Some(format!("I am {}", one.private_ip)));
-
-    // It leads to one place at a time, and says so to the guest.
-    network.set_metadata(other.id, Some(Metadata::new("i-0123456789abcdef0".parse().unwrap()))).unwrap();
-    let association = network.associate_address(address.allocation_id, other.id, None).unwrap();
-    assert_eq!(greets(&mut guests[1], 8642, at), Some(format!("I am {}", other.private_ip)));
-    assert_eq!(
-        read_metadata(&mut guests[1], "public-ipv4").as_deref(),
-        Some(&*address.public_ip.to_string())
-    );
-    assert_eq!(network.release_address(address.allocation_id).unwrap_err().code(), "InvalidIPAddress.InUse");
-    let gateway = network.internet_gateways()[0].clone();
-    let needed = network.detach_internet_gateway(gateway.id, gateway.vpc_id.unwrap()).unwrap_err();
-    assert_eq!(needed.code(), "DependencyViolation");
-    network.disassociate_address(association).unwrap();
-    assert!(TcpStream::connect(at).is_err(), "nobody listens any more");
-    assert_eq!(read_metadata(&mut guests[1], "public-ipv4"), None);
-    assert_eq!(
-        network.disassociate_address(association).unwrap_err().code(),
-        "InvalidAssociationID.NotFound"
-    );
-
-    // With its interface goes the association and not the address.
-    network.associate_address(address.allocation_id, one.id, None).unwrap();
-    network.unplug(one.id);
-    network.delete_interface(one.id).unwrap();
-    assert_eq!(network.addresses()[0].association, None);
-    network.release_address(address.allocation_id).unwrap();
-    assert_eq!(
-        network.release_address(address.allocation_id).unwrap_err().code(),
-        "InvalidAllocationID.NotFound"
-    );
-}
-
-#[test]
-fn elastic_addresses_are_refused_as_in_ec2() {
-    let network = options().elastic_pool("127.65.4.0/30".parse().unwrap());
-    let network = network.in_memory(&"eu-west-1".parse().unwrap()).unwrap();
-    let [one, other] = [0, 1].map(|_| network.allocate_address().unwrap());
-    assert_ne!(one.public_ip, other.public_ip);
-    assert_eq!(network.allocate_address().unwrap_err().code(), "AddressLimitExceeded");
-    let vpc = network.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap();
-    let subnet = network.create_subnet(vpc.id, "10.0.1.0/24".parse().unwrap()).unwrap();
-    let inside = network.create_interface(InterfaceSpec::new(subnet.id)).unwrap();
-    let reached = open_interface(&network);
-    let nobody = "eipalloc-0123456789abcdef0".parse().unwrap();
-    for (code, refused) in [
-        ("Gateway.NotAttached", network.associate_address(one.allocation_id, inside.id, None)),
-        ("InvalidAllocationID.NotFound", network.associate_address(nobody, reached.id, None)),
-        (
-            "InvalidParameterValue",
-            network.associate_address(one.allocation_id, reached.id, Some(inside.private_ip)),
-        ),
-        (
-            "InvalidNetworkInterfaceID.NotFound",
-            network.associate_address(one.allocation_id, "eni-0123456789abcdef0".parse().unwrap(), None),
-        ),
-    ] {
-        assert_eq!(refused.unwrap_err().code(), code);
-    }
-}
-
-fn read_metadata(guest: &mut Guest, path: &str) -> Option<String> {
-    let service = Ipv4Addr::new(169, 254, 169, 254);
-    let ttl = "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n";
-    let (_, token) = guest.http(service, &format!("PUT /latest/api/token HTTP/1.1\r\n{ttl}"));
-    let header = format!("X-aws-ec2-metadata-token: {token}\r\n");
-    let (status, body) = guest.http(service, &format!("GET /latest/meta-data/{path} HTTP/1.1\r\n{header}"));
-    (status == 200).then_some(body)
-}
-
-#[test]
-fn an_interface_has_secondary_addresses() {
-    let network = network();
-    let (here, there) = (open_interface(&network), open_interface(&network));
-    let mut asks = Guest::boot(network.plug(here.id).unwrap());
-    let mut serves = Guest::boot(network.plug(there.id).unwrap());
-    let second = network.assign_any_private_ips(there.id, 1).unwrap()[0];
-    let third: Ipv4Addr = "172.31.7.7".parse().unwrap();
-    network.assign_private_ips(there.id, &[third]).unwrap();
-    assert_eq!(network.interface(there.id).unwrap().secondary_private_ips, [second, third]);
-    for (code, addresses) in [
-        ("InvalidIPAddress.InUse", vec!["172.31.7.8".parse().unwrap(), third]),
-        ("InvalidIPAddress.InUse", vec![here.private_ip]),
-        ("InvalidParameterValue", vec!["10.0.0.9".parse().unwrap()]),
-    ] {
-        assert_eq!(network.assign_private_ips(there.id, &addresses).unwrap_err().code(), code);
-    }
-    assert_eq!(network.interface(there.id).unwrap().secondary_private_ips.len(), 2, "all or nothing");
-    let limit = network.assign_any_private_ips(there.id, 48).unwrap_err();
-    assert_eq!(limit.code(), "PrivateIpAddressLimitExceeded");
-
-    network.set_metadata(there.id, Some(Metadata::new("i-0123456789abcdef0".parse().unwrap()))).unwrap();
-    let mac = format!("network/interfaces/macs/{}/local-ipv4s", there.mac);
-    let all = format!("{}\n{second}\n{third}", there.private_ip);
-    assert_eq!(read_metadata(&mut serves, &mac), Some(all));
-
-    serves.set_address(Ipv4Cidr::new(third, 20), serves.router);
-    let mut reaches = |patience| {
-        let (server, connection) = (serves.listen(80), asks.begin_connecting(third, 80));
-        let connected = together(patience, &mut [&mut asks, &mut serves], |guests| {
-            (guests[0].tcp(connection).state() == tcp::State::Established).then_some(())
-        });
-        asks.sockets.remove(connection);
-        serves.sockets.remove(server);
-        connected.is_some()
-    };
-    assert!(reaches(PATIENCE));
-    network.unassign_private_ips(there.id, &[third]).unwrap();
-    assert!(!reaches(SILENCE), "it is nobody's any more");
-    for not_secondary in [third, there.private_ip] {
-        let refused = network.unassign_private_ips(there.id, &[not_secondary]).unwrap_err();
-        assert_eq!(refused.code(), "InvalidParameterValue");
-    }
 }
 
 #[test]
@@ -433,53 +279,6 @@ fn long_datagrams_come_in_fragments_and_are_decided_upon_as_a_whole() {
     assert!(heard[..len] == text);
     echo.send_to(&heard[..len], back).unwrap();
     assert!(received(&sender) == text, "and back");
-}
-
-#[test]
-fn a_taken_port_that_nobody_asked_for_becomes_another() {
-    let network = network();
-    let made = open_interface(&network);
-    let before = network.forward(made.id, 22, "127.0.0.1:0".parse().unwrap()).unwrap();
-    let _thief = TcpListener::bind(before).unwrap();
-    let mut guest = Guest::boot(network.plug(made.id).unwrap());
-    let now = network.interface(made.id).unwrap().forwards[&22];
-    assert_ne!(now, before);
-    assert_eq!(greets(&mut guest, 22, now), Some(format!("I am {}", made.private_ip)));
-
-    // One that was asked for is not given up.
-    network.unplug(made.id);
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let asked = network.forward(made.id, 80, free).unwrap();
-    let _thief = TcpListener::bind(asked).unwrap();
-    let refused = network.plug(made.id).unwrap_err();
-    assert_eq!(refused.code(), "InternalError");
-    network.stop_forwarding(made.id, 80).unwrap();
-    network.plug(made.id).unwrap();
-}
-
-#[test]
-fn who_gets_an_address_next_goes_on_with_nothing() {
-    let network = network();
-    let vpc = network.default_vpc().unwrap();
-    let group = network.create_security_group(vpc, "ssh", "").unwrap();
-    let rule = Rule::tcp(22, "172.31.0.0/16".parse().unwrap());
-    let rule = network.authorize(group.id, Direction::Ingress, rule).unwrap();
-    let server = network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap();
-    let mut serves = Guest::boot(network.plug(server.id).unwrap());
-    let first = open_interface(&network);
-    let mut asks = Guest::boot(network.plug(first.id).unwrap());
-    let (listener, connection) = (serves.listen(22), asks.begin_connecting(server.private_ip, 22));
-    together(PATIENCE, &mut [&mut asks, &mut serves], |guests| {
-        (guests[1].tcp(listener).state() == tcp::State::Established).then_some(())
-    })
-    .unwrap();
-    network.revoke(group.id, rule).unwrap();
-    let remembered = network.tracked_conversations(server.id);
-    assert!(remembered > 0);
-    asks.tcp(connection).abort();
-    network.unplug(first.id);
-    network.delete_interface(first.id).unwrap();
-    assert_eq!(network.tracked_conversations(server.id), 0);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 mod datagram;
 mod names;
+mod pipe;
 mod stack;
 mod stream;
 

@@ -26,7 +26,7 @@ use crate::quickstart::{Choice, choose};
 use ssh::Ssh;
 
 /// How long a guest may take to boot, and to do what its user data says, on a processor that is emulated.
-const PATIENCE: Duration = Duration::from_secs(900);
+const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// A photo, as far as anybody looks.
 const PHOTO: &[u8] = b"\x89PNG\r\n\x1a\nnot much of a picture";

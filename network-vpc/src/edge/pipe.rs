@@ -1,0 +1,79 @@
+//! A connection of the host's, and the guest's that goes on in it.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+
+use mio::event::Event;
+use mio::net::TcpStream;
+use smoltcp::socket::tcp;
+
+/// A connection of the host's.
+pub(super) struct Pipe {
+    host: TcpStream,
+    /// Whether the host may have something to be read, and room for something to be written: it is not asked
+    /// again until it has said so.
+    readable: bool,
+    writable: bool,
+    /// The host has said that it sends no more.
+    host_done: bool,
+    /// The host has been told that the guest sends no more.
+    guest_done: bool,
+}
+
+impl Pipe {
+    pub(super) fn new(host: TcpStream) -> Self {
+        Self { host, readable: true, writable: true, host_done: false, guest_done: false }
+    }
+
+    /// Something has happened to the host's socket.
+    pub(super) fn notice(&mut self, event: &Event) {
+        self.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
+        self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
+    }
+
+    /// Moves bytes both ways. An error is the end of both.
+    pub(super) fn pump(&mut self, guest: &mut tcp::Socket<'_>) -> io::Result<()> {
+        while guest.can_recv() && self.writable {
+            let mut written = Ok(0);
+            let received = guest.recv(|bytes| {
+                written = self.host.write(bytes);
+                (*written.as_ref().unwrap_or(&0), ())
+            });
+            match written {
+                _ if received.is_err() => return Err(ErrorKind::ConnectionReset.into()),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.writable = false,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let guest_ended = matches!(
+            guest.state(),
+            tcp::State::CloseWait | tcp::State::LastAck | tcp::State::Closing | tcp::State::TimeWait
+        );
+        if guest_ended && guest.recv_queue() == 0 && !self.guest_done {
+            self.guest_done = true;
+            // Fails where the other side has gone, which is seen below.
+            let _ = self.host.shutdown(Shutdown::Write);
+        }
+        while guest.can_send() && self.readable && !self.host_done {
+            let mut read = Ok(0);
+            let sent = guest.send(|room| {
+                read = self.host.read(room);
+                (*read.as_ref().unwrap_or(&0), ())
+            });
+            match read {
+                _ if sent.is_err() => return Err(ErrorKind::ConnectionReset.into()),
+                Ok(0) => self.host_done = true,
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if self.host_done && guest.may_send() {
+            guest.close();
+        }
+        Ok(())
+    }
+}
