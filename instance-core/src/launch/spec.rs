@@ -206,8 +206,8 @@ impl LaunchSpec {
     }
 
     /// Launches nothing, and says by its error whether it would:
-    /// [`DryRunOperation`](ErrorKind::DryRunOperation) if it would,
-    /// [`UnauthorizedOperation`](ErrorKind::UnauthorizedOperation) if the account may not, and otherwise
+    /// [`DryRunOperation`](crate::ErrorKind::DryRunOperation) if it would,
+    /// [`UnauthorizedOperation`](crate::ErrorKind::UnauthorizedOperation) if the account may not, and otherwise
     /// what is wrong.
     #[must_use]
     pub fn dry_run(mut self, dry_run: bool) -> Self {
