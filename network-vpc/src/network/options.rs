@@ -69,7 +69,7 @@ impl NetworkOptions {
     ///
     /// # Errors
     ///
-    /// [`Corrupt`](ErrorKind::Corrupt) for a state that cannot be read, or what the host refused.
+    /// [`Corrupt`](crate::ErrorKind::Corrupt) for a state that cannot be read, or what the host refused.
     pub fn open(self, dir: &Path, region: &RegionName) -> Result<Network> {
         let path = dir.join(file::NAME);
         let there = match fs::read(&path) {
