@@ -1,8 +1,9 @@
 //! The ACPI tables (ACPI 6.5): processors, interrupts, power, and where the devices are.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
-    Path, ResourceTemplate,
+    AddressSpace, AddressSpaceCacheable, And, Device, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name, Notify, OpRegion,
+    OpRegionSpace, Package, Path, ResourceTemplate, Store,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -10,7 +11,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use acpi_tables::{Aml, AmlSink, aml};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::{HostContext, Result};
@@ -171,7 +172,7 @@ fn generation_id(code: &mut Vec<u8>) {
     .to_aml_bytes(code);
     const CHANGED: u8 = 0x80;
     let edge = format!("_GPE._E{:02X}", layout::GENERATION_GPE);
-    Method::new(Path::new(&edge), 0, false, vec![&Notify::new(&Path::new(device), &CHANGED)])
+    Method::new(Path::new(&edge), 0, false, vec![&Notify::new(&Path::new(&format!("\\{device}")), &CHANGED)])
         .to_aml_bytes(code);
 }
 
@@ -211,9 +212,63 @@ fn pci_bus(code: &mut Vec<u8>) {
             &Name::new(Path::new("_BBN"), &aml::ZERO),
             &Name::new(Path::new("_CCA"), &aml::ONE),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&bus, &ports, &memory])),
+            &HotPlug,
         ],
     )
     .to_aml_bytes(code);
+    let edge = format!("_GPE._E{:02X}", layout::HOT_PLUG_GPE);
+    let look = MethodCall::new(Path::new("\\_SB_.PCI0.LOOK"), vec![]);
+    Method::new(Path::new(&edge), 0, false, vec![&look]).to_aml_bytes(code);
+}
+
+/// Inside of the PCI bus: its places, from which devices can be ejected, and a method that looks at the registers of
+/// hot-plugging (`slots.rs`) and tells the places' drivers (5.6.6, 6.3.3).
+struct HotPlug;
+
+impl Aml for HotPlug {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        const DEVICE_CHECK: u8 = 1;
+        const EJECT_REQUEST: u8 = 3;
+        let (port, len) = (layout::HOT_PLUG_PORT, layout::HOT_PLUG_LEN);
+        OpRegion::new(Path::new("HPLG"), OpRegionSpace::SystemIO, &port, &len).to_aml_bytes(sink);
+        // In the order of their ports.
+        let registers = [*b"ARRV", *b"LEAV", *b"EJCT"].map(|name| FieldEntry::Named(name, 32));
+        let (access, lock, update) =
+            (FieldAccessType::DWord, FieldLockRule::NoLock, FieldUpdateRule::WriteAsZeroes);
+        Field::new(Path::new("HPLG"), access, lock, update, registers.to_vec()).to_aml_bytes(sink);
+        let (arrived, leaving) = (Local(0), Local(1));
+        let mut tell = Vec::new();
+        for place in 0..layout::PCI_MAX {
+            // Number 0 is the host bridge's.
+            let (number, bit) = (place as u32 + 1, 1u32 << place);
+            let name = format!("S{number:02X}_");
+            Device::new(
+                Path::new(&name),
+                vec![
+                    &Name::new(Path::new("_ADR"), &(number << 16)),
+                    &Name::new(Path::new("_SUN"), &number),
+                    &Method::new(Path::new("_EJ0"), 1, false, vec![&Store::new(&Path::new("EJCT"), &bit)]),
+                ],
+            )
+            .to_aml_bytes(sink);
+            for (local, what) in [(&arrived, DEVICE_CHECK), (&leaving, EJECT_REQUEST)] {
+                let (place, of_place) = (Path::new(&name), And::new(&aml::ZERO, local, &bit));
+                If::new(&of_place, vec![&Notify::new(&place, &what)]).to_aml_bytes(&mut tell);
+            }
+        }
+        let [arrived_at, leaving_at] = ["ARRV", "LEAV"].map(Path::new);
+        let read = [Store::new(&arrived, &arrived_at), Store::new(&leaving, &leaving_at)];
+        Method::new(Path::new("LOOK"), 0, true, vec![&read[0], &read[1], &Encoded(tell)]).to_aml_bytes(sink);
+    }
+}
+
+/// Code that has been encoded before.
+struct Encoded(Vec<u8>);
+
+impl Aml for Encoded {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
 }
 
 /// Processors and interrupt controllers (5.2.12).

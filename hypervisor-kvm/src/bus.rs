@@ -1,24 +1,26 @@
 //! Which device answers at which port or address.
 
 use std::ops::{ControlFlow, Range};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use instance_core::machine::ExitCause;
 use kvm_ioctls::VmFd;
 
 use crate::error::{Result, saved};
+use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::{self, Access, Bus};
 use crate::power::Power;
 use crate::rtc::Rtc;
 use crate::saved::State;
 use crate::serial::SerialPort;
-use crate::virtio::VirtioDevice;
+use crate::slots::{Placed, Slots};
 use crate::{generation, layout, panic};
 
 const SERIAL: Range<u16> = layout::SERIAL_PORT..layout::SERIAL_PORT + 8;
 const POWER: Range<u16> = layout::PM1_EVENT_PORT..layout::GPE_PORT + layout::GPE_LEN as u16;
+const HOT_PLUG: Range<u16> = layout::HOT_PLUG_PORT..layout::HOT_PLUG_PORT + layout::HOT_PLUG_LEN;
 const RTC: Range<u16> = layout::RTC_PORT..layout::RTC_PORT + 2;
 
 /// The devices of a machine. Any vCPU may call at any time.
@@ -29,7 +31,7 @@ pub(crate) struct Devices {
     pub(crate) rtc: Mutex<Rtc>,
     /// Where devices are on PCI.
     pub(crate) pci: Option<Bus>,
-    pub(crate) virtio: Vec<VirtioDevice>,
+    pub(crate) virtio: Slots,
 }
 
 impl Devices {
@@ -40,12 +42,16 @@ impl Devices {
             (None, None) => true,
             _ => false,
         };
-        if !fits || self.virtio.len() != state.virtio.len() || !self.serial.restore(state.serial.clone()) {
+        let devices = self.virtio.all();
+        if !fits || devices.len() != state.virtio.len() || !self.serial.restore(state.serial.clone()) {
             return Err(saved("the saved machine's devices are not those of a machine like this"));
         }
         self.power.restore(&state.power, |level| set_sci(vm, level));
         self.rtc.get_mut().unwrap_or_else(PoisonError::into_inner).clone_from(&state.rtc);
-        self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.restore(vm, state))?;
+        self.virtio.restore(state.hot_plug);
+        for (placed, at) in devices.iter().zip(&state.virtio) {
+            placed.device.restore(vm, &at.state)?;
+        }
         self.regenerate(vm, memory)
     }
 
@@ -63,17 +69,25 @@ impl Devices {
             data.fill(panic::EVENTS);
         } else if port == RTC.start + 1 {
             data.fill(self.clock(|rtc, now| rtc.read(now)));
+        } else if self.pci.is_some() && HOT_PLUG.contains(&port) {
+            self.virtio.read(port, data);
         } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
             if let Access::Device(number, at) = bus.read(port, data) {
-                if let Some(device) = self.pci_device(number) {
-                    device.read_space(at, data);
+                if let Some(placed) = self.pci_device(number) {
+                    placed.device.read_space(at, data);
                 }
             }
         }
     }
 
     /// The guest writes I/O ports, which may end the machine.
-    pub(crate) fn port_write(&self, vm: &VmFd, port: u16, data: &[u8]) -> ControlFlow<ExitCause> {
+    pub(crate) fn port_write(
+        &self,
+        vm: &VmFd,
+        gate: &Gate,
+        port: u16,
+        data: &[u8],
+    ) -> ControlFlow<ExitCause> {
         if SERIAL.contains(&port) {
             for byte in data {
                 self.serial.write((port - SERIAL.start) as u8, *byte);
@@ -84,10 +98,14 @@ impl Devices {
             data.iter().try_for_each(|event| panic::write(*event))?;
         } else if RTC.contains(&port) {
             self.clock(|rtc, now| write_clock(rtc, port, data, now));
+        } else if self.pci.is_some() && HOT_PLUG.contains(&port) {
+            if self.virtio.write(vm, port, data) {
+                gate.nudge();
+            }
         } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
             if let Access::Device(number, at) = bus.write(port, data) {
-                if let Some(device) = self.pci_device(number) {
-                    device.write_space(vm, at, data);
+                if let Some(placed) = self.pci_device(number) {
+                    placed.device.write_space(vm, at, data);
                 }
             }
         }
@@ -103,21 +121,26 @@ impl Devices {
     /// The guest reads an address that is not RAM.
     pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((device, offset)) = self.device_at(address) {
-            device.read(offset, data);
+        if let Some((placed, offset)) = self.device_at(address) {
+            placed.device.read(offset, data);
         }
     }
 
     /// The guest writes an address that is not RAM.
     pub(crate) fn memory_write(&self, vm: &VmFd, address: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.device_at(address) {
-            device.write(vm, offset, data);
+        if let Some((placed, offset)) = self.device_at(address) {
+            placed.device.write(vm, offset, data);
         }
     }
 
     /// Presses the power button.
     pub(crate) fn press_power_button(&self, vm: &VmFd) {
         self.power.press_button(|level| set_sci(vm, level));
+    }
+
+    /// Tells the guest that devices have come or are to go.
+    pub(crate) fn tell_of_hot_plug(&self, vm: &VmFd) {
+        self.power.raise_event(layout::HOT_PLUG_GPE, |level| set_sci(vm, level));
     }
 
     /// Gives the guest a new generation id and tells it: it continues what was saved of another machine.
@@ -133,17 +156,17 @@ impl Devices {
         access(&mut self.rtc.lock().unwrap_or_else(PoisonError::into_inner), now)
     }
 
-    fn device_at(&self, address: u64) -> Option<(&VirtioDevice, u64)> {
+    fn device_at(&self, address: u64) -> Option<(Arc<Placed>, u64)> {
         if self.pci.is_some() {
-            return self.virtio.iter().find_map(|device| Some((device, device.pci_offset_of(address)?)));
+            return self.virtio.find_map(|placed| placed.device.pci_offset_of(address));
         }
         let from_first = address.checked_sub(layout::VIRTIO)?;
-        let device = self.virtio.get((from_first / layout::VIRTIO_LEN) as usize)?;
-        Some((device, from_first % layout::VIRTIO_LEN))
+        let placed = self.virtio.get((from_first / layout::VIRTIO_LEN) as usize)?;
+        Some((placed, from_first % layout::VIRTIO_LEN))
     }
 
     /// Number 0 is the host bridge's.
-    fn pci_device(&self, number: usize) -> Option<&VirtioDevice> {
+    fn pci_device(&self, number: usize) -> Option<Arc<Placed>> {
         self.virtio.get(number.checked_sub(1)?)
     }
 }

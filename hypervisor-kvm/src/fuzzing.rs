@@ -78,7 +78,7 @@ pub fn virtio_block(bytes: &[u8]) {
 /// and its registers.
 pub fn virtio_pci(bytes: &[u8]) {
     let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
-    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz"), layout::PCI_MEMORY);
+    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz"), Some(layout::PCI_MEMORY));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, low, high]) = input.take() {
@@ -123,7 +123,7 @@ pub fn saved_machine(bytes: &[u8]) {
         let (port, _network) = net::link();
         let net = Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])));
         let block = Block::new(disk.into_disk(), "vol-fuzz");
-        match device {
+        match &device.state {
             DeviceState::Mmio(registers, _) => {
                 for mut device in [Mmio::new(block), Mmio::new(net)] {
                     if device.restore(&memory, registers).is_ok() {
@@ -133,7 +133,7 @@ pub fn saved_machine(bytes: &[u8]) {
                 }
             }
             DeviceState::Pci(registers) => {
-                let place = layout::PCI_MEMORY;
+                let place = Some(layout::PCI_MEMORY);
                 for mut device in [Pci::new(block, place), Pci::new(net, place)] {
                     if device.restore(&memory, registers).is_ok() {
                         (0..device.queues()).for_each(|queue| {

@@ -50,17 +50,37 @@ impl Gate {
 
     /// Waits while the gate is closed. False when the machine ends.
     pub(crate) fn pass(&self) -> bool {
+        self.pass_unless(&AtomicBool::new(false))
+    }
+
+    /// The same for a worker that may be sent home: false then, too. Whoever does that calls [`nudge`](Self::nudge).
+    pub(crate) fn pass_unless(&self, sent_home: &AtomicBool) -> bool {
+        let sent_home = || sent_home.load(Ordering::Acquire);
         if self.is_open() {
-            return true;
+            return !sent_home();
         }
         let mut state = self.lock();
         state.held += 1;
         self.changed.notify_all();
-        while state.order == Order::Hold {
+        while state.order == Order::Hold && !sent_home() {
             state = self.wait(state);
         }
         state.held -= 1;
-        state.order == Order::Run
+        state.order == Order::Run && !sent_home()
+    }
+
+    /// Has those who wait at the gate look whether they are sent home.
+    pub(crate) fn nudge(&self) {
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Counts one more worker of a machine that has workers, unless that ends.
+    pub(crate) fn join_late(&self) -> bool {
+        let mut state = self.lock();
+        let goes_on = !matches!(state.order, Order::End(_));
+        state.workers += usize::from(goes_on);
+        goes_on
     }
 
     /// Whether workers may go on; one that may not goes to [`pass`](Self::pass).

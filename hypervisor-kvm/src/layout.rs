@@ -94,6 +94,17 @@ pub(crate) const GPE_PORT: u16 = 0x608;
 pub(crate) const GPE_LEN: u8 = 2;
 /// The event by which the guest is told of a new generation id.
 pub(crate) const GENERATION_GPE: u8 = 0;
+/// The event by which the guest is told that devices come or are to go.
+pub(crate) const HOT_PLUG_GPE: u8 = 1;
+/// The registers of that, of 32 bits, with a bit for each place on the PCI bus: who has come, who is to go, and
+/// whom the guest ejects.
+pub(crate) const HOT_PLUG_PORT: u16 = 0x620;
+/// How many ports they take.
+pub(crate) const HOT_PLUG_LEN: u16 = 12;
+/// See [`HOT_PLUG_PORT`], from which these are.
+pub(crate) const HOT_PLUG_ARRIVED: u16 = 0;
+pub(crate) const HOT_PLUG_LEAVING: u16 = 4;
+pub(crate) const HOT_PLUG_EJECT: u16 = 8;
 /// ACPI's interrupt, level, active high.
 pub(crate) const SCI_IRQ: u32 = 9;
 /// The reset control register of PC chipsets, named as ACPI's reset register.

@@ -64,7 +64,7 @@
 //!
 //! # What it leaves out
 //!
-//! Hot-plugging, firmware, other hosts than x86-64
+//! Hot-plugging on virtio-mmio, and of network ports, firmware, other hosts than x86-64
 //! Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
@@ -90,6 +90,7 @@ mod exits;
 pub mod fuzzing;
 mod gate;
 mod generation;
+mod hot_plug;
 mod kernel;
 mod kick;
 mod layout;
@@ -102,6 +103,7 @@ mod probe;
 mod rtc;
 mod saved;
 mod serial;
+mod slots;
 mod smbios;
 mod thread;
 mod vcpu;
@@ -287,13 +289,17 @@ impl Kvm {
 }
 
 impl Transport {
-    /// For how many disks and network ports of a machine there is room.
-    fn device_places(self) -> usize {
-        let all = match self {
+    /// How many virtio devices a machine may have.
+    fn places(self) -> usize {
+        match self {
             Self::Mmio => layout::VIRTIO_MAX,
             Self::Pci => layout::PCI_MAX,
-        };
-        all - OTHER_DEVICES
+        }
+    }
+
+    /// For how many disks and network ports of a machine there is room.
+    fn device_places(self) -> usize {
+        self.places() - OTHER_DEVICES
     }
 }
 
@@ -302,6 +308,7 @@ impl Hypervisor for Kvm {
         let mut capabilities = self.inner.capabilities.clone();
         capabilities.max_disks = self.device_places();
         capabilities.max_nets = self.device_places();
+        capabilities.hot_plug = self.transport == Transport::Pci;
         capabilities
     }
 

@@ -6,7 +6,8 @@ use std::thread;
 
 use instance_core::console::ConsolePort;
 use instance_core::machine::{
-    DiskSpec, ExitCause, Machine, MachineError, MachineSpec, MachineState, NetSpec, RestoreSpec, VmExits,
+    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec,
+    RestoreSpec, VmExits,
 };
 use instance_core::vsock::VsockSpec;
 use instance_core::watch::{Publisher, Watch};
@@ -27,8 +28,9 @@ use crate::power::Power;
 use crate::rtc::Rtc;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::serial::SerialPort;
+use crate::slots::{Placed, Role, Slots};
 use crate::thread::{Stacks, Thread};
-use crate::virtio::{Balloon, Block, Net, Rng, VirtioDevice, Vsock, Wish};
+use crate::virtio::{Balloon, Block, Device, Net, Rng, VirtioDevice, Vsock, Wish};
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
 
 /// The most virtio devices that a machine has besides its disks and network ports: in this order the entropy
@@ -47,40 +49,31 @@ pub(crate) struct KvmMachine {
 /// What the threads of a machine share. Declared in the order in which it has to be given back: KVM's
 /// virtual machine before the memory that it was given.
 #[derive(Debug)]
-struct Shared {
+pub(crate) struct Shared {
     name: String,
-    /// What the guest knows of its disks, in the order of the first virtio devices.
-    disks: Vec<saved::Disk>,
-    /// What it knows of its network ports, which follow.
-    nets: Vec<saved::Port>,
     /// Each in the hands of its thread while that runs it.
     processors: Vec<Mutex<VcpuFd>>,
-    vm: VmFd,
-    devices: Devices,
-    /// Which virtio device the balloon is, if there is one, and what is wanted of it.
+    pub(crate) vm: VmFd,
+    pub(crate) devices: Devices,
+    /// In which place the balloon is, if there is one, and what is wanted of it.
     balloon: Option<(usize, Arc<Wish>)>,
-    memory: Memory,
+    /// What the threads of devices are confined by.
+    filter: Option<Filter>,
+    pub(crate) memory: Memory,
     /// The model-specific registers that are saved, where machines can be.
     msrs: Option<Arc<[u32]>>,
-    gate: Gate,
-    state: Publisher<MachineState>,
+    pub(crate) gate: Gate,
+    pub(crate) state: Publisher<MachineState>,
     /// How often each processor has left its guest.
     exits: Vec<Exits>,
     stacks: Arc<Stacks>,
     threads: Mutex<Threads>,
 }
 
-/// The threads that run the guest, each in one place so that all can be woken.
+/// The threads that run the guest. Those of devices are in their places.
 #[derive(Debug, Default)]
 struct Threads {
     vcpus: Vec<Thread>,
-    devices: Vec<Thread>,
-}
-
-impl Threads {
-    fn all(&self) -> impl Iterator<Item = &Thread> {
-        self.vcpus.iter().chain(&self.devices)
-    }
 }
 
 /// What a machine is put together from.
@@ -90,8 +83,8 @@ struct Parts<'a> {
     disks: &'a [DiskSpec],
     nets: &'a [NetSpec],
     vsock: Option<&'a VsockSpec>,
-    /// How many of [`OTHER_DEVICES`].
-    others: usize,
+    /// Which place each device has: the disks', the network ports', and those of as many others as there are.
+    places: Places,
     console: &'a ConsolePort,
     vm: VmFd,
     memory: Memory,
@@ -108,6 +101,7 @@ impl KvmMachine {
         let count = spec.vcpus.get();
         let transport = kvm.transport();
         let others = OTHER_DEVICES - usize::from(spec.vsock.is_none());
+        let places = Places::in_order(spec.disks.len(), spec.nets.len(), others);
         acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + others)?;
         generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
@@ -123,8 +117,8 @@ impl KvmMachine {
             .collect::<Result<Vec<_>>>()?;
         let MachineSpec { name, disks, nets, console, .. } = spec;
         let vsock = spec.vsock.as_ref();
-        let parts = Parts { name, transport, disks, nets, vsock, others, console, vm, memory, processors };
-        Self::run(parts.put_together(kvm, MachineState::Created)?, filters.as_ref())
+        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
+        Self::run(parts.put_together(kvm, MachineState::Created)?, filters)
     }
 
     /// Makes a machine that goes on where another was saved, when it is [resumed](Machine::resume).
@@ -145,26 +139,25 @@ impl KvmMachine {
             .collect::<Result<Vec<_>>>()?;
         state.platform.restore(&vm)?;
         let RestoreSpec { name, disks, nets, console, .. } = spec;
-        let (transport, vsock, others) = (state.transport, spec.vsock.as_ref(), state.other_devices());
-        let parts = Parts { name, transport, disks, nets, vsock, others, console, vm, memory, processors };
+        let (transport, vsock, places) = (state.transport, spec.vsock.as_ref(), Places::of(state));
+        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
         let mut shared = parts.put_together(kvm, MachineState::Paused)?;
         shared.devices.restore(&shared.vm, &shared.memory, state)?;
-        if let Some((device, _)) = &shared.balloon {
-            // Nobody has asked this one's guest for memory.
-            shared.devices.virtio[*device].refresh(&shared.vm);
-        }
-        Self::run(shared, filters.as_ref())
+        // Nobody has asked this one's guest for memory.
+        shared.refresh_balloon();
+        Self::run(shared, filters)
     }
 
     /// Starts the threads.
-    fn run(shared: Shared, filters: Option<&Filters>) -> Result<Self> {
+    fn run(mut shared: Shared, filters: Option<Filters>) -> Result<Self> {
+        shared.filter = filters.as_ref().map(|filters| filters.device.clone());
         // Dropped on the way out below, which ends the threads that were made.
         let machine = Self { shared: Arc::new(shared), actions: Mutex::default() };
         machine.shared.devices.serial.connect();
         // Whoever makes the threads is a worker until they are there: so there is one to leave last,
         // even where the first thread cannot be made.
         machine.shared.gate.join();
-        let spawned = machine.spawn(filters);
+        let spawned = machine.spawn(filters.as_ref().map(|filters| &filters.processor));
         if let Err(error) = &spawned {
             machine.shared.end(ExitCause::HostFailure(error.to_string()));
         }
@@ -172,25 +165,16 @@ impl KvmMachine {
         spawned.map(|()| machine)
     }
 
-    fn spawn(&self, filters: Option<&Filters>) -> Result<()> {
-        let [of_processor, of_device] =
-            [filters.map(|filters| &filters.processor), filters.map(|filters| &filters.device)];
+    fn spawn(&self, of_processors: Option<&Filter>) -> Result<()> {
         for n in 0..self.shared.processors.len() {
+            self.shared.gate.join();
             let work = move |shared: &Shared| shared.run_vcpu(n);
-            let thread = self.shared.spawn(&format!("vcpu{n}"), of_processor, work)?;
+            let thread = self.shared.spawn(&format!("vcpu{n}"), of_processors, work)?;
             self.shared.threads().vcpus.push(thread);
         }
-        for n in
-            (0..self.shared.devices.virtio.len()).filter(|n| self.shared.devices.virtio[*n].needs_thread())
-        {
-            let role = match n.checked_sub(self.shared.disks.len()) {
-                None => "disk",
-                Some(n) if n < self.shared.nets.len() => "net",
-                Some(_) => "vsock",
-            };
-            let work = move |shared: &Shared| shared.run_device(n);
-            let thread = self.shared.spawn(&format!("{role}{n}"), of_device, work)?;
-            self.shared.threads().devices.push(thread);
+        for placed in self.shared.devices.virtio.all() {
+            self.shared.gate.join();
+            self.shared.spawn_device(&placed)?;
         }
         Ok(())
     }
@@ -219,51 +203,82 @@ impl KvmMachine {
     }
 }
 
+/// Which places devices have.
+struct Places {
+    disks: Vec<usize>,
+    nets: Vec<usize>,
+    others: Vec<usize>,
+}
+
+impl Places {
+    /// Of a new machine: one after the other.
+    fn in_order(disks: usize, nets: usize, others: usize) -> Self {
+        let from = disks + nets;
+        Self {
+            disks: (0..disks).collect(),
+            nets: (disks..from).collect(),
+            others: (from..from + others).collect(),
+        }
+    }
+
+    /// Of one that was saved, where devices may have come and gone.
+    fn of(state: &saved::State) -> Self {
+        let of = |role| {
+            let devices = state.virtio.iter().filter(|device| device.role == role);
+            devices.map(|device| usize::from(device.place)).collect()
+        };
+        Self { disks: of(saved::Role::Disk), nets: of(saved::Role::Net), others: of(saved::Role::Other) }
+    }
+}
+
 impl Parts<'_> {
     /// A machine without threads, whose devices nobody has used yet.
     fn put_together(self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
-        let Self { name, transport, disks, nets, vsock, others, console, vm, memory, processors } = self;
-        let mut virtio = (disks.iter().enumerate())
-            .map(|(n, disk)| {
-                let block = Block::new(disk.disk.clone(), &disk.serial);
-                VirtioDevice::with_thread(&vm, &memory, n, transport, block)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        for net in nets {
-            let device = VirtioDevice::with_thread(&vm, &memory, virtio.len(), transport, Net::new(net))?;
-            net.port.set_waker(Some(Arc::new(device.waker()?)));
-            virtio.push(device);
+        let Self { name, transport, disks, nets, vsock, places, console, vm, memory, processors } = self;
+        let (mut placed, mut others) = (Vec::new(), places.others.into_iter());
+        let way = (transport, state == MachineState::Paused);
+        for (place, disk) in places.disks.into_iter().zip(disks) {
+            let block = Block::new(disk.disk.clone(), &disk.serial);
+            let device = served(&vm, &memory, place, way, block)?;
+            placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
         }
-        virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, Rng)?);
+        for (place, net) in places.nets.into_iter().zip(nets) {
+            let device = served(&vm, &memory, place, way, Net::new(net))?;
+            net.port.set_waker(Some(Arc::new(device.waker()?)));
+            placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
+        }
+        if let Some(place) = others.next() {
+            let device = VirtioDevice::new(&vm, &memory, place, transport, Rng)?;
+            placed.push(Placed::new(place, Role::Other, device));
+        }
         let mut balloon = None;
-        if others > 1 {
+        if let Some(place) = others.next() {
             let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
             let wish = Arc::new(Wish::new(mib as u32));
-            let device = Balloon::new(wish.clone());
-            balloon = Some((virtio.len(), wish));
-            virtio.push(VirtioDevice::new(&vm, &memory, virtio.len(), transport, device)?);
+            let device = VirtioDevice::new(&vm, &memory, place, transport, Balloon::new(wish.clone()))?;
+            placed.push(Placed::new(place, Role::Other, device));
+            balloon = Some((place, wish));
         }
-        if let Some(spec) = vsock {
+        if let (Some(place), Some(spec)) = (others.next(), vsock) {
             let mut device = Vsock::new(spec);
             if state == MachineState::Paused {
                 // It goes on, with streams that nobody else has.
                 device.break_streams();
             }
-            let device = VirtioDevice::with_thread(&vm, &memory, virtio.len(), transport, device)?;
+            let device = served(&vm, &memory, place, way, device)?;
             spec.port.set_waker(Some(Arc::new(device.waker()?)));
-            virtio.push(device);
+            placed.push(Placed::new(place, Role::Other, device));
         }
         let devices = Devices {
             serial: serial_port(&vm, console)?,
             power: Power::default(),
             rtc: Mutex::new(Rtc::new()),
             pci: (transport == Transport::Pci).then(Bus::new),
-            virtio,
+            virtio: Slots::new(transport.places(), placed),
         };
         Ok(Shared {
             name: name.to_owned(),
-            disks: disks.iter().map(saved::Disk::of).collect(),
-            nets: nets.iter().map(saved::Port::of).collect(),
+            filter: None,
             exits: processors.iter().map(|_| Exits::default()).collect(),
             stacks: kvm.stacks(),
             processors: processors.into_iter().map(Mutex::new).collect(),
@@ -280,8 +295,8 @@ impl Parts<'_> {
 }
 
 impl Shared {
-    /// Starts a thread that counts as a worker of the machine, with all signals blocked, and confined by the
-    /// filter.
+    /// Starts a thread, which has been counted as a worker of the machine, with all signals blocked, and confined by
+    /// the filter.
     fn spawn(
         self: &Arc<Self>,
         role: &str,
@@ -300,7 +315,6 @@ impl Shared {
             }
             drop(leaving);
         };
-        self.gate.join();
         let spawned = kick::with_signals_blocked(|| Thread::spawn(&self.stacks, &name, body));
         spawned.inspect_err(|_| self.leave()).host("cannot start a thread")
     }
@@ -323,26 +337,63 @@ impl Shared {
             Processor::save(&vcpu.lock().unwrap_or_else(PoisonError::into_inner), msrs)
         };
         let devices = &self.devices;
+        let placed = devices.virtio.all();
         Ok(saved::State {
             transport: if devices.pci.is_some() { Transport::Pci } else { Transport::Mmio },
             memory_mib: (self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20) as u32,
-            disks: self.disks.clone(),
-            nets: self.nets.clone(),
+            disks: placed.iter().filter_map(|placed| placed.role.disk().cloned()).collect(),
+            nets: placed.iter().filter_map(|placed| placed.role.net().cloned()).collect(),
             serial: devices.serial.save(),
             power: devices.power.save(),
             rtc: devices.rtc.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             pci: devices.pci.as_ref().map(Bus::save),
-            virtio: devices.virtio.iter().map(VirtioDevice::save).collect(),
+            hot_plug: devices.virtio.save(),
+            virtio: placed.iter().map(|placed| placed.save()).collect(),
             processors: self.processors.iter().map(processor).collect::<Result<_>>()?,
             // After the processors, whose state may still reach the interrupt controllers.
             platform: Platform::save(&self.vm)?,
         })
     }
 
-    fn run_device(&self, n: usize) {
-        if let Err(error) = self.devices.virtio[n].serve(&self.vm, &self.gate) {
-            self.end(ExitCause::HostFailure(format!("device {n} cannot be served: {error}")));
+    /// Starts the thread that serves a device, if it needs one. It has been counted as a worker.
+    pub(crate) fn spawn_device(self: &Arc<Self>, placed: &Arc<Placed>) -> Result<()> {
+        if !placed.device.needs_thread() {
+            self.leave();
+            return Ok(());
         }
+        let role = match placed.role {
+            Role::Disk(_) => "disk",
+            Role::Net(_) => "net",
+            Role::Other => "vsock",
+        };
+        let served = placed.clone();
+        let work = move |shared: &Shared| {
+            if let Err(error) = served.device.serve(&shared.vm, &shared.gate) {
+                let what = format!("device {} cannot be served: {error}", served.number);
+                shared.end(ExitCause::HostFailure(what));
+            }
+        };
+        let thread = self.spawn(&format!("{role}{}", placed.number), self.filter.as_ref(), work)?;
+        *placed.thread() = Some(thread);
+        Ok(())
+    }
+
+    /// Has the balloon's driver see what is wanted of it.
+    fn refresh_balloon(&self) {
+        let place = self.balloon.as_ref().map(|(place, _)| *place);
+        if let Some(placed) = place.and_then(|place| self.devices.virtio.get(place)) {
+            placed.device.refresh(&self.vm);
+        }
+    }
+
+    /// The disk with this serial number of a machine that is running or paused.
+    pub(crate) fn live_disk(&self, action: &str, serial: &str) -> Result<Arc<Placed>> {
+        match self.state.get() {
+            MachineState::Running | MachineState::Paused => {}
+            state => return Err(MachineError::wrong_state(action, &state)),
+        }
+        let found = self.devices.virtio.find(|placed| placed.is_disk(serial));
+        found.ok_or_else(|| MachineError::no_such_disk(serial))
     }
 
     /// Ends the machine; the first cause stays.
@@ -354,7 +405,7 @@ impl Shared {
     /// Has every worker look at the gate.
     fn wake(&self) {
         self.threads().vcpus.iter().for_each(kick::send);
-        self.devices.virtio.iter().for_each(VirtioDevice::wake);
+        self.devices.virtio.all().iter().for_each(|placed| placed.device.wake());
     }
 
     /// A worker has left; the last one publishes the machine's end.
@@ -362,8 +413,9 @@ impl Shared {
         if let Some(cause) = self.gate.leave() {
             tracing::debug!(machine = %self.name, %cause, "the machine has ended");
             self.devices.serial.disconnect();
-            self.devices.virtio.iter().for_each(VirtioDevice::end);
+            self.devices.virtio.all().iter().for_each(|placed| placed.device.end());
             self.state.set(MachineState::Exited(cause));
+            self.devices.virtio.wake();
             self.gate.over();
         }
     }
@@ -382,6 +434,21 @@ impl Drop for Leaving<'_> {
             self.0.end(ExitCause::HostFailure("a thread of the machine panicked".to_owned()));
         }
         self.0.leave();
+    }
+}
+
+/// A device that a thread is going to serve; whether it goes on where another was saved is said with the transport: on
+/// PCI it has no place before it is told where that was, which may be where another one begins.
+fn served(
+    vm: &VmFd,
+    memory: &Memory,
+    place: usize,
+    (transport, goes_on): (Transport, bool),
+    device: impl Device + 'static,
+) -> Result<VirtioDevice> {
+    match transport {
+        Transport::Pci if goes_on => VirtioDevice::late(memory, device),
+        _ => VirtioDevice::with_thread(vm, memory, place, transport, device),
     }
 }
 
@@ -448,15 +515,26 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
-    fn disk_grown(&self, serial: &str) -> Result<()> {
-        match self.shared.state.get() {
-            MachineState::Running | MachineState::Paused => {}
-            state => return Err(MachineError::wrong_state("grow a disk of", &state)),
+    fn attach_disk(&self, disk: DiskSpec) -> Result<()> {
+        if self.shared.devices.pci.is_none() {
+            return Err(unsupported("machines on virtio-mmio take no disks while they run; those on PCI do"));
         }
-        let shared = &self.shared;
-        let found = shared.disks.iter().zip(&shared.devices.virtio).find(|(has, _)| has.serial == serial);
-        let (_, device) = found.ok_or_else(|| MachineError::no_such_disk(serial))?;
-        device.refresh(&shared.vm);
+        disk.check()?;
+        let _action = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.attach(&disk)
+    }
+
+    fn detach_disk(&self, serial: &str, how: Detach) -> Result<()> {
+        if self.shared.devices.pci.is_none() {
+            return Err(unsupported(
+                "machines on virtio-mmio give up no disks while they run; those on PCI do",
+            ));
+        }
+        self.shared.detach(serial, how)
+    }
+
+    fn disk_grown(&self, serial: &str) -> Result<()> {
+        self.shared.live_disk("grow a disk of", serial)?.device.refresh(&self.shared.vm);
         Ok(())
     }
 
@@ -465,6 +543,10 @@ impl Machine for KvmMachine {
             return Err(unsupported("this host's KVM does not tell all of a machine's state"));
         };
         let _action = self.begin("save", &MachineState::Paused)?;
+        if self.shared.devices.virtio.find(Placed::is_hollow).is_some() {
+            let what = "the guest has not let go of a disk that was taken from it";
+            return Err(MachineError::new(MachineErrorKind::Held, what));
+        }
         saved::write(to, &self.shared.save(msrs)?, &self.shared.memory)
     }
 
@@ -477,9 +559,8 @@ impl Machine for KvmMachine {
             MachineState::Running | MachineState::Paused => {}
             state => return Err(MachineError::wrong_state("ask for memory of", &state)),
         }
-        let (device, wish) = self.shared.balloon()?;
-        wish.set_mib(mib)?;
-        self.shared.devices.virtio[*device].refresh(&self.shared.vm);
+        self.shared.balloon()?.1.set_mib(mib)?;
+        self.shared.refresh_balloon();
         Ok(())
     }
 
@@ -490,13 +571,16 @@ impl Machine for KvmMachine {
     fn kill(&self) {
         self.shared.end(ExitCause::Killed);
         // A watcher's hook runs in the last thread to leave, which cannot wait for itself.
-        if self.shared.threads().all().any(Thread::is_current) {
+        let slots = &self.shared.devices.virtio;
+        if slots.is_own_thread() || self.shared.threads().vcpus.iter().any(Thread::is_current) {
             return;
         }
         self.shared.gate.wait_until_over();
         let threads = std::mem::take(&mut *self.shared.threads());
         // One that panicked has ended the machine as well: see `Leaving`.
-        threads.vcpus.into_iter().chain(threads.devices).for_each(Thread::join);
+        let placed = slots.all();
+        let of_devices = placed.iter().filter_map(|placed| placed.thread().take()).chain(slots.departed());
+        threads.vcpus.into_iter().chain(of_devices).for_each(Thread::join);
     }
 }
 

@@ -18,7 +18,7 @@ const SLEEP_TYPE_SHIFT: u32 = 10;
 const SLEEP_TYPE_MASK: u16 = 7;
 
 /// The general-purpose events that there are.
-const EVENTS: u8 = 1 << layout::GENERATION_GPE;
+const EVENTS: u8 = 1 << layout::GENERATION_GPE | 1 << layout::HOT_PLUG_GPE;
 
 /// The PM1 and general-purpose event registers, which share an interrupt.
 #[derive(Debug, Default)]
@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(read(), [1, 0], "there is no event 7");
         // As wide as both registers: acknowledged and enabled, then raised again.
         assert!(power.write(layout::GPE_PORT, &[0xff, 0xff], sci).is_continue());
-        assert_eq!((read(), level.get()), ([0, 1], false));
+        assert_eq!((read(), level.get()), ([0, 3], false));
         power.raise_event(layout::GENERATION_GPE, sci);
         assert!(level.get());
         // The button's acknowledgement does not take the event's interrupt away.
@@ -176,7 +176,7 @@ mod tests {
         assert!(power.write(EVENT, &[0, 1, 0, 1], sci).is_continue());
         assert!(level.get());
         assert!(power.write(layout::GPE_PORT, &[1], sci).is_continue());
-        assert_eq!((read(), level.get()), ([0, 1], false));
+        assert_eq!((read(), level.get()), ([0, 3], false));
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub(crate) fn run(
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 exits.port_writes.add();
-                match devices.port_write(vm, port, data) {
+                match devices.port_write(vm, gate, port, data) {
                     ControlFlow::Break(cause) => return Some(cause),
                     ControlFlow::Continue(()) => {}
                 }

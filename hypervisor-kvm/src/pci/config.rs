@@ -68,13 +68,15 @@ impl ConfigSpace {
         space
     }
 
-    /// Gives it a range of `len` bytes of 32-bit addresses, a power of two, at `address`, and decodes it, as
-    /// firmware would.
-    pub(crate) fn set_range(&mut self, address: u32, len: u32) {
+    /// Gives it a range of `len` bytes of 32-bit addresses, a power of two; if at an address, decoded there, as firmware
+    /// would.
+    pub(crate) fn set_range(&mut self, address: Option<u32>, len: u32) {
         self.bar_len = len;
-        self.put(BAR0, &address.to_le_bytes());
         self.allow(BAR0, &(!(len - 1)).to_le_bytes());
-        self.put(COMMAND, &MEMORY_DECODING.to_le_bytes());
+        if let Some(address) = address {
+            self.put(BAR0, &address.to_le_bytes());
+            self.put(COMMAND, &MEMORY_DECODING.to_le_bytes());
+        }
     }
 
     /// Adds a capability whose body, what follows its id and its link, is `body`. Returns where it begins.
@@ -161,7 +163,7 @@ mod tests {
             subsystem_vendor: 0x1af4,
             subsystem: 2,
         });
-        space.set_range(0xc000_0000, 0x8000);
+        space.set_range(Some(0xc000_0000), 0x8000);
         space
     }
 

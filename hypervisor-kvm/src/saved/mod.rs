@@ -22,6 +22,7 @@ use crate::pci::BusState;
 use crate::power;
 use crate::rtc::Rtc;
 use crate::serial::SerialState;
+use crate::slots;
 use crate::virtio::DeviceState;
 
 /// What KVM must be able to do for a machine to be saved.
@@ -48,10 +49,27 @@ pub(crate) struct State {
     pub(crate) power: power::State,
     pub(crate) rtc: Rtc,
     pub(crate) pci: Option<BusState>,
-    /// In the order of disks, network ports and other devices, of which earlier versions had less.
-    pub(crate) virtio: Vec<DeviceState>,
+    pub(crate) hot_plug: slots::Registers,
+    /// In the order of their places.
+    pub(crate) virtio: Vec<Device>,
     pub(crate) platform: Platform,
     pub(crate) processors: Vec<Processor>,
+}
+
+/// A virtio device in its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Device {
+    pub(crate) place: u8,
+    pub(crate) role: Role,
+    pub(crate) state: DeviceState,
+}
+
+/// What a device is: the next of the disks, of the network ports, or of the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Role {
+    Disk,
+    Net,
+    Other,
 }
 
 /// What the guest knows of a disk.
@@ -85,15 +103,21 @@ impl Port {
 impl State {
     /// How many virtio devices there are besides disks and network ports.
     pub(crate) fn other_devices(&self) -> usize {
-        self.virtio.len().saturating_sub(self.disks.len() + self.nets.len())
+        self.virtio.iter().filter(|device| device.role == Role::Other).count()
     }
 
     /// That the machine had the disks and ports that it is to go on with.
     pub(crate) fn check(&self, spec: &RestoreSpec, most_processors: usize) -> Result<()> {
         let devices = self.disks.len() + self.nets.len();
+        let of = |role| self.virtio.iter().filter(|device| device.role == role).count();
+        let in_order = self.virtio.is_sorted_by(|a, b| a.place < b.place);
+        let last = self.virtio.last().map_or(0, |device| usize::from(device.place));
         let possible = (1..=most_processors).contains(&self.processors.len())
             && self.memory_mib > 0
             && devices <= self.transport.device_places()
+            && (of(Role::Disk), of(Role::Net)) == (self.disks.len(), self.nets.len())
+            && in_order
+            && last < self.transport.places()
             && (1..=OTHER_DEVICES).contains(&self.other_devices());
         if !possible {
             return Err(saved("the saved machine has more than a machine has on this host, or less"));

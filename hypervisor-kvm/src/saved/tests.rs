@@ -29,7 +29,7 @@ fn machines_of_version_1_are_read_and_written_as_they_were() {
         assert_eq!(state.memory_mib, 4);
         assert_eq!(state.disks, [Disk { serial: "vol-golden".to_owned(), size: 1 << 20, read_only: false }]);
         assert_eq!(state.nets, [Port { mac: [2, 0, 10, 0, 0, 12], mtu: 1400 }]);
-        assert_eq!((state.virtio.len(), state.processors.len()), (3, 2));
+        assert_eq!((state.virtio.len(), state.processors.len()), (4, 2));
         assert_eq!(state.pci.is_some(), transport == Transport::Pci);
         // The guest's kernel lies there.
         assert!((1 << 20..2 << 20).contains(&state.processors[0].instruction_pointer()));

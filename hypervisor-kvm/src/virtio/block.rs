@@ -39,7 +39,8 @@ const CONFIG_LEN: usize = 60;
 /// A block device.
 #[derive(Debug)]
 pub(crate) struct Block {
-    disk: Disk,
+    /// None when the machine has ended, or the guest has let go.
+    disk: Option<Disk>,
     /// The capacity that the driver is told.
     sectors: u64,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
@@ -66,7 +67,7 @@ impl Block {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Self { sectors: disk.size() / SECTOR, disk, serial: id }
+        Self { sectors: disk.size() / SECTOR, disk: Some(disk), serial: id }
     }
 
     /// The configuration space, `struct virtio_blk_config`.
@@ -145,18 +146,20 @@ impl Block {
     fn read(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<u32, Failure>, Malformed> {
         let Some(start) = self.extent(request.sector, request.in_len) else { return Ok(Err(Failure::Io)) };
         let mut bufs = request.chain.writable.targets(memory, request.in_len)?;
-        let read = self.disk.read_vectored_at(&mut bufs, start);
+        let Some(disk) = &self.disk else { return Ok(Err(Failure::Io)) };
+        let read = disk.read_vectored_at(&mut bufs, start);
         Ok(read.map(|()| request.in_len as u32).map_err(Failure::from))
     }
 
     fn write(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<(), Failure>, Malformed> {
         let Some(start) = self.extent(request.sector, request.out_len) else { return Ok(Err(Failure::Io)) };
         let mut bufs = request.chain.readable.sources(memory, HEADER_LEN, request.out_len)?;
-        Ok(self.disk.write_vectored_at(&mut bufs, start).map_err(Failure::from))
+        let Some(disk) = &self.disk else { return Ok(Err(Failure::Io)) };
+        Ok(disk.write_vectored_at(&mut bufs, start).map_err(Failure::from))
     }
 
     fn flush(&self) -> Result<u32, Failure> {
-        self.disk.flush()?;
+        self.disk.as_ref().ok_or(Failure::Io)?.flush()?;
         Ok(0)
     }
 
@@ -167,6 +170,7 @@ impl Block {
         if !request.out_len.is_multiple_of(RANGE_LEN) || count == 0 || count > u64::from(RANGES_MAX) {
             return Ok(Err(Failure::Io));
         }
+        let Some(disk) = &self.disk else { return Ok(Err(Failure::Io)) };
         for n in 0..count {
             let mut range = [0; RANGE_LEN as usize];
             request.chain.readable.read(memory, HEADER_LEN + n * RANGE_LEN, &mut range)?;
@@ -181,8 +185,7 @@ impl Block {
                 return Ok(Err(Failure::Io));
             };
             let len = u64::from(sectors) * SECTOR;
-            let done =
-                if discard { self.disk.discard(start, len) } else { self.disk.write_zeroes(start, len) };
+            let done = if discard { disk.discard(start, len) } else { disk.write_zeroes(start, len) };
             if let Err(error) = done {
                 return Ok(Err(error.into()));
             }
@@ -195,7 +198,8 @@ impl Block {
     fn extent(&self, sector: u64, len: u64) -> Option<u64> {
         let start = sector.checked_mul(SECTOR)?;
         let end = start.checked_add(len)?;
-        (len.is_multiple_of(SECTOR) && len <= DATA_MAX && end <= self.disk.size()).then_some(start)
+        let size = self.disk.as_ref()?.size();
+        (len.is_multiple_of(SECTOR) && len <= DATA_MAX && end <= size).then_some(start)
     }
 }
 
@@ -207,7 +211,7 @@ impl Device for Block {
     fn features(&self) -> u64 {
         let mut bits =
             vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
-        if self.disk.read_only() {
+        if self.disk.as_ref().is_some_and(Disk::read_only) {
             bits.push(VIRTIO_BLK_F_RO);
         } else {
             bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
@@ -226,7 +230,13 @@ impl Device for Block {
     }
 
     fn refresh(&mut self) {
-        self.sectors = self.disk.size() / SECTOR;
+        if let Some(disk) = &self.disk {
+            self.sectors = disk.size() / SECTOR;
+        }
+    }
+
+    fn end(&mut self) {
+        self.disk = None;
     }
 
     fn reset(&mut self) {

@@ -74,6 +74,8 @@ pub(crate) struct VirtioDevice {
     memory: Memory,
     /// By which KVM wakes the device's own thread.
     notification: Option<EventFd>,
+    /// It is to be served no longer.
+    stopped: AtomicBool,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
@@ -128,7 +130,28 @@ impl VirtioDevice {
             Transport::Mmio => Port::Mmio(OnMmio::new(vm, n, device)?),
             Transport::Pci => Port::Pci(Box::new(OnPci::new(n, device))),
         };
-        Ok(Self { port, memory: memory.clone(), notification: None, warned: AtomicBool::new(false) })
+        Ok(Self::behind(port, memory))
+    }
+
+    /// A device on PCI that comes to a guest that is at work, and that a thread is going to serve.
+    pub(crate) fn late(memory: &Memory, device: impl Device + 'static) -> Result<Self> {
+        let notification = EventFd::new(libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
+        let device = Self::behind(Port::Pci(Box::new(OnPci::late(device))), memory);
+        Ok(Self { notification: Some(notification), ..device })
+    }
+
+    fn behind(port: Port, memory: &Memory) -> Self {
+        let (stopped, warned) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { port, memory: memory.clone(), notification: None, stopped, warned }
+    }
+
+    /// Has its thread go home, of which the gate has to be told too, and KVM forget it: the guest has it no more.
+    pub(crate) fn stop(&self, vm: &VmFd) {
+        self.stopped.store(true, Ordering::Release);
+        if let (Port::Pci(pci), Some(notification)) = (&self.port, &self.notification) {
+            pci.stop_listening(vm, notification);
+        }
+        self.wake();
     }
 
     /// The device as it is now. Nothing may be under way.
@@ -206,6 +229,10 @@ impl VirtioDevice {
         if let Some(Err(error)) = self.notification.as_ref().map(|heard| pci.listen(vm, heard)) {
             tracing::warn!(%error, "KVM did not take the new place of a device's notification");
         }
+        // It may have been stopped meanwhile.
+        if let (true, Some(heard)) = (self.stopped.load(Ordering::Acquire), &self.notification) {
+            pci.stop_listening(vm, heard);
+        }
     }
 
     fn follow(&self, vm: &VmFd, effect: Effect) {
@@ -256,7 +283,7 @@ impl VirtioDevice {
     /// Serves requests until the machine ends. One thread calls this.
     pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
         let Some(notification) = &self.notification else { return Ok(()) };
-        while gate.pass() {
+        while gate.pass_unless(&self.stopped) {
             if self.step(vm) {
                 continue;
             }

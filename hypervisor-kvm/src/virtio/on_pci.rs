@@ -28,13 +28,32 @@ pub(super) struct OnPci {
 const NOWHERE: u64 = u64::MAX;
 
 impl OnPci {
-    /// As the `n`th device of a machine.
+    /// As the `n`th device of a machine, from its beginning.
     pub(super) fn new(n: usize, device: impl Device + 'static) -> Self {
-        let address = layout::PCI_MEMORY + n as u32 * RANGE_LEN;
+        Self::at(Some(layout::PCI_MEMORY + n as u32 * RANGE_LEN), device)
+    }
+
+    /// As a device that comes to a guest that is at work, which gives it its place.
+    pub(super) fn late(device: impl Device + 'static) -> Self {
+        Self::at(None, device)
+    }
+
+    fn at(address: Option<u32>, device: impl Device + 'static) -> Self {
         Self {
             registers: Mutex::new(Pci::new(device, address)),
-            address: AtomicU64::new(address.into()),
+            address: AtomicU64::new(address.map_or(NOWHERE, u64::from)),
             notified_at: Mutex::default(),
+        }
+    }
+
+    /// Has KVM hear no notifications any more.
+    pub(super) fn stop_listening(&self, vm: &VmFd, notification: &EventFd) {
+        let mut notified_at = self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = notified_at.take() {
+            let at = IoEventAddress::Mmio(before + NOTIFY);
+            if let Err(error) = vm.unregister_ioevent(notification, &at, NoDatamatch) {
+                tracing::warn!(%error, "KVM did not forget a device's notification");
+            }
         }
     }
 

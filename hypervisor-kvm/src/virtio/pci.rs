@@ -121,8 +121,9 @@ impl From<Vec<Message>> for Done {
 }
 
 impl Pci {
-    /// The registers, at `address`, of a device that nobody has used yet.
-    pub(crate) fn new(device: impl Device + 'static, address: u32) -> Self {
+    /// The registers of a device that nobody has used yet: at `address`, or, of one that comes later, nowhere before the
+    /// guest says where.
+    pub(crate) fn new(device: impl Device + 'static, address: Option<u32>) -> Self {
         let core = Core::new(Box::new(device));
         let kind = core.kind();
         let mut config = ConfigSpace::new(Identity {

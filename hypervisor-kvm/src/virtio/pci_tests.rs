@@ -31,7 +31,7 @@ impl Driver {
 
     fn of(disk: Disk) -> Self {
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        Self { memory, device: Pci::new(Block::new(disk, "vol-0123"), 0xc000_0000) }
+        Self { memory, device: Pci::new(Block::new(disk, "vol-0123"), Some(0xc000_0000)) }
     }
 
     fn set(&mut self, offset: u64, value: &[u8]) -> Done {

@@ -1,0 +1,336 @@
+//! The places of a machine's virtio devices, who is in them, and how on PCI the guest is told that somebody comes
+//! or is to go.
+//!
+//! A guest lets go of a device by ejecting it, as ACPI says (`_EJ0`, ACPI 6.5, 6.3.3): its place is then empty. A disk
+//! that is taken by force leaves its device behind until then: a driver that resets one that has vanished may wait for ever
+//! for it, and all further hot-plugging with it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+
+use crate::thread::Thread;
+use crate::virtio::VirtioDevice;
+use crate::{layout, saved};
+
+/// What a device is to the machine's user.
+#[derive(Debug)]
+pub(crate) enum Role {
+    Disk(saved::Disk),
+    Net(saved::Port),
+    /// One of those that machines have besides.
+    Other,
+}
+
+impl Role {
+    /// The disk, if it is one.
+    pub(crate) fn disk(&self) -> Option<&saved::Disk> {
+        if let Self::Disk(disk) = self { Some(disk) } else { None }
+    }
+
+    /// The network port, if it is one.
+    pub(crate) fn net(&self) -> Option<&saved::Port> {
+        if let Self::Net(net) = self { Some(net) } else { None }
+    }
+}
+
+/// A device in its place.
+#[derive(Debug)]
+pub(crate) struct Placed {
+    pub(crate) number: usize,
+    pub(crate) role: Role,
+    pub(crate) device: VirtioDevice,
+    /// A disk that was taken away, while the guest has not let go of the device: its requests fail.
+    pub(crate) hollow: AtomicBool,
+    /// The thread that serves it, if one does.
+    pub(crate) thread: Mutex<Option<Thread>>,
+}
+
+impl Placed {
+    pub(crate) fn new(number: usize, role: Role, device: VirtioDevice) -> Self {
+        Self { number, role, device, hollow: AtomicBool::new(false), thread: Mutex::default() }
+    }
+
+    /// Whether it is the disk with this serial number.
+    pub(crate) fn is_disk(&self, serial: &str) -> bool {
+        self.role.disk().is_some_and(|disk| disk.serial == serial) && !self.is_hollow()
+    }
+
+    /// Whether it is a device whose disk was taken away.
+    pub(crate) fn is_hollow(&self) -> bool {
+        self.hollow.load(Ordering::Acquire)
+    }
+
+    /// Whether it may leave the machine: a disk, but for the first.
+    pub(crate) fn can_go(&self) -> bool {
+        self.number > 0 && self.role.disk().is_some()
+    }
+
+    /// As it is now. Nothing may be under way.
+    pub(crate) fn save(&self) -> saved::Device {
+        let role = match self.role {
+            Role::Disk(_) => saved::Role::Disk,
+            Role::Net(_) => saved::Role::Net,
+            Role::Other => saved::Role::Other,
+        };
+        saved::Device { place: self.number as u8, role, state: self.device.save() }
+    }
+
+    pub(crate) fn thread(&self) -> MutexGuard<'_, Option<Thread>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The registers of hot-plugging, a bit for each place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Registers {
+    /// Who has come and the guest does not know of.
+    arrived: u32,
+    /// Who is to go and the guest does not know of.
+    leaving: u32,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    places: Vec<Option<Arc<Placed>>>,
+    registers: Registers,
+    departed: Vec<Thread>,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(crate) struct Slots {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Slots {
+    /// So many places, with these devices in theirs.
+    pub(crate) fn new(places: usize, devices: Vec<Placed>) -> Self {
+        let mut state = State::default();
+        state.places.resize_with(places, || None);
+        for placed in devices {
+            let number = placed.number;
+            state.places[number] = Some(Arc::new(placed));
+        }
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// All devices, in the order of their places.
+    pub(crate) fn all(&self) -> Vec<Arc<Placed>> {
+        self.lock().places.iter().flatten().cloned().collect()
+    }
+
+    /// The device in this place, if one is.
+    pub(crate) fn get(&self, number: usize) -> Option<Arc<Placed>> {
+        self.lock().places.get(number)?.clone()
+    }
+
+    /// The first device of which `is` says so.
+    pub(crate) fn find(&self, is: impl Fn(&Placed) -> bool) -> Option<Arc<Placed>> {
+        self.lock().places.iter().flatten().find(|placed| is(placed)).cloned()
+    }
+
+    /// What `of` says of the first device of which it says anything.
+    pub(crate) fn find_map<T>(&self, of: impl Fn(&Placed) -> Option<T>) -> Option<(Arc<Placed>, T)> {
+        let state = self.lock();
+        state.places.iter().flatten().find_map(|placed| Some((placed.clone(), of(placed)?)))
+    }
+
+    /// A place that nobody is in.
+    pub(crate) fn free(&self) -> Option<usize> {
+        self.lock().places.iter().position(Option::is_none)
+    }
+
+    /// Puts a device into its place, which is free. The guest is not told yet.
+    pub(crate) fn put(&self, placed: Placed) -> Arc<Placed> {
+        let placed = Arc::new(placed);
+        let mut state = self.lock();
+        state.registers = state.registers.without(placed.number);
+        state.places[placed.number] = Some(placed.clone());
+        placed
+    }
+
+    /// The guest is to be told, by an event, that this device has come.
+    pub(crate) fn announce(&self, placed: &Placed) {
+        self.lock().registers.arrived |= 1 << placed.number;
+    }
+
+    /// The guest is to be told, by an event, that this device is to go.
+    pub(crate) fn ask_to_go(&self, placed: &Placed) {
+        self.lock().registers.leaving |= 1 << placed.number;
+    }
+
+    /// The threads of devices that were ejected, to be joined.
+    pub(crate) fn departed(&self) -> Vec<Thread> {
+        std::mem::take(&mut self.lock().departed)
+    }
+
+    /// Whether the caller is the thread of a device.
+    pub(crate) fn is_own_thread(&self) -> bool {
+        let state = self.lock();
+        let in_place = state.places.iter().flatten();
+        in_place.filter_map(|placed| placed.thread().as_ref().map(Thread::is_current)).any(|is| is)
+            || state.departed.iter().any(Thread::is_current)
+    }
+
+    /// Takes a device out that the guest has not been told of.
+    pub(crate) fn withdraw(&self, vm: &VmFd, placed: &Placed) {
+        let mut state = self.lock();
+        placed.device.stop(vm);
+        state.places[placed.number] = None;
+        state.registers = state.registers.without(placed.number);
+    }
+
+    /// Whether a device is where it was put.
+    pub(crate) fn is_in_place(&self, placed: &Arc<Placed>) -> bool {
+        self.get(placed.number).is_some_and(|other| Arc::ptr_eq(&other, placed))
+    }
+
+    /// Waits until a device has left its place or `over` says so, which is asked at every [`wake`](Self::wake).
+    /// False at the deadline.
+    pub(crate) fn wait_until_gone(
+        &self,
+        placed: &Arc<Placed>,
+        until: Instant,
+        over: impl Fn() -> bool,
+    ) -> bool {
+        let mut state = self.lock();
+        loop {
+            let there = state.places[placed.number].as_ref().is_some_and(|other| Arc::ptr_eq(other, placed));
+            if !there || over() {
+                return true;
+            }
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
+            (state, _) = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has those who wait look again.
+    pub(crate) fn wake(&self) {
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
+    /// The registers as they are now.
+    pub(crate) fn save(&self) -> Registers {
+        self.lock().registers
+    }
+
+    /// Goes on with registers that were saved.
+    pub(crate) fn restore(&self, registers: Registers) {
+        self.lock().registers = registers;
+    }
+
+    /// The guest reads a register, which forgets what it tells.
+    pub(crate) fn read(&self, port: u16, data: &mut [u8]) {
+        let mut state = self.lock();
+        let told = match port - layout::HOT_PLUG_PORT {
+            layout::HOT_PLUG_ARRIVED => std::mem::take(&mut state.registers.arrived),
+            layout::HOT_PLUG_LEAVING => std::mem::take(&mut state.registers.leaving),
+            _ => 0,
+        };
+        // The registers have one width; others lose what they do not take.
+        data.fill(0);
+        data.iter_mut().zip(told.to_le_bytes()).for_each(|(to, from)| *to = from);
+    }
+
+    /// The guest writes a register, by which it may eject a device. True if it has ejected one, whose thread stands
+    /// at the machine's gate.
+    pub(crate) fn write(&self, vm: &VmFd, port: u16, data: &[u8]) -> bool {
+        let (layout::HOT_PLUG_EJECT, Ok(bits)) =
+            (port - layout::HOT_PLUG_PORT, <[u8; 4]>::try_from(data).map(u32::from_le_bytes))
+        else {
+            return false;
+        };
+        let mut state = self.lock();
+        let place = state.places.get_mut(bits.trailing_zeros() as usize);
+        let Some(ejected) = place.and_then(|place| place.take_if(|placed| placed.can_go())) else {
+            return false;
+        };
+        state.registers = state.registers.without(ejected.number);
+        // Under the lock, so that whoever sees it gone sees it stopped.
+        ejected.device.stop(vm);
+        ejected.device.end();
+        let thread = ejected.thread().take();
+        state.departed.extend(thread);
+        drop((ejected, state));
+        self.changed.notify_all();
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registers {
+    fn without(self, number: usize) -> Self {
+        let others = !(1 << number);
+        Self { arrived: self.arrived & others, leaving: self.leaving & others }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::num::NonZeroU32;
+
+    use instance_core::machine::DiskSpec;
+    use storage_block::MemoryDisk;
+
+    use crate::virtio::Block;
+
+    const EJECT: u16 = layout::HOT_PLUG_PORT + layout::HOT_PLUG_EJECT;
+
+    fn told(slots: &Slots, register: u16) -> u32 {
+        let mut data = [0xff; 4];
+        slots.read(layout::HOT_PLUG_PORT + register, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn guests_eject_disks_but_not_the_first_and_nothing_else() {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else { return eprintln!("SKIPPED: there is no /dev/kvm") };
+        let memory = crate::memory::allocate(NonZeroU32::new(2).unwrap()).unwrap();
+        let vm = kvm.create_vm().unwrap();
+        let disk = || DiskSpec::new(MemoryDisk::new(4096).unwrap().into_disk(), "vol-1");
+        let placed = |number, role| {
+            let device = VirtioDevice::late(&memory, Block::new(disk().disk, "vol-1")).unwrap();
+            Placed::new(number, role, device)
+        };
+        let role = || Role::Disk(saved::Disk::of(&disk()));
+        let slots = Slots::new(8, vec![placed(0, role()), placed(3, Role::Other)]);
+        assert_eq!(slots.free(), Some(1));
+        let late = slots.put(placed(5, role()));
+        slots.announce(&late);
+        slots.ask_to_go(&late);
+        for data in [&[1, 0, 0, 0][..], &[8, 0, 0, 0], &[0; 4], &[0xff; 4], &[0, 0, 0, 128], &[32], &[32; 8]]
+        {
+            assert!(!slots.write(&vm, EJECT, data), "{data:?}");
+        }
+        assert!(!slots.write(&vm, layout::HOT_PLUG_PORT, &[32, 0, 0, 0]), "another register");
+        assert_eq!(slots.all().len(), 3);
+        assert_eq!([layout::HOT_PLUG_ARRIVED, layout::HOT_PLUG_LEAVING].map(|r| told(&slots, r)), [32, 32]);
+        assert_eq!([layout::HOT_PLUG_ARRIVED, layout::HOT_PLUG_LEAVING].map(|r| told(&slots, r)), [0, 0]);
+        assert!(slots.is_in_place(&late));
+        assert!(slots.write(&vm, EJECT, &[32, 0, 0, 0]));
+        assert!(!slots.is_in_place(&late) && slots.wait_until_gone(&late, Instant::now(), || false));
+        assert!(!slots.write(&vm, EJECT, &[32, 0, 0, 0]), "it has gone");
+    }
+
+    #[test]
+    fn any_port_and_width_is_answered() {
+        let slots = Slots::new(8, Vec::new());
+        for port in layout::HOT_PLUG_PORT..layout::HOT_PLUG_PORT + layout::HOT_PLUG_LEN {
+            for len in [0, 1, 2, 4, 8] {
+                let mut data = vec![0xff; len];
+                slots.read(port, &mut data);
+                assert_eq!(data, vec![0; len]);
+            }
+        }
+    }
+}
