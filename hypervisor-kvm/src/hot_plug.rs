@@ -1,7 +1,7 @@
 //! Disks that come and go while a machine runs on PCI.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use instance_core::machine::{Detach, DiskSpec, MachineError, MachineErrorKind};
 
@@ -36,6 +36,7 @@ impl Shared {
             )));
         };
         let device = VirtioDevice::late(&self.memory, Block::new(disk.disk.clone(), &disk.serial))?;
+        let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.gate.join_late() {
             return Err(MachineError::wrong_state(ACTION, &self.state.get()));
         }

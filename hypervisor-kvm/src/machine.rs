@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     exits: Vec<Exits>,
     stacks: Arc<Stacks>,
     threads: Mutex<Threads>,
+    /// Held while a device comes, so that whoever ends the machine finds its thread.
+    pub(crate) plugging: Mutex<()>,
 }
 
 /// The threads that run the guest. Those of devices are in their places.
@@ -290,6 +292,7 @@ impl Parts<'_> {
             gate: Gate::new(),
             state: Publisher::new(state),
             threads: Mutex::default(),
+            plugging: Mutex::default(),
         })
     }
 }
@@ -576,6 +579,7 @@ impl Machine for KvmMachine {
             return;
         }
         self.shared.gate.wait_until_over();
+        let _nobody_comes = self.shared.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let threads = std::mem::take(&mut *self.shared.threads());
         // One that panicked has ended the machine as well: see `Leaving`.
         let placed = slots.all();

@@ -248,9 +248,9 @@ impl Slots {
         };
         let mut state = self.lock();
         let place = state.places.get_mut(bits.trailing_zeros() as usize);
-        let Some(ejected) = place.and_then(|place| place.take_if(|placed| placed.can_go())) else {
-            return false;
-        };
+        // One without a thread is still on its way in.
+        let may_go = |placed: &mut Arc<Placed>| placed.can_go() && placed.thread().is_some();
+        let Some(ejected) = place.and_then(|place| place.take_if(may_go)) else { return false };
         state.registers = state.registers.without(ejected.number);
         // Under the lock, so that whoever sees it gone sees it stopped.
         ejected.device.stop(vm);
@@ -306,6 +306,9 @@ mod tests {
         let slots = Slots::new(8, vec![placed(0, role()), placed(3, Role::Other)]);
         assert_eq!(slots.free(), Some(1));
         let late = slots.put(placed(5, role()));
+        assert!(!slots.write(&vm, EJECT, &[32, 0, 0, 0]), "it is still on its way in");
+        let thread = Thread::spawn(&crate::thread::Stacks::default(), "late", || ()).unwrap();
+        *late.thread() = Some(thread);
         slots.announce(&late);
         slots.ask_to_go(&late);
         for data in [&[1, 0, 0, 0][..], &[8, 0, 0, 0], &[0; 4], &[0xff; 4], &[0, 0, 0, 128], &[32], &[32; 8]]
@@ -320,6 +323,7 @@ mod tests {
         assert!(slots.write(&vm, EJECT, &[32, 0, 0, 0]));
         assert!(!slots.is_in_place(&late) && slots.wait_until_gone(&late, Instant::now(), || false));
         assert!(!slots.write(&vm, EJECT, &[32, 0, 0, 0]), "it has gone");
+        assert_eq!(slots.departed().into_iter().map(Thread::join).count(), 1);
     }
 
     #[test]

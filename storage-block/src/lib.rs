@@ -62,7 +62,7 @@
 //!
 //! # Memory
 //!
-//! Of a store all packs' indices are in memory: 54 to 60 bytes for each chunk, 0.9 GiB for a TiB of chunks that are
+//! Of a store all packs' indices are in memory: 54 to 64 bytes for each chunk, about 1 GiB for a TiB of chunks that are
 //! not alike, and 32 MiB for each TiB of packs that were read from. A snapshot that is open has 40 KiB for each 64 MiB of
 //! disk that was read through it, shared by all its volumes: 640 MiB for each TiB. A volume has 4 KiB for each 64 MiB in
 //! which anything was written, and 2 KiB more from its first snapshot on: 96 MiB for each TiB. What a request takes beside

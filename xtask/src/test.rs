@@ -53,7 +53,7 @@ const UNPUBLISHED: [&str; 4] = ["ami-benches", "ami-examples", "ami-rivals", "xt
 const PACKAGES_TOGETHER: u32 = 90;
 /// Where the lab has the bare-metal guest, which cannot be built there.
 const BARE_GUEST: &str = "/lab/bare-guest";
-/// How long a test binary may take in the lab. The longest takes five minutes, on a busy machine more.
+/// How long a test binary may take in the lab. The longest takes up to ten minutes on a busy machine.
 const TEST_PATIENCE: Duration = Duration::from_secs(900);
 /// How often the emulator may fail before a test of ours has.
 const LAB_TRIES: usize = 3;
@@ -138,7 +138,14 @@ fn test_in_lab(name: &str) -> Result<()> {
         Lab::new(test_binary(name)?).args(["--nocapture"]).guest_artifacts().deadline(TEST_PATIENCE);
     if name == OTHER_KERNELS {
         for other in &guest::others::ALL {
-            lab = lab.file(other.ensure(false)?, Path::new(lab::GUEST_DIR).join(other.name));
+            match other.ensure(false) {
+                Ok(guest) => lab = lab.file(guest, Path::new(lab::GUEST_DIR).join(other.name)),
+                // A host of another distribution may not know Debian's keys.
+                Err(error) if env::var_os("CI").is_none() => {
+                    eprintln!("SKIPPED: the guest {} cannot be made: {error:#}", other.name);
+                }
+                Err(error) => return Err(error),
+            }
         }
     }
     lab = lab.file(bare.path(), BARE_GUEST).env("AMI_BARE_GUEST", BARE_GUEST);
