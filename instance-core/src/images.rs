@@ -14,8 +14,8 @@ use crate::description::StateReason;
 use crate::error::chain;
 use crate::image_source::{ImageSource, Root};
 use crate::instance::{Cell, Live};
-use crate::lifecycle::no_root_volume;
 use crate::machine::{Machine, MachineError};
+use crate::power::no_root_volume;
 use crate::record::{FormerImage, ImageRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
@@ -254,7 +254,7 @@ impl Inner {
     }
 
     /// Nobody would resume it later: a machine that stands still is no running instance.
-    fn not_resumed(&self, cell: &Cell, live: &mut Live, e: MachineError) -> Error {
+    pub(crate) fn not_resumed(&self, cell: &Cell, live: &mut Live, e: MachineError) -> Error {
         let stands = |machine: &dyn Machine| machine.state().get().exit_cause().is_none();
         let failed = Error::machine(e, format!("cannot resume {}", cell.id));
         // The end of one that has ended is followed up with its own reason.

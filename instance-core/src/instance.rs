@@ -125,7 +125,9 @@ impl Instance {
         self.region.stop(&self.cell, patience)
     }
 
-    /// Starts it again, from its root volume as it is now. Does nothing to one that runs.
+    /// Starts it again, from its root volume as it is now, or where it [hibernated](Self::hibernate). Does nothing to
+    /// one that runs. If what it had saved is of no use here, it boots, and the reason of its state says so; where the
+    /// host alone fails, what it had saved is kept.
     ///
     /// # Errors
     ///
@@ -294,6 +296,10 @@ impl Live {
             Error::new(ErrorKind::IncorrectInstanceState, what)
         })?;
         description.state_reason = reason;
+        // Once its guest goes on, or it ends, what was saved is of no more use.
+        if matches!(by, Transition::Started | Transition::Terminate) {
+            record.saved = None;
+        }
         Ok(record)
     }
 

@@ -146,6 +146,16 @@ pub(crate) struct InstanceRecord {
     pub(crate) user_data: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
+    /// Its machine as it was saved, while it hibernates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) saved: Option<SavedRecord>,
+}
+
+/// A saved machine, in the place of its instance's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedRecord {
+    /// In bytes.
+    pub(crate) len: u64,
 }
 
 impl InstanceRecord {

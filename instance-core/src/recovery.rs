@@ -22,6 +22,10 @@ impl Inner {
             .filter(|record| !record.launched && !self.is_whole(record))
             .map(|record| record.description.reservation_id)
             .collect();
+        let hibernated: HashSet<String> = (records.iter())
+            .filter(|record| record.saved.is_some())
+            .map(|record| record.description.id.to_string())
+            .collect();
         for record in records {
             let cut_off = !record.launched && cut_off.contains(&record.description.reservation_id);
             self.recover_instance(record, cut_off)?;
@@ -30,6 +34,7 @@ impl Inner {
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
         remove_others(&self.paths.volumes(), &volumes)?;
         remove_others(&self.paths.instances(), &HashSet::new())?;
+        remove_others(&self.paths.hibernated(), &hibernated)?;
         if let Some(network) = &self.network {
             let cells = self.cells();
             let places = cells.values().filter_map(|cell| Some(cell.description.get().network?.interface_id));

@@ -1,5 +1,5 @@
-//! A launch that a crash cuts off between its record and its volumes: the host loses what was not durable yet,
-//! which no kill of a process shows.
+//! What a crash cuts off: a launch between its record and its volumes, where the host loses what was not durable yet,
+//! which no kill of a process shows, and a hibernation before and after each of its commits.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
@@ -7,17 +7,24 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use common::{TestRegion, disk, register};
 use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
 use instance_core::testing::FakeHypervisor;
-use instance_core::{DescribeVolumes, InstanceState, LaunchSpec, RegionOptions, Result};
+use instance_core::{DescribeVolumes, Instance, InstanceState, LaunchSpec, RegionOptions, Result};
 
 /// A store that can be copied as it is at a moment, as a crash finds it.
 #[derive(Debug, Clone, Default)]
-struct Shared(Arc<MemoryStateStore>);
+struct Shared(Arc<MemoryStateStore>, Arc<Mutex<Option<Crashes>>>);
+
+/// What crashes before and after each commit leave of a region.
+#[derive(Debug)]
+struct Crashes {
+    dir: PathBuf,
+    left: Vec<(tempfile::TempDir, PathBuf, Shared)>,
+}
 
 impl StateStore for Shared {
     fn get(&self, table: &str, key: &str) -> Result<Option<Vec<u8>>> {
@@ -29,7 +36,16 @@ impl StateStore for Shared {
     }
 
     fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
-        self.0.apply(changes, durability)
+        let crash = || {
+            if let Some(crashes) = &mut *self.1.lock().unwrap() {
+                let left = crash(&crashes.dir, self, "", &[]);
+                crashes.left.push(left);
+            }
+        };
+        crash();
+        self.0.apply(changes, durability)?;
+        crash();
+        Ok(())
     }
 }
 
@@ -55,9 +71,13 @@ fn crash(dir: &Path, store: &Shared, volume: &str, lost: &[&str]) -> (tempfile::
     let copy = after.path().join("region");
     let copied = Command::new("cp").args(["-a", "--sparse=always"]).args([dir, &copy]).status().unwrap();
     assert!(copied.success());
-    let files = fs::read_dir(copy.join("volumes").join(volume)).unwrap().map(|file| file.unwrap().path());
-    let named = |path: &PathBuf, start: &&str| path.file_name().unwrap().to_str().unwrap().starts_with(start);
-    for file in files.filter(|path| lost.iter().any(|start| named(path, start))) {
+    let files: Vec<PathBuf> = match lost {
+        [] => Vec::new(),
+        _ => fs::read_dir(copy.join("volumes").join(volume)).unwrap().map(|f| f.unwrap().path()).collect(),
+    };
+    let named =
+        |path: &&PathBuf, start: &&str| path.file_name().unwrap().to_str().unwrap().starts_with(start);
+    for file in files.iter().filter(|path| lost.iter().any(|start| named(path, start))) {
         fs::remove_file(file).unwrap();
     }
     (after, copy, store.copy())
@@ -93,4 +113,61 @@ fn a_launch_that_lost_a_volume_is_undone_and_one_that_has_them_is_kept() {
     let region = open(&copy, kept);
     assert_eq!(region.instances().len(), 2);
     assert!(region.instance(launched[0].id()).unwrap().start().is_err());
+}
+
+/// What the guest answers to a line, after `prefix`.
+fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
+    let soon = Instant::now() + Duration::from_secs(20);
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
+    reader.wait_for(prefix, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
+    String::from_utf8(reader.wait_for("\n", soon).unwrap()).unwrap().trim().to_owned()
+}
+
+/// At every moment there is a saved machine that belongs to its volumes, or none; and none goes on twice.
+#[test]
+fn a_hibernation_that_is_cut_off_has_the_guest_go_on_once_or_boot() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Shared::default();
+    let region = open(dir.path(), store.clone());
+    let ami = register(&region, "base", &disk(1, 7)).unwrap();
+    let spec = LaunchSpec::new("t2.nano".parse().unwrap()).hibernation(true);
+    let instance = region.launch(&ami, spec).unwrap();
+    ask(&instance, "remember thought", "remembered");
+    ask(&instance, "write 0 0 flushed", "wrote");
+    ask(&instance, "flush 0", "flushed");
+    ask(&instance, "write 0 1 unflushed", "wrote");
+    // What a launch leaves for later is written.
+    region.create_tags(&[instance.id().into()], &[("stage", "test")]).unwrap();
+
+    *store.1.lock().unwrap() = Some(Crashes { dir: dir.path().to_owned(), left: Vec::new() });
+    instance.hibernate(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    let crashes = store.1.lock().unwrap().take().unwrap().left;
+    let found: Vec<(bool, bool)> = (crashes.into_iter())
+        .map(|(_after, copy, kept)| {
+            let region = open(&copy, kept);
+            let instance = region.instance(instance.id()).unwrap();
+            assert_eq!(instance.state(), InstanceState::Stopped);
+            let saved = fs::read_dir(copy.join("hibernated")).unwrap().count() == 1;
+            instance.start().unwrap();
+            assert_eq!(ask(&instance, "read 0 0", "data"), "flushed");
+            assert_eq!(fs::read_dir(copy.join("hibernated")).unwrap().count(), 0);
+            let goes_on = ask(&instance, "recall", "recalled") == "thought";
+            assert!(!goes_on || ask(&instance, "read 0 1", "data") == "unflushed");
+            (saved, goes_on)
+        })
+        .collect();
+    let (boots, goes_on) = ((false, false), (true, true));
+    let expected = [
+        // It is `stopping`.
+        [boots, boots],
+        // It is `stopped`, and names what it has saved.
+        [boots, goes_on],
+        // It is `pending`.
+        [goes_on, goes_on],
+        // It is `running`, and names it no more.
+        [goes_on, boots],
+    ];
+    assert_eq!(found, expected.concat());
 }
