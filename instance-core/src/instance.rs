@@ -13,7 +13,7 @@ use crate::console::Console;
 use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::images::CreatedImage;
-use crate::machine::Machine;
+use crate::machine::{DiskSpec, Machine};
 use crate::record::InstanceRecord;
 use crate::region::Owner;
 use crate::status::Boot;
@@ -220,6 +220,8 @@ pub(crate) struct Live {
     pub(crate) volumes: Vec<Volume>,
     /// What holds its machine's disks to the bandwidth of its type.
     pub(crate) limiters: Vec<Limiter>,
+    /// Its instance store while it runs, under the names of the disks.
+    pub(crate) instance_store: Vec<DiskSpec>,
     /// What it takes of the host while it has a machine.
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
@@ -239,6 +241,7 @@ impl Cell {
                 machine: None,
                 volumes: Vec::new(),
                 limiters: Vec::new(),
+                instance_store: Vec::new(),
                 claim: None,
                 generation: 0,
             }),

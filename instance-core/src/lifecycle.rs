@@ -156,10 +156,7 @@ impl Inner {
     fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
         cell.begin_boot();
         let ended = live.end_machine();
-        // What it takes of the host it keeps.
-        let claim = live.claim.take();
-        self.power_off(live);
-        live.claim = claim;
+        self.power_off_for_now(live);
         let made = ended.and_then(|()| self.power_on_again(cell, live));
         made.map(drop).inspect_err(|e| {
             let reason = StateReason::new("Server.InternalError", format!("cannot reboot: {}", chain(e)));

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use ami_core::Digest;
-use storage_block::Volume;
+use storage_block::{RawFile, Volume};
 
 use crate::attach::disk_of;
 use crate::description::{InstanceDescription, StateReason};
@@ -100,9 +100,27 @@ impl Inner {
             .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
         let bandwidth = live.record.description.instance_type.ebs_bandwidth().filter(|_| self.ebs_limits);
         live.limiters = bandwidth.map(|bandwidth| bandwidth.limiters().to_vec()).unwrap_or_default();
+        if live.instance_store.is_empty() {
+            live.instance_store = self.new_instance_store(&live.record)?;
+        }
         let volumes = live.record.description.attachments.iter().zip(&live.volumes);
-        let disks = volumes.map(|(a, v)| disk_of(live, a.volume_id, v)).collect();
+        let volumes = volumes.map(|(a, v)| disk_of(live, a.volume_id, v));
+        let disks = volumes.chain(live.instance_store.iter().cloned()).collect();
         Ok(Ground { disks, nets: self.plug(&live.record)?.into_iter().collect(), runtime_dir })
+    }
+
+    /// Empty disks without a name in the file system: they go with whoever holds them, also in a crash.
+    fn new_instance_store(&self, record: &InstanceRecord) -> Result<Vec<DiskSpec>> {
+        let Some(store) = record.description.instance_type.instance_store() else { return Ok(Vec::new()) };
+        let disk = |name: String| {
+            let file = tempfile::tempfile_in(self.paths.instances())
+                .and_then(|file| file.set_len(store.disk_size()).map(|()| file))
+                .map_err(|e| Error::io(e, format!("cannot make {name}")))?;
+            let disk = RawFile::from_file(file, false);
+            let disk = disk.map_err(|e| Error::storage(e, format!("cannot make {name}")))?;
+            Ok(DiskSpec::new(disk.into_disk(), name))
+        };
+        store.names(&record.instance_store).into_iter().map(disk).collect()
     }
 
     /// Has the supervisor told when the machine ends.
@@ -129,11 +147,17 @@ impl Inner {
         network.plug(Guest::new(&record.description, placement, user_data.as_deref())).map(Some)
     }
 
-    /// Ends the machine, if there is one, and closes the volumes.
+    /// Ends the machine, if there is one, closes the volumes, and gives back what the instance has of the host.
     pub(crate) fn power_off(&self, live: &mut Live) {
+        self.power_off_for_now(live);
+        live.instance_store.clear();
+        live.claim = None;
+    }
+
+    /// Ends the machine, in whose place another comes, and closes the volumes.
+    pub(crate) fn power_off_for_now(&self, live: &mut Live) {
         live.machine = None;
         live.volumes.clear();
-        live.claim = None;
         let dir = self.paths.instance(live.record.description.id);
         if let Err(e) = fs::remove_dir_all(&dir) {
             if e.kind() != std::io::ErrorKind::NotFound {

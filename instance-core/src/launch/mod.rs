@@ -287,6 +287,7 @@ impl Inner {
                 direct_boot: direct_boot.clone(),
                 user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
                 parameters,
+                instance_store: plan::instance_store(&disks),
                 saved: None,
             };
             records.push((record, planned, claim));
