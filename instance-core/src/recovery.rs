@@ -30,6 +30,7 @@ impl Inner {
             let cut_off = !record.launched && cut_off.contains(&record.description.reservation_id);
             self.recover_instance(record, cut_off)?;
         }
+        self.recover_tasks()?;
         let volumes: HashSet<String> =
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
         remove_others(&self.paths.volumes(), &volumes)?;

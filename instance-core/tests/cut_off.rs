@@ -1,5 +1,5 @@
 //! What a crash cuts off: a launch between its record and its volumes, where the host loses what was not durable yet,
-//! which no kill of a process shows, and a hibernation before and after each of its commits.
+//! which no kill of a process shows; and a hibernation and a task before and after each of their commits.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
@@ -10,10 +10,13 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ami_core::{Ami, X86_64};
 use common::{TestRegion, disk, register};
 use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
-use instance_core::testing::FakeHypervisor;
-use instance_core::{DescribeVolumes, Instance, InstanceState, LaunchSpec, RegionOptions, Result};
+use instance_core::testing::{FakeHypervisor, tiny_elf};
+use instance_core::{
+    DescribeVolumes, DirectBoot, Instance, InstanceState, LaunchSpec, RegionOptions, Result, TaskStatus,
+};
 
 /// A store that can be copied as it is at a moment, as a crash finds it.
 #[derive(Debug, Clone, Default)]
@@ -52,7 +55,7 @@ impl StateStore for Shared {
 impl Shared {
     fn copy(&self) -> Self {
         let copy = Self::default();
-        for table in ["region", "images", "instances", "volumes"] {
+        for table in ["region", "images", "instances", "volumes", "import-image-tasks"] {
             for (key, value) in self.scan(table).unwrap() {
                 copy.apply(&[Change { table, key, value: Some(value) }], Durability::Immediate).unwrap();
             }
@@ -170,4 +173,37 @@ fn a_hibernation_that_is_cut_off_has_the_guest_go_on_once_or_boot() {
         [goes_on, boots],
     ];
     assert_eq!(found, expected.concat());
+}
+
+/// A task has completed if and only if its image is there, and is told of in any case once it has begun.
+#[test]
+fn an_import_that_is_cut_off_is_told_of_and_has_left_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Shared::default();
+    let region = open(dir.path(), store.clone());
+    *store.1.lock().unwrap() = Some(Crashes { dir: dir.path().to_owned(), left: Vec::new() });
+    let boot = DirectBoot::new(tiny_elf(), None, "");
+    let task = region.import_image(Ami::<X86_64>::builder("imported"), disk(1, 7), Some(boot)).unwrap();
+    task.wait(Instant::now() + Duration::from_secs(60)).unwrap();
+    drop(region);
+    let crashes = store.1.lock().unwrap().take().unwrap().left;
+    let mut found: Vec<Option<TaskStatus>> = Vec::new();
+    for (_after, copy, kept) in crashes {
+        let region = open(&copy, kept.clone());
+        let known = region.import_image_task(task.id()).ok().map(|task| task.describe());
+        let images: Vec<_> = region.images().unwrap().iter().map(|image| image.ami().id()).collect();
+        let made: Vec<_> = known.iter().filter_map(|task| task.image_id).collect();
+        assert_eq!(images, made, "{known:?}");
+        let stored = fs::read_dir(copy.join("blocks/snapshots")).unwrap().count();
+        assert_eq!(stored, images.len(), "{known:?}");
+        if let Some(known) = known.as_ref().filter(|task| task.status == TaskStatus::Deleted) {
+            assert!(known.status_message.contains("the process that owned the region ended"), "{known:?}");
+        }
+        drop(region);
+        let again = open(&copy, kept).import_image_task(task.id()).ok().map(|task| task.describe());
+        assert_eq!(again, known, "once is enough");
+        found.push(known.map(|task| task.status));
+    }
+    found.dedup();
+    assert_eq!(found, [None, Some(TaskStatus::Deleted), Some(TaskStatus::Completed)]);
 }

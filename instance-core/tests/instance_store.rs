@@ -92,7 +92,10 @@ fn nothing_of_it_has_a_name_in_the_region() {
     instance.stop(Duration::ZERO).unwrap();
     instance.set_instance_type(hardware(true)).unwrap();
     instance.start().unwrap();
-    assert_eq!((ask(&instance, "disks", "disks"), ask(&instance, "read 1 0", "data")), ("3".into(), "".into()));
+    assert_eq!(
+        (ask(&instance, "disks", "disks"), ask(&instance, "read 1 0", "data")),
+        ("3".into(), "".into())
+    );
 }
 
 #[test]
