@@ -137,7 +137,9 @@ impl Inner {
             Some(key) => save_encrypted(machine, &path, key),
             None => save_open(machine, &path),
         };
-        saved.map(|len| SavedRecord { len }).inspect_err(|_| self.remove_saved(cell.id))
+        saved
+            .map(|len| SavedRecord { len, vsock: live.vsock.is_some() })
+            .inspect_err(|_| self.remove_saved(cell.id))
     }
 
     /// Has a machine go on that was saved. It is paused; or it is lost, with the reason.
@@ -157,7 +159,7 @@ impl Inner {
             Err(e) => return Err(e),
         };
         let spec = RestoreSpec::new(cell.id.to_string(), machine, cell.console.port());
-        match self.restore(cell, live, spec)? {
+        match self.restore(cell, live, spec, saved.vsock)? {
             Ok(()) => Ok(Ok(())),
             Err(e) if matches!(e.kind(), MachineErrorKind::Saved | MachineErrorKind::Unsupported) => lost(&e),
             Err(e) => Err(Error::machine(e, format!("cannot restore the machine of {}", cell.id))),

@@ -15,12 +15,14 @@ use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::Inner;
 use crate::supervisor::Message;
+use crate::vsock::{self, VsockSpec};
 use crate::{Error, ErrorKind, Result};
 
 /// What a machine stands on, whether it boots or goes on.
 struct Ground {
     disks: Vec<DiskSpec>,
     nets: Vec<NetSpec>,
+    vsock: Option<VsockSpec>,
     runtime_dir: PathBuf,
 }
 
@@ -56,14 +58,15 @@ impl Inner {
 
     /// Makes a machine on the volumes that are open, and starts it.
     pub(crate) fn power_on(&self, cell: &Cell, live: &mut Live, boot: Boot) -> Result<()> {
-        let ground = self.ground(cell, live)?;
+        let ground = self.ground(cell, live, self.vsock)?;
         let description = &live.record.description;
         let mut spec =
             MachineSpec::new(cell.id.to_string(), description.architecture, boot, cell.console.port());
         spec.vcpus = description.instance_type.vcpus();
         spec.memory_mib = description.instance_type.memory_mib();
         spec.identity = Some(identity(description));
-        (spec.disks, spec.nets, spec.runtime_dir) = (ground.disks, ground.nets, ground.runtime_dir);
+        (spec.disks, spec.nets, spec.vsock) = (ground.disks, ground.nets, ground.vsock);
+        spec.runtime_dir = ground.runtime_dir;
         cell.begin_boot();
         let failed = |e| Error::machine(e, format!("cannot start a machine for {}", cell.id));
         let machine = self.hypervisor.create(spec).map_err(failed)?;
@@ -79,11 +82,12 @@ impl Inner {
         &self,
         cell: &Cell,
         live: &mut Live,
-        spec: RestoreSpec,
+        mut spec: RestoreSpec,
+        had_vsock: bool,
     ) -> Result<Result<(), MachineError>> {
-        let ground = self.ground(cell, live)?;
-        let mut spec = spec;
-        (spec.disks, spec.nets, spec.runtime_dir) = (ground.disks, ground.nets, ground.runtime_dir);
+        let ground = self.ground(cell, live, had_vsock)?;
+        (spec.disks, spec.nets, spec.vsock) = (ground.disks, ground.nets, ground.vsock);
+        spec.runtime_dir = ground.runtime_dir;
         let machine = match self.hypervisor.restore(spec) {
             Ok(machine) => machine,
             Err(e) => return Ok(Err(e)),
@@ -94,7 +98,7 @@ impl Inner {
         Ok(Ok(()))
     }
 
-    fn ground(&self, cell: &Cell, live: &mut Live) -> Result<Ground> {
+    fn ground(&self, cell: &Cell, live: &mut Live, with_vsock: bool) -> Result<Ground> {
         let runtime_dir = self.paths.instance(cell.id);
         fs::create_dir_all(&runtime_dir)
             .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
@@ -106,7 +110,10 @@ impl Inner {
         let volumes = live.record.description.attachments.iter().zip(&live.volumes);
         let volumes = volumes.map(|(a, v)| disk_of(live, a.volume_id, v));
         let disks = volumes.chain(live.instance_store.iter().cloned()).collect();
-        Ok(Ground { disks, nets: self.plug(&live.record)?.into_iter().collect(), runtime_dir })
+        let nets = self.plug(&live.record)?.into_iter().collect();
+        let (port, vsock) = with_vsock.then(vsock::cable).unzip();
+        live.vsock = vsock;
+        Ok(Ground { disks, nets, vsock: port.map(VsockSpec::new), runtime_dir })
     }
 
     /// Empty disks without a name in the file system: they go with whoever holds them, also in a crash.
@@ -156,7 +163,7 @@ impl Inner {
 
     /// Ends the machine, in whose place another comes, and closes the volumes.
     pub(crate) fn power_off_for_now(&self, live: &mut Live) {
-        live.machine = None;
+        (live.machine, live.vsock) = (None, None);
         live.volumes.clear();
         let dir = self.paths.instance(live.record.description.id);
         if let Err(e) = fs::remove_dir_all(&dir) {

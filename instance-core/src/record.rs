@@ -162,6 +162,9 @@ pub(crate) struct InstanceRecord {
 pub(crate) struct SavedRecord {
     /// In bytes.
     pub(crate) len: u64,
+    /// Whether it has a place for streams.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) vsock: bool,
 }
 
 impl InstanceRecord {

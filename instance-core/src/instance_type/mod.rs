@@ -91,6 +91,12 @@ impl InstanceType {
         }
     }
 
+    /// The same, with its volumes held to this together.
+    #[must_use]
+    pub fn with_ebs_bandwidth(self, bandwidth: EbsBandwidth) -> Self {
+        Self { ebs_bandwidth: Some(bandwidth), ..self }
+    }
+
     /// The same with disks of the host's.
     #[must_use]
     pub fn with_instance_store(self, store: InstanceStore) -> Self {
