@@ -5,8 +5,9 @@ use std::os::unix::fs::FileExt;
 
 use storage_block::Disk;
 
+use super::life::Held;
 use super::nets::{FIRST, Peer};
-use super::{Guest, Held, TestBed, disk, word_at};
+use super::{Guest, TestBed, disk, word_at};
 use crate::console::Console;
 use crate::machine::{
     DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineState, NetSpec, RestoreSpec,
