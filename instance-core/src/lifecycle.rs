@@ -118,6 +118,7 @@ impl Inner {
             self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
         }
         let mut record = live.after(Transition::Start, None)?;
+        record.launched = true;
         record.description.launch_time = Timestamp::now();
         live.claim = Some(self.meter.claim(&record.description.instance_type)?);
         let begun = self.store.commit(|c| c.put(&record));
@@ -202,6 +203,21 @@ impl Inner {
         };
         if let Err(e) = self.follow(&cell, &mut live, &cause) {
             tracing::error!(instance = %id, %cause, error = chain(&e), "cannot follow a machine's end");
+        }
+    }
+
+    /// An instance was launched, and its volumes are to become durable.
+    pub(crate) fn settle(&self, id: ami_core::InstanceId) {
+        let Some(cell) = self.cells().get(&id).cloned() else { return };
+        // Whoever holds the instance tells of it again when done.
+        let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
+        if live.record.launched || live.volumes.is_empty() {
+            return;
+        }
+        // The record goes with whatever is committed next: until then opening the region looks at the volumes.
+        let settled = live.settle().and_then(|()| self.store.later(|c| c.put(&live.record)));
+        if let Err(e) = settled {
+            self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e)));
         }
     }
 

@@ -24,7 +24,7 @@ use crate::log::{AppendError, Log};
 use crate::map::StateMap;
 use crate::options::VolumeOptions;
 use crate::overlay::Overlay;
-use crate::store::{Locked, lock, parent, sync_at_once, sync_dir};
+use crate::store::{Locked, lock, parent, sync_dir};
 use crate::{Disk, Error, ErrorKind, Result, Snapshot, Store};
 
 /// A disk that can be written, and that begins as a snapshot or as zeroes.
@@ -90,6 +90,8 @@ struct Inner {
     log: Mutex<Log>,
     /// Something was written since the last flush began.
     dirty: AtomicBool,
+    /// It was made, and not synchronised since.
+    new: AtomicBool,
     /// A synchronisation has failed.
     failed: AtomicBool,
 }
@@ -129,8 +131,8 @@ impl Volume {
         VolumeOptions::new().create(dir, base, size)
     }
 
-    /// The same without waiting for the disk: nothing of the volume is durable, flushed or not, until
-    /// [`sync_created`](Self::sync_created) has returned. For those who have something else to do meanwhile.
+    /// The same without waiting for the disk: the volume becomes durable with its first flush, or by
+    /// [`sync_created`](Self::sync_created). For those who can make it once more if a crash takes it before.
     ///
     /// ```
     /// use storage_block::Volume;
@@ -195,19 +197,21 @@ impl Volume {
         })?;
         let volume_key = key.map(VolumeKey::new).transpose()?;
         let log = Log::create(dir, size, base.map(Snapshot::digest), volume_key)?;
-        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned()))
+        let volume = Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned());
+        volume.0.new.store(true, Ordering::Release);
+        Ok(volume)
     }
 
-    /// Makes a new volume durable, with what has been flushed since.
+    /// Makes a volume durable that was [created unsynced](Self::create_unsynced), as it was then. Does nothing to any
+    /// other, nor to one that was flushed since.
     ///
     /// # Errors
     ///
-    /// What the file system says. The volume may then be there after a crash, or not.
+    /// What the file system says. The volume may then be there after a crash, or not, and no flush succeeds any more.
     pub fn sync_created(&self) -> Result<()> {
-        let dir = &self.0.dir;
-        let log = &*lock(&self.0.log);
-        // None of them relies on another: before this returns nobody has been promised anything.
-        sync_at_once(&[&|| sync_dir(parent(dir)), &|| sync_dir(dir), &|| log.sync_all()])
+        let log = lock(&self.0.log);
+        self.0.check_durable()?;
+        self.0.sync_new(&log)
     }
 
     /// Opens the volume in `dir`, whose snapshot is in `store`.
@@ -268,6 +272,7 @@ impl Volume {
             pending: Mutex::default(),
             log: Mutex::new(log),
             dirty: AtomicBool::new(false),
+            new: AtomicBool::new(false),
             failed: AtomicBool::new(false),
         }))
     }
@@ -311,6 +316,7 @@ impl Volume {
             let less = || Error::invalid_size(size, "is less than that of the volume");
             return if size == old { Ok(()) } else { Err(less()) };
         }
+        inner.sync_new(&log)?;
         inner.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
         match log.grow(size) {
             Ok(()) => {
