@@ -16,13 +16,20 @@ use crate::{Error, InstanceState, Result, Transition};
 impl Inner {
     /// Puts in order what the last owner left.
     pub(crate) fn recover(&self) -> Result<()> {
-        for record in self.store.all::<InstanceRecord>()? {
+        let records = self.store.all::<InstanceRecord>()?;
+        let hibernated: HashSet<String> = (records.iter())
+            .filter(|record| record.saved.is_some())
+            .map(|record| record.description.id.to_string())
+            .collect();
+        for record in records {
             self.recover_instance(record)?;
         }
+        self.recover_tasks()?;
         let volumes: HashSet<String> =
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
         remove_others(&self.paths.volumes(), &volumes)?;
         remove_others(&self.paths.instances(), &HashSet::new())?;
+        remove_others(&self.paths.hibernated(), &hibernated)?;
         if let Some(network) = &self.network {
             let cells = self.cells();
             let places = cells.values().filter_map(|cell| Some(cell.description.get().network?.interface_id));
