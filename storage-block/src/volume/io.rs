@@ -7,8 +7,8 @@ use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 use super::{Gate, Inner, Volume};
 use crate::buffer::{gather, take_first, total};
 use crate::format::{BLOCK, CHUNK, Run, State};
-use crate::log::{AppendError, Log};
-use crate::store::{lock, parent, read, sync_at_once, sync_dir, write};
+use crate::log::AppendError;
+use crate::store::{lock, read, write};
 use crate::{BlockBackend, Capabilities, Error, ErrorKind, Extent, IoBuf, Result};
 
 /// How much is written in one go: a snapshot that is to begin waits for writes under way.
@@ -261,25 +261,6 @@ impl Inner {
             Err(AppendError::Write(error)) => {
                 lock(&self.pending).put_back(pending);
                 self.dirty.store(true, Ordering::Release);
-                Err(error)
-            }
-        }
-    }
-
-    /// Makes the names durable by which a new volume is found: what is flushed is worth nothing without them.
-    pub(super) fn sync_new(&self, log: &Log) -> Result<()> {
-        if !self.new.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let dir = &self.dir;
-        // None of them relies on another: before this returns nobody has been promised anything.
-        match sync_at_once(&[&|| sync_dir(parent(dir)), &|| sync_dir(dir), &|| log.sync_all()]) {
-            Ok(()) => {
-                self.new.store(false, Ordering::Release);
-                Ok(())
-            }
-            Err(error) => {
-                self.failed.store(true, Ordering::Release);
                 Err(error)
             }
         }
