@@ -116,6 +116,8 @@ impl Inner {
             let what = format!("{instance} has a volume at {name} already");
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
+        // From here on it has a volume that is not of its launch, and may not be made again.
+        live.settle()?;
         let mut record = live.record.clone();
         let description = &mut record.description;
         let attachment =

@@ -213,6 +213,21 @@ impl Inner {
         }
     }
 
+    /// An instance was launched, and its volumes are to become durable.
+    pub(crate) fn settle(&self, id: ami_core::InstanceId) {
+        let Some(cell) = self.cells().get(&id).cloned() else { return };
+        // Whoever holds the instance tells of it again when done.
+        let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
+        if live.record.launched || live.volumes.is_empty() {
+            return;
+        }
+        // The record goes with whatever is committed next: until then opening the region looks at the volumes.
+        let settled = live.settle().and_then(|()| self.store.later(|c| c.put(&live.record)));
+        if let Err(e) = settled {
+            self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e)));
+        }
+    }
+
     fn follow(&self, cell: &Cell, live: &mut Live, cause: &ExitCause) -> Result<()> {
         if live.record.description.state == InstanceState::Stopping {
             // It was asked to, for the reason that it has; whoever did need not be the first to see it.

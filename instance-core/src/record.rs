@@ -140,8 +140,8 @@ impl Record for SnapshotRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InstanceRecord {
     pub(crate) description: InstanceDescription,
-    /// Whether its volumes were durable when this was written. A launch commits its record while they are made
-    /// so; of one that a crash cut off, they may be missing, and then nobody was promised anything.
+    /// Whether its volumes were durable when this was written. They become so after its launch, or when its guest first
+    /// flushes them: a crash before that may take them, and then they are made again as they were.
     pub(crate) launched: bool,
     /// What it boots if that is not read from its root volume.
     pub(crate) direct_boot: Option<BootPlan>,

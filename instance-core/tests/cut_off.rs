@@ -1,5 +1,5 @@
-//! What a crash cuts off: a launch between its record and its volumes, where the host loses what was not durable yet,
-//! which no kill of a process shows; and a hibernation and a task before and after each of their commits.
+//! What a crash cuts off: a launch whose volumes are not durable yet, where the host loses what no kill of a process
+//! shows; and a hibernation and a task before and after each of their commits.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, X86_64};
+use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use common::{TestRegion, disk, register};
 use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
@@ -87,35 +87,55 @@ fn crash(dir: &Path, store: &Shared, volume: &str, lost: &[&str]) -> (tempfile::
 }
 
 #[test]
-fn a_launch_that_lost_a_volume_is_undone_and_one_that_has_them_is_kept() {
+fn volumes_that_a_crash_took_after_their_launch_are_made_again_as_they_were() {
     let dir = tempfile::tempdir().unwrap();
     let store = Shared::default();
     let region = open(dir.path(), store.clone());
     let ami = register(&region, "base", &disk(1, 7)).unwrap();
     let spec = || LaunchSpec::new("t2.nano".parse().unwrap());
     let launched = region.run_instances(&ami, spec().count(2, 2)).unwrap().instances;
-    let volume = launched[0].describe().attachments[1].volume_id.to_string();
+    let root = launched[0].describe().attachments[0].volume_id.to_string();
 
-    // Both have all of their files.
-    let (_after, copy, kept) = crash(dir.path(), &store, &volume, &[]);
-    let found = open(&copy, kept).instances();
-    assert!(found.len() == 2 && found.iter().all(|i| i.state() == InstanceState::Stopped), "{found:?}");
-
-    // The files of one had not been made durable: both are gone, for they were launched as one.
-    for lost in [&["log"][..], &["log", "overlay"]] {
-        let (_after, copy, kept) = crash(dir.path(), &store, &volume, lost);
+    for lost in [&[][..], &["log"], &["log", "overlay"]] {
+        let (_after, copy, kept) = crash(dir.path(), &store, &root, lost);
         let region = open(&copy, kept);
-        assert!(region.instances().is_empty(), "{lost:?} of {volume}");
-        assert!(region.describe_volumes(&DescribeVolumes::new()).unwrap().items.is_empty());
-        assert_eq!(fs::read_dir(copy.join("volumes")).unwrap().count(), 0);
+        let found = region.instances();
+        assert!(found.len() == 2 && found.iter().all(|i| i.state() == InstanceState::Stopped), "{found:?}");
+        let instance = region.instance(launched[0].id()).unwrap();
+        instance.start().unwrap();
+        instance.stop(Duration::ZERO).unwrap();
+        // They begin with what the image holds.
+        let made = instance.create_image("again").unwrap();
+        assert_eq!((made.changed_bytes, made.stored_bytes), (0, 0), "{lost:?} of {root}");
     }
 
-    // Once something else was committed the launch is known to be whole: what is lost later is damage.
-    launched[1].stop(Duration::ZERO).unwrap();
-    let (_after, copy, kept) = crash(dir.path(), &store, &volume, &["log"]);
+    // What was flushed to them makes them durable: what is lost later is damage.
+    launched[0].stop(Duration::ZERO).unwrap();
+    let (_after, copy, kept) = crash(dir.path(), &store, &root, &["log"]);
     let region = open(&copy, kept);
     assert_eq!(region.instances().len(), 2);
     assert!(region.instance(launched[0].id()).unwrap().start().is_err());
+    region.instance(launched[1].id()).unwrap().start().unwrap();
+}
+
+/// A volume that goes on without its instance is there, also if the crash took it while the instance ended.
+#[test]
+fn a_volume_that_is_kept_is_kept_however_soon_the_instance_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Shared::default();
+    let region = open(dir.path(), store.clone());
+    let ami = register(&region, "base", &disk(1, 7)).unwrap();
+    let kept = BlockDeviceMapping::blank("/dev/sdk", 1).delete_on_termination(false);
+    let spec = LaunchSpec::new("t2.nano".parse().unwrap()).block_device(kept);
+    let instance = region.launch(&ami, spec).unwrap();
+    let attachments = instance.describe().attachments;
+    let volume = attachments.iter().find(|a| a.device_name == "/dev/sdk").unwrap().volume_id;
+    instance.terminate().unwrap();
+    let (_after, copy, kept) = crash(dir.path(), &store, &volume.to_string(), &[]);
+    let region = open(&copy, kept);
+    let found = region.describe_volumes(&DescribeVolumes::new()).unwrap().items;
+    assert!(found.iter().any(|v| v.id == volume), "{found:?}");
+    region.delete_volume(volume).unwrap();
 }
 
 /// What the guest answers to a line, after `prefix`.

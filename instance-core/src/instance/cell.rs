@@ -135,7 +135,19 @@ impl Live {
     /// Ends the machine and makes durable what its guest has written: a guest is told that a write
     /// is done when the volume has it, and no end of its machine takes that back.
     pub(crate) fn end_machine(&mut self) -> Result<()> {
-        self.end_machine_of(|_| true)
+        self.end_machine_of(|_| true)?;
+        self.record.launched = true;
+        Ok(())
+    }
+
+    /// Makes the volumes durable that its launch made, unless they are known to be.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if !self.record.launched {
+            let synced = self.volumes.iter().try_for_each(Volume::sync_created);
+            synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
+            self.record.launched = true;
+        }
+        Ok(())
     }
 
     /// The same for some of the volumes.
@@ -159,7 +171,7 @@ fn words(by: Transition) -> &'static str {
 /// The right to act on an instance.
 ///
 /// While it is held the supervisor leaves the instance alone, so a machine that ends meanwhile is
-/// reported again when the hold is given up.
+/// reported again when the hold is given up, as is one whose volumes are not known to be durable.
 pub(crate) struct Hold<'a> {
     id: InstanceId,
     live: Option<MutexGuard<'a, Live>>,
@@ -189,7 +201,11 @@ impl std::ops::DerefMut for Hold<'_> {
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
         let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
+        let unsettled = !self.record.launched && !self.volumes.is_empty();
         self.live = None;
+        if unsettled {
+            let _ = self.ended.send(Message::Launched(self.id));
+        }
         // Looked at only after the lock is free: an end after this look finds the supervisor able
         // to act on it.
         if let Some((state, generation)) = watched {
