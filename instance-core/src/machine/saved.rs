@@ -78,7 +78,7 @@ pub struct RestoreSpec {
     pub name: String,
     /// What was saved.
     pub saved: SavedMachine,
-    /// The disks, in the order in which the machine had them, with the same serial numbers and sizes. Their bytes
+    /// The disks that the machine had, with the same serial numbers, by which it knows them, and sizes. Their bytes
     /// must be those of the moment at which it was saved: a guest keeps in mind what it has read and written.
     pub disks: Vec<DiskSpec>,
     /// The network ports, in the order in which the machine had them, with the same addresses and MTUs.
@@ -92,6 +92,17 @@ pub struct RestoreSpec {
 }
 
 impl RestoreSpec {
+    /// Brings the disks into the order of these serial numbers, in which the machine had them; what is not among them
+    /// comes last. Every hypervisor begins [`Hypervisor::restore`](super::Hypervisor::restore) with it.
+    pub fn order_disks<'s>(&mut self, serials: impl IntoIterator<Item = &'s str>) {
+        for (place, serial) in serials.into_iter().enumerate() {
+            match self.disks.iter().skip(place).position(|disk| disk.serial == serial) {
+                Some(further) => self.disks[place..=place + further].rotate_right(1),
+                None => return,
+            }
+        }
+    }
+
     /// A machine without disks, network ports and streams, with the temporary directory as its runtime directory.
     pub fn new(name: impl Into<String>, saved: SavedMachine, console: ConsolePort) -> Self {
         Self {

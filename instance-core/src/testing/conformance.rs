@@ -121,6 +121,7 @@ const CHECKS: &[Check] = &[
     ("ends network ports with their machine", nets::ports_end_with_their_machine),
     ("refuses to save and restore what it cannot", save::refuses_what_it_cannot),
     ("saves a machine and restores several", save::saves_and_restores),
+    ("restores a machine with its disks in any order", save::restores_with_disks_in_any_order),
     ("gives everything back", life::gives_everything_back),
 ];
 

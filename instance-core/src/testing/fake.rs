@@ -156,8 +156,8 @@ impl Hypervisor for FakeHypervisor {
         Ok(Box::new(FakeMachine::new(MachineState::Created, memory, spec.disks, spec.nets, spec.console)))
     }
 
-    fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Machine>, MachineError> {
-        let memory = Memory::restore(&spec)?;
+    fn restore(&self, mut spec: RestoreSpec) -> Result<Box<dyn Machine>, MachineError> {
+        let memory = Memory::restore(&mut spec)?;
         let machine = FakeMachine::new(MachineState::Paused, memory, spec.disks, spec.nets, spec.console);
         machine.run_guest()?;
         Ok(Box::new(machine))
