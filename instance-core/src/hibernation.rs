@@ -40,7 +40,7 @@ impl Instance {
     /// [started](Self::start) its guest goes on as if nothing had been, but for the time. It has to be launched with
     /// [`hibernation`](method@crate::LaunchSpec::hibernation). Where it cannot be saved it is
     /// [stopped](Self::stop) with this patience, as EC2 does, and its state's reason says why. Does nothing to one that is
-    /// stopped.
+    /// stopped. While its memory is written other calls on it wait.
     ///
     /// What it has saved is as secret as its root volume: encrypted if that is. EC2 asks for an encrypted root volume;
     /// here it need not be. While it hibernates its volumes neither come nor go nor grow. Images and snapshots that

@@ -1,148 +1,17 @@
 //! A region from the outside, on the fake machine.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use std::path::Path;
+#[path = "common/region.rs"]
+mod common;
+
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, AnyAmi, Arm64, BlockDeviceMapping, Digest, X86_64};
+use common::{ask, disk, files, open, register, soon, spec, try_register};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{
-    DirectBoot, ErrorKind, ImageSource, Instance, InstanceState, InstanceType, LaunchSpec, Region, Result,
-    ShutdownBehavior,
-};
-use storage_block::{Disk, MemoryDisk, RawFile};
-
-type TestRegion = Region<FakeHypervisor>;
-
-fn open(dir: &Path) -> TestRegion {
-    Region::open(dir, FakeHypervisor::new()).unwrap()
-}
-
-fn disk() -> Disk {
-    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
-    disk.write_at(b"class", 0).unwrap();
-    disk
-}
-
-fn try_register(region: &TestRegion, name: &str) -> Result<Ami<X86_64>> {
-    let disk = disk();
-    let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
-    region.register_image(Ami::<X86_64>::builder(name), source)
-}
-
-fn register(region: &TestRegion) -> Ami<X86_64> {
-    try_register(region, "base").unwrap()
-}
-
-fn spec() -> LaunchSpec {
-    LaunchSpec::new("t2.nano".parse().unwrap())
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
-}
-
-/// Tells the guest something and waits for the answer.
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
-    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
-}
-
-/// Every file below a directory, but for those that are there for ever.
-fn files(dir: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => found.extend(files(&path)),
-            false => found.push(path.display().to_string()),
-        }
-    }
-    found.sort();
-    found
-}
-
-#[test]
-fn an_object_is_its_own_and_the_class_never_changes() {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region);
-    let (one, two) = (region.launch(&ami, spec()).unwrap(), region.launch(&ami, spec()).unwrap());
-    ask(&one, "read 0 0", "data class");
-    ask(&one, "write 0 0 object", "wrote");
-    ask(&two, "read 0 0", "data class");
-
-    let made = one.create_image("child").unwrap();
-    assert_eq!(made.changed_bytes, 4096, "one block was written");
-    assert!(made.stored_bytes > 0);
-    assert_ne!(made.ami.digest(), ami.digest());
-    assert_eq!(made.ami.manifest().parent(), Some(&ami.digest()));
-
-    let child = region.launch(&made.ami, spec()).unwrap();
-    ask(&child, "read 0 0", "data object");
-    ask(&child, "write 0 0 other", "wrote");
-    ask(&one, "read 0 0", "data object");
-    let again = region.launch(&ami, spec()).unwrap();
-    ask(&again, "read 0 0", "data class");
-}
-
-#[test]
-fn a_stopped_instance_keeps_its_disk_and_a_terminated_one_leaves_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region);
-    let before = files(dir.path());
-
-    let instance = region.launch(&ami, spec()).unwrap();
-    ask(&instance, "write 0 9 kept", "wrote");
-    instance.stop(Duration::from_secs(10)).unwrap();
-    assert_eq!(instance.state(), InstanceState::Stopped);
-    instance.stop(Duration::ZERO).unwrap();
-    instance.start().unwrap();
-    ask(&instance, "read 0 9", "data kept");
-    instance.reboot().unwrap();
-    ask(&instance, "read 0 9", "data kept");
-    let refused = region.instance(instance.id()).unwrap().create_image("base").unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::ImageNameDuplicate);
-    instance.terminate().unwrap();
-    instance.terminate().unwrap();
-    assert_eq!(instance.start().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
-    assert_eq!(files(dir.path()), before);
-}
-
-#[test]
-fn what_the_guest_does_to_itself_is_followed() {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region);
-    let table = [
-        ("poweroff", ShutdownBehavior::Stop, InstanceState::Stopped, "Client.InstanceInitiatedShutdown"),
-        (
-            "poweroff",
-            ShutdownBehavior::Terminate,
-            InstanceState::Terminated,
-            "Client.InstanceInitiatedShutdown",
-        ),
-        ("crash", ShutdownBehavior::Stop, InstanceState::Stopped, "Client.InternalError"),
-        ("panic", ShutdownBehavior::Terminate, InstanceState::Stopped, "Client.InternalError"),
-    ];
-    for (command, behavior, state, code) in table {
-        let instance = region.launch(&ami, spec().shutdown_behavior(behavior)).unwrap();
-        instance.console().write_all(format!("{command}\n").as_bytes(), soon()).unwrap();
-        instance.wait_for(state, soon()).unwrap();
-        assert_eq!(instance.describe().state_reason.unwrap().code, code, "{command}");
-    }
-
-    // One that reboots is running all the while, and comes up again.
-    let instance = region.launch(&ami, spec()).unwrap();
-    let mut reader = instance.console().reader();
-    reader.wait_for("GUEST READY", soon()).unwrap();
-    instance.console().write_all(b"reboot\n", soon()).unwrap();
-    reader.wait_for("GUEST READY", soon()).unwrap();
-    assert_eq!(instance.state(), InstanceState::Running);
-}
+use instance_core::{DirectBoot, ErrorKind, ImageSource, InstanceState, LaunchSpec, Region, Result};
+use storage_block::RawFile;
 
 #[test]
 fn a_region_that_is_opened_again_has_lost_its_machines_and_nothing_else() {
@@ -260,39 +129,6 @@ fn deregistering_hurts_no_instance_and_gives_the_bytes_back() {
     }
 }
 
-#[test]
-fn what_a_guest_wrote_outlives_its_machine_however_that_ends() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut region = open(dir.path());
-    let id = region.launch(&register(&region), spec()).unwrap().id();
-    for (round, end) in ["reset", "reboot", "crash", "poweroff", "stop", "close"].into_iter().enumerate() {
-        let instance = region.instance(id).unwrap();
-        instance.start().unwrap();
-        ask(&instance, &format!("write 0 {} {end}", 8 * round), "wrote");
-        let mut reader = instance.console().reader_from_now();
-        let tell = |line: &str| instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
-        match end {
-            "reset" => instance.reboot().unwrap(),
-            "reboot" => {
-                tell(end);
-                reader.wait_for("GUEST READY", soon()).unwrap();
-            }
-            "crash" | "poweroff" => {
-                tell(end);
-                instance.wait_for(InstanceState::Stopped, soon()).unwrap();
-            }
-            "stop" => instance.stop(Duration::ZERO).unwrap(),
-            _ => {
-                drop((instance, region));
-                region = open(dir.path());
-            }
-        }
-        let instance = region.instance(id).unwrap();
-        instance.start().unwrap();
-        ask(&instance, &format!("read 0 {}", 8 * round), &format!("data {end}"));
-    }
-}
-
 /// Whatever the region's own thread is doing just then.
 #[test]
 fn a_region_is_closed_when_its_last_handle_is_gone() {
@@ -351,24 +187,6 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
 }
 
 #[test]
-fn whoever_hears_of_a_state_finds_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region);
-    for _ in 0..50 {
-        let changes = region.state_changes();
-        let launched = std::thread::spawn({
-            let (region, ami) = (region.clone(), ami.clone());
-            move || region.launch(&ami, spec()).unwrap()
-        });
-        let change = changes.iter().find(|change| change.state == InstanceState::Running).unwrap();
-        let state = region.instance(change.instance_id).unwrap().state();
-        assert_eq!(state, InstanceState::Running);
-        launched.join().unwrap().terminate().unwrap();
-    }
-}
-
-#[test]
 fn stray_files_do_not_keep_a_region_closed() {
     let dir = tempfile::tempdir().unwrap();
     drop(open(dir.path()));
@@ -379,17 +197,6 @@ fn stray_files_do_not_keep_a_region_closed() {
     drop(open(dir.path()));
     for place in ["volumes", "instances", "boot"] {
         assert_eq!(std::fs::read_dir(dir.path().join(place)).unwrap().count(), 0, "{place}");
-    }
-}
-
-#[test]
-fn a_type_of_ones_own_may_have_any_name() {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region);
-    for name in ["\u{e4}".repeat(100), "two\nlines".to_owned(), String::new()] {
-        let hardware = InstanceType::custom(name, 1.try_into().unwrap(), 64.try_into().unwrap());
-        region.launch(&ami, LaunchSpec::new(hardware)).unwrap().terminate().unwrap();
     }
 }
 
@@ -429,27 +236,6 @@ fn a_launch_that_races_a_deregistration_fails_cleanly_or_leaves_a_whole_instance
         }
     }
     assert!(launched.min(refused) > 0, "launched {launched}, refused {refused}");
-}
-
-/// Whoever sees its machine end first, and whatever a power-off of the guest's own would do.
-#[test]
-fn a_guest_that_powers_off_because_it_was_asked_to_is_stopped() {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region);
-    for behavior in [ShutdownBehavior::Terminate, ShutdownBehavior::Stop] {
-        let instance = region.launch(&ami, spec().shutdown_behavior(behavior)).unwrap();
-        for round in 0..20 {
-            let changes = region.state_changes();
-            instance.stop(Duration::from_secs(30)).unwrap();
-            let states: Vec<_> = changes.try_iter().map(|c| (c.state, c.reason.unwrap().code)).collect();
-            let user = || "Client.UserInitiatedShutdown".to_owned();
-            let expected = [(InstanceState::Stopping, user()), (InstanceState::Stopped, user())];
-            assert_eq!(states, expected, "round {round}");
-            instance.start().unwrap();
-        }
-        instance.terminate().unwrap();
-    }
 }
 
 /// A large disk is copied for minutes, which keeps nobody from making images of instances.
