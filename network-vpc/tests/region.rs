@@ -126,3 +126,28 @@ fn a_region_without_a_network_has_no_places() {
     assert_eq!(refused.kind(), ErrorKind::Unsupported);
     assert_eq!(region.launch(&ami, spec().key_name("any")).unwrap().describe().network, None);
 }
+
+/// Its machine takes its port up again, whose address the guest keeps in mind.
+#[test]
+fn an_instance_that_hibernates_goes_on_in_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let server = region.launch(&image(&region), spec().hibernation(true)).unwrap();
+    let (id, place) = (server.id(), server.describe().network.unwrap());
+    let ask = |server: &instance_core::Instance, line: &str, answer: &str| {
+        let soon = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let mut reader = server.console().reader_from_now();
+        server.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
+        reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
+    };
+    ask(&server, "remember thought", "remembered");
+    server.hibernate(std::time::Duration::ZERO).unwrap();
+    network.plug(place.interface_id).expect("one that hibernates is plugged in nowhere");
+    drop((server, region, network));
+    let (region, network) = open(dir.path());
+    let server = region.instance(id).unwrap();
+    server.start().unwrap();
+    assert_eq!(server.describe().network.as_ref(), Some(&place));
+    assert_eq!(network.interface(place.interface_id).unwrap().instance_id, Some(id));
+    ask(&server, "recall", "recalled thought");
+}
