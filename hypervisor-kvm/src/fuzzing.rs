@@ -125,7 +125,10 @@ fn saved_machine_of(version: u32, bytes: &[u8]) {
     for device in &state.virtio {
         let Ok(disk) = MemoryDisk::new(DISK) else { return };
         let (port, _network) = net::link();
-        let net = Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])));
+        let net = Net::new(
+            &NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])),
+            Net::pairs_of(device.state.queues()),
+        );
         let block = Block::new(disk.into_disk(), "vol-fuzz");
         let console = virtio::Console::new(Console::new().port());
         match &device.state {
@@ -172,7 +175,8 @@ pub fn virtio_net(bytes: &[u8]) {
     let mut offloads = Offloads::NONE;
     (offloads.checksum, offloads.tcp4, offloads.tcp6) = (takes & 1 != 0, takes & 2 != 0, takes & 4 != 0);
     network.set_takes(offloads);
-    let mut device = Mmio::new(Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1]))));
+    let pairs = usize::from(takes >> 4);
+    let mut device = Mmio::new(Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])), pairs));
     let mut broken = false;
     while let Some([action, at, low, high]) = input.take() {
         match action % 5 {
@@ -201,7 +205,7 @@ pub fn virtio_net(bytes: &[u8]) {
                 let _ = network.send(frame);
             }
             _ => {
-                let step = device.step(&memory, usize::from(at % 3));
+                let step = device.step(&memory, usize::from(at % 18));
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
                 broken |= matches!(step, Step::Broken(_));
                 while let Some(frame) = network.recv() {

@@ -224,7 +224,7 @@ impl Kvm {
             Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
-        capabilities.live_growth = true;
+        (capabilities.live_growth, capabilities.net_limits) = (true, true);
         (capabilities.balloon, capabilities.vsock, capabilities.virtio_console) = (true, true, true);
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;

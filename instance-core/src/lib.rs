@@ -112,7 +112,7 @@ pub use image_calls::RegionCatalog;
 pub use image_source::{DirectBoot, ImageSource};
 pub use images::CreatedImage;
 pub use instance::Instance;
-pub use instance_type::{EbsBandwidth, InstanceType};
+pub use instance_type::{EbsBandwidth, InstanceType, NetworkBandwidth};
 pub use launch::{LaunchSpec, Reservation};
 pub use launch_template::{
     DescribeLaunchTemplateVersions, DescribeLaunchTemplates, LaunchTemplate, LaunchTemplateRef,

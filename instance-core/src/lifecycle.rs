@@ -19,7 +19,7 @@ use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
 use crate::store::Changes;
 use crate::supervisor::Message;
-use crate::{Error, ErrorKind, InstanceState, Result, Transition};
+use crate::{Error, ErrorKind, InstanceState, InstanceType, Result, Transition};
 
 impl StateChange {
     pub(crate) fn of(description: &InstanceDescription) -> Self {
@@ -281,6 +281,7 @@ impl Inner {
             .map(|(a, v)| disk_of(live, a.volume_id, v))
             .collect();
         spec.nets.extend(self.plug(&live.record)?);
+        self.limit(&mut spec.nets, &description.instance_type);
         let failed = |e| Error::machine(e, format!("cannot start a machine for {}", cell.id));
         let machine = self.hypervisor.create(spec).map_err(failed)?;
         live.generation += 1;
@@ -295,6 +296,17 @@ impl Inner {
         cell.booted(machine.state());
         live.machine = Some(machine);
         Ok(())
+    }
+
+    /// Holds the ports of an instance, together, to what its type's network gives.
+    fn limit(&self, ports: &mut [NetSpec], hardware: &InstanceType) {
+        let on = self.network_limits && self.hypervisor.capabilities().net_limits;
+        let Some(bandwidth) = hardware.network_bandwidth().filter(|_| on) else { return };
+        let (receive, transmit) = (bandwidth.limits(), bandwidth.limits());
+        for port in ports {
+            port.receive_limits = receive.clone();
+            port.transmit_limits = transmit.clone();
+        }
     }
 
     /// The port of an instance's machine, if it has a place in a network.

@@ -379,6 +379,8 @@ pub struct Capabilities {
     pub max_disks: usize,
     /// The most network ports of one machine.
     pub max_nets: usize,
+    /// Whether the frames of network ports are held to the limits of a [specification](NetSpec::receive_limits).
+    pub net_limits: bool,
     /// Whether guest code runs on the processor itself.
     pub execution: Execution,
     /// Whether [`Machine::power_button`] works.
@@ -409,6 +411,7 @@ impl Capabilities {
             max_memory_mib: 1 << 20,
             max_disks: 1,
             max_nets: 0,
+            net_limits: false,
             execution,
             power_button: false,
             hot_plug: false,
@@ -455,7 +458,7 @@ impl Capabilities {
                 "{name} cannot give a machine {asked} network ports; the most is {most}"
             ));
         }
-        spec.nets.iter().try_for_each(NetSpec::check)?;
+        spec.nets.iter().try_for_each(|net| self.check_net(net))?;
         match &spec.vsock {
             Some(_) if !self.vsock => return unsupported(format!("{name} has no streams for machines")),
             Some(vsock) if !vsock.is_valid() => {
@@ -470,6 +473,19 @@ impl Capabilities {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
         }
         Ok(())
+    }
+
+    /// Whether a machine may have this network port, as far as that can be told from it alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`check`](Self::check).
+    pub fn check_net(&self, net: &NetSpec) -> Result<(), MachineError> {
+        if net.is_limited() && !self.net_limits {
+            let what = format!("{} does not hold network ports to limits", self.name);
+            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        }
+        net.check()
     }
 }
 

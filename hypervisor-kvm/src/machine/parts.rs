@@ -43,7 +43,8 @@ pub(super) struct Parts<'a> {
 /// Which places devices have.
 pub(super) struct Places {
     disks: Vec<usize>,
-    nets: Vec<usize>,
+    /// And for how many pairs of queues each has room.
+    nets: Vec<(usize, usize)>,
     others: Vec<(Other, usize)>,
 }
 
@@ -53,9 +54,10 @@ impl Places {
         let asked = [(Other::Vsock, spec.vsock.is_some()), (Other::Console, spec.virtio_console.is_some())];
         let asked = asked.into_iter().filter(|(_, asked)| *asked).map(|(other, _)| other);
         let (disks, others_from) = (spec.disks.len(), spec.disks.len() + spec.nets.len());
+        let pairs = spec.vcpus.get() as usize;
         Self {
             disks: (0..disks).collect(),
-            nets: (disks..others_from).collect(),
+            nets: (disks..others_from).map(|place| (place, pairs)).collect(),
             others: [Other::Entropy, Other::Balloon].into_iter().chain(asked).zip(others_from..).collect(),
         }
     }
@@ -69,7 +71,9 @@ impl Places {
         let others = of(saved::Role::Other);
         Self {
             disks: of(saved::Role::Disk).map(|(_, place)| place).collect(),
-            nets: of(saved::Role::Net).map(|(_, place)| place).collect(),
+            nets: of(saved::Role::Net)
+                .map(|(device, place)| (place, Net::pairs_of(device.state.queues())))
+                .collect(),
             others: others
                 .filter_map(|(device, place)| Some((Other::of(device.state.kind())?, place)))
                 .collect(),
@@ -125,8 +129,8 @@ impl Parts<'_> {
             let device = self.served(place, goes_on, Block::new(disk.disk.clone(), &disk.serial))?;
             placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
         }
-        for (&place, net) in self.places.nets.iter().zip(self.nets) {
-            let device = self.served(place, goes_on, Net::new(net))?;
+        for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
+            let device = self.served(place, goes_on, Net::new(net, pairs))?;
             net.port.set_waker(Some(Arc::new(device.waker()?)));
             placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
         }

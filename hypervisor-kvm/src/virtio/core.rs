@@ -3,6 +3,8 @@
 //!
 //! A function of what the driver does: no thread, no descriptor.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -49,6 +51,12 @@ pub(crate) struct CoreState {
     /// What is the device's own. Machines' files have it elsewhere: those of version 1 have none.
     #[serde(skip)]
     pub(crate) own: Own,
+}
+
+impl CoreState {
+    pub(super) fn queues(&self) -> usize {
+        self.rings.len()
+    }
 }
 
 /// What else an access of the driver does.
@@ -163,6 +171,11 @@ impl Core {
         self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
     }
 
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.device.due_in().filter(|_| self.is_working())
+    }
+
     /// The machine has ended.
     pub(crate) fn end(&mut self) {
         self.device.end();
@@ -223,6 +236,13 @@ impl Core {
         self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0
     }
 
+    /// Whether the driver is ready, and neither it nor the device has given up.
+    fn is_working(&self) -> bool {
+        const WORKING: u32 = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+        const STOPPED: u32 = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
+        self.status & (WORKING | STOPPED) == WORKING
+    }
+
     fn break_down(&mut self, why: Malformed) -> Effect {
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
         Effect::Broken(why)
@@ -230,9 +250,7 @@ impl Core {
 
     /// Has the device do a piece of work on a queue, if there is any and the driver is ready.
     pub(crate) fn step(&mut self, memory: &Memory, n: usize) -> Step {
-        const WORKING: u32 = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
-        const STOPPED: u32 = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
-        if self.status & (WORKING | STOPPED) != WORKING || !self.queue_ready(n) {
+        if !self.is_working() || !self.queue_ready(n) {
             return Step::Idle;
         }
         match self.try_step(memory, n) {

@@ -1,12 +1,13 @@
 //! What a virtio device is to the transport that carries it.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::chain::Malformed;
-use super::console;
 use super::ring::Running;
+use super::{console, net};
 
 /// What a device has to remember beside its queues when it is saved. Most have nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,6 +15,7 @@ pub(crate) enum Own {
     #[default]
     None,
     Console(console::State),
+    Net(net::State),
 }
 
 /// The logic of a device: a function of what the driver puts into its queues, without threads,
@@ -40,6 +42,11 @@ pub(crate) trait Device: fmt::Debug + Send {
     /// Does a bounded piece of work on a queue whose driver is ready, with the `features` that it accepted.
     /// False if there is nothing to do before the driver's next notification.
     fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed>;
+
+    /// How long until it has to be served again although nobody notifies, where it is.
+    fn due_in(&self) -> Option<Duration> {
+        None
+    }
 
     /// Takes up what has changed outside, such as a disk's size. Its configuration changes by nothing else but the
     /// driver's doing, so that one that is read in parts is of one piece.

@@ -2,6 +2,8 @@
 //!
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 
@@ -61,6 +63,11 @@ impl Mmio {
     /// See [`Core::refresh`].
     pub(crate) fn refresh(&mut self) -> bool {
         self.core.refresh()
+    }
+
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.core.due_in()
     }
 
     /// See [`Core::end`].

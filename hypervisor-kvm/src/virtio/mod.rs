@@ -19,8 +19,6 @@ mod driver;
 mod half;
 mod mmio;
 mod net;
-#[cfg(test)]
-mod net_tests;
 mod on_mmio;
 mod on_pci;
 mod pci;
@@ -35,10 +33,12 @@ mod vsock;
 mod vsock_tests;
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
@@ -107,6 +107,11 @@ impl DeviceState {
     /// The device type.
     pub(crate) fn kind(&self) -> u32 {
         self.core().kind
+    }
+
+    /// How many queues there are.
+    pub(crate) fn queues(&self) -> usize {
+        self.core().queues()
     }
 
     /// What is the device's own.
@@ -339,13 +344,35 @@ impl VirtioDevice {
             if self.step(vm) {
                 continue;
             }
-            match notification.read() {
-                Ok(_) => {}
+            match self.wait(notification) {
+                Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Waits until it is notified, or due.
+    fn wait(&self, notification: &EventFd) -> io::Result<()> {
+        let due_in = match &self.port {
+            Port::Mmio(mmio) => mmio.due_in(),
+            Port::Pci(pci) => pci.due_in(),
+        };
+        if let Some(due_in) = due_in {
+            let timeout = Timespec::try_from(due_in).ok();
+            // SAFETY: the descriptor is the eventfd's, which is borrowed for as long.
+            #[allow(
+                unsafe_code,
+                reason = "an eventfd of vmm-sys-util lends its descriptor as a number alone"
+            )]
+            let heard = unsafe { BorrowedFd::borrow_raw(notification.as_raw_fd()) };
+            let mut fds = [PollFd::from_borrowed_fd(heard, PollFlags::IN)];
+            if poll(&mut fds, timeout.as_ref())? == 0 {
+                return Ok(());
+            }
+        }
+        notification.read().map(drop)
     }
 
     /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.

@@ -12,7 +12,7 @@ use storage_block::Disk;
 
 use super::{MachineError, MachineErrorKind};
 use crate::console::ConsolePort;
-use crate::net::{MacAddress, NetPort};
+use crate::net::{FrameLimits, MacAddress, NetPort};
 use crate::vsock::VsockSpec;
 
 /// Everything a machine is made from.
@@ -228,15 +228,25 @@ pub struct NetSpec {
     pub mac: MacAddress,
     /// The longest packet of the network, in bytes behind the Ethernet header, which the guest is told.
     pub mtu: u16,
+    /// What holds the frames to the guest to a rate. Those that have to wait stay in the cable.
+    pub receive_limits: FrameLimits,
+    /// What holds the frames from the guest to a rate. Those that have to wait stay in the guest.
+    pub transmit_limits: FrameLimits,
 }
 
 impl NetSpec {
     /// The shortest MTU that there may be: what IPv4 asks for (RFC 791; virtio 1.2, 5.1.4.1).
     pub const MIN_MTU: u16 = 68;
 
-    /// A port with this address and an MTU of 1500.
+    /// A port with this address, an MTU of 1500 and no limits.
     pub fn new(port: NetPort, mac: MacAddress) -> Self {
-        Self { port, mac, mtu: 1500 }
+        let (receive_limits, transmit_limits) = Default::default();
+        Self { port, mac, mtu: 1500, receive_limits, transmit_limits }
+    }
+
+    /// Whether frames are held to a rate.
+    pub fn is_limited(&self) -> bool {
+        !self.receive_limits.is_none() || !self.transmit_limits.is_none()
     }
 
     /// That the address is one station's, and the MTU one that a guest can be told.

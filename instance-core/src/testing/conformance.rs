@@ -118,6 +118,7 @@ const CHECKS: &[Check] = &[
     ("refuses network ports that cannot be", nets::refuses_ports_that_cannot_be),
     ("carries frames to and from network ports", nets::carries_frames),
     ("moves no frame of a network port while paused", nets::moves_no_frame_while_paused),
+    ("holds network ports to limits", nets::holds_ports_to_limits),
     ("ends network ports with their machine", nets::ports_end_with_their_machine),
     ("refuses to save and restore what it cannot", save::refuses_what_it_cannot),
     ("saves a machine and restores several", save::saves_and_restores),
