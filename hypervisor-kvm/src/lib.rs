@@ -64,8 +64,7 @@
 //!
 //! # What it leaves out
 //!
-//! Hot-plugging on virtio-mmio, and of network ports, firmware, other hosts than x86-64
-//! Linux.
+//! Hot-plugging on virtio-mmio, firmware, other hosts than x86-64 Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
@@ -305,6 +304,7 @@ impl Hypervisor for Kvm {
         capabilities.max_disks = self.transport.device_places(false);
         capabilities.max_nets = capabilities.max_disks;
         capabilities.hot_plug = self.transport == Transport::Pci;
+        capabilities.net_hot_plug = capabilities.hot_plug;
         capabilities
     }
 

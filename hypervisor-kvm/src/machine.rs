@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use instance_core::machine::{
-    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
+    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec,
     RestoreSpec, VmExits,
 };
+use instance_core::net::MacAddress;
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -192,6 +193,14 @@ impl KvmMachine {
         Ok(one_at_a_time)
     }
 
+    /// That devices come and go, where it would otherwise be said what machines do not.
+    fn check_hot_plug(&self, what: &str) -> Result<()> {
+        if self.shared.devices.pci.is_some() {
+            return Ok(());
+        }
+        Err(unsupported(format!("machines on virtio-mmio {what} while they run; those on PCI do")))
+    }
+
     /// Publishes the next state, unless the machine has ended meanwhile.
     fn publish(&self, action: &str, to: MachineState) -> Result<()> {
         let moved = self.shared.state.update(|state| {
@@ -298,14 +307,9 @@ impl Shared {
         }
     }
 
-    /// The disk with this serial number of a machine that is running or paused.
-    pub(crate) fn live_disk(&self, action: &str, serial: &str) -> Result<Arc<Placed>> {
-        match self.state.get() {
-            MachineState::Running | MachineState::Paused => {}
-            state => return Err(MachineError::wrong_state(action, &state)),
-        }
-        let found = self.devices.virtio.find(|placed| placed.is_disk(serial));
-        found.ok_or_else(|| MachineError::no_such_disk(serial))
+    /// How many processors there are.
+    pub(crate) fn processors(&self) -> usize {
+        self.processors.len()
     }
 
     /// Ends the machine; the first cause stays.
@@ -407,25 +411,33 @@ impl Machine for KvmMachine {
     }
 
     fn attach_disk(&self, disk: DiskSpec) -> Result<()> {
-        if self.shared.devices.pci.is_none() {
-            return Err(unsupported("machines on virtio-mmio take no disks while they run; those on PCI do"));
-        }
+        self.check_hot_plug("take no disks")?;
         disk.check()?;
         let _action = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
-        self.shared.attach(&disk)
+        self.shared.attach_disk(&disk)
     }
 
     fn detach_disk(&self, serial: &str, how: Detach) -> Result<()> {
-        if self.shared.devices.pci.is_none() {
-            return Err(unsupported(
-                "machines on virtio-mmio give up no disks while they run; those on PCI do",
-            ));
-        }
-        self.shared.detach(serial, how)
+        self.check_hot_plug("give up no disks")?;
+        self.shared.detach_disk(serial, how)
+    }
+
+    fn attach_net(&self, net: NetSpec) -> Result<()> {
+        self.check_hot_plug("take no network ports")?;
+        net.check()?;
+        let _action = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.attach_net(&net)
+    }
+
+    fn detach_net(&self, mac: MacAddress, how: Detach) -> Result<()> {
+        self.check_hot_plug("give up no network ports")?;
+        self.shared.detach_net(mac, how)
     }
 
     fn disk_grown(&self, serial: &str) -> Result<()> {
-        self.shared.live_disk("grow a disk of", serial)?.device.refresh(&self.shared.vm);
+        let grown = self.shared.find_live("grow a disk of", |placed| placed.is_disk(serial))?;
+        let grown = grown.ok_or_else(|| MachineError::no_such_disk(serial))?;
+        grown.device.refresh(&self.shared.vm);
         Ok(())
     }
 
@@ -435,7 +447,7 @@ impl Machine for KvmMachine {
         };
         let _action = self.begin("save", &MachineState::Paused)?;
         if self.shared.devices.virtio.find(Placed::is_hollow).is_some() {
-            let what = "the guest has not let go of a disk that was taken from it";
+            let what = "the guest has not let go of a device that was taken from it";
             return Err(MachineError::new(MachineErrorKind::Held, what));
         }
         saved::write(to, &self.shared.save(msrs)?, &self.shared.memory)

@@ -89,7 +89,7 @@ impl Disk {
 /// What the guest knows of a network port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Port {
-    mac: [u8; 6],
+    pub(crate) mac: [u8; 6],
     mtu: u16,
 }
 

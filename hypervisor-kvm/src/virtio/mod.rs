@@ -361,13 +361,7 @@ impl VirtioDevice {
         };
         if let Some(due_in) = due_in {
             let timeout = Timespec::try_from(due_in).ok();
-            // SAFETY: the descriptor is the eventfd's, which is borrowed for as long.
-            #[allow(
-                unsafe_code,
-                reason = "an eventfd of vmm-sys-util lends its descriptor as a number alone"
-            )]
-            let heard = unsafe { BorrowedFd::borrow_raw(notification.as_raw_fd()) };
-            let mut fds = [PollFd::from_borrowed_fd(heard, PollFlags::IN)];
+            let mut fds = [PollFd::from_borrowed_fd(descriptor_of(notification), PollFlags::IN)];
             if poll(&mut fds, timeout.as_ref())? == 0 {
                 return Ok(());
             }
@@ -403,4 +397,11 @@ impl VirtioDevice {
             tracing::warn!(%why, "a guest's driver broke the rules; its device waits for a reset");
         }
     }
+}
+
+/// The descriptor of an eventfd, which vmm-sys-util lends as a number alone.
+#[allow(unsafe_code, reason = "a descriptor is borrowed by its number")]
+fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is the eventfd's, which is borrowed for as long.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -106,7 +106,7 @@ impl Guest {
 
     /// Has all queues served, in turn, until there is nothing to do.
     fn serve(&mut self) {
-        while (0..2 * PAIRS).fold(false, |any, queue| self.driver.step(queue) != Step::Idle || any) {}
+        while (0..2 * PAIRS).filter(|queue| self.driver.step(*queue) != Step::Idle).count() > 0 {}
     }
 
     /// The last bytes of the frames that a pair has been given.
@@ -119,7 +119,7 @@ impl Guest {
         (0..used).map(|n| self.driver.bytes(at(n), 1)[0]).collect()
     }
 
-    fn from_network(&self, port: u16, number: u8) {
+    fn network_sends(&self, port: u16, number: u8) {
         self.network.send(Frame::new(frame(port, false, number))).unwrap();
     }
 }
@@ -181,7 +181,7 @@ fn without_several_pairs_commands_are_of_the_third_queue_and_refused() {
     assert_eq!(guest.command(2, &[4, 0, 1, 0], 1), Some(ERR), "it was not agreed on");
     let mut guest = Guest::new(MQ | CTRL_VQ);
     guest.driver.offer(2, 0, &[(COMMAND, 4, 0), (ANSWER, 1, WRITE)]);
-    guest.from_network(7, 1);
+    guest.network_sends(7, 1);
     guest.offer_buffer(0);
     guest.serve();
     assert_eq!((guest.driver.used(2), guest.received(0)), (0, vec![1]), "no queue but the first two is used");
@@ -193,7 +193,7 @@ fn answers_come_by_the_pair_that_asked() {
     let mut guest = Guest::new(0);
     (0..PAIRS).for_each(|pair| (0..8).for_each(|_| guest.offer_buffer(pair)));
     guest.send(2, &frame(7, true, 0));
-    guest.from_network(7, 1);
+    guest.network_sends(7, 1);
     guest.serve();
     assert_eq!(
         [guest.received(0), guest.received(2)],
@@ -205,7 +205,7 @@ fn answers_come_by_the_pair_that_asked() {
         guest.send(pair, &frame(port, true, 0));
     }
     for (port, number) in [(7, 2), (8, 3), (9, 4), (10, 5), (7, 6)] {
-        guest.from_network(port, number);
+        guest.network_sends(port, number);
     }
     guest.serve();
     assert_eq!([0, 1, 2].map(|pair| guest.received(pair)), [vec![1, 5], vec![3], vec![2, 4, 6]]);
@@ -224,7 +224,7 @@ fn a_pair_without_buffers_loses_nothing() {
     guest.send(0, &frame(8, true, 0));
     (0..8).for_each(|_| guest.offer_buffer(0));
     for (port, number) in [(8, 1), (7, 2), (8, 3), (7, 4), (8, 5)] {
-        guest.from_network(port, number);
+        guest.network_sends(port, number);
     }
     guest.serve();
     assert_eq!(guest.received(0), [1, 3], "one of the other pair waits, and behind the next all do");
@@ -242,12 +242,12 @@ fn pairs_that_are_given_up_get_no_more() {
     guest.use_pairs(3);
     guest.send(2, &frame(7, true, 0));
     for number in [1, 2] {
-        guest.from_network(7, number);
+        guest.network_sends(7, number);
     }
     guest.serve();
     guest.use_pairs(1);
     (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
-    guest.from_network(7, 3);
+    guest.network_sends(7, 3);
     guest.serve();
     assert_eq!([0, 1, 2].map(|pair| guest.received(pair)), [vec![3], vec![], vec![]]);
     // And a reset gives up all but the first.
@@ -255,7 +255,7 @@ fn pairs_that_are_given_up_get_no_more() {
     guest.driver.begin(0);
     guest.buffers = [0; PAIRS];
     (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
-    guest.from_network(9, 4);
+    guest.network_sends(9, 4);
     guest.serve();
     assert_eq!(guest.received(0), [4]);
 }
@@ -276,7 +276,7 @@ fn how_many_pairs_are_used_is_saved() {
         guest.network = network;
         (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
         guest.send(2, &frame(7, true, 0));
-        guest.from_network(7, 1);
+        guest.network_sends(7, 1);
         guest.serve();
         assert_eq!(guest.received(usize::from(used) - 1), [1]);
         for other in [1, 2] {
@@ -325,7 +325,7 @@ fn frames_to_the_guest_wait_in_the_cable_when_the_limit_is_reached() {
         spec.transmit_limits = other;
     });
     (0..4).for_each(|_| guest.offer_buffer(0));
-    (0..4).for_each(|number| guest.from_network(7, number));
+    (0..4).for_each(|number| guest.network_sends(7, number));
     guest.serve();
     assert_eq!(guest.received(0), [0]);
     assert!(guest.driver.device.due_in().is_some());

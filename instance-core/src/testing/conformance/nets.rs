@@ -15,7 +15,7 @@ use crate::testing::ping::Station;
 
 pub(super) const FIRST: Station =
     Station { mac: MacAddress([2, 0, 10, 0, 0, 12]), address: Ipv4Addr::new(10, 0, 0, 12) };
-const SECOND: Station =
+pub(super) const SECOND: Station =
     Station { mac: MacAddress([2, 0, 10, 0, 1, 12]), address: Ipv4Addr::new(10, 0, 1, 12) };
 
 /// For how long nothing comes where nothing may.
@@ -76,6 +76,11 @@ impl Peer {
         panic!("a ping with {} bytes has no reply", bytes.len());
     }
 
+    /// Whether the guest's end is plugged in.
+    pub(super) fn is_connected(&self) -> bool {
+        self.port.is_connected()
+    }
+
     /// How many replies come in a while. A guest may say other things between them.
     fn replies(&self, until: Instant, most: usize) -> usize {
         let heard = std::iter::from_fn(|| self.hear(until));
@@ -84,7 +89,7 @@ impl Peer {
 }
 
 /// A guest with these ports, which are up. None where machines have no ports.
-fn up(
+pub(super) fn up(
     bed: &TestBed<'_>,
     stations: &[Station],
     change: impl FnOnce(&mut MachineSpec),
