@@ -43,7 +43,7 @@ fn say(console: &Console, line: &str, answer: &str) {
     reader.wait_for(answer, soon()).unwrap();
 }
 
-/// A machine with two processors, a disk and a network port, saved when it has been told to remember a word.
+/// A machine with two processors, a disk, a network port and a virtio console, saved when it has been told to remember a word.
 fn saved(kvm: &Kvm, mib: u32) -> File {
     let console = Console::new();
     let boot = common::guest::boot().unwrap();
@@ -52,6 +52,7 @@ fn saved(kvm: &Kvm, mib: u32) -> File {
     spec.disks = vec![DiskSpec::new(disk(), "vol-golden")];
     let (net, _network) = net();
     spec.nets = vec![net];
+    spec.virtio_console = Some(Console::new().port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     say(&console, "ping x", "pong x");
@@ -74,6 +75,7 @@ fn restore(kvm: &Kvm, saved: &SavedMachine) -> Result<(Box<dyn Machine>, Console
     spec.disks = vec![DiskSpec::new(disk(), "vol-golden")];
     let (net, _network) = net();
     spec.nets = vec![net];
+    spec.virtio_console = Some(Console::new().port());
     let machine = kvm.restore(spec).map_err(|e| e.kind())?;
     Ok((machine, console))
 }
@@ -168,7 +170,7 @@ fn damaged_machines_are_refused_or_do_no_harm() {
 #[ignore = "writes golden files"]
 fn writes_golden_files() {
     let kvm = Kvm::open().unwrap();
-    for (transport, name) in [(Transport::Mmio, "saved-1-mmio"), (Transport::Pci, "saved-1-pci")] {
+    for (transport, name) in [(Transport::Mmio, "saved-2-mmio"), (Transport::Pci, "saved-2-pci")] {
         let file = saved(&kvm.clone().with_transport(transport), 4);
         let mut head = vec![0; head_len(&file)];
         file.read_exact_at(&mut head, 0).unwrap();

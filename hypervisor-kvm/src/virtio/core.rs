@@ -3,6 +3,8 @@
 //!
 //! A function of what the driver does: no thread, no descriptor.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -11,7 +13,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::chain::Malformed;
-use super::device::Device;
+use super::device::{Device, Own};
 use super::ring::{Description, Ring, RingState};
 use crate::memory::Memory;
 
@@ -41,11 +43,20 @@ pub(crate) struct Core {
 /// A device as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CoreState {
-    kind: u32,
+    pub(crate) kind: u32,
     accepted: u64,
     status: u32,
     generation: u32,
     rings: Vec<RingState>,
+    /// What is the device's own. Machines' files have it elsewhere: those of version 1 have none.
+    #[serde(skip)]
+    pub(crate) own: Own,
+}
+
+impl CoreState {
+    pub(super) fn queues(&self) -> usize {
+        self.rings.len()
+    }
 }
 
 /// What else an access of the driver does.
@@ -87,6 +98,7 @@ impl Core {
             status: self.status,
             generation: self.generation,
             rings: self.rings.iter().map(Ring::save).collect(),
+            own: self.device.save(),
         }
     }
 
@@ -104,7 +116,7 @@ impl Core {
         let event_idx = self.event_idx();
         let rings = state.rings.iter().map(|ring| Ring::restore(ring, memory, event_idx));
         self.rings = rings.collect::<Result<_, _>>()?;
-        Ok(())
+        self.device.restore(&state.own)
     }
 
     /// The device type.
@@ -157,6 +169,11 @@ impl Core {
         self.device.refresh();
         self.generation = self.generation.wrapping_add(1);
         self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
+    }
+
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.device.due_in().filter(|_| self.is_working())
     }
 
     /// The machine has ended.
@@ -219,6 +236,13 @@ impl Core {
         self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0
     }
 
+    /// Whether the driver is ready, and neither it nor the device has given up.
+    fn is_working(&self) -> bool {
+        const WORKING: u32 = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+        const STOPPED: u32 = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
+        self.status & (WORKING | STOPPED) == WORKING
+    }
+
     fn break_down(&mut self, why: Malformed) -> Effect {
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
         Effect::Broken(why)
@@ -226,9 +250,7 @@ impl Core {
 
     /// Has the device do a piece of work on a queue, if there is any and the driver is ready.
     pub(crate) fn step(&mut self, memory: &Memory, n: usize) -> Step {
-        const WORKING: u32 = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
-        const STOPPED: u32 = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
-        if self.status & (WORKING | STOPPED) != WORKING || !self.queue_ready(n) {
+        if !self.is_working() || !self.queue_ready(n) {
             return Step::Idle;
         }
         match self.try_step(memory, n) {

@@ -1,9 +1,22 @@
 //! What a virtio device is to the transport that carries it.
 
 use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::chain::Malformed;
 use super::ring::Running;
+use super::{console, net};
+
+/// What a device has to remember beside its queues when it is saved. Most have nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Own {
+    #[default]
+    None,
+    Console(console::State),
+    Net(net::State),
+}
 
 /// The logic of a device: a function of what the driver puts into its queues, without threads,
 /// descriptors or registers.
@@ -30,6 +43,11 @@ pub(crate) trait Device: fmt::Debug + Send {
     /// False if there is nothing to do before the driver's next notification.
     fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed>;
 
+    /// How long until it has to be served again although nobody notifies, where it is.
+    fn due_in(&self) -> Option<Duration> {
+        None
+    }
+
     /// Takes up what has changed outside, such as a disk's size. Its configuration changes by nothing else but the
     /// driver's doing, so that one that is read in parts is of one piece.
     fn refresh(&mut self) {}
@@ -39,4 +57,14 @@ pub(crate) trait Device: fmt::Debug + Send {
 
     /// The machine has ended: what is connected outside may go.
     fn end(&mut self) {}
+
+    /// What it has to remember.
+    fn save(&self) -> Own {
+        Own::None
+    }
+
+    /// Goes on with what another had to remember; fails if that was of another type.
+    fn restore(&mut self, own: &Own) -> Result<(), Malformed> {
+        if *own == Own::None { Ok(()) } else { Err(Malformed("the device is of another type")) }
+    }
 }

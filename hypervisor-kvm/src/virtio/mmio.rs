@@ -2,6 +2,8 @@
 //!
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 
@@ -30,7 +32,7 @@ pub(crate) struct Mmio {
 /// The registers as they are saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MmioState {
-    core: CoreState,
+    pub(super) core: CoreState,
     /// The selectors: of the features that are offered, of those accepted, of the queue.
     selected: [u32; 3],
 }
@@ -61,6 +63,11 @@ impl Mmio {
     /// See [`Core::refresh`].
     pub(crate) fn refresh(&mut self) -> bool {
         self.core.refresh()
+    }
+
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.core.due_in()
     }
 
     /// See [`Core::end`].

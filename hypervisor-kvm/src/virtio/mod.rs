@@ -9,6 +9,9 @@ mod balloon;
 mod balloon_tests;
 mod block;
 mod chain;
+mod console;
+#[cfg(test)]
+mod console_tests;
 mod core;
 mod device;
 #[cfg(test)]
@@ -16,8 +19,6 @@ mod driver;
 mod half;
 mod mmio;
 mod net;
-#[cfg(test)]
-mod net_tests;
 mod on_mmio;
 mod on_pci;
 mod pci;
@@ -32,13 +33,17 @@ mod vsock;
 mod vsock_tests;
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::core::CoreState;
 pub(crate) use self::core::Effect;
 pub(crate) use self::core::Step;
 use crate::Transport;
@@ -48,7 +53,8 @@ use crate::memory::Memory;
 pub(crate) use balloon::{Balloon, Wish};
 pub(crate) use block::Block;
 use chain::Malformed;
-pub(crate) use device::Device;
+pub(crate) use console::Console;
+pub(crate) use device::{Device, Own};
 use mmio::MmioState;
 pub(crate) use net::Net;
 use on_mmio::OnMmio;
@@ -76,6 +82,8 @@ pub(crate) struct VirtioDevice {
     notification: Option<EventFd>,
     /// It is to be served no longer.
     stopped: AtomicBool,
+    /// Its configuration is to change with what is outside.
+    stale: Arc<AtomicBool>,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
@@ -93,6 +101,37 @@ pub(crate) enum DeviceState {
     /// Its registers, and the status of its interrupt.
     Mmio(MmioState, u32),
     Pci(PciState),
+}
+
+impl DeviceState {
+    /// The device type.
+    pub(crate) fn kind(&self) -> u32 {
+        self.core().kind
+    }
+
+    /// How many queues there are.
+    pub(crate) fn queues(&self) -> usize {
+        self.core().queues()
+    }
+
+    /// What is the device's own.
+    pub(crate) fn own(&self) -> &Own {
+        &self.core().own
+    }
+
+    pub(crate) fn set_own(&mut self, own: Own) {
+        match self {
+            Self::Mmio(registers, _) => registers.core.own = own,
+            Self::Pci(registers) => registers.core.own = own,
+        }
+    }
+
+    fn core(&self) -> &CoreState {
+        match self {
+            Self::Mmio(registers, _) => &registers.core,
+            Self::Pci(registers) => &registers.core,
+        }
+    }
 }
 
 impl VirtioDevice {
@@ -141,8 +180,14 @@ impl VirtioDevice {
     }
 
     fn behind(port: Port, memory: &Memory) -> Self {
-        let (stopped, warned) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { port, memory: memory.clone(), notification: None, stopped, warned }
+        Self {
+            port,
+            memory: memory.clone(),
+            notification: None,
+            stopped: AtomicBool::new(false),
+            stale: Arc::default(),
+            warned: AtomicBool::new(false),
+        }
     }
 
     /// Has its thread go home, of which the gate has to be told too, and KVM forget it: the guest has it no more.
@@ -272,6 +317,15 @@ impl VirtioDevice {
         })
     }
 
+    /// What has [`serve`](Self::serve) [`refresh`](Self::refresh) when called: as the [`waker`](Self::waker).
+    pub(crate) fn refresher(&self) -> Result<impl Fn() + Send + Sync + 'static> {
+        let (stale, wake) = (self.stale.clone(), self.waker()?);
+        Ok(move || {
+            stale.store(true, Ordering::Release);
+            wake();
+        })
+    }
+
     /// Has [`serve`](Self::serve) look at the queues and at the gate.
     pub(crate) fn wake(&self) {
         if let Some(notification) = &self.notification {
@@ -284,16 +338,35 @@ impl VirtioDevice {
     pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
         let Some(notification) = &self.notification else { return Ok(()) };
         while gate.pass_unless(&self.stopped) {
+            if self.stale.swap(false, Ordering::AcqRel) {
+                self.refresh(vm);
+            }
             if self.step(vm) {
                 continue;
             }
-            match notification.read() {
-                Ok(_) => {}
+            match self.wait(notification) {
+                Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Waits until it is notified, or due.
+    fn wait(&self, notification: &EventFd) -> io::Result<()> {
+        let due_in = match &self.port {
+            Port::Mmio(mmio) => mmio.due_in(),
+            Port::Pci(pci) => pci.due_in(),
+        };
+        if let Some(due_in) = due_in {
+            let timeout = Timespec::try_from(due_in).ok();
+            let mut fds = [PollFd::from_borrowed_fd(descriptor_of(notification), PollFlags::IN)];
+            if poll(&mut fds, timeout.as_ref())? == 0 {
+                return Ok(());
+            }
+        }
+        notification.read().map(drop)
     }
 
     /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
@@ -324,4 +397,11 @@ impl VirtioDevice {
             tracing::warn!(%why, "a guest's driver broke the rules; its device waits for a reset");
         }
     }
+}
+
+/// The descriptor of an eventfd, which vmm-sys-util lends as a number alone.
+#[allow(unsafe_code, reason = "a descriptor is borrowed by its number")]
+fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is the eventfd's, which is borrowed for as long.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use virtio_bindings::virtio_mmio as reg;
@@ -95,6 +96,11 @@ impl OnMmio {
             Step::Served { interrupt: false } | Step::Idle => {}
         }
         step
+    }
+
+    /// See [`Device::due_in`].
+    pub(super) fn due_in(&self) -> Option<Duration> {
+        self.lock().due_in()
     }
 
     /// The machine has ended.

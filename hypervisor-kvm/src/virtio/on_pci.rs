@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -137,6 +138,11 @@ impl OnPci {
             send(vm, message);
         }
         step
+    }
+
+    /// See [`Device::due_in`].
+    pub(super) fn due_in(&self) -> Option<Duration> {
+        self.lock().due_in()
     }
 
     /// The machine has ended.

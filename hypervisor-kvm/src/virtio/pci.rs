@@ -3,6 +3,7 @@
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
@@ -90,7 +91,7 @@ pub(crate) struct Pci {
 /// The registers as they are saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PciState {
-    core: CoreState,
+    pub(super) core: CoreState,
     config: Vec<u8>,
     msix: Msix,
     /// The selectors: of the features that are offered, of those accepted.
@@ -210,6 +211,11 @@ impl Pci {
     /// See [`Core::refresh`].
     pub(crate) fn refresh(&mut self) -> bool {
         self.core.refresh()
+    }
+
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.core.due_in()
     }
 
     /// See [`Core::end`].
