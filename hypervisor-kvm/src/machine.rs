@@ -1,21 +1,22 @@
 //! A machine: what its handle, its processors and its devices share, and how it begins and ends.
 
+mod parts;
+
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use instance_core::console::ConsolePort;
 use instance_core::machine::{
-    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec,
+    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
     RestoreSpec, VmExits,
 };
-use instance_core::vsock::VsockSpec;
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
 
+pub(crate) use self::parts::OTHER_DEVICES;
+use self::parts::{Parts, Places};
 use crate::boot::Plan;
 use crate::bus::Devices;
 use crate::confine::{self, Filter, Filters};
@@ -24,19 +25,11 @@ use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
-use crate::power::Power;
-use crate::rtc::Rtc;
 use crate::saved::{self, Loaded, Platform, Processor};
-use crate::serial::SerialPort;
-use crate::slots::{Placed, Role, Slots};
+use crate::slots::{Placed, Role};
 use crate::thread::{Stacks, Thread};
-use crate::virtio::{Balloon, Block, Device, Net, Rng, VirtioDevice, Vsock, Wish};
+use crate::virtio::Wish;
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
-
-/// The most virtio devices that a machine has besides its disks and network ports: in this order the entropy
-/// device; the balloon, which machines have that were not saved before there was one; and, if its specification
-/// says so, the place for streams.
-pub(crate) const OTHER_DEVICES: usize = 3;
 
 /// A machine's handle.
 #[derive(Debug)]
@@ -76,21 +69,6 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 struct Threads {
     vcpus: Vec<Thread>,
-}
-
-/// What a machine is put together from.
-struct Parts<'a> {
-    name: &'a str,
-    transport: Transport,
-    disks: &'a [DiskSpec],
-    nets: &'a [NetSpec],
-    vsock: Option<&'a VsockSpec>,
-    /// Which place each device has: the disks', the network ports', and those of as many others as there are.
-    places: Places,
-    console: &'a ConsolePort,
-    vm: VmFd,
-    memory: Memory,
-    processors: Vec<VcpuFd>,
 }
 
 impl KvmMachine {
@@ -202,98 +180,6 @@ impl KvmMachine {
             alive
         });
         if moved { Ok(()) } else { Err(MachineError::wrong_state(action, &self.shared.state.get())) }
-    }
-}
-
-/// Which places devices have.
-struct Places {
-    disks: Vec<usize>,
-    nets: Vec<usize>,
-    others: Vec<usize>,
-}
-
-impl Places {
-    /// Of a new machine: one after the other.
-    fn in_order(disks: usize, nets: usize, others: usize) -> Self {
-        let from = disks + nets;
-        Self {
-            disks: (0..disks).collect(),
-            nets: (disks..from).collect(),
-            others: (from..from + others).collect(),
-        }
-    }
-
-    /// Of one that was saved, where devices may have come and gone.
-    fn of(state: &saved::State) -> Self {
-        let of = |role| {
-            let devices = state.virtio.iter().filter(|device| device.role == role);
-            devices.map(|device| usize::from(device.place)).collect()
-        };
-        Self { disks: of(saved::Role::Disk), nets: of(saved::Role::Net), others: of(saved::Role::Other) }
-    }
-}
-
-impl Parts<'_> {
-    /// A machine without threads, whose devices nobody has used yet.
-    fn put_together(self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
-        let Self { name, transport, disks, nets, vsock, places, console, vm, memory, processors } = self;
-        let (mut placed, mut others) = (Vec::new(), places.others.into_iter());
-        let way = (transport, state == MachineState::Paused);
-        for (place, disk) in places.disks.into_iter().zip(disks) {
-            let block = Block::new(disk.disk.clone(), &disk.serial);
-            let device = served(&vm, &memory, place, way, block)?;
-            placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
-        }
-        for (place, net) in places.nets.into_iter().zip(nets) {
-            let device = served(&vm, &memory, place, way, Net::new(net))?;
-            net.port.set_waker(Some(Arc::new(device.waker()?)));
-            placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
-        }
-        if let Some(place) = others.next() {
-            let device = VirtioDevice::new(&vm, &memory, place, transport, Rng)?;
-            placed.push(Placed::new(place, Role::Other, device));
-        }
-        let mut balloon = None;
-        if let Some(place) = others.next() {
-            let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
-            let wish = Arc::new(Wish::new(mib as u32));
-            let device = VirtioDevice::new(&vm, &memory, place, transport, Balloon::new(wish.clone()))?;
-            placed.push(Placed::new(place, Role::Other, device));
-            balloon = Some((place, wish));
-        }
-        if let (Some(place), Some(spec)) = (others.next(), vsock) {
-            let mut device = Vsock::new(spec);
-            if state == MachineState::Paused {
-                // It goes on, with streams that nobody else has.
-                device.break_streams();
-            }
-            let device = served(&vm, &memory, place, way, device)?;
-            spec.port.set_waker(Some(Arc::new(device.waker()?)));
-            placed.push(Placed::new(place, Role::Other, device));
-        }
-        let devices = Devices {
-            serial: serial_port(&vm, console)?,
-            power: Power::default(),
-            rtc: Mutex::new(Rtc::new()),
-            pci: (transport == Transport::Pci).then(Bus::new),
-            virtio: Slots::new(transport.places(), placed),
-        };
-        Ok(Shared {
-            name: name.to_owned(),
-            filter: None,
-            exits: processors.iter().map(|_| Exits::default()).collect(),
-            stacks: kvm.stacks(),
-            processors: processors.into_iter().map(Mutex::new).collect(),
-            vm,
-            devices,
-            balloon,
-            memory,
-            msrs: kvm.msrs(),
-            gate: Gate::new(),
-            state: Publisher::new(state),
-            threads: Mutex::default(),
-            plugging: Mutex::default(),
-        })
     }
 }
 
@@ -440,21 +326,6 @@ impl Drop for Leaving<'_> {
     }
 }
 
-/// A device that a thread is going to serve; whether it goes on where another was saved is said with the transport: on
-/// PCI it has no place before it is told where that was, which may be where another one begins.
-fn served(
-    vm: &VmFd,
-    memory: &Memory,
-    place: usize,
-    (transport, goes_on): (Transport, bool),
-    device: impl Device + 'static,
-) -> Result<VirtioDevice> {
-    match transport {
-        Transport::Pci if goes_on => VirtioDevice::late(memory, device),
-        _ => VirtioDevice::with_thread(vm, memory, place, transport, device),
-    }
-}
-
 /// Interrupt controllers, timer, and the pages that KVM needs on Intel processors.
 fn set_up_platform(vm: &VmFd) -> Result<()> {
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -477,12 +348,6 @@ fn make_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd> {
     }
     set_up_platform(&vm)?;
     Ok(vm)
-}
-
-fn serial_port(vm: &VmFd, console: &ConsolePort) -> Result<SerialPort> {
-    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-    vm.register_irqfd(&interrupt, layout::SERIAL_IRQ).host("KVM did not take the serial port's interrupt")?;
-    Ok(SerialPort::new(console.clone(), interrupt))
 }
 
 impl Machine for KvmMachine {
