@@ -9,7 +9,7 @@ use crate::Transport;
 use crate::error::{Result, unsupported};
 use crate::machine::Shared;
 use crate::saved;
-use crate::slots::{Placed, Role};
+use crate::slots::{Other, Placed, Role};
 use crate::thread::Thread;
 use crate::virtio::{Block, VirtioDevice};
 
@@ -27,9 +27,10 @@ impl Shared {
         let taken = slots
             .all()
             .iter()
-            .filter(|placed| !matches!(placed.role, Role::Other) && !placed.is_hollow())
+            .filter(|placed| !matches!(placed.role, Role::Other(_)) && !placed.is_hollow())
             .count();
-        let most = Transport::Pci.device_places();
+        let is_console = |placed: &Placed| matches!(placed.role, Role::Other(Other::Console));
+        let most = Transport::Pci.device_places(slots.find(is_console).is_some());
         let Some(number) = slots.free().filter(|_| taken < most) else {
             return Err(unsupported(format!(
                 "the machine has {most} disks and network ports, which is all there is room for"

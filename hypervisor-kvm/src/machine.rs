@@ -15,7 +15,6 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-pub(crate) use self::parts::OTHER_DEVICES;
 use self::parts::{Parts, Places};
 use crate::boot::Plan;
 use crate::bus::Devices;
@@ -26,7 +25,7 @@ use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::saved::{self, Loaded, Platform, Processor};
-use crate::slots::{Placed, Role};
+use crate::slots::{Other, Placed, Role};
 use crate::thread::{Stacks, Thread};
 use crate::virtio::Wish;
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
@@ -80,9 +79,8 @@ impl KvmMachine {
         let vm = make_vm(kvm, &memory)?;
         let count = spec.vcpus.get();
         let transport = kvm.transport();
-        let others = OTHER_DEVICES - usize::from(spec.vsock.is_none());
-        let places = Places::in_order(spec.disks.len(), spec.nets.len(), others);
-        acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + others)?;
+        let places = Places::of_new(spec);
+        acpi::write(&memory, count, transport, places.count())?;
         generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
@@ -96,8 +94,20 @@ impl KvmMachine {
             })
             .collect::<Result<Vec<_>>>()?;
         let MachineSpec { name, disks, nets, console, .. } = spec;
-        let vsock = spec.vsock.as_ref();
-        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
+        let (vsock, virtio_console) = (spec.vsock.as_ref(), spec.virtio_console.as_ref());
+        let parts = Parts {
+            name,
+            transport,
+            disks,
+            nets,
+            vsock,
+            places,
+            console,
+            virtio_console,
+            vm,
+            memory,
+            processors,
+        };
         Self::run(parts.put_together(kvm, MachineState::Created)?, filters)
     }
 
@@ -119,8 +129,20 @@ impl KvmMachine {
             .collect::<Result<Vec<_>>>()?;
         state.platform.restore(&vm)?;
         let RestoreSpec { name, disks, nets, console, .. } = spec;
-        let (transport, vsock, places) = (state.transport, spec.vsock.as_ref(), Places::of(state));
-        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
+        let (vsock, virtio_console) = (spec.vsock.as_ref(), spec.virtio_console.as_ref());
+        let parts = Parts {
+            name,
+            transport: state.transport,
+            disks,
+            nets,
+            vsock,
+            places: Places::of_saved(state),
+            console,
+            virtio_console,
+            vm,
+            memory,
+            processors,
+        };
         let mut shared = parts.put_together(kvm, MachineState::Paused)?;
         shared.devices.restore(&shared.vm, &shared.memory, state)?;
         // Nobody has asked this one's guest for memory.
@@ -253,7 +275,8 @@ impl Shared {
         let role = match placed.role {
             Role::Disk(_) => "disk",
             Role::Net(_) => "net",
-            Role::Other => "vsock",
+            Role::Other(Other::Console) => "hvc",
+            Role::Other(_) => "vsock",
         };
         let served = placed.clone();
         let work = move |shared: &Shared| {

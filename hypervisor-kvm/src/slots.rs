@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_CONSOLE, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK};
 
 use crate::thread::Thread;
 use crate::virtio::VirtioDevice;
@@ -22,7 +23,33 @@ pub(crate) enum Role {
     Disk(saved::Disk),
     Net(saved::Port),
     /// One of those that machines have besides.
-    Other,
+    Other(Other),
+}
+
+/// A device that is neither a disk nor a network port, of which a machine has one of a type at most. In the order in
+/// which machines have them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Other {
+    Entropy,
+    /// Which machines have that were not saved before there was one.
+    Balloon,
+    /// A place for streams, if the specification says so.
+    Vsock,
+    /// A console, if the specification says so.
+    Console,
+}
+
+impl Other {
+    /// What a virtio device of this type is, if it is one of these.
+    pub(crate) fn of(kind: u32) -> Option<Self> {
+        Some(match kind {
+            VIRTIO_ID_RNG => Self::Entropy,
+            VIRTIO_ID_BALLOON => Self::Balloon,
+            VIRTIO_ID_VSOCK => Self::Vsock,
+            VIRTIO_ID_CONSOLE => Self::Console,
+            _ => return None,
+        })
+    }
 }
 
 impl Role {
@@ -74,7 +101,7 @@ impl Placed {
         let role = match self.role {
             Role::Disk(_) => saved::Role::Disk,
             Role::Net(_) => saved::Role::Net,
-            Role::Other => saved::Role::Other,
+            Role::Other(_) => saved::Role::Other,
         };
         saved::Device { place: self.number as u8, role, state: self.device.save() }
     }
@@ -303,7 +330,7 @@ mod tests {
             Placed::new(number, role, device)
         };
         let role = || Role::Disk(saved::Disk::of(&disk()));
-        let slots = Slots::new(8, vec![placed(0, role()), placed(3, Role::Other)]);
+        let slots = Slots::new(8, vec![placed(0, role()), placed(3, Role::Other(Other::Entropy))]);
         assert_eq!(slots.free(), Some(1));
         let late = slots.put(placed(5, role()));
         assert!(!slots.write(&vm, EJECT, &[32, 0, 0, 0]), "it is still on its way in");

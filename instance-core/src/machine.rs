@@ -393,12 +393,14 @@ pub struct Capabilities {
     pub balloon: bool,
     /// Whether a machine may have a [place for streams](MachineSpec::vsock).
     pub vsock: bool,
+    /// Whether a machine may have a [virtio console](MachineSpec::virtio_console).
+    pub virtio_console: bool,
 }
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
     /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks that come, go or grow
-    /// while it runs, no balloon, no streams, unless the fields are then set otherwise.
+    /// while it runs, no balloon, no streams, no virtio console, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self {
             name,
@@ -414,6 +416,7 @@ impl Capabilities {
             save: false,
             balloon: false,
             vsock: false,
+            virtio_console: false,
         }
     }
 
@@ -459,6 +462,9 @@ impl Capabilities {
                 return unsupported(format!("{} is no guest's address", vsock.cid));
             }
             Some(_) | None => {}
+        }
+        if spec.virtio_console.is_some() && !self.virtio_console {
+            return unsupported(format!("{name} has no virtio consoles for machines"));
         }
         if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));

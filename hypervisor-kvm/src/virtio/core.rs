@@ -11,7 +11,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::chain::Malformed;
-use super::device::Device;
+use super::device::{Device, Own};
 use super::ring::{Description, Ring, RingState};
 use crate::memory::Memory;
 
@@ -41,11 +41,14 @@ pub(crate) struct Core {
 /// A device as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CoreState {
-    kind: u32,
+    pub(crate) kind: u32,
     accepted: u64,
     status: u32,
     generation: u32,
     rings: Vec<RingState>,
+    /// What is the device's own. Machines' files have it elsewhere: those of version 1 have none.
+    #[serde(skip)]
+    pub(crate) own: Own,
 }
 
 /// What else an access of the driver does.
@@ -87,6 +90,7 @@ impl Core {
             status: self.status,
             generation: self.generation,
             rings: self.rings.iter().map(Ring::save).collect(),
+            own: self.device.save(),
         }
     }
 
@@ -104,7 +108,7 @@ impl Core {
         let event_idx = self.event_idx();
         let rings = state.rings.iter().map(|ring| Ring::restore(ring, memory, event_idx));
         self.rings = rings.collect::<Result<_, _>>()?;
-        Ok(())
+        self.device.restore(&state.own)
     }
 
     /// The device type.

@@ -2,8 +2,19 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::chain::Malformed;
+use super::console;
 use super::ring::Running;
+
+/// What a device has to remember beside its queues when it is saved. Most have nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Own {
+    #[default]
+    None,
+    Console(console::State),
+}
 
 /// The logic of a device: a function of what the driver puts into its queues, without threads,
 /// descriptors or registers.
@@ -39,4 +50,14 @@ pub(crate) trait Device: fmt::Debug + Send {
 
     /// The machine has ended: what is connected outside may go.
     fn end(&mut self) {}
+
+    /// What it has to remember.
+    fn save(&self) -> Own {
+        Own::None
+    }
+
+    /// Goes on with what another had to remember; fails if that was of another type.
+    fn restore(&mut self, own: &Own) -> Result<(), Malformed> {
+        if *own == Own::None { Ok(()) } else { Err(Malformed("the device is of another type")) }
+    }
 }

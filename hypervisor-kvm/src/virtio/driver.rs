@@ -87,15 +87,20 @@ impl Driver {
         self.device.step(&self.memory, queue)
     }
 
+    /// Writes the `n`th descriptor of a queue.
+    pub(super) fn describe(&self, queue: usize, n: u16, (address, len, flags): (u64, u32, u16)) {
+        let descriptor = queue_at(queue) + 16 * u64::from(n);
+        self.memory.write_obj(address, GuestAddress(descriptor)).unwrap();
+        let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(n + 1) << 48;
+        self.memory.write_obj(rest, GuestAddress(descriptor + 8)).unwrap();
+    }
+
     /// Makes a chain of these descriptors available, whose first is number `head`.
     pub(super) fn offer(&mut self, queue: usize, head: u16, chain: &[(u64, u32, u16)]) {
         let at = queue_at(queue);
         for (n, (address, len, flags)) in (head..).zip(chain.iter().copied()) {
             let next = if usize::from(n - head) + 1 < chain.len() { NEXT } else { 0 };
-            let descriptor = GuestAddress(at + 16 * u64::from(n));
-            self.memory.write_obj(address, descriptor).unwrap();
-            let rest = u64::from(len) | u64::from(flags | next) << 32 | u64::from(n + 1) << 48;
-            self.memory.write_obj(rest, GuestAddress(descriptor.0 + 8)).unwrap();
+            self.describe(queue, n, (address, len, flags | next));
         }
         let sent = &mut self.offered[queue];
         let slot = at + AVAILABLE + 4 + 2 * u64::from(*sent % QUEUE_SIZE);

@@ -30,7 +30,7 @@ pub(crate) struct Mmio {
 /// The registers as they are saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MmioState {
-    core: CoreState,
+    pub(super) core: CoreState,
     /// The selectors: of the features that are offered, of those accepted, of the queue.
     selected: [u32; 3],
 }

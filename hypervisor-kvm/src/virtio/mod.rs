@@ -9,6 +9,9 @@ mod balloon;
 mod balloon_tests;
 mod block;
 mod chain;
+mod console;
+#[cfg(test)]
+mod console_tests;
 mod core;
 mod device;
 #[cfg(test)]
@@ -32,6 +35,7 @@ mod vsock;
 mod vsock_tests;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -39,6 +43,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::core::CoreState;
 pub(crate) use self::core::Effect;
 pub(crate) use self::core::Step;
 use crate::Transport;
@@ -48,7 +53,8 @@ use crate::memory::Memory;
 pub(crate) use balloon::{Balloon, Wish};
 pub(crate) use block::Block;
 use chain::Malformed;
-pub(crate) use device::Device;
+pub(crate) use console::Console;
+pub(crate) use device::{Device, Own};
 use mmio::MmioState;
 pub(crate) use net::Net;
 use on_mmio::OnMmio;
@@ -76,6 +82,8 @@ pub(crate) struct VirtioDevice {
     notification: Option<EventFd>,
     /// It is to be served no longer.
     stopped: AtomicBool,
+    /// Its configuration is to change with what is outside.
+    stale: Arc<AtomicBool>,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
@@ -93,6 +101,32 @@ pub(crate) enum DeviceState {
     /// Its registers, and the status of its interrupt.
     Mmio(MmioState, u32),
     Pci(PciState),
+}
+
+impl DeviceState {
+    /// The device type.
+    pub(crate) fn kind(&self) -> u32 {
+        self.core().kind
+    }
+
+    /// What is the device's own.
+    pub(crate) fn own(&self) -> &Own {
+        &self.core().own
+    }
+
+    pub(crate) fn set_own(&mut self, own: Own) {
+        match self {
+            Self::Mmio(registers, _) => registers.core.own = own,
+            Self::Pci(registers) => registers.core.own = own,
+        }
+    }
+
+    fn core(&self) -> &CoreState {
+        match self {
+            Self::Mmio(registers, _) => &registers.core,
+            Self::Pci(registers) => &registers.core,
+        }
+    }
 }
 
 impl VirtioDevice {
@@ -141,8 +175,14 @@ impl VirtioDevice {
     }
 
     fn behind(port: Port, memory: &Memory) -> Self {
-        let (stopped, warned) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { port, memory: memory.clone(), notification: None, stopped, warned }
+        Self {
+            port,
+            memory: memory.clone(),
+            notification: None,
+            stopped: AtomicBool::new(false),
+            stale: Arc::default(),
+            warned: AtomicBool::new(false),
+        }
     }
 
     /// Has its thread go home, of which the gate has to be told too, and KVM forget it: the guest has it no more.
@@ -272,6 +312,15 @@ impl VirtioDevice {
         })
     }
 
+    /// What has [`serve`](Self::serve) [`refresh`](Self::refresh) when called: as the [`waker`](Self::waker).
+    pub(crate) fn refresher(&self) -> Result<impl Fn() + Send + Sync + 'static> {
+        let (stale, wake) = (self.stale.clone(), self.waker()?);
+        Ok(move || {
+            stale.store(true, Ordering::Release);
+            wake();
+        })
+    }
+
     /// Has [`serve`](Self::serve) look at the queues and at the gate.
     pub(crate) fn wake(&self) {
         if let Some(notification) = &self.notification {
@@ -284,6 +333,9 @@ impl VirtioDevice {
     pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
         let Some(notification) = &self.notification else { return Ok(()) };
         while gate.pass_unless(&self.stopped) {
+            if self.stale.swap(false, Ordering::AcqRel) {
+                self.refresh(vm);
+            }
             if self.step(vm) {
                 continue;
             }

@@ -90,7 +90,7 @@ pub(crate) struct Pci {
 /// The registers as they are saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PciState {
-    core: CoreState,
+    pub(super) core: CoreState,
     config: Vec<u8>,
     msix: Msix,
     /// The selectors: of the features that are offered, of those accepted.

@@ -54,6 +54,10 @@ pub struct MachineSpec {
     pub vsock: Option<VsockSpec>,
     /// The machine's side of its serial console.
     pub console: ConsolePort,
+    /// The machine's side of a second console, if it is to have one: virtio's, which a Linux guest has as `hvc0`.
+    /// A character of it costs no exit of a processor, and its guest knows the terminal's size. Its
+    /// [`Console`](crate::console::Console) is another than that of the serial port, which is there all the same.
+    pub virtio_console: Option<ConsolePort>,
     /// What the machine tells its guest of itself, if anything.
     pub identity: Option<Identity>,
     /// A directory of the machine's own for sockets and the like. Empty at the start, removed by the
@@ -80,6 +84,7 @@ impl MachineSpec {
             nets: Vec::new(),
             vsock: None,
             console,
+            virtio_console: None,
             identity: None,
             runtime_dir: std::env::temp_dir(),
         }
