@@ -36,7 +36,8 @@ impl Shared {
                 "the machine has {most} disks and network ports, which is all there is room for"
             )));
         };
-        let device = VirtioDevice::late(&self.memory, Block::new(disk.disk.clone(), &disk.serial))?;
+        let block = Block::new(disk.disk.clone(), &disk.serial, self.processors());
+        let device = VirtioDevice::late(&self.memory, block)?;
         let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.gate.join_late() {
             return Err(MachineError::wrong_state(ACTION, &self.state.get()));

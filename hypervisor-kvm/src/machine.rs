@@ -298,6 +298,11 @@ impl Shared {
         }
     }
 
+    /// How many processors it has.
+    pub(crate) fn processors(&self) -> usize {
+        self.processors.len()
+    }
+
     /// The disk with this serial number of a machine that is running or paused.
     pub(crate) fn live_disk(&self, action: &str, serial: &str) -> Result<Arc<Placed>> {
         match self.state.get() {

@@ -42,7 +42,8 @@ pub(super) struct Parts<'a> {
 
 /// Which places devices have.
 pub(super) struct Places {
-    disks: Vec<usize>,
+    /// With the number of queues that each has.
+    disks: Vec<(usize, usize)>,
     nets: Vec<usize>,
     others: Vec<(Other, usize)>,
 }
@@ -54,7 +55,7 @@ impl Places {
         let asked = asked.into_iter().filter(|(_, asked)| *asked).map(|(other, _)| other);
         let (disks, others_from) = (spec.disks.len(), spec.disks.len() + spec.nets.len());
         Self {
-            disks: (0..disks).collect(),
+            disks: (0..disks).map(|place| (place, spec.vcpus.get() as usize)).collect(),
             nets: (disks..others_from).collect(),
             others: [Other::Entropy, Other::Balloon].into_iter().chain(asked).zip(others_from..).collect(),
         }
@@ -68,7 +69,7 @@ impl Places {
         };
         let others = of(saved::Role::Other);
         Self {
-            disks: of(saved::Role::Disk).map(|(_, place)| place).collect(),
+            disks: of(saved::Role::Disk).map(|(device, place)| (place, device.state.queues())).collect(),
             nets: of(saved::Role::Net).map(|(_, place)| place).collect(),
             others: others
                 .filter_map(|(device, place)| Some((Other::of(device.state.kind())?, place)))
@@ -121,8 +122,9 @@ impl Parts<'_> {
 
     fn disks_and_nets(&self, goes_on: bool) -> Result<Vec<Placed>> {
         let mut placed = Vec::new();
-        for (&place, disk) in self.places.disks.iter().zip(self.disks) {
-            let device = self.served(place, goes_on, Block::new(disk.disk.clone(), &disk.serial))?;
+        for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
+            let block = Block::new(disk.disk.clone(), &disk.serial, queues);
+            let device = self.served(place, goes_on, block)?;
             placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
         }
         for (&place, net) in self.places.nets.iter().zip(self.nets) {

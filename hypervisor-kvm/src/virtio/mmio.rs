@@ -2,6 +2,9 @@
 //!
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 
@@ -68,9 +71,19 @@ impl Mmio {
         self.core.end();
     }
 
+    /// See [`Device::ended`].
+    pub(crate) fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        self.core.ended()
+    }
+
     /// See [`Core::step`].
     pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
         self.core.step(memory, queue)
+    }
+
+    /// See [`Core::settle`].
+    pub(crate) fn settle(&mut self, memory: &Memory, queue: usize) -> Step {
+        self.core.settle(memory, queue)
     }
 
     /// The driver reads at `offset`. The interrupt status, which is not kept here, is

@@ -8,6 +8,8 @@ mod balloon;
 #[cfg(test)]
 mod balloon_tests;
 mod block;
+#[cfg(test)]
+mod block_tests;
 mod chain;
 mod console;
 #[cfg(test)]
@@ -35,17 +37,19 @@ mod vsock;
 mod vsock_tests;
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::core::CoreState;
-pub(crate) use self::core::Effect;
-pub(crate) use self::core::Step;
+pub(crate) use self::core::{Effect, Step};
 use crate::Transport;
 use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
@@ -107,6 +111,11 @@ impl DeviceState {
     /// The device type.
     pub(crate) fn kind(&self) -> u32 {
         self.core().kind
+    }
+
+    /// How many queues it has.
+    pub(crate) fn queues(&self) -> usize {
+        self.core().rings.len()
     }
 
     /// What is the device's own.
@@ -299,6 +308,8 @@ impl VirtioDevice {
             Port::Mmio(mmio) => mmio.end(),
             Port::Pci(pci) => pci.end(),
         }
+        // A driver that is still there is told of what has ended by that.
+        self.wake();
     }
 
     /// What wakes [`serve`](Self::serve) when called, from any thread and also when the device is gone.
@@ -332,30 +343,48 @@ impl VirtioDevice {
     /// Serves requests until the machine ends. One thread calls this.
     pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
         let Some(notification) = &self.notification else { return Ok(()) };
-        while gate.pass_unless(&self.stopped) {
+        // Who closes the gate finds nothing under way.
+        while gate.pass_unless(&self.stopped, || self.settle(vm)) {
             if self.stale.swap(false, Ordering::AcqRel) {
                 self.refresh(vm);
             }
-            if self.step(vm) {
-                continue;
-            }
-            match notification.read() {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            if !self.step(vm) {
+                self.wait(notification)?;
             }
         }
         Ok(())
     }
 
+    /// Waits for a notification, or for the end of something that the device has under way.
+    fn wait(&self, notification: &EventFd) -> io::Result<()> {
+        let ended = match &self.port {
+            Port::Mmio(mmio) => mmio.ended(),
+            Port::Pci(pci) => pci.ended(),
+        };
+        if let Some(ended) = ended {
+            // SAFETY: it is open for as long as it is borrowed.
+            #[allow(unsafe_code, reason = "`EventFd` cannot be borrowed as others can")]
+            let notification = unsafe { BorrowedFd::borrow_raw(notification.as_raw_fd()) };
+            let waited = [notification, ended.as_fd()];
+            let mut waited = waited.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            match poll(&mut waited, None) {
+                Ok(_) if waited[0].revents().is_empty() => return Ok(()),
+                Ok(_) => {}
+                Err(Errno::INTR) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match notification.read() {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
     /// False if there is none.
     fn step(&self, vm: &VmFd) -> bool {
-        let queues = match &self.port {
-            Port::Mmio(mmio) => mmio.queues(),
-            Port::Pci(pci) => pci.queues(),
-        };
-        (0..queues).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
+        (0..self.queues()).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
     }
 
     fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
@@ -367,6 +396,26 @@ impl VirtioDevice {
             self.warn(why);
         }
         step != Step::Idle
+    }
+
+    /// Has all that was begun end.
+    fn settle(&self, vm: &VmFd) {
+        for queue in 0..self.queues() {
+            let step = match &self.port {
+                Port::Mmio(mmio) => mmio.settle(&self.memory, queue),
+                Port::Pci(pci) => pci.settle(vm, &self.memory, queue),
+            };
+            if let Step::Broken(why) = step {
+                self.warn(why);
+            }
+        }
+    }
+
+    fn queues(&self) -> usize {
+        match &self.port {
+            Port::Mmio(mmio) => mmio.queues(),
+            Port::Pci(pci) => pci.queues(),
+        }
     }
 
     fn warn(&self, why: Malformed) {

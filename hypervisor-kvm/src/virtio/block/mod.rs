@@ -1,38 +1,38 @@
-//! The virtio block device (virtio 1.2, 5.2): one request in, one answer out.
+//! The virtio block device (virtio 1.2, 5.2): requests in, answers out, in any order.
 //!
-//! A request is a checked [`Chain`], and its effect is on a [`Disk`] and the guest's memory.
+//! A request is a checked [`Chain`]. What it asks for is done by the disk's own [`Line`] while the device goes on,
+//! straight from and to the guest's memory, and answered when it has been done.
 
-use storage_block::{Disk, SECTOR};
+mod line;
+mod request;
+
+use std::mem;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use slab::Slab;
+use storage_block::{Completion, Disk, ErrorKind, SECTOR};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::{Chain, Malformed};
 use super::device::Device;
 use super::ring::Running;
 use crate::memory::Memory;
+use line::{DEPTH, Line};
+use request::{Op, RANGE_SECTORS_MAX, RANGES_MAX, Request, SEGMENT_BYTES_MAX, SEGMENTS_MAX};
 
-/// The most descriptors of a request: header, data, status. Half the queue's size, so that two
-/// requests always fit.
-const SEGMENTS_MAX: u32 = 126;
-/// The most bytes of one data descriptor.
-const SEGMENT_BYTES_MAX: u32 = 128 << 10;
-/// The most data of a request that a driver forms by the two limits above.
-const DATA_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
-/// The most sectors of one discard or write-zeroes range: 64 MiB, so that also where a disk has to write
-/// each zero, nobody waits long for the request.
-const RANGE_SECTORS_MAX: u32 = 1 << 17;
-/// The most ranges of one discard or write-zeroes request.
-const RANGES_MAX: u32 = 1;
-/// `struct virtio_blk_discard_write_zeroes`.
-const RANGE_LEN: u64 = 16;
-/// Type, reserved, sector.
-const HEADER_LEN: u64 = 16;
-
+/// The most queues of a device: all are served by one thread, and more of them only spare the guest's processors
+/// from waiting for each other.
+pub(crate) const QUEUES_MAX: usize = 16;
+/// How many requests are taken up before the driver hears of those that have ended: few enough for it to get on
+/// meanwhile.
+const BATCH: usize = 8;
 /// The bytes of the configuration space.
 const CONFIG_LEN: usize = 60;
 
@@ -41,33 +41,86 @@ const CONFIG_LEN: usize = 60;
 pub(crate) struct Block {
     /// None when the machine has ended, or the guest has let go.
     disk: Option<Disk>,
+    /// What is under way on the disk. None while that is not in use.
+    line: Option<Line>,
+    /// The requests that are, by their tokens.
+    pending: Slab<Pending>,
+    /// What each virtqueue is to be told.
+    lanes: Vec<Lane>,
     /// The capacity that the driver is told.
     sectors: u64,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
 
-/// How a request ended: the status byte that the driver is told.
+/// A virtqueue's share of the device.
+#[derive(Debug, Default)]
+struct Lane {
+    answers: Vec<Answer>,
+    /// How many of the requests that were last taken from it have never begun, and are the next ones again.
+    left: u16,
+}
+
+/// A request that has ended.
+#[derive(Debug)]
+struct Answer {
+    head: u16,
+    status_at: GuestAddress,
+    status: u32,
+    /// The bytes of data that were written to the guest.
+    written: u32,
+}
+
+/// A request that is under way.
+#[derive(Debug)]
+struct Pending {
+    lane: usize,
+    stage: Stage,
+    /// If all goes well.
+    answer: Answer,
+}
+
+/// What of a request is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Failure {
+enum Stage {
+    /// All of it.
+    Whole,
+    /// What has to be durable before it is answered, since its driver cannot flush (virtio 1.2, 5.2.6.2).
+    BeforeFlush,
+    /// The flush after that.
+    Flush,
+}
+
+/// Why a request is not begun.
+enum Refusal {
+    Malformed(Malformed),
+    /// It cannot be done.
     Io,
+    /// It is not among those that the driver was offered.
     Unsupported,
 }
 
-impl From<storage_block::Error> for Failure {
-    fn from(error: storage_block::Error) -> Self {
-        tracing::debug!(%error, "a disk request failed");
-        Self::Io
+impl From<Malformed> for Refusal {
+    fn from(why: Malformed) -> Self {
+        Self::Malformed(why)
     }
 }
 
 impl Block {
-    /// A block device of these bytes; of the serial number, the guest sees the first 20.
-    pub(crate) fn new(disk: Disk, serial: &str) -> Self {
+    /// A block device of these bytes with so many queues, one at least and [`QUEUES_MAX`] at most; of the serial number,
+    /// the guest sees the first 20 bytes.
+    pub(crate) fn new(disk: Disk, serial: &str, queues: usize) -> Self {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Self { sectors: disk.size() / SECTOR, disk: Some(disk), serial: id }
+        Self {
+            sectors: disk.size() / SECTOR,
+            disk: Some(disk),
+            line: None,
+            pending: Slab::new(),
+            lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
+            serial: id,
+        }
     }
 
     /// The configuration space, `struct virtio_blk_config`.
@@ -78,6 +131,7 @@ impl Block {
         put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
         put(12, &SEGMENTS_MAX.to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
+        put(34, &(self.lanes.len() as u16).to_le_bytes());
         put(36, &RANGE_SECTORS_MAX.to_le_bytes()); // discard: sectors, ranges, alignment
         put(40, &RANGES_MAX.to_le_bytes());
         put(44, &1u32.to_le_bytes());
@@ -87,119 +141,142 @@ impl Block {
         config
     }
 
-    /// Serves a request and writes its status. Returns how many bytes were written to the guest.
-    ///
-    /// `features` are those that the driver accepted.
-    fn answer(&mut self, memory: &Memory, chain: &Chain, features: u64) -> Result<u32, Malformed> {
-        let mut header = [0; HEADER_LEN as usize];
-        chain.readable.read(memory, 0, &mut header).map_err(|_| Malformed("a request without a header"))?;
-        let Some(status_at) = chain.writable.len().checked_sub(1) else {
-            return Err(Malformed("a request without room for its status"));
+    /// Begins a request, or answers it at once. `features` are those that the driver accepted.
+    fn begin(&mut self, lane: usize, memory: &Memory, chain: &Chain, features: u64) -> Result<(), Malformed> {
+        let request = Request::read(memory, chain)?;
+        let status = match self.try_begin(lane, memory, &request, features) {
+            Ok(Some(written)) => (VIRTIO_BLK_S_OK, written),
+            Ok(None) => return Ok(()),
+            Err(Refusal::Io) => (VIRTIO_BLK_S_IOERR, 0),
+            Err(Refusal::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Refusal::Malformed(why)) => return Err(why),
         };
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let request = Request {
-            kind: u32::from_le_bytes([t0, t1, t2, t3]),
-            sector: u64::from_le_bytes(sector),
-            chain,
-            out_len: chain.readable.len() - HEADER_LEN,
-            in_len: status_at,
-        };
-        let (status, written) = match self.act(memory, &request, features)? {
-            Ok(written) => (VIRTIO_BLK_S_OK, written),
-            Err(Failure::Io) => (VIRTIO_BLK_S_IOERR, 0),
-            Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
-        };
-        chain.writable.write(memory, status_at, &[status as u8])?;
-        Ok(written + 1)
+        self.lanes[lane].answers.push(Answer::to(&request, status));
+        Ok(())
     }
 
-    fn act(
+    /// Begins a request. Says how many bytes have been written to the guest where that was all.
+    fn try_begin(
         &mut self,
+        lane: usize,
         memory: &Memory,
         request: &Request<'_>,
         features: u64,
-    ) -> Result<Result<u32, Failure>, Malformed> {
-        let negotiated = |bit: u32| features & 1 << bit != 0;
-        let done = match request.kind {
-            VIRTIO_BLK_T_IN => self.read(memory, request)?,
-            VIRTIO_BLK_T_OUT => self.write(memory, request)?.map(|()| 0),
-            VIRTIO_BLK_T_FLUSH => self.flush(),
-            VIRTIO_BLK_T_GET_ID => {
-                let len = (request.in_len as usize).min(self.serial.len());
-                request.chain.writable.write(memory, 0, &self.serial[..len])?;
-                Ok(len as u32)
-            }
-            VIRTIO_BLK_T_DISCARD if negotiated(VIRTIO_BLK_F_DISCARD) => self.ranges(memory, request)?,
-            VIRTIO_BLK_T_WRITE_ZEROES if negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => {
-                self.ranges(memory, request)?
-            }
-            _ => Err(Failure::Unsupported),
+    ) -> Result<Option<u32>, Refusal> {
+        let Some(op) = request.op(memory, features)? else {
+            let len = (request.in_len as usize).min(self.serial.len());
+            request.chain.writable.write(memory, 0, &self.serial[..len])?;
+            return Ok(Some(len as u32));
         };
-        // A driver that cannot flush expects what it wrote to stay (virtio 1.2, 5.2.6.2).
-        let writes = matches!(request.kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_WRITE_ZEROES);
-        Ok(match done {
-            Ok(_) if writes && !negotiated(VIRTIO_BLK_F_FLUSH) => self.flush(),
-            done => done,
-        })
-    }
-
-    fn read(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<u32, Failure>, Malformed> {
-        let Some(start) = self.extent(request.sector, request.in_len) else { return Ok(Err(Failure::Io)) };
-        let mut bufs = request.chain.writable.targets(memory, request.in_len)?;
-        let Some(disk) = &self.disk else { return Ok(Err(Failure::Io)) };
-        let read = disk.read_vectored_at(&mut bufs, start);
-        Ok(read.map(|()| request.in_len as u32).map_err(Failure::from))
-    }
-
-    fn write(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<(), Failure>, Malformed> {
-        let Some(start) = self.extent(request.sector, request.out_len) else { return Ok(Err(Failure::Io)) };
-        let mut bufs = request.chain.readable.sources(memory, HEADER_LEN, request.out_len)?;
-        let Some(disk) = &self.disk else { return Ok(Err(Failure::Io)) };
-        Ok(disk.write_vectored_at(&mut bufs, start).map_err(Failure::from))
-    }
-
-    fn flush(&self) -> Result<u32, Failure> {
-        self.disk.as_ref().ok_or(Failure::Io)?.flush()?;
-        Ok(0)
-    }
-
-    /// Discards, or writes zeroes to, the ranges that are the request's data.
-    fn ranges(&self, memory: &Memory, request: &Request<'_>) -> Result<Result<u32, Failure>, Malformed> {
-        let discard = request.kind == VIRTIO_BLK_T_DISCARD;
-        let count = request.out_len / RANGE_LEN;
-        if !request.out_len.is_multiple_of(RANGE_LEN) || count == 0 || count > u64::from(RANGES_MAX) {
-            return Ok(Err(Failure::Io));
-        }
-        let Some(disk) = &self.disk else { return Ok(Err(Failure::Io)) };
-        for n in 0..count {
-            let mut range = [0; RANGE_LEN as usize];
-            request.chain.readable.read(memory, HEADER_LEN + n * RANGE_LEN, &mut range)?;
-            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = range;
-            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
-            let allowed = if discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
-            if u32::from_le_bytes(flags) & !allowed != 0 {
-                return Ok(Err(Failure::Unsupported));
+        let disk = self.disk.as_ref().ok_or(Refusal::Io)?;
+        let line = match &mut self.line {
+            Some(line) => line,
+            none => none.insert(Line::new(disk, memory).map_err(|error| {
+                tracing::warn!(%error, "a guest's disk cannot be served");
+                Refusal::Io
+            })?),
+        };
+        let start = |sector: u64, len| {
+            let start = sector.checked_mul(SECTOR).ok_or(Refusal::Io)?;
+            let end = start.checked_add(len).filter(|end| *end <= disk.size());
+            end.map(|_| start).ok_or(Refusal::Io)
+        };
+        let entry = self.pending.vacant_entry();
+        let (token, chain) = (entry.key() as u64, request.chain);
+        let (mut written, mut stage) = (0, Stage::Whole);
+        match op {
+            Op::Read { sector, len } => {
+                line.read(token, start(sector, len)?, &chain.writable, len)?;
+                written = len as u32;
             }
-            let Some(start) = sector.checked_mul(SECTOR).filter(|_| sectors <= RANGE_SECTORS_MAX) else {
-                return Ok(Err(Failure::Io));
-            };
-            let len = u64::from(sectors) * SECTOR;
-            let done = if discard { disk.discard(start, len) } else { disk.write_zeroes(start, len) };
-            if let Err(error) = done {
-                return Ok(Err(error.into()));
+            Op::Write { sector, len } => {
+                line.write(token, start(sector, len)?, &chain.readable, request::HEADER_LEN, len)?;
+                stage = Stage::BeforeFlush;
             }
+            Op::Discard { sector, len } => line.queue().discard(token, start(sector, len)?, len),
+            Op::WriteZeroes { sector, len } => {
+                line.queue().write_zeroes(token, start(sector, len)?, len);
+                stage = Stage::BeforeFlush;
+            }
+            Op::Flush => line.queue().flush(token),
         }
-        Ok(Ok(0))
+        if features & 1 << VIRTIO_BLK_F_FLUSH != 0 {
+            stage = Stage::Whole;
+        }
+        let answer = Answer::to(request, (VIRTIO_BLK_S_OK, written));
+        entry.insert(Pending { lane, stage, answer });
+        Ok(None)
     }
 
-    /// The offset of `len` bytes from `sector` on, if a request may have as many and they are all on
-    /// the disk.
-    fn extent(&self, sector: u64, len: u64) -> Option<u64> {
-        let start = sector.checked_mul(SECTOR)?;
-        let end = start.checked_add(len)?;
-        let size = self.disk.as_ref()?.size();
-        (len.is_multiple_of(SECTOR) && len <= DATA_MAX && end <= size).then_some(start)
+    /// Takes what has ended on the disk. False if nothing has.
+    fn collect(&mut self) -> bool {
+        let mut any = false;
+        while let Some(done) = self.line.as_mut().and_then(|line| line.queue().completed()) {
+            self.ended(done);
+            any = true;
+        }
+        any
+    }
+
+    fn ended(&mut self, Completion { token, result, .. }: Completion) {
+        let (Some(pending), Some(line)) = (self.pending.get_mut(token as usize), &mut self.line) else {
+            return;
+        };
+        let cancelled = matches!(&result, Err(error) if error.kind() == ErrorKind::Cancelled);
+        let is_durable = match pending.stage {
+            Stage::BeforeFlush => result.is_err(),
+            Stage::Flush => !cancelled,
+            Stage::Whole => true,
+        };
+        if !is_durable && self.disk.is_some() {
+            pending.stage = Stage::Flush;
+            return line.queue().flush(token);
+        }
+        let Pending { lane, stage, mut answer } = self.pending.remove(token as usize);
+        let lane = &mut self.lanes[lane];
+        if cancelled && stage != Stage::Flush {
+            lane.left += 1;
+            return;
+        }
+        if let Err(error) = &result {
+            tracing::debug!(%error, "a disk request failed");
+        }
+        if result.is_err() || !is_durable {
+            (answer.status, answer.written) = (VIRTIO_BLK_S_IOERR, 0);
+        }
+        lane.answers.push(answer);
+    }
+
+    /// Waits for what has begun. What has not goes back to its queue, whose last requests these are, since they
+    /// begin in the order in which they were taken.
+    fn finish(&mut self) {
+        if let Some(line) = &mut self.line {
+            line.queue().cancel();
+        }
+        while let Some(done) = self.line.as_mut().and_then(|line| line.queue().wait()) {
+            self.ended(done);
+        }
+    }
+
+    /// Tells the driver of what has ended. False if nothing has.
+    fn answer(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<bool, Malformed> {
+        let Lane { answers, left } = &mut self.lanes[lane];
+        ring.put_back(mem::take(left));
+        if answers.is_empty() {
+            return Ok(false);
+        }
+        for answer in &*answers {
+            let written = ring.memory().write_obj(answer.status as u8, answer.status_at);
+            written.map_err(|_| Malformed("a status lies outside the memory"))?;
+        }
+        ring.put_all_used(answers.drain(..).map(|answer| (answer.head, answer.written + 1)))?;
+        Ok(true)
+    }
+}
+
+impl Answer {
+    fn to(request: &Request<'_>, (status, written): (u32, u32)) -> Self {
+        Self { head: request.chain.head, status_at: request.status_at, status, written }
     }
 }
 
@@ -211,6 +288,9 @@ impl Device for Block {
     fn features(&self) -> u64 {
         let mut bits =
             vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
+        if self.lanes.len() > 1 {
+            bits.push(VIRTIO_BLK_F_MQ);
+        }
         if self.disk.as_ref().is_some_and(Disk::read_only) {
             bits.push(VIRTIO_BLK_F_RO);
         } else {
@@ -220,7 +300,7 @@ impl Device for Block {
     }
 
     fn queues(&self) -> usize {
-        1
+        self.lanes.len()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -235,29 +315,54 @@ impl Device for Block {
         }
     }
 
-    fn end(&mut self) {
-        self.disk = None;
+    fn serve(&mut self, lane: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
+        let mut worked = self.collect() | self.answer(lane, ring)?;
+        let mut begun = 0;
+        while begun < BATCH && self.pending.len() < DEPTH as usize {
+            let Some(chain) = ring.pop()? else { break };
+            if lane > 0 && features & 1 << VIRTIO_BLK_F_MQ == 0 {
+                return Err(Malformed("a queue is in use that was not negotiated"));
+            }
+            self.begin(lane, ring.memory(), &chain, features)?;
+            begun += 1;
+        }
+        if begun > 0 {
+            if let Some(line) = &mut self.line {
+                line.queue().submit();
+            }
+            self.collect();
+            self.answer(lane, ring)?;
+            worked = true;
+        }
+        // Where too much is under way, the next look is when something of it has ended.
+        Ok(worked || self.pending.len() < DEPTH as usize && ring.ask()?)
+    }
+
+    fn settle(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<(), Malformed> {
+        self.finish();
+        self.answer(lane, ring).map(|_| ())
+    }
+
+    fn stop(&mut self, lane: usize) {
+        self.finish();
+        self.lanes[lane] = Lane::default();
+    }
+
+    fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        self.line.as_ref().filter(|_| !self.pending.is_empty()).map(Line::ended)
     }
 
     fn reset(&mut self) {
+        self.line = None;
+        self.pending.clear();
+        self.lanes.fill_with(Lane::default);
         self.refresh();
     }
 
-    fn serve(&mut self, _queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
-        let Some(chain) = ring.next()? else { return Ok(false) };
-        let written = self.answer(ring.memory(), &chain, features)?;
-        ring.put_used(&chain, written)?;
-        Ok(true)
+    fn end(&mut self) {
+        self.disk = None;
+        // What has not begun fails when it is taken up again.
+        self.finish();
+        self.line = None;
     }
-}
-
-/// A request whose header has been read.
-struct Request<'a> {
-    kind: u32,
-    sector: u64,
-    chain: &'a Chain,
-    /// Bytes of data to the device, after the header.
-    out_len: u64,
-    /// Bytes of data from the device, before the status.
-    in_len: u64,
 }
