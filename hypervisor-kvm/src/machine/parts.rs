@@ -42,7 +42,8 @@ pub(super) struct Parts<'a> {
 
 /// Which places devices have.
 pub(super) struct Places {
-    disks: Vec<usize>,
+    /// With the number of queues that each has.
+    disks: Vec<(usize, usize)>,
     /// And for how many pairs of queues each has room.
     nets: Vec<(usize, usize)>,
     others: Vec<(Other, usize)>,
@@ -56,7 +57,7 @@ impl Places {
         let (disks, others_from) = (spec.disks.len(), spec.disks.len() + spec.nets.len());
         let pairs = spec.vcpus.get() as usize;
         Self {
-            disks: (0..disks).collect(),
+            disks: (0..disks).map(|place| (place, pairs)).collect(),
             nets: (disks..others_from).map(|place| (place, pairs)).collect(),
             others: [Other::Entropy, Other::Balloon].into_iter().chain(asked).zip(others_from..).collect(),
         }
@@ -70,7 +71,7 @@ impl Places {
         };
         let others = of(saved::Role::Other);
         Self {
-            disks: of(saved::Role::Disk).map(|(_, place)| place).collect(),
+            disks: of(saved::Role::Disk).map(|(device, place)| (place, device.state.queues())).collect(),
             nets: of(saved::Role::Net)
                 .map(|(device, place)| (place, Net::pairs_of(device.state.queues())))
                 .collect(),
@@ -125,8 +126,9 @@ impl Parts<'_> {
 
     fn disks_and_nets(&self, goes_on: bool) -> Result<Vec<Placed>> {
         let mut placed = Vec::new();
-        for (&place, disk) in self.places.disks.iter().zip(self.disks) {
-            let device = self.served(place, goes_on, Block::new(disk.disk.clone(), &disk.serial))?;
+        for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
+            let block = Block::new(disk.disk.clone(), &disk.serial, queues);
+            let device = self.served(place, goes_on, block)?;
             placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
         }
         for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
