@@ -132,6 +132,7 @@ fn what_cannot_be_is_refused() {
     instance.start().unwrap();
     assert_eq!(ask(&instance, "recall", "recalled"), "thought");
     region.detach_volume(volume).unwrap();
+    region.delete_volume(volume).unwrap();
     instance.terminate().unwrap();
     assert_eq!(instance.hibernate(Duration::ZERO).unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
 }

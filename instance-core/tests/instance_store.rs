@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use common::{TestRegion, check, disk, open};
 use instance_core::testing::tiny_elf;
-use instance_core::{DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec};
+use instance_core::{
+    DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec, VolumeSpec,
+};
 
 /// What the guest answers to a line, after `prefix`.
 fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
@@ -64,10 +66,16 @@ fn what_is_on_it_outlasts_a_reboot_and_nothing_else() {
     assert_eq!(read(&instance), ["word", "", ""]);
     write(&instance);
     ask(&instance, "remember thought", "remembered");
+    // Its machine has this one after the others.
+    let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+    region.attach_volume(volume, instance.id(), "/dev/sdg").unwrap();
+    ask(&instance, "write 3 9 attached", "wrote");
     instance.hibernate(Duration::ZERO).unwrap();
     instance.start().unwrap();
     assert_eq!(ask(&instance, "recall", "recalled"), "thought");
     assert_eq!(read(&instance), ["word", "", ""]);
+    assert_eq!(ask(&instance, "read 3 9", "data"), "attached");
+    region.detach_volume(volume).unwrap();
 
     // Another type has what it has, and a region that is closed keeps nothing of it.
     write(&instance);

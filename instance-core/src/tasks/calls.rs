@@ -209,14 +209,7 @@ fn describe<Id: TaskId>(
     not_found: fn(Id) -> Error,
 ) -> Result<Page<TaskDescription<Id>>> {
     request.check::<TaskDescription<Id>>()?;
-    let after: Option<Id> = request.page.after_key()?;
-    if let Some(missing) = request.ids.iter().find(|id| tasks.iter().all(|task| task.id() != **id)) {
-        return Err(not_found(*missing));
-    }
-    let found = (tasks.iter().map(Task::describe))
-        .filter(|task| after.is_none_or(|after| task.id > after))
-        .filter(|task| request.asks_for(task.id, task));
-    Ok(Page::collect(found, request.page.max_results(), |task| task.id))
+    request.answer(tasks, Task::id, |task| Some(task.describe()), not_found)
 }
 
 fn import_not_found(id: ImportImageTaskId) -> Error {
