@@ -1,6 +1,5 @@
 //! Disks and network ports that come and go while a machine runs on PCI.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use instance_core::machine::{Detach, DiskSpec, MachineError, MachineState, NetSpec};
@@ -115,11 +114,9 @@ impl Shared {
                 }
             }
             _ => {
-                if placed.hollow.swap(true, Ordering::AcqRel) {
+                if !placed.hollow_out() {
                     return Err(missing());
                 }
-                // Waits for the request that is under way.
-                placed.device.end();
                 slots.ask_to_go(placed);
                 self.devices.tell_of_hot_plug(&self.vm);
                 return Ok(());

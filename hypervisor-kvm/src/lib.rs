@@ -64,7 +64,7 @@
 //!
 //! # What it leaves out
 //!
-//! Hot-plugging on virtio-mmio, firmware, other hosts than x86-64 Linux.
+//! Hot-plugging on virtio-mmio, alarms and interrupts of the clock, firmware, other hosts than x86-64 Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
@@ -89,6 +89,7 @@ mod exits;
 pub mod fuzzing;
 mod gate;
 mod generation;
+mod gone;
 mod hot_plug;
 mod kernel;
 mod kick;

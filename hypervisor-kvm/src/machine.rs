@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use instance_core::machine::{
-    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec,
-    RestoreSpec, VmExits,
+    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineSpec, MachineState, NetSpec, RestoreSpec,
+    VmExits,
 };
 use instance_core::net::MacAddress;
 use instance_core::watch::{Publisher, Watch};
@@ -263,8 +263,9 @@ impl Shared {
         Ok(saved::State {
             transport: if devices.pci.is_some() { Transport::Pci } else { Transport::Mmio },
             memory_mib: (self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20) as u32,
-            disks: placed.iter().filter_map(|placed| placed.role.disk().cloned()).collect(),
-            nets: placed.iter().filter_map(|placed| placed.role.net().cloned()).collect(),
+            disks: placed.iter().filter_map(|placed| placed.disk().cloned()).collect(),
+            nets: placed.iter().filter_map(|placed| placed.net().cloned()).collect(),
+            gone: placed.iter().filter_map(|placed| placed.gone()).collect(),
             serial: devices.serial.save(),
             power: devices.power.save(),
             rtc: devices.rtc.lock().unwrap_or_else(PoisonError::into_inner).clone(),
@@ -448,10 +449,6 @@ impl Machine for KvmMachine {
             return Err(unsupported("this host's KVM does not tell all of a machine's state"));
         };
         let _action = self.begin("save", &MachineState::Paused)?;
-        if self.shared.devices.virtio.find(Placed::is_hollow).is_some() {
-            let what = "the guest has not let go of a device that was taken from it";
-            return Err(MachineError::new(MachineErrorKind::Held, what));
-        }
         saved::write(to, &self.shared.save(msrs)?, &self.shared.memory)
     }
 

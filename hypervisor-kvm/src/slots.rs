@@ -14,6 +14,7 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_CONSOLE, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK};
 
+use crate::gone::Gone;
 use crate::thread::Thread;
 use crate::virtio::VirtioDevice;
 use crate::{layout, saved};
@@ -55,12 +56,12 @@ impl Other {
 
 impl Role {
     /// The disk, if it is one.
-    pub(crate) fn disk(&self) -> Option<&saved::Disk> {
+    fn disk(&self) -> Option<&saved::Disk> {
         if let Self::Disk(disk) = self { Some(disk) } else { None }
     }
 
     /// The network port, if it is one.
-    pub(crate) fn net(&self) -> Option<&saved::Port> {
+    fn net(&self) -> Option<&saved::Port> {
         if let Self::Net(net) = self { Some(net) } else { None }
     }
 }
@@ -72,7 +73,7 @@ pub(crate) struct Placed {
     pub(crate) role: Role,
     pub(crate) device: VirtioDevice,
     /// A disk or a cable was taken away, while the guest has not let go of the device: its requests fail.
-    pub(crate) hollow: AtomicBool,
+    hollow: AtomicBool,
     /// The thread that serves it, if one does.
     pub(crate) thread: Mutex<Option<Thread>>,
 }
@@ -82,14 +83,42 @@ impl Placed {
         Self { number, role, device, hollow: AtomicBool::new(false), thread: Mutex::default() }
     }
 
+    /// The disk that it has, if it has one.
+    pub(crate) fn disk(&self) -> Option<&saved::Disk> {
+        self.role.disk().filter(|_| !self.is_hollow())
+    }
+
+    /// The network port that it is plugged into, if it is.
+    pub(crate) fn net(&self) -> Option<&saved::Port> {
+        self.role.net().filter(|_| !self.is_hollow())
+    }
+
     /// Whether it is the disk with this serial number.
     pub(crate) fn is_disk(&self, serial: &str) -> bool {
-        self.role.disk().is_some_and(|disk| disk.serial == serial) && !self.is_hollow()
+        self.disk().is_some_and(|disk| disk.serial == serial)
     }
 
     /// Whether it is the network port with this address.
     pub(crate) fn is_net(&self, mac: MacAddress) -> bool {
-        self.role.net().is_some_and(|net| net.mac == mac.0) && !self.is_hollow()
+        self.net().is_some_and(|net| net.mac == mac.0)
+    }
+
+    /// Its place and what it has lost, if it has.
+    pub(crate) fn gone(&self) -> Option<(u8, Gone)> {
+        let gone = match &self.role {
+            Role::Disk(disk) => Gone::Disk(disk.clone()),
+            Role::Net(net) => Gone::Net(net.clone()),
+            Role::Other(_) => return None,
+        };
+        self.is_hollow().then_some((self.number as u8, gone))
+    }
+
+    /// Takes its disk or its cable away, for which a request that is under way is waited for. False if that was done
+    /// before.
+    pub(crate) fn hollow_out(&self) -> bool {
+        let first = !self.hollow.swap(true, Ordering::AcqRel);
+        self.device.end();
+        first
     }
 
     /// Whether it is a device whose disk or cable was taken away.

@@ -1,4 +1,4 @@
-//! Network ports that come and go, with a guest that takes no notice: what the machine does by itself. Guests that do
+//! Disks and network ports that come and go, with a guest that takes no notice: what the machine does by itself. Guests that do
 //! are in `linux.rs`.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 use ami_core::Architecture;
 use hypervisor_kvm::{Kvm, Transport};
 use instance_core::console::Console;
-use instance_core::machine::{Detach, Hypervisor, Machine, MachineErrorKind, MachineSpec, NetSpec};
+use instance_core::machine::{
+    Detach, DiskSpec, Hypervisor, Machine, MachineErrorKind, MachineSpec, NetSpec, RestoreSpec, SavedMachine,
+};
 use instance_core::net::{self, MacAddress, NetPort};
+use storage_block::MemoryDisk;
 
 const MAC: MacAddress = MacAddress([2, 0, 10, 0, 0, 12]);
 
@@ -79,4 +82,46 @@ fn a_port_that_cannot_be_is_unplugged() {
     assert!(networks.iter().all(NetPort::is_connected));
     drop(machine);
     assert!(!networks.iter().any(NetPort::is_connected), "they end with their machine");
+}
+
+#[test]
+fn a_machine_whose_guest_has_not_let_go_is_saved() {
+    let Some(kvm) = common::kvm() else { return };
+    if !kvm.capabilities().save {
+        return eprintln!("SKIPPED: this host's KVM does not tell all of a machine's state");
+    }
+    let disk = || DiskSpec::new(MemoryDisk::new(1 << 20).unwrap().into_disk(), "vol-hot");
+    let kvm = kvm.with_transport(Transport::Pci);
+    let mut machine = running(&kvm);
+    // The second time it is one that was restored.
+    for round in 0..2 {
+        if round == 0 {
+            machine.attach_disk(disk()).unwrap();
+            machine.attach_net(port().0).unwrap();
+            machine.detach_disk("vol-hot", Detach::Force).unwrap();
+            machine.detach_net(MAC, Detach::Force).unwrap();
+            // Beside one that it still has, of the same address.
+            machine.attach_net(port().0).unwrap();
+        }
+        machine.pause().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        machine.save(&file).unwrap();
+        let saved = SavedMachine::new(file).unwrap();
+        let restore = |disks: Vec<DiskSpec>, nets: Vec<NetSpec>| {
+            let mut spec = RestoreSpec::new("restored", saved.clone(), Console::new().port());
+            (spec.disks, spec.nets) = (disks, nets);
+            kvm.restore(spec)
+        };
+        refused(restore(vec![disk()], vec![port().0]), MachineErrorKind::Saved);
+        refused(restore(vec![], vec![]), MachineErrorKind::Saved);
+        let (net, network) = port();
+        let restored = restore(vec![], vec![net]).unwrap();
+        refused(restored.detach_disk("vol-hot", Detach::Force), MachineErrorKind::NoSuchDisk);
+        assert!(network.is_connected());
+        restored.resume().unwrap();
+        machine = restored;
+    }
+    machine.attach_disk(disk()).unwrap();
+    machine.detach_net(MAC, Detach::Force).unwrap();
+    refused(machine.detach_net(MAC, Detach::Force), MachineErrorKind::NoSuchPort);
 }

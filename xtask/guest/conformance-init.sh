@@ -32,7 +32,7 @@ second_console() {
     stty -echo
     while read -r line; do
         case $line in
-        size) stty size ;;
+        size) stty size || echo unknown ;;
         *) echo "said $line" ;;
         esac
     done

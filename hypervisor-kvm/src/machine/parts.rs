@@ -15,6 +15,7 @@ use crate::bus::Devices;
 use crate::error::{HostContext, Result};
 use crate::exits::Exits;
 use crate::gate::Gate;
+use crate::gone::Gone;
 use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::power::Power;
@@ -47,6 +48,8 @@ pub(super) struct Places {
     /// And for how many pairs of queues each has room.
     nets: Vec<(usize, usize)>,
     others: Vec<(Other, usize)>,
+    /// Those whose disk or cable was taken away, with the number of queues that each has.
+    gone: Vec<(Gone, usize, usize)>,
 }
 
 impl Places {
@@ -60,25 +63,25 @@ impl Places {
             disks: (0..disks).map(|place| (place, pairs)).collect(),
             nets: (disks..others_from).map(|place| (place, pairs)).collect(),
             others: [Other::Entropy, Other::Balloon].into_iter().chain(asked).zip(others_from..).collect(),
+            gone: Vec::new(),
         }
     }
 
     /// Of one that was saved, where devices may have come and gone.
     pub(super) fn of_saved(state: &saved::State) -> Self {
-        let of = |role| {
-            let devices = state.virtio.iter().filter(move |device| device.role == role);
-            devices.map(|device| (device, usize::from(device.place)))
-        };
-        let others = of(saved::Role::Other);
-        Self {
-            disks: of(saved::Role::Disk).map(|(device, place)| (place, device.state.queues())).collect(),
-            nets: of(saved::Role::Net)
-                .map(|(device, place)| (place, Net::pairs_of(device.state.queues())))
-                .collect(),
-            others: others
-                .filter_map(|(device, place)| Some((Other::of(device.state.kind())?, place)))
-                .collect(),
+        let mut places = Self { disks: Vec::new(), nets: Vec::new(), others: Vec::new(), gone: Vec::new() };
+        for device in &state.virtio {
+            let (place, queues) = (device.place.into(), device.state.queues());
+            match (state.gone(device.place), device.role) {
+                (Some(gone), _) => places.gone.push((gone.clone(), place, queues)),
+                (None, saved::Role::Disk) => places.disks.push((place, queues)),
+                (None, saved::Role::Net) => places.nets.push((place, Net::pairs_of(queues))),
+                (None, saved::Role::Other) => {
+                    places.others.extend(Other::of(device.state.kind()).map(|other| (other, place)));
+                }
+            }
         }
+        places
     }
 
     /// How many there are.
@@ -136,6 +139,21 @@ impl Parts<'_> {
             net.port.set_waker(Some(Arc::new(device.waker()?)));
             placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
         }
+        for (gone, place, queues) in &self.places.gone {
+            let (role, device) = match gone {
+                Gone::Disk(disk) => {
+                    let block = Block::new(Gone::disk(disk)?, &disk.serial, *queues);
+                    (Role::Disk(disk.clone()), self.served(*place, goes_on, block)?)
+                }
+                Gone::Net(port) => {
+                    let net = Net::new(&Gone::net(port), Net::pairs_of(*queues));
+                    (Role::Net(port.clone()), self.served(*place, goes_on, net)?)
+                }
+            };
+            let device = Placed::new(*place, role, device);
+            device.hollow_out();
+            placed.push(device);
+        }
         Ok(placed)
     }
 
@@ -169,7 +187,7 @@ impl Parts<'_> {
             }
             Other::Console => {
                 let Some(port) = self.virtio_console else { return Ok(None) };
-                let device = self.served(place, goes_on, Console::new(port.clone()))?;
+                let device = self.served(place, goes_on, Console::new(port.clone()))?.telling();
                 let refresh = device.refresher()?;
                 if goes_on {
                     // With a terminal that may have another size.

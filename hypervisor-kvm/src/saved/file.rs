@@ -145,7 +145,7 @@ pub(crate) fn encode(state: &State) -> Result<Vec<u8>> {
     const CONTEXT: &str = "the machine's state cannot be encoded";
     let own: Vec<&Own> = state.virtio.iter().map(|device| device.state.own()).collect();
     let bytes = postcard::to_stdvec(state).host(CONTEXT)?;
-    postcard::to_extend(&own, bytes).host(CONTEXT)
+    postcard::to_extend(&(own, &state.gone), bytes).host(CONTEXT)
 }
 
 /// The state of bytes of a version, which may be anybody's.
@@ -154,7 +154,7 @@ pub(crate) fn decode(version: u32, body: &[u8]) -> Result<State> {
     let (mut state, mut rest) = postcard::take_from_bytes::<State>(body).map_err(unreadable)?;
     if version >= 2 {
         let own: Vec<Own>;
-        (own, rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
+        ((own, state.gone), rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
         if own.len() != state.virtio.len() {
             return Err(saved("the saved machine's devices do not remember one thing each"));
         }

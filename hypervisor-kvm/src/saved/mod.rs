@@ -17,6 +17,7 @@ pub(crate) use self::platform::Platform;
 pub(crate) use self::processor::Processor;
 use crate::Transport;
 use crate::error::{Result, saved, unsupported};
+use crate::gone::Gone;
 use crate::pci::BusState;
 use crate::power;
 use crate::rtc::Rtc;
@@ -53,6 +54,10 @@ pub(crate) struct State {
     pub(crate) virtio: Vec<Device>,
     pub(crate) platform: Platform,
     pub(crate) processors: Vec<Processor>,
+    /// Since version 2, behind what the devices remember: the places whose disk or cable was taken away, and what it was.
+    /// They are neither among the disks nor among the ports.
+    #[serde(skip)]
+    pub(crate) gone: Vec<(u8, Gone)>,
 }
 
 /// A virtio device in its place.
@@ -75,8 +80,8 @@ pub(crate) enum Role {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Disk {
     pub(crate) serial: String,
-    size: u64,
-    read_only: bool,
+    pub(crate) size: u64,
+    pub(crate) read_only: bool,
 }
 
 impl Disk {
@@ -90,7 +95,7 @@ impl Disk {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Port {
     pub(crate) mac: [u8; 6],
-    mtu: u16,
+    pub(crate) mtu: u16,
 }
 
 impl Port {
@@ -106,6 +111,16 @@ impl State {
         others.map(|device| Other::of(device.state.kind()))
     }
 
+    /// What the device in a place is.
+    fn role(&self, place: u8) -> Option<Role> {
+        self.virtio.iter().find(|device| device.place == place).map(|device| device.role)
+    }
+
+    /// What the device in a place has lost, if it has.
+    pub(crate) fn gone(&self, place: u8) -> Option<&Gone> {
+        self.gone.iter().find(|(gone, _)| *gone == place).map(|(_, gone)| gone)
+    }
+
     /// How many of them there are.
     fn count(&self, other: Other) -> usize {
         self.others().filter(|one| *one == Some(other)).count()
@@ -114,11 +129,15 @@ impl State {
     /// That the machine had the disks and ports that it is to go on with.
     pub(crate) fn check(&self, spec: &RestoreSpec, most_processors: usize) -> Result<()> {
         let of = |role| self.virtio.iter().filter(|device| device.role == role).count();
+        let gone = |role| self.gone.iter().filter(|(_, gone)| gone.role() == role).count();
         let in_order = self.virtio.is_sorted_by(|a, b| a.place < b.place);
         let last = self.virtio.last().map_or(0, |device| usize::from(device.place));
         let possible = (1..=most_processors).contains(&self.processors.len())
             && self.memory_mib > 0
-            && (of(Role::Disk), of(Role::Net)) == (self.disks.len(), self.nets.len())
+            && self.gone.is_sorted_by(|a, b| a.0 < b.0)
+            && self.gone.iter().all(|(place, gone)| self.role(*place) == Some(gone.role()))
+            && of(Role::Disk) == self.disks.len() + gone(Role::Disk)
+            && of(Role::Net) == self.nets.len() + gone(Role::Net)
             && in_order
             && last < self.transport.places()
             && self.others().all(|other| other.is_some_and(|other| self.count(other) == 1));

@@ -86,6 +86,8 @@ pub(crate) struct VirtioDevice {
     stopped: AtomicBool,
     /// Its configuration is to change with what is outside.
     stale: Arc<AtomicBool>,
+    /// Whether that is so when a driver has come up, too: see [`telling`](Self::telling).
+    tells: bool,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
@@ -181,6 +183,12 @@ impl VirtioDevice {
         Ok(Self { notification: Some(notification), ..device })
     }
 
+    /// The same for a driver that has to be told of its configuration when it has come up: Linux's of a console does not
+    /// look at the size before it hears that it has changed.
+    pub(crate) fn telling(self) -> Self {
+        Self { tells: true, ..self }
+    }
+
     fn behind(port: Port, memory: &Memory) -> Self {
         Self {
             port,
@@ -188,6 +196,7 @@ impl VirtioDevice {
             notification: None,
             stopped: AtomicBool::new(false),
             stale: Arc::default(),
+            tells: false,
             warned: AtomicBool::new(false),
         }
     }
@@ -284,7 +293,10 @@ impl VirtioDevice {
 
     fn follow(&self, vm: &VmFd, effect: Effect) {
         match effect {
-            Effect::Notify if self.needs_thread() => self.wake(),
+            Effect::Notify if self.needs_thread() => {
+                self.stale.fetch_or(self.tells, Ordering::AcqRel);
+                self.wake();
+            }
             // No more than a queue holds: the vCPU has to get on, also where others keep adding.
             Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| !self.step(vm)),
             Effect::Broken(why) => self.warn(why),
