@@ -7,15 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use instance_core::machine::{
-    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
-    RestoreSpec, VmExits,
+    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineSpec, MachineState, NetSpec, RestoreSpec,
+    VmExits,
 };
+use instance_core::net::MacAddress;
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-pub(crate) use self::parts::OTHER_DEVICES;
 use self::parts::{Parts, Places};
 use crate::boot::Plan;
 use crate::bus::Devices;
@@ -26,7 +26,7 @@ use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::saved::{self, Loaded, Platform, Processor};
-use crate::slots::{Placed, Role};
+use crate::slots::{Other, Placed, Role};
 use crate::thread::{Stacks, Thread};
 use crate::virtio::Wish;
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
@@ -80,9 +80,8 @@ impl KvmMachine {
         let vm = make_vm(kvm, &memory)?;
         let count = spec.vcpus.get();
         let transport = kvm.transport();
-        let others = OTHER_DEVICES - usize::from(spec.vsock.is_none());
-        let places = Places::in_order(spec.disks.len(), spec.nets.len(), others);
-        acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + others)?;
+        let places = Places::of_new(spec);
+        acpi::write(&memory, count, transport, places.count())?;
         generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
@@ -96,8 +95,20 @@ impl KvmMachine {
             })
             .collect::<Result<Vec<_>>>()?;
         let MachineSpec { name, disks, nets, console, .. } = spec;
-        let vsock = spec.vsock.as_ref();
-        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
+        let (vsock, virtio_console) = (spec.vsock.as_ref(), spec.virtio_console.as_ref());
+        let parts = Parts {
+            name,
+            transport,
+            disks,
+            nets,
+            vsock,
+            places,
+            console,
+            virtio_console,
+            vm,
+            memory,
+            processors,
+        };
         Self::run(parts.put_together(kvm, MachineState::Created)?, filters)
     }
 
@@ -121,8 +132,20 @@ impl KvmMachine {
             .collect::<Result<Vec<_>>>()?;
         state.platform.restore(&vm)?;
         let RestoreSpec { name, disks, nets, console, .. } = spec;
-        let (transport, vsock, places) = (state.transport, spec.vsock.as_ref(), Places::of(state));
-        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
+        let (vsock, virtio_console) = (spec.vsock.as_ref(), spec.virtio_console.as_ref());
+        let parts = Parts {
+            name,
+            transport: state.transport,
+            disks,
+            nets,
+            vsock,
+            places: Places::of_saved(state),
+            console,
+            virtio_console,
+            vm,
+            memory,
+            processors,
+        };
         let mut shared = parts.put_together(kvm, MachineState::Paused)?;
         shared.devices.restore(&shared.vm, &shared.memory, state)?;
         // Nobody has asked this one's guest for memory.
@@ -170,6 +193,14 @@ impl KvmMachine {
         }
         tracing::debug!(machine = %self.shared.name, action);
         Ok(one_at_a_time)
+    }
+
+    /// That devices come and go, where it would otherwise be said what machines do not.
+    fn check_hot_plug(&self, what: &str) -> Result<()> {
+        if self.shared.devices.pci.is_some() {
+            return Ok(());
+        }
+        Err(unsupported(format!("machines on virtio-mmio {what} while they run; those on PCI do")))
     }
 
     /// Publishes the next state, unless the machine has ended meanwhile.
@@ -232,8 +263,9 @@ impl Shared {
         Ok(saved::State {
             transport: if devices.pci.is_some() { Transport::Pci } else { Transport::Mmio },
             memory_mib: (self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20) as u32,
-            disks: placed.iter().filter_map(|placed| placed.role.disk().cloned()).collect(),
-            nets: placed.iter().filter_map(|placed| placed.role.net().cloned()).collect(),
+            disks: placed.iter().filter_map(|placed| placed.disk().cloned()).collect(),
+            nets: placed.iter().filter_map(|placed| placed.net().cloned()).collect(),
+            gone: placed.iter().filter_map(|placed| placed.gone()).collect(),
             serial: devices.serial.save(),
             power: devices.power.save(),
             rtc: devices.rtc.lock().unwrap_or_else(PoisonError::into_inner).clone(),
@@ -255,7 +287,8 @@ impl Shared {
         let role = match placed.role {
             Role::Disk(_) => "disk",
             Role::Net(_) => "net",
-            Role::Other => "vsock",
+            Role::Other(Other::Console) => "hvc",
+            Role::Other(_) => "vsock",
         };
         let served = placed.clone();
         let work = move |shared: &Shared| {
@@ -277,14 +310,9 @@ impl Shared {
         }
     }
 
-    /// The disk with this serial number of a machine that is running or paused.
-    pub(crate) fn live_disk(&self, action: &str, serial: &str) -> Result<Arc<Placed>> {
-        match self.state.get() {
-            MachineState::Running | MachineState::Paused => {}
-            state => return Err(MachineError::wrong_state(action, &state)),
-        }
-        let found = self.devices.virtio.find(|placed| placed.is_disk(serial));
-        found.ok_or_else(|| MachineError::no_such_disk(serial))
+    /// How many processors there are.
+    pub(crate) fn processors(&self) -> usize {
+        self.processors.len()
     }
 
     /// Ends the machine; the first cause stays.
@@ -386,25 +414,33 @@ impl Machine for KvmMachine {
     }
 
     fn attach_disk(&self, disk: DiskSpec) -> Result<()> {
-        if self.shared.devices.pci.is_none() {
-            return Err(unsupported("machines on virtio-mmio take no disks while they run; those on PCI do"));
-        }
+        self.check_hot_plug("take no disks")?;
         disk.check()?;
         let _action = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
-        self.shared.attach(&disk)
+        self.shared.attach_disk(&disk)
     }
 
     fn detach_disk(&self, serial: &str, how: Detach) -> Result<()> {
-        if self.shared.devices.pci.is_none() {
-            return Err(unsupported(
-                "machines on virtio-mmio give up no disks while they run; those on PCI do",
-            ));
-        }
-        self.shared.detach(serial, how)
+        self.check_hot_plug("give up no disks")?;
+        self.shared.detach_disk(serial, how)
+    }
+
+    fn attach_net(&self, net: NetSpec) -> Result<()> {
+        self.check_hot_plug("take no network ports")?;
+        net.check()?;
+        let _action = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.attach_net(&net)
+    }
+
+    fn detach_net(&self, mac: MacAddress, how: Detach) -> Result<()> {
+        self.check_hot_plug("give up no network ports")?;
+        self.shared.detach_net(mac, how)
     }
 
     fn disk_grown(&self, serial: &str) -> Result<()> {
-        self.shared.live_disk("grow a disk of", serial)?.device.refresh(&self.shared.vm);
+        let grown = self.shared.find_live("grow a disk of", |placed| placed.is_disk(serial))?;
+        let grown = grown.ok_or_else(|| MachineError::no_such_disk(serial))?;
+        grown.device.refresh(&self.shared.vm);
         Ok(())
     }
 
@@ -413,10 +449,6 @@ impl Machine for KvmMachine {
             return Err(unsupported("this host's KVM does not tell all of a machine's state"));
         };
         let _action = self.begin("save", &MachineState::Paused)?;
-        if self.shared.devices.virtio.find(Placed::is_hollow).is_some() {
-            let what = "the guest has not let go of a disk that was taken from it";
-            return Err(MachineError::new(MachineErrorKind::Held, what));
-        }
         saved::write(to, &self.shared.save(msrs)?, &self.shared.memory)
     }
 

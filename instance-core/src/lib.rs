@@ -114,7 +114,7 @@ pub use image_calls::RegionCatalog;
 pub use image_source::{DirectBoot, ImageSource};
 pub use images::CreatedImage;
 pub use instance::Instance;
-pub use instance_type::{EbsBandwidth, InstanceStore, InstanceType};
+pub use instance_type::{EbsBandwidth, InstanceStore, InstanceType, NetworkBandwidth};
 pub use launch::{LaunchSpec, Reservation};
 pub use launch_template::{
     DescribeLaunchTemplateVersions, DescribeLaunchTemplates, LaunchTemplate, LaunchTemplateRef,

@@ -27,6 +27,7 @@ pub use self::file::OpenFile;
 pub use self::saved::{RestoreSpec, SavedMachine};
 pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec, NetSpec};
 pub use self::state::MachineState;
+use crate::net::MacAddress;
 use crate::watch::Watch;
 
 /// Makes machines.
@@ -147,12 +148,12 @@ impl Hypervisor for Box<dyn Hypervisor> {
 ///
 /// # Contract
 ///
-/// - Every method may be called from any thread; none but [`detach_disk`](Self::detach_disk) waits for the
-///   guest, and while it does the others go on.
+/// - Every method may be called from any thread; none but [`detach_disk`](Self::detach_disk) and
+///   [`detach_net`](Self::detach_net) waits for the guest, and while it does the others go on.
 /// - The state moves only as [`MachineState`] says, and each change is published.
 /// - Hooks on the state may look and may kill; they must not start, pause or resume a machine, change its
-///   disks or drop the last handle of one.
-/// - Disks come and go only while the machine is running or paused; before, they belong in the
+///   disks or network ports or drop the last handle of one.
+/// - Disks and network ports come and go only while the machine is running or paused; before, they belong in the
 ///   specification. The first disk of the specification stays as long as the machine.
 /// - A guest's reset ends the machine with [`ExitCause::Reset`]. Whoever owns it then makes a new
 ///   one, because what the root disk boots may have changed.
@@ -225,6 +226,35 @@ pub trait Machine: fmt::Debug + Send + Sync {
         Err(MachineError::new(MachineErrorKind::Unsupported, "this machine gives no disks up while it runs"))
     }
 
+    /// Plugs one more network port into a machine that is running or paused. The guest is told, and takes it up soon,
+    /// late or never; a paused one, after it is resumed.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`net_hot_plug`](Capabilities::net_hot_plug) is false,
+    /// where the machine has [`max_nets`](Capabilities::max_nets) and for a port that
+    /// [cannot be](Capabilities::check_net); [`PortExists`](MachineErrorKind::PortExists) if it has one of this address;
+    /// [`WrongState`](MachineErrorKind::WrongState), or what the host refused. Then the port is unplugged.
+    fn attach_net(&self, net: NetSpec) -> Result<(), MachineError> {
+        let _ = net;
+        let what = "this machine takes no network ports while it runs";
+        Err(MachineError::new(MachineErrorKind::Unsupported, what))
+    }
+
+    /// Takes the network port with this address from a machine that is running or paused. When it returns, the cable
+    /// is unplugged at the machine's end.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`detach_disk`](Self::detach_disk), with [`NoSuchPort`](MachineErrorKind::NoSuchPort) if there is
+    /// none of this address, or no more, and [`Unsupported`](MachineErrorKind::Unsupported) where
+    /// [`net_hot_plug`](Capabilities::net_hot_plug) is false. Every port may go.
+    fn detach_net(&self, mac: MacAddress, how: Detach) -> Result<(), MachineError> {
+        let _ = (mac, how);
+        let what = "this machine gives no network ports up while it runs";
+        Err(MachineError::new(MachineErrorKind::Unsupported, what))
+    }
+
     /// Says that the disk with this serial number has become larger, which the guest is told. A machine that
     /// is told nothing may or may not let its guest see the new size.
     ///
@@ -288,7 +318,7 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn kill(&self);
 }
 
-/// How a disk is taken from a guest by [`Machine::detach_disk`].
+/// How a disk or a network port is taken from a guest by [`Machine::detach_disk`] and [`Machine::detach_net`].
 ///
 /// ```
 /// # use instance_core::{console::Console, testing::{FakeHypervisor, fake_kernel}};
@@ -318,6 +348,6 @@ pub enum Detach {
         until: Instant,
     },
     /// At once, whatever the guest does with it. What it has not written is lost, its further requests fail, and
-    /// it is told that the disk has gone.
+    /// it is told that the disk or the port has gone.
     Force,
 }

@@ -34,12 +34,14 @@ pub struct RegionOptions {
     pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) ebs_limits: bool,
     pub(crate) vsock: bool,
+    pub(crate) network_limits: bool,
     pub(crate) keys: Option<Arc<dyn KeyProvider>>,
 }
 
 impl fmt::Debug for RegionOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, account, capacity, state_store, network, ebs_limits, vsock, keys } = self;
+        let Self { name, account, capacity, state_store, network, ebs_limits, network_limits, vsock, keys } =
+            self;
         f.debug_struct("RegionOptions")
             .field("name", name)
             .field("account", account)
@@ -48,6 +50,7 @@ impl fmt::Debug for RegionOptions {
             .field("network", network)
             .field("ebs_limits", ebs_limits)
             .field("vsock", vsock)
+            .field("network_limits", network_limits)
             .field("keys", &keys.as_ref().map(|keys| keys.default_key_id()))
             .finish()
     }
@@ -63,6 +66,7 @@ impl Default for RegionOptions {
             network: None,
             ebs_limits: true,
             vsock: false,
+            network_limits: true,
             keys: None,
         }
     }
@@ -140,6 +144,14 @@ impl RegionOptions {
     #[must_use]
     pub fn vsock(mut self, on: bool) -> Self {
         self.vsock = on;
+        self
+    }
+
+    /// Whether the ports of an instance are held to what its type's [`NetworkBandwidth`](crate::NetworkBandwidth) says: they
+    /// are, where the hypervisor can, unless this says otherwise.
+    #[must_use]
+    pub fn network_limits(mut self, on: bool) -> Self {
+        self.network_limits = on;
         self
     }
 

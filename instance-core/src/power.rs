@@ -16,7 +16,7 @@ use crate::record::InstanceRecord;
 use crate::region::Inner;
 use crate::supervisor::Message;
 use crate::vsock::{self, VsockSpec};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, InstanceType, Result};
 
 /// What a machine stands on, whether it boots or goes on.
 struct Ground {
@@ -110,10 +110,22 @@ impl Inner {
         let volumes = live.record.description.attachments.iter().zip(&live.volumes);
         let volumes = volumes.map(|(a, v)| disk_of(live, a.volume_id, v));
         let disks = volumes.chain(live.instance_store.iter().cloned()).collect();
-        let nets = self.plug(&live.record)?.into_iter().collect();
+        let mut nets: Vec<NetSpec> = self.plug(&live.record)?.into_iter().collect();
+        self.limit(&mut nets, &live.record.description.instance_type);
         let (port, vsock) = with_vsock.then(vsock::cable).unzip();
         live.vsock = vsock;
         Ok(Ground { disks, nets, vsock: port.map(VsockSpec::new), runtime_dir })
+    }
+
+    /// Holds the ports of an instance, together, to what its type's network gives.
+    fn limit(&self, ports: &mut [NetSpec], hardware: &InstanceType) {
+        let on = self.network_limits && self.hypervisor.capabilities().net_limits;
+        let Some(bandwidth) = hardware.network_bandwidth().filter(|_| on) else { return };
+        let (receive, transmit) = (bandwidth.limits(), bandwidth.limits());
+        for port in ports {
+            port.receive_limits = receive.clone();
+            port.transmit_limits = transmit.clone();
+        }
     }
 
     /// Empty disks without a name in the file system: they go with whoever holds them, also in a crash.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use instance_core::console::ConsolePort;
-use instance_core::machine::{DiskSpec, MachineState, NetSpec};
+use instance_core::machine::{DiskSpec, MachineSpec, MachineState, NetSpec};
 use instance_core::vsock::VsockSpec;
 use instance_core::watch::Publisher;
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -15,19 +15,15 @@ use crate::bus::Devices;
 use crate::error::{HostContext, Result};
 use crate::exits::Exits;
 use crate::gate::Gate;
+use crate::gone::Gone;
 use crate::memory::Memory;
 use crate::pci::Bus;
 use crate::power::Power;
 use crate::rtc::Rtc;
 use crate::serial::SerialPort;
-use crate::slots::{Placed, Role, Slots};
-use crate::virtio::{Balloon, Block, Device, Net, Rng, VirtioDevice, Vsock, Wish};
+use crate::slots::{Other, Placed, Role, Slots};
+use crate::virtio::{Balloon, Block, Console, Device, Net, Rng, VirtioDevice, Vsock, Wish};
 use crate::{Kvm, Transport, layout, saved};
-
-/// The most virtio devices that a machine has besides its disks and network ports: in this order the entropy
-/// device; the balloon, which machines have that were not saved before there was one; and, if its specification
-/// says so, the place for streams.
-pub(crate) const OTHER_DEVICES: usize = 3;
 
 /// What a machine is put together from.
 pub(super) struct Parts<'a> {
@@ -36,9 +32,10 @@ pub(super) struct Parts<'a> {
     pub(super) disks: &'a [DiskSpec],
     pub(super) nets: &'a [NetSpec],
     pub(super) vsock: Option<&'a VsockSpec>,
-    /// Which place each device has: the disks', the network ports', and those of as many others as there are.
+    /// Which place each device has: the disks', the network ports', and the others'.
     pub(super) places: Places,
     pub(super) console: &'a ConsolePort,
+    pub(super) virtio_console: Option<&'a ConsolePort>,
     pub(super) vm: VmFd,
     pub(super) memory: Memory,
     pub(super) processors: Vec<VcpuFd>,
@@ -46,70 +43,65 @@ pub(super) struct Parts<'a> {
 
 /// Which places devices have.
 pub(super) struct Places {
-    disks: Vec<usize>,
-    nets: Vec<usize>,
-    others: Vec<usize>,
+    /// With the number of queues that each has.
+    disks: Vec<(usize, usize)>,
+    /// And for how many pairs of queues each has room.
+    nets: Vec<(usize, usize)>,
+    others: Vec<(Other, usize)>,
+    /// Those whose disk or cable was taken away, with the number of queues that each has.
+    gone: Vec<(Gone, usize, usize)>,
 }
 
 impl Places {
     /// Of a new machine: one after the other.
-    pub(super) fn in_order(disks: usize, nets: usize, others: usize) -> Self {
-        let from = disks + nets;
+    pub(super) fn of_new(spec: &MachineSpec) -> Self {
+        let asked = [(Other::Vsock, spec.vsock.is_some()), (Other::Console, spec.virtio_console.is_some())];
+        let asked = asked.into_iter().filter(|(_, asked)| *asked).map(|(other, _)| other);
+        let (disks, others_from) = (spec.disks.len(), spec.disks.len() + spec.nets.len());
+        let pairs = spec.vcpus.get() as usize;
         Self {
-            disks: (0..disks).collect(),
-            nets: (disks..from).collect(),
-            others: (from..from + others).collect(),
+            disks: (0..disks).map(|place| (place, pairs)).collect(),
+            nets: (disks..others_from).map(|place| (place, pairs)).collect(),
+            others: [Other::Entropy, Other::Balloon].into_iter().chain(asked).zip(others_from..).collect(),
+            gone: Vec::new(),
         }
     }
 
     /// Of one that was saved, where devices may have come and gone.
-    pub(super) fn of(state: &saved::State) -> Self {
-        let of = |role| {
-            let devices = state.virtio.iter().filter(|device| device.role == role);
-            devices.map(|device| usize::from(device.place)).collect()
-        };
-        Self { disks: of(saved::Role::Disk), nets: of(saved::Role::Net), others: of(saved::Role::Other) }
+    pub(super) fn of_saved(state: &saved::State) -> Self {
+        let mut places = Self { disks: Vec::new(), nets: Vec::new(), others: Vec::new(), gone: Vec::new() };
+        for device in &state.virtio {
+            let (place, queues) = (device.place.into(), device.state.queues());
+            match (state.gone(device.place), device.role) {
+                (Some(gone), _) => places.gone.push((gone.clone(), place, queues)),
+                (None, saved::Role::Disk) => places.disks.push((place, queues)),
+                (None, saved::Role::Net) => places.nets.push((place, Net::pairs_of(queues))),
+                (None, saved::Role::Other) => {
+                    places.others.extend(Other::of(device.state.kind()).map(|other| (other, place)));
+                }
+            }
+        }
+        places
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.disks.len() + self.nets.len() + self.others.len()
     }
 }
 
 impl Parts<'_> {
     /// A machine without threads, whose devices nobody has used yet.
-    pub(super) fn put_together(self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
-        let Self { name, transport, disks, nets, vsock, places, console, vm, memory, processors } = self;
-        let (mut placed, mut others) = (Vec::new(), places.others.into_iter());
-        let way = (transport, state == MachineState::Paused);
-        for (place, disk) in places.disks.into_iter().zip(disks) {
-            let block = Block::new(disk.disk.clone(), &disk.serial);
-            let device = served(&vm, &memory, place, way, block)?;
-            placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
-        }
-        for (place, net) in places.nets.into_iter().zip(nets) {
-            let device = served(&vm, &memory, place, way, Net::new(net))?;
-            net.port.set_waker(Some(Arc::new(device.waker()?)));
-            placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
-        }
-        if let Some(place) = others.next() {
-            let device = VirtioDevice::new(&vm, &memory, place, transport, Rng)?;
-            placed.push(Placed::new(place, Role::Other, device));
-        }
+    pub(super) fn put_together(mut self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
+        let goes_on = state == MachineState::Paused;
+        let mut placed = self.disks_and_nets(goes_on)?;
         let mut balloon = None;
-        if let Some(place) = others.next() {
-            let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
-            let wish = Arc::new(Wish::new(mib as u32));
-            let device = VirtioDevice::new(&vm, &memory, place, transport, Balloon::new(wish.clone()))?;
-            placed.push(Placed::new(place, Role::Other, device));
-            balloon = Some((place, wish));
-        }
-        if let (Some(place), Some(spec)) = (others.next(), vsock) {
-            let mut device = Vsock::new(spec);
-            if state == MachineState::Paused {
-                // It goes on, with streams that nobody else has.
-                device.break_streams();
+        for (other, place) in std::mem::take(&mut self.places.others) {
+            if let Some(device) = self.other(other, place, goes_on, &mut balloon)? {
+                placed.push(Placed::new(place, Role::Other(other), device));
             }
-            let device = served(&vm, &memory, place, way, device)?;
-            spec.port.set_waker(Some(Arc::new(device.waker()?)));
-            placed.push(Placed::new(place, Role::Other, device));
         }
+        let Self { name, transport, console, vm, memory, processors, .. } = self;
         let devices = Devices {
             serial: serial_port(&vm, console)?,
             power: Power::default(),
@@ -134,20 +126,87 @@ impl Parts<'_> {
             plugging: Mutex::default(),
         })
     }
-}
 
-/// A device that a thread is going to serve; whether it goes on where another was saved is said with the transport: on
-/// PCI it has no place before it is told where that was, which may be where another one begins.
-fn served(
-    vm: &VmFd,
-    memory: &Memory,
-    place: usize,
-    (transport, goes_on): (Transport, bool),
-    device: impl Device + 'static,
-) -> Result<VirtioDevice> {
-    match transport {
-        Transport::Pci if goes_on => VirtioDevice::late(memory, device),
-        _ => VirtioDevice::with_thread(vm, memory, place, transport, device),
+    fn disks_and_nets(&self, goes_on: bool) -> Result<Vec<Placed>> {
+        let mut placed = Vec::new();
+        for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
+            let block = Block::new(disk.disk.clone(), &disk.serial, queues);
+            let device = self.served(place, goes_on, block)?;
+            placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
+        }
+        for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
+            let device = self.served(place, goes_on, Net::new(net, pairs))?;
+            net.port.set_waker(Some(Arc::new(device.waker()?)));
+            placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
+        }
+        for (gone, place, queues) in &self.places.gone {
+            let (role, device) = match gone {
+                Gone::Disk(disk) => {
+                    let block = Block::new(Gone::disk(disk)?, &disk.serial, *queues);
+                    (Role::Disk(disk.clone()), self.served(*place, goes_on, block)?)
+                }
+                Gone::Net(port) => {
+                    let net = Net::new(&Gone::net(port), Net::pairs_of(*queues));
+                    (Role::Net(port.clone()), self.served(*place, goes_on, net)?)
+                }
+            };
+            let device = Placed::new(*place, role, device);
+            device.hollow_out();
+            placed.push(device);
+        }
+        Ok(placed)
+    }
+
+    /// One of the other devices; none where the specification has none.
+    fn other(
+        &self,
+        other: Other,
+        place: usize,
+        goes_on: bool,
+        balloon: &mut Option<(usize, Arc<Wish>)>,
+    ) -> Result<Option<VirtioDevice>> {
+        let (vm, memory, transport) = (&self.vm, &self.memory, self.transport);
+        Ok(Some(match other {
+            Other::Entropy => VirtioDevice::new(vm, memory, place, transport, Rng)?,
+            Other::Balloon => {
+                let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
+                let wish = Arc::new(Wish::new(mib as u32));
+                *balloon = Some((place, wish.clone()));
+                VirtioDevice::new(vm, memory, place, transport, Balloon::new(wish))?
+            }
+            Other::Vsock => {
+                let Some(spec) = self.vsock else { return Ok(None) };
+                let mut device = Vsock::new(spec);
+                if goes_on {
+                    // With streams that nobody else has.
+                    device.break_streams();
+                }
+                let device = self.served(place, goes_on, device)?;
+                spec.port.set_waker(Some(Arc::new(device.waker()?)));
+                device
+            }
+            Other::Console => {
+                let Some(port) = self.virtio_console else { return Ok(None) };
+                let device = self.served(place, goes_on, Console::new(port.clone()))?.telling();
+                let refresh = device.refresher()?;
+                if goes_on {
+                    // With a terminal that may have another size.
+                    refresh();
+                }
+                port.set_input_notifier(Some(Arc::new(device.waker()?)));
+                port.set_resize_notifier(Some(Arc::new(refresh)));
+                device
+            }
+        }))
+    }
+
+    /// A device that a thread is going to serve. On PCI, one that goes on where another was saved has no place before
+    /// it is told where that was, which may be where another one begins.
+    fn served(&self, place: usize, goes_on: bool, device: impl Device + 'static) -> Result<VirtioDevice> {
+        match self.transport {
+            Transport::Pci if goes_on => VirtioDevice::late(&self.memory, device),
+            transport => VirtioDevice::with_thread(&self.vm, &self.memory, place, transport, device),
+        }
     }
 }
 

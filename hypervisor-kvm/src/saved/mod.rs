@@ -12,17 +12,17 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::file::{Loaded, write};
 #[cfg(any(test, fuzzing))]
-pub(crate) use self::file::{decode, encode};
+pub(crate) use self::file::{VERSION, decode, encode};
 pub(crate) use self::platform::Platform;
 pub(crate) use self::processor::Processor;
 use crate::Transport;
 use crate::error::{Result, saved, unsupported};
-use crate::machine::OTHER_DEVICES;
+use crate::gone::Gone;
 use crate::pci::BusState;
 use crate::power;
 use crate::rtc::Rtc;
 use crate::serial::SerialState;
-use crate::slots;
+use crate::slots::{self, Other};
 use crate::virtio::DeviceState;
 
 /// What KVM must be able to do for a machine to be saved.
@@ -54,6 +54,10 @@ pub(crate) struct State {
     pub(crate) virtio: Vec<Device>,
     pub(crate) platform: Platform,
     pub(crate) processors: Vec<Processor>,
+    /// Since version 2, behind what the devices remember: the places whose disk or cable was taken away, and what it was.
+    /// They are neither among the disks nor among the ports.
+    #[serde(skip)]
+    pub(crate) gone: Vec<(u8, Gone)>,
 }
 
 /// A virtio device in its place.
@@ -76,8 +80,8 @@ pub(crate) enum Role {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Disk {
     pub(crate) serial: String,
-    size: u64,
-    read_only: bool,
+    pub(crate) size: u64,
+    pub(crate) read_only: bool,
 }
 
 impl Disk {
@@ -90,8 +94,8 @@ impl Disk {
 /// What the guest knows of a network port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Port {
-    mac: [u8; 6],
-    mtu: u16,
+    pub(crate) mac: [u8; 6],
+    pub(crate) mtu: u16,
 }
 
 impl Port {
@@ -101,24 +105,42 @@ impl Port {
 }
 
 impl State {
-    /// How many virtio devices there are besides disks and network ports.
-    pub(crate) fn other_devices(&self) -> usize {
-        self.virtio.iter().filter(|device| device.role == Role::Other).count()
+    /// The virtio devices that are neither disks nor network ports; none for one that there is not.
+    fn others(&self) -> impl Iterator<Item = Option<Other>> {
+        let others = self.virtio.iter().filter(|device| device.role == Role::Other);
+        others.map(|device| Other::of(device.state.kind()))
+    }
+
+    /// What the device in a place is.
+    fn role(&self, place: u8) -> Option<Role> {
+        self.virtio.iter().find(|device| device.place == place).map(|device| device.role)
+    }
+
+    /// What the device in a place has lost, if it has.
+    pub(crate) fn gone(&self, place: u8) -> Option<&Gone> {
+        self.gone.iter().find(|(gone, _)| *gone == place).map(|(_, gone)| gone)
+    }
+
+    /// How many of them there are.
+    fn count(&self, other: Other) -> usize {
+        self.others().filter(|one| *one == Some(other)).count()
     }
 
     /// That the machine had the disks and ports that it is to go on with.
     pub(crate) fn check(&self, spec: &RestoreSpec, most_processors: usize) -> Result<()> {
-        let devices = self.disks.len() + self.nets.len();
         let of = |role| self.virtio.iter().filter(|device| device.role == role).count();
+        let gone = |role| self.gone.iter().filter(|(_, gone)| gone.role() == role).count();
         let in_order = self.virtio.is_sorted_by(|a, b| a.place < b.place);
         let last = self.virtio.last().map_or(0, |device| usize::from(device.place));
         let possible = (1..=most_processors).contains(&self.processors.len())
             && self.memory_mib > 0
-            && devices <= self.transport.device_places()
-            && (of(Role::Disk), of(Role::Net)) == (self.disks.len(), self.nets.len())
+            && self.gone.is_sorted_by(|a, b| a.0 < b.0)
+            && self.gone.iter().all(|(place, gone)| self.role(*place) == Some(gone.role()))
+            && of(Role::Disk) == self.disks.len() + gone(Role::Disk)
+            && of(Role::Net) == self.nets.len() + gone(Role::Net)
             && in_order
             && last < self.transport.places()
-            && (1..=OTHER_DEVICES).contains(&self.other_devices());
+            && self.others().all(|other| other.is_some_and(|other| self.count(other) == 1));
         if !possible {
             return Err(saved("the saved machine has more than a machine has on this host, or less"));
         }
@@ -132,9 +154,14 @@ impl State {
                 return Err(saved(format!("the machine had {had:?} when it was saved, not {given:?}")));
             }
         }
-        if (self.other_devices() == OTHER_DEVICES) != spec.vsock.is_some() {
-            let what = if spec.vsock.is_some() { "no" } else { "a" };
-            return Err(saved(format!("the machine had {what} place for streams when it was saved")));
+        for (other, name, given) in [
+            (Other::Vsock, "place for streams", spec.vsock.is_some()),
+            (Other::Console, "virtio console", spec.virtio_console.is_some()),
+        ] {
+            if (self.count(other) == 1) != given {
+                let what = if given { "no" } else { "a" };
+                return Err(saved(format!("the machine had {what} {name} when it was saved")));
+            }
         }
         if spec.vsock.as_ref().is_some_and(|vsock| !vsock.is_valid()) {
             return Err(unsupported("a guest cannot have this address for streams"));

@@ -14,6 +14,7 @@ use storage_block::{IoLimits, Limiter, Rate};
 
 use self::known::{FAMILIES, Family};
 pub use self::store::InstanceStore;
+use crate::net::FrameLimits;
 use crate::{Error, ErrorKind};
 
 /// The hardware that an instance gets: a name, vCPUs, memory, and what the network and its volumes give.
@@ -26,6 +27,8 @@ use crate::{Error, ErrorKind};
 /// assert_eq!((small.family(), small.network_performance()), ("t3", Some("Up to 5 Gigabit")));
 /// let ebs = small.ebs_bandwidth().ok_or("it is optimised for EBS")?;
 /// assert_eq!((ebs.baseline_mbps, ebs.maximum_mbps), (174, 2085));
+/// let network = small.network_bandwidth().ok_or("it is specified")?;
+/// assert_eq!((network.baseline_mbps, network.maximum_mbps), (128, 5000));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -38,6 +41,8 @@ pub struct InstanceType {
     ebs_bandwidth: Option<EbsBandwidth>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     instance_store: Option<InstanceStore>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    network_bandwidth: Option<NetworkBandwidth>,
 }
 
 /// What an instance's volumes give together; [`InstanceType`] shows it in use. They are held to it unless the region
@@ -57,12 +62,39 @@ impl EbsBandwidth {
 
     /// What holds the disks of an instance to it, together.
     pub(crate) fn limiters(self) -> [Limiter; 2] {
-        let bytes = |mbps: u32| u64::from(mbps) * 1_000_000 / 8;
-        let (baseline, maximum) = (bytes(self.baseline_mbps), bytes(self.maximum_mbps));
-        let burst = (maximum.saturating_sub(baseline) * Self::BURST).max(baseline);
-        [Rate::per_second(maximum), Rate { per_second: baseline, burst }]
-            .map(|rate| Limiter::new(IoLimits { bytes: Some(rate), ..IoLimits::NONE }))
+        limiters(self.baseline_mbps, self.maximum_mbps, Self::BURST)
     }
+}
+
+/// What an instance's network gives in each direction; [`InstanceType`] shows it in use. Its ports are held to it, by
+/// hypervisors that can ([`net_limits`](crate::machine::Capabilities::net_limits)), unless the region was opened
+/// [otherwise](crate::RegionOptions::network_limits).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NetworkBandwidth {
+    /// For as long as is wanted, in Mbit/s.
+    pub baseline_mbps: u32,
+    /// At best, in Mbit/s.
+    pub maximum_mbps: u32,
+}
+
+impl NetworkBandwidth {
+    /// For how many seconds the best is kept up by an instance that has saved up all it can: "typically from 5 to 60
+    /// minutes" (EC2 User Guide, "Amazon EC2 instance network bandwidth"), of which this is the least.
+    const BURST: u64 = 5 * 60;
+
+    /// What holds the ports of an instance to it in one direction, together.
+    pub(crate) fn limits(self) -> FrameLimits {
+        FrameLimits::new(limiters(self.baseline_mbps, self.maximum_mbps, Self::BURST))
+    }
+}
+
+/// What gives the most for so many seconds to whoever has saved up, and the baseline after.
+fn limiters(baseline_mbps: u32, maximum_mbps: u32, burst_seconds: u64) -> [Limiter; 2] {
+    let bytes = |mbps: u32| u64::from(mbps) * 1_000_000 / 8;
+    let (baseline, maximum) = (bytes(baseline_mbps), bytes(maximum_mbps));
+    let burst = (maximum.saturating_sub(baseline) * burst_seconds).max(baseline);
+    [Rate::per_second(maximum), Rate { per_second: baseline, burst }]
+        .map(|rate| Limiter::new(IoLimits { bytes: Some(rate), ..IoLimits::NONE }))
 }
 
 impl InstanceType {
@@ -88,6 +120,7 @@ impl InstanceType {
             network_performance: None,
             ebs_bandwidth: None,
             instance_store: None,
+            network_bandwidth: None,
         }
     }
 
@@ -128,7 +161,7 @@ impl InstanceType {
 
     /// The size of a family with this number.
     fn of_size(family: &Family, number: usize) -> Option<Self> {
-        let (name, vcpus, memory, network, ebs) = *family.sizes.get(number)?;
+        let (name, vcpus, memory, network, network_mbps, ebs) = *family.sizes.get(number)?;
         Some(Self {
             name: Cow::Owned(format!("{}.{name}", family.name)),
             vcpus: NonZeroU32::new(vcpus)?,
@@ -138,6 +171,8 @@ impl InstanceType {
             ebs_bandwidth: ebs
                 .map(|(baseline_mbps, maximum_mbps)| EbsBandwidth { baseline_mbps, maximum_mbps }),
             instance_store: family.stores.get(number).copied(),
+            network_bandwidth: network_mbps
+                .map(|(baseline_mbps, maximum_mbps)| NetworkBandwidth { baseline_mbps, maximum_mbps }),
         })
     }
 
@@ -169,6 +204,11 @@ impl InstanceType {
     /// What the network gives, in EC2's words.
     pub fn network_performance(&self) -> Option<&str> {
         self.network_performance.as_deref()
+    }
+
+    /// What the network gives in figures, where EC2 specifies them.
+    pub fn network_bandwidth(&self) -> Option<NetworkBandwidth> {
+        self.network_bandwidth
     }
 
     /// What its volumes give, if it is optimised for EBS.
@@ -233,6 +273,15 @@ mod tests {
             if let Some(ebs) = hardware.ebs_bandwidth() {
                 assert!(ebs.baseline_mbps <= ebs.maximum_mbps, "{hardware}");
             }
+            // "Up to" so many gigabits is what bursts reach; others have it always.
+            let performance = hardware.network_performance().unwrap();
+            let gigabits = performance.trim_start_matches("Up to ").strip_suffix(" Gigabit");
+            let most = gigabits.map(|gigabits| (gigabits.parse::<f64>().unwrap() * 1000.0) as u32);
+            assert_eq!(hardware.network_bandwidth().map(|b| b.maximum_mbps), most, "{hardware}");
+            if let Some(network) = hardware.network_bandwidth() {
+                let bursts = network.baseline_mbps < network.maximum_mbps;
+                assert_eq!(bursts, performance.starts_with("Up to"), "{hardware}");
+            }
         }
     }
 
@@ -270,6 +319,23 @@ mod tests {
             let refused = unknown.parse::<InstanceType>().unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::InvalidInstanceType, "{unknown}");
         }
+    }
+
+    #[test]
+    fn a_network_bursts_and_then_keeps_to_its_baseline() {
+        // A megabyte in a second, and a second more at best for five minutes.
+        let limits = NetworkBandwidth { baseline_mbps: 8, maximum_mbps: 16 }.limits();
+        limits.charge(3_000_000);
+        let delay = limits.delay().unwrap();
+        assert!(delay > Duration::from_millis(400) && delay <= Duration::from_millis(500), "{delay:?}");
+        // When what is saved up in five minutes has been used, the baseline is all.
+        let long = NetworkBandwidth { baseline_mbps: 8, maximum_mbps: 8000 }.limits();
+        long.charge(300_000_000_000);
+        let delay = long.delay().unwrap();
+        assert!(delay > Duration::from_secs(290) && delay <= Duration::from_secs(300), "{delay:?}");
+        long.charge(700_000_000);
+        let delay = long.delay().unwrap();
+        assert!(delay > Duration::from_secs(990) && delay <= Duration::from_secs(1000), "{delay:?}");
     }
 
     #[test]

@@ -32,12 +32,16 @@ pub struct Capabilities {
     pub max_disks: usize,
     /// The most network ports of one machine.
     pub max_nets: usize,
+    /// Whether the frames of network ports are held to the limits of a [specification](NetSpec::receive_limits).
+    pub net_limits: bool,
     /// Whether guest code runs on the processor itself.
     pub execution: Execution,
     /// Whether [`Machine::power_button`](super::Machine::power_button) works.
     pub power_button: bool,
     /// Whether [`Machine::attach_disk`](super::Machine::attach_disk) and [`Machine::detach_disk`](super::Machine::detach_disk) work.
     pub hot_plug: bool,
+    /// Whether [`Machine::attach_net`](super::Machine::attach_net) and [`Machine::detach_net`](super::Machine::detach_net) work.
+    pub net_hot_plug: bool,
     /// Whether [`Machine::disk_grown`](super::Machine::disk_grown) works.
     pub live_growth: bool,
     /// Whether [`Machine::save`](super::Machine::save) and [`Hypervisor::restore`](super::Hypervisor::restore) work.
@@ -46,12 +50,14 @@ pub struct Capabilities {
     pub balloon: bool,
     /// Whether a machine may have a [place for streams](MachineSpec::vsock).
     pub vsock: bool,
+    /// Whether a machine may have a [virtio console](MachineSpec::virtio_console).
+    pub virtio_console: bool,
 }
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
-    /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks that come, go or grow
-    /// while it runs, no balloon, no streams, unless the fields are then set otherwise.
+    /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks or ports that come, go or
+    /// grow while it runs, no balloon, no streams, no virtio console, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self {
             name,
@@ -60,13 +66,16 @@ impl Capabilities {
             max_memory_mib: 1 << 20,
             max_disks: 1,
             max_nets: 0,
+            net_limits: false,
             execution,
             power_button: false,
             hot_plug: false,
+            net_hot_plug: false,
             live_growth: false,
             save: false,
             balloon: false,
             vsock: false,
+            virtio_console: false,
         }
     }
 
@@ -105,7 +114,7 @@ impl Capabilities {
                 "{name} cannot give a machine {asked} network ports; the most is {most}"
             ));
         }
-        spec.nets.iter().try_for_each(NetSpec::check)?;
+        spec.nets.iter().try_for_each(|net| self.check_net(net))?;
         match &spec.vsock {
             Some(_) if !self.vsock => return unsupported(format!("{name} has no streams for machines")),
             Some(vsock) if !vsock.is_valid() => {
@@ -113,10 +122,26 @@ impl Capabilities {
             }
             Some(_) | None => {}
         }
+        if spec.virtio_console.is_some() && !self.virtio_console {
+            return unsupported(format!("{name} has no virtio consoles for machines"));
+        }
         if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
         }
         Ok(())
+    }
+
+    /// Whether a machine may have this network port, as far as that can be told from it alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`check`](Self::check).
+    pub fn check_net(&self, net: &NetSpec) -> Result<(), MachineError> {
+        if net.is_limited() && !self.net_limits {
+            let what = format!("{} does not hold network ports to limits", self.name);
+            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        }
+        net.check()
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::MachineState;
+use crate::net::MacAddress;
 
 /// What kind of failure a [`MachineError`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,7 +21,11 @@ pub enum MachineErrorKind {
     NoSuchDisk,
     /// The machine has a disk of that serial number already.
     DiskExists,
-    /// The guest did not let go of a disk in time.
+    /// The machine has no network port of that address.
+    NoSuchPort,
+    /// The machine has a network port of that address already.
+    PortExists,
+    /// The guest did not let go of a disk or a network port in time.
     Held,
     /// A program or device that the hypervisor needs is missing; the text says what to install.
     Missing,
@@ -73,6 +78,21 @@ impl MachineError {
     /// That the machine has a disk with this serial number already.
     pub fn disk_exists(serial: &str) -> Self {
         Self::new(MachineErrorKind::DiskExists, format!("the machine has a disk {serial:?} already"))
+    }
+
+    /// That the machine has no network port with this address.
+    pub fn no_such_port(mac: MacAddress) -> Self {
+        Self::new(MachineErrorKind::NoSuchPort, format!("the machine has no network port {mac}"))
+    }
+
+    /// That the machine has a network port with this address already.
+    pub fn port_exists(mac: MacAddress) -> Self {
+        Self::new(MachineErrorKind::PortExists, format!("the machine has a network port {mac} already"))
+    }
+
+    /// That the guest has not let go of the network port with this address.
+    pub fn port_held(mac: MacAddress) -> Self {
+        Self::new(MachineErrorKind::Held, format!("the guest has not let go of network port {mac}"))
     }
 
     /// That the guest has not let go of the disk with this serial number.
