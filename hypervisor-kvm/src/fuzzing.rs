@@ -39,7 +39,7 @@ impl Input<'_> {
 pub fn virtio_block(bytes: &[u8]) {
     let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
     let disk = disk.into_disk();
-    let mut device = Mmio::new(Block::new(disk.clone(), "vol-fuzz"));
+    let mut device = Mmio::new(Block::new(disk.clone(), "vol-fuzz", 2));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, at, low, high]) = input.take() {
@@ -65,7 +65,9 @@ pub fn virtio_block(bytes: &[u8]) {
                 assert!(memory.write_slice(&value[..len], GuestAddress(address)).is_ok());
             }
             _ => {
-                let step = device.step(&memory, 0);
+                let queue = usize::from(at % 2);
+                let step =
+                    if low % 4 == 3 { device.settle(&memory, queue) } else { device.step(&memory, queue) };
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
                 broken |= matches!(step, Step::Broken(_));
             }
@@ -78,7 +80,7 @@ pub fn virtio_block(bytes: &[u8]) {
 /// and its registers.
 pub fn virtio_pci(bytes: &[u8]) {
     let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
-    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz"), Some(layout::PCI_MEMORY));
+    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz", 2), Some(layout::PCI_MEMORY));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, low, high]) = input.take() {
@@ -129,7 +131,7 @@ fn saved_machine_of(version: u32, bytes: &[u8]) {
             &NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])),
             Net::pairs_of(device.state.queues()),
         );
-        let block = Block::new(disk.into_disk(), "vol-fuzz");
+        let block = Block::new(disk.into_disk(), "vol-fuzz", device.state.queues());
         let console = virtio::Console::new(Console::new().port());
         match &device.state {
             DeviceState::Mmio(registers, _) => {

@@ -20,7 +20,7 @@ impl Shared {
         if self.find_live(ACTION, |placed| placed.is_disk(&disk.serial))?.is_some() {
             return Err(MachineError::disk_exists(&disk.serial));
         }
-        let block = Block::new(disk.disk.clone(), &disk.serial);
+        let block = Block::new(disk.disk.clone(), &disk.serial, self.processors());
         self.plug(ACTION, Role::Disk(saved::Disk::of(disk)), block, |_| Ok(()))
     }
 

@@ -326,7 +326,7 @@ impl Hypervisor for Kvm {
         if !self.inner.capabilities.save {
             return Err(unsupported("this host's KVM does not take all of a machine's state"));
         }
-        Ok(Box::new(KvmMachine::restore(self, &spec)?))
+        Ok(Box::new(KvmMachine::restore(self, spec)?))
     }
 }
 

@@ -109,10 +109,12 @@ impl KvmMachine {
     }
 
     /// Makes a machine that goes on where another was saved, when it is [resumed](Machine::resume).
-    pub(crate) fn restore(kvm: &Kvm, spec: &RestoreSpec) -> Result<Self> {
+    pub(crate) fn restore(kvm: &Kvm, mut spec: RestoreSpec) -> Result<Self> {
         let filters = kvm.confinement().map(Confinement::compile).transpose()?;
         let loaded = Loaded::read(&spec.saved)?;
         let state = &loaded.state;
+        spec.order_disks(state.disks.iter().map(|disk| disk.serial.as_str()));
+        let spec = &spec;
         state.check(spec, kvm.most_processors())?;
         let memory = loaded.memory(&spec.saved)?;
         let vm = make_vm(kvm, &memory)?;

@@ -238,7 +238,7 @@ mod tests {
         let vm = kvm.create_vm().unwrap();
         let disk = || DiskSpec::new(MemoryDisk::new(4096).unwrap().into_disk(), "vol-1");
         let placed = |number, role| {
-            let device = VirtioDevice::late(&memory, Block::new(disk().disk, "vol-1")).unwrap();
+            let device = VirtioDevice::late(&memory, Block::new(disk().disk, "vol-1", 1)).unwrap();
             Placed::new(number, role, device)
         };
         let role = || Role::Disk(saved::Disk::of(&disk()));

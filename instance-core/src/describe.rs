@@ -1,10 +1,39 @@
 //! What the requests to describe resources share: ids, filters, pages.
 
 use std::fmt;
+use std::str::FromStr;
 
-use ami_core::{Filter, InstanceId, PageRequest, Pattern, SnapshotId, VolumeId};
+use ami_core::{Filter, InstanceId, Page, PageRequest, Pattern, SnapshotId, VolumeId};
 
 use crate::{Error, ErrorKind, Result};
+
+/// The setters that every request has which has `filters` and a `page`.
+macro_rules! filters_and_page {
+    ($results:literal) => {
+        /// Only those for which this holds too.
+        pub fn filter<V: Into<String>>(
+            mut self,
+            name: impl Into<String>,
+            values: impl IntoIterator<Item = V>,
+        ) -> Self {
+            self.filters.push(crate::describe::Condition::new(name, values));
+            self
+        }
+
+        #[doc = concat!("At most so many, ", $results, ", and a token for the rest.")]
+        pub fn max_results(mut self, max: usize) -> Self {
+            self.page = self.page.with_max_results(max);
+            self
+        }
+
+        /// Goes on where an earlier page ended.
+        pub fn next_token(mut self, token: impl Into<String>) -> Self {
+            self.page = self.page.with_next_token(token);
+            self
+        }
+    };
+}
+pub(crate) use filters_and_page;
 
 /// A request for resources of a kind: all, or those of some ids, for which every filter holds.
 ///
@@ -66,31 +95,33 @@ impl<Id: Copy + Ord + fmt::Display> Describe<Id> {
         self
     }
 
-    /// Only those for which this holds too.
-    pub fn filter<V: Into<String>>(
-        mut self,
-        name: impl Into<String>,
-        values: impl IntoIterator<Item = V>,
-    ) -> Self {
-        self.filters.push(Condition::new(name, values));
-        self
-    }
-
-    /// At most so many, 5 to 1000, and a token for the rest.
-    pub fn max_results(mut self, max: usize) -> Self {
-        self.page = self.page.with_max_results(max);
-        self
-    }
-
-    /// Goes on where an earlier page ended.
-    pub fn next_token(mut self, token: impl Into<String>) -> Self {
-        self.page = self.page.with_next_token(token);
-        self
-    }
+    filters_and_page!("5 to 1000");
 
     pub(crate) fn check<T: Filterable>(&self) -> Result<()> {
         self.page.check(MIN_RESULTS, !self.ids.is_empty())?;
         self.filters.iter().try_for_each(Condition::check::<T>)
+    }
+
+    /// The page that is asked for of `all`, which are in the order of their ids: each that is named has to be there.
+    pub(crate) fn answer<R, T: Filterable>(
+        &self,
+        all: Vec<R>,
+        id_of: impl Fn(&R) -> Id,
+        describe: impl Fn(R) -> Option<T>,
+        not_found: impl Fn(Id) -> Error,
+    ) -> Result<Page<T>>
+    where
+        Id: FromStr,
+    {
+        let after: Option<Id> = self.page.after_key()?;
+        if let Some(missing) = self.ids.iter().find(|id| all.iter().all(|one| id_of(one) != **id)) {
+            return Err(not_found(*missing));
+        }
+        let rest = all.into_iter().map(|one| (id_of(&one), one));
+        let found = (rest.filter(|(id, _)| after.is_none_or(|after| *id > after)))
+            .filter_map(|(id, one)| Some((id, describe(one)?)))
+            .filter(|(id, item)| self.asks_for(*id, item));
+        Ok(Page::collect(found, self.page.max_results(), |(id, _)| *id).map(|(_, item)| item))
     }
 
     pub(crate) fn asks_for<T: Filterable>(&self, id: Id, item: &T) -> bool {

@@ -1,25 +1,21 @@
-//! An instance: the handle that users hold, and what stands behind it.
+//! An instance: the handle that users hold.
+
+mod cell;
 
 use std::fmt;
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ami_core::{AccountId, AnyAmi, InstanceId};
-use storage_block::{Limiter, Volume};
+use ami_core::{AnyAmi, InstanceId};
 
-use crate::capacity::Claim;
+pub(crate) use self::cell::{Cell, Hold, Live};
 use crate::console::Console;
-use crate::description::{Attachment, InstanceDescription, StateReason};
-use crate::error::chain;
+use crate::description::InstanceDescription;
 use crate::images::CreatedImage;
-use crate::machine::Machine;
-use crate::record::InstanceRecord;
 use crate::region::Owner;
-use crate::status::Boot;
-use crate::supervisor::Message;
-use crate::watch::{Publisher, Watch};
-use crate::{Error, ErrorKind, InstanceState, Result, Transition};
+use crate::vsock::Vsock;
+use crate::watch::Watch;
+use crate::{Error, ErrorKind, InstanceState, Result};
 
 /// An instance: an object made from an AMI. Cheap to clone; all clones are the same instance.
 ///
@@ -125,7 +121,9 @@ impl Instance {
         self.region.stop(&self.cell, patience)
     }
 
-    /// Starts it again, from its root volume as it is now. Does nothing to one that runs.
+    /// Starts it again, from its root volume as it is now, or where it [hibernated](Self::hibernate). Does nothing to
+    /// one that runs. If what it had saved is of no use here, it boots, and the reason of its state says so; where the
+    /// host alone fails, what it had saved is kept.
     ///
     /// # Errors
     ///
@@ -175,6 +173,40 @@ impl Instance {
         self.region.create_image(&self.cell, name)
     }
 
+    /// The host's end of the streams of its machine, by which this process and a program in the guest talk without a
+    /// network. Each machine has its own: after a reboot or a start it is asked for again, and what was listened to
+    /// by the one before is no more.
+    ///
+    /// ```no_run
+    /// # fn demo(server: &instance_core::Instance) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::io::Read;
+    /// use std::time::{Duration, Instant};
+    ///
+    /// // In a region that was opened with `RegionOptions::vsock`.
+    /// let agent = server.vsock()?.listen(5000)?; // in the guest: socat - VSOCK-CONNECT:2:5000
+    /// let mut report = String::new();
+    /// agent.accept(Instant::now() + Duration::from_secs(60))?.read_to_string(&mut report)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](ErrorKind::Unsupported) in a region that was opened without [streams](crate::RegionOptions::vsock),
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) for an instance without a machine.
+    pub fn vsock(&self) -> Result<Vsock> {
+        if !self.region.vsock {
+            let what = "the region was opened without streams for its machines";
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        let live = self.cell.hold(self.region.supervisor.sender());
+        let no_machine = || {
+            let what = format!("{} is {}, and has no machine", self.id(), live.record.description.state);
+            Error::new(ErrorKind::IncorrectInstanceState, what)
+        };
+        live.vsock.clone().ok_or_else(no_machine)
+    }
+
     /// The AMI that it was made from, if that is still registered.
     ///
     /// # Errors
@@ -191,176 +223,5 @@ impl fmt::Debug for Instance {
             .field("id", &self.id())
             .field("state", &self.state())
             .finish_non_exhaustive()
-    }
-}
-
-/// What all handles of an instance share.
-#[derive(Debug)]
-pub(crate) struct Cell {
-    pub(crate) id: InstanceId,
-    pub(crate) owner: AccountId,
-    pub(crate) console: Console,
-    pub(crate) description: Publisher<InstanceDescription>,
-    live: Mutex<Live>,
-    /// What is known of its machine, for status checks, which wait for nothing that is done to it.
-    boot: Mutex<Option<Boot>>,
-    /// When it was terminated, if it was.
-    terminated: Mutex<Option<Instant>>,
-}
-
-/// What changes, under the lock that every action on the instance holds.
-#[derive(Debug)]
-pub(crate) struct Live {
-    pub(crate) record: InstanceRecord,
-    /// The machine, before the volumes: it is dropped first.
-    pub(crate) machine: Option<Box<dyn Machine>>,
-    /// Its volumes while it has a machine, in the order of its attachments.
-    pub(crate) volumes: Vec<Volume>,
-    /// What holds its machine's disks to the bandwidth of its type.
-    pub(crate) limiters: Vec<Limiter>,
-    /// What it takes of the host while it has a machine.
-    pub(crate) claim: Option<Claim>,
-    /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
-    pub(crate) generation: u64,
-}
-
-impl Cell {
-    pub(crate) fn new(record: InstanceRecord) -> Self {
-        let description = record.description.clone();
-        Self {
-            id: description.id,
-            owner: description.owner,
-            console: Console::new(),
-            description: Publisher::new(description),
-            live: Mutex::new(Live {
-                record,
-                machine: None,
-                volumes: Vec::new(),
-                limiters: Vec::new(),
-                claim: None,
-                generation: 0,
-            }),
-            boot: Mutex::new(None),
-            terminated: Mutex::new(None),
-        }
-    }
-
-    pub(crate) fn boot(&self) -> MutexGuard<'_, Option<Boot>> {
-        self.boot.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn terminated(&self) -> Option<Instant> {
-        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn set_terminated(&self, at: Instant) {
-        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
-    }
-
-    /// Waits for whatever else is done to the instance, then holds it.
-    pub(crate) fn hold(&self, ended: Sender<Message>) -> Hold<'_> {
-        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        Hold { id: self.id, live: Some(live), ended }
-    }
-
-    /// Holds the instance if nothing else is done to it.
-    pub(crate) fn try_hold(&self, ended: Sender<Message>) -> Option<Hold<'_>> {
-        let live = match self.live.try_lock() {
-            Ok(live) => live,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return None,
-        };
-        Some(Hold { id: self.id, live: Some(live), ended })
-    }
-
-    /// Lets go of machine and volumes, when the region is closed.
-    pub(crate) fn release(&self) {
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(e) = live.end_machine() {
-            tracing::error!(instance = %self.id, error = chain(&e), "what an instance had written is lost");
-        }
-        live.volumes.clear();
-    }
-}
-
-impl Live {
-    /// The record in the next state.
-    pub(crate) fn after(&self, by: Transition, reason: Option<StateReason>) -> Result<InstanceRecord> {
-        let mut record = self.record.clone();
-        let description = &mut record.description;
-        let now = description.state;
-        description.state = now.after(by).ok_or_else(|| {
-            let what = format!("{} is {now}, from which it cannot be {}", description.id, words(by));
-            Error::new(ErrorKind::IncorrectInstanceState, what)
-        })?;
-        description.state_reason = reason;
-        Ok(record)
-    }
-
-    /// Ends the machine and makes durable what its guest has written: a guest is told that a write
-    /// is done when the volume has it, and no end of its machine takes that back.
-    pub(crate) fn end_machine(&mut self) -> Result<()> {
-        self.end_machine_of(|_| true)
-    }
-
-    /// The same for some of the volumes.
-    pub(crate) fn end_machine_of(&mut self, keep: impl Fn(&Attachment) -> bool) -> Result<()> {
-        self.machine = None;
-        let volumes = self.record.description.attachments.iter().zip(&self.volumes);
-        let flushed = volumes.filter(|(a, _)| keep(a)).map(|(_, volume)| volume.disk().flush());
-        flushed.collect::<Result<(), _>>().map_err(|e| Error::storage(e, "cannot flush a volume"))
-    }
-}
-
-fn words(by: Transition) -> &'static str {
-    match by {
-        Transition::Start => "started",
-        Transition::Stop => "stopped",
-        Transition::Terminate => "terminated",
-        _ => "moved on",
-    }
-}
-
-/// The right to act on an instance.
-///
-/// While it is held the supervisor leaves the instance alone, so a machine that ends meanwhile is
-/// reported again when the hold is given up.
-pub(crate) struct Hold<'a> {
-    id: InstanceId,
-    live: Option<MutexGuard<'a, Live>>,
-    ended: Sender<Message>,
-}
-
-impl std::ops::Deref for Hold<'_> {
-    type Target = Live;
-
-    fn deref(&self) -> &Live {
-        match &self.live {
-            Some(live) => live,
-            None => unreachable!("only dropping takes the guard"),
-        }
-    }
-}
-
-impl std::ops::DerefMut for Hold<'_> {
-    fn deref_mut(&mut self) -> &mut Live {
-        match &mut self.live {
-            Some(live) => live,
-            None => unreachable!("only dropping takes the guard"),
-        }
-    }
-}
-
-impl Drop for Hold<'_> {
-    fn drop(&mut self) {
-        let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
-        self.live = None;
-        // Looked at only after the lock is free: an end after this look finds the supervisor able
-        // to act on it.
-        if let Some((state, generation)) = watched {
-            if state.get().exit_cause().is_some() {
-                let _ = self.ended.send(Message::Ended(self.id, generation));
-            }
-        }
     }
 }

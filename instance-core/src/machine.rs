@@ -4,21 +4,29 @@
 //! as [`Disk`](storage_block::Disk) handles, network ports as ends of [cables](crate::net), kernels as open
 //! [`BootFile`]s, the console as a [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
 
+mod capabilities;
+mod error;
 mod exit;
 mod exits;
+mod file;
 mod saved;
 mod spec;
+mod state;
 
 use std::fmt;
 use std::fs::File;
 use std::time::Instant;
 
-use ami_core::{AnyArch, Architecture, Arm64, X86, X86_64};
+use ami_core::{AnyArch, Arm64, X86, X86_64};
 
+pub use self::capabilities::{Capabilities, Execution};
+pub use self::error::{MachineError, MachineErrorKind};
 pub use self::exit::{ExitCause, ProcessorError, ProcessorErrorReason, X86Registers};
 pub use self::exits::VmExits;
+pub use self::file::OpenFile;
 pub use self::saved::{RestoreSpec, SavedMachine};
 pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec, NetSpec};
+pub use self::state::MachineState;
 use crate::net::MacAddress;
 use crate::watch::Watch;
 
@@ -342,318 +350,4 @@ pub enum Detach {
     /// At once, whatever the guest does with it. What it has not written is lost, its further requests fail, and
     /// it is told that the disk or the port has gone.
     Force,
-}
-
-/// Where a machine is in its life.
-///
-/// ```text
-/// Created ──start──▶ Running ◀──pause/resume──▶ Paused ◀── Hypervisor::restore
-///    │                  │                          │
-///    └──kill────────────┴── the guest, or kill ────┴──▶ Exited(cause)
-/// ```
-///
-/// ```
-/// use instance_core::machine::{ExitCause, MachineState};
-///
-/// let cause = ExitCause::PowerOff;
-/// assert_eq!(MachineState::Exited(cause.clone()).exit_cause(), Some(&cause));
-/// assert_eq!(MachineState::Paused.exit_cause(), None);
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MachineState {
-    /// Made, not started.
-    Created,
-    /// The guest runs.
-    Running,
-    /// The guest's processors stand still.
-    Paused,
-    /// It has ended, and will not start again.
-    Exited(ExitCause),
-}
-
-impl MachineState {
-    /// Why the machine ended, if it has.
-    pub fn exit_cause(&self) -> Option<&ExitCause> {
-        match self {
-            Self::Exited(cause) => Some(cause),
-            _ => None,
-        }
-    }
-}
-
-/// What a hypervisor can do on this host.
-///
-/// ```
-/// use ami_core::Architecture;
-/// use instance_core::machine::{Capabilities, Execution};
-///
-/// let execution = Execution::Hardware { measured: "guest kernel code: 2.9 G instructions/s".to_owned() };
-/// let mut can = Capabilities::new("mine", vec![Architecture::X86, Architecture::X86_64], execution);
-/// can.max_vcpus = 32;
-/// can.power_button = true;
-/// assert!(can.execution.is_hardware());
-/// assert!(!Execution::Emulated { measured: "TCG of QEMU 7.2".to_owned() }.is_hardware());
-/// ```
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Capabilities {
-    /// Its name, such as `kvm`.
-    pub name: &'static str,
-    /// The architectures whose machines it makes.
-    pub architectures: Vec<Architecture>,
-    /// The most vCPUs of one machine.
-    pub max_vcpus: u32,
-    /// The most memory of one machine, in MiB.
-    pub max_memory_mib: u64,
-    /// The most disks of one machine.
-    pub max_disks: usize,
-    /// The most network ports of one machine.
-    pub max_nets: usize,
-    /// Whether the frames of network ports are held to the limits of a [specification](NetSpec::receive_limits).
-    pub net_limits: bool,
-    /// Whether guest code runs on the processor itself.
-    pub execution: Execution,
-    /// Whether [`Machine::power_button`] works.
-    pub power_button: bool,
-    /// Whether [`Machine::attach_disk`] and [`Machine::detach_disk`] work.
-    pub hot_plug: bool,
-    /// Whether [`Machine::attach_net`] and [`Machine::detach_net`] work.
-    pub net_hot_plug: bool,
-    /// Whether [`Machine::disk_grown`] works.
-    pub live_growth: bool,
-    /// Whether [`Machine::save`] and [`Hypervisor::restore`] work.
-    pub save: bool,
-    /// Whether [`Machine::set_balloon`] and [`Machine::balloon`] work.
-    pub balloon: bool,
-    /// Whether a machine may have a [place for streams](MachineSpec::vsock).
-    pub vsock: bool,
-    /// Whether a machine may have a [virtio console](MachineSpec::virtio_console).
-    pub virtio_console: bool,
-}
-
-impl Capabilities {
-    /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
-    /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks or ports that come, go or
-    /// grow while it runs, no balloon, no streams, no virtio console, unless the fields are then set otherwise.
-    pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
-        Self {
-            name,
-            architectures,
-            max_vcpus: 1,
-            max_memory_mib: 1 << 20,
-            max_disks: 1,
-            max_nets: 0,
-            net_limits: false,
-            execution,
-            power_button: false,
-            hot_plug: false,
-            net_hot_plug: false,
-            live_growth: false,
-            save: false,
-            balloon: false,
-            vsock: false,
-            virtio_console: false,
-        }
-    }
-
-    /// Whether a machine can be made to this specification, as far as that can be told from the
-    /// numbers alone. Every hypervisor begins [`Hypervisor::create`] with it.
-    ///
-    /// # Errors
-    ///
-    /// [`Unsupported`](MachineErrorKind::Unsupported), with what was asked and what is possible.
-    pub fn check(&self, spec: &MachineSpec) -> Result<(), MachineError> {
-        let unsupported = |what: String| Err(MachineError::new(MachineErrorKind::Unsupported, what));
-        let name = self.name;
-        if !self.architectures.contains(&spec.architecture) {
-            let runs: Vec<&str> = self.architectures.iter().map(|a| a.as_str()).collect();
-            let (asked, runs) = (spec.architecture, runs.join(", "));
-            return unsupported(format!("{name} cannot run {asked} on this host; it runs {runs}"));
-        }
-        if spec.vcpus.get() > self.max_vcpus {
-            let (asked, most) = (spec.vcpus, self.max_vcpus);
-            return unsupported(format!("{name} cannot give a machine {asked} vCPUs; the most is {most}"));
-        }
-        if u64::from(spec.memory_mib.get()) > self.max_memory_mib {
-            let (asked, most) = (spec.memory_mib, self.max_memory_mib);
-            return unsupported(format!(
-                "{name} cannot give a machine {asked} MiB of memory; the most is {most}"
-            ));
-        }
-        if spec.disks.len() > self.max_disks {
-            let (asked, most) = (spec.disks.len(), self.max_disks);
-            return unsupported(format!("{name} cannot give a machine {asked} disks; the most is {most}"));
-        }
-        spec.disks.iter().try_for_each(DiskSpec::check)?;
-        if spec.nets.len() > self.max_nets {
-            let (asked, most) = (spec.nets.len(), self.max_nets);
-            return unsupported(format!(
-                "{name} cannot give a machine {asked} network ports; the most is {most}"
-            ));
-        }
-        spec.nets.iter().try_for_each(|net| self.check_net(net))?;
-        match &spec.vsock {
-            Some(_) if !self.vsock => return unsupported(format!("{name} has no streams for machines")),
-            Some(vsock) if !vsock.is_valid() => {
-                return unsupported(format!("{} is no guest's address", vsock.cid));
-            }
-            Some(_) | None => {}
-        }
-        if spec.virtio_console.is_some() && !self.virtio_console {
-            return unsupported(format!("{name} has no virtio consoles for machines"));
-        }
-        if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
-            return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
-        }
-        Ok(())
-    }
-
-    /// Whether a machine may have this network port, as far as that can be told from it alone.
-    ///
-    /// # Errors
-    ///
-    /// As [`check`](Self::check).
-    pub fn check_net(&self, net: &NetSpec) -> Result<(), MachineError> {
-        if net.is_limited() && !self.net_limits {
-            let what = format!("{} does not hold network ports to limits", self.name);
-            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
-        }
-        net.check()
-    }
-}
-
-/// How guest code runs. Part of a hypervisor's [`Capabilities`].
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub enum Execution {
-    /// On the processor, at its speed.
-    Hardware {
-        /// What was measured, in words, such as `guest kernel code: 2.9 G instructions/s`.
-        measured: String,
-    },
-    /// By an emulator or interpreter.
-    Emulated {
-        /// What was measured or known, in words.
-        measured: String,
-    },
-}
-
-impl Execution {
-    /// Whether guest code runs on the processor itself.
-    pub fn is_hardware(&self) -> bool {
-        matches!(self, Self::Hardware { .. })
-    }
-}
-
-/// What kind of failure a [`MachineError`] is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum MachineErrorKind {
-    /// This hypervisor, or this host, cannot do that.
-    Unsupported,
-    /// The machine's state does not allow it.
-    WrongState,
-    /// A saved machine cannot be restored: it is none, of another kind, or does not fit what it is given.
-    Saved,
-    /// The kernel or initrd cannot be loaded.
-    Boot,
-    /// The machine has no disk of that serial number.
-    NoSuchDisk,
-    /// The machine has a disk of that serial number already.
-    DiskExists,
-    /// The machine has no network port of that address.
-    NoSuchPort,
-    /// The machine has a network port of that address already.
-    PortExists,
-    /// The guest did not let go of a disk or a network port in time.
-    Held,
-    /// A program or device that the hypervisor needs is missing; the text says what to install.
-    Missing,
-    /// The host refused or failed.
-    Host,
-}
-
-/// A hypervisor's failure: its kind, what it happened to, and what caused it.
-///
-/// ```
-/// use std::error::Error;
-/// use instance_core::machine::{MachineError, MachineErrorKind, MachineState};
-///
-/// let refused = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
-/// let err = MachineError::new(MachineErrorKind::Host, "cannot map memory").with_source(refused);
-/// assert_eq!(err.to_string(), "cannot map memory");
-/// assert!(err.source().is_some());
-/// let early = MachineError::wrong_state("pause", &MachineState::Created);
-/// assert_eq!(early.kind(), MachineErrorKind::WrongState);
-/// ```
-#[derive(Debug)]
-pub struct MachineError {
-    kind: MachineErrorKind,
-    context: String,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
-}
-
-impl MachineError {
-    /// An error of `kind` about what `context` says.
-    pub fn new(kind: MachineErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
-    }
-
-    /// The same with its cause.
-    pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
-        self
-    }
-
-    /// That the machine is in `state`, in which it cannot `action`.
-    pub fn wrong_state(action: &str, state: &MachineState) -> Self {
-        Self::new(MachineErrorKind::WrongState, format!("cannot {action} a machine that is {state:?}"))
-    }
-
-    /// That the machine has no disk with this serial number.
-    pub fn no_such_disk(serial: &str) -> Self {
-        Self::new(MachineErrorKind::NoSuchDisk, format!("the machine has no disk {serial:?}"))
-    }
-
-    /// That the machine has a disk with this serial number already.
-    pub fn disk_exists(serial: &str) -> Self {
-        Self::new(MachineErrorKind::DiskExists, format!("the machine has a disk {serial:?} already"))
-    }
-
-    /// That the machine has no network port with this address.
-    pub fn no_such_port(mac: MacAddress) -> Self {
-        Self::new(MachineErrorKind::NoSuchPort, format!("the machine has no network port {mac}"))
-    }
-
-    /// That the machine has a network port with this address already.
-    pub fn port_exists(mac: MacAddress) -> Self {
-        Self::new(MachineErrorKind::PortExists, format!("the machine has a network port {mac} already"))
-    }
-
-    /// That the guest has not let go of the network port with this address.
-    pub fn port_held(mac: MacAddress) -> Self {
-        Self::new(MachineErrorKind::Held, format!("the guest has not let go of network port {mac}"))
-    }
-
-    /// That the guest has not let go of the disk with this serial number.
-    pub fn held(serial: &str) -> Self {
-        Self::new(MachineErrorKind::Held, format!("the guest has not let go of disk {serial:?}"))
-    }
-
-    /// The kind of failure.
-    pub fn kind(&self) -> MachineErrorKind {
-        self.kind
-    }
-}
-
-impl fmt::Display for MachineError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.context)
-    }
-}
-
-impl std::error::Error for MachineError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_deref().map(|e| e as _)
-    }
 }

@@ -33,13 +33,15 @@ pub struct RegionOptions {
     pub(crate) state_store: Option<Box<dyn StateStore>>,
     pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) ebs_limits: bool,
+    pub(crate) vsock: bool,
     pub(crate) network_limits: bool,
     pub(crate) keys: Option<Arc<dyn KeyProvider>>,
 }
 
 impl fmt::Debug for RegionOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, account, capacity, state_store, network, ebs_limits, network_limits, keys } = self;
+        let Self { name, account, capacity, state_store, network, ebs_limits, network_limits, vsock, keys } =
+            self;
         f.debug_struct("RegionOptions")
             .field("name", name)
             .field("account", account)
@@ -47,6 +49,7 @@ impl fmt::Debug for RegionOptions {
             .field("state_store", state_store)
             .field("network", network)
             .field("ebs_limits", ebs_limits)
+            .field("vsock", vsock)
             .field("network_limits", network_limits)
             .field("keys", &keys.as_ref().map(|keys| keys.default_key_id()))
             .finish()
@@ -62,6 +65,7 @@ impl Default for RegionOptions {
             state_store: None,
             network: None,
             ebs_limits: true,
+            vsock: false,
             network_limits: true,
             keys: None,
         }
@@ -131,6 +135,15 @@ impl RegionOptions {
     #[must_use]
     pub fn ebs_limits(mut self, on: bool) -> Self {
         self.ebs_limits = on;
+        self
+    }
+
+    /// Whether the machines that are made from now on have a place for streams with this process, for an agent in the
+    /// guest: see [`Instance::vsock`](crate::Instance::vsock). They have none unless this says otherwise, as it is one
+    /// more device that a guest may attack. On a hypervisor without it no machine is made then.
+    #[must_use]
+    pub fn vsock(mut self, on: bool) -> Self {
+        self.vsock = on;
         self
     }
 

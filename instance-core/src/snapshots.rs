@@ -163,18 +163,9 @@ impl<H> Region<H> {
     /// [`InvalidNextToken`](ErrorKind::InvalidNextToken), or what reading the state store met.
     pub fn describe_snapshots(&self, request: &DescribeSnapshots) -> Result<Page<SnapshotDescription>> {
         request.check::<SnapshotDescription>()?;
-        let after: Option<SnapshotId> = request.page.after_key()?;
         let mut records = self.inner.store.all::<SnapshotRecord>()?;
         records.retain(|record| record.owner == *self.account());
-        if let Some(missing) = request.ids.iter().find(|id| records.iter().all(|r| r.id != **id)) {
-            return Err(snapshot_not_found(*missing));
-        }
-        let found = records
-            .into_iter()
-            .filter(|record| after.is_none_or(|after| record.id > after))
-            .map(SnapshotDescription::from)
-            .filter(|snapshot| request.asks_for(snapshot.id, snapshot));
-        Ok(Page::collect(found, request.page.max_results(), |snapshot| snapshot.id))
+        request.answer(records, |record| record.id, |record| Some(record.into()), snapshot_not_found)
     }
 }
 

@@ -8,7 +8,7 @@ use ami_core::{
     SnapshotId, Tags, VolumeId,
 };
 
-use crate::describe::{Condition, Filterable, MIN_RESULTS};
+use crate::describe::{Condition, Filterable, MIN_RESULTS, filters_and_page};
 use crate::instance::{Cell, Hold};
 use crate::launch_template::LaunchTemplateRecord;
 use crate::modify::check_alive;
@@ -50,27 +50,7 @@ impl DescribeTags {
         Self::default()
     }
 
-    /// Only those for which this holds too.
-    pub fn filter<V: Into<String>>(
-        mut self,
-        name: impl Into<String>,
-        values: impl IntoIterator<Item = V>,
-    ) -> Self {
-        self.filters.push(Condition::new(name, values));
-        self
-    }
-
-    /// At most so many, 5 to 1000, and a token for the rest.
-    pub fn max_results(mut self, max: usize) -> Self {
-        self.page = self.page.with_max_results(max);
-        self
-    }
-
-    /// Goes on where an earlier page ended.
-    pub fn next_token(mut self, token: impl Into<String>) -> Self {
-        self.page = self.page.with_next_token(token);
-        self
-    }
+    filters_and_page!("5 to 1000");
 }
 
 impl<H> Region<H> {

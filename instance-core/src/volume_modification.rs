@@ -144,18 +144,18 @@ impl<H> Region<H> {
         request: &DescribeVolumes,
     ) -> Result<Page<VolumeModification>> {
         request.check::<VolumeModification>()?;
-        let after: Option<VolumeId> = request.page.after_key()?;
         let mut records = self.inner.store.all::<VolumeRecord>()?;
         records.retain(|record| record.owner == *self.account());
-        for id in &request.ids {
-            let record =
-                records.iter().find(|record| record.id == *id).ok_or_else(|| volume_not_found(*id))?;
-            record.modification.as_ref().ok_or_else(|| not_modified(*id))?;
+        let unmodified = |record: &&VolumeRecord| record.modification.is_none();
+        if let Some(record) = records.iter().filter(|r| request.ids.contains(&r.id)).find(unmodified) {
+            return Err(not_modified(record.id));
         }
-        let found = (records.iter().filter(|record| after.is_none_or(|after| record.id > after)))
-            .filter_map(VolumeModification::of)
-            .filter(|made| request.asks_for(made.volume_id, made));
-        Ok(Page::collect(found, request.page.max_results(), |made| made.volume_id))
+        request.answer(
+            records,
+            |record| record.id,
+            |record| VolumeModification::of(&record),
+            volume_not_found,
+        )
     }
 }
 

@@ -214,21 +214,13 @@ impl<H> Region<H> {
     /// [`InvalidNextToken`](ErrorKind::InvalidNextToken), or what reading the state store met.
     pub fn describe_volumes(&self, request: &DescribeVolumes) -> Result<Page<VolumeDescription>> {
         request.check::<VolumeDescription>()?;
-        let after: Option<VolumeId> = request.page.after_key()?;
         let mut records = self.inner.store.all::<VolumeRecord>()?;
         records.retain(|record| record.owner == *self.account());
-        if let Some(missing) = request.ids.iter().find(|id| records.iter().all(|r| r.id != **id)) {
-            return Err(volume_not_found(*missing));
-        }
-        let found = records
-            .into_iter()
-            .filter(|record| after.is_none_or(|after| record.id > after))
-            .map(|record| {
-                let holder = self.inner.directory.attached(record.id);
-                VolumeDescription::of(record, holder.as_deref())
-            })
-            .filter(|volume| request.asks_for(volume.id, volume));
-        Ok(Page::collect(found, request.page.max_results(), |volume| volume.id))
+        let describe = |record: VolumeRecord| {
+            let holder = self.inner.directory.attached(record.id);
+            Some(VolumeDescription::of(record, holder.as_deref()))
+        };
+        request.answer(records, |record| record.id, describe, volume_not_found)
     }
 }
 

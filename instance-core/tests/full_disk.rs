@@ -146,6 +146,36 @@ fn an_image_of_an_instance_that_does_not_fit_leaves_nothing_and_the_instance_goe
     ask(&copy, "read 0 2432", "data word-19");
 }
 
+/// It is shut down in the end, as it would be on EC2.
+#[test]
+fn a_hibernation_that_does_not_fit_is_a_stop_and_leaves_nothing() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let dir = small.region();
+    let region = open(&dir);
+    let ami = register(&region, "base", &disk(1, 1)).unwrap();
+    let spec = LaunchSpec::new("t2.nano".parse().unwrap()).hibernation(true);
+    let instance = region.launch(&ami, spec).unwrap();
+    // More than a page of memory.
+    ask(&instance, &format!("remember {}", "x".repeat(9000)), "remembered");
+    ask(&instance, "write 0 0 kept", "wrote");
+    for kib in [0, 4, 8] {
+        small.leave(kib);
+        instance.hibernate(Duration::ZERO).unwrap();
+        small.relieve();
+        let reason = instance.describe().state_reason.unwrap();
+        assert_eq!(reason.code, "Client.UserInitiatedShutdown", "{kib} KiB: {reason}");
+        assert!(reason.message.contains("could not hibernate"), "{kib} KiB: {reason}");
+        assert_eq!(std::fs::read_dir(dir.join("hibernated")).unwrap().count(), 0, "{kib} KiB");
+        instance.start().unwrap();
+        ask(&instance, "recall", "recalled");
+        ask(&instance, "read 0 0", "data kept");
+        ask(&instance, &format!("remember {}", "x".repeat(9000)), "remembered");
+    }
+    instance.hibernate(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    ask(&instance, "recall", &format!("recalled {}", "x".repeat(9000)));
+}
+
 /// A host whose disk is full when the machine has been made.
 #[derive(Debug)]
 struct Filling(FakeHypervisor, std::sync::Arc<Small>);

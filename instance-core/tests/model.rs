@@ -16,6 +16,7 @@ use proptest::prelude::*;
 enum Action {
     Launch { image: usize, terminate: bool },
     Stop { who: usize, politely: bool },
+    Hibernate(usize),
     Start(usize),
     Reboot(usize),
     Terminate(usize),
@@ -33,6 +34,7 @@ fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
         3 => (who(), any::<bool>()).prop_map(|(image, terminate)| Action::Launch { image, terminate }),
         2 => (who(), any::<bool>()).prop_map(|(who, politely)| Action::Stop { who, politely }),
+        2 => who().prop_map(Action::Hibernate),
         2 => who().prop_map(Action::Start),
         1 => who().prop_map(Action::Reboot),
         1 => who().prop_map(Action::Terminate),
@@ -53,11 +55,14 @@ struct Expected {
     state: InstanceState,
     reason: Option<&'static str>,
     word: String,
+    /// What its guest keeps in mind.
+    mind: String,
     terminate: bool,
     image: AmiId,
 }
 
 const BY_USER: &str = "Client.UserInitiatedShutdown";
+const ASLEEP: &str = "Client.UserInitiatedHibernate";
 const BY_GUEST: &str = "Client.InstanceInitiatedShutdown";
 const BY_CRASH: &str = "Client.InternalError";
 const BY_HOST: &str = "Server.InternalError";
@@ -68,7 +73,9 @@ impl Expected {
     fn call(&mut self, call: &str) -> Result<(), ErrorKind> {
         let (state, reason) = match (call, self.state) {
             ("start", Stopped) => (Running, None),
-            ("start" | "reboot", Running) | ("stop", Stopped) => return Ok(()),
+            ("start", Running) | ("stop" | "hibernate", Stopped) => return Ok(()),
+            ("reboot", Running) => (Running, self.reason),
+            ("hibernate", Running) => (Stopped, Some(ASLEEP)),
             ("stop", Running) => (Stopped, Some(BY_USER)),
             ("terminate", Terminated) => return Ok(()),
             ("terminate", _) => (Terminated, Some(BY_USER)),
@@ -79,6 +86,10 @@ impl Expected {
             ("close", _) => return Ok(()),
             _ => return Err(ErrorKind::IncorrectInstanceState),
         };
+        // What it had in mind is there again if nothing but a hibernation was between.
+        if !matches!(call, "start" | "hibernate") {
+            self.mind.clear();
+        }
         (self.state, self.reason) = (state, reason);
         Ok(())
     }
@@ -147,12 +158,13 @@ impl World {
         }
         let Some((image, word)) = self.images.get(image).cloned() else { return };
         let behavior = if terminate { ShutdownBehavior::Terminate } else { ShutdownBehavior::Stop };
-        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).shutdown_behavior(behavior);
+        let spec = LaunchSpec::new("t2.nano".parse().unwrap()).shutdown_behavior(behavior).hibernation(true);
         let ami = self.region().image(image).unwrap().ami().typed::<X86_64>().unwrap();
         let id = self.region().launch(&ami, spec).unwrap().id().to_string();
         // The places of those that are gone are taken first, so that few numbers name them all.
         let place = self.instances.iter().position(|i| i.state == Terminated);
-        let expected = Expected { id, state: Running, reason: None, word, terminate, image };
+        let mind = String::new();
+        let expected = Expected { id, state: Running, reason: None, word, mind, terminate, image };
         match place {
             Some(place) => self.instances[place] = expected,
             None => self.instances.push(expected),
@@ -186,13 +198,17 @@ impl World {
                 let patience = if politely { Duration::from_secs(20) } else { Duration::ZERO };
                 self.call(who, "stop", |i| i.stop(patience));
             }
+            Action::Hibernate(who) => self.call(who, "hibernate", |i| i.hibernate(Duration::ZERO)),
             Action::Start(who) => self.call(who, "start", Instance::start),
             Action::Reboot(who) => self.call(who, "reboot", Instance::reboot),
             Action::Terminate(who) => self.call(who, "terminate", Instance::terminate),
             Action::GuestPowersOff(who) => self.guest(who, "poweroff", "power off"),
             Action::GuestCrashes(who) => self.guest(who, "crash", "crash"),
             Action::GuestReboots(who) => {
-                let Some((instance, _)) = self.at(who).filter(|(_, e)| e.state == Running) else { return };
+                let Some((instance, expected)) = self.at(who).filter(|(_, e)| e.state == Running) else {
+                    return;
+                };
+                expected.mind.clear();
                 let mut reader = instance.console().reader_from_now();
                 instance.console().write_all(b"reboot\n", soon()).unwrap();
                 reader.wait_for("GUEST READY", soon()).unwrap();
@@ -202,7 +218,9 @@ impl World {
                     return;
                 };
                 expected.word = format!("w{word}");
+                expected.mind = format!("m{word}");
                 tell(&instance, &format!("write 0 0 w{word}"), "wrote");
+                tell(&instance, &format!("remember m{word}"), "remembered");
             }
             Action::CreateImage(who) => self.create_image(who),
             Action::Deregister(image) => {
@@ -233,8 +251,9 @@ impl World {
             assert_eq!((found.state, reason), (expected.state, expected.reason), "{}", expected.id);
             assert_eq!(found.image_id, expected.image);
             if expected.state == Running {
-                let word = expected.word.clone();
+                let (word, mind) = (expected.word.clone(), expected.mind.clone());
                 assert_eq!(tell(&instance, "read 0 0", "data"), word);
+                assert_eq!(tell(&instance, "recall", "recalled"), mind);
             }
         }
         let alive = self.instances.iter().filter(|i| i.state != Terminated).count();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use storage_block::keys::LocalKey;
-use storage_block::{Compression, Disk, RawFile, Store, StoreOptions, Volume};
+use storage_block::{Compression, Disk, RawFile, Store, StoreOptions, Verify, Volume};
 
 type Error = Box<dyn std::error::Error>;
 
@@ -48,7 +48,7 @@ fn measure(
     for what in ["first read, with verification", "second read"] {
         println!("  {what}: {:.0} MiB/s", read_through(&snapshot.disk())?);
     }
-    let unverified = Store::open_with(dir.join("other"), &options.clone().verify(false))?;
+    let unverified = Store::open_with(dir.join("other"), &options.clone().verify(Verify::Never))?;
     let (copy, _) = match encrypted {
         true => unverified.import_encrypted(image, &unverified.new_key(None)?, &mut |_| ())?,
         false => unverified.import(image, &mut |_| ())?,

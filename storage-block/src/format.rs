@@ -2,6 +2,7 @@
 //!
 //! All numbers are little-endian. Every decoder takes any bytes and answers with what is wrong.
 
+mod closing;
 mod key;
 mod name;
 mod pack;
@@ -9,6 +10,7 @@ mod root;
 
 use ami_core::Digest;
 
+pub(crate) use closing::{CLOSING_BYTES, Closing, encode_closing, parse_closing};
 pub(crate) use key::{KEY_CHECK, KEY_ID_MAX, KEY_MAX, WRAPPED_MAX, WrappedKey, encode_key, parse_key};
 pub(crate) use name::{LOG_NAME, log_name, parse_log_name};
 pub(crate) use pack::*;

@@ -49,10 +49,10 @@ impl Store {
     /// Makes a snapshot of a disk, which should not change meanwhile.
     ///
     /// Chunks of zeroes are not stored and holes not read, so a large sparse image takes no longer than
-    /// its data. Chunks that any snapshot has are not stored again. `progress` is called at the beginning, about once
-    /// for every megabyte and at the end; it may read and open snapshots and must not make any, for which it would
-    /// wait where a sweep waits for this one. When it returns, the snapshot is durable; when it fails, nothing of it
-    /// is left.
+    /// its data. Chunks that any snapshot has are not stored again. `progress` is called on this thread, at the
+    /// beginning, about once for every megabyte and at the end; it may read, open and make snapshots, and must not
+    /// [sweep](Self::sweep), which would wait for this import. When this returns, the snapshot is durable; when it fails,
+    /// nothing of it is left.
     ///
     /// # Errors
     ///
@@ -107,9 +107,8 @@ impl Store {
         };
         pipeline::in_order(Steps { disk, size, done: 0, data: 0..0 }, read, |(step, prepared), bytes| {
             stats.changed_bytes += step.end - step.start;
-            let chunks = bytes.chunks_exact(CHUNK as usize).zip(prepared);
-            for ((chunk, prepared), number) in chunks.zip(step.start / CHUNK..) {
-                session.put(&prepared, chunk)?;
+            session.put_all(prepared.iter().zip(bytes.chunks_exact(CHUNK as usize)))?;
+            for (prepared, number) in prepared.iter().zip(step.start / CHUNK..) {
                 manifest.set(&mut session, number, prepared.id)?;
             }
             report.reach(step.end)

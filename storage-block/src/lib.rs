@@ -50,9 +50,9 @@
 //!
 //! Disk contents, offsets and lengths, NBD clients and damaged files are not trusted. That nobody else
 //! changes the files of a store or a volume is: a lock keeps a second owner out, and not a stranger.
-//! A chunk is checked against its digest when it is first read after its store was opened, unless
-//! [`StoreOptions::verify`] says otherwise, and not on each read; manifests are whenever they are read.
-//! [`Snapshot::verify`] and [`Store::scrub`] check what nobody has read.
+//! A chunk is checked when it is first read after its store was opened, and not on each read: against the checksum that
+//! was stored with it, or its digest where [`Verify`] says so. Manifests are checked against theirs whenever they are read;
+//! [`Snapshot::verify`] and [`Store::scrub`] check all, against digests.
 //!
 //! # Space and secrecy
 //!
@@ -126,7 +126,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use import::SnapshotStats;
 pub use limit::{IoLimits, Limiter, Rate};
 pub use memory::MemoryDisk;
-pub use options::{StoreOptions, VolumeOptions};
+pub use options::{StoreOptions, Verify, VolumeOptions};
 pub use progress::Progress;
 pub use queue::{Completion, Engine, Queue, QueueOptions};
 pub use raw::RawFile;

@@ -1,13 +1,16 @@
 //! The log that says which blocks a volume's overlay holds.
 
+mod window;
+
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use ami_core::Digest;
 
+use self::window::Window;
 use crate::format::{
-    self, BATCH_HEADER, BATCH_MAX, BATCH_RECORD, BLOCK, LOG_ALIGN, LOG_HEADER, LOG_NAME, Run, State,
-    VolumeHeader, VolumeKey,
+    self, BATCH_HEADER, BATCH_MAX, BATCH_RECORD, BLOCK, CLOSING_BYTES, Closing, LOG_ALIGN, LOG_HEADER,
+    LOG_NAME, Run, State, VolumeHeader, VolumeKey,
 };
 use crate::fs::{self, File};
 use crate::map::StateMap;
@@ -28,10 +31,13 @@ const PLAIN: &str = "log";
 /// A log that is being written to take another's place.
 const TEMPORARY: &str = "log.tmp";
 
+const BATCH_BYTES: usize = (BATCH_HEADER + BATCH_MAX * BATCH_RECORD).next_multiple_of(LOG_ALIGN);
+
 /// An open log. Each append is one batch, durable before the next is written.
 ///
 /// That of a new volume is an empty file whose name says what its header would: names are all that has to be made
-/// durable then, and a journal has these in one commit. The first append writes the log, and gives it that name.
+/// durable then, and a journal has these in one commit. The first append writes the log into the file beside it, and gives
+/// it that name; an empty log that stands alone was cut.
 #[derive(Debug)]
 pub(crate) struct Log {
     path: PathBuf,
@@ -47,6 +53,8 @@ pub(crate) struct Log {
     /// While it has no header: the file that it will be written into, with room for a log of the least length. What was
     /// written to a volume until its disk was full can then be flushed.
     room: Option<File>,
+    /// What stood behind the last batch when it was opened.
+    closing: Option<Closing>,
 }
 
 /// Why an append failed.
@@ -72,7 +80,9 @@ impl Log {
         }
         let path = dir.join(format::log_name(size, base.as_ref()));
         let log = Self::new(path.clone(), create(&path)?, VolumeHeader { size, base, log: 0, key });
-        Ok(Self { room: Some(room(dir)?), ..log })
+        let room = create(&dir.join(TEMPORARY))?;
+        make_room(&room, dir)?;
+        Ok(Self { room: Some(room), ..log })
     }
 
     /// Begins a log with a header.
@@ -86,7 +96,8 @@ impl Log {
 
     /// One of which nothing is known but this.
     fn new(path: PathBuf, file: File, header: VolumeHeader) -> Self {
-        Self { path, file, header, sequence: 0, end: LOG_HEADER, len: 0, rewritten: LOG_HEADER, room: None }
+        let (end, rewritten) = (LOG_HEADER, LOG_HEADER);
+        Self { path, file, header, sequence: 0, end, len: 0, rewritten, room: None, closing: None }
     }
 
     /// Whether it has said nothing yet, so that there is nothing of it but its name.
@@ -109,12 +120,16 @@ impl Log {
         let map = log.replay()?;
         log.clear_tail()?;
         // A process may have died between a batch and its synchronisation, or between a log's name and its. What
-        // is relied on from here on must not go with the power.
+        // is relied on from here on must not go with the power, nor what is relied on no more come back.
         log.file.sync_data().map_err(|e| Error::io(e, format!("cannot flush {}", log.path.display())))?;
         sync_dir(dir)?;
         if log.is_blank() {
+            let room = log.open_room()?;
             // On a full disk it goes on without.
-            log.room = room(dir).ok();
+            let _ = make_room(&room, dir);
+            log.room = Some(room);
+        } else {
+            remove(&dir.join(TEMPORARY))?;
         }
         Ok((log, map))
     }
@@ -147,6 +162,20 @@ impl Log {
 
     pub(crate) fn header(&self) -> &VolumeHeader {
         &self.header
+    }
+
+    /// What was said when it was closed. It is on the disk no more.
+    pub(crate) fn take_closing(&mut self) -> Option<Closing> {
+        self.closing.take()
+    }
+
+    /// Says something behind the last batch, for who opens it next. What a crash leaves of that is no harm: it is taken
+    /// for a batch that was never acknowledged.
+    pub(crate) fn close(&self, closing: &Closing) -> std::io::Result<()> {
+        match format::encode_closing(self.header.log, self.sequence, closing) {
+            Some(bytes) if !self.is_blank() => self.file.write_all_at(&bytes, self.end),
+            _ => Ok(()),
+        }
     }
 
     /// Appends runs and makes them durable.
@@ -219,7 +248,7 @@ impl Log {
             self.header = VolumeHeader { size, base, log: 0, key: None };
             return Ok(StateMap::default());
         }
-        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new(), last: false };
+        let mut window = Window::new(&self.file, &self.path);
         self.header = format::parse_volume(window.get(0, LOG_HEADER as usize)?).map_err(corrupt)?;
         if self.len < INITIAL {
             return Err(corrupt(format!("it has been cut to {} bytes", self.len)));
@@ -249,23 +278,34 @@ impl Log {
             }
             at += LOG_ALIGN as u64;
         }
+        let bytes = window.get(self.end, CLOSING_BYTES)?;
+        self.closing = format::parse_closing(self.header.log, self.sequence, self.header.size, bytes);
         Ok(map)
     }
 
-    /// Zeroes what is left of a batch that a crash cut off.
+    /// Zeroes what is left of a batch that a crash cut off, and what was said at the end: it holds until the volume is
+    /// written.
     fn clear_tail(&mut self) -> Result<()> {
         let failed = |e| Error::io(e, format!("cannot clear the end of {}", self.path.display()));
-        let mut window = Window { file: &self.file, path: &self.path, at: 0, bytes: Vec::new(), last: false };
+        let mut window = Window::new(&self.file, &self.path);
         let mut at = self.end;
         while at < self.len {
             let bytes = window.get(at, LOG_ALIGN)?;
             if !crate::import::is_zero(bytes) {
-                write_zeroes(&self.file, self.end, self.len - self.end).map_err(failed)?;
-                return self.file.sync_data().map_err(failed);
+                return write_zeroes(&self.file, self.end, self.len - self.end).map_err(failed);
             }
             at += LOG_ALIGN as u64;
         }
         Ok(())
+    }
+
+    /// Opens the file beside an empty log. It is there from the first, and goes with the first append alone.
+    fn open_room(&self) -> Result<File> {
+        let path = parent(&self.path).join(TEMPORARY);
+        File::open_writable(&path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => Error::corrupt(&self.path, "it has been cut to 0 bytes"),
+            _ => Error::io(e, format!("cannot open {}", path.display())),
+        })
     }
 
     /// Writes the log anew with these runs or else with what it comes to, for a volume of this size, and takes the place
@@ -277,7 +317,10 @@ impl Log {
             fs::rename(&path, &self.path).map_err(failed).map(|()| new)
         });
         let mut new = renamed.map_err(|error| {
-            let _ = fs::remove_file(&path);
+            let _ = match &self.room {
+                Some(room) => make_room(room, parent(&self.path)),
+                None => remove(&path),
+            };
             AppendError::Write(error)
         })?;
         // From here on only the new log has a name, whether or not that is durable.
@@ -288,12 +331,12 @@ impl Log {
     }
 
     /// A new log at `path` that says these runs, or else what this one comes to, durable but for its name.
-    fn write_anew(&mut self, path: &Path, size: u64, runs: Option<Vec<Run>>) -> Result<Self> {
+    fn write_anew(&self, path: &Path, size: u64, runs: Option<Vec<Run>>) -> Result<Self> {
         let mut runs = runs.map_or_else(|| self.comes_to(), Ok)?;
         runs.retain(|run| run.state != State::Base);
 
-        let file = match self.room.take() {
-            Some(file) => file,
+        let file = match &self.room {
+            Some(room) => room.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?,
             None => create_anew(path)?,
         };
         let header = VolumeHeader { size, log: random()?, ..self.header.clone() };
@@ -312,46 +355,6 @@ impl Log {
         let file = self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?;
         let mut log = Self::new(self.path.clone(), file, self.header.clone());
         Ok(log.replay()?.runs(0, self.header.size / BLOCK))
-    }
-}
-
-const BATCH_BYTES: usize = (BATCH_HEADER + BATCH_MAX * BATCH_RECORD).next_multiple_of(LOG_ALIGN);
-
-/// A part of a file, read in large pieces and looked at in small ones.
-struct Window<'f> {
-    file: &'f File,
-    path: &'f Path,
-    at: u64,
-    bytes: Vec<u8>,
-    /// Nothing comes behind `bytes`.
-    last: bool,
-}
-
-impl Window<'_> {
-    /// `len` bytes from `at`, fewer only at the end of the file.
-    fn get(&mut self, at: u64, len: usize) -> Result<&[u8]> {
-        let held = self.at..self.at + self.bytes.len() as u64;
-        if at < held.start || (at + len as u64 > held.end && !self.last) {
-            self.bytes.resize(len.max(2 * BATCH_BYTES), 0);
-            let mut filled = 0;
-            self.last = false;
-            while filled < self.bytes.len() {
-                match self.file.read_at(&mut self.bytes[filled..], at + filled as u64) {
-                    Ok(0) => {
-                        self.last = true;
-                        break;
-                    }
-                    Ok(read) => filled += read,
-                    Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(Error::io(e, format!("cannot read {}", self.path.display()))),
-                }
-            }
-            self.bytes.truncate(filled);
-            self.at = at;
-        }
-        let start = ((at - self.at) as usize).min(self.bytes.len());
-        let end = (start + len).min(self.bytes.len());
-        Ok(&self.bytes[start..end])
     }
 }
 
@@ -374,17 +377,10 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// The file that the first log of a volume is to be written into.
-fn room(dir: &Path) -> Result<File> {
-    let path = dir.join(TEMPORARY);
-    let file = create_anew(&path)?;
-    match file.reserve(INITIAL) {
-        Ok(()) => Ok(file),
-        Err(e) => {
-            let _ = fs::remove_file(&path);
-            Err(Error::io(e, format!("cannot make room for {}", path.display())))
-        }
-    }
+/// Makes room in the file that the first log of a volume is to be written into, whatever was left in it.
+fn make_room(room: &File, dir: &Path) -> Result<()> {
+    let failed = |e| Error::io(e, format!("cannot make room for {}", dir.join(TEMPORARY).display()));
+    room.set_len(0).and_then(|()| room.reserve(INITIAL)).map_err(failed)
 }
 
 fn random() -> Result<u64> {

@@ -22,6 +22,12 @@ impl Inner {
         Ok(found)
     }
 
+    /// The checksum of an object's bytes as they are stored there, if that is where it is to be found now.
+    pub(crate) fn checksum(&self, id: &Id, pack: u32, start: u32) -> Option<u32> {
+        let place = read(&self.index).places.get(id)?;
+        (place.pack == pack && place.slot.start == start).then_some(place.slot.crc)?
+    }
+
     /// Reads an object and checks that it is what its name says. A damaged one is read from a copy, where there is
     /// one; else it counts as damaged from here on, and is stored again when somebody comes with it.
     pub(crate) fn read_object(&self, kind: Kind, id: &Id, key: Option<&EncryptionKey>) -> Result<Vec<u8>> {

@@ -16,14 +16,14 @@ const CACHE: usize = 16 << 20;
 /// ```
 /// use std::sync::Arc;
 /// use storage_block::keys::LocalKey;
-/// use storage_block::{Compression, Store, StoreOptions};
+/// use storage_block::{Compression, Store, StoreOptions, Verify};
 ///
 /// # let dir = tempfile::tempdir()?;
 /// let options = StoreOptions::new()
 ///     .compression(Compression::WherePays { percent: 20 })
 ///     .cache_bytes(64 << 20)
 ///     .keys(Arc::new(LocalKey::create(&dir.path().join("region.key"))?))
-///     .verify(false);
+///     .verify(Verify::Digest);
 /// let store = Store::open_with(dir.path().join("store"), &options)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -31,18 +31,18 @@ const CACHE: usize = 16 << 20;
 pub struct StoreOptions {
     pub(crate) compression: Compression,
     pub(crate) keys: Keys,
-    pub(crate) verify: bool,
+    pub(crate) verify: Verify,
     pub(crate) cache: usize,
     pub(crate) pack_units: u32,
 }
 
 impl StoreOptions {
-    /// No compression, no keys, chunks verified when they are first read.
+    /// No compression, no keys, chunks verified by their checksums when they are first read.
     pub fn new() -> Self {
         Self {
             compression: Compression::None,
             keys: Keys(None),
-            verify: true,
+            verify: Verify::default(),
             cache: CACHE,
             pack_units: PACK_UNITS,
         }
@@ -60,9 +60,9 @@ impl StoreOptions {
         self
     }
 
-    /// Whether a chunk is compared with its name when it is first read after the store was opened: yes, unless this says
-    /// otherwise. It costs reading and hashing all 64 KiB of it, once; any later read of it costs nothing more.
-    pub fn verify(mut self, verify: bool) -> Self {
+    /// What a chunk is compared with when it is first read after the store was opened. It costs reading all 64 KiB of it,
+    /// once; any later read of it costs nothing more.
+    pub fn verify(mut self, verify: Verify) -> Self {
         self.verify = verify;
         self
     }
@@ -73,6 +73,32 @@ impl StoreOptions {
         self.cache = bytes;
         self
     }
+}
+
+/// What a chunk is compared with when it is first read after its store was opened.
+///
+/// [`Snapshot::verify`] and [`Store::scrub`](crate::Store::scrub) compare with digests whatever this says.
+///
+/// ```
+/// use storage_block::{Store, StoreOptions, Verify};
+///
+/// # let dir = tempfile::tempdir()?;
+/// // Somebody else has had the disk.
+/// let store = Store::open_with(dir.path(), &StoreOptions::new().verify(Verify::Digest))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Verify {
+    /// Nothing.
+    Never,
+    /// The CRC-32C of its bytes, which was stored beside its name when both were computed from them: that finds what
+    /// a disk has lost or changed, for a tenth of what a digest takes. A chunk that is encrypted, compressed or stored as
+    /// what differs from another is compared with its name.
+    #[default]
+    Checksum,
+    /// Its name, which also finds what somebody has changed on purpose.
+    Digest,
 }
 
 impl Default for StoreOptions {

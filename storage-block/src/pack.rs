@@ -87,12 +87,14 @@ impl Pack {
     pub(crate) fn read_whole(&self, slot: &Slot) -> Result<Vec<u8>> {
         let stored = self.read_stored(slot)?;
         match slot.crc {
-            Some(crc) if crc != crc32c::crc32c(&stored) => {
-                Err(self
-                    .damaged(slot.start, format_args!("has not the checksum of its {}", slot.kind.name())))
-            }
+            Some(crc) if crc != crc32c::crc32c(&stored) => Err(self.not_as_stored(slot)),
             _ => Ok(stored),
         }
+    }
+
+    /// The error of a slot whose bytes are not those that were stored.
+    pub(crate) fn not_as_stored(&self, slot: &Slot) -> Error {
+        self.damaged(slot.start, format_args!("has not the checksum of its {}", slot.kind.name()))
     }
 
     /// The error of a slot that is not what it should be.

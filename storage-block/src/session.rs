@@ -1,13 +1,14 @@
 //! One writer's way into the packs: objects are appended, made durable together, and only then known.
 
+mod writing;
+
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use self::writing::{Writing, index_offset};
 use crate::codec::{self, Patches, Stored};
-use crate::format::{
-    self, HOLE, INDEX_HEADER, INDEX_RECORD, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset,
-};
+use crate::format::{self, HOLE, INDEX_HEADER, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset};
 use crate::fs::{self, File};
 use crate::import::is_zero;
 use crate::keys::EncryptionKey;
@@ -16,7 +17,7 @@ use crate::places::{Place, Places};
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::turns::Storing;
 use crate::writeback::{self, Writeback};
-use crate::{Error, Result};
+use crate::{Error, IoBuf, Result};
 
 /// Objects wait here until so many bytes can be written at once.
 const BUFFER: usize = 1 << 20;
@@ -36,19 +37,6 @@ pub(crate) struct Session<'s> {
     writeback: Writeback,
     appended: u64,
     committed: bool,
-}
-
-struct Writing {
-    pack: Arc<Pack>,
-    index: File,
-    index_path: PathBuf,
-    /// The pack has its temporary name still.
-    new: bool,
-    /// What was taken before this session.
-    start: Taken,
-    /// What is taken with what is in the buffer.
-    taken: Taken,
-    records: Vec<u8>,
 }
 
 /// Why the snapshots' roots could not be written.
@@ -173,25 +161,59 @@ impl<'s> Session<'s> {
 
     /// Stores an object that was prepared while there was this session.
     pub(crate) fn put(&mut self, prepared: &Prepared, bytes: &[u8]) -> Result<()> {
+        match self.place_new(prepared, bytes, &mut Vec::new())? {
+            Some(stored) => self.buffer(stored),
+            None => Ok(()),
+        }
+    }
+
+    /// The same of several at once, which are written from where they are if it is worth a write.
+    pub(crate) fn put_all<'b>(
+        &mut self,
+        objects: impl Iterator<Item = (&'b Prepared, &'b [u8])>,
+    ) -> Result<()> {
+        let mut here = Vec::new();
+        for (prepared, bytes) in objects {
+            if let Some(stored) = self.place_new(prepared, bytes, &mut here)? {
+                here.push(stored);
+            }
+        }
+        if here.iter().map(|stored| stored.len()).sum::<usize>() < BUFFER / 2 {
+            return here.into_iter().try_for_each(|stored| self.buffer(stored));
+        }
+        self.write_out(&mut here)
+    }
+
+    /// Finds a place for an object, behind those in the buffer and those that are `here`; what is to be written there, if
+    /// anything is.
+    fn place_new<'b>(
+        &mut self,
+        prepared: &'b Prepared,
+        bytes: &'b [u8],
+        here: &mut Vec<&'b [u8]>,
+    ) -> Result<Option<&'b [u8]>> {
         let Prepared { id, kind, new } = prepared;
-        let Some((Stored { bytes: stored, len, encoding, patch }, crc)) = new else { return Ok(()) };
+        let Some((Stored { bytes: stored, len, encoding, patch }, crc)) = new else { return Ok(None) };
         if self.added.contains_key(id) || read(&self.store.index).has(id) {
-            return Ok(());
+            return Ok(None);
         }
         let slot = Slot { start: 0, len: *len, crc: Some(*crc), kind: *kind, encoding: *encoding };
-        self.append(id, slot, *patch, stored.as_deref().unwrap_or(bytes))
+        let stored = stored.as_deref().unwrap_or(bytes);
+        self.place(id, slot, *patch, here)?;
+        Ok(Some(stored))
     }
 
     /// Carries an object, as it is stored elsewhere, even if it is there already.
     pub(crate) fn carry(&mut self, id: &Id, slot: &Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
-        self.append(id, Slot { crc: Some(crc32c::crc32c(stored)), ..*slot }, patch, stored)
+        self.place(id, Slot { crc: Some(crc32c::crc32c(stored)), ..*slot }, patch, &mut Vec::new())?;
+        self.buffer(stored)
     }
 
-    /// Appends all units of a slot, wherever it is to begin.
-    fn append(&mut self, id: &Id, slot: Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
+    /// Finds a place for all units of a slot, wherever it is to begin, behind all that has one and is not written yet.
+    fn place(&mut self, id: &Id, slot: Slot, patch: Option<Patch>, here: &mut Vec<&[u8]>) -> Result<()> {
         let max = self.store.pack_units;
         if self.packs.last().is_none_or(|writing| writing.taken.units + slot.units() > max) {
-            self.write_out()?;
+            self.write_out(here)?;
             let next = self.open_pack()?;
             self.packs.push(next);
         }
@@ -202,9 +224,14 @@ impl<'s> Session<'s> {
         writing.records.extend_from_slice(&record);
         writing.taken = Taken { records: writing.taken.records + 1, units: slot.end() };
         self.added.insert(*id, Place { pack: number, slot, patch });
+        self.appended += u64::from(slot.units()) * UNIT;
+        Ok(())
+    }
+
+    /// Has bytes that have a place wait until so many can be written at once.
+    fn buffer(&mut self, stored: &[u8]) -> Result<()> {
         self.buffer.extend_from_slice(stored);
-        self.appended += stored.len() as u64;
-        if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }
+        if self.buffer.len() >= BUFFER { self.write_out(&mut Vec::new()) } else { Ok(()) }
     }
 
     /// Makes everything durable and known, and then what `publish` does, which is to write the snapshots' roots.
@@ -218,7 +245,7 @@ impl<'s> Session<'s> {
     /// Of what `publish` has done and failed at nothing may be left, unless it says so: then everything stays
     /// here, too.
     pub(crate) fn finish<T>(&mut self, publish: impl FnOnce(&Inner) -> Result<T, Unpublished>) -> Result<T> {
-        self.write_out()?;
+        self.write_out(&mut Vec::new())?;
         self.writeback.finish()?;
         for writing in &self.packs {
             let failed = |e, path: &PathBuf| Error::io(e, format!("cannot write {}", path.display()));
@@ -332,13 +359,16 @@ impl<'s> Session<'s> {
         }
     }
 
-    fn write_out(&mut self) -> Result<()> {
-        if let (Some(writing), false) = (self.packs.last(), self.buffer.is_empty()) {
-            let units = (self.buffer.len() as u64 / UNIT) as u32;
-            let at = unit_offset(writing.taken.units - units);
-            let written = writing.pack.file()?.write_all_at(&self.buffer, at);
+    /// Writes what is in the buffer, and behind it what is `here`.
+    fn write_out(&mut self, here: &mut Vec<&[u8]>) -> Result<()> {
+        let parts = [&self.buffer[..]].into_iter().chain(here.drain(..));
+        let mut bufs: Vec<IoBuf<'_>> = parts.filter(|part| !part.is_empty()).map(IoBuf::new).collect();
+        let len: u64 = bufs.iter().map(|buf| buf.len() as u64).sum();
+        if let (Some(writing), true) = (self.packs.last(), len > 0) {
+            let at = unit_offset(writing.taken.units - (len / UNIT) as u32);
+            let written = writing.pack.file()?.write_all_vectored_at(&mut bufs, at);
             written.map_err(|e| Error::io(e, format!("cannot write {}", writing.pack.path.display())))?;
-            self.writeback.wrote(&writing.pack, self.buffer.len() as u64);
+            self.writeback.wrote(&writing.pack, len);
         }
         self.buffer.clear();
         Ok(())
@@ -366,37 +396,4 @@ impl Drop for Session<'_> {
             }
         }
     }
-}
-
-impl Writing {
-    /// Takes a new pack away again. No crash may find it without its index, so it loses its name first.
-    fn remove(&self, dir: &Path) -> Result<()> {
-        let number = self.pack.number;
-        let (pack, index) = (pack::pack_path(dir, number), pack::index_path(dir, number));
-        let failed = |e| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
-        if pack.exists() {
-            fs::rename(&pack, &self.pack.path).map_err(failed)?;
-            sync_dir(dir)?;
-        }
-        for name in [&self.pack.path, &index, &self.index_path] {
-            if name.exists() {
-                fs::remove_file(name).map_err(failed)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives a pack its old end again. No crash may find a record without its bytes, nor with those of another
-    /// object that is written in their place: so the records go first, and for good.
-    fn cut(&self) -> Result<()> {
-        let failed = |e| Error::io(e, format!("cannot cut {}", self.index_path.display()));
-        self.index.set_len(index_offset(self.start.records)).map_err(failed)?;
-        self.index.sync_data().map_err(failed)?;
-        let cut = self.pack.file()?.set_len(unit_offset(self.start.units));
-        cut.map_err(|e| Error::io(e, format!("cannot cut {}", self.pack.path.display())))
-    }
-}
-
-fn index_offset(records: u32) -> u64 {
-    (INDEX_HEADER + records as usize * INDEX_RECORD) as u64
 }

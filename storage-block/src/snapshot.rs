@@ -1,22 +1,21 @@
 //! Snapshots: immutable disks, named by the digest of what they hold.
 
-use std::collections::HashMap;
+mod root;
+mod table;
+
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use ami_core::Digest;
 
-use crate::format::{
-    self, CHUNK, Encoding, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN, PACK_UNITS, RootParts, SLOT_UNITS, Slot,
-    WrappedKey,
-};
-use crate::keys::{EncryptionKey, KeyContext};
-use crate::object::{Found, Object, Part, Patched};
+pub(crate) use self::root::Root;
+use self::table::{Entry, Table};
+use crate::format::{self, CHUNK, HOLE, Id, Kind, LEAF_IDS, LEAF_SPAN};
+use crate::object::{Object, Part, Patched};
 use crate::pack::Pack;
-use crate::store::{Inner, read};
-use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Result};
+use crate::store::Inner;
+use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Result, Verify};
 
 /// An immutable disk in a [`Store`](crate::Store).
 ///
@@ -42,83 +41,6 @@ pub struct Snapshot {
     pub(crate) store: Arc<Inner>,
     pub(crate) root: Arc<Root>,
 }
-
-/// The manifest's root, and those of its leaves that somebody has read through.
-#[derive(Debug)]
-pub(crate) struct Root {
-    pub(crate) digest: Digest,
-    pub(crate) size: u64,
-    pub(crate) leaves: Vec<Id>,
-    /// The key of an encrypted snapshot, as it is stored, and when somebody has come with the key to it.
-    wrapped: Option<WrappedKey>,
-    key: OnceLock<EncryptionKey>,
-    tables: Box<[OnceLock<Table>]>,
-}
-
-/// Where the chunks of one leaf lie. It is made when the leaf is first read through, so that opening a
-/// snapshot takes no longer for a large one.
-#[derive(Debug)]
-struct Table {
-    packs: Vec<Arc<Pack>>,
-    ids: Vec<Id>,
-    entries: Box<[AtomicU64]>,
-    /// The chunks that are stored as what differs.
-    patches: HashMap<usize, Patched>,
-}
-
-/// Where a chunk lies, in a word that is read and marked without a lock: [`NOWHERE`](Self::NOWHERE),
-/// [`LOST`](Self::LOST), or from the lowest bit the first unit, the place in the table's packs plus one, the length and
-/// the encoding; the highest bit says that nobody need look at the chunk's name any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry(u64);
-
-impl Entry {
-    const NOWHERE: Self = Self(0);
-    const LOST: Self = Self(u64::MAX);
-    const PACK: u32 = 20;
-    const LEN: u32 = 32;
-    const ENCODING: u32 = 52;
-    const VERIFIED: u64 = 1 << 63;
-
-    fn new(pack: usize, slot: &Slot) -> Self {
-        let encoding = u64::from(slot.encoding.0) << Self::ENCODING;
-        let len = u64::from(slot.len) << Self::LEN;
-        Self(u64::from(slot.start) | (pack as u64 + 1) << Self::PACK | len | encoding)
-    }
-
-    fn start(self) -> u32 {
-        (self.0 & ((1 << Self::PACK) - 1)) as u32
-    }
-
-    fn pack(self) -> usize {
-        ((self.0 >> Self::PACK & ((1 << (Self::LEN - Self::PACK)) - 1)) as usize).saturating_sub(1)
-    }
-
-    fn slot(self) -> Slot {
-        let len = (self.0 >> Self::LEN & ((1 << (Self::ENCODING - Self::LEN)) - 1)) as u32;
-        let encoding = Encoding((self.0 >> Self::ENCODING & 0xff) as u8);
-        Slot { start: self.start(), len, crc: None, kind: Kind::Chunk, encoding }
-    }
-
-    fn is_verified(self) -> bool {
-        self.0 & Self::VERIFIED != 0
-    }
-
-    /// Whether its bytes can be read from the pack's file as they are.
-    fn is_plain(self) -> bool {
-        self.0 >> Self::ENCODING == Self::VERIFIED >> Self::ENCODING
-    }
-
-    /// The entry of a chunk that lies behind this one's in the same pack and is like it in all else. A pack has fewer
-    /// units than there is room for, so that it is never the first of another pack.
-    fn next(self) -> Self {
-        if self == Self::NOWHERE { self } else { Self(self.0 + u64::from(SLOT_UNITS)) }
-    }
-}
-
-const _: () =
-    assert!(PACK_UNITS + SLOT_UNITS < 1 << Entry::PACK && CHUNK < 1 << (Entry::ENCODING - Entry::LEN));
-const _: () = assert!(LEAF_IDS + 1 < 1 << (Entry::LEN - Entry::PACK));
 
 /// What holds the bytes from some offset.
 enum Extent<'t> {
@@ -248,15 +170,23 @@ impl Snapshot {
         let (entry, id, key) = (table.entry(place), &table.ids[place], self.root.key());
         let (pack, slot) = (&*table.packs[entry.pack()], entry.slot());
         let patch = if slot.encoding.patch() { table.patches.get(&place).map(Patched::part) } else { None };
-        let object = Object { own: Part { id, pack, slot }, patch };
-        let verified = entry.is_verified() || !self.store.verify || pack.is_verified(slot.start);
-        if verified {
+        let mut object = Object { own: Part { id, pack, slot }, patch };
+        let verify = if entry.is_verified() || pack.is_verified(slot.start) {
+            Verify::Never
+        } else {
+            self.store.verify
+        };
+        if verify == Verify::Never {
             object.read(key, &self.store.cache, offset, part)?;
         } else {
+            if verify == Verify::Checksum {
+                object.own.slot.crc = self.store.checksum(id, pack.number, slot.start);
+            }
             if part.len() as u64 == CHUNK {
-                object.read_checked_into(key, part)?;
+                object.read_sound_into(key, part)?;
             } else {
-                let bytes = object.read_checked(key)?;
+                let mut bytes = vec![0; CHUNK as usize];
+                object.read_sound_into(key, &mut bytes)?;
                 part.copy_from_slice(&bytes[offset as usize..][..part.len()]);
                 if slot.encoding.compressed() {
                     self.store.cache.insert(pack.number, slot.start, &bytes.into());
@@ -265,7 +195,7 @@ impl Snapshot {
             pack.set_verified(slot.start);
         }
         if !entry.is_verified() {
-            table.entries[place].fetch_or(Entry::VERIFIED, Ordering::Relaxed);
+            table.set_verified(place);
         }
         Ok(())
     }
@@ -306,48 +236,9 @@ impl Snapshot {
         if let Some(table) = cell.get() {
             return Ok(Some(table));
         }
-        let table = self.make_table(id)?;
+        let table = Table::look_up(&self.store, id)?;
         // Whoever loses this race has made the same table.
         Ok(Some(cell.get_or_init(|| table)))
-    }
-
-    fn make_table(&self, leaf: &Id) -> Result<Table> {
-        let ids = self.store.read_leaf(leaf)?;
-        // The guard keeps the packs' files there until they are open.
-        let index = read(&self.store.index);
-        let mut packs = Vec::new();
-        let mut numbers = HashMap::new();
-        let mut entries = Vec::with_capacity(LEAF_IDS);
-        let mut patches = HashMap::new();
-        for (number, id) in ids.iter().enumerate() {
-            let found = index.find(id).filter(|found| found.slot.kind == Kind::Chunk);
-            let entry = match (id, found) {
-                (&HOLE, _) => Entry::NOWHERE,
-                (_, None) => Entry::LOST,
-                // Who reads it is told what is wrong with its pack, and the others are there all the same.
-                (_, Some(found)) if found.open().is_err_and(|error| error.kind() == ErrorKind::Corrupt) => {
-                    Entry::LOST
-                }
-                (_, Some(found)) => {
-                    found.open()?;
-                    let Found { pack, slot, patch } = found;
-                    if let Some(patch) = patch {
-                        patches.insert(number, patch);
-                    }
-                    let place = match numbers.get(&pack.number) {
-                        Some(place) => *place,
-                        None => {
-                            numbers.insert(pack.number, packs.len());
-                            packs.push(pack);
-                            packs.len() - 1
-                        }
-                    };
-                    Entry::new(place, &slot)
-                }
-            };
-            entries.push(AtomicU64::new(entry.0));
-        }
-        Ok(Table { packs, ids, entries: entries.into(), patches })
     }
 
     /// The next range at or after `offset` that is no hole.
@@ -370,12 +261,6 @@ impl Snapshot {
             offset = next;
         }
         Ok(None)
-    }
-}
-
-impl Table {
-    fn entry(&self, place: usize) -> Entry {
-        Entry(self.entries[place].load(Ordering::Relaxed))
     }
 }
 
@@ -420,41 +305,5 @@ impl BlockBackend for Snapshot {
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
         self.next_stored(offset)
-    }
-}
-
-impl Root {
-    /// The root whose bytes these are, if they are what `digest` names.
-    pub(crate) fn parse(digest: Digest, bytes: &[u8]) -> Result<Self, format::Wrong> {
-        if Digest::of(bytes) != digest {
-            return Err(format!("its content does not have the digest {digest}"));
-        }
-        let RootParts { size, leaves, key: wrapped } = format::parse_root(bytes)?;
-        let tables = leaves.iter().map(|_| OnceLock::new()).collect();
-        Ok(Self { digest, size, leaves, wrapped, key: OnceLock::new(), tables })
-    }
-
-    /// Gets the key of an encrypted snapshot from `unwrap`, unless it is there already.
-    pub(crate) fn unlock(
-        &self,
-        unwrap: impl FnOnce(&WrappedKey, &KeyContext) -> Result<EncryptionKey>,
-    ) -> Result<()> {
-        if let (Some(wrapped), None) = (&self.wrapped, self.key.get()) {
-            let context = KeyContext::snapshot(&format::encode_root(self.size, &self.leaves, None));
-            let key = unwrap(wrapped, &context)?;
-            // Whoever loses this race has come with the same key.
-            let _ = self.key.set(key);
-        }
-        Ok(())
-    }
-
-    /// The key of an encrypted snapshot that has been unlocked.
-    pub(crate) fn key(&self) -> Option<&EncryptionKey> {
-        self.key.get()
-    }
-
-    /// The key of an encrypted snapshot, as it is stored.
-    pub(crate) fn wrapped(&self) -> Option<&WrappedKey> {
-        self.wrapped.as_ref()
     }
 }

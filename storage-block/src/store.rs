@@ -17,7 +17,7 @@ use crate::options::{Keys, StoreOptions};
 use crate::pack::{Index, read_dir};
 use crate::snapshot::{Root, Snapshot};
 use crate::turns::Turns;
-use crate::{Compression, Error, ErrorKind, Result};
+use crate::{Compression, Error, ErrorKind, Result, Verify};
 
 /// A directory of snapshots, whose chunks are stored once however many snapshots have them.
 ///
@@ -47,8 +47,7 @@ pub(crate) struct Inner {
     dir: PathBuf,
     pub(crate) pack_units: u32,
     pub(crate) compression: Compression,
-    /// Chunks are verified when they are first read.
-    pub(crate) verify: bool,
+    pub(crate) verify: Verify,
     keys: Keys,
     pub(crate) cache: Cache,
     pub(crate) index: RwLock<Index>,

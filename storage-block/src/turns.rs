@@ -1,6 +1,7 @@
 //! Who stores and who sweeps: many store at once, and nobody does while somebody sweeps.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use crate::store::lock;
 
@@ -13,7 +14,8 @@ pub(crate) struct Turns {
 
 #[derive(Debug, Default)]
 struct State {
-    storing: usize,
+    /// The threads on which somebody has begun to store.
+    storing: Vec<ThreadId>,
     /// Sweeps that wait for those who store.
     waiting: usize,
     sweeping: bool,
@@ -21,16 +23,22 @@ struct State {
 
 /// Somebody stores, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Storing(Arc<Turns>);
+pub(crate) struct Storing {
+    turns: Arc<Turns>,
+    began_on: ThreadId,
+}
 
 /// Somebody sweeps, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Sweeping(Arc<Turns>);
 
 impl Turns {
-    /// Waits for a sweep under way, and for those that wait, so that these have their turn some time.
+    /// Waits for a sweep under way, and for those that wait, so that these have their turn some time. What is stored
+    /// while this thread stores already, as who is told of its progress may do, waits for none of them: they wait for
+    /// it.
     pub(crate) fn store(self: &Arc<Self>) -> Storing {
-        self.store_unless(|state| state.sweeping || state.waiting > 0)
+        let this = thread::current().id();
+        self.store_unless(|state| state.sweeping || (state.waiting > 0 && !state.storing.contains(&this)))
     }
 
     /// The same ahead of sweeps that wait, for who cannot wait until all others have stored what they store.
@@ -43,16 +51,17 @@ impl Turns {
         while not_now(&state) {
             state = self.wait(state);
         }
-        state.storing += 1;
+        let began_on = thread::current().id();
+        state.storing.push(began_on);
         drop(state);
-        Storing(Arc::clone(self))
+        Storing { turns: Arc::clone(self), began_on }
     }
 
     /// Waits until nobody stores.
     pub(crate) fn sweep(self: &Arc<Self>) -> Sweeping {
         let mut state = lock(&self.state);
         state.waiting += 1;
-        while state.sweeping || state.storing > 0 {
+        while state.sweeping || !state.storing.is_empty() {
             state = self.wait(state);
         }
         state.waiting -= 1;
@@ -74,8 +83,11 @@ impl Turns {
 
 impl Drop for Storing {
     fn drop(&mut self) {
-        lock(&self.0.state).storing -= 1;
-        self.0.changed.notify_all();
+        let storing = &mut lock(&self.turns.state).storing;
+        if let Some(at) = storing.iter().position(|thread| *thread == self.began_on) {
+            storing.swap_remove(at);
+        }
+        self.turns.changed.notify_all();
     }
 }
 

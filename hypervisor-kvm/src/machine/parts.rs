@@ -43,11 +43,12 @@ pub(super) struct Parts<'a> {
 
 /// Which places devices have.
 pub(super) struct Places {
-    disks: Vec<usize>,
+    /// With the number of queues that each has.
+    disks: Vec<(usize, usize)>,
     /// And for how many pairs of queues each has room.
     nets: Vec<(usize, usize)>,
     others: Vec<(Other, usize)>,
-    /// Those whose disk or cable was taken away; of a port, with its pairs of queues.
+    /// Those whose disk or cable was taken away, with the number of queues that each has.
     gone: Vec<(Gone, usize, usize)>,
 }
 
@@ -59,7 +60,7 @@ impl Places {
         let (disks, others_from) = (spec.disks.len(), spec.disks.len() + spec.nets.len());
         let pairs = spec.vcpus.get() as usize;
         Self {
-            disks: (0..disks).collect(),
+            disks: (0..disks).map(|place| (place, pairs)).collect(),
             nets: (disks..others_from).map(|place| (place, pairs)).collect(),
             others: [Other::Entropy, Other::Balloon].into_iter().chain(asked).zip(others_from..).collect(),
             gone: Vec::new(),
@@ -70,11 +71,11 @@ impl Places {
     pub(super) fn of_saved(state: &saved::State) -> Self {
         let mut places = Self { disks: Vec::new(), nets: Vec::new(), others: Vec::new(), gone: Vec::new() };
         for device in &state.virtio {
-            let (place, pairs) = (device.place.into(), Net::pairs_of(device.state.queues()));
+            let (place, queues) = (device.place.into(), device.state.queues());
             match (state.gone(device.place), device.role) {
-                (Some(gone), _) => places.gone.push((gone.clone(), place, pairs)),
-                (None, saved::Role::Disk) => places.disks.push(place),
-                (None, saved::Role::Net) => places.nets.push((place, pairs)),
+                (Some(gone), _) => places.gone.push((gone.clone(), place, queues)),
+                (None, saved::Role::Disk) => places.disks.push((place, queues)),
+                (None, saved::Role::Net) => places.nets.push((place, Net::pairs_of(queues))),
                 (None, saved::Role::Other) => {
                     places.others.extend(Other::of(device.state.kind()).map(|other| (other, place)));
                 }
@@ -128,8 +129,9 @@ impl Parts<'_> {
 
     fn disks_and_nets(&self, goes_on: bool) -> Result<Vec<Placed>> {
         let mut placed = Vec::new();
-        for (&place, disk) in self.places.disks.iter().zip(self.disks) {
-            let device = self.served(place, goes_on, Block::new(disk.disk.clone(), &disk.serial))?;
+        for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
+            let block = Block::new(disk.disk.clone(), &disk.serial, queues);
+            let device = self.served(place, goes_on, block)?;
             placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
         }
         for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
@@ -137,14 +139,14 @@ impl Parts<'_> {
             net.port.set_waker(Some(Arc::new(device.waker()?)));
             placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
         }
-        for (gone, place, pairs) in &self.places.gone {
+        for (gone, place, queues) in &self.places.gone {
             let (role, device) = match gone {
                 Gone::Disk(disk) => {
-                    let block = Block::new(Gone::disk(disk)?, &disk.serial);
+                    let block = Block::new(Gone::disk(disk)?, &disk.serial, *queues);
                     (Role::Disk(disk.clone()), self.served(*place, goes_on, block)?)
                 }
                 Gone::Net(port) => {
-                    let net = Net::new(&Gone::net(port), *pairs);
+                    let net = Net::new(&Gone::net(port), Net::pairs_of(*queues));
                     (Role::Net(port.clone()), self.served(*place, goes_on, net)?)
                 }
             };

@@ -1,7 +1,10 @@
 //! A driver for tests: what drivers of all devices do in the same way.
 
 use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -129,6 +132,26 @@ impl Driver {
         let mut bytes = vec![0; len];
         self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
+    }
+}
+
+/// Steps until all that was begun has ended, and says what came of it in all.
+pub(super) fn to_the_end<D>(
+    device: &mut D,
+    mut step: impl FnMut(&mut D) -> Step,
+    ended: impl Fn(&mut D) -> Option<Arc<OwnedFd>>,
+) -> Step {
+    let mut all = Step::Idle;
+    loop {
+        match (step(device), all) {
+            (Step::Idle, _) => {
+                let Some(ended) = ended(device) else { return all };
+                poll(&mut [PollFd::new(&ended, PollFlags::IN)], None).unwrap();
+            }
+            (broken @ Step::Broken(_), _) => return broken,
+            (Step::Served { interrupt: false }, Step::Served { .. }) => {}
+            (served, _) => all = served,
+        }
     }
 }
 

@@ -8,6 +8,8 @@ mod balloon;
 #[cfg(test)]
 mod balloon_tests;
 mod block;
+#[cfg(test)]
+mod block_tests;
 mod chain;
 mod console;
 #[cfg(test)]
@@ -34,17 +36,17 @@ mod vsock;
 mod vsock_tests;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
-pub(crate) use self::core::Effect;
-pub(crate) use self::core::Step;
+pub(crate) use self::core::{Effect, Step};
 use crate::Transport;
 use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
@@ -275,6 +277,8 @@ impl VirtioDevice {
             Port::Mmio(mmio) => mmio.end(),
             Port::Pci(pci) => pci.end(),
         }
+        // A driver that is still there is told of what has ended by that.
+        self.wake();
     }
 
     /// What wakes [`serve`](Self::serve) when called, from any thread and also when the device is gone.
@@ -308,46 +312,47 @@ impl VirtioDevice {
     /// Serves requests until the machine ends. One thread calls this.
     pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
         let Some(notification) = &self.notification else { return Ok(()) };
-        while gate.pass_unless(&self.stopped) {
+        // Who closes the gate finds nothing under way.
+        while gate.pass_unless(&self.stopped, || self.settle(vm)) {
             if self.stale.swap(false, Ordering::AcqRel) {
                 self.refresh(vm);
             }
-            if self.step(vm) {
-                continue;
-            }
-            match self.wait(notification) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            if !self.step(vm) {
+                self.wait(notification)?;
             }
         }
         Ok(())
     }
 
-    /// Waits until it is notified, or due.
+    /// Waits for a notification, for the end of something that the device has under way, or until it is due.
     fn wait(&self, notification: &EventFd) -> io::Result<()> {
-        let due_in = match &self.port {
-            Port::Mmio(mmio) => mmio.due_in(),
-            Port::Pci(pci) => pci.due_in(),
+        let (ended, due_in) = match &self.port {
+            Port::Mmio(mmio) => (mmio.ended(), mmio.due_in()),
+            Port::Pci(pci) => (pci.ended(), pci.due_in()),
         };
-        if let Some(due_in) = due_in {
-            let timeout = Timespec::try_from(due_in).ok();
-            let mut fds = [PollFd::from_borrowed_fd(descriptor_of(notification), PollFlags::IN)];
-            if poll(&mut fds, timeout.as_ref())? == 0 {
-                return Ok(());
+        if ended.is_some() || due_in.is_some() {
+            let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
+            let waited = [Some(descriptor_of(notification)), ended.as_ref().map(|fd| fd.as_fd())];
+            let waited = waited.into_iter().flatten();
+            let mut waited: Vec<_> = waited.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            match poll(&mut waited, timeout.as_ref()) {
+                Ok(_) if waited[0].revents().is_empty() => return Ok(()),
+                Ok(_) => {}
+                Err(Errno::INTR) => return Ok(()),
+                Err(error) => return Err(error.into()),
             }
         }
-        notification.read().map(drop)
+        match notification.read() {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
     /// False if there is none.
     fn step(&self, vm: &VmFd) -> bool {
-        let queues = match &self.port {
-            Port::Mmio(mmio) => mmio.queues(),
-            Port::Pci(pci) => pci.queues(),
-        };
-        (0..queues).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
+        (0..self.queues()).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
     }
 
     fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
@@ -359,6 +364,26 @@ impl VirtioDevice {
             self.warn(why);
         }
         step != Step::Idle
+    }
+
+    /// Has all that was begun end.
+    fn settle(&self, vm: &VmFd) {
+        for queue in 0..self.queues() {
+            let step = match &self.port {
+                Port::Mmio(mmio) => mmio.settle(&self.memory, queue),
+                Port::Pci(pci) => pci.settle(vm, &self.memory, queue),
+            };
+            if let Step::Broken(why) = step {
+                self.warn(why);
+            }
+        }
+    }
+
+    fn queues(&self) -> usize {
+        match &self.port {
+            Port::Mmio(mmio) => mmio.queues(),
+            Port::Pci(pci) => pci.queues(),
+        }
     }
 
     fn warn(&self, why: Malformed) {

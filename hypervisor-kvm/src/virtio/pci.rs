@@ -3,6 +3,8 @@
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -223,9 +225,19 @@ impl Pci {
         self.core.end();
     }
 
+    /// See [`Device::ended`].
+    pub(crate) fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        self.core.ended()
+    }
+
     /// See [`Core::step`].
     pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
         self.core.step(memory, queue)
+    }
+
+    /// See [`Core::settle`].
+    pub(crate) fn settle(&mut self, memory: &Memory, queue: usize) -> Step {
+        self.core.settle(memory, queue)
     }
 
     /// The message that tells the driver of a queue's used ring.

@@ -71,7 +71,10 @@ static void power_off(void)
 
 static void reset(void)
 {
-    outb(0xcf9, 6);
+    /* By the keyboard controller, as a PC's kernel does it that is told to: once it takes a command. */
+    while (inb(0x64) & 2)
+        ;
+    outb(0x64, 0xfe);
     stop();
 }
 

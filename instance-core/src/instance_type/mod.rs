@@ -1,6 +1,7 @@
 //! Hardware specifications under EC2's names.
 
 mod known;
+mod store;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,7 +12,8 @@ use ami_core::Architecture;
 use serde::{Deserialize, Serialize};
 use storage_block::{IoLimits, Limiter, Rate};
 
-use self::known::{FAMILIES, Family, Size};
+use self::known::{FAMILIES, Family};
+pub use self::store::InstanceStore;
 use crate::net::FrameLimits;
 use crate::{Error, ErrorKind};
 
@@ -37,6 +39,8 @@ pub struct InstanceType {
     architectures: Cow<'static, [Architecture]>,
     network_performance: Option<Cow<'static, str>>,
     ebs_bandwidth: Option<EbsBandwidth>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    instance_store: Option<InstanceStore>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     network_bandwidth: Option<NetworkBandwidth>,
 }
@@ -115,8 +119,21 @@ impl InstanceType {
             architectures: Cow::Borrowed(&Architecture::ALL),
             network_performance: None,
             ebs_bandwidth: None,
+            instance_store: None,
             network_bandwidth: None,
         }
+    }
+
+    /// The same, with its volumes held to this together.
+    #[must_use]
+    pub fn with_ebs_bandwidth(self, bandwidth: EbsBandwidth) -> Self {
+        Self { ebs_bandwidth: Some(bandwidth), ..self }
+    }
+
+    /// The same with disks of the host's.
+    #[must_use]
+    pub fn with_instance_store(self, store: InstanceStore) -> Self {
+        Self { instance_store: Some(store), ..self }
     }
 
     /// The same for images of these architectures alone.
@@ -125,8 +142,8 @@ impl InstanceType {
         Self { architectures: Cow::Owned(architectures.into()), ..self }
     }
 
-    /// The types that are known by name: the families t2, t3, t4g, c7i, m7i, r7i, c7g, m7g and r7g
-    /// (`DescribeInstanceTypes`).
+    /// The types that are known by name: the families t2, t3, t4g, m3, m5d, c6id, m6id, r6id, c7i, m7i,
+    /// r7i, c7g, m7g and r7g (`DescribeInstanceTypes`).
     ///
     /// ```
     /// use ami_core::Architecture;
@@ -138,12 +155,13 @@ impl InstanceType {
     /// assert_eq!(smallest.map(|t| t.to_string()).as_deref(), Some("t4g.nano"));
     /// ```
     pub fn known() -> impl Iterator<Item = Self> {
-        let sizes = FAMILIES.iter().flat_map(|family| family.sizes.iter().map(move |size| (family, size)));
-        sizes.filter_map(|(family, size)| Self::of_size(family, size))
+        let sizes = FAMILIES.iter().flat_map(|family| (0..family.sizes.len()).map(move |n| (family, n)));
+        sizes.filter_map(|(family, n)| Self::of_size(family, n))
     }
 
-    fn of_size(family: &Family, size: &Size) -> Option<Self> {
-        let (name, vcpus, memory, network, network_mbps, ebs) = *size;
+    /// The size of a family with this number.
+    fn of_size(family: &Family, number: usize) -> Option<Self> {
+        let (name, vcpus, memory, network, network_mbps, ebs) = *family.sizes.get(number)?;
         Some(Self {
             name: Cow::Owned(format!("{}.{name}", family.name)),
             vcpus: NonZeroU32::new(vcpus)?,
@@ -152,6 +170,7 @@ impl InstanceType {
             network_performance: Some(Cow::Borrowed(network)),
             ebs_bandwidth: ebs
                 .map(|(baseline_mbps, maximum_mbps)| EbsBandwidth { baseline_mbps, maximum_mbps }),
+            instance_store: family.stores.get(number).copied(),
             network_bandwidth: network_mbps
                 .map(|(baseline_mbps, maximum_mbps)| NetworkBandwidth { baseline_mbps, maximum_mbps }),
         })
@@ -196,6 +215,11 @@ impl InstanceType {
     pub fn ebs_bandwidth(&self) -> Option<EbsBandwidth> {
         self.ebs_bandwidth
     }
+
+    /// The disks of the host's that it has, if it has any.
+    pub fn instance_store(&self) -> Option<InstanceStore> {
+        self.instance_store
+    }
 }
 
 impl fmt::Display for InstanceType {
@@ -210,7 +234,7 @@ impl FromStr for InstanceType {
     fn from_str(name: &str) -> Result<Self, Error> {
         let of_family = name.split_once('.').and_then(|(family, size)| {
             let family = FAMILIES.iter().find(|f| f.name == family)?;
-            Self::of_size(family, family.sizes.iter().find(|s| s.0 == size)?)
+            Self::of_size(family, family.sizes.iter().position(|s| s.0 == size)?)
         });
         of_family.ok_or_else(|| {
             let families: Vec<&str> = FAMILIES.iter().map(|f| f.name).collect();
@@ -231,11 +255,12 @@ mod tests {
     #[test]
     fn every_known_type_is_found_by_its_name_and_is_what_its_family_says() {
         let known: Vec<InstanceType> = InstanceType::known().collect();
-        assert_eq!(known.len(), 72);
+        assert_eq!(known.len(), 111);
         for hardware in &known {
             assert_eq!(&hardware.name().parse::<InstanceType>().unwrap(), hardware);
             let per_vcpu = hardware.memory_mib().get() / hardware.vcpus();
             match &hardware.family()[..1] {
+                "m" if hardware.family() == "m3" => assert_eq!(per_vcpu, 3840, "{hardware}"),
                 "c" => assert_eq!(per_vcpu, 2048, "{hardware}"),
                 "m" => assert_eq!(per_vcpu, 4096, "{hardware}"),
                 "r" => assert_eq!(per_vcpu, 8192, "{hardware}"),
@@ -243,6 +268,8 @@ mod tests {
             }
             let is_arm = hardware.architectures() == [Architecture::Arm64];
             assert_eq!(is_arm, hardware.family().ends_with('g'), "{hardware}");
+            let has_store = hardware.family().ends_with('d') || hardware.family() == "m3";
+            assert_eq!(hardware.instance_store().is_some(), has_store, "{hardware}");
             if let Some(ebs) = hardware.ebs_bandwidth() {
                 assert!(ebs.baseline_mbps <= ebs.maximum_mbps, "{hardware}");
             }
@@ -275,6 +302,18 @@ mod tests {
             assert_eq!(hardware.network_performance(), Some(network), "{name}");
             let found = hardware.ebs_bandwidth().map(|e| (e.baseline_mbps, e.maximum_mbps));
             assert_eq!(found, ebs, "{name}");
+        }
+        for (name, disks, size, nvme) in [
+            ("m3.medium", 1, 4, false),
+            ("m3.2xlarge", 2, 80, false),
+            ("m5d.large", 1, 75, true),
+            ("m5d.24xlarge", 4, 900, true),
+            ("c6id.4xlarge", 1, 950, true),
+            ("m6id.large", 1, 118, true),
+            ("r6id.32xlarge", 4, 1900, true),
+        ] {
+            let store = name.parse::<InstanceType>().unwrap().instance_store().unwrap();
+            assert_eq!((store.disks, store.disk_size_gb, store.nvme), (disks, size, nvme), "{name}");
         }
         for unknown in ["", "t3", "t3.", "t3.vast", "t9.nano", "T3.nano"] {
             let refused = unknown.parse::<InstanceType>().unwrap_err();

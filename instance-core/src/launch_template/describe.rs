@@ -4,7 +4,7 @@ use ami_core::{LaunchTemplateId, Page, PageRequest};
 
 use super::version::VersionRecord;
 use super::{LaunchTemplate, LaunchTemplateRef, LaunchTemplateVersion, TemplateVersion};
-use crate::describe::{Condition, Describe, Filterable, tag_values};
+use crate::describe::{Condition, Describe, Filterable, filters_and_page, tag_values};
 use crate::region::Region;
 use crate::{Error, ErrorKind, Result};
 
@@ -71,27 +71,7 @@ impl DescribeLaunchTemplateVersions {
         self
     }
 
-    /// Only those for which this holds too.
-    pub fn filter<V: Into<String>>(
-        mut self,
-        name: impl Into<String>,
-        values: impl IntoIterator<Item = V>,
-    ) -> Self {
-        self.filters.push(Condition::new(name, values));
-        self
-    }
-
-    /// At most so many, 1 to 200, and a token for the rest.
-    pub fn max_results(mut self, max: usize) -> Self {
-        self.page = self.page.with_max_results(max);
-        self
-    }
-
-    /// Goes on where an earlier page ended.
-    pub fn next_token(mut self, token: impl Into<String>) -> Self {
-        self.page = self.page.with_next_token(token);
-        self
-    }
+    filters_and_page!("1 to 200");
 
     fn check(&self) -> Result<()> {
         check_page(&self.page, false)?;
@@ -138,15 +118,9 @@ impl<H> Region<H> {
     ) -> Result<Page<LaunchTemplate>> {
         check_page(&request.page, !request.ids.is_empty())?;
         request.filters.iter().try_for_each(Condition::check::<LaunchTemplate>)?;
-        let after: Option<LaunchTemplateId> = request.page.after_key()?;
         let records = self.inner.templates(*self.account())?;
-        if let Some(missing) = request.ids.iter().find(|id| records.iter().all(|r| r.template.id != **id)) {
-            return Err(LaunchTemplateRef::Id(*missing).not_found());
-        }
-        let found = (records.into_iter().map(|record| record.template))
-            .filter(|template| after.is_none_or(|after| template.id > after))
-            .filter(|template| request.asks_for(template.id, template));
-        Ok(Page::collect(found, request.page.max_results(), |template| template.id))
+        let not_found = |id| LaunchTemplateRef::Id(id).not_found();
+        request.answer(records, |record| record.template.id, |record| Some(record.template), not_found)
     }
 
     /// The versions that the request asks for, of one launch template of the account's or one of each, by template and

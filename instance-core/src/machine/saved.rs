@@ -2,15 +2,15 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use super::{DiskSpec, NetSpec};
+use super::{DiskSpec, NetSpec, OpenFile};
 use crate::console::ConsolePort;
 use crate::vsock::VsockSpec;
 
-/// A machine as it was when [`Machine::save`](super::Machine::save) wrote it: an open file that is never
-/// changed. Cheap to clone; any number of machines may be made from one, also at the same time.
+/// A machine as it was when [`Machine::save`](super::Machine::save) wrote it: an [`OpenFile`]. It may have holes, for
+/// memory that is zero. Cheap to clone; any number of machines may be made from one, also at the same time.
 ///
 /// Only hypervisors of the kind that wrote it can read it. What it holds is checked when it is
 /// [restored](super::Hypervisor::restore).
@@ -23,7 +23,7 @@ use crate::vsock::VsockSpec;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug, Clone)]
-pub struct SavedMachine(Arc<File>, u64);
+pub struct SavedMachine(OpenFile);
 
 impl SavedMachine {
     /// The file as it is now; whoever hands it over promises that it neither changes nor becomes shorter while
@@ -33,22 +33,14 @@ impl SavedMachine {
     ///
     /// What the operating system says of its length.
     pub fn new(file: File) -> io::Result<Self> {
-        let len = file.metadata()?.len();
-        Ok(Self(Arc::new(file), len))
+        OpenFile::new(file).map(Self)
     }
+}
 
-    /// The length of the file in bytes. It may have holes, for memory that is zero.
-    pub fn len(&self) -> u64 {
-        self.1
-    }
+impl Deref for SavedMachine {
+    type Target = OpenFile;
 
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.1 == 0
-    }
-
-    /// The open file. Its position means nothing: read with an offset.
-    pub fn file(&self) -> &Arc<File> {
+    fn deref(&self) -> &OpenFile {
         &self.0
     }
 }
@@ -86,7 +78,7 @@ pub struct RestoreSpec {
     pub name: String,
     /// What was saved.
     pub saved: SavedMachine,
-    /// The disks, in the order in which the machine had them, with the same serial numbers and sizes. Their bytes
+    /// The disks that the machine had, with the same serial numbers, by which it knows them, and sizes. Their bytes
     /// must be those of the moment at which it was saved: a guest keeps in mind what it has read and written.
     pub disks: Vec<DiskSpec>,
     /// The network ports, in the order in which the machine had them, with the same addresses and MTUs.
@@ -102,6 +94,17 @@ pub struct RestoreSpec {
 }
 
 impl RestoreSpec {
+    /// Brings the disks into the order of these serial numbers, in which the machine had them; what is not among them
+    /// comes last. Every hypervisor begins [`Hypervisor::restore`](super::Hypervisor::restore) with it.
+    pub fn order_disks<'s>(&mut self, serials: impl IntoIterator<Item = &'s str>) {
+        for (place, serial) in serials.into_iter().enumerate() {
+            match self.disks.iter().skip(place).position(|disk| disk.serial == serial) {
+                Some(further) => self.disks[place..=place + further].rotate_right(1),
+                None => return,
+            }
+        }
+    }
+
     /// A machine without disks, network ports and streams, with the temporary directory as its runtime directory.
     pub fn new(name: impl Into<String>, saved: SavedMachine, console: ConsolePort) -> Self {
         Self {

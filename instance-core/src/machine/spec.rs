@@ -3,14 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU32;
-use std::os::unix::fs::FileExt;
+use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use ami_core::Architecture;
 use storage_block::Disk;
 
-use super::{MachineError, MachineErrorKind};
+use super::{MachineError, MachineErrorKind, OpenFile};
 use crate::console::ConsolePort;
 use crate::net::{FrameLimits, MacAddress, NetPort};
 use crate::vsock::VsockSpec;
@@ -110,7 +109,7 @@ impl Boot {
     }
 }
 
-/// A file to boot, open for reading and never changed. Cheap to clone.
+/// A file to boot: an [`OpenFile`]. Cheap to clone.
 ///
 /// ```
 /// use std::io::Write;
@@ -125,7 +124,7 @@ impl Boot {
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug, Clone)]
-pub struct BootFile(Arc<File>, u64);
+pub struct BootFile(OpenFile);
 
 impl BootFile {
     /// The file as it is now; whoever hands it over promises that it does not change.
@@ -134,36 +133,15 @@ impl BootFile {
     ///
     /// What the operating system says of its length.
     pub fn new(file: File) -> io::Result<Self> {
-        let len = file.metadata()?.len();
-        Ok(Self(Arc::new(file), len))
+        OpenFile::new(file).map(Self)
     }
+}
 
-    /// Its length in bytes.
-    pub fn len(&self) -> u64 {
-        self.1
-    }
+impl Deref for BootFile {
+    type Target = OpenFile;
 
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.1 == 0
-    }
-
-    /// The open file. Its position means nothing: read with an offset.
-    pub fn file(&self) -> &File {
+    fn deref(&self) -> &OpenFile {
         &self.0
-    }
-
-    /// All its bytes.
-    ///
-    /// # Errors
-    ///
-    /// What the operating system says, or [`FileTooLarge`](io::ErrorKind::FileTooLarge) for a file
-    /// longer than an address space.
-    pub fn read(&self) -> io::Result<Vec<u8>> {
-        let len = usize::try_from(self.1).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        let mut bytes = vec![0; len];
-        self.0.read_exact_at(&mut bytes, 0)?;
-        Ok(bytes)
     }
 }
 

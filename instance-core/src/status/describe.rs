@@ -47,16 +47,10 @@ impl<H> Region<H> {
     pub fn describe_instance_status(&self, request: &DescribeInstanceStatus) -> Result<Page<InstanceStatus>> {
         let DescribeInstanceStatus { request, include_all } = request;
         request.check::<InstanceStatus>()?;
-        let after: Option<InstanceId> = request.page.after_key()?;
-        let instances = self.instances();
-        if let Some(missing) = request.ids.iter().find(|id| instances.iter().all(|i| i.id() != **id)) {
-            return Err(not_found(*missing));
-        }
-        let found = (instances.iter().filter(|instance| after.is_none_or(|after| instance.id() > after)))
-            .map(Instance::status)
-            .filter(|status| *include_all || status.state == InstanceState::Running)
-            .filter(|status| request.asks_for(status.instance_id, status));
-        Ok(Page::collect(found, request.page.max_results(), |status| status.instance_id))
+        let status = |instance: Instance| {
+            Some(instance.status()).filter(|status| *include_all || status.state == InstanceState::Running)
+        };
+        request.answer(self.instances(), Instance::id, status, not_found)
     }
 }
 

@@ -28,19 +28,19 @@
 //! | `crash`, `panic` | none: it has a triple fault, or says that its kernel panicked (`unsupported` if it cannot) |
 //! | `spin` | `spinning`, and never again anything |
 
+mod disks;
 mod hot_plug;
+mod life;
 mod net_hot_plug;
 mod nets;
 mod save;
 
 use std::num::NonZeroU32;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
-use storage_block::{BlockBackend, Disk, Error, ErrorKind, MemoryDisk, Result as BlockResult};
+use storage_block::{Disk, MemoryDisk};
 
 use crate::console::{Console, ConsoleReader};
 use crate::machine::{
@@ -97,22 +97,22 @@ type Check = (&'static str, fn(&TestBed<'_>));
 const CHECKS: &[Check] = &[
     ("refuses what it cannot do", refuses_what_it_cannot_do),
     ("refuses a kernel that is none", refuses_a_kernel_that_is_none),
-    ("walks the states of its life", walks_the_states_of_its_life),
+    ("walks the states of its life", life::walks_the_states_of_its_life),
     ("talks on the console", talks_on_the_console),
     ("shows the guest its hardware", shows_the_guest_its_hardware),
     ("tells the guest who it is", tells_the_guest_who_it_is),
-    ("reads and writes disks", reads_and_writes_disks),
-    ("flushes when the guest does", flushes_when_the_guest_does),
-    ("tells the guest of a disk that fails", tells_the_guest_of_a_disk_that_fails),
-    ("refuses writes to a read-only disk", refuses_writes_to_a_read_only_disk),
-    ("sees a power-off", sees_a_power_off),
-    ("sees a reboot", sees_a_reboot),
-    ("sees a triple fault", sees_a_triple_fault),
-    ("sees a panic", sees_a_panic),
-    ("kills a guest that spins", kills_a_guest_that_spins),
-    ("stands still while paused", stands_still_while_paused),
-    ("delivers the power button", delivers_the_power_button),
-    ("runs two machines side by side", runs_two_machines_side_by_side),
+    ("reads and writes disks", disks::reads_and_writes_disks),
+    ("flushes when the guest does", disks::flushes_when_the_guest_does),
+    ("tells the guest of a disk that fails", disks::tells_the_guest_of_a_disk_that_fails),
+    ("refuses writes to a read-only disk", disks::refuses_writes_to_a_read_only_disk),
+    ("sees a power-off", life::sees_a_power_off),
+    ("sees a reboot", life::sees_a_reboot),
+    ("sees a triple fault", life::sees_a_triple_fault),
+    ("sees a panic", life::sees_a_panic),
+    ("kills a guest that spins", life::kills_a_guest_that_spins),
+    ("stands still while paused", life::stands_still_while_paused),
+    ("delivers the power button", life::delivers_the_power_button),
+    ("runs two machines side by side", life::runs_two_machines_side_by_side),
     ("attaches and detaches disks as it runs", hot_plug::attaches_and_detaches),
     ("takes a disk from a guest that holds it", hot_plug::takes_a_disk_that_is_held),
     ("tells the guest that a disk has grown", hot_plug::grows),
@@ -125,7 +125,8 @@ const CHECKS: &[Check] = &[
     ("ends network ports with their machine", nets::ports_end_with_their_machine),
     ("refuses to save and restore what it cannot", save::refuses_what_it_cannot),
     ("saves a machine and restores several", save::saves_and_restores),
-    ("gives everything back", gives_everything_back),
+    ("restores a machine with its disks in any order", save::restores_with_disks_in_any_order),
+    ("gives everything back", life::gives_everything_back),
 ];
 
 impl TestBed<'_> {
@@ -294,42 +295,6 @@ fn refuses_a_kernel_that_is_none(bed: &TestBed<'_>) {
     }
 }
 
-fn walks_the_states_of_its_life(bed: &TestBed<'_>) {
-    let runtime_dir = tempfile::tempdir().expect("a temporary directory");
-    let console = Console::new();
-    let machine = bed.hypervisor.create(bed.spec(&console, Vec::new(), runtime_dir.path())).expect("made");
-    let state = machine.state();
-    let wrong = |done: Result<(), crate::machine::MachineError>| {
-        let refused = done.expect_err("not in this state");
-        assert_eq!(refused.kind(), MachineErrorKind::WrongState, "{refused}");
-    };
-
-    assert_eq!(state.get(), MachineState::Created);
-    wrong(machine.pause());
-    wrong(machine.resume());
-    machine.start().expect("starts");
-    assert_eq!(state.get(), MachineState::Running);
-    wrong(machine.start());
-    wrong(machine.resume());
-    machine.pause().expect("pauses");
-    assert_eq!(state.get(), MachineState::Paused);
-    wrong(machine.pause());
-    machine.resume().expect("resumes");
-    assert_eq!(state.get(), MachineState::Running);
-    machine.kill();
-    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
-    machine.kill();
-    wrong(machine.start());
-    wrong(machine.pause());
-    drop(machine);
-
-    // One that never started ends as well, and tells its watchers.
-    let machine = bed.hypervisor.create(bed.spec(&console, Vec::new(), runtime_dir.path())).expect("made");
-    let state = machine.state();
-    drop(machine);
-    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
-}
-
 fn talks_on_the_console(bed: &TestBed<'_>) {
     let mut guest = bed.up(Vec::new());
     guest.expect_answer("ping hello", "pong hello");
@@ -379,243 +344,5 @@ fn tells_the_guest_who_it_is(bed: &TestBed<'_>) {
         ("chassis_asset_tag", "Amazon EC2"),
     ] {
         guest.expect_answer(&format!("dmi {field}"), &format!("dmi {text}"));
-    }
-}
-
-fn reads_and_writes_disks(bed: &TestBed<'_>) {
-    let (first, second) = (disk(2048), disk(2048));
-    for sector in [0, 1, 2047] {
-        first.write_at(&sector_of(&format!("host{sector}")), sector * 512).expect("written");
-    }
-    let mut guest =
-        bed.up(vec![DiskSpec::new(first.clone(), "first"), DiskSpec::new(second.clone(), "second")]);
-    for sector in [0, 1, 2047] {
-        guest.expect_answer(&format!("read 0 {sector}"), &format!("data host{sector}"));
-        guest.expect_answer(&format!("read 1 {sector}"), "data");
-        guest.expect_answer(&format!("write 1 {sector} guest{sector}"), "wrote");
-        guest.expect_answer(&format!("read 1 {sector}"), &format!("data guest{sector}"));
-        assert_eq!(word_at(&second, sector), format!("guest{sector}"));
-        assert_eq!(word_at(&first, sector), format!("host{sector}"), "the other disk is untouched");
-    }
-    assert_eq!(word_at(&second, 2), "", "the neighbouring sector is untouched");
-}
-
-/// A disk that counts flushes, fails when told to, and can be read-only.
-#[derive(Debug)]
-struct Probe {
-    inner: Disk,
-    read_only: bool,
-    log: Arc<ProbeLog>,
-}
-
-#[derive(Debug, Default)]
-struct ProbeLog {
-    flushes: AtomicU64,
-    fail: AtomicBool,
-}
-
-impl Probe {
-    fn disk(read_only: bool) -> (DiskSpec, Arc<ProbeLog>, Disk) {
-        let (inner, log) = (disk(2048), Arc::<ProbeLog>::default());
-        let probe = Probe { inner: inner.clone(), read_only, log: log.clone() };
-        (DiskSpec::new(Disk::new(probe).expect("a whole number of sectors"), "probe"), log, inner)
-    }
-
-    fn check(&self) -> BlockResult<()> {
-        match self.log.fail.load(Ordering::SeqCst) {
-            true => Err(Error::new(ErrorKind::Io, "the probe was told to fail")),
-            false => Ok(()),
-        }
-    }
-}
-
-impl BlockBackend for Probe {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn read_only(&self) -> bool {
-        self.read_only
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> BlockResult<()> {
-        self.check()?;
-        self.inner.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> BlockResult<()> {
-        self.check()?;
-        self.inner.write_at(buf, offset)
-    }
-
-    fn flush(&self) -> BlockResult<()> {
-        self.log.flushes.fetch_add(1, Ordering::SeqCst);
-        self.check()
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64) -> BlockResult<()> {
-        self.check()?;
-        self.inner.write_zeroes(offset, len)
-    }
-}
-
-fn flushes_when_the_guest_does(bed: &TestBed<'_>) {
-    let (spec, log, _) = Probe::disk(false);
-    let mut guest = bed.up(vec![spec]);
-    guest.expect_answer("write 0 7 durable", "wrote");
-    let before = log.flushes.load(Ordering::SeqCst);
-    guest.expect_answer("flush 0", "flushed");
-    assert!(log.flushes.load(Ordering::SeqCst) > before, "the guest's flush did not reach the disk");
-}
-
-fn tells_the_guest_of_a_disk_that_fails(bed: &TestBed<'_>) {
-    let (spec, log, _) = Probe::disk(false);
-    let mut guest = bed.up(vec![spec]);
-    log.fail.store(true, Ordering::SeqCst);
-    guest.expect_answer("read 0 100", "error");
-    guest.expect_answer("write 0 100 x", "error");
-    log.fail.store(false, Ordering::SeqCst);
-    guest.expect_answer("write 0 100 again", "wrote");
-    guest.expect_answer("read 0 100", "data again");
-}
-
-fn refuses_writes_to_a_read_only_disk(bed: &TestBed<'_>) {
-    let (spec, _, inner) = Probe::disk(true);
-    inner.write_at(&sector_of("kept"), 0).expect("written");
-    let mut guest = bed.up(vec![spec]);
-    guest.expect_answer("read 0 0", "data kept");
-    guest.expect_answer("write 0 0 gone", "error");
-    guest.expect_answer("read 0 0", "data kept");
-    assert_eq!(word_at(&inner, 0), "kept");
-}
-
-fn sees_a_power_off(bed: &TestBed<'_>) {
-    let guest = bed.up(Vec::new());
-    guest.tell("poweroff");
-    assert_eq!(guest.expect_exit(), ExitCause::PowerOff);
-}
-
-fn sees_a_reboot(bed: &TestBed<'_>) {
-    let guest = bed.up(Vec::new());
-    guest.tell("reboot");
-    assert_eq!(guest.expect_exit(), ExitCause::Reset);
-}
-
-fn sees_a_triple_fault(bed: &TestBed<'_>) {
-    match how_it_ends(bed, "crash") {
-        Some(cause) => assert!(matches!(cause, ExitCause::TripleFault(_)), "{cause:?}"),
-        None => println!("the guest cannot crash its processor: not checked"),
-    }
-}
-
-fn sees_a_panic(bed: &TestBed<'_>) {
-    match how_it_ends(bed, "panic") {
-        Some(cause) => assert_eq!(cause, ExitCause::Panic),
-        None => println!("the guest cannot say that it panicked: not checked"),
-    }
-}
-
-/// How the machine of a guest that is told so ends. None if the guest says that it cannot do it.
-fn how_it_ends(bed: &TestBed<'_>, command: &str) -> Option<ExitCause> {
-    let mut guest = bed.up(Vec::new());
-    // The end of the machine as a line on the console, so that there is one thing to wait for.
-    let port = guest.console.port();
-    guest.machine.state().subscribe(move |state| {
-        if state.exit_cause().is_some() {
-            port.write_output(b"\nmachine ended\n");
-        }
-    });
-    guest.tell(command);
-    loop {
-        let line = guest.hear("\n");
-        if line.contains("machine ended") {
-            return Some(guest.expect_exit());
-        }
-        if line.contains("unsupported") {
-            return None;
-        }
-    }
-}
-
-fn kills_a_guest_that_spins(bed: &TestBed<'_>) {
-    let mut guest = bed.up(Vec::new());
-    guest.tell("spin");
-    guest.hear("spinning");
-    let begun = Instant::now();
-    guest.machine.kill();
-    let took = begun.elapsed();
-    assert_eq!(guest.machine.state().get(), MachineState::Exited(ExitCause::Killed));
-    assert!(took <= bed.kill_within, "killing took {took:?}");
-}
-
-fn stands_still_while_paused(bed: &TestBed<'_>) {
-    let (first, second) = (disk(2048), disk(2048));
-    let mut guest = bed.up(vec![DiskSpec::new(first.clone(), "first"), DiskSpec::new(second, "second")]);
-    guest.machine.pause().expect("pauses");
-    let before = guest.console.written();
-    guest.tell("write 0 1 late");
-    // Long enough for a guest that is not paused to have answered many times over.
-    assert!(guest.reader.read(Instant::now() + Duration::from_millis(300)).is_err(), "a paused guest spoke");
-    assert_eq!(guest.console.written(), before);
-    assert_eq!(word_at(&first, 1), "", "a paused guest wrote to its disk");
-    guest.machine.resume().expect("resumes");
-    guest.hear("wrote");
-    assert_eq!(word_at(&first, 1), "late");
-}
-
-fn delivers_the_power_button(bed: &TestBed<'_>) {
-    let guest = bed.up(Vec::new());
-    let pressed = guest.machine.power_button();
-    if bed.hypervisor.capabilities().power_button {
-        pressed.expect("pressed");
-        assert_eq!(guest.expect_exit(), ExitCause::PowerOff);
-    } else {
-        assert_eq!(pressed.expect_err("it has none").kind(), MachineErrorKind::Unsupported);
-    }
-}
-
-fn runs_two_machines_side_by_side(bed: &TestBed<'_>) {
-    let (one_disk, two_disk) = (disk(2048), disk(2048));
-    let mut one = bed.up(vec![DiskSpec::new(one_disk.clone(), "one")]);
-    let mut two = bed.up(vec![DiskSpec::new(two_disk.clone(), "two")]);
-    one.expect_answer("write 0 0 one", "wrote");
-    two.expect_answer("write 0 0 two", "wrote");
-    one.expect_answer("read 0 0", "data one");
-    drop(one);
-    two.expect_answer("read 0 0", "data two");
-    assert_eq!((word_at(&one_disk, 0), word_at(&two_disk, 0)), ("one".to_owned(), "two".to_owned()));
-}
-
-fn gives_everything_back(bed: &TestBed<'_>) {
-    // The first machine may load what the process then keeps, such as the thread-local storage of libraries.
-    drop(bed.up(Vec::new()));
-    let before = Held::now();
-    let (spec, log, inner) = Probe::disk(false);
-    let guest = bed.up(vec![spec]);
-    let Guest { machine, console, runtime_dir, .. } = guest;
-    drop(machine);
-    assert_eq!(Arc::strong_count(&log), 1, "the machine still holds its disk");
-    let left: Vec<_> = std::fs::read_dir(runtime_dir.path()).expect("it is there").collect();
-    assert!(left.is_empty(), "the machine left files: {left:?}");
-    drop((console, inner, runtime_dir));
-    assert_eq!(Held::now(), before, "threads, descriptors or children are left");
-}
-
-/// What this process holds.
-#[derive(Debug, PartialEq)]
-struct Held {
-    threads: usize,
-    descriptors: usize,
-    children: String,
-}
-
-impl Held {
-    fn now() -> Self {
-        let count = |dir| std::fs::read_dir(dir).expect("Linux's /proc").count();
-        let children = std::fs::read_dir("/proc/self/task")
-            .expect("Linux's /proc")
-            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok())
-            .collect();
-        Self { threads: count("/proc/self/task"), descriptors: count("/proc/self/fd"), children }
     }
 }

@@ -79,6 +79,7 @@ fn damage_is_found_and_named() {
         (&log, Flip(0), "magic"),
         (&log, Flip(8), "version"),
         (&log, Flip(20), "checksum"),
+        (&log, Cut(0), "cut to 0 bytes"),
         (&log, Cut(100), "header ends"),
         (&log, Cut(8192), "cut to 8192 bytes"),
         (&log, Flip(4096), "batch 0 is damaged"),
@@ -111,6 +112,25 @@ fn damage_is_found_and_named() {
         read_all(&copy).unwrap();
         std::fs::remove_dir_all(&copy).unwrap();
     }
+}
+
+/// A new volume's log is empty, too. What tells the two apart is no half of a log that a crash has left.
+#[test]
+fn an_empty_log_is_a_new_one_only_where_nothing_was_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let path = dir.path().join("volume");
+    drop(Volume::create(&path, None, 1 << 20).unwrap());
+    let volume = Volume::open(&path, &store).unwrap();
+    volume.disk().write_at(&[1; 4096], 0).unwrap();
+    volume.disk().flush().unwrap();
+    drop(volume);
+    std::fs::write(path.join("log.tmp"), [1; 100]).unwrap();
+    drop(Volume::open(&path, &store).unwrap());
+    damage(&Log::find(&path).unwrap(), &Damage::Cut(0));
+    let error = Volume::open(&path, &store).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().contains("cut to 0 bytes"), "{error}");
 }
 
 /// One bad chunk does not hide its neighbours.

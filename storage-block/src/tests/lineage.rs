@@ -60,6 +60,49 @@ fn a_snapshot_costs_what_changed_since_the_last() {
     assert_eq!(looked_at(&volume, &store), CHUNK);
 }
 
+/// What has changed since the last snapshot is known to who opens the volume again, if it was closed in order.
+#[test]
+fn a_volume_that_was_closed_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let (base, _) = store.import(&memory(&image(20, 0, 1)), &mut |_| ()).unwrap();
+    let (path, crashed) = (dir.path().join("volume"), dir.path().join("crashed"));
+    let volume = Volume::create(&path, Some(&base), base.size()).unwrap();
+    volume.disk().write_at(&image(10, 0, 2), 0).unwrap();
+    let (last, _) = volume.snapshot(&store).unwrap();
+    volume.disk().write_at(&[1; 8192], 3 * CHUNK - 4096).unwrap();
+    volume.disk().flush().unwrap();
+    drop(volume);
+
+    // Twice, as who opens it need not write.
+    for _ in 0..2 {
+        drop(Volume::open(&path, &store).unwrap());
+    }
+    let volume = Volume::open(&path, &store).unwrap();
+    // Nothing is appended to the log for it.
+    volume.disk().write_at(&[1; 4096], 5 * CHUNK).unwrap();
+    volume.disk().flush().unwrap();
+    super::copy_dir(&path, &crashed);
+    let (snapshot, stats) = volume.snapshot(&store).unwrap();
+    assert_eq!(stats.changed_bytes, 3 * 4096);
+    let mut bytes = vec![0; 20 << 16];
+    volume.disk().read_at(&mut bytes, 0).unwrap();
+    compare(&snapshot.disk(), &bytes, "a snapshot of a volume that was opened again");
+    drop(volume);
+
+    // Who did not live to close it leaves nothing of what he found, nor does who closes it with something unflushed.
+    let volume = Volume::open(&crashed, &store).unwrap();
+    assert_eq!(looked_at(&volume, &store), 10 * CHUNK);
+    volume.disk().write_at(&[2; 4096], 0).unwrap();
+    drop(volume);
+    assert_eq!(looked_at(&Volume::open(&crashed, &store).unwrap(), &store), 10 * CHUNK);
+
+    // A last snapshot that is gone is of no use.
+    drop((last, snapshot));
+    store.sweep().remove_unreferenced(&HashSet::from([base.digest()])).unwrap();
+    assert_eq!(looked_at(&Volume::open(&path, &store).unwrap(), &store), 10 * CHUNK);
+}
+
 /// The same in a store that is not the one of the volume's base: the first stores all of it.
 #[test]
 fn snapshots_in_another_store_follow_each_other() {
@@ -141,6 +184,31 @@ fn a_sweep_waits_for_what_is_frozen() {
     });
     assert_eq!(swept.snapshots, 0, "it is open");
     made.verify().unwrap();
+}
+
+/// Who is told of an import's progress may import as well, though a sweep waits for the first.
+#[test]
+fn an_import_within_an_import_waits_for_no_sweep() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    std::thread::scope(|scope| {
+        let mut sweep = None;
+        let (outer, _) = store
+            .import(&memory(&image(40, 0, 1)), &mut |progress| {
+                if progress.done == 0 || sweep.is_some() {
+                    return;
+                }
+                sweep = Some(scope.spawn(|| store.sweep().remove_unreferenced(&HashSet::new()).unwrap()));
+                while !store.0.turns.sweep_waits() {
+                    std::thread::yield_now();
+                }
+                store.import(&memory(&image(3, 0, 2)), &mut |_| ()).unwrap().0.verify().unwrap();
+            })
+            .unwrap();
+        assert_eq!(sweep.unwrap().join().unwrap().snapshots, 1, "nobody holds the inner one");
+        outer.verify().unwrap();
+    });
+    drop(store.sweep());
 }
 
 /// What to keep is decided when nobody stores any more, so that no snapshot is lost that came to be meanwhile.

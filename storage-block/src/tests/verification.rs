@@ -1,11 +1,11 @@
-//! Chunks are compared with their names when they are first read, and not again.
+//! Chunks are compared with their checksums or names when they are first read, and not again.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{image, memory};
 use crate::testing::compare;
-use crate::{Compression, Disk, ErrorKind, Store, StoreOptions, Volume};
+use crate::{Compression, Disk, ErrorKind, Store, StoreOptions, Verify, Volume};
 
 const CHUNK: u64 = 64 << 10;
 
@@ -32,8 +32,11 @@ fn damage_is_found_by_the_first_read_of_any_part() {
     let pack = dir.path().join("packs/00000000.pack");
     // In the second chunk, far from what is read.
     flip(&pack, 4096 + CHUNK + 60_000);
-    for (at, len) in [(CHUNK, 4096), (CHUNK + 512, 512), (0, 3 * CHUNK as usize)] {
-        let store = Store::open(dir.path()).unwrap();
+    let parts = [(CHUNK, 4096), (CHUNK + 512, 512), (0, 3 * CHUNK as usize)];
+    for (verify, (at, len)) in
+        [Verify::Checksum, Verify::Digest].map(|verify| parts.map(|part| (verify, part))).concat()
+    {
+        let store = Store::open_with(dir.path(), &StoreOptions::new().verify(verify)).unwrap();
         let disk = store.snapshot(&digest).unwrap().disk();
         for _ in 0..2 {
             let error = disk.read_at(&mut vec![0; len], at).unwrap_err();
@@ -49,10 +52,39 @@ fn damage_is_found_by_the_first_read_of_any_part() {
         }
     }
     // Who does not want to know is not told.
-    let store = Store::open_with(dir.path(), &StoreOptions::new().verify(false)).unwrap();
+    let store = Store::open_with(dir.path(), &StoreOptions::new().verify(Verify::Never)).unwrap();
     let snapshot = store.snapshot(&digest).unwrap();
     assert_eq!(kind(&snapshot.disk(), CHUNK, 4096), Ok(()));
     assert_eq!(snapshot.verify().unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+/// Somebody changes a chunk and its checksum with it: who compares with checksums does not see it, and names tell.
+#[test]
+fn digests_alone_find_what_was_changed_on_purpose() {
+    let dir = tempfile::tempdir().unwrap();
+    let (bytes, other) = (image(1, 0, 1), image(1, 0, 2));
+    let [digest, forged] = [&bytes, &other].map(|bytes| {
+        let store = Store::open(dir.path()).unwrap();
+        store.import(&memory(bytes), &mut |_| ()).unwrap().0.digest()
+    });
+    // The first record gets the other chunk's checksum, and its own is made right.
+    let (pack, index) = (dir.path().join("packs/00000000.pack"), dir.path().join("packs/00000000.index"));
+    let file = std::fs::File::options().write(true).open(&pack).unwrap();
+    file.write_all_at(&other, 4096).unwrap();
+    let mut records = std::fs::read(&index).unwrap();
+    let record = &mut records[64..64 + 84];
+    record[40..44].copy_from_slice(&crc32c::crc32c(&other).to_le_bytes());
+    let mut sealed = [0; 8].to_vec();
+    sealed.extend_from_slice(&record[..80]);
+    record[80..].copy_from_slice(&crc32c::crc32c(&sealed).to_le_bytes());
+    std::fs::write(&index, &records).unwrap();
+    for (verify, expected) in [(Verify::Checksum, Ok(())), (Verify::Digest, Err(ErrorKind::Corrupt))] {
+        let store = Store::open_with(dir.path(), &StoreOptions::new().verify(verify)).unwrap();
+        let snapshot = store.snapshot(&digest).unwrap();
+        assert_eq!(kind(&snapshot.disk(), 0, 512), expected, "{verify:?}");
+        assert_eq!(snapshot.verify().unwrap_err().kind(), ErrorKind::Corrupt);
+        store.snapshot(&forged).unwrap().verify().unwrap();
+    }
 }
 
 /// A chunk that was read is read from the file alone from then on, through whichever snapshot: damage that comes later is

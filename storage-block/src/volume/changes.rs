@@ -32,6 +32,11 @@ impl Changes {
         }
     }
 
+    /// Notes that these blocks of a chunk were, a bit for each.
+    pub(crate) fn mark_chunk(&self, chunk: u64, blocks: u16) {
+        self.cell(chunk).fetch_or(blocks, Ordering::Relaxed);
+    }
+
     /// The blocks of a chunk that were, a bit for each.
     pub(crate) fn of_chunk(&self, chunk: u64) -> u16 {
         let leaf = self.0.get((chunk / LEAF_IDS as u64) as usize);
@@ -50,7 +55,7 @@ impl Changes {
     /// Notes what is noted there, too.
     pub(crate) fn merge(&self, other: &Self) {
         for chunk in other.chunks() {
-            self.cell(chunk).fetch_or(other.of_chunk(chunk), Ordering::Relaxed);
+            self.mark_chunk(chunk, other.of_chunk(chunk));
         }
     }
 

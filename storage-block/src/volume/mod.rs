@@ -1,8 +1,10 @@
 //! Volumes: disks that begin as a snapshot and are their own from then on.
 
 mod changes;
+mod create;
 mod io;
 mod snapshot;
+mod storing;
 #[cfg(test)]
 mod tests;
 
@@ -16,15 +18,14 @@ pub(crate) use self::changes::Changes;
 use self::io::Pending;
 pub use self::snapshot::FrozenVolumes;
 use self::snapshot::Last;
-use crate::format::{BLOCK, MAX_SIZE, VolumeKey};
+use crate::format::{BLOCK, MAX_SIZE};
 use crate::freeze::Freeze;
-use crate::fs::{self, File};
+use crate::fs;
 use crate::keys::{EncryptionKey, KeyContext};
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
-use crate::options::VolumeOptions;
 use crate::overlay::Overlay;
-use crate::store::{Locked, lock, parent, sync_at_once, sync_dir};
+use crate::store::{Locked, lock, parent, sync_dir};
 use crate::{Disk, Error, ErrorKind, Result, Snapshot, Store};
 
 /// A disk that can be written, and that begins as a snapshot or as zeroes.
@@ -90,6 +91,8 @@ struct Inner {
     log: Mutex<Log>,
     /// Something was written since the last flush began.
     dirty: AtomicBool,
+    /// It was made, and not synchronised since.
+    new: AtomicBool,
     /// A synchronisation has failed.
     failed: AtomicBool,
 }
@@ -113,103 +116,6 @@ impl Gate {
 const OVERLAY: &str = "overlay";
 
 impl Volume {
-    /// Makes a volume of `size` bytes in `dir`, which is made too; its parent exists.
-    ///
-    /// It is durable on return. That takes three synchronisations side by side, of the log, of `dir` and of its parent;
-    /// a journalling file system does the work of all three in one commit. There is nothing in the log but where the
-    /// volume is encrypted: all else is said by names. The overlay is left out: what is lost of it in a crash is its
-    /// length, which opening restores.
-    ///
-    /// # Errors
-    ///
-    /// [`InvalidSize`](ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the
-    /// snapshot's and at most 64 TiB; [`AlreadyExists`](ErrorKind::AlreadyExists);
-    /// [`NoSpace`](ErrorKind::NoSpace). After a failure nothing is left.
-    pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
-        VolumeOptions::new().create(dir, base, size)
-    }
-
-    /// The same without waiting for the disk: nothing of the volume is durable, flushed or not, until
-    /// [`sync_created`](Self::sync_created) has returned. For those who have something else to do meanwhile.
-    ///
-    /// ```
-    /// use storage_block::Volume;
-    ///
-    /// let dir = tempfile::tempdir()?;
-    /// let volume = Volume::create_unsynced(&dir.path().join("vol"), None, 1 << 30)?;
-    /// volume.disk().write_at(b"at work", 0)?;
-    /// volume.sync_created()?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// As [`create`](Self::create).
-    pub fn create_unsynced(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
-        VolumeOptions::new().create_unsynced(dir, base, size)
-    }
-
-    pub(crate) fn create_with(
-        dir: &Path,
-        base: Option<&Snapshot>,
-        size: u64,
-        key: Option<&EncryptionKey>,
-    ) -> Result<Self> {
-        check_size(size)?;
-        if base.is_some_and(|base| base.size() > size) {
-            return Err(Error::invalid_size(size, "is less than that of the snapshot"));
-        }
-        let new = match fs::create_dir(dir) {
-            Ok(()) => true,
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => false,
-            Err(e) => return Err(Error::io(e, format!("cannot create {}", dir.display()))),
-        };
-        let path = dir.join(OVERLAY);
-        let overlay = File::create_new(&path).map_err(|e| {
-            if new {
-                let _ = fs::remove_dir(dir);
-            }
-            Error::io(e, format!("cannot create {}", path.display()))
-        })?;
-        let created = Self::create_files(dir, overlay, base, size, key);
-        if created.is_err() {
-            let _ = Log::remove(dir);
-            let _ = fs::remove_file(&path);
-            if new {
-                let _ = fs::remove_dir(dir);
-            }
-        }
-        created
-    }
-
-    fn create_files(
-        dir: &Path,
-        overlay: File,
-        base: Option<&Snapshot>,
-        size: u64,
-        key: Option<&EncryptionKey>,
-    ) -> Result<Self> {
-        let overlay = Locked::lock(overlay, &dir.join(OVERLAY))?;
-        overlay.set_len(size).map_err(|e| {
-            Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
-        })?;
-        let volume_key = key.map(VolumeKey::new).transpose()?;
-        let log = Log::create(dir, size, base.map(Snapshot::digest), volume_key)?;
-        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned()))
-    }
-
-    /// Makes a new volume durable, with what has been flushed since.
-    ///
-    /// # Errors
-    ///
-    /// What the file system says. The volume may then be there after a crash, or not.
-    pub fn sync_created(&self) -> Result<()> {
-        let dir = &self.0.dir;
-        let log = &*lock(&self.0.log);
-        // None of them relies on another: before this returns nobody has been promised anything.
-        sync_at_once(&[&|| sync_dir(parent(dir)), &|| sync_dir(dir), &|| log.sync_all()])
-    }
-
     /// Opens the volume in `dir`, whose snapshot is in `store`.
     ///
     /// # Errors
@@ -220,7 +126,8 @@ impl Volume {
     pub fn open(dir: &Path, store: &Store) -> Result<Self> {
         let path = dir.join(OVERLAY);
         let overlay = Locked::open(&path, false)?;
-        let (log, map) = Log::open(dir)?;
+        let (mut log, map) = Log::open(dir)?;
+        let closing = log.take_closing();
         let header = log.header();
         let base = header.base.map(|base| store.snapshot(&base)).transpose()?;
         if base.as_ref().is_some_and(|base| base.size() > header.size) {
@@ -240,8 +147,11 @@ impl Volume {
             .map(|key| store.0.unlock(&key.wrapped, &KeyContext::volume(&key.salt)))
             .transpose()?;
         let volume = Self::new(dir, base, overlay, map, log, key);
-        // Who had it before may have died with writes that no flush has covered, and they are read now.
-        volume.0.dirty.store(true, Ordering::Release);
+        match closing {
+            Some(closing) => volume.0.resume(closing, store),
+            // Who had it before may have died with writes that no flush has covered, and they are read now.
+            None => volume.0.dirty.store(true, Ordering::Release),
+        }
         Ok(volume)
     }
 
@@ -268,6 +178,7 @@ impl Volume {
             pending: Mutex::default(),
             log: Mutex::new(log),
             dirty: AtomicBool::new(false),
+            new: AtomicBool::new(false),
             failed: AtomicBool::new(false),
         }))
     }
@@ -311,6 +222,7 @@ impl Volume {
             let less = || Error::invalid_size(size, "is less than that of the volume");
             return if size == old { Ok(()) } else { Err(less()) };
         }
+        inner.sync_new(&log)?;
         inner.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
         match log.grow(size) {
             Ok(()) => {
@@ -381,6 +293,15 @@ impl Volume {
 impl Inner {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // What no flush has covered may be gone when the volume is opened, and nobody would know.
+        if !*self.dirty.get_mut() && !*self.failed.get_mut() {
+            self.close();
+        }
     }
 }
 

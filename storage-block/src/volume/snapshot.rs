@@ -1,6 +1,5 @@
 //! Snapshots of volumes that go on being written.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
@@ -8,23 +7,21 @@ use std::time::{Duration, Instant};
 use ami_core::Digest;
 
 use super::{Changes, Gate, Inner, Volume};
-use crate::format::{BLOCK, CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
-use crate::freeze::{Chunks, Frozen, Kept, Span, Wanted};
-use crate::import::{Manifest, publish};
+use crate::format::{BLOCK, CHUNK, Closing};
+use crate::freeze::{Chunks, Frozen, Span, Wanted};
 use crate::keys::EncryptionKey;
-use crate::progress::Reporter;
-use crate::session::{Prepared, Session, Was, prepare};
-use crate::store::{self, lock, write};
+use crate::store::{self, lock, read, write};
 use crate::turns::Storing;
-use crate::{Error, ErrorKind, Progress, Result, Snapshot, SnapshotStats, Store, pipeline};
+use crate::{Error, ErrorKind, Progress, Result, Snapshot, SnapshotStats, Store};
 
 impl Volume {
     /// Makes a snapshot of the volume as it is at one instant, written but not yet flushed bytes with it.
     ///
     /// Only chunks with changed blocks are read, hashed and, if the store has no such chunk, stored; all
-    /// other parts of the manifest are those of the last snapshot that was made of the volume since it was opened, if it
-    /// is in this store still, else those of the snapshot the volume began as. In a store that is not the one of
-    /// the volume's snapshot, or under another key than the snapshot's, the first stores everything.
+    /// other parts of the manifest are those of the last snapshot that was made of the volume, if it
+    /// is in this store still, else those of the snapshot the volume began as. Which was the last is known for as long as
+    /// the volume is open, and when it is opened again if it was closed with everything flushed. In a store that is not the
+    /// one of the volume's snapshot, or under another key than the snapshot's, the first stores everything.
     ///
     /// The volume goes on meanwhile. Writers stand still for the instant itself, which takes as long for a large volume
     /// as for a small one; [`SnapshotStats::paused`] says how long. Who then writes to a chunk that is still to be
@@ -132,7 +129,8 @@ impl Volume {
 ///
 /// While it lives, writers set aside what they are about to change, and wait when that is 16 MiB in a volume: it should
 /// be stored soon, or dropped, which lets go of the instant. Another snapshot of the same volumes waits for its end,
-/// also on the thread that holds it, and so do sweeps of the store, and imports that come after such a sweep.
+/// also on the thread that holds it, and so do sweeps of the store, and imports that come after such a sweep, but for
+/// those on the thread that froze them.
 ///
 /// ```
 /// use storage_block::{FrozenVolumes, Result, Snapshot};
@@ -144,19 +142,19 @@ impl Volume {
 /// }
 /// ```
 pub struct FrozenVolumes {
-    store: Store,
-    volumes: Vec<FrozenVolume>,
+    pub(super) store: Store,
+    pub(super) volumes: Vec<FrozenVolume>,
     /// The place in `volumes` of each that was named.
-    order: Vec<usize>,
+    pub(super) order: Vec<usize>,
     paused: Duration,
-    turn: Storing,
+    pub(super) turn: Storing,
 }
 
-struct FrozenVolume {
-    volume: Arc<Inner>,
-    frozen: Arc<Frozen>,
+pub(super) struct FrozenVolume {
+    pub(super) volume: Arc<Inner>,
+    pub(super) frozen: Arc<Frozen>,
     /// The snapshot that has what is not stored anew.
-    base: Option<Snapshot>,
+    pub(super) base: Option<Snapshot>,
     /// What was written before the freeze, since the last snapshot.
     before: Option<Arc<Changes>>,
     /// There is a new last snapshot.
@@ -165,7 +163,7 @@ struct FrozenVolume {
 
 impl FrozenVolume {
     /// Notes what the next snapshot has to be told apart from.
-    fn is_stored(&mut self, snapshot: &Snapshot) {
+    pub(super) fn is_stored(&mut self, snapshot: &Snapshot) {
         let last = Last { store: Arc::downgrade(&snapshot.store), digest: snapshot.digest() };
         *lock(&self.volume.last) = Some(last);
         self.stored = true;
@@ -207,186 +205,29 @@ impl FrozenVolumes {
     pub fn paused(&self) -> Duration {
         self.paused
     }
-
-    /// Makes the snapshots, one volume after the other and all durable together: all are there or none is,
-    /// whatever fails, short of a crash in the last moment. In the order in which the volumes were named.
-    ///
-    /// # Errors
-    ///
-    /// As [`Volume::snapshot_with`].
-    pub fn store(mut self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<(Snapshot, SnapshotStats)>> {
-        self.check_durable()?;
-        let mut session = Session::begin_in(&self.store.0, &self.turn);
-        let mut works: Vec<Work<'_>> = self.volumes.iter().map(|frozen| self.work(frozen)).collect();
-        let chunks: usize = works.iter().map(|work| work.source.candidates().count()).sum();
-        let mut report = Reporter::begin(chunks as u64 * CHUNK, progress)?;
-        let (mut roots, mut done) = (Vec::new(), 0);
-        for at in 0..works.len() {
-            let (source, store) = (works[at].source, session.store());
-            let mut manifest =
-                Manifest::new(source.frozen.span.size, source.base, source.volume.key.as_ref());
-            let take = |chunks: Vec<u64>, _: &mut Vec<u8>| {
-                let taken = chunks.into_iter().map(|chunk| Ok((chunk, source.take(chunk, store)?)));
-                taken.collect::<Result<Vec<_>>>()
-            };
-            pipeline::in_order(Batches(source.candidates()), take, |taken, _| {
-                for (chunk, taken) in taken {
-                    // Chunks that were changed first after the freeze come on top of those counted.
-                    report.step(done)?;
-                    done += CHUNK;
-                    for work in &mut works {
-                        work.relieve(&mut session)?;
-                    }
-                    if let Some(id) = works[at].put_taken(chunk, taken, &mut session)? {
-                        let set = |session: &mut Session<'_>| manifest.set(session, chunk, id);
-                        counted(&mut session, &mut works[at].stats, set)?;
-                    }
-                }
-                Ok(())
-            })?;
-            roots.push(counted(&mut session, &mut works[at].stats, |session| manifest.finish(session))?);
-        }
-        report.check()?;
-        // A flush may have failed since, and the kernel let go of what is read here.
-        self.check_durable()?;
-        let snapshots = publish(&self.store, session, &roots)?;
-        report.finish();
-        let stats: Vec<SnapshotStats> = works.iter().map(|work| work.stats).collect();
-        for (frozen, snapshot) in self.volumes.iter_mut().zip(&snapshots) {
-            frozen.is_stored(snapshot);
-        }
-        Ok(self.order.iter().map(|at| (snapshots[*at].clone(), stats[*at])).collect())
-    }
-
-    /// An error if a flush of one of them has failed: what is read of it may be older than what was written.
-    fn check_durable(&self) -> Result<()> {
-        self.volumes.iter().try_for_each(|frozen| frozen.volume.check_durable())
-    }
-
-    fn work<'f>(&self, frozen: &'f FrozenVolume) -> Work<'f> {
-        let FrozenVolume { volume, frozen, base, .. } = frozen;
-        let base = base.as_ref();
-        let stats = SnapshotStats { size: frozen.span.size, paused: self.paused, ..Default::default() };
-        Work { source: Source { volume, frozen, base }, early: HashMap::new(), stats }
-    }
-}
-
-/// Chunks that are taken together: enough that handing them on costs little, and few enough for every processor to
-/// have some.
-const BATCH: usize = 8;
-
-struct Batches<I>(I);
-
-impl<I: Iterator<Item = u64>> Iterator for Batches<I> {
-    type Item = Result<Vec<u64>>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let batch: Vec<u64> = self.0.by_ref().take(BATCH).collect();
-        (!batch.is_empty()).then_some(Ok(batch))
-    }
-}
-
-/// What a frozen volume's chunks are taken from, by several threads at once.
-#[derive(Clone, Copy)]
-struct Source<'f> {
-    volume: &'f Inner,
-    frozen: &'f Frozen,
-    base: Option<&'f Snapshot>,
-}
-
-/// A chunk that is ready to be stored.
-struct Ready {
-    kept: Kept,
-    prepared: Prepared,
-}
-
-impl<'f> Source<'f> {
-    /// The chunks that may have to be stored, in order: those that have to be by what the volume is now, of
-    /// which those that were changed since turn out to be none.
-    fn candidates(self) -> Box<dyn Iterator<Item = u64> + Send + 'f> {
-        let (volume, span) = (self.volume, &self.frozen.span);
-        match &span.wanted {
-            Wanted::Changed => return Box::new(volume.map.changed_chunks()),
-            Wanted::Since(changes) => return Box::new(changes.chunks()),
-            Wanted::Whole => {}
-        }
-        let base = volume.base.as_ref().map_or(&[][..], |base| &base.root.leaves);
-        let in_base = |leaf: &u64| base.get(*leaf as usize).is_some_and(|id| *id != HOLE);
-        let leaves =
-            (0..leaf_count(span.size)).filter(move |leaf| volume.map.has_leaf(*leaf) || in_base(leaf));
-        let chunks = leaves.flat_map(|leaf| leaf * LEAF_IDS as u64..(leaf + 1) * LEAF_IDS as u64);
-        Box::new(chunks.filter(move |chunk| volume.changed(*chunk, span) != 0))
-    }
-
-    /// A chunk as it was, once; `None` if it is as it is in the base, or was stored before its turn.
-    fn take(self, chunk: u64, store: &store::Inner) -> Result<Option<Ready>> {
-        let kept = self.frozen.take(chunk, self.volume)?;
-        kept.map(|kept| self.prepare(chunk, kept, store)).transpose()
-    }
-
-    fn prepare(self, chunk: u64, kept: Kept, store: &store::Inner) -> Result<Ready> {
-        let was = match self.base {
-            Some(base) => Some(Was { id: base.chunk_id(chunk)?, changed: kept.changed }),
-            None => None,
-        };
-        let prepared = prepare(store, &kept.bytes, self.volume.key.as_ref(), was);
-        Ok(Ready { kept, prepared })
-    }
-}
-
-/// A frozen volume that is being stored.
-struct Work<'f> {
-    source: Source<'f>,
-    /// Chunks that were set aside and stored before their turn.
-    early: HashMap<u64, Id>,
-    stats: SnapshotStats,
-}
-
-impl Work<'_> {
-    /// Stores what is set aside, where writers are about to wait for room; the volume's turn may be far off.
-    fn relieve(&mut self, session: &mut Session<'_>) -> Result<()> {
-        for (chunk, kept) in self.source.frozen.take_kept() {
-            let ready = self.source.prepare(chunk, kept?, session.store())?;
-            let id = self.put(&ready, session)?;
-            self.early.insert(chunk, id);
-        }
-        Ok(())
-    }
-
-    /// The id of a chunk, stored; `None` if it is as it is in the base.
-    fn put_taken(
-        &mut self,
-        chunk: u64,
-        taken: Option<Ready>,
-        session: &mut Session<'_>,
-    ) -> Result<Option<Id>> {
-        match self.early.remove(&chunk) {
-            None => taken.map(|ready| self.put(&ready, session)).transpose(),
-            early => Ok(early),
-        }
-    }
-
-    fn put(&mut self, ready: &Ready, session: &mut Session<'_>) -> Result<Id> {
-        let Ready { kept, prepared } = ready;
-        self.stats.changed_bytes += u64::from(kept.changed.count_ones()) * BLOCK;
-        counted(session, &mut self.stats, |session| session.put(prepared, &kept.bytes))?;
-        Ok(prepared.id)
-    }
-}
-
-/// Does something with the session, and counts what it stores.
-fn counted<'s, T>(
-    session: &mut Session<'s>,
-    stats: &mut SnapshotStats,
-    act: impl FnOnce(&mut Session<'s>) -> Result<T>,
-) -> Result<T> {
-    let before = session.appended();
-    let done = act(session);
-    stats.stored_bytes += session.appended() - before;
-    done
 }
 
 impl Inner {
+    /// Goes on where the volume was closed.
+    pub(super) fn resume(&self, closing: Closing, store: &Store) {
+        let changes = Changes::default();
+        for (chunk, blocks) in closing.changed {
+            changes.mark_chunk(chunk, blocks);
+        }
+        *lock(&self.last) = Some(Last { store: Arc::downgrade(&store.0), digest: closing.last });
+        write(&self.gate).changes = Some(Arc::new(changes));
+    }
+
+    /// Leaves word of what was written since the last snapshot, so that the next need not look for it.
+    pub(super) fn close(&self) {
+        let (gate, last) = (read(&self.gate), lock(&self.last));
+        let (Some(changes), Some(last)) = (&gate.changes, &*last) else { return };
+        let changed = changes.chunks().map(|chunk| (chunk, changes.of_chunk(chunk))).collect();
+        if let Err(error) = lock(&self.log).close(&Closing { last: last.digest, changed }) {
+            tracing::debug!(volume = %self.dir.display(), %error, "the next snapshot will compare more");
+        }
+    }
+
     /// The last snapshot, if there was one in this store and still is.
     fn last_in(&self, store: &Store) -> Option<Snapshot> {
         let digest = {

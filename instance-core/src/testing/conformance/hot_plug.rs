@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use storage_block::{BlockBackend, Disk, MemoryDisk, Result as BlockResult};
 
-use super::{Guest, Probe, TestBed, disk, sector_of, word_at};
+use super::disks::Probe;
+use super::{Guest, TestBed, disk, sector_of, word_at};
 use crate::console::Console;
 use crate::machine::{Detach, DiskSpec, MachineError, MachineErrorKind};
 

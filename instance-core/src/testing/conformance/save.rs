@@ -5,8 +5,9 @@ use std::os::unix::fs::FileExt;
 
 use storage_block::Disk;
 
+use super::life::Held;
 use super::nets::{FIRST, Peer};
-use super::{Guest, Held, TestBed, disk, word_at};
+use super::{Guest, TestBed, disk, word_at};
 use crate::console::Console;
 use crate::machine::{
     DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineState, NetSpec, RestoreSpec,
@@ -185,4 +186,26 @@ pub(super) fn saves_and_restores(bed: &TestBed<'_>) {
     }
     other.tell("reboot");
     assert_eq!(other.expect_exit(), ExitCause::Reset);
+}
+
+pub(super) fn restores_with_disks_in_any_order(bed: &TestBed<'_>) {
+    if !bed.saves() || bed.hypervisor.capabilities().max_disks < 3 {
+        return;
+    }
+    let disks = ["a", "b", "c"].map(|serial| DiskSpec::new(disk(SECTORS), serial));
+    let mut guest = bed.up(disks.to_vec());
+    for (number, disk) in disks.iter().enumerate() {
+        guest.expect_answer(&format!("write {number} 1 {}", disk.serial), "wrote");
+    }
+    guest.machine.pause().expect("pauses");
+    let saved = bed.saved(&*guest.machine);
+    drop(guest);
+    for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0]] {
+        let given = order.map(|number| disks[number].clone()).to_vec();
+        let mut guest = bed.try_restore(&saved, given, Vec::new()).expect("they are its disks");
+        guest.machine.resume().expect("resumes");
+        for (number, disk) in disks.iter().enumerate() {
+            guest.expect_answer(&format!("read {number} 1"), &format!("data {}", disk.serial));
+        }
+    }
 }

@@ -80,13 +80,14 @@ impl Memory {
     }
 
     /// Reads what was saved, for a machine with these disks and ports.
-    pub(super) fn restore(spec: &RestoreSpec) -> Result<Self, MachineError> {
+    pub(super) fn restore(spec: &mut RestoreSpec) -> Result<Self, MachineError> {
         let refused = |what: &str| MachineError::new(MachineErrorKind::Saved, what);
         let mut text = vec![0; spec.saved.len() as usize];
         let read = spec.saved.file().read_exact_at(&mut text, 0);
         read.map_err(|e| refused("the saved machine cannot be read").with_source(e))?;
         let saved: Saved = serde_json::from_slice(&text)
             .map_err(|e| refused("this is no saved machine of the fake hypervisor").with_source(e))?;
+        spec.order_disks(saved.disks.iter().map(|(serial, _)| serial.as_str()));
         if !spec.disks.iter().map(described).eq(saved.disks) {
             return Err(refused("the machine had other disks when it was saved"));
         }

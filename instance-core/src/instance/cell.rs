@@ -1,0 +1,217 @@
+//! What stands behind the handles of an instance.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Instant;
+
+use ami_core::{AccountId, InstanceId};
+use storage_block::{Limiter, Volume};
+
+use crate::capacity::Claim;
+use crate::console::Console;
+use crate::description::{Attachment, InstanceDescription, StateReason};
+use crate::error::chain;
+use crate::machine::{DiskSpec, Machine};
+use crate::record::InstanceRecord;
+use crate::status::Boot;
+use crate::supervisor::Message;
+use crate::vsock::Vsock;
+use crate::watch::Publisher;
+use crate::{Error, ErrorKind, Result, Transition};
+
+/// What all handles of an instance share.
+#[derive(Debug)]
+pub(crate) struct Cell {
+    pub(crate) id: InstanceId,
+    pub(crate) owner: AccountId,
+    pub(crate) console: Console,
+    pub(crate) description: Publisher<InstanceDescription>,
+    live: Mutex<Live>,
+    /// What is known of its machine, for status checks, which wait for nothing that is done to it.
+    boot: Mutex<Option<Boot>>,
+    /// When it was terminated, if it was.
+    terminated: Mutex<Option<Instant>>,
+}
+
+/// What changes, under the lock that every action on the instance holds.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) record: InstanceRecord,
+    /// The machine, before the volumes: it is dropped first.
+    pub(crate) machine: Option<Box<dyn Machine>>,
+    /// Its volumes while it has a machine, in the order of its attachments.
+    pub(crate) volumes: Vec<Volume>,
+    /// What holds its machine's disks to the bandwidth of its type.
+    pub(crate) limiters: Vec<Limiter>,
+    /// Its instance store while it runs, under the names of the disks.
+    pub(crate) instance_store: Vec<DiskSpec>,
+    /// The host's end of its machine's streams, if it has a place for them.
+    pub(crate) vsock: Option<Vsock>,
+    /// What it takes of the host while it has a machine.
+    pub(crate) claim: Option<Claim>,
+    /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
+    pub(crate) generation: u64,
+}
+
+impl Cell {
+    pub(crate) fn new(record: InstanceRecord) -> Self {
+        let description = record.description.clone();
+        Self {
+            id: description.id,
+            owner: description.owner,
+            console: Console::new(),
+            description: Publisher::new(description),
+            live: Mutex::new(Live {
+                record,
+                machine: None,
+                volumes: Vec::new(),
+                limiters: Vec::new(),
+                instance_store: Vec::new(),
+                vsock: None,
+                claim: None,
+                generation: 0,
+            }),
+            boot: Mutex::new(None),
+            terminated: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn boot(&self) -> MutexGuard<'_, Option<Boot>> {
+        self.boot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn terminated(&self) -> Option<Instant> {
+        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_terminated(&self, at: Instant) {
+        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+    }
+
+    /// Waits for whatever else is done to the instance, then holds it.
+    pub(crate) fn hold(&self, ended: Sender<Message>) -> Hold<'_> {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        Hold { id: self.id, live: Some(live), ended }
+    }
+
+    /// Holds the instance if nothing else is done to it.
+    pub(crate) fn try_hold(&self, ended: Sender<Message>) -> Option<Hold<'_>> {
+        let live = match self.live.try_lock() {
+            Ok(live) => live,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Hold { id: self.id, live: Some(live), ended })
+    }
+
+    /// Lets go of machine and volumes, when the region is closed.
+    pub(crate) fn release(&self) {
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(e) = live.end_machine() {
+            tracing::error!(instance = %self.id, error = chain(&e), "what an instance had written is lost");
+        }
+        live.volumes.clear();
+    }
+}
+
+impl Live {
+    /// The record in the next state.
+    pub(crate) fn after(&self, by: Transition, reason: Option<StateReason>) -> Result<InstanceRecord> {
+        let mut record = self.record.clone();
+        let description = &mut record.description;
+        let now = description.state;
+        description.state = now.after(by).ok_or_else(|| {
+            let what = format!("{} is {now}, from which it cannot be {}", description.id, words(by));
+            Error::new(ErrorKind::IncorrectInstanceState, what)
+        })?;
+        description.state_reason = reason;
+        // Once its guest goes on, or it ends, what was saved is of no more use.
+        if matches!(by, Transition::Started | Transition::Terminate) {
+            record.saved = None;
+        }
+        Ok(record)
+    }
+
+    /// Ends the machine and makes durable what its guest has written: a guest is told that a write
+    /// is done when the volume has it, and no end of its machine takes that back.
+    pub(crate) fn end_machine(&mut self) -> Result<()> {
+        self.end_machine_of(|_| true)?;
+        self.record.launched = true;
+        Ok(())
+    }
+
+    /// Makes the volumes durable that its launch made, unless they are known to be.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if !self.record.launched {
+            let synced = self.volumes.iter().try_for_each(Volume::sync_created);
+            synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
+            self.record.launched = true;
+        }
+        Ok(())
+    }
+
+    /// The same for some of the volumes.
+    pub(crate) fn end_machine_of(&mut self, keep: impl Fn(&Attachment) -> bool) -> Result<()> {
+        self.machine = None;
+        let volumes = self.record.description.attachments.iter().zip(&self.volumes);
+        let flushed = volumes.filter(|(a, _)| keep(a)).map(|(_, volume)| volume.disk().flush());
+        flushed.collect::<Result<(), _>>().map_err(|e| Error::storage(e, "cannot flush a volume"))
+    }
+}
+
+fn words(by: Transition) -> &'static str {
+    match by {
+        Transition::Start => "started",
+        Transition::Stop => "stopped",
+        Transition::Terminate => "terminated",
+        _ => "moved on",
+    }
+}
+
+/// The right to act on an instance.
+///
+/// While it is held the supervisor leaves the instance alone, so a machine that ends meanwhile is
+/// reported again when the hold is given up, as is one whose volumes are not known to be durable.
+pub(crate) struct Hold<'a> {
+    id: InstanceId,
+    live: Option<MutexGuard<'a, Live>>,
+    ended: Sender<Message>,
+}
+
+impl std::ops::Deref for Hold<'_> {
+    type Target = Live;
+
+    fn deref(&self) -> &Live {
+        match &self.live {
+            Some(live) => live,
+            None => unreachable!("only dropping takes the guard"),
+        }
+    }
+}
+
+impl std::ops::DerefMut for Hold<'_> {
+    fn deref_mut(&mut self) -> &mut Live {
+        match &mut self.live {
+            Some(live) => live,
+            None => unreachable!("only dropping takes the guard"),
+        }
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
+        let unsettled = !self.record.launched && !self.volumes.is_empty();
+        self.live = None;
+        if unsettled {
+            let _ = self.ended.send(Message::Launched(self.id));
+        }
+        // Looked at only after the lock is free: an end after this look finds the supervisor able
+        // to act on it.
+        if let Some((state, generation)) = watched {
+            if state.get().exit_cause().is_some() {
+                let _ = self.ended.send(Message::Ended(self.id, generation));
+            }
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Where the parts of a region lie in its directory.
+
+use std::path::PathBuf;
+
+use ami_core::{InstanceId, VolumeId};
+
+/// Where things lie.
+#[derive(Debug)]
+pub(crate) struct Paths {
+    pub(crate) root: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn volumes(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
+    pub(crate) fn blocks(&self) -> PathBuf {
+        self.root.join("blocks")
+    }
+
+    /// Where the block store keeps its snapshots.
+    pub(super) fn snapshots(&self) -> PathBuf {
+        self.blocks().join("snapshots")
+    }
+
+    pub(crate) fn volume(&self, id: VolumeId) -> PathBuf {
+        self.volumes().join(id.to_string())
+    }
+
+    pub(crate) fn instances(&self) -> PathBuf {
+        self.root.join("instances")
+    }
+
+    /// Where the machines are of instances that hibernate.
+    pub(crate) fn hibernated(&self) -> PathBuf {
+        self.root.join("hibernated")
+    }
+
+    pub(crate) fn saved_machine(&self, id: InstanceId) -> PathBuf {
+        self.hibernated().join(id.to_string())
+    }
+
+    pub(crate) fn instance(&self, id: InstanceId) -> PathBuf {
+        self.instances().join(id.to_string())
+    }
+}
