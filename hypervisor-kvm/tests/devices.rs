@@ -229,6 +229,7 @@ fn a_virtio_console_is_a_terminal_of_its_own() {
     let Some(kvm) = common::kvm() else { return };
     let mut bare = Guest::with(&kvm, |_| ());
     assert_eq!(bare.number("terminal"), 0, "a machine has none that is not asked for");
+    drop(bare);
     let terminal = Console::new();
     terminal.resize(ConsoleSize { columns: 132, rows: 43 });
     let mut guest = Guest::with(&kvm, |spec| spec.virtio_console = Some(terminal.port()));
@@ -283,6 +284,7 @@ fn a_virtio_console_goes_on_at_another_terminal() {
     restored.machine.resume().unwrap();
     talk(&other, "second");
     restored.until("terminal", 200_060);
+    drop(restored);
     guest.machine.resume().unwrap();
     talk(&terminal, "third");
 }

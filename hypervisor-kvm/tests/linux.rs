@@ -11,8 +11,10 @@ use ami_core::Architecture;
 use hypervisor_kvm::{Confinement, Kvm, Transport};
 use instance_core::console::{Console, ConsoleReader, ConsoleSize};
 use instance_core::machine::{
-    Boot, BootFile, ExitCause, Hypervisor, Machine, MachineSpec, MachineState, RestoreSpec, SavedMachine,
+    Boot, BootFile, ExitCause, Hypervisor, Machine, MachineSpec, MachineState, NetSpec, RestoreSpec,
+    SavedMachine,
 };
+use instance_core::net::{self, NetPort};
 use instance_core::testing::conformance::TestBed;
 use instance_core::vsock::{self, VsockSpec};
 
@@ -128,6 +130,8 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let mut spec = MachineSpec::new("devices", Architecture::X86_64, linux("amd64", true), console.port());
     (spec.memory_mib, spec.vsock) = (256.try_into().unwrap(), Some(VsockSpec::new(port)));
     spec.virtio_console = Some(terminal.port());
+    let (net, _network) = net_port();
+    (spec.vcpus, spec.nets) = (2.try_into().unwrap(), vec![net]);
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     let mut guest = Guest { machine, reader: console.reader(), console };
@@ -139,6 +143,8 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     assert!((before..=now()).contains(&clock), "{before} <= {clock}");
     let generation = guest.show("bus/acpi/devices/QEMUVGID:00/modalias");
     assert_eq!(generation, "acpi:QEMUVGID:VM_GEN_COUNTER:");
+    // Its driver has asked for a pair of queues for each processor, and was given them.
+    assert_eq!(guest.show("class/net/eth0/queues/tx-1/tx_timeout"), "0");
     // Its driver answers that nobody listens there.
     let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
@@ -163,6 +169,8 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let mut spec = RestoreSpec::new("restored", SavedMachine::new(file).unwrap(), console.port());
     spec.vsock = Some(VsockSpec::new(port));
     spec.virtio_console = Some(terminal.port());
+    let (net, _network) = net_port();
+    spec.nets = vec![net];
     let machine = kvm.restore(spec).unwrap();
     let mut guest = Guest { machine, reader: console.reader(), console };
     guest.machine.resume().unwrap();
@@ -172,6 +180,11 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     guest.wait_for_balloon(48);
     wait_for_size(&terminal, "60 200");
     talk(&terminal, "again", "said again");
+}
+
+fn net_port() -> (NetSpec, NetPort) {
+    let (machine, network) = net::link();
+    (NetSpec::new(machine, "02:00:0a:00:00:0c".parse().unwrap()), network)
 }
 
 /// What the guest says at its second console to what it is told there.

@@ -28,6 +28,7 @@ mod pci;
 mod pci_tests;
 mod ring;
 mod rng;
+mod state;
 #[cfg(test)]
 mod tests;
 mod vsock;
@@ -42,11 +43,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::core::CoreState;
 pub(crate) use self::core::{Effect, Step};
 use crate::Transport;
 use crate::error::{HostContext, Result, saved};
@@ -57,13 +56,12 @@ pub(crate) use block::Block;
 use chain::Malformed;
 pub(crate) use console::Console;
 pub(crate) use device::{Device, Own};
-use mmio::MmioState;
 pub(crate) use net::Net;
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;
-use pci::PciState;
 pub(crate) use rng::Rng;
+pub(crate) use state::DeviceState;
 pub(crate) use vsock::Vsock;
 #[cfg(any(test, fuzzing))]
 pub(crate) use {
@@ -97,45 +95,6 @@ pub(crate) struct VirtioDevice {
 enum Port {
     Mmio(OnMmio),
     Pci(Box<OnPci>),
-}
-
-/// A device as it is saved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum DeviceState {
-    /// Its registers, and the status of its interrupt.
-    Mmio(MmioState, u32),
-    Pci(PciState),
-}
-
-impl DeviceState {
-    /// The device type.
-    pub(crate) fn kind(&self) -> u32 {
-        self.core().kind
-    }
-
-    /// How many queues there are.
-    pub(crate) fn queues(&self) -> usize {
-        self.core().queues()
-    }
-
-    /// What is the device's own.
-    pub(crate) fn own(&self) -> &Own {
-        &self.core().own
-    }
-
-    pub(crate) fn set_own(&mut self, own: Own) {
-        match self {
-            Self::Mmio(registers, _) => registers.core.own = own,
-            Self::Pci(registers) => registers.core.own = own,
-        }
-    }
-
-    fn core(&self) -> &CoreState {
-        match self {
-            Self::Mmio(registers, _) => &registers.core,
-            Self::Pci(registers) => &registers.core,
-        }
-    }
 }
 
 impl VirtioDevice {

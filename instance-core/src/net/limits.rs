@@ -21,7 +21,7 @@ use storage_block::Limiter;
 /// port.transmit_limits = FrameLimits::new([Limiter::new(limits)]);
 /// assert_eq!(port.receive_limits.delay(), None);
 /// port.receive_limits.charge(25_000_000);
-/// assert!(port.receive_limits.delay().is_some_and(|delay| delay.as_millis() > 900));
+/// assert!(port.receive_limits.delay().is_some_and(|delay| delay.as_millis() > 500));
 /// assert!(!port.transmit_limits.is_none() && FrameLimits::default().is_none());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

@@ -157,7 +157,7 @@ impl Limiter {
     /// let limiter = Limiter::new(IoLimits { ops: Some(Rate { per_second: 1, burst: 2 }), ..IoLimits::NONE });
     /// assert_eq!(limiter.delay(), None);
     /// limiter.charge(2, 3000);
-    /// assert!(limiter.delay().is_some_and(|delay| delay.as_millis() > 900));
+    /// assert!(limiter.delay().is_some_and(|delay| delay.as_millis() > 500));
     /// ```
     pub fn delay(&self) -> Option<Duration> {
         lock(&self.0.state).delay(self.now(), Cost { ops: 1, bytes: 1 })

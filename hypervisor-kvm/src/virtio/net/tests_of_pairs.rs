@@ -303,7 +303,7 @@ fn frames_from_the_guest_wait_in_the_guest_when_the_limit_is_reached() {
         (2, 1, 1)
     );
     let due = guest.driver.device.due_in().expect("it looks again by itself");
-    assert!(due.as_millis() > 900 && due.as_millis() <= 1000, "{due:?}");
+    assert!(due.as_millis() > 500 && due.as_millis() <= 1000, "{due:?}");
     guest.driver.set(reg::VIRTIO_MMIO_STATUS, 15 | 128);
     assert_eq!(guest.driver.device.due_in(), None, "a driver that has given up is not looked after");
     guest.driver.begin(0);

@@ -1,6 +1,7 @@
 //! Network ports: frames between a guest and what it is plugged into.
 
 use std::net::Ipv4Addr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -133,7 +134,12 @@ pub(super) fn refuses_ports_that_cannot_be(bed: &TestBed<'_>) {
 }
 
 pub(super) fn carries_frames(bed: &TestBed<'_>) {
-    let Some((mut guest, peers)) = up(bed, &[FIRST, SECOND], |spec| spec.nets[1].mtu = 1400) else { return };
+    // With several processors, a port may have several queues.
+    let several = |spec: &mut MachineSpec| {
+        spec.vcpus = NonZeroU32::new(bed.vcpus).expect("the test bed gives processors");
+        spec.nets[1].mtu = 1400;
+    };
+    let Some((mut guest, peers)) = up(bed, &[FIRST, SECOND], several) else { return };
     guest.expect_answer("nets", "nets 2");
     for (n, (station, mtu)) in [(FIRST, 1500), (SECOND, 1400)].into_iter().enumerate() {
         guest.expect_answer(&format!("mac {n}"), &format!("mac {}", station.mac));
