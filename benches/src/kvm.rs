@@ -139,6 +139,20 @@ pub fn restored_2g_over_128m() -> anyhow::Result<Measurement> {
     )
 }
 
+/// The same of the bare sequence: what KVM itself takes longer for more memory, of which it may make tables.
+///
+/// # Errors
+///
+/// As [`machine_first_instruction`].
+pub fn bare_2g_over_128m() -> anyhow::Result<Measurement> {
+    let bare = |mib: NonZeroU32| move || bare::first_instruction(u64::from(mib.get()) << 20);
+    median_ratio(
+        Rounds { rounds: 120, batch: 1 },
+        ("2 GiB", &mut bare(SAVED_MIB[1])),
+        ("128 MiB", &mut bare(SAVED_MIB[0])),
+    )
+}
+
 /// What a thousand machines took to make, each in seconds, and the bytes of this process that are not their
 /// guests' memory: before there were any, and while all of them waited for a command.
 struct Thousand {
@@ -177,9 +191,27 @@ fn thousand() -> anyhow::Result<Thousand> {
 ///
 /// As [`machine_first_instruction`].
 pub fn thousandth_machine_over_first() -> anyhow::Result<Measurement> {
-    let Thousand { seconds, .. } = thousand()?;
+    Ok(last_over_first("machine", thousand()?.seconds))
+}
+
+/// The same of guests of the bare sequence: what KVM itself takes longer for each, the more there are.
+///
+/// # Errors
+///
+/// As [`machine_first_instruction`].
+pub fn thousandth_bare_over_first() -> anyhow::Result<Measurement> {
+    let (mut seconds, mut alive) = (Vec::with_capacity(MANY), Vec::with_capacity(MANY));
+    for _ in 0..MANY {
+        let (took, guest) = bare::make(u64::from(SMALL_MIB.get()) << 20)?;
+        seconds.push(took.as_secs_f64());
+        alive.push(guest);
+    }
+    Ok(last_over_first("bare", seconds))
+}
+
+fn last_over_first(name: &str, seconds: Vec<f64>) -> Measurement {
     let value = median(seconds[MANY - ENDS..].to_vec()) / median(seconds[..ENDS].to_vec());
-    Ok(Measurement { value, noise: None, samples: [("machine".to_owned(), seconds)].into() })
+    Measurement { value, noise: None, samples: [(name.to_owned(), seconds)].into() }
 }
 
 /// The KiB of a machine at rest beyond its guest's memory, without what the host's kernel keeps of it.

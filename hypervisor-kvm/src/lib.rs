@@ -27,6 +27,11 @@
 //!   leave says why the machine ended. A processor in the guest is called back by the signal `SIGSTKFLT`,
 //!   which Linux itself never sends: it stays blocked in these threads and is let in by KVM alone, so that
 //!   no handler is needed or touched. One that is sent to the whole process may be lost to them.
+//! - **Disks.** A disk's thread takes up requests from as many virtqueues as there are processors, 16 at most, and
+//!   answers them as they end, in any order. They are served by [`storage_block::Queue`], straight from and to the guest's memory: by
+//!   io_uring where the host's kernel allows it and the disk's bytes lie in a file, else by threads, which are made when
+//!   the guest first uses the disk. Which it is, is an event of `tracing`. A machine that is paused or saved has finished
+//!   what it had begun, and what a disk's limits had not let begin goes back to its virtqueue.
 //! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit or 32-bit protocol,
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.

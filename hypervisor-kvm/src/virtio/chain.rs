@@ -1,5 +1,6 @@
 //! A descriptor chain, read from the guest's memory once and checked.
 
+use smallvec::SmallVec;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -34,7 +35,9 @@ impl Chain {
             if n == max_descriptors {
                 return Err(Malformed("a descriptor chain is longer than its queue"));
             }
-            if !memory.check_range(descriptor.addr(), descriptor.len() as usize) {
+            // Pieces of RAM do not adjoin, so that each buffer lies in one.
+            let len = descriptor.len();
+            if len > 0 && memory.get_slice(descriptor.addr(), len as usize).is_err() {
                 return Err(Malformed("a descriptor points outside the memory"));
             }
             let buffers = if descriptor.is_write_only() {
@@ -44,8 +47,8 @@ impl Chain {
             } else {
                 return Err(Malformed("a readable descriptor follows a writable one"));
             };
-            buffers.segments.push((descriptor.addr(), descriptor.len()));
-            buffers.len += u64::from(descriptor.len());
+            buffers.segments.push((descriptor.addr(), len));
+            buffers.len += u64::from(len);
             complete = !descriptor.has_next();
         }
         // The iterator ends early where it cannot go on: an index outside the table, a loop, a
@@ -57,7 +60,8 @@ impl Chain {
 /// Pieces of the guest's memory that are read or written as one.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers {
-    segments: Vec<(GuestAddress, u32)>,
+    /// Mostly few.
+    segments: SmallVec<[(GuestAddress, u32); 4]>,
     len: u64,
 }
 
@@ -78,7 +82,7 @@ impl Buffers {
         self.pieces(offset, rest.len(), |address, len| {
             let (piece, after) = std::mem::take(&mut rest).split_at_mut(len);
             rest = after;
-            memory.read_slice(piece, address).is_ok()
+            memory.get_slice(address, len).and_then(|from| Ok(from.read_slice(piece, 0)?)).is_ok()
         })
     }
 
@@ -88,7 +92,7 @@ impl Buffers {
         self.pieces(offset, rest.len(), |address, len| {
             let (piece, after) = rest.split_at(len);
             rest = after;
-            memory.write_slice(piece, address).is_ok()
+            memory.get_slice(address, len).and_then(|to| Ok(to.write_slice(piece, 0)?)).is_ok()
         })
     }
 
@@ -107,9 +111,8 @@ impl Buffers {
         mut each: impl FnMut(*mut u8, usize),
     ) -> Result<(), Malformed> {
         self.pieces(offset, len as usize, |address, len| {
-            memory
-                .get_slices(address, len)
-                .all(|slice| slice.map(|slice| each(slice.ptr_guard_mut().as_ptr(), slice.len())).is_ok())
+            let slice = memory.get_slice(address, len);
+            slice.map(|slice| each(slice.ptr_guard_mut().as_ptr(), slice.len())).is_ok()
         })
     }
 

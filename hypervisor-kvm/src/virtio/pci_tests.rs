@@ -31,8 +31,12 @@ impl Driver {
     }
 
     fn of(disk: Disk) -> Self {
+        Self::with_queues(disk, 1)
+    }
+
+    fn with_queues(disk: Disk, queues: usize) -> Self {
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        Self { memory, device: Pci::new(Block::new(disk, "vol-0123", 1), Some(0xc000_0000)) }
+        Self { memory, device: Pci::new(Block::new(disk, "vol-0123", queues), Some(0xc000_0000)) }
     }
 
     fn set(&mut self, offset: u64, value: &[u8]) -> Done {
@@ -141,6 +145,28 @@ fn serves_a_good_driver_and_tells_it_by_messages() {
         assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), 0);
     }
     assert_eq!(driver.get(0x2000, 8), MIB / 512, "the capacity");
+}
+
+#[test]
+fn each_queue_has_a_message_of_its_own() {
+    const QUEUES: u16 = 3;
+    let mut driver = Driver::with_queues(MemoryDisk::new(MIB).unwrap().into_disk(), QUEUES.into());
+    assert_eq!(driver.get(18, 2), u64::from(QUEUES));
+    let msix = driver.capabilities().into_iter().find(|found| found.1 == 0x11).unwrap().0;
+    assert_eq!(driver.space(msix) >> 16 & 0x7ff, u32::from(QUEUES), "one more than that, less one");
+    driver.device.write_space(&driver.memory, msix + 2, &0x8000u16.to_le_bytes());
+    let message = |queue: u16| Message { address: 0xfee0_0000, data: 0x40 + u32::from(queue) };
+    for queue in 0..QUEUES {
+        let entry = MSIX_TABLE + 16 * u64::from(queue + 1);
+        driver.set(entry, &message(queue).address.to_le_bytes());
+        driver.set(entry + 8, &u64::from(message(queue).data).to_le_bytes());
+        driver.set(22, &queue.to_le_bytes());
+        driver.set(26, &(queue + 1).to_le_bytes());
+    }
+    for queue in 0..QUEUES {
+        assert_eq!(driver.device.queue_message(queue.into()), Some(message(queue)));
+    }
+    assert_eq!(driver.device.queue_message(QUEUES.into()), None);
 }
 
 #[test]

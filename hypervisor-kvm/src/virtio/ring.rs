@@ -4,7 +4,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::chain::{Chain, Malformed};
 use crate::memory::Memory;
@@ -126,8 +126,8 @@ pub(crate) struct Running<'a> {
     used_before: u16,
 }
 
-impl Running<'_> {
-    pub(crate) fn memory(&self) -> &Memory {
+impl<'a> Running<'a> {
+    pub(crate) fn memory(&self) -> &'a Memory {
         self.memory
     }
 
@@ -135,20 +135,31 @@ impl Running<'_> {
     /// been asked for.
     pub(crate) fn next(&mut self) -> Result<Option<Chain>, Malformed> {
         loop {
-            if let Some(chain) = self.pop()? {
-                return Ok(Some(chain));
-            }
-            if !self.ask()? {
-                return Ok(None);
+            let mut taken = None;
+            self.take(1, |chain| {
+                taken = Some(chain);
+                Ok(())
+            })?;
+            if taken.is_some() || !self.ask()? {
+                return Ok(taken);
             }
         }
     }
 
-    /// The next chain that the driver has made available, if one is there now.
-    pub(crate) fn pop(&mut self) -> Result<Option<Chain>, Malformed> {
-        let Some(next) = self.queue.iter(self.memory).map_err(|_| RING)?.next() else { return Ok(None) };
-        // Not the size that the driver gave the queue: a table of its own may have more descriptors.
-        Chain::read(self.memory, next, usize::from(QUEUE_SIZE)).map(Some)
+    /// The next chains that the driver has made available, as far as they are there now and `most` of them at most.
+    /// Says how many.
+    pub(crate) fn take(
+        &mut self,
+        most: usize,
+        mut each: impl FnMut(Chain) -> Result<(), Malformed>,
+    ) -> Result<usize, Malformed> {
+        let mut count = 0;
+        for next in self.queue.iter(self.memory).map_err(|_| RING)?.take(most) {
+            // Not the size that the driver gave the queue: a table of its own may have more descriptors.
+            each(Chain::read(self.memory, next, usize::from(QUEUE_SIZE))?)?;
+            count += 1;
+        }
+        Ok(count)
     }
 
     /// Asks the driver to notify of the next chain. True if it is there already.
@@ -171,17 +182,18 @@ impl Running<'_> {
         &mut self,
         chains: impl IntoIterator<Item = (u16, u32)>,
     ) -> Result<(), Malformed> {
-        const ELEMENTS: u64 = 4;
-        let (ring, size) = (self.queue.used_ring(), self.queue.size());
+        const ELEMENTS: usize = 4;
+        let size = usize::from(self.queue.size());
+        let ring = self.memory.get_slice(GuestAddress(self.queue.used_ring()), ELEMENTS + 8 * size);
+        let ring = ring.map_err(|_| RING)?;
         let mut next = self.queue.next_used();
         for (head, written) in chains {
             // `struct virtq_used_elem` (virtio 1.2, 2.7.8).
-            let at = ring + ELEMENTS + 8 * u64::from(next % size);
             let element = u64::from(head) | u64::from(written) << 32;
-            self.memory.write_obj(element.to_le(), GuestAddress(at)).map_err(|_| RING)?;
+            ring.write_obj(element.to_le(), ELEMENTS + 8 * (usize::from(next) % size)).map_err(|_| RING)?;
             next = next.wrapping_add(1);
         }
-        self.memory.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release).map_err(|_| RING)?;
+        ring.store(next.to_le(), 2, Ordering::Release).map_err(|_| RING)?;
         self.queue.set_next_used(next);
         Ok(())
     }

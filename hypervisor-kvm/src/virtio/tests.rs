@@ -210,6 +210,11 @@ fn serves_a_good_driver() {
     assert_eq!(driver.request(IN, 3, 1024, WRITE), (OK, 1025));
     assert_eq!(driver.data(1024), [7; 1024]);
     assert_eq!(driver.request(FLUSH, 0, 0, 0), (OK, 1));
+    for len in [1, 19, 20, 512] {
+        driver.put_data(&[0xee; 512]);
+        assert_eq!(driver.request(GET_ID, 0, len, WRITE), (OK, len.min(20) + 1));
+        assert_eq!(driver.data(512)[20..], [0xee; 492]);
+    }
     assert_eq!(driver.request(GET_ID, 0, 20, WRITE), (OK, 21));
     assert_eq!(driver.data(20), *b"vol-0123\0\0\0\0\0\0\0\0\0\0\0\0");
     driver.put_data(&Driver::range(3, 1, 0));
@@ -234,7 +239,8 @@ fn serves_a_good_driver() {
 fn a_request_that_cannot_be_done_is_an_error_and_no_more() {
     const SECTORS: u64 = MIB / 512;
     let zeroes = Driver::range;
-    let table: [(u32, u64, u32, u16, Vec<u8>, u8); 14] = [
+    let two = [zeroes(0, 1, 0), zeroes(8, 1, 0)].concat();
+    let table: [(u32, u64, u32, u16, Vec<u8>, u8); 19] = [
         (IN, SECTORS, 512, WRITE, vec![], IOERR),
         (IN, SECTORS - 1, 1024, WRITE, vec![], IOERR),
         (IN, u64::MAX, 512, WRITE, vec![], IOERR),
@@ -249,6 +255,13 @@ fn a_request_that_cannot_be_done_is_an_error_and_no_more() {
         (WRITE_ZEROES, 0, 16, 0, zeroes(0, u32::MAX, 0), IOERR),
         (WRITE_ZEROES, 0, 16, 0, zeroes(0, 1, 2), UNSUPP),
         (DISCARD, 0, 16, 0, zeroes(0, 1, 1), UNSUPP),
+        // More ranges than may be, or no whole one.
+        (WRITE_ZEROES, 0, 32, 0, two.clone(), IOERR),
+        (DISCARD, 0, 32, 0, two, IOERR),
+        (DISCARD, 0, 0, 0, vec![], IOERR),
+        (DISCARD, 0, 16, 0, zeroes(0, (64 << 11) + 1, 0), IOERR),
+        // Buffers of the other kind than the request needs: of no bytes, that lie on no sector.
+        (IN, SECTORS + 1, 512, 0, vec![], IOERR),
     ];
     let mut driver = Driver::ready();
     let whole = |disk: &Disk| {

@@ -305,10 +305,36 @@ impl Queue {
             if let Some(ring) = &mut self.ring {
                 ring.signals(true);
             }
-            // For whatever has ended unseen.
-            self.signal.event.signal();
+            self.signal.reset();
+            self.signal.set_watched(true);
+            // Whatever has ended unseen.
+            self.collect();
+            if !self.ready.is_empty() {
+                self.signal.event.signal();
+            }
         }
-        self.signal.watch()
+        self.signal.fd()
+    }
+
+    /// Says that nobody waits for the [descriptor](Self::fd) until it is asked for again. While there is always
+    /// something else to do, that spares telling of each request that it has ended.
+    ///
+    /// ```
+    /// use storage_block::MemoryDisk;
+    ///
+    /// let mut queue = MemoryDisk::new(1 << 20)?.into_disk().queue(8)?;
+    /// let descriptor = queue.fd().try_clone_to_owned()?;
+    /// queue.unwatch(); // and `fd` again before `descriptor` is waited for
+    /// # drop(descriptor);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn unwatch(&mut self) {
+        if self.signal.watched() {
+            self.signal.set_watched(false);
+            if let Some(ring) = &mut self.ring {
+                ring.signals(false);
+            }
+        }
     }
 
     fn running(&self) -> usize {

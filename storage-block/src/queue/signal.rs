@@ -1,7 +1,6 @@
 //! The descriptor by which a queue says that there is something to collect.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
@@ -37,7 +36,7 @@ pub(super) struct Signal {
     pub(super) event: std::sync::Arc<Event>,
     timer: Option<Timer>,
     /// Somebody may wait for the descriptor, so it has to tell the truth.
-    watched: AtomicBool,
+    watched: bool,
 }
 
 #[derive(Debug)]
@@ -51,20 +50,19 @@ impl Signal {
     pub(super) fn new(with_timer: bool) -> Result<Self> {
         let event = Event::new()?;
         let timer = if with_timer { Some(Timer::new(&event)?) } else { None };
-        Ok(Self { event: event.into(), timer, watched: AtomicBool::new(false) })
-    }
-
-    /// The descriptor for others to wait for.
-    pub(super) fn watch(&self) -> BorrowedFd<'_> {
-        self.watched.store(true, Ordering::Relaxed);
-        self.fd()
+        Ok(Self { event: event.into(), timer, watched: false })
     }
 
     pub(super) fn watched(&self) -> bool {
-        self.watched.load(Ordering::Relaxed)
+        self.watched
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
+    pub(super) fn set_watched(&mut self, watched: bool) {
+        self.watched = watched;
+    }
+
+    /// The descriptor to wait for.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.timer.as_ref().map_or(self.event.fd(), |timer| timer.both.as_fd())
     }
 

@@ -34,6 +34,7 @@ impl Line {
         tracing::debug!(engine = ?queue.engine(), "a guest's disk is served");
         let ended = queue.fd().try_clone_to_owned();
         let ended = ended.map_err(|e| Error::io(e, "cannot duplicate the descriptor of a disk's queue"))?;
+        queue.unwatch();
         Ok(Self { queue, memory: memory.clone(), ended: Arc::new(ended) })
     }
 
@@ -70,8 +71,9 @@ impl Line {
         Ok(())
     }
 
-    /// What can be waited for: see [`Queue::fd`].
-    pub(super) fn ended(&self) -> Arc<OwnedFd> {
+    /// What is going to be waited for: see [`Queue::fd`].
+    pub(super) fn watch(&mut self) -> Arc<OwnedFd> {
+        self.queue.fd();
         self.ended.clone()
     }
 

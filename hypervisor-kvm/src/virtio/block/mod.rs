@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::chain::{Chain, Malformed};
 use super::device::Device;
@@ -32,7 +32,7 @@ use request::{Op, RANGE_SECTORS_MAX, RANGES_MAX, Request, SEGMENT_BYTES_MAX, SEG
 pub(crate) const QUEUES_MAX: usize = 16;
 /// How many requests are taken up before the driver hears of those that have ended: few enough for it to get on
 /// meanwhile.
-const BATCH: usize = 8;
+const BATCH: usize = 16;
 /// The bytes of the configuration space.
 const CONFIG_LEN: usize = 60;
 
@@ -266,7 +266,8 @@ impl Block {
             return Ok(false);
         }
         for answer in &*answers {
-            let written = ring.memory().write_obj(answer.status as u8, answer.status_at);
+            let at = ring.memory().get_slice(answer.status_at, 1);
+            let written = at.and_then(|at| Ok(at.write_obj(answer.status as u8, 0)?));
             written.map_err(|_| Malformed("a status lies outside the memory"))?;
         }
         ring.put_all_used(answers.drain(..).map(|answer| (answer.head, answer.written + 1)))?;
@@ -317,15 +318,15 @@ impl Device for Block {
 
     fn serve(&mut self, lane: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
         let mut worked = self.collect() | self.answer(lane, ring)?;
-        let mut begun = 0;
-        while begun < BATCH && self.pending.len() < DEPTH as usize {
-            let Some(chain) = ring.pop()? else { break };
-            if lane > 0 && features & 1 << VIRTIO_BLK_F_MQ == 0 {
-                return Err(Malformed("a queue is in use that was not negotiated"));
-            }
-            self.begin(lane, ring.memory(), &chain, features)?;
-            begun += 1;
+        if let (true, Some(line)) = (self.pending.is_empty(), &mut self.line) {
+            // What ends at once, as reads of what the host has in memory do, is seen here.
+            line.queue().unwatch();
         }
+        if lane > 0 && features & 1 << VIRTIO_BLK_F_MQ == 0 {
+            return Err(Malformed("a queue is in use that was not negotiated"));
+        }
+        let (memory, room) = (ring.memory(), DEPTH as usize - self.pending.len());
+        let begun = ring.take(room.min(BATCH), |chain| self.begin(lane, memory, &chain, features))?;
         if begun > 0 {
             if let Some(line) = &mut self.line {
                 line.queue().submit();
@@ -335,7 +336,7 @@ impl Device for Block {
             worked = true;
         }
         // Where too much is under way, the next look is when something of it has ended.
-        Ok(worked || self.pending.len() < DEPTH as usize && ring.ask()?)
+        Ok(worked || room > 0 && ring.ask()?)
     }
 
     fn settle(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<(), Malformed> {
@@ -349,7 +350,7 @@ impl Device for Block {
     }
 
     fn ended(&mut self) -> Option<Arc<OwnedFd>> {
-        self.line.as_ref().filter(|_| !self.pending.is_empty()).map(Line::ended)
+        self.line.as_mut().filter(|_| !self.pending.is_empty()).map(Line::watch)
     }
 
     fn reset(&mut self) {
