@@ -325,6 +325,12 @@ impl BlockDeviceMapping {
         self.with_ebs(|ebs| ebs.encrypted = encrypted)
     }
 
+    /// The same, with a volume that starts with the content `snapshot`. Without meaning for anything but a volume.
+    #[must_use]
+    pub fn snapshot(self, snapshot: Digest) -> Self {
+        self.with_ebs(|ebs| ebs.snapshot = Some(snapshot))
+    }
+
     fn with_ebs(mut self, change: impl FnOnce(&mut Ebs)) -> Self {
         if let BlockDeviceKind::Ebs(ebs) = &mut self.kind {
             change(ebs);

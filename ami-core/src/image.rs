@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, ErrorKind, check_text, invalid_value, words};
-use crate::{AccountId, Action, AmiId, AnyAmi, RegionName, Tags, Timestamp};
+use crate::{AccountId, Action, AmiId, AnyAmi, Manifest, RegionName, Tags, Timestamp};
 
 words! {
     /// The state of an image.
@@ -318,8 +318,24 @@ impl Image {
     ///
     /// Those of [`authorize`](Self::authorize) for [`Action::Copy`], and [`ErrorKind::MalformedName`].
     pub fn copy_to(&self, caller: &AccountId, region: &RegionName, name: &str) -> Result<Self, Error> {
+        self.copy_as(caller, region, name, self.ami.manifest().clone())
+    }
+
+    /// The same for a copy whose content has another name there, as what is encrypted has under each key: `manifest` is
+    /// this image's [with it](Manifest::with_block_devices).
+    ///
+    /// # Errors
+    ///
+    /// As [`copy_to`](Self::copy_to).
+    pub fn copy_as(
+        &self,
+        caller: &AccountId,
+        region: &RegionName,
+        name: &str,
+        manifest: Manifest,
+    ) -> Result<Self, Error> {
         self.authorize(caller, Action::Copy)?;
-        let ami = self.ami.copy_to(region, caller, name)?;
+        let ami = AnyAmi::assemble(region.clone(), *caller, name.to_owned(), self.ami.created(), manifest)?;
         let product_codes = self.product_codes.clone();
         let source_image = Some(SourceImage { region: self.ami.region().clone(), id: self.id() });
         Ok(Self { description: self.description.clone(), product_codes, source_image, ..Self::pending(ami) })

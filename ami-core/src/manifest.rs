@@ -167,6 +167,32 @@ impl Manifest {
         Ok(Self(Arc::new(Inner { content, root_device, canonical, digest })))
     }
 
+    /// The same with other disks: another manifest, of another digest.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, X86_64};
+    /// # let ami = Ami::<X86_64>::builder("web")
+    /// #     .root_device("/dev/xvda")
+    /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+    /// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+    /// let manifest = ami.manifest();
+    /// let secret = |disk: &BlockDeviceMapping| disk.clone().snapshot(Digest::of(b"root, encrypted")).encrypted(true);
+    /// let encrypted = manifest.with_block_devices(manifest.block_device_mappings().iter().map(secret))?;
+    /// assert_ne!(encrypted.digest(), manifest.digest());
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The builder's errors if the manifest then breaks one of its rules.
+    pub fn with_block_devices(
+        &self,
+        mappings: impl IntoIterator<Item = BlockDeviceMapping>,
+    ) -> Result<Self, Error> {
+        let block_device_mappings = mappings.into_iter().collect();
+        Self::new(Content { block_device_mappings, ..self.0.content.clone() })
+    }
+
     /// The manifest in canonical JSON (RFC 8785): the bytes that the digest covers.
     pub fn to_canonical_json(&self) -> Vec<u8> {
         self.0.canonical.clone()

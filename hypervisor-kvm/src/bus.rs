@@ -67,6 +67,8 @@ impl Devices {
             self.power.read(port, data);
         } else if port == layout::PANIC_PORT {
             data.fill(panic::EVENTS);
+        } else if port == layout::I8042_PORT {
+            data.fill(layout::I8042_STATUS);
         } else if port == RTC.start + 1 {
             data.fill(self.clock(|rtc, now| rtc.read(now)));
         } else if self.pci.is_some() && HOT_PLUG.contains(&port) {

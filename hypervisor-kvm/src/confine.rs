@@ -35,7 +35,9 @@ use crate::kick;
 /// }
 /// ```
 ///
-/// The threads that call this library are never confined, and neither are those that disks start for themselves.
+/// The threads that serve the requests of disks are confined as the thread of their device, which starts them. They
+/// serve all requests: io_uring is not allowed, since what a ring is asked for passes by every filter. Threads that a disk has
+/// started by itself are not confined, and those that call this library never are.
 #[derive(Debug, Clone, Default)]
 pub struct Confinement {
     processors: Vec<i64>,
@@ -96,6 +98,10 @@ enum When {
     Always,
     /// None of these bits is set in the argument of this number.
     Without(u8, u64),
+    /// All of them are.
+    With(u8, u64),
+    /// It is this.
+    Equal(u8, u64),
     /// To kick a thread of this process.
     Kick,
 }
@@ -137,19 +143,26 @@ const COMMON: &[Allowed] = &[
 
 const PROCESSOR: &[Allowed] = &[(libc::SYS_rt_sigtimedwait, When::Always)];
 
-/// What disks and network ports of this library's do.
+/// What disks and network ports of this library's do. A thread that they start has the filter of who starts it.
 const DEVICE: &[Allowed] = &[
+    (libc::SYS_clone, When::With(0, libc::CLONE_THREAD as u64)),
+    // Its flags lie in memory, where no filter looks. What it makes is confined likewise.
+    (libc::SYS_clone3, When::Always),
+    (libc::SYS_epoll_create1, When::Always),
+    (libc::SYS_epoll_ctl, When::Always),
     (libc::SYS_epoll_wait, When::Always),
+    (libc::SYS_eventfd2, When::Always),
     (libc::SYS_fallocate, When::Always),
+    (libc::SYS_fcntl, When::Equal(1, libc::F_DUPFD_CLOEXEC as u64)),
     (libc::SYS_fdatasync, When::Always),
     (libc::SYS_fstat, When::Always),
     (libc::SYS_fsync, When::Always),
     (libc::SYS_ftruncate, When::Always),
-    (libc::SYS_io_uring_enter, When::Always),
     (libc::SYS_lseek, When::Always),
     (libc::SYS_openat, NOT_MADE),
     (libc::SYS_poll, When::Always),
     (libc::SYS_ppoll, When::Always),
+    (libc::SYS_prctl, When::Equal(0, libc::PR_SET_NAME as u64)),
     (libc::SYS_pread64, When::Always),
     (libc::SYS_preadv, When::Always),
     (libc::SYS_preadv2, When::Always),
@@ -159,10 +172,13 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_readv, When::Always),
     (libc::SYS_recvfrom, When::Always),
     (libc::SYS_recvmsg, When::Always),
+    (libc::SYS_rseq, When::Always),
     (libc::SYS_sendmsg, When::Always),
     (libc::SYS_sendto, When::Always),
+    (libc::SYS_set_robust_list, When::Always),
     (libc::SYS_statx, When::Always),
     (libc::SYS_sync_file_range, When::Always),
+    (libc::SYS_timerfd_create, When::Always),
     (libc::SYS_timerfd_settime, When::Always),
 ];
 
@@ -213,6 +229,11 @@ impl When {
                 let none = SeccompCmpOp::MaskedEq(bits);
                 vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, none, 0)?]
             }
+            Self::With(argument, bits) => {
+                let all = SeccompCmpOp::MaskedEq(bits);
+                vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, all, bits)?]
+            }
+            Self::Equal(argument, value) => vec![equal(argument, value)?],
             Self::Kick => vec![equal(0, std::process::id().into())?, equal(2, kick::SIGNAL as u64)?],
         };
         Ok(vec![SeccompRule::new(conditions)?])

@@ -18,9 +18,9 @@ use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::virtio::{Block, DeviceState, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
-use crate::{layout, memory, saved};
+use crate::{layout, memory, saved, virtio};
 
-pub use devices::{clock, virtio_balloon, virtio_vsock, vsock_streams};
+pub use devices::{clock, virtio_balloon, virtio_console, virtio_vsock, vsock_streams};
 
 const DISK: u64 = 64 << 10;
 
@@ -39,7 +39,7 @@ impl Input<'_> {
 pub fn virtio_block(bytes: &[u8]) {
     let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
     let disk = disk.into_disk();
-    let mut device = Mmio::new(Block::new(disk.clone(), "vol-fuzz"));
+    let mut device = Mmio::new(Block::new(disk.clone(), "vol-fuzz", 2));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, at, low, high]) = input.take() {
@@ -65,7 +65,9 @@ pub fn virtio_block(bytes: &[u8]) {
                 assert!(memory.write_slice(&value[..len], GuestAddress(address)).is_ok());
             }
             _ => {
-                let step = device.step(&memory, 0);
+                let queue = usize::from(at % 2);
+                let step =
+                    if low % 4 == 3 { device.settle(&memory, queue) } else { device.step(&memory, queue) };
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
                 broken |= matches!(step, Step::Broken(_));
             }
@@ -78,7 +80,7 @@ pub fn virtio_block(bytes: &[u8]) {
 /// and its registers.
 pub fn virtio_pci(bytes: &[u8]) {
     let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
-    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz"), Some(layout::PCI_MEMORY));
+    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz", 2), Some(layout::PCI_MEMORY));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, low, high]) = input.take() {
@@ -111,21 +113,29 @@ pub fn virtio_pci(bytes: &[u8]) {
     }
 }
 
-/// Anybody's bytes as a saved machine's state, and what devices of it do. What can be decoded is encoded again as
-/// it was, and goes on where it was saved.
+/// Anybody's bytes as a saved machine's state of any version, and what devices of it do. What can be decoded is encoded
+/// again as it was, and goes on where it was saved.
 pub fn saved_machine(bytes: &[u8]) {
+    (1..=saved::VERSION).for_each(|version| saved_machine_of(version, bytes));
+}
+
+fn saved_machine_of(version: u32, bytes: &[u8]) {
     let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
-    let Ok(state) = saved::decode(bytes) else { return };
+    let Ok(state) = saved::decode(version, bytes) else { return };
     // Numbers may be encoded in more bytes than they need.
     let again = saved::encode(&state).expect("what was decoded can be encoded");
     for device in &state.virtio {
         let Ok(disk) = MemoryDisk::new(DISK) else { return };
         let (port, _network) = net::link();
-        let net = Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])));
-        let block = Block::new(disk.into_disk(), "vol-fuzz");
+        let net = Net::new(
+            &NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])),
+            Net::pairs_of(device.state.queues()),
+        );
+        let block = Block::new(disk.into_disk(), "vol-fuzz", device.state.queues());
+        let console = virtio::Console::new(Console::new().port());
         match &device.state {
             DeviceState::Mmio(registers, _) => {
-                for mut device in [Mmio::new(block), Mmio::new(net)] {
+                for mut device in [Mmio::new(block), Mmio::new(net), Mmio::new(console)] {
                     if device.restore(&memory, registers).is_ok() {
                         assert_eq!(device.save(), *registers);
                         (0..device.queues()).for_each(|queue| _ = device.step(&memory, queue));
@@ -134,7 +144,7 @@ pub fn saved_machine(bytes: &[u8]) {
             }
             DeviceState::Pci(registers) => {
                 let place = Some(layout::PCI_MEMORY);
-                for mut device in [Pci::new(block, place), Pci::new(net, place)] {
+                for mut device in [Pci::new(block, place), Pci::new(net, place), Pci::new(console, place)] {
                     if device.restore(&memory, registers).is_ok() {
                         (0..device.queues()).for_each(|queue| {
                             let _ = (device.step(&memory, queue), device.queue_message(queue));
@@ -153,7 +163,7 @@ pub fn saved_machine(bytes: &[u8]) {
     let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
     let serial = SerialPort::new(Console::new().port(), interrupt);
     let _ = (fits, serial.restore(state.serial.clone()), serial.read(0), serial.write(0, 0));
-    let twice = saved::decode(&again).map(|state| saved::encode(&state));
+    let twice = saved::decode(saved::VERSION, &again).map(|state| saved::encode(&state));
     assert!(matches!(twice, Ok(Ok(twice)) if twice == again), "it is encoded in two ways");
 }
 
@@ -167,7 +177,8 @@ pub fn virtio_net(bytes: &[u8]) {
     let mut offloads = Offloads::NONE;
     (offloads.checksum, offloads.tcp4, offloads.tcp6) = (takes & 1 != 0, takes & 2 != 0, takes & 4 != 0);
     network.set_takes(offloads);
-    let mut device = Mmio::new(Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1]))));
+    let pairs = usize::from(takes >> 4);
+    let mut device = Mmio::new(Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])), pairs));
     let mut broken = false;
     while let Some([action, at, low, high]) = input.take() {
         match action % 5 {
@@ -196,7 +207,7 @@ pub fn virtio_net(bytes: &[u8]) {
                 let _ = network.send(frame);
             }
             _ => {
-                let step = device.step(&memory, usize::from(at % 3));
+                let step = device.step(&memory, usize::from(at % 18));
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
                 broken |= matches!(step, Step::Broken(_));
                 while let Some(frame) = network.recv() {
@@ -241,7 +252,8 @@ mod tests {
     type Body = fn(&[u8]);
 
     /// The bodies of devices that have seeds of their own.
-    const BODIES: [(&str, Body); 4] = [
+    const BODIES: [(&str, Body); 5] = [
+        ("kvm_virtio_console", super::virtio_console),
         ("kvm_virtio_balloon", super::virtio_balloon),
         ("kvm_virtio_vsock", super::virtio_vsock),
         ("kvm_vsock_streams", super::vsock_streams),

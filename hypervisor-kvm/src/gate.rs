@@ -50,14 +50,19 @@ impl Gate {
 
     /// Waits while the gate is closed. False when the machine ends.
     pub(crate) fn pass(&self) -> bool {
-        self.pass_unless(&AtomicBool::new(false))
+        self.pass_unless(&AtomicBool::new(false), || ())
     }
 
     /// The same for a worker that may be sent home: false then, too. Whoever does that calls [`nudge`](Self::nudge).
-    pub(crate) fn pass_unless(&self, sent_home: &AtomicBool) -> bool {
+    /// Before it stands still it does what `settle` says.
+    pub(crate) fn pass_unless(&self, sent_home: &AtomicBool, settle: impl FnOnce()) -> bool {
         let sent_home = || sent_home.load(Ordering::Acquire);
         if self.is_open() {
             return !sent_home();
+        }
+        // Not at the machine's end, which leaves everything as it is.
+        if self.lock().order == Order::Hold {
+            settle();
         }
         let mut state = self.lock();
         state.held += 1;

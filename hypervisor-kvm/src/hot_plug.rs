@@ -1,85 +1,144 @@
-//! Disks that come and go while a machine runs on PCI.
+//! Disks and network ports that come and go while a machine runs on PCI.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
-use instance_core::machine::{Detach, DiskSpec, MachineError, MachineErrorKind};
+use instance_core::machine::{Detach, DiskSpec, MachineError, MachineState, NetSpec};
+use instance_core::net::MacAddress;
 
 use crate::Transport;
 use crate::error::{Result, unsupported};
 use crate::machine::Shared;
 use crate::saved;
-use crate::slots::{Placed, Role};
+use crate::slots::{Other, Placed, Role};
 use crate::thread::Thread;
-use crate::virtio::{Block, VirtioDevice};
+use crate::virtio::{Block, Device, Net, VirtioDevice};
 
 impl Shared {
     /// Gives the guest one more disk. One at a time calls this.
-    pub(crate) fn attach(self: &Arc<Self>, disk: &DiskSpec) -> Result<()> {
+    pub(crate) fn attach_disk(self: &Arc<Self>, disk: &DiskSpec) -> Result<()> {
         const ACTION: &str = "attach a disk to";
-        let slots = &self.devices.virtio;
-        match self.live_disk(ACTION, &disk.serial) {
-            Ok(_) => return Err(MachineError::disk_exists(&disk.serial)),
-            Err(e) if e.kind() == MachineErrorKind::NoSuchDisk => {}
-            Err(e) => return Err(e),
+        if self.find_live(ACTION, |placed| placed.is_disk(&disk.serial))?.is_some() {
+            return Err(MachineError::disk_exists(&disk.serial));
         }
+        let block = Block::new(disk.disk.clone(), &disk.serial, self.processors());
+        self.plug(ACTION, Role::Disk(saved::Disk::of(disk)), block, |_| Ok(()))
+    }
+
+    /// Gives the guest one more network port. One at a time calls this.
+    pub(crate) fn attach_net(self: &Arc<Self>, net: &NetSpec) -> Result<()> {
+        const ACTION: &str = "attach a network port to";
+        if self.find_live(ACTION, |placed| placed.is_net(net.mac))?.is_some() {
+            return Err(MachineError::port_exists(net.mac));
+        }
+        let device = Net::new(net, self.processors());
+        self.plug(ACTION, Role::Net(saved::Port::of(net)), device, |device| {
+            net.port.set_waker(Some(Arc::new(device.waker()?)));
+            Ok(())
+        })
+    }
+
+    /// Puts a device into a place that is free, and tells the guest when it is `connected`.
+    fn plug(
+        self: &Arc<Self>,
+        action: &str,
+        role: Role,
+        device: impl Device + 'static,
+        connect: impl FnOnce(&VirtioDevice) -> Result<()>,
+    ) -> Result<()> {
+        let slots = &self.devices.virtio;
         self.join_departed();
-        let taken = slots
-            .all()
-            .iter()
-            .filter(|placed| !matches!(placed.role, Role::Other) && !placed.is_hollow())
-            .count();
-        let most = Transport::Pci.device_places();
+        let counts = |placed: &Placed| !matches!(placed.role, Role::Other(_)) && !placed.is_hollow();
+        let taken = slots.all().iter().filter(|placed| counts(placed)).count();
+        let is_console = |placed: &Placed| matches!(placed.role, Role::Other(Other::Console));
+        let most = Transport::Pci.device_places(slots.find(is_console).is_some());
         let Some(number) = slots.free().filter(|_| taken < most) else {
             return Err(unsupported(format!(
                 "the machine has {most} disks and network ports, which is all there is room for"
             )));
         };
-        let device = VirtioDevice::late(&self.memory, Block::new(disk.disk.clone(), &disk.serial))?;
+        let device = VirtioDevice::late(&self.memory, device)?;
         let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.gate.join_late() {
-            return Err(MachineError::wrong_state(ACTION, &self.state.get()));
+            return Err(MachineError::wrong_state(action, &self.state.get()));
         }
-        let placed = slots.put(Placed::new(number, Role::Disk(saved::Disk::of(disk)), device));
+        let placed = slots.put(Placed::new(number, role, device));
         self.spawn_device(&placed).inspect_err(|_| slots.withdraw(&self.vm, &placed))?;
+        if let Err(error) = connect(&placed.device) {
+            slots.withdraw(&self.vm, &placed);
+            self.join_departed();
+            return Err(error);
+        }
         slots.announce(&placed);
         self.devices.tell_of_hot_plug(&self.vm);
         Ok(())
     }
 
     /// Takes a disk from the guest.
-    pub(crate) fn detach(&self, serial: &str, how: Detach) -> Result<()> {
+    pub(crate) fn detach_disk(&self, serial: &str, how: Detach) -> Result<()> {
         const ACTION: &str = "detach a disk from";
-        let slots = &self.devices.virtio;
-        let placed = self.live_disk(ACTION, serial)?;
+        let missing = || MachineError::no_such_disk(serial);
+        let placed = self.find_live(ACTION, |placed| placed.is_disk(serial))?.ok_or_else(missing)?;
         if !placed.can_go() {
             return Err(unsupported(format!("disk {serial:?} is the first disk, which stays")));
         }
+        self.unplug(ACTION, &placed, how, || MachineError::held(serial), missing)
+    }
+
+    /// Takes a network port from the guest.
+    pub(crate) fn detach_net(&self, mac: MacAddress, how: Detach) -> Result<()> {
+        const ACTION: &str = "detach a network port from";
+        let missing = || MachineError::no_such_port(mac);
+        let placed = self.find_live(ACTION, |placed| placed.is_net(mac))?.ok_or_else(missing)?;
+        self.unplug(ACTION, &placed, how, || MachineError::port_held(mac), missing)
+    }
+
+    fn unplug(
+        &self,
+        action: &str,
+        placed: &Arc<Placed>,
+        how: Detach,
+        held: impl FnOnce() -> MachineError,
+        missing: impl FnOnce() -> MachineError,
+    ) -> Result<()> {
+        let slots = &self.devices.virtio;
         match how {
             Detach::Ask { until } => {
-                slots.ask_to_go(&placed);
+                slots.ask_to_go(placed);
                 self.devices.tell_of_hot_plug(&self.vm);
                 let ended = || self.state.get().exit_cause().is_some();
-                if !slots.wait_until_gone(&placed, until, ended) {
-                    return Err(MachineError::held(serial));
+                if !slots.wait_until_gone(placed, until, ended) {
+                    return Err(held());
                 }
-                if slots.is_in_place(&placed) {
-                    return Err(MachineError::wrong_state(ACTION, &self.state.get()));
+                if slots.is_in_place(placed) {
+                    return Err(MachineError::wrong_state(action, &self.state.get()));
                 }
             }
             _ => {
                 if placed.hollow.swap(true, Ordering::AcqRel) {
-                    return Err(MachineError::no_such_disk(serial));
+                    return Err(missing());
                 }
                 // Waits for the request that is under way.
                 placed.device.end();
-                slots.ask_to_go(&placed);
+                slots.ask_to_go(placed);
                 self.devices.tell_of_hot_plug(&self.vm);
                 return Ok(());
             }
         }
         self.join_departed();
         Ok(())
+    }
+
+    /// The device of a machine that is running or paused of which `is` says so, if there is one.
+    pub(crate) fn find_live(
+        &self,
+        action: &str,
+        is: impl Fn(&Placed) -> bool,
+    ) -> Result<Option<Arc<Placed>>> {
+        match self.state.get() {
+            MachineState::Running | MachineState::Paused => Ok(self.devices.virtio.find(is)),
+            state => Err(MachineError::wrong_state(action, &state)),
+        }
     }
 
     /// Waits for the threads of devices that are no longer there.

@@ -113,8 +113,11 @@ pub(crate) const RESET_PORT: u16 = 0xcf9;
 pub(crate) const RESET_VALUE: u8 = 0x06;
 /// The sleep type that means power-off, in the PM1 control register and the `_S5` object.
 pub(crate) const SLEEP_TYPE_OFF: u8 = 5;
-/// The command port of a PC's keyboard controller, which resets the machine as well.
+/// The command and status port of a PC's keyboard controller, which resets the machine as well.
 pub(crate) const I8042_PORT: u16 = 0x64;
+/// What it says of its state: it has taken every command (bit 1 is clear), for kernels wait for that before they have it
+/// reset the machine; and it always has something to be read (bit 0), by which they see that there is none.
+pub(crate) const I8042_STATUS: u8 = 0xfd;
 /// The keyboard controller's command that pulses the reset line.
 pub(crate) const I8042_RESET: u8 = 0xfe;
 /// The port by which a guest's kernel says that it panics (QEMU, `docs/specs/pvpanic.rst`).

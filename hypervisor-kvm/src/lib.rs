@@ -1,8 +1,8 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
 //! [`Kvm`] makes machines of 64-bit and of 32-bit x86: a kernel loaded directly, virtio block devices, network
-//! ports, sockets, an entropy device and a memory balloon on virtio-mmio or PCI, where a stock kernel finds them, a serial
-//! port, a clock, a power button, and nothing that an instance does not need.
+//! ports, sockets, a console, an entropy device and a memory balloon on virtio-mmio or PCI, where a stock kernel finds
+//! them, a serial port, a clock, a power button, and nothing that an instance does not need.
 //!
 //! ```no_run
 //! use std::{fs::File, time::{Duration, Instant}};
@@ -64,8 +64,7 @@
 //!
 //! # What it leaves out
 //!
-//! Hot-plugging on virtio-mmio, and of network ports, firmware, other hosts than x86-64
-//! Linux.
+//! Hot-plugging on virtio-mmio, firmware, other hosts than x86-64 Linux.
 //!
 //! [`PowerOff`]: instance_core::machine::ExitCause::PowerOff
 //! [`Reset`]: instance_core::machine::ExitCause::Reset
@@ -123,7 +122,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
-use crate::machine::{KvmMachine, OTHER_DEVICES};
+use crate::machine::KvmMachine;
 use crate::thread::Stacks;
 
 /// The most processors of a machine.
@@ -224,8 +223,8 @@ impl Kvm {
             Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
-        capabilities.live_growth = true;
-        (capabilities.balloon, capabilities.vsock) = (true, true);
+        (capabilities.live_growth, capabilities.net_limits) = (true, true);
+        (capabilities.balloon, capabilities.vsock, capabilities.virtio_console) = (true, true, true);
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
@@ -281,11 +280,6 @@ impl Kvm {
     fn transport(&self) -> Transport {
         self.transport
     }
-
-    /// For how many disks and network ports of a machine there is room.
-    fn device_places(&self) -> usize {
-        self.transport.device_places()
-    }
 }
 
 impl Transport {
@@ -297,24 +291,27 @@ impl Transport {
         }
     }
 
-    /// For how many disks and network ports of a machine there is room.
-    fn device_places(self) -> usize {
-        self.places() - OTHER_DEVICES
+    /// For how many disks and network ports of a machine there is room: that of an entropy device, a balloon and streams
+    /// is kept, that of a virtio console where there is one.
+    fn device_places(self, virtio_console: bool) -> usize {
+        self.places() - 3 - usize::from(virtio_console)
     }
 }
 
 impl Hypervisor for Kvm {
     fn capabilities(&self) -> Capabilities {
         let mut capabilities = self.inner.capabilities.clone();
-        capabilities.max_disks = self.device_places();
-        capabilities.max_nets = self.device_places();
+        capabilities.max_disks = self.transport.device_places(false);
+        capabilities.max_nets = capabilities.max_disks;
         capabilities.hot_plug = self.transport == Transport::Pci;
+        capabilities.net_hot_plug = capabilities.hot_plug;
         capabilities
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
         self.capabilities().check(&spec)?;
-        let (disks, nets, most) = (spec.disks.len(), spec.nets.len(), self.device_places());
+        let (disks, nets) = (spec.disks.len(), spec.nets.len());
+        let most = self.transport.device_places(spec.virtio_console.is_some());
         if disks + nets > most {
             let what = format!(
                 "{disks} disks and {nets} network ports are more than the {most} that kvm has room for"

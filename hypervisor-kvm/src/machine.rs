@@ -1,21 +1,22 @@
 //! A machine: what its handle, its processors and its devices share, and how it begins and ends.
 
+mod parts;
+
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use instance_core::console::ConsolePort;
 use instance_core::machine::{
     Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, NetSpec,
     RestoreSpec, VmExits,
 };
-use instance_core::vsock::VsockSpec;
+use instance_core::net::MacAddress;
 use instance_core::watch::{Publisher, Watch};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
 
+use self::parts::{Parts, Places};
 use crate::boot::Plan;
 use crate::bus::Devices;
 use crate::confine::{self, Filter, Filters};
@@ -24,19 +25,11 @@ use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
-use crate::power::Power;
-use crate::rtc::Rtc;
 use crate::saved::{self, Loaded, Platform, Processor};
-use crate::serial::SerialPort;
-use crate::slots::{Placed, Role, Slots};
+use crate::slots::{Other, Placed, Role};
 use crate::thread::{Stacks, Thread};
-use crate::virtio::{Balloon, Block, Device, Net, Rng, VirtioDevice, Vsock, Wish};
+use crate::virtio::Wish;
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
-
-/// The most virtio devices that a machine has besides its disks and network ports: in this order the entropy
-/// device; the balloon, which machines have that were not saved before there was one; and, if its specification
-/// says so, the place for streams.
-pub(crate) const OTHER_DEVICES: usize = 3;
 
 /// A machine's handle.
 #[derive(Debug)]
@@ -78,21 +71,6 @@ struct Threads {
     vcpus: Vec<Thread>,
 }
 
-/// What a machine is put together from.
-struct Parts<'a> {
-    name: &'a str,
-    transport: Transport,
-    disks: &'a [DiskSpec],
-    nets: &'a [NetSpec],
-    vsock: Option<&'a VsockSpec>,
-    /// Which place each device has: the disks', the network ports', and those of as many others as there are.
-    places: Places,
-    console: &'a ConsolePort,
-    vm: VmFd,
-    memory: Memory,
-    processors: Vec<VcpuFd>,
-}
-
 impl KvmMachine {
     /// Makes the machine and its threads, which wait for [`start`](Machine::start).
     pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
@@ -102,9 +80,8 @@ impl KvmMachine {
         let vm = make_vm(kvm, &memory)?;
         let count = spec.vcpus.get();
         let transport = kvm.transport();
-        let others = OTHER_DEVICES - usize::from(spec.vsock.is_none());
-        let places = Places::in_order(spec.disks.len(), spec.nets.len(), others);
-        acpi::write(&memory, count, transport, spec.disks.len() + spec.nets.len() + others)?;
+        let places = Places::of_new(spec);
+        acpi::write(&memory, count, transport, places.count())?;
         generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
@@ -118,8 +95,20 @@ impl KvmMachine {
             })
             .collect::<Result<Vec<_>>>()?;
         let MachineSpec { name, disks, nets, console, .. } = spec;
-        let vsock = spec.vsock.as_ref();
-        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
+        let (vsock, virtio_console) = (spec.vsock.as_ref(), spec.virtio_console.as_ref());
+        let parts = Parts {
+            name,
+            transport,
+            disks,
+            nets,
+            vsock,
+            places,
+            console,
+            virtio_console,
+            vm,
+            memory,
+            processors,
+        };
         Self::run(parts.put_together(kvm, MachineState::Created)?, filters)
     }
 
@@ -141,8 +130,20 @@ impl KvmMachine {
             .collect::<Result<Vec<_>>>()?;
         state.platform.restore(&vm)?;
         let RestoreSpec { name, disks, nets, console, .. } = spec;
-        let (transport, vsock, places) = (state.transport, spec.vsock.as_ref(), Places::of(state));
-        let parts = Parts { name, transport, disks, nets, vsock, places, console, vm, memory, processors };
+        let (vsock, virtio_console) = (spec.vsock.as_ref(), spec.virtio_console.as_ref());
+        let parts = Parts {
+            name,
+            transport: state.transport,
+            disks,
+            nets,
+            vsock,
+            places: Places::of_saved(state),
+            console,
+            virtio_console,
+            vm,
+            memory,
+            processors,
+        };
         let mut shared = parts.put_together(kvm, MachineState::Paused)?;
         shared.devices.restore(&shared.vm, &shared.memory, state)?;
         // Nobody has asked this one's guest for memory.
@@ -192,6 +193,14 @@ impl KvmMachine {
         Ok(one_at_a_time)
     }
 
+    /// That devices come and go, where it would otherwise be said what machines do not.
+    fn check_hot_plug(&self, what: &str) -> Result<()> {
+        if self.shared.devices.pci.is_some() {
+            return Ok(());
+        }
+        Err(unsupported(format!("machines on virtio-mmio {what} while they run; those on PCI do")))
+    }
+
     /// Publishes the next state, unless the machine has ended meanwhile.
     fn publish(&self, action: &str, to: MachineState) -> Result<()> {
         let moved = self.shared.state.update(|state| {
@@ -202,98 +211,6 @@ impl KvmMachine {
             alive
         });
         if moved { Ok(()) } else { Err(MachineError::wrong_state(action, &self.shared.state.get())) }
-    }
-}
-
-/// Which places devices have.
-struct Places {
-    disks: Vec<usize>,
-    nets: Vec<usize>,
-    others: Vec<usize>,
-}
-
-impl Places {
-    /// Of a new machine: one after the other.
-    fn in_order(disks: usize, nets: usize, others: usize) -> Self {
-        let from = disks + nets;
-        Self {
-            disks: (0..disks).collect(),
-            nets: (disks..from).collect(),
-            others: (from..from + others).collect(),
-        }
-    }
-
-    /// Of one that was saved, where devices may have come and gone.
-    fn of(state: &saved::State) -> Self {
-        let of = |role| {
-            let devices = state.virtio.iter().filter(|device| device.role == role);
-            devices.map(|device| usize::from(device.place)).collect()
-        };
-        Self { disks: of(saved::Role::Disk), nets: of(saved::Role::Net), others: of(saved::Role::Other) }
-    }
-}
-
-impl Parts<'_> {
-    /// A machine without threads, whose devices nobody has used yet.
-    fn put_together(self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
-        let Self { name, transport, disks, nets, vsock, places, console, vm, memory, processors } = self;
-        let (mut placed, mut others) = (Vec::new(), places.others.into_iter());
-        let way = (transport, state == MachineState::Paused);
-        for (place, disk) in places.disks.into_iter().zip(disks) {
-            let block = Block::new(disk.disk.clone(), &disk.serial);
-            let device = served(&vm, &memory, place, way, block)?;
-            placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
-        }
-        for (place, net) in places.nets.into_iter().zip(nets) {
-            let device = served(&vm, &memory, place, way, Net::new(net))?;
-            net.port.set_waker(Some(Arc::new(device.waker()?)));
-            placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
-        }
-        if let Some(place) = others.next() {
-            let device = VirtioDevice::new(&vm, &memory, place, transport, Rng)?;
-            placed.push(Placed::new(place, Role::Other, device));
-        }
-        let mut balloon = None;
-        if let Some(place) = others.next() {
-            let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
-            let wish = Arc::new(Wish::new(mib as u32));
-            let device = VirtioDevice::new(&vm, &memory, place, transport, Balloon::new(wish.clone()))?;
-            placed.push(Placed::new(place, Role::Other, device));
-            balloon = Some((place, wish));
-        }
-        if let (Some(place), Some(spec)) = (others.next(), vsock) {
-            let mut device = Vsock::new(spec);
-            if state == MachineState::Paused {
-                // It goes on, with streams that nobody else has.
-                device.break_streams();
-            }
-            let device = served(&vm, &memory, place, way, device)?;
-            spec.port.set_waker(Some(Arc::new(device.waker()?)));
-            placed.push(Placed::new(place, Role::Other, device));
-        }
-        let devices = Devices {
-            serial: serial_port(&vm, console)?,
-            power: Power::default(),
-            rtc: Mutex::new(Rtc::new()),
-            pci: (transport == Transport::Pci).then(Bus::new),
-            virtio: Slots::new(transport.places(), placed),
-        };
-        Ok(Shared {
-            name: name.to_owned(),
-            filter: None,
-            exits: processors.iter().map(|_| Exits::default()).collect(),
-            stacks: kvm.stacks(),
-            processors: processors.into_iter().map(Mutex::new).collect(),
-            vm,
-            devices,
-            balloon,
-            memory,
-            msrs: kvm.msrs(),
-            gate: Gate::new(),
-            state: Publisher::new(state),
-            threads: Mutex::default(),
-            plugging: Mutex::default(),
-        })
     }
 }
 
@@ -367,7 +284,8 @@ impl Shared {
         let role = match placed.role {
             Role::Disk(_) => "disk",
             Role::Net(_) => "net",
-            Role::Other => "vsock",
+            Role::Other(Other::Console) => "hvc",
+            Role::Other(_) => "vsock",
         };
         let served = placed.clone();
         let work = move |shared: &Shared| {
@@ -389,14 +307,9 @@ impl Shared {
         }
     }
 
-    /// The disk with this serial number of a machine that is running or paused.
-    pub(crate) fn live_disk(&self, action: &str, serial: &str) -> Result<Arc<Placed>> {
-        match self.state.get() {
-            MachineState::Running | MachineState::Paused => {}
-            state => return Err(MachineError::wrong_state(action, &state)),
-        }
-        let found = self.devices.virtio.find(|placed| placed.is_disk(serial));
-        found.ok_or_else(|| MachineError::no_such_disk(serial))
+    /// How many processors there are.
+    pub(crate) fn processors(&self) -> usize {
+        self.processors.len()
     }
 
     /// Ends the machine; the first cause stays.
@@ -440,21 +353,6 @@ impl Drop for Leaving<'_> {
     }
 }
 
-/// A device that a thread is going to serve; whether it goes on where another was saved is said with the transport: on
-/// PCI it has no place before it is told where that was, which may be where another one begins.
-fn served(
-    vm: &VmFd,
-    memory: &Memory,
-    place: usize,
-    (transport, goes_on): (Transport, bool),
-    device: impl Device + 'static,
-) -> Result<VirtioDevice> {
-    match transport {
-        Transport::Pci if goes_on => VirtioDevice::late(memory, device),
-        _ => VirtioDevice::with_thread(vm, memory, place, transport, device),
-    }
-}
-
 /// Interrupt controllers, timer, and the pages that KVM needs on Intel processors.
 fn set_up_platform(vm: &VmFd) -> Result<()> {
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -477,12 +375,6 @@ fn make_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd> {
     }
     set_up_platform(&vm)?;
     Ok(vm)
-}
-
-fn serial_port(vm: &VmFd, console: &ConsolePort) -> Result<SerialPort> {
-    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-    vm.register_irqfd(&interrupt, layout::SERIAL_IRQ).host("KVM did not take the serial port's interrupt")?;
-    Ok(SerialPort::new(console.clone(), interrupt))
 }
 
 impl Machine for KvmMachine {
@@ -519,25 +411,33 @@ impl Machine for KvmMachine {
     }
 
     fn attach_disk(&self, disk: DiskSpec) -> Result<()> {
-        if self.shared.devices.pci.is_none() {
-            return Err(unsupported("machines on virtio-mmio take no disks while they run; those on PCI do"));
-        }
+        self.check_hot_plug("take no disks")?;
         disk.check()?;
         let _action = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
-        self.shared.attach(&disk)
+        self.shared.attach_disk(&disk)
     }
 
     fn detach_disk(&self, serial: &str, how: Detach) -> Result<()> {
-        if self.shared.devices.pci.is_none() {
-            return Err(unsupported(
-                "machines on virtio-mmio give up no disks while they run; those on PCI do",
-            ));
-        }
-        self.shared.detach(serial, how)
+        self.check_hot_plug("give up no disks")?;
+        self.shared.detach_disk(serial, how)
+    }
+
+    fn attach_net(&self, net: NetSpec) -> Result<()> {
+        self.check_hot_plug("take no network ports")?;
+        net.check()?;
+        let _action = self.actions.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.attach_net(&net)
+    }
+
+    fn detach_net(&self, mac: MacAddress, how: Detach) -> Result<()> {
+        self.check_hot_plug("give up no network ports")?;
+        self.shared.detach_net(mac, how)
     }
 
     fn disk_grown(&self, serial: &str) -> Result<()> {
-        self.shared.live_disk("grow a disk of", serial)?.device.refresh(&self.shared.vm);
+        let grown = self.shared.find_live("grow a disk of", |placed| placed.is_disk(serial))?;
+        let grown = grown.ok_or_else(|| MachineError::no_such_disk(serial))?;
+        grown.device.refresh(&self.shared.vm);
         Ok(())
     }
 
@@ -547,7 +447,7 @@ impl Machine for KvmMachine {
         };
         let _action = self.begin("save", &MachineState::Paused)?;
         if self.shared.devices.virtio.find(Placed::is_hollow).is_some() {
-            let what = "the guest has not let go of a disk that was taken from it";
+            let what = "the guest has not let go of a device that was taken from it";
             return Err(MachineError::new(MachineErrorKind::Held, what));
         }
         saved::write(to, &self.shared.save(msrs)?, &self.shared.memory)

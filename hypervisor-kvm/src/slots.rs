@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use instance_core::net::MacAddress;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_CONSOLE, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK};
 
 use crate::thread::Thread;
 use crate::virtio::VirtioDevice;
@@ -22,7 +24,33 @@ pub(crate) enum Role {
     Disk(saved::Disk),
     Net(saved::Port),
     /// One of those that machines have besides.
-    Other,
+    Other(Other),
+}
+
+/// A device that is neither a disk nor a network port, of which a machine has one of a type at most. In the order in
+/// which machines have them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Other {
+    Entropy,
+    /// Which machines have that were not saved before there was one.
+    Balloon,
+    /// A place for streams, if the specification says so.
+    Vsock,
+    /// A console, if the specification says so.
+    Console,
+}
+
+impl Other {
+    /// What a virtio device of this type is, if it is one of these.
+    pub(crate) fn of(kind: u32) -> Option<Self> {
+        Some(match kind {
+            VIRTIO_ID_RNG => Self::Entropy,
+            VIRTIO_ID_BALLOON => Self::Balloon,
+            VIRTIO_ID_VSOCK => Self::Vsock,
+            VIRTIO_ID_CONSOLE => Self::Console,
+            _ => return None,
+        })
+    }
 }
 
 impl Role {
@@ -43,7 +71,7 @@ pub(crate) struct Placed {
     pub(crate) number: usize,
     pub(crate) role: Role,
     pub(crate) device: VirtioDevice,
-    /// A disk that was taken away, while the guest has not let go of the device: its requests fail.
+    /// A disk or a cable was taken away, while the guest has not let go of the device: its requests fail.
     pub(crate) hollow: AtomicBool,
     /// The thread that serves it, if one does.
     pub(crate) thread: Mutex<Option<Thread>>,
@@ -59,14 +87,23 @@ impl Placed {
         self.role.disk().is_some_and(|disk| disk.serial == serial) && !self.is_hollow()
     }
 
-    /// Whether it is a device whose disk was taken away.
+    /// Whether it is the network port with this address.
+    pub(crate) fn is_net(&self, mac: MacAddress) -> bool {
+        self.role.net().is_some_and(|net| net.mac == mac.0) && !self.is_hollow()
+    }
+
+    /// Whether it is a device whose disk or cable was taken away.
     pub(crate) fn is_hollow(&self) -> bool {
         self.hollow.load(Ordering::Acquire)
     }
 
-    /// Whether it may leave the machine: a disk, but for the first.
+    /// Whether it may leave the machine: a disk, but for the first, or a network port.
     pub(crate) fn can_go(&self) -> bool {
-        self.number > 0 && self.role.disk().is_some()
+        match self.role {
+            Role::Disk(_) => self.number > 0,
+            Role::Net(_) => true,
+            Role::Other(_) => false,
+        }
     }
 
     /// As it is now. Nothing may be under way.
@@ -74,7 +111,7 @@ impl Placed {
         let role = match self.role {
             Role::Disk(_) => saved::Role::Disk,
             Role::Net(_) => saved::Role::Net,
-            Role::Other => saved::Role::Other,
+            Role::Other(_) => saved::Role::Other,
         };
         saved::Device { place: self.number as u8, role, state: self.device.save() }
     }
@@ -181,6 +218,9 @@ impl Slots {
     pub(crate) fn withdraw(&self, vm: &VmFd, placed: &Placed) {
         let mut state = self.lock();
         placed.device.stop(vm);
+        placed.device.end();
+        let thread = placed.thread().take();
+        state.departed.extend(thread);
         state.places[placed.number] = None;
         state.registers = state.registers.without(placed.number);
     }
@@ -279,10 +319,10 @@ mod tests {
     use super::*;
     use std::num::NonZeroU32;
 
-    use instance_core::machine::DiskSpec;
+    use instance_core::machine::{DiskSpec, NetSpec};
     use storage_block::MemoryDisk;
 
-    use crate::virtio::Block;
+    use crate::virtio::{Block, Net};
 
     const EJECT: u16 = layout::HOT_PLUG_PORT + layout::HOT_PLUG_EJECT;
 
@@ -299,11 +339,11 @@ mod tests {
         let vm = kvm.create_vm().unwrap();
         let disk = || DiskSpec::new(MemoryDisk::new(4096).unwrap().into_disk(), "vol-1");
         let placed = |number, role| {
-            let device = VirtioDevice::late(&memory, Block::new(disk().disk, "vol-1")).unwrap();
+            let device = VirtioDevice::late(&memory, Block::new(disk().disk, "vol-1", 1)).unwrap();
             Placed::new(number, role, device)
         };
         let role = || Role::Disk(saved::Disk::of(&disk()));
-        let slots = Slots::new(8, vec![placed(0, role()), placed(3, Role::Other)]);
+        let slots = Slots::new(8, vec![placed(0, role()), placed(3, Role::Other(Other::Entropy))]);
         assert_eq!(slots.free(), Some(1));
         let late = slots.put(placed(5, role()));
         assert!(!slots.write(&vm, EJECT, &[32, 0, 0, 0]), "it is still on its way in");
@@ -324,6 +364,27 @@ mod tests {
         assert!(!slots.is_in_place(&late) && slots.wait_until_gone(&late, Instant::now(), || false));
         assert!(!slots.write(&vm, EJECT, &[32, 0, 0, 0]), "it has gone");
         assert_eq!(slots.departed().into_iter().map(Thread::join).count(), 1);
+    }
+
+    #[test]
+    fn guests_eject_every_network_port_which_is_then_unplugged() {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else { return eprintln!("SKIPPED: there is no /dev/kvm") };
+        let memory = crate::memory::allocate(NonZeroU32::new(2).unwrap()).unwrap();
+        let vm = kvm.create_vm().unwrap();
+        let (port, network) = instance_core::net::link();
+        let spec = NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1]));
+        let device = VirtioDevice::late(&memory, Net::new(&spec, 1)).unwrap();
+        let slots = Slots::new(8, vec![Placed::new(0, Role::Net(saved::Port::of(&spec)), device)]);
+        let placed = slots.get(0).unwrap();
+        drop(spec);
+        *placed.thread() = Some(Thread::spawn(&crate::thread::Stacks::default(), "port", || ()).unwrap());
+        assert!(
+            placed.is_net(MacAddress([2, 0, 0, 0, 0, 1])) && !placed.is_net(MacAddress([2, 0, 0, 0, 0, 2]))
+        );
+        assert!(network.is_connected());
+        assert!(slots.write(&vm, EJECT, &[1, 0, 0, 0]), "also the first");
+        assert!(!network.is_connected() && !slots.is_in_place(&placed));
+        slots.departed().into_iter().for_each(Thread::join);
     }
 
     #[test]

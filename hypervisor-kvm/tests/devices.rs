@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::Architecture;
 use hypervisor_kvm::Kvm;
-use instance_core::console::{Console, ConsoleReader};
+use instance_core::console::{Console, ConsoleReader, ConsoleSize};
 use instance_core::machine::{
-    ExitCause, Hypervisor, Machine, MachineErrorKind, MachineSpec, RestoreSpec, SavedMachine,
+    ExitCause, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, RestoreSpec, SavedMachine,
 };
 use instance_core::vsock::{self, VsockSpec};
 
@@ -50,6 +50,15 @@ impl Guest {
         let answer = self.reader.wait_for("\n", soon()).unwrap();
         let answer = String::from_utf8_lossy(&answer).into_owned();
         answer.trim().strip_prefix(word.split(' ').next().unwrap()).unwrap().trim().parse().unwrap()
+    }
+
+    /// Asks until this is the answer.
+    #[track_caller]
+    fn until(&mut self, word: &str, wanted: u64) {
+        let deadline = soon();
+        while self.number(word) != wanted {
+            assert!(Instant::now() < deadline, "{word} is {}, not {wanted}", self.number(word));
+        }
     }
 
     fn end(&self) -> ExitCause {
@@ -205,6 +214,77 @@ fn a_restored_machine_has_new_streams_and_an_empty_balloon() {
     assert_eq!(restored.number("target"), 0, "nobody has asked this one for memory");
     restored.machine.set_balloon(8).unwrap();
     assert_eq!(restored.number("target"), 2048);
+}
+
+/// Types at a terminal whose guest writes back in capitals.
+#[track_caller]
+fn talk(terminal: &Console, typed: &str) {
+    let mut reader = terminal.reader_from_now();
+    terminal.write_all(typed.as_bytes(), soon()).unwrap();
+    reader.wait_for(&typed.to_uppercase(), soon()).unwrap();
+}
+
+#[test]
+fn a_virtio_console_is_a_terminal_of_its_own() {
+    let Some(kvm) = common::kvm() else { return };
+    let mut bare = Guest::with(&kvm, |_| ());
+    assert_eq!(bare.number("terminal"), 0, "a machine has none that is not asked for");
+    let terminal = Console::new();
+    terminal.resize(ConsoleSize { columns: 132, rows: 43 });
+    let mut guest = Guest::with(&kvm, |spec| spec.virtio_console = Some(terminal.port()));
+    // Before its driver is there it waits.
+    terminal.write_all(b"early ", soon()).unwrap();
+    assert_eq!(guest.number("terminal"), 132_043);
+    terminal.reader().wait_for("EARLY ", soon()).unwrap();
+    // More than there are buffers for.
+    talk(&terminal, &"the quick brown fox ".repeat(500));
+    assert!(!String::from_utf8_lossy(&guest.console.output()).contains("QUICK"), "it is another console");
+    terminal.resize(ConsoleSize { columns: 90, rows: 30 });
+    guest.until("terminal", 90_030);
+    guest.machine.pause().unwrap();
+    let mut reader = terminal.reader_from_now();
+    terminal.write_all(b"now", soon()).unwrap();
+    let nothing = reader.read(Instant::now() + Duration::from_millis(100));
+    assert_eq!(nothing.unwrap_err().kind(), ErrorKind::TimedOut, "it is paused");
+    guest.machine.resume().unwrap();
+    reader.wait_for("NOW", soon()).unwrap();
+    guest.machine.kill();
+    // Nobody reads there any more, and nobody is waited for.
+    terminal.write_all(b"x", soon()).unwrap();
+    terminal.resize(ConsoleSize { columns: 1, rows: 1 });
+    assert_eq!(terminal.port().input_waiting(), 1);
+}
+
+#[test]
+fn a_virtio_console_goes_on_at_another_terminal() {
+    let Some(kvm) = common::kvm() else { return };
+    if !kvm.capabilities().save {
+        return eprintln!("SKIPPED: this host's KVM does not tell all of a machine's state");
+    }
+    let terminal = Console::new();
+    let mut guest = Guest::with(&kvm, |spec| spec.virtio_console = Some(terminal.port()));
+    assert_eq!(guest.number("terminal"), 80_025);
+    talk(&terminal, "first");
+    guest.machine.pause().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    guest.machine.save(&file).unwrap();
+    let restore = |virtio_console| {
+        let console = Console::new();
+        let saved = SavedMachine::new(file.try_clone().unwrap()).unwrap();
+        let mut spec = RestoreSpec::new("restored", saved, console.port());
+        spec.virtio_console = virtio_console;
+        let machine = kvm.restore(spec)?;
+        Ok(Guest { machine, reader: console.reader(), console })
+    };
+    assert_eq!(restore(None).err().map(|e: MachineError| e.kind()), Some(MachineErrorKind::Saved));
+    let other = Console::new();
+    other.resize(ConsoleSize { columns: 200, rows: 60 });
+    let mut restored = restore(Some(other.port())).unwrap();
+    restored.machine.resume().unwrap();
+    talk(&other, "second");
+    restored.until("terminal", 200_060);
+    guest.machine.resume().unwrap();
+    talk(&terminal, "third");
 }
 
 /// What the host keeps of mappings of this length: others of this process's tests have less memory.

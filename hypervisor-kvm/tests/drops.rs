@@ -3,12 +3,13 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, MachineSpec, MachineState};
-use storage_block::MemoryDisk;
+use storage_block::{MemoryDisk, RawFile};
 
 /// How many machines are dropped, unless `KVM_DROPS` says how many.
 const MACHINES: u32 = 200;
@@ -26,11 +27,16 @@ fn held() -> (usize, usize, usize) {
 fn machines_dropped_at_any_moment_leave_nothing() {
     let Some(kvm) = common::kvm() else { return };
     let boot = common::guest::boot().unwrap();
-    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&[7; 1 << 20], 0).unwrap();
+    // Threads serve the one, and the host's kernel the other where it may.
+    let disks =
+        [MemoryDisk::new(1 << 20).unwrap().into_disk(), RawFile::from_file(file, false).unwrap().into_disk()];
     let make = |console: &Console| {
         let mut spec = MachineSpec::new("drop", Architecture::X86_64, boot.clone(), console.port());
         spec.vcpus = std::num::NonZeroU32::new(2).unwrap();
-        spec.disks = vec![DiskSpec::new(disk.clone(), "vol-1")];
+        spec.disks =
+            disks.iter().zip(["vol-0", "vol-1"]).map(|(d, id)| DiskSpec::new(d.clone(), id)).collect();
         kvm.create(spec).unwrap()
     };
     drop(make(&Console::new()));
@@ -47,7 +53,13 @@ fn machines_dropped_at_any_moment_leave_nothing() {
         let state = machine.state();
         if n % 8 != 0 {
             machine.start().unwrap();
-            let _ = console.write_all(b"write 0 1 x\ncpus\n", Instant::now() + Duration::from_secs(1));
+            // Commands that end, or more requests than it lives to see the end of.
+            let commands: &[u8] = match n % 3 {
+                0 => b"write 0 1 x\ncpus\n",
+                1 => b"storm 0 write 4000000000\n",
+                _ => b"storm 1 read 4000000000\n",
+            };
+            let _ = console.write_all(commands, Instant::now() + Duration::from_secs(1));
             // From before the first instruction until after the last command.
             let moment = Instant::now() + Duration::from_micros(random % 3_000);
             while Instant::now() < moment {

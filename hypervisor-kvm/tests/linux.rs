@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::Architecture;
 use hypervisor_kvm::{Confinement, Kvm, Transport};
-use instance_core::console::{Console, ConsoleReader};
+use instance_core::console::{Console, ConsoleReader, ConsoleSize};
 use instance_core::machine::{
     Boot, BootFile, ExitCause, Hypervisor, Machine, MachineSpec, MachineState, RestoreSpec, SavedMachine,
 };
@@ -123,9 +123,11 @@ impl Guest {
 
 fn has_drivers_for_every_device(kvm: &Kvm) {
     let (port, host) = vsock::cable();
-    let console = Console::new();
+    let (console, terminal) = (Console::new(), Console::new());
+    terminal.resize(ConsoleSize { columns: 132, rows: 43 });
     let mut spec = MachineSpec::new("devices", Architecture::X86_64, linux("amd64", true), console.port());
     (spec.memory_mib, spec.vsock) = (256.try_into().unwrap(), Some(VsockSpec::new(port)));
+    spec.virtio_console = Some(terminal.port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     let mut guest = Guest { machine, reader: console.reader(), console };
@@ -140,6 +142,12 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     // Its driver answers that nobody listens there.
     let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
+    talk(&terminal, "hello", "said hello");
+    wait_for_size(&terminal, "43 132");
+    terminal.resize(ConsoleSize { columns: 90, rows: 30 });
+    wait_for_size(&terminal, "30 90");
+    // More than its queues hold.
+    talk(&terminal, &"x".repeat(4000), &format!("said {}", "x".repeat(4000)));
     guest.wait_for_balloon(64);
     guest.wait_for_balloon(0);
     guest.wait_for_balloon(32);
@@ -150,9 +158,11 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     guest.machine.save(&file).unwrap();
     drop(guest);
     let (port, host) = vsock::cable();
-    let console = Console::new();
+    let (console, terminal) = (Console::new(), Console::new());
+    terminal.resize(ConsoleSize { columns: 200, rows: 60 });
     let mut spec = RestoreSpec::new("restored", SavedMachine::new(file).unwrap(), console.port());
     spec.vsock = Some(VsockSpec::new(port));
+    spec.virtio_console = Some(terminal.port());
     let machine = kvm.restore(spec).unwrap();
     let mut guest = Guest { machine, reader: console.reader(), console };
     guest.machine.resume().unwrap();
@@ -160,6 +170,29 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
     guest.wait_for_balloon(48);
+    wait_for_size(&terminal, "60 200");
+    talk(&terminal, "again", "said again");
+}
+
+/// What the guest says at its second console to what it is told there.
+fn talk(terminal: &Console, told: &str, said: &str) {
+    let mut reader = terminal.reader_from_now();
+    terminal.write_all(format!("{told}\n").as_bytes(), Instant::now() + PATIENCE).unwrap();
+    reader.wait_for(said, Instant::now() + PATIENCE).unwrap();
+}
+
+/// Waits until the guest knows of a second console of this size: rows and columns.
+fn wait_for_size(terminal: &Console, size: &str) {
+    let soon = Instant::now() + PATIENCE;
+    let mut reader = terminal.reader_from_now();
+    loop {
+        terminal.write_all(b"size\n", soon).unwrap();
+        let line = String::from_utf8(reader.wait_for("\n", soon).unwrap()).unwrap();
+        if line.trim() == size {
+            return;
+        }
+        assert!(Instant::now() < soon, "{line:?}, not {size:?}");
+    }
 }
 
 /// Says why the test does nothing. In the lab there is no reason to.

@@ -16,7 +16,7 @@ use instance_core::machine::{
     DiskSpec, Hypervisor, Machine, MachineErrorKind, MachineSpec, NetSpec, RestoreSpec, SavedMachine,
 };
 use instance_core::net::{self, NetPort};
-use storage_block::{Disk, MemoryDisk};
+use storage_block::{Disk, MemoryDisk, RawFile};
 
 const MAC: &str = "02:00:0a:00:00:0c";
 const HEADER: usize = 32;
@@ -43,7 +43,7 @@ fn say(console: &Console, line: &str, answer: &str) {
     reader.wait_for(answer, soon()).unwrap();
 }
 
-/// A machine with two processors, a disk and a network port, saved when it has been told to remember a word.
+/// A machine with two processors, a disk, a network port and a virtio console, saved when it has been told to remember a word.
 fn saved(kvm: &Kvm, mib: u32) -> File {
     let console = Console::new();
     let boot = common::guest::boot().unwrap();
@@ -52,6 +52,7 @@ fn saved(kvm: &Kvm, mib: u32) -> File {
     spec.disks = vec![DiskSpec::new(disk(), "vol-golden")];
     let (net, _network) = net();
     spec.nets = vec![net];
+    spec.virtio_console = Some(Console::new().port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     say(&console, "ping x", "pong x");
@@ -74,6 +75,7 @@ fn restore(kvm: &Kvm, saved: &SavedMachine) -> Result<(Box<dyn Machine>, Console
     spec.disks = vec![DiskSpec::new(disk(), "vol-golden")];
     let (net, _network) = net();
     spec.nets = vec![net];
+    spec.virtio_console = Some(Console::new().port());
     let machine = kvm.restore(spec).map_err(|e| e.kind())?;
     Ok((machine, console))
 }
@@ -106,6 +108,54 @@ fn many_machines_start_from_one() {
         for (n, (_, console)) in machines.iter().enumerate() {
             say(console, "recall", &format!("recalled {n}\n"));
         }
+    }
+}
+
+/// A disk of blocks that are read by the host's kernel, where that may be asked to.
+fn disk_in_file() -> Disk {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&[7; 1 << 20], 0).unwrap();
+    RawFile::from_file(file, false).unwrap().into_disk()
+}
+
+/// Both go on, and no request is lost.
+#[test]
+fn a_machine_is_saved_while_many_requests_are_under_way() {
+    let Some(kvm) = common::kvm() else { return };
+    for (disk, what) in [(disk(), "read"), (disk(), "write"), (disk_in_file(), "read")] {
+        let console = Console::new();
+        let boot = common::guest::boot().unwrap();
+        let mut spec = MachineSpec::new("storm", Architecture::X86_64, boot, console.port());
+        spec.disks = vec![DiskSpec::new(disk.clone(), "vol-1")];
+        let machine = kvm.create(spec).unwrap();
+        machine.start().unwrap();
+        let mut reader = console.reader();
+        reader.wait_for("GUEST READY\n", soon()).unwrap();
+        console.write_all(format!("storm 0 {what} 60000\n").as_bytes(), soon()).unwrap();
+        // Its driver is about to begin.
+        while machine.vm_exits()[0].memory_writes < 10 {
+            std::thread::yield_now();
+        }
+        let mut ended = false;
+        for n in 0..3 {
+            machine.pause().unwrap();
+            ended = reader.wait_for("notified ", Instant::now()).is_ok();
+            if ended {
+                break;
+            }
+            let file = tempfile::tempfile().unwrap();
+            machine.save(&file).unwrap();
+            let console = Console::new();
+            let saved = SavedMachine::new(file).unwrap();
+            let mut spec = RestoreSpec::new("restored", saved, console.port());
+            spec.disks = vec![DiskSpec::new(disk.clone(), "vol-1")];
+            let restored = kvm.restore(spec).unwrap();
+            restored.resume().unwrap();
+            let told = console.reader().wait_for("notified ", soon());
+            assert!(told.is_ok(), "{what}, {n}: {told:?}");
+            machine.resume().unwrap();
+        }
+        assert!(ended || reader.wait_for("notified ", soon()).is_ok(), "{what}");
     }
 }
 
@@ -168,7 +218,7 @@ fn damaged_machines_are_refused_or_do_no_harm() {
 #[ignore = "writes golden files"]
 fn writes_golden_files() {
     let kvm = Kvm::open().unwrap();
-    for (transport, name) in [(Transport::Mmio, "saved-1-mmio"), (Transport::Pci, "saved-1-pci")] {
+    for (transport, name) in [(Transport::Mmio, "saved-2-mmio"), (Transport::Pci, "saved-2-pci")] {
         let file = saved(&kvm.clone().with_transport(transport), 4);
         let mut head = vec![0; head_len(&file)];
         file.read_exact_at(&mut head, 0).unwrap();

@@ -6,10 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use instance_core::machine::NetSpec;
-use instance_core::net::{Frame, NetPort, Offloads, SendError};
-use rustix::event::{PollFd, PollFlags, poll};
+use instance_core::net::{Frame, FrameLimits, NetPort, Offloads, SendError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::child::Inherited;
@@ -80,6 +81,8 @@ struct Carrier {
     socket: UnixStream,
     port: NetPort,
     longest: usize,
+    /// Of frames to the child, and of those from it.
+    limits: [FrameLimits; 2],
     stop: Arc<Stop>,
     /// What the child has sent and is not yet a whole frame.
     received: Vec<u8>,
@@ -94,7 +97,8 @@ impl Carrier {
     fn new(socket: UnixStream, spec: &NetSpec, stop: Arc<Stop>) -> Self {
         let longest = usize::from(spec.mtu) + ETHERNET_MAX;
         let (received, unsent, chunk) = (Vec::new(), Vec::new(), vec![0; CHUNK]);
-        Self { socket, port: spec.port.clone(), longest, stop, received, chunk, held: None, unsent }
+        let limits = [spec.receive_limits.clone(), spec.transmit_limits.clone()];
+        Self { socket, port: spec.port.clone(), longest, limits, stop, received, chunk, held: None, unsent }
     }
 
     fn carry(mut self) {
@@ -111,13 +115,14 @@ impl Carrier {
             if self.stop.over.load(Ordering::SeqCst) {
                 return Ok(());
             }
-            self.send()?;
-            self.receive()?;
+            // What waits for a limit is looked at again when it may pass.
+            let due_in = [self.send()?, self.receive()?].into_iter().flatten().min();
+            let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
             let mut wanted = PollFlags::empty();
             wanted.set(PollFlags::IN, self.held.is_none());
             wanted.set(PollFlags::OUT, !self.unsent.is_empty());
             let mut fds = [PollFd::new(&self.socket, wanted), PollFd::new(&self.stop.wake.0, PollFlags::IN)];
-            match poll(&mut fds, None) {
+            match poll(&mut fds, timeout.as_ref()) {
                 // Closed by the child, which may be seen although nothing is wanted of it.
                 Ok(_) if fds[0].revents().contains(PollFlags::HUP) => return Ok(()),
                 Ok(_) | Err(Errno::INTR) => {}
@@ -126,62 +131,83 @@ impl Carrier {
         }
     }
 
-    /// Gives the child the frames that wait, as far as it takes them.
-    fn send(&mut self) -> io::Result<()> {
+    /// Gives the child the frames that wait, as far as it takes them; says how long the next one has to wait for the
+    /// limits, if it has.
+    fn send(&mut self) -> io::Result<Option<Duration>> {
         loop {
+            let mut delay = None;
             while self.unsent.len() < CHUNK {
+                delay = self.limits[0].delay();
+                if delay.is_some() {
+                    break;
+                }
                 let Some(frame) = self.port.recv() else { break };
                 let len = frame.data.len();
+                self.limits[0].charge(len);
                 if frame.is_taken_by(Offloads::NONE) && (ETHERNET_MIN..=self.longest).contains(&len) {
                     self.unsent.extend((len as u32).to_be_bytes());
                     self.unsent.extend(&frame.data);
                 }
             }
             if self.unsent.is_empty() {
-                return Ok(());
+                return Ok(delay);
             }
             match self.socket.write(&self.unsent) {
                 Ok(sent) => drop(self.unsent.drain(..sent)),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(delay),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
         }
     }
 
-    /// Takes the child's frames, as far as the network has room for them.
-    fn receive(&mut self) -> io::Result<()> {
+    /// Takes the child's frames, as far as the network has room for them; says how long the next one has to wait for
+    /// the limits, if it has.
+    fn receive(&mut self) -> io::Result<Option<Duration>> {
         for _ in 0..READS {
-            if !self.deliver()? {
-                return Ok(());
+            match self.deliver()? {
+                Delivery::Done => {}
+                Delivery::NoRoom => return Ok(None),
+                Delivery::Limited(delay) => return Ok(Some(delay)),
             }
             match self.socket.read(&mut self.chunk) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(len) => self.received.extend(&self.chunk[..len]),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
         }
-        self.deliver().map(drop)
+        Ok(match self.deliver()? {
+            Delivery::Limited(delay) => Some(delay),
+            Delivery::Done | Delivery::NoRoom => None,
+        })
     }
 
-    /// Sends on the whole frames that have come. False if the network has no room for the next.
-    fn deliver(&mut self) -> io::Result<bool> {
+    /// Sends on the whole frames that have come.
+    fn deliver(&mut self) -> io::Result<Delivery> {
         let mut rest = &self.received[..];
-        let room = loop {
+        let done = loop {
             if let Some(frame) = self.held.take() {
-                if let Err(SendError::Full(frame)) = self.port.send(frame) {
+                if let Some(delay) = self.limits[1].delay() {
                     self.held = Some(frame);
-                    break false;
+                    break Delivery::Limited(delay);
+                }
+                let cost = frame.data.len();
+                match self.port.send(frame) {
+                    Err(SendError::Full(frame)) => {
+                        self.held = Some(frame);
+                        break Delivery::NoRoom;
+                    }
+                    _ => self.limits[1].charge(cost),
                 }
             }
-            let Some((prefix, after)) = rest.split_first_chunk::<PREFIX>() else { break true };
+            let Some((prefix, after)) = rest.split_first_chunk::<PREFIX>() else { break Delivery::Done };
             let len = u32::from_be_bytes(*prefix) as usize;
             if len > Frame::MAX_LEN {
                 return Err(io::Error::new(ErrorKind::InvalidData, "QEMU sent a frame that is none"));
             }
-            let Some((frame, after)) = after.split_at_checked(len) else { break true };
+            let Some((frame, after)) = after.split_at_checked(len) else { break Delivery::Done };
             rest = after;
             if (ETHERNET_MIN..=self.longest).contains(&len) {
                 self.held = Some(Frame::new(frame.to_vec()));
@@ -189,8 +215,17 @@ impl Carrier {
         };
         let taken = self.received.len() - rest.len();
         self.received.drain(..taken);
-        Ok(room)
+        Ok(done)
     }
+}
+
+/// What became of the whole frames that had come.
+enum Delivery {
+    Done,
+    /// The network has no room for the next.
+    NoRoom,
+    /// The next has to wait so long.
+    Limited(Duration),
 }
 
 #[cfg(test)]
@@ -198,6 +233,8 @@ mod tests {
     use super::*;
     use instance_core::net::{self, FRAMES_KEPT, MacAddress};
     use std::os::fd::AsFd;
+    use std::time::Instant;
+    use storage_block::{IoLimits, Limiter, Rate};
 
     struct Rig {
         nets: Option<Nets>,
@@ -206,8 +243,13 @@ mod tests {
     }
 
     fn rig() -> Rig {
+        rig_with(|_| ())
+    }
+
+    fn rig_with(change: impl FnOnce(&mut NetSpec)) -> Rig {
         let (port, network) = net::link();
-        let spec = NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1]));
+        let mut spec = NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1]));
+        change(&mut spec);
         let (nets, ends) = Nets::plug(&[spec], "test").unwrap();
         let child = UnixStream::from(ends[0].as_fd().try_clone_to_owned().unwrap());
         Rig { nets: Some(nets), network, child }
@@ -292,6 +334,31 @@ mod tests {
             while rig.network.is_connected() {
                 comes.recv().unwrap();
             }
+        }
+    }
+
+    #[test]
+    fn frames_wait_for_limits_and_go_on_by_themselves() {
+        // Two at once, and then twenty in a second.
+        let limits = IoLimits { ops: Some(Rate { per_second: 20, burst: 2 }), ..IoLimits::NONE };
+        let limited = || FrameLimits::new([Limiter::new(limits)]);
+        let mut rig = rig_with(|spec| (spec.receive_limits, spec.transmit_limits) = (limited(), limited()));
+        let frame = vec![7; 60];
+        for direction in ["from the child", "to the child"] {
+            let begun = Instant::now();
+            for _ in 0..6 {
+                match direction {
+                    "from the child" => rig.child.write_all(&framed(&frame)).unwrap(),
+                    _ => rig.network.send(Frame::new(frame.clone())).unwrap(),
+                }
+            }
+            for _ in 0..6 {
+                match direction {
+                    "from the child" => assert_eq!(rig.recv().data, frame),
+                    _ => rig.child.read_exact(&mut [0; PREFIX + 60]).unwrap(),
+                }
+            }
+            assert!(begun.elapsed() >= Duration::from_millis(190), "{direction}: {:?}", begun.elapsed());
         }
     }
 

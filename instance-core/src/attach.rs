@@ -49,7 +49,7 @@ impl<H> Region<H> {
     /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InstanceNotFound`](ErrorKind::InstanceNotFound),
     /// [`VolumeInUse`](ErrorKind::VolumeInUse), [`InvalidParameter`](ErrorKind::InvalidParameter) for a device
     /// name that is none or taken, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
-    /// instance is running or stopped, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a machine that
+    /// instance is running or stopped, or if it hibernates, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a machine that
     /// takes no disks meanwhile or has as many as it can, or what the host met.
     pub fn attach_volume(&self, volume: VolumeId, instance: InstanceId, device: &str) -> Result<()> {
         self.inner.attach_volume(*self.account(), volume, instance, device)
@@ -116,6 +116,8 @@ impl Inner {
             let what = format!("{instance} has a volume at {name} already");
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
+        // From here on it has a volume that is not of its launch, and may not be made again.
+        live.settle()?;
         let mut record = live.record.clone();
         let description = &mut record.description;
         let attachment =
@@ -216,6 +218,9 @@ impl Inner {
         };
         record.volume_type = target_type;
         let grows = target_size > record.size;
+        if let Some(live) = live.as_ref().filter(|_| grows) {
+            check_awake(&live.record)?;
+        }
         let machine = live.as_ref().filter(|_| grows).and_then(|live| {
             let at = live.record.description.attachments.iter().position(|a| a.volume_id == id)?;
             Some((live.machine.as_deref()?, live.volumes.get(at)?.clone()))
@@ -275,12 +280,24 @@ fn with_machine(
 /// That the instance is in a state in which its volumes may change.
 fn check_settled(live: &Live) -> Result<()> {
     let InstanceRecord { description, .. } = &live.record;
+    check_awake(&live.record)?;
     match (description.state, &live.machine) {
         (InstanceState::Stopped, _) | (InstanceState::Running, Some(_)) => Ok(()),
         (state, _) => {
             let what = format!("{} is {state}; this is done while it is running or stopped", description.id);
             Err(Error::new(ErrorKind::IncorrectInstanceState, what))
         }
+    }
+}
+
+/// That the instance does not hibernate: its guest keeps its disks in mind as they are.
+fn check_awake(record: &InstanceRecord) -> Result<()> {
+    match record.saved {
+        Some(_) => {
+            let what = format!("{} hibernates with its volumes; start it first", record.description.id);
+            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
+        }
+        None => Ok(()),
     }
 }
 

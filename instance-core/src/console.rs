@@ -1,8 +1,11 @@
-//! The serial console of a machine: what the guest wrote, and what it is told.
+//! The console of a machine: what the guest wrote, and what it is told.
 //!
 //! A [`Console`] belongs to the instance, not to the machine: it outlives a reboot. The machine gets
-//! its [`ConsolePort`] with its specification. Output is kept as EC2 keeps it, the last 64 KiB
+//! its [`ConsolePort`] with its specification: for its serial port, and another, if that is wanted, for a
+//! [virtio console](crate::machine::MachineSpec::virtio_console), which is faster and knows the terminal's size. Output is kept as EC2 keeps it, the last 64 KiB
 //! (`GetConsoleOutput`).
+
+mod reader;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,6 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use event_listener::{Event, EventListener, Listener};
+
+pub use self::reader::ConsoleReader;
+use self::reader::{find, timed_out};
 
 /// How many bytes of output are kept: the last 64 KiB.
 ///
@@ -58,6 +64,22 @@ pub const INPUT_KEPT: usize = 64 * 1024;
 /// ```
 pub const WAIT_KEPT: usize = 16 << 20;
 
+/// How large the terminal at a [`Console`] is. See [`Console::resize`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ConsoleSize {
+    /// Characters in a line.
+    pub columns: u16,
+    /// Lines.
+    pub rows: u16,
+}
+
+impl Default for ConsoleSize {
+    /// The 80 columns and 25 rows of a PC.
+    fn default() -> Self {
+        Self { columns: 80, rows: 25 }
+    }
+}
+
 type Notifier = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
@@ -67,6 +89,8 @@ struct State {
     written: u64,
     input: VecDeque<u8>,
     notifier: Option<Notifier>,
+    size: ConsoleSize,
+    resize_notifier: Option<Notifier>,
 }
 
 #[derive(Default)]
@@ -145,6 +169,28 @@ impl Console {
         ConsoleReader { shared: self.0.clone(), position: self.written() }
     }
 
+    /// Says how large the terminal is, which is told to a guest whose console can be told: a virtio console. A
+    /// serial port knows no size.
+    ///
+    /// ```
+    /// use instance_core::console::{Console, ConsoleSize};
+    ///
+    /// let console = Console::new();
+    /// assert_eq!(console.port().size(), ConsoleSize { columns: 80, rows: 25 });
+    /// console.resize(ConsoleSize { columns: 132, rows: 43 });
+    /// assert_eq!(console.port().size().columns, 132);
+    /// ```
+    pub fn resize(&self, size: ConsoleSize) {
+        let notifier = {
+            let mut state = self.0.lock();
+            let changed = std::mem::replace(&mut state.size, size) != size;
+            state.resize_notifier.clone().filter(|_| changed)
+        };
+        if let Some(notify) = notifier {
+            notify();
+        }
+    }
+
     /// Types `bytes` at the guest, waiting while [`INPUT_KEPT`] bytes stand unread.
     ///
     /// # Errors
@@ -179,7 +225,7 @@ impl fmt::Debug for Console {
     }
 }
 
-/// The machine's side of a console: its serial port writes output here and reads input here.
+/// The machine's side of a console: its port writes output here and reads input here. A console is of one port.
 ///
 /// ```
 /// use std::sync::{Arc, mpsc};
@@ -246,117 +292,23 @@ impl ConsolePort {
     pub fn set_input_notifier(&self, notify: Option<Arc<dyn Fn() + Send + Sync>>) {
         self.0.lock().notifier = notify;
     }
+
+    /// How large the terminal is.
+    pub fn size(&self) -> ConsoleSize {
+        self.0.lock().size
+    }
+
+    /// The same as [`set_input_notifier`](Self::set_input_notifier) for changes of the terminal's
+    /// [`size`](Self::size), of which a machine is told that can tell its guest.
+    pub fn set_resize_notifier(&self, notify: Option<Arc<dyn Fn() + Send + Sync>>) {
+        self.0.lock().resize_notifier = notify;
+    }
 }
 
 impl fmt::Debug for ConsolePort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ConsolePort").finish_non_exhaustive()
     }
-}
-
-/// Reads a console's output from some point on.
-///
-/// ```
-/// use std::time::{Duration, Instant};
-/// use instance_core::console::Console;
-///
-/// let console = Console::new();
-/// let mut reader = console.reader();
-/// console.port().write_output(b"booting... login: ");
-/// let deadline = Instant::now() + Duration::from_secs(10);
-/// assert_eq!(reader.wait_for("login:", deadline)?, b"booting... login:");
-/// assert_eq!(reader.read(deadline)?, b" ", "what follows is left");
-/// assert_eq!(reader.read_new(), b"", "and then there is nothing new");
-/// assert_eq!(console.reader_from_now().read_new(), b"");
-/// # Ok::<(), std::io::Error>(())
-/// ```
-#[derive(Clone)]
-pub struct ConsoleReader {
-    shared: Arc<Shared>,
-    position: u64,
-}
-
-impl ConsoleReader {
-    /// What has been written since the last call, without blocking. Output that was forgotten before
-    /// it was read is skipped.
-    pub fn read_new(&mut self) -> Vec<u8> {
-        let state = self.shared.lock();
-        let oldest = state.written - state.output.len() as u64;
-        let from = (self.position.max(oldest) - oldest) as usize;
-        self.position = state.written;
-        state.output.iter().skip(from).copied().collect()
-    }
-
-    /// Waits until there is new output and returns it.
-    ///
-    /// # Errors
-    ///
-    /// [`TimedOut`](io::ErrorKind::TimedOut) if there was none by the deadline.
-    pub fn read(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
-        loop {
-            let grew = self.shared.output_grew.listen();
-            let new = self.read_new();
-            if !new.is_empty() {
-                return Ok(new);
-            }
-            if grew.wait_deadline(deadline).is_none() {
-                return Err(timed_out("the guest wrote nothing"));
-            }
-        }
-    }
-
-    /// Waits until the guest has written `text`; returns everything up to and with it. What follows
-    /// it is left for the next read.
-    ///
-    /// # Errors
-    ///
-    /// [`TimedOut`](io::ErrorKind::TimedOut) if it had not come by the deadline, with the last line
-    /// that had; [`QuotaExceeded`](io::ErrorKind::QuotaExceeded) if more than [`WAIT_KEPT`] bytes came
-    /// without it. This reader has then read all that came.
-    pub fn wait_for(&mut self, text: &str, deadline: Instant) -> io::Result<Vec<u8>> {
-        let mut seen = Vec::new();
-        loop {
-            // A match may straddle two reads, so search again from just before the new bytes.
-            let from = seen.len().saturating_sub(text.len());
-            match self.read(deadline) {
-                Ok(new) => seen.extend(new),
-                Err(_) => {
-                    let text_seen = String::from_utf8_lossy(&seen);
-                    let last = text_seen.lines().rfind(|l| !l.trim().is_empty()).unwrap_or("").trim();
-                    return Err(timed_out(&format!(
-                        "waiting for {text:?}; the console's last line is {last:?}"
-                    )));
-                }
-            }
-            if let Some(at) = find(&seen[from..], text.as_bytes()) {
-                let end = from + at + text.len();
-                self.position -= (seen.len() - end) as u64;
-                seen.truncate(end);
-                return Ok(seen);
-            }
-            if seen.len() > WAIT_KEPT {
-                let what = format!("waiting for {text:?}; the guest wrote {WAIT_KEPT} bytes without it");
-                return Err(io::Error::new(io::ErrorKind::QuotaExceeded, what));
-            }
-        }
-    }
-}
-
-impl fmt::Debug for ConsoleReader {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ConsoleReader").field("position", &self.position).finish_non_exhaustive()
-    }
-}
-
-fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    if needle.is_empty() {
-        return Some(0);
-    }
-    haystack.windows(needle.len()).position(|w| w == needle)
-}
-
-fn timed_out(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, what.to_owned())
 }
 
 #[cfg(test)]
@@ -412,6 +364,22 @@ mod tests {
         assert_eq!(console.port().read_input(&mut buf), 100);
         console.write_all(b"x", soon()).unwrap();
         assert_eq!(console.port().input_waiting(), INPUT_KEPT - 99);
+    }
+
+    #[test]
+    fn a_resize_is_told_once_to_whoever_wants_to_know() {
+        let console = Console::new();
+        let port = console.port();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let (seen, reads) = (told.clone(), port.clone());
+        port.set_resize_notifier(Some(Arc::new(move || seen.lock().unwrap().push(reads.size().rows))));
+        for rows in [25, 50, 50, 25] {
+            console.resize(ConsoleSize { columns: 80, rows });
+        }
+        assert_eq!(*told.lock().unwrap(), [50, 25]);
+        port.set_resize_notifier(None);
+        console.resize(ConsoleSize { columns: 1, rows: 1 });
+        assert_eq!((told.lock().unwrap().len(), port.size().columns), (2, 1));
     }
 
     #[test]

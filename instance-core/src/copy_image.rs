@@ -2,7 +2,8 @@
 
 use std::sync::PoisonError;
 
-use ami_core::{AccountId, AmiId, AnyAmi, Digest, ImageState, VolumeId};
+use ami_core::{AccountId, AmiId, AnyAmi, Digest, Image, ImageState, Manifest, VolumeId};
+use storage_block::keys::EncryptionKey;
 use storage_block::{Progress, Snapshot, Volume};
 
 use crate::record::{ImageRecord, SnapshotRecord};
@@ -38,19 +39,34 @@ const COMPARED: usize = 32;
 pub struct CopyImage<'a> {
     name: &'a str,
     description: Option<&'a str>,
+    encrypted: bool,
+    kms_key_id: Option<&'a str>,
     progress: Option<&'a mut dyn FnMut(Progress)>,
 }
 
 impl<'a> CopyImage<'a> {
     /// A copy of this name, with the description of its source.
     pub fn new(name: &'a str) -> Self {
-        Self { name, description: None, progress: None }
+        Self { name, description: None, encrypted: false, kms_key_id: None, progress: None }
     }
 
     /// Another description.
     pub fn description(mut self, description: &'a str) -> Self {
         self.description = Some(description);
         self
+    }
+
+    /// Stores all of its disks encrypted, under a data key that the default key of the region's
+    /// [keys](crate::RegionOptions::keys) wraps. What is encrypted in the source is stored so in any case.
+    pub fn encrypted(mut self, encrypted: bool) -> Self {
+        self.encrypted = encrypted;
+        self
+    }
+
+    /// Encrypted, with this key of the region's keys to wrap the data key.
+    pub fn kms_key_id(mut self, key_id: &'a str) -> Self {
+        self.kms_key_id = Some(key_id);
+        self.encrypted(true)
     }
 
     /// Told how far the storing of each disk is, and able to end it.
@@ -62,10 +78,12 @@ impl<'a> CopyImage<'a> {
 
 impl std::fmt::Debug for CopyImage<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { name, description, .. } = self;
+        let Self { name, description, encrypted, kms_key_id, .. } = self;
         f.debug_struct("CopyImage")
             .field("name", name)
             .field("description", description)
+            .field("encrypted", encrypted)
+            .field("kms_key_id", kms_key_id)
             .finish_non_exhaustive()
     }
 }
@@ -112,11 +130,14 @@ impl<H> Region<H> {
     /// Content that this region holds is not copied. Of other content the blocks are that differ from what this region
     /// has that is most like it; where nothing is like it, all are.
     ///
+    /// What is encrypted is encrypted anew, under a key of this region's: all of it is copied, and as content that is
+    /// encrypted is named by its key, the copy has another digest.
+    ///
     /// # Errors
     ///
-    /// As [`copy_image`](Self::copy_image), [`Cancelled`](ErrorKind::Cancelled), [`Unsupported`](ErrorKind::Unsupported) for an encrypted image, whose
-    /// bytes in the open nobody has asked for, [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what
-    /// either host met. Nothing is left of it then.
+    /// As [`copy_image`](Self::copy_image), [`Cancelled`](ErrorKind::Cancelled),
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) where either region lacks a key,
+    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what either host met. Nothing is left of it then.
     pub fn copy_image_from<S>(&self, source: &Region<S>, id: AmiId, copy: CopyImage<'_>) -> Result<AnyAmi> {
         let inner = &self.inner;
         let making = inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
@@ -135,45 +156,81 @@ impl Inner {
         request: CopyImage<'_>,
     ) -> Result<AnyAmi> {
         let ImageRecord { image, boot, .. } = source.image(id)?;
-        let mut copy = image.copy_to(&account, &self.region.name, request.name)?;
-        copy.set_state(ImageState::Available)?;
-        if let Some(description) = request.description {
-            copy.set_description(description)?;
+        let copy_of = |manifest: Manifest| -> Result<Image> {
+            let mut copy = image.copy_as(&account, &self.region.name, request.name, manifest)?;
+            copy.set_state(ImageState::Available)?;
+            if let Some(description) = request.description {
+                copy.set_description(description)?;
+            }
+            self.check_name(copy.ami())?;
+            Ok(copy)
+        };
+        let manifest = image.ami().manifest();
+        // What cannot be is refused before anything is copied.
+        copy_of(manifest.clone())?;
+        let contents = manifest.block_device_mappings().iter().filter_map(|disk| disk.as_ebs()?.snapshot());
+        let mut secret = request.encrypted;
+        for digest in contents {
+            secret |= source.content(digest)?.encrypted();
         }
-        self.check_name(copy.ami())?;
+        let key = secret.then(|| self.blocks.new_key(request.kms_key_id)).transpose();
+        let key = key.map_err(|e| Error::storage(e, "cannot encrypt the copy"))?;
         let mut nobody = |_| ();
         let progress = request.progress.unwrap_or(&mut nobody);
-        for mapping in image.ami().manifest().block_device_mappings() {
-            if let Some(digest) = mapping.as_ebs().and_then(|ebs| ebs.snapshot()) {
-                self.copy_content(source, digest, progress)?;
-            }
+        let mut disks = Vec::new();
+        for disk in manifest.block_device_mappings() {
+            disks.push(match disk.as_ebs().and_then(|ebs| ebs.snapshot()) {
+                Some(digest) => {
+                    // It stays for as long as this, whatever becomes of the image.
+                    let wanted = source.content(digest)?;
+                    match key.as_ref().filter(|_| request.encrypted || wanted.encrypted()) {
+                        Some(key) => {
+                            let digest = self.encrypt_content(&wanted, key, progress)?;
+                            disk.clone().snapshot(digest).encrypted(true)
+                        }
+                        None => {
+                            self.copy_content(&wanted, progress)?;
+                            disk.clone()
+                        }
+                    }
+                }
+                None => disk.clone(),
+            });
         }
         // What an image that was put into the catalogue alone boots is found out when it is launched.
         let boot = boot.map(|plan| self.boot.copy_from(&source.boot, plan)).transpose()?;
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
-        self.check_name(copy.ami())?;
+        let copy = copy_of(manifest.with_block_devices(disks)?)?;
         let ami = copy.ami().clone();
         self.store.commit(|c| c.put(&ImageRecord { image: copy, boot, snapshots: Vec::new() }))?;
         Ok(ami)
     }
 
-    /// Brings the content of another region here. Whoever calls keeps it from being collected.
-    fn copy_content(&self, source: &Self, digest: &Digest, progress: &mut dyn FnMut(Progress)) -> Result<()> {
-        if self.blocks.snapshot(digest).is_ok() {
+    /// Brings the content of another region here under a key, and gives its name here. Whoever calls keeps it from being
+    /// collected.
+    fn encrypt_content(
+        &self,
+        wanted: &Snapshot,
+        key: &EncryptionKey,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Digest> {
+        let failed = |e| Error::storage(e, format!("cannot copy the content {}", wanted.digest()));
+        let (made, _) = self.blocks.import_encrypted(&wanted.disk(), key, progress).map_err(failed)?;
+        Ok(made.digest())
+    }
+
+    /// Brings the content of another region here as it is. Whoever calls keeps it from being collected.
+    fn copy_content(&self, wanted: &Snapshot, progress: &mut dyn FnMut(Progress)) -> Result<()> {
+        let digest = wanted.digest();
+        if self.blocks.snapshot(&digest).is_ok() {
             return Ok(());
         }
         let failed = |e| Error::storage(e, format!("cannot copy the content {digest}"));
-        // It stays for as long as this, whatever becomes of the image.
-        let wanted = source.content(digest)?;
-        if wanted.encrypted() {
-            let what = "an encrypted image is not copied to another region, which has other keys";
-            return Err(Error::new(ErrorKind::Unsupported, what));
-        }
-        let made = match self.most_alike(&wanted)? {
-            Some(base) => self.copy_changed(&base, &wanted, progress)?,
+        let made = match self.most_alike(wanted)? {
+            Some(base) => self.copy_changed(&base, wanted, progress)?,
             None => self.blocks.import(&wanted.disk(), progress).map_err(failed)?.0,
         };
-        match made.digest() == *digest {
+        match made.digest() == digest {
             true => Ok(()),
             false => {
                 let what = format!("the content {digest} has become {}", made.digest());

@@ -132,6 +132,9 @@ pub struct InstanceDescription {
     pub termination_protection: bool,
     /// Whether it can be neither stopped nor terminated (`DisableApiStop`).
     pub stop_protection: bool,
+    /// Whether it can hibernate (`HibernationOptions`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hibernation: bool,
     /// The name of the key pair that its user logs in with.
     pub key_name: Option<String>,
     /// How its metadata is offered to its guest.

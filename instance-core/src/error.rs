@@ -112,6 +112,8 @@ pub enum ErrorKind {
     InvalidParameter,
     /// Parameters that exclude each other.
     InvalidParameterCombination,
+    /// The instance was not launched so that it can hibernate, or cannot be.
+    UnsupportedHibernation,
     /// A parameter without a default was not given.
     MissingParameter,
     /// A token is not that of an earlier page.
@@ -230,6 +232,7 @@ impl Error {
             ErrorKind::TagLimitExceeded => "TagLimitExceeded",
             ErrorKind::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
             ErrorKind::InvalidParameterCombination => "InvalidParameterCombination",
+            ErrorKind::UnsupportedHibernation => "UnsupportedHibernationConfiguration",
             ErrorKind::MissingParameter => "MissingParameter",
             ErrorKind::InvalidNextToken => "InvalidNextToken",
             ErrorKind::IdempotentParameterMismatch => "IdempotentParameterMismatch",

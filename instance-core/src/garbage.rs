@@ -7,6 +7,7 @@ use std::path::Path;
 use ami_core::{AmiId, Digest, VolumeId};
 use storage_block::Volume;
 
+use crate::description::{Attachment, InstanceDescription};
 use crate::launch::Needs;
 use crate::record::{FormerImage, ImageRecord, InstanceRecord, SnapshotRecord, VolumeRecord};
 use crate::region::Inner;
@@ -62,13 +63,16 @@ impl Inner {
     }
 
     /// Removes an instance's record and the volumes that go with it.
-    pub(crate) fn forget(&self, record: &InstanceRecord) -> Result<()> {
-        let doomed =
-            record.description.attachments.iter().filter(|a| a.delete_on_termination || !record.launched);
+    pub(crate) fn forget(
+        &self,
+        instance: &InstanceDescription,
+        goes_with_it: impl Fn(&Attachment) -> bool,
+    ) -> Result<()> {
+        let doomed = instance.attachments.iter().filter(|attachment| goes_with_it(attachment));
         let doomed: Vec<VolumeId> = doomed.map(|a| a.volume_id).collect();
         self.remove_volumes(&doomed)?;
         self.store.commit(|c| {
-            c.remove::<InstanceRecord>(record.description.id);
+            c.remove::<InstanceRecord>(instance.id);
             Ok(())
         })
     }

@@ -14,10 +14,11 @@ use crate::description::StateReason;
 use crate::error::chain;
 use crate::image_source::{ImageSource, Root};
 use crate::instance::{Cell, Live};
-use crate::lifecycle::no_root_volume;
 use crate::machine::{Machine, MachineError};
+use crate::power::no_root_volume;
 use crate::record::{FormerImage, ImageRecord, VolumeRecord};
 use crate::region::{Inner, Region};
+use crate::store::Changes;
 use crate::{Error, ErrorKind, InstanceState, Result};
 
 const GIB: u64 = 1 << 30;
@@ -68,18 +69,20 @@ impl<H> Region<H> {
     /// it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
         let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = self.inner.import(*self.account(), builder, source);
+        let made = self.inner.import(*self.account(), builder, source, |_, _| Ok(()));
         drop(making);
         made.inspect_err(|_| self.inner.discard_half_made())
     }
 }
 
 impl Inner {
+    /// Makes and registers an image, in one commit with what else `also` collects.
     pub(crate) fn import<A: Arch>(
         &self,
         owner: AccountId,
         builder: AmiBuilder<A>,
         source: ImageSource<'_>,
+        also: impl FnOnce(&mut Changes, AmiId) -> Result<()>,
     ) -> Result<Ami<A>> {
         let stored = match source.root {
             Root::Disk(_) => None,
@@ -124,7 +127,7 @@ impl Inner {
             .map_err(invalid_image)?;
         found.check_architecture(ami.architecture())?;
         self.check_mappings(ami.manifest())?;
-        self.register(ami.clone().into_any(), plan, snapshots)?;
+        self.register(ami.clone().into_any(), plan, snapshots, also)?;
         Ok(ami)
     }
 
@@ -150,13 +153,22 @@ impl Inner {
         Ok(())
     }
 
-    fn register(&self, ami: AnyAmi, boot: BootPlan, snapshots: Vec<SnapshotId>) -> Result<()> {
+    fn register(
+        &self,
+        ami: AnyAmi,
+        boot: BootPlan,
+        snapshots: Vec<SnapshotId>,
+        also: impl FnOnce(&mut Changes, AmiId) -> Result<()>,
+    ) -> Result<()> {
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_name(&ami)?;
         for id in &snapshots {
             self.snapshot(*ami.owner(), *id)?;
         }
-        self.store.commit(|c| c.put(&ImageRecord { image: Image::new(ami), boot: Some(boot), snapshots }))
+        self.store.commit(|c| {
+            also(c, ami.id())?;
+            c.put(&ImageRecord { image: Image::new(ami), boot: Some(boot), snapshots })
+        })
     }
 
     /// Refuses a name that an image of this owner has.
@@ -212,7 +224,7 @@ impl Inner {
             (None, Some((root, _))) => self.boot.keep_from_disk(&root.disk())?,
             (None, None) => return Err(no_root_volume()),
         };
-        self.register(ami.clone(), plan, Vec::new())?;
+        self.register(ami.clone(), plan, Vec::new(), |_, _| Ok(()))?;
         Ok(CreatedImage {
             ami,
             changed_bytes: taken.iter().map(|(_, stats)| stats.changed_bytes).sum(),
@@ -254,7 +266,7 @@ impl Inner {
     }
 
     /// Nobody would resume it later: a machine that stands still is no running instance.
-    fn not_resumed(&self, cell: &Cell, live: &mut Live, e: MachineError) -> Error {
+    pub(crate) fn not_resumed(&self, cell: &Cell, live: &mut Live, e: MachineError) -> Error {
         let stands = |machine: &dyn Machine| machine.state().get().exit_cause().is_none();
         let failed = Error::machine(e, format!("cannot resume {}", cell.id));
         // The end of one that has ended is followed up with its own reason.

@@ -13,11 +13,12 @@ use crate::console::Console;
 use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::images::CreatedImage;
-use crate::machine::Machine;
+use crate::machine::{DiskSpec, Machine};
 use crate::record::InstanceRecord;
 use crate::region::Owner;
 use crate::status::Boot;
 use crate::supervisor::Message;
+use crate::vsock::Vsock;
 use crate::watch::{Publisher, Watch};
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
@@ -125,7 +126,9 @@ impl Instance {
         self.region.stop(&self.cell, patience)
     }
 
-    /// Starts it again, from its root volume as it is now. Does nothing to one that runs.
+    /// Starts it again, from its root volume as it is now, or where it [hibernated](Self::hibernate). Does nothing to
+    /// one that runs. If what it had saved is of no use here, it boots, and the reason of its state says so; where the
+    /// host alone fails, what it had saved is kept.
     ///
     /// # Errors
     ///
@@ -175,6 +178,40 @@ impl Instance {
         self.region.create_image(&self.cell, name)
     }
 
+    /// The host's end of the streams of its machine, by which this process and a program in the guest talk without a
+    /// network. Each machine has its own: after a reboot or a start it is asked for again, and what was listened to
+    /// by the one before is no more.
+    ///
+    /// ```no_run
+    /// # fn demo(server: &instance_core::Instance) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::io::Read;
+    /// use std::time::{Duration, Instant};
+    ///
+    /// // In a region that was opened with `RegionOptions::vsock`.
+    /// let agent = server.vsock()?.listen(5000)?; // in the guest: socat - VSOCK-CONNECT:2:5000
+    /// let mut report = String::new();
+    /// agent.accept(Instant::now() + Duration::from_secs(60))?.read_to_string(&mut report)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](ErrorKind::Unsupported) in a region that was opened without [streams](crate::RegionOptions::vsock),
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) for an instance without a machine.
+    pub fn vsock(&self) -> Result<Vsock> {
+        if !self.region.vsock {
+            let what = "the region was opened without streams for its machines";
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        let live = self.cell.hold(self.region.supervisor.sender());
+        let no_machine = || {
+            let what = format!("{} is {}, and has no machine", self.id(), live.record.description.state);
+            Error::new(ErrorKind::IncorrectInstanceState, what)
+        };
+        live.vsock.clone().ok_or_else(no_machine)
+    }
+
     /// The AMI that it was made from, if that is still registered.
     ///
     /// # Errors
@@ -218,6 +255,10 @@ pub(crate) struct Live {
     pub(crate) volumes: Vec<Volume>,
     /// What holds its machine's disks to the bandwidth of its type.
     pub(crate) limiters: Vec<Limiter>,
+    /// Its instance store while it runs, under the names of the disks.
+    pub(crate) instance_store: Vec<DiskSpec>,
+    /// The host's end of its machine's streams, if it has a place for them.
+    pub(crate) vsock: Option<Vsock>,
     /// What it takes of the host while it has a machine.
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
@@ -237,6 +278,8 @@ impl Cell {
                 machine: None,
                 volumes: Vec::new(),
                 limiters: Vec::new(),
+                instance_store: Vec::new(),
+                vsock: None,
                 claim: None,
                 generation: 0,
             }),
@@ -294,13 +337,29 @@ impl Live {
             Error::new(ErrorKind::IncorrectInstanceState, what)
         })?;
         description.state_reason = reason;
+        // Once its guest goes on, or it ends, what was saved is of no more use.
+        if matches!(by, Transition::Started | Transition::Terminate) {
+            record.saved = None;
+        }
         Ok(record)
     }
 
     /// Ends the machine and makes durable what its guest has written: a guest is told that a write
     /// is done when the volume has it, and no end of its machine takes that back.
     pub(crate) fn end_machine(&mut self) -> Result<()> {
-        self.end_machine_of(|_| true)
+        self.end_machine_of(|_| true)?;
+        self.record.launched = true;
+        Ok(())
+    }
+
+    /// Makes the volumes durable that its launch made, unless they are known to be.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if !self.record.launched {
+            let synced = self.volumes.iter().try_for_each(Volume::sync_created);
+            synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
+            self.record.launched = true;
+        }
+        Ok(())
     }
 
     /// The same for some of the volumes.
@@ -324,7 +383,7 @@ fn words(by: Transition) -> &'static str {
 /// The right to act on an instance.
 ///
 /// While it is held the supervisor leaves the instance alone, so a machine that ends meanwhile is
-/// reported again when the hold is given up.
+/// reported again when the hold is given up, as is one whose volumes are not known to be durable.
 pub(crate) struct Hold<'a> {
     id: InstanceId,
     live: Option<MutexGuard<'a, Live>>,
@@ -354,7 +413,11 @@ impl std::ops::DerefMut for Hold<'_> {
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
         let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
+        let unsettled = !self.record.launched && !self.volumes.is_empty();
         self.live = None;
+        if unsettled {
+            let _ = self.ended.send(Message::Launched(self.id));
+        }
         // Looked at only after the lock is free: an end after this look finds the supervisor able
         // to act on it.
         if let Some((state, generation)) = watched {

@@ -53,7 +53,7 @@
 //!
 //! # Left out
 //!
-//! Hibernation, instance store volumes, and EC2's API over HTTP. How machines run is a hypervisor
+//! Images whose root device is an instance store volume, and EC2's API over HTTP. How machines run is a hypervisor
 //! crate's, how frames go a network's.
 
 mod attach;
@@ -67,6 +67,7 @@ mod directory;
 mod error;
 mod forget;
 mod garbage;
+mod hibernation;
 mod image_calls;
 mod image_source;
 mod images;
@@ -83,6 +84,7 @@ mod modify;
 pub mod net;
 pub mod network;
 mod options;
+mod power;
 mod record;
 mod recovery;
 mod region;
@@ -112,7 +114,7 @@ pub use image_calls::RegionCatalog;
 pub use image_source::{DirectBoot, ImageSource};
 pub use images::CreatedImage;
 pub use instance::Instance;
-pub use instance_type::{EbsBandwidth, InstanceType};
+pub use instance_type::{EbsBandwidth, InstanceStore, InstanceType, NetworkBandwidth};
 pub use launch::{LaunchSpec, Reservation};
 pub use launch_template::{
     DescribeLaunchTemplateVersions, DescribeLaunchTemplates, LaunchTemplate, LaunchTemplateRef,

@@ -2,23 +2,19 @@
 //!
 //! Every change of state goes through [`Inner::transition`]: committed first, then published.
 
-use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ami_core::{Digest, Timestamp};
-use storage_block::Volume;
+use ami_core::Timestamp;
 
-use crate::attach::disk_of;
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
-use crate::instance::{Cell, Live};
-use crate::machine::{Boot, ExitCause, Identity, Machine, MachineErrorKind, MachineSpec, NetSpec};
+use crate::instance::{Cell, Hold, Live};
+use crate::machine::{ExitCause, Machine, MachineErrorKind};
 use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
 use crate::store::Changes;
-use crate::supervisor::Message;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
 impl StateChange {
@@ -64,6 +60,7 @@ impl Inner {
     /// Tells everybody of a record that was committed.
     pub(crate) fn publish(&self, cell: &Cell, live: &mut Live, record: InstanceRecord) {
         let moved = record.description.state != live.record.description.state;
+        let woken = live.record.saved.is_some() && record.saved.is_none();
         // In this order: whoever is told of a state finds it.
         self.directory.set(record.description.clone());
         cell.description.set(record.description.clone());
@@ -72,19 +69,30 @@ impl Inner {
             self.announce(&StateChange::of(&record.description));
         }
         live.record = record;
+        if woken {
+            self.remove_saved(cell.id);
+        }
         self.tell_network(&live.record);
     }
 
     pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
-        let mut live = cell.hold(self.supervisor.sender());
-        if live.record.description.stop_protection {
-            return Err(protected(cell, "stopped"));
-        }
+        let live = cell.hold(self.supervisor.sender());
+        check_stoppable(&live.record.description)?;
+        self.stop_held(cell, live, patience, StateReason::user_initiated())
+    }
+
+    pub(crate) fn stop_held<'a>(
+        &self,
+        cell: &'a Cell,
+        mut live: Hold<'a>,
+        patience: Duration,
+        reason: StateReason,
+    ) -> Result<()> {
         match live.record.description.state {
             InstanceState::Stopped => return Ok(()),
-            // An earlier stop failed half way; this one finishes it.
+            // It is being stopped in another way, or an earlier stop failed half way; this one finishes it.
             InstanceState::Stopping => {}
-            _ => self.transition(cell, &mut live, Transition::Stop, Some(StateReason::user_initiated()))?,
+            _ => self.transition(cell, &mut live, Transition::Stop, Some(reason.clone()))?,
         }
         let asked = live.machine.as_deref().filter(|machine| asked_to_power_off(*machine, patience));
         if let Some(state) = asked.map(Machine::state) {
@@ -98,7 +106,7 @@ impl Inner {
                 return Ok(());
             }
         }
-        self.finish_stop(cell, &mut live, StateReason::user_initiated())
+        self.finish_stop(cell, &mut live, reason)
     }
 
     fn finish_stop(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
@@ -124,12 +132,14 @@ impl Inner {
         begun.inspect_err(|_| live.claim = None)?;
         self.publish(cell, &mut live, record);
         let begun = self.power_on_again(cell, &mut live);
-        begun.and_then(|()| self.transition(cell, &mut live, Transition::Started, None)).or_else(|e| {
+        let begun = begun.and_then(|lost| self.transition(cell, &mut live, Transition::Started, lost));
+        begun.or_else(|e| {
             self.power_off(&mut live);
             let reason = StateReason::new("Server.InternalError", chain(&e));
             self.transition(cell, &mut live, Transition::StartFailed, Some(reason))?;
             Err(e)
-        })
+        })?;
+        self.go_on(cell, &mut live)
     }
 
     pub(crate) fn reboot(&self, cell: &Cell) -> Result<()> {
@@ -146,11 +156,9 @@ impl Inner {
     fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
         cell.begin_boot();
         let ended = live.end_machine();
-        // What it takes of the host it keeps.
-        let claim = live.claim.take();
-        self.power_off(live);
-        live.claim = claim;
-        ended.and_then(|()| self.power_on_again(cell, live)).inspect_err(|e| {
+        self.power_off_for_now(live);
+        let made = ended.and_then(|()| self.power_on_again(cell, live));
+        made.map(drop).inspect_err(|e| {
             let reason = StateReason::new("Server.InternalError", format!("cannot reboot: {}", chain(e)));
             self.lose(cell, live, reason);
         })
@@ -163,7 +171,7 @@ impl Inner {
         let protection = description.termination_protection || description.stop_protection;
         // One that is on its way goes it to the end.
         if protection && description.state.after(Transition::Terminate).is_some() {
-            return Err(protected(cell, "terminated"));
+            return Err(protected(description, "terminated"));
         }
         self.terminate_held(cell, &mut live, StateReason::user_initiated())
     }
@@ -205,10 +213,26 @@ impl Inner {
         }
     }
 
+    /// An instance was launched, and its volumes are to become durable.
+    pub(crate) fn settle(&self, id: ami_core::InstanceId) {
+        let Some(cell) = self.cells().get(&id).cloned() else { return };
+        // Whoever holds the instance tells of it again when done.
+        let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
+        if live.record.launched || live.volumes.is_empty() {
+            return;
+        }
+        // The record goes with whatever is committed next: until then opening the region looks at the volumes.
+        let settled = live.settle().and_then(|()| self.store.later(|c| c.put(&live.record)));
+        if let Err(e) = settled {
+            self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e)));
+        }
+    }
+
     fn follow(&self, cell: &Cell, live: &mut Live, cause: &ExitCause) -> Result<()> {
         if live.record.description.state == InstanceState::Stopping {
-            // It was asked to; whoever did need not be the first to see it.
-            return self.finish_stop(cell, live, StateReason::user_initiated());
+            // It was asked to, for the reason that it has; whoever did need not be the first to see it.
+            let reason = live.record.description.state_reason.clone();
+            return self.finish_stop(cell, live, reason.unwrap_or_else(StateReason::user_initiated));
         }
         match cause {
             ExitCause::Reset => self.reset(cell, live),
@@ -242,73 +266,6 @@ impl Inner {
         }
     }
 
-    /// Opens the volumes and boots what the root volume holds now.
-    fn power_on_again(&self, cell: &Cell, live: &mut Live) -> Result<()> {
-        live.volumes = self.open_volumes(live)?;
-        let boot = match (&live.record.direct_boot, live.volumes.first()) {
-            (Some(plan), _) => self.boot.boot(plan)?,
-            (None, Some(root)) => self.boot.boot_from_disk(&root.disk())?,
-            (None, None) => return Err(no_root_volume()),
-        };
-        self.power_on(cell, live, boot)
-    }
-
-    pub(crate) fn open_volumes(&self, live: &Live) -> Result<Vec<Volume>> {
-        let attachments = live.record.description.attachments.iter();
-        let opened = attachments.map(|a| {
-            Volume::open(&self.paths.volume(a.volume_id), &self.blocks)
-                .map_err(|e| Error::storage(e, format!("cannot open the volume {}", a.volume_id)))
-        });
-        opened.collect()
-    }
-
-    /// Makes a machine on the volumes that are open, and starts it.
-    pub(crate) fn power_on(&self, cell: &Cell, live: &mut Live, boot: Boot) -> Result<()> {
-        cell.begin_boot();
-        let runtime_dir = self.paths.instance(cell.id);
-        fs::create_dir_all(&runtime_dir)
-            .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
-        let bandwidth = live.record.description.instance_type.ebs_bandwidth().filter(|_| self.ebs_limits);
-        live.limiters = bandwidth.map(|bandwidth| bandwidth.limiters().to_vec()).unwrap_or_default();
-        let description = &live.record.description;
-        let mut spec =
-            MachineSpec::new(cell.id.to_string(), description.architecture, boot, cell.console.port());
-        spec.vcpus = description.instance_type.vcpus();
-        spec.memory_mib = description.instance_type.memory_mib();
-        spec.runtime_dir = runtime_dir;
-        spec.identity = Some(identity(description));
-        spec.disks = (description.attachments.iter().zip(&live.volumes))
-            .map(|(a, v)| disk_of(live, a.volume_id, v))
-            .collect();
-        spec.nets.extend(self.plug(&live.record)?);
-        let failed = |e| Error::machine(e, format!("cannot start a machine for {}", cell.id));
-        let machine = self.hypervisor.create(spec).map_err(failed)?;
-        live.generation += 1;
-        let (ended, message) = (self.supervisor.sender(), Message::Ended(cell.id, live.generation));
-        machine.state().subscribe(move |state| {
-            if state.exit_cause().is_some() {
-                // A supervisor that is gone follows nothing.
-                let _ = ended.send(message);
-            }
-        });
-        machine.start().map_err(failed)?;
-        cell.booted(machine.state());
-        live.machine = Some(machine);
-        Ok(())
-    }
-
-    /// The port of an instance's machine, if it has a place in a network.
-    fn plug(&self, record: &InstanceRecord) -> Result<Option<NetSpec>> {
-        let Some(placement) = &record.description.network else { return Ok(None) };
-        let network = self.network.as_deref().ok_or_else(|| {
-            let what =
-                format!("{} is in a network, and the region was opened without one", record.description.id);
-            Error::new(ErrorKind::Unsupported, what)
-        })?;
-        let user_data = record.user_data()?;
-        network.plug(Guest::new(&record.description, placement, user_data.as_deref())).map(Some)
-    }
-
     /// Tells the network what is now known of an instance that runs.
     fn tell_network(&self, record: &InstanceRecord) {
         let running = record.description.state == InstanceState::Running;
@@ -317,45 +274,6 @@ impl Inner {
             network.update(Guest::new(&record.description, place, user_data.as_deref()));
         }
     }
-
-    /// Ends the machine, if there is one, and closes the volumes.
-    pub(crate) fn power_off(&self, live: &mut Live) {
-        live.machine = None;
-        live.volumes.clear();
-        live.claim = None;
-        let dir = self.paths.instance(live.record.description.id);
-        if let Err(e) = fs::remove_dir_all(&dir) {
-            if e.kind() != std::io::ErrorKind::NotFound {
-                tracing::warn!(dir = %dir.display(), error = chain(&e), "cannot remove an instance's directory");
-            }
-        }
-    }
-}
-
-/// What an instance of EC2 is told of itself: its UUID and serial number are the same and begin with
-/// `ec2`, by which cloud-init and others know where they run (EC2 User Guide, "Identify EC2 instances").
-fn identity(description: &InstanceDescription) -> Identity {
-    const VENDOR: &str = "Amazon EC2";
-    let id = description.id.to_string();
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&Digest::of(id.as_bytes()).as_bytes()[..16]);
-    (uuid[0], uuid[1]) = (0xec, 0x20 | uuid[1] & 0xf);
-    let mut identity = Identity::new(uuid);
-    identity.vendor = VENDOR.to_owned();
-    // A type of one's own may have any name.
-    let name = description.instance_type.name().chars().filter(|c| !c.is_control());
-    for c in name {
-        if identity.product.len() + c.len_utf8() > Identity::MAX_TEXT {
-            break;
-        }
-        identity.product.push(c);
-    }
-    identity.asset_tag = id;
-    identity
-}
-
-pub(crate) fn no_root_volume() -> Error {
-    Error::new(ErrorKind::NotBootable, "the instance has no root volume")
 }
 
 /// Presses the power button, if there is one and patience to wait for what comes of it; says whether.
@@ -374,8 +292,16 @@ fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> bool {
     pressed.is_ok()
 }
 
-fn protected(cell: &Cell, against: &str) -> Error {
-    let what = format!("{} may not be {against}; take back its protection first", cell.id);
+/// That the instance is not protected against being stopped.
+pub(crate) fn check_stoppable(description: &InstanceDescription) -> Result<()> {
+    match description.stop_protection {
+        true => Err(protected(description, "stopped")),
+        false => Ok(()),
+    }
+}
+
+fn protected(description: &InstanceDescription, against: &str) -> Error {
+    let what = format!("{} may not be {against}; take back its protection first", description.id);
     Error::new(ErrorKind::OperationNotPermitted, what)
 }
 

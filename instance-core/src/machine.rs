@@ -19,6 +19,7 @@ pub use self::exit::{ExitCause, ProcessorError, ProcessorErrorReason, X86Registe
 pub use self::exits::VmExits;
 pub use self::saved::{RestoreSpec, SavedMachine};
 pub use self::spec::{Boot, BootFile, DiskSpec, Identity, MachineSpec, NetSpec};
+use crate::net::MacAddress;
 use crate::watch::Watch;
 
 /// Makes machines.
@@ -139,12 +140,12 @@ impl Hypervisor for Box<dyn Hypervisor> {
 ///
 /// # Contract
 ///
-/// - Every method may be called from any thread; none but [`detach_disk`](Self::detach_disk) waits for the
-///   guest, and while it does the others go on.
+/// - Every method may be called from any thread; none but [`detach_disk`](Self::detach_disk) and
+///   [`detach_net`](Self::detach_net) waits for the guest, and while it does the others go on.
 /// - The state moves only as [`MachineState`] says, and each change is published.
 /// - Hooks on the state may look and may kill; they must not start, pause or resume a machine, change its
-///   disks or drop the last handle of one.
-/// - Disks come and go only while the machine is running or paused; before, they belong in the
+///   disks or network ports or drop the last handle of one.
+/// - Disks and network ports come and go only while the machine is running or paused; before, they belong in the
 ///   specification. The first disk of the specification stays as long as the machine.
 /// - A guest's reset ends the machine with [`ExitCause::Reset`]. Whoever owns it then makes a new
 ///   one, because what the root disk boots may have changed.
@@ -217,6 +218,35 @@ pub trait Machine: fmt::Debug + Send + Sync {
         Err(MachineError::new(MachineErrorKind::Unsupported, "this machine gives no disks up while it runs"))
     }
 
+    /// Plugs one more network port into a machine that is running or paused. The guest is told, and takes it up soon,
+    /// late or never; a paused one, after it is resumed.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where [`net_hot_plug`](Capabilities::net_hot_plug) is false,
+    /// where the machine has [`max_nets`](Capabilities::max_nets) and for a port that
+    /// [cannot be](Capabilities::check_net); [`PortExists`](MachineErrorKind::PortExists) if it has one of this address;
+    /// [`WrongState`](MachineErrorKind::WrongState), or what the host refused. Then the port is unplugged.
+    fn attach_net(&self, net: NetSpec) -> Result<(), MachineError> {
+        let _ = net;
+        let what = "this machine takes no network ports while it runs";
+        Err(MachineError::new(MachineErrorKind::Unsupported, what))
+    }
+
+    /// Takes the network port with this address from a machine that is running or paused. When it returns, the cable
+    /// is unplugged at the machine's end.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`detach_disk`](Self::detach_disk), with [`NoSuchPort`](MachineErrorKind::NoSuchPort) if there is
+    /// none of this address, or no more, and [`Unsupported`](MachineErrorKind::Unsupported) where
+    /// [`net_hot_plug`](Capabilities::net_hot_plug) is false. Every port may go.
+    fn detach_net(&self, mac: MacAddress, how: Detach) -> Result<(), MachineError> {
+        let _ = (mac, how);
+        let what = "this machine gives no network ports up while it runs";
+        Err(MachineError::new(MachineErrorKind::Unsupported, what))
+    }
+
     /// Says that the disk with this serial number has become larger, which the guest is told. A machine that
     /// is told nothing may or may not let its guest see the new size.
     ///
@@ -280,7 +310,7 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn kill(&self);
 }
 
-/// How a disk is taken from a guest by [`Machine::detach_disk`].
+/// How a disk or a network port is taken from a guest by [`Machine::detach_disk`] and [`Machine::detach_net`].
 ///
 /// ```
 /// # use instance_core::{console::Console, testing::{FakeHypervisor, fake_kernel}};
@@ -310,7 +340,7 @@ pub enum Detach {
         until: Instant,
     },
     /// At once, whatever the guest does with it. What it has not written is lost, its further requests fail, and
-    /// it is told that the disk has gone.
+    /// it is told that the disk or the port has gone.
     Force,
 }
 
@@ -379,12 +409,16 @@ pub struct Capabilities {
     pub max_disks: usize,
     /// The most network ports of one machine.
     pub max_nets: usize,
+    /// Whether the frames of network ports are held to the limits of a [specification](NetSpec::receive_limits).
+    pub net_limits: bool,
     /// Whether guest code runs on the processor itself.
     pub execution: Execution,
     /// Whether [`Machine::power_button`] works.
     pub power_button: bool,
     /// Whether [`Machine::attach_disk`] and [`Machine::detach_disk`] work.
     pub hot_plug: bool,
+    /// Whether [`Machine::attach_net`] and [`Machine::detach_net`] work.
+    pub net_hot_plug: bool,
     /// Whether [`Machine::disk_grown`] works.
     pub live_growth: bool,
     /// Whether [`Machine::save`] and [`Hypervisor::restore`] work.
@@ -393,12 +427,14 @@ pub struct Capabilities {
     pub balloon: bool,
     /// Whether a machine may have a [place for streams](MachineSpec::vsock).
     pub vsock: bool,
+    /// Whether a machine may have a [virtio console](MachineSpec::virtio_console).
+    pub virtio_console: bool,
 }
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
-    /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks that come, go or grow
-    /// while it runs, no balloon, no streams, unless the fields are then set otherwise.
+    /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks or ports that come, go or
+    /// grow while it runs, no balloon, no streams, no virtio console, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self {
             name,
@@ -407,13 +443,16 @@ impl Capabilities {
             max_memory_mib: 1 << 20,
             max_disks: 1,
             max_nets: 0,
+            net_limits: false,
             execution,
             power_button: false,
             hot_plug: false,
+            net_hot_plug: false,
             live_growth: false,
             save: false,
             balloon: false,
             vsock: false,
+            virtio_console: false,
         }
     }
 
@@ -452,7 +491,7 @@ impl Capabilities {
                 "{name} cannot give a machine {asked} network ports; the most is {most}"
             ));
         }
-        spec.nets.iter().try_for_each(NetSpec::check)?;
+        spec.nets.iter().try_for_each(|net| self.check_net(net))?;
         match &spec.vsock {
             Some(_) if !self.vsock => return unsupported(format!("{name} has no streams for machines")),
             Some(vsock) if !vsock.is_valid() => {
@@ -460,10 +499,26 @@ impl Capabilities {
             }
             Some(_) | None => {}
         }
+        if spec.virtio_console.is_some() && !self.virtio_console {
+            return unsupported(format!("{name} has no virtio consoles for machines"));
+        }
         if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
         }
         Ok(())
+    }
+
+    /// Whether a machine may have this network port, as far as that can be told from it alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`check`](Self::check).
+    pub fn check_net(&self, net: &NetSpec) -> Result<(), MachineError> {
+        if net.is_limited() && !self.net_limits {
+            let what = format!("{} does not hold network ports to limits", self.name);
+            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        }
+        net.check()
     }
 }
 
@@ -506,7 +561,11 @@ pub enum MachineErrorKind {
     NoSuchDisk,
     /// The machine has a disk of that serial number already.
     DiskExists,
-    /// The guest did not let go of a disk in time.
+    /// The machine has no network port of that address.
+    NoSuchPort,
+    /// The machine has a network port of that address already.
+    PortExists,
+    /// The guest did not let go of a disk or a network port in time.
     Held,
     /// A program or device that the hypervisor needs is missing; the text says what to install.
     Missing,
@@ -559,6 +618,21 @@ impl MachineError {
     /// That the machine has a disk with this serial number already.
     pub fn disk_exists(serial: &str) -> Self {
         Self::new(MachineErrorKind::DiskExists, format!("the machine has a disk {serial:?} already"))
+    }
+
+    /// That the machine has no network port with this address.
+    pub fn no_such_port(mac: MacAddress) -> Self {
+        Self::new(MachineErrorKind::NoSuchPort, format!("the machine has no network port {mac}"))
+    }
+
+    /// That the machine has a network port with this address already.
+    pub fn port_exists(mac: MacAddress) -> Self {
+        Self::new(MachineErrorKind::PortExists, format!("the machine has a network port {mac} already"))
+    }
+
+    /// That the guest has not let go of the network port with this address.
+    pub fn port_held(mac: MacAddress) -> Self {
+        Self::new(MachineErrorKind::Held, format!("the guest has not let go of network port {mac}"))
     }
 
     /// That the guest has not let go of the disk with this serial number.

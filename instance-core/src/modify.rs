@@ -36,12 +36,17 @@ impl Instance {
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState),
-    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch), or what the host met.
+    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch), [`Unsupported`](ErrorKind::Unsupported) for one that
+    /// can [hibernate](Self::hibernate), or what the host met.
     pub fn set_instance_type(&self, instance_type: InstanceType) -> Result<()> {
         let architecture = self.describe().architecture;
         if !instance_type.architectures().contains(&architecture) {
             let what = format!("the instance is for {architecture}, which {instance_type} does not run");
             return Err(Error::new(ErrorKind::ArchitectureMismatch, what));
+        }
+        if self.describe().hibernation {
+            let what = format!("{} can hibernate, and keeps its instance type", self.id());
+            return Err(Error::new(ErrorKind::Unsupported, what));
         }
         self.modify(true, |description| description.instance_type = instance_type)
     }

@@ -5,12 +5,14 @@
 //! machine. Frames wait in a bounded queue each way, so neither end ever waits for the other.
 
 mod frame;
+mod limits;
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use self::frame::{Checksum, Frame, InvalidMacAddress, MacAddress, Offloads, Protocol, Segmentation};
+pub use self::limits::FrameLimits;
 
 /// How many frames wait each way at most.
 pub const FRAMES_KEPT: usize = 1024;

@@ -33,12 +33,15 @@ pub struct RegionOptions {
     pub(crate) state_store: Option<Box<dyn StateStore>>,
     pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) ebs_limits: bool,
+    pub(crate) vsock: bool,
+    pub(crate) network_limits: bool,
     pub(crate) keys: Option<Arc<dyn KeyProvider>>,
 }
 
 impl fmt::Debug for RegionOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, account, capacity, state_store, network, ebs_limits, keys } = self;
+        let Self { name, account, capacity, state_store, network, ebs_limits, network_limits, vsock, keys } =
+            self;
         f.debug_struct("RegionOptions")
             .field("name", name)
             .field("account", account)
@@ -46,6 +49,8 @@ impl fmt::Debug for RegionOptions {
             .field("state_store", state_store)
             .field("network", network)
             .field("ebs_limits", ebs_limits)
+            .field("vsock", vsock)
+            .field("network_limits", network_limits)
             .field("keys", &keys.as_ref().map(|keys| keys.default_key_id()))
             .finish()
     }
@@ -60,6 +65,8 @@ impl Default for RegionOptions {
             state_store: None,
             network: None,
             ebs_limits: true,
+            vsock: false,
+            network_limits: true,
             keys: None,
         }
     }
@@ -128,6 +135,23 @@ impl RegionOptions {
     #[must_use]
     pub fn ebs_limits(mut self, on: bool) -> Self {
         self.ebs_limits = on;
+        self
+    }
+
+    /// Whether the machines that are made from now on have a place for streams with this process, for an agent in the
+    /// guest: see [`Instance::vsock`](crate::Instance::vsock). They have none unless this says otherwise, as it is one
+    /// more device that a guest may attack. On a hypervisor without it no machine is made then.
+    #[must_use]
+    pub fn vsock(mut self, on: bool) -> Self {
+        self.vsock = on;
+        self
+    }
+
+    /// Whether the ports of an instance are held to what its type's [`NetworkBandwidth`](crate::NetworkBandwidth) says: they
+    /// are, where the hypervisor can, unless this says otherwise.
+    #[must_use]
+    pub fn network_limits(mut self, on: bool) -> Self {
+        self.network_limits = on;
         self
     }
 

@@ -1,6 +1,9 @@
 //! What a region keeps of its images, instances and volumes.
 
-use ami_core::{AccountId, Digest, Image, RegionName, SnapshotId, Tags, Timestamp, VolumeId, VolumeType};
+use ami_core::{
+    AccountId, BlockDeviceMapping, Digest, Image, RegionName, SnapshotId, Tags, Timestamp, VolumeId,
+    VolumeType,
+};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
@@ -137,8 +140,8 @@ impl Record for SnapshotRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InstanceRecord {
     pub(crate) description: InstanceDescription,
-    /// Whether its volumes were durable when this was written. A launch commits its record while they are made
-    /// so; of one that a crash cut off, they may be missing, and then nobody was promised anything.
+    /// Whether its volumes were durable when this was written. They become so after its launch, or when its guest first
+    /// flushes them: a crash before that may take them, and then they are made again as they were.
     pub(crate) launched: bool,
     /// What it boots if that is not read from its root volume.
     pub(crate) direct_boot: Option<BootPlan>,
@@ -146,6 +149,22 @@ pub(crate) struct InstanceRecord {
     pub(crate) user_data: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
+    /// What is mapped to instance store, of which its type may have less.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) instance_store: Vec<BlockDeviceMapping>,
+    /// Its machine as it was saved, while it hibernates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) saved: Option<SavedRecord>,
+}
+
+/// A saved machine, in the place of its instance's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedRecord {
+    /// In bytes.
+    pub(crate) len: u64,
+    /// Whether it has a place for streams.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) vsock: bool,
 }
 
 impl InstanceRecord {

@@ -3,33 +3,33 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use ami_core::ReservationId;
-use storage_block::Volume;
+use storage_block::{ErrorKind as BlockErrorKind, Volume};
 
 use crate::description::StateReason;
+use crate::error::chain;
 use crate::garbage::remove_others;
 use crate::instance::Cell;
 use crate::record::{InstanceRecord, VolumeRecord};
 use crate::region::Inner;
-use crate::{InstanceState, Result, Transition};
+use crate::{Error, InstanceState, Result, Transition};
 
 impl Inner {
     /// Puts in order what the last owner left.
     pub(crate) fn recover(&self) -> Result<()> {
         let records = self.store.all::<InstanceRecord>()?;
-        // What a crash leaves of a launch is all of its instances or none.
-        let cut_off: HashSet<ReservationId> = (records.iter())
-            .filter(|record| !record.launched && !self.is_whole(record))
-            .map(|record| record.description.reservation_id)
+        let hibernated: HashSet<String> = (records.iter())
+            .filter(|record| record.saved.is_some())
+            .map(|record| record.description.id.to_string())
             .collect();
         for record in records {
-            let cut_off = !record.launched && cut_off.contains(&record.description.reservation_id);
-            self.recover_instance(record, cut_off)?;
+            self.recover_instance(record)?;
         }
+        self.recover_tasks()?;
         let volumes: HashSet<String> =
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
         remove_others(&self.paths.volumes(), &volumes)?;
         remove_others(&self.paths.instances(), &HashSet::new())?;
+        remove_others(&self.paths.hibernated(), &hibernated)?;
         if let Some(network) = &self.network {
             let cells = self.cells();
             let places = cells.values().filter_map(|cell| Some(cell.description.get().network?.interface_id));
@@ -38,13 +38,20 @@ impl Inner {
         self.collect_garbage()
     }
 
-    fn recover_instance(&self, mut record: InstanceRecord, cut_off: bool) -> Result<()> {
+    fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
         let state = record.description.state;
-        let gone = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated);
-        if gone || cut_off {
-            return self.forget(&record);
+        if !record.launched {
+            match self.make_lost_volumes(&record) {
+                Ok(()) => record.launched = true,
+                // They may come to be made when the region is opened again, with the keys that they take.
+                Err(e) => {
+                    tracing::error!(instance = %record.description.id, error = chain(&e), "a volume is missing");
+                }
+            }
         }
-        record.launched = true;
+        if matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated) {
+            return self.forget(&record.description, |attachment| attachment.delete_on_termination);
+        }
         if let Some(next) = state.after(Transition::Lost) {
             record.description.state = next;
             record.description.state_reason = Some(StateReason::new(
@@ -60,16 +67,27 @@ impl Inner {
         Ok(())
     }
 
-    /// Whether a launch that may have been cut off got as far as it had to: it runs, and has its volumes.
-    fn is_whole(&self, record: &InstanceRecord) -> bool {
-        let description = &record.description;
-        description.state != InstanceState::Pending
-            && description.attachments.iter().all(|a| {
-                match Volume::open(&self.paths.volume(a.volume_id), &self.blocks) {
-                    Ok(_) => true,
-                    // It is there: only who has the key is missing.
-                    Err(e) => e.kind() == storage_block::ErrorKind::KeyUnavailable,
-                }
-            })
+    /// Makes those volumes again, as they were made, that were not durable yet when a crash took them. Nothing that was
+    /// flushed to them is lost: what is flushed makes the volume durable.
+    fn make_lost_volumes(&self, record: &InstanceRecord) -> Result<()> {
+        for attachment in &record.description.attachments {
+            let id = attachment.volume_id;
+            // One without a record went with an instance that was being terminated.
+            let Some(volume) = self.store.get::<VolumeRecord>(&id.to_string())? else { continue };
+            let dir = self.paths.volume(id);
+            match Volume::open(&dir, &self.blocks) {
+                Ok(_) => continue,
+                Err(e) if matches!(e.kind(), BlockErrorKind::NotFound | BlockErrorKind::Corrupt) => {}
+                // It is there: only who has its key is missing.
+                Err(e) if e.kind() == BlockErrorKind::KeyUnavailable => continue,
+                Err(e) => return Err(Error::storage(e, format!("cannot open the volume {id}"))),
+            }
+            let failed = |e| Error::storage(e, format!("cannot make the volume {id} again"));
+            // It may be what the volume began as that is missing.
+            volume.base.map(|base| self.content(&base)).transpose()?;
+            Volume::remove(&dir).map_err(failed)?;
+            self.make_volume(&volume, volume.kms_key_id.is_some())?.sync_created().map_err(failed)?;
+        }
+        Ok(())
     }
 }

@@ -181,7 +181,7 @@ impl<H> Region<H> {
     /// The account's instances that the request asks for (`DescribeInstances`).
     ///
     /// Filters: `architecture`, `block-device-mapping.delete-on-termination`, `.device-name` and `.volume-id`,
-    /// `client-token`, `image-id`, `instance-id`, `instance-state-code`, `instance-state-name`,
+    /// `client-token`, `hibernation-options.configured`, `image-id`, `instance-id`, `instance-state-code`, `instance-state-name`,
     /// `instance-type`, `instance.group-id`, `key-name`, `launch-index`, `launch-time`,
     /// `metadata-options.http-endpoint` and `.http-tokens`, `network-interface.network-interface-id`, `owner-id`,
     /// `private-dns-name`, `private-ip-address`, `reservation-id`, `root-device-name`, `root-device-type`,
@@ -275,6 +275,15 @@ impl Paths {
         self.root.join("instances")
     }
 
+    /// Where the machines are of instances that hibernate.
+    pub(crate) fn hibernated(&self) -> PathBuf {
+        self.root.join("hibernated")
+    }
+
+    pub(crate) fn saved_machine(&self, id: InstanceId) -> PathBuf {
+        self.hibernated().join(id.to_string())
+    }
+
     pub(crate) fn instance(&self, id: InstanceId) -> PathBuf {
         self.instances().join(id.to_string())
     }
@@ -316,6 +325,8 @@ pub(crate) struct Inner {
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) ebs_limits: bool,
+    pub(crate) vsock: bool,
+    pub(crate) network_limits: bool,
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
     pub(crate) blocks: BlockStore,
@@ -344,7 +355,7 @@ impl Inner {
         fs::create_dir_all(dir).map_err(failed)?;
         let paths = Paths { root: dir.canonicalize().map_err(failed)? };
         let lock = Lock::take(&paths.root)?;
-        for dir in [paths.volumes(), paths.instances()] {
+        for dir in [paths.volumes(), paths.instances(), paths.hibernated()] {
             fs::create_dir_all(dir).map_err(failed)?;
         }
         let state = match options.state_store.take() {
@@ -374,6 +385,8 @@ impl Inner {
             hypervisor,
             network: options.network.take(),
             ebs_limits: options.ebs_limits,
+            vsock: options.vsock,
+            network_limits: options.network_limits,
             region,
             store,
             blocks,

@@ -1,8 +1,9 @@
-//! The thread that sees machines end.
+//! The threads that follow what happens to instances by itself.
 //!
 //! A machine tells of its end in one of its own threads, where nothing may wait; so the message goes
-//! to this one, which moves the instance on: a guest that powered off is stopped or terminated, one
-//! that rebooted gets a new machine.
+//! to a thread, which moves the instance on: a guest that powered off is stopped or terminated, one
+//! that rebooted gets a new machine. Another makes the volumes of launches durable, so that no end of a
+//! machine waits for the disk.
 
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -13,38 +14,55 @@ use ami_core::InstanceId;
 
 use crate::region::Inner;
 
-/// What the thread is told.
+/// What the threads are told.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Message {
     /// A machine has ended: whose, and which of its machines.
     Ended(InstanceId, u64),
+    /// An instance was launched, and its volumes are not known to be durable.
+    Launched(InstanceId),
     /// The region is closed.
     Close,
 }
 
 #[derive(Debug)]
 pub(crate) struct Supervisor {
+    /// To the first thread, which hands on to the second what is for that.
     sender: Sender<Message>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Supervisor {
     pub(crate) fn new() -> (Self, Receiver<Message>) {
         let (sender, receiver) = mpsc::channel();
-        (Self { sender, thread: Mutex::new(None) }, receiver)
+        (Self { sender, threads: Mutex::default() }, receiver)
     }
 
     pub(crate) fn start(&self, receiver: Receiver<Message>, region: Weak<Inner>) -> io::Result<()> {
-        let work = move || {
-            while let Ok(Message::Ended(id, generation)) = receiver.recv() {
-                match region.upgrade() {
-                    Some(region) => region.machine_ended(id, generation),
+        let (hand_on, launched) = mpsc::channel();
+        let of_volumes = region.clone();
+        let settle = move || {
+            while let Ok(id) = launched.recv() {
+                match of_volumes.upgrade() {
+                    Some(region) => region.settle(id),
                     None => return,
                 }
             }
         };
-        let thread = thread::Builder::new().name("region".to_owned()).spawn(work)?;
-        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        let follow = move || {
+            while let Ok(message) = receiver.recv() {
+                let Some(region) = region.upgrade() else { return };
+                match message {
+                    Message::Ended(id, generation) => region.machine_ended(id, generation),
+                    // It is there for as long as this one is.
+                    Message::Launched(id) => drop(hand_on.send(id)),
+                    Message::Close => return,
+                }
+            }
+        };
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.push(thread::Builder::new().name("region".to_owned()).spawn(follow)?);
+        threads.push(thread::Builder::new().name("volumes".to_owned()).spawn(settle)?);
         Ok(())
     }
 
@@ -53,13 +71,16 @@ impl Supervisor {
         self.sender.clone()
     }
 
-    /// Ends the thread and waits for it; called in the thread itself, it does not wait.
+    /// Ends the threads and waits for them; called in one of them, it does not wait for the other.
     pub(crate) fn stop(&self) {
         // A thread that has ended already listens no more.
         let _ = self.sender.send(Message::Close);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // A watcher that is told in this thread may drop the last handle of a region.
-        if let Some(thread) = thread.filter(|t| t.thread().id() != thread::current().id()) {
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        // A watcher that is told in such a thread may drop the last handle of a region.
+        if threads.iter().any(|t| t.thread().id() == thread::current().id()) {
+            return;
+        }
+        for thread in threads {
             let _ = thread.join();
         }
     }

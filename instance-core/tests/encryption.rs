@@ -177,7 +177,7 @@ fn without_its_keys_a_region_keeps_what_it_cannot_read() {
 }
 
 #[test]
-fn images_are_encrypted_where_they_are_registered_and_stay_in_their_region() {
+fn images_are_encrypted_where_they_are_registered() {
     let dir = tempfile::tempdir().unwrap();
     let (path, keys) = (dir.path().join("region"), Arc::new(LocalKey::generate().unwrap()));
     let region = with_keys(&path, &keys);
@@ -205,9 +205,6 @@ fn images_are_encrypted_where_they_are_registered_and_stay_in_their_region() {
         region.register_image(Ami::<X86_64>::builder("hiding").block_device(hidden), source).unwrap_err();
     check(&hiding, ErrorKind::InvalidBlockDeviceMapping, "InvalidBlockDeviceMapping", &["encrypted"]);
     let other = open(&dir.path().join("other"));
-    let away = other.copy_image_from(&region, ami.id(), CopyImage::new("away")).unwrap_err();
-    check(&away, ErrorKind::Unsupported, "UnsupportedOperation", &["encrypted"]);
-
     let unavailable = (ErrorKind::KeyUnavailable, "InvalidKMSKey.InvalidState");
     let missing = region.create_volume(VolumeSpec::new(1).kms_key_id("none")).unwrap_err();
     check(&missing, unavailable.0, unavailable.1, &[]);
@@ -219,4 +216,51 @@ fn images_are_encrypted_where_they_are_registered_and_stay_in_their_region() {
     let keyless = other.launch(&plain, spec().block_device(device)).unwrap_err();
     check(&keyless, unavailable.0, unavailable.1, &["no keys"]);
     assert!(other.describe_volumes(&DescribeVolumes::new()).unwrap().items.is_empty());
+}
+
+#[test]
+fn a_copy_of_an_encrypted_image_is_encrypted_anew_under_the_keys_of_its_region() {
+    let dir = tempfile::tempdir().unwrap();
+    let [from_path, to_path, bare_path] = ["from", "to", "bare"].map(|name| dir.path().join(name));
+    let keys = [(); 2].map(|()| Arc::new(LocalKey::generate().unwrap()));
+    let (from, to) = (with_keys(&from_path, &keys[0]), with_keys(&to_path, &keys[1]));
+    let content = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    content.write_at(WORD.as_bytes(), 0).unwrap();
+    let boot = || DirectBoot::new(tiny_elf(), None, "");
+    let source = ImageSource::new(&content).boot(boot()).encrypted(true);
+    let secret = from.register_image(Ami::<X86_64>::builder("secret"), source).unwrap();
+    let plain = register(&from, "plain", &content).unwrap();
+
+    // One that is not encrypted may become so; and the one that is, in its own region under another key.
+    for (id, copy) in [
+        (secret.id(), CopyImage::new("secret")),
+        (plain.id(), CopyImage::new("once plain").encrypted(true)),
+        (plain.id(), CopyImage::new("by name").kms_key_id(keys[1].default_key_id())),
+    ] {
+        let name = format!("{copy:?}");
+        let ami = to.copy_image_from(&from, id, copy).unwrap();
+        assert_ne!(ami.digest(), from.image(id).unwrap().ami().digest(), "{name}");
+        let root = ami.manifest().root_volume().unwrap();
+        assert!(root.encrypted() && root.snapshot().is_some(), "{name}");
+        assert_eq!(to.image(ami.id()).unwrap().source_image().unwrap().id, id);
+        let server = to.launch(&ami.typed::<X86_64>().unwrap(), spec()).unwrap();
+        ask(&server, "read 0 0", WORD);
+    }
+    assert!(!is_told(&to_path));
+    let again = from.copy_image_from(&from, secret.id(), CopyImage::new("again")).unwrap();
+    assert_ne!(again.digest(), secret.digest());
+
+    // Without keys, there or here, nothing is copied, and nothing is left.
+    let bare = open(&bare_path);
+    let refused = bare.copy_image_from(&from, secret.id(), CopyImage::new("secret")).unwrap_err();
+    check(&refused, ErrorKind::KeyUnavailable, "InvalidKMSKey.InvalidState", &["no keys"]);
+    let nobody = CopyImage::new("nobody").kms_key_id("none");
+    let refused = to.copy_image_from(&from, secret.id(), nobody).unwrap_err();
+    check(&refused, ErrorKind::KeyUnavailable, "InvalidKMSKey.InvalidState", &[]);
+    drop(from);
+    let from = open(&from_path);
+    let refused = to.copy_image_from(&from, secret.id(), CopyImage::new("late")).unwrap_err();
+    check(&refused, ErrorKind::KeyUnavailable, "InvalidKMSKey.InvalidState", &[]);
+    assert_eq!((to.images().unwrap().len(), bare.images().unwrap().len()), (3, 0));
+    assert_eq!(fs::read_dir(bare_path.join("blocks/snapshots")).unwrap().count(), 0);
 }

@@ -137,6 +137,7 @@ fn of_instances(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {
     raised.by("IdempotentParameterMismatch", region.launch(ami, nano().client_token("once")));
     raised.by("OperationNotPermitted", once.terminate());
     once.set_stop_protection(false).unwrap();
+    raised.by("UnsupportedHibernationConfiguration", once.hibernate(Duration::ZERO));
     once.stop(Duration::ZERO).unwrap();
     raised.by("IncorrectInstanceState", once.reboot());
     once.terminate().unwrap();

@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
+#[path = "common/records.rs"]
+mod records;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,9 +20,10 @@ use instance_core::{
     DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance, InstanceState,
     LaunchSpec, RegionOptions, ShutdownBehavior, VolumeSpec, VolumeState,
 };
-use redb::{ReadableTable, TableDefinition, TableHandle};
+use records::{copy, fields, make_small, records};
+use redb::TableDefinition;
 use serde_json::Value;
-use storage_block::{MemoryDisk, RawFile};
+use storage_block::MemoryDisk;
 
 const OTHER: &str = "210987654321";
 const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda1";
@@ -93,34 +96,6 @@ fn ask(instance: &Instance, line: &str, answer: &str) {
     reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
-/// Takes out what is empty: what the state store has in reserve, and the holes at the ends of the volumes, which
-/// are put back when these are opened.
-fn make_small(dir: &Path) {
-    redb::Database::open(dir.join("region.db")).unwrap().compact().unwrap();
-    for volume in fs::read_dir(dir.join("volumes")).unwrap() {
-        let path = volume.unwrap().path().join("overlay");
-        let disk = RawFile::open(&path, true).unwrap().into_disk();
-        let (mut end, mut at) = (0, 0);
-        while let Some(data) = disk.next_data(at).unwrap() {
-            (end, at) = (data.end, data.end);
-        }
-        drop(disk);
-        File::options().write(true).open(&path).unwrap().set_len(end).unwrap();
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &to),
-            false => drop(fs::copy(entry.path(), to).unwrap()),
-        }
-    }
-}
-
 /// A copy of the golden region.
 fn old_region(version: u32) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -137,44 +112,6 @@ fn write() {
     assert!(!golden.exists(), "what was written once stays as it is");
     make(&golden);
     make_small(&golden);
-}
-
-/// The records of a closed region, read as the document says, by table and key.
-fn records(dir: &Path) -> BTreeMap<String, BTreeMap<String, Value>> {
-    let database = redb::Database::open(dir.join("region.db")).unwrap();
-    let transaction = database.begin_read().unwrap();
-    let names: Vec<String> = transaction.list_tables().unwrap().map(|t| t.name().to_owned()).collect();
-    let read = |name: &String| {
-        let table = transaction.open_table(TableDefinition::<&str, &[u8]>::new(name)).unwrap();
-        let record = |entry: Result<(redb::AccessGuard<'_, &str>, redb::AccessGuard<'_, &[u8]>), _>| {
-            let (key, value) = entry.unwrap();
-            let (digest, json) = value.value().split_at(32);
-            let covered = [name.as_bytes(), b"\0", key.value().as_bytes(), b"\0", json].concat();
-            assert_eq!(digest, Digest::of(&covered).as_bytes(), "{name} {}", key.value());
-            (key.value().to_owned(), serde_json::from_slice(json).unwrap())
-        };
-        table.iter().unwrap().map(record).collect()
-    };
-    names.iter().map(|name| (name.clone(), read(name))).collect()
-}
-
-/// The names of all fields of the records, with the tables that they are in.
-fn fields(records: &BTreeMap<String, BTreeMap<String, Value>>) -> BTreeSet<String> {
-    fn collect(path: &str, value: &Value, into: &mut BTreeSet<String>) {
-        match value {
-            Value::Object(object) => {
-                // What tags are called is up to the user.
-                let names = object.iter().filter(|_| !path.ends_with(".tags"));
-                names.for_each(|(name, value)| collect(&format!("{path}.{name}"), value, into));
-            }
-            Value::Array(array) => array.iter().for_each(|value| collect(path, value, into)),
-            _ => {}
-        }
-        into.insert(path.to_owned());
-    }
-    let mut into = BTreeSet::new();
-    records.iter().for_each(|(table, all)| all.values().for_each(|r| collect(table, r, &mut into)));
-    into
 }
 
 fn by_name(region: &TestRegion, name: &str) -> Instance {

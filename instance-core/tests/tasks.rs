@@ -152,6 +152,9 @@ fn closing_a_region_ends_its_tasks_and_nothing_is_left_of_them() {
     letting.join().unwrap();
     let region = open(dir.path());
     assert!(region.images().unwrap().is_empty());
+    let known = region.import_image_task(task.id()).unwrap().describe();
+    assert_eq!((known.status, known.status_message.is_empty()), (TaskStatus::Deleted, false));
+    assert_eq!(known, task.describe());
     let after: Vec<String> = files(dir.path()).into_keys().collect();
     let kept =
         |all: Vec<String>| -> Vec<String> { all.into_iter().filter(|n| !n.contains("/packs")).collect() };

@@ -59,7 +59,7 @@ pub enum ErrorKind {
     /// Nothing proves who is on the other side of a connection, and something should.
     Untrusted,
     /// Whoever asked for it did not want it any more, and said so by
-    /// [`Progress::cancel`](crate::Progress::cancel).
+    /// [`Progress::cancel`](crate::Progress::cancel) or [`Queue::cancel`](crate::Queue::cancel).
     Cancelled,
     /// Any other failure of the operating system.
     Io,

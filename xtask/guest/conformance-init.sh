@@ -26,6 +26,19 @@ listens() {
 }
 while [ -e /dev/input/event0 ] && [ -d /proc/$button ] && ! listens; do :; done
 
+# A second console says how large its terminal is, and says again what else it is told.
+second_console() {
+    exec </dev/hvc0 >/dev/hvc0
+    stty -echo
+    while read -r line; do
+        case $line in
+        size) stty size ;;
+        *) echo "said $line" ;;
+        esac
+    done
+}
+[ -c /dev/hvc0 ] && second_console &
+
 # The n-th virtio disk, or nothing.
 disk() {
     set -- "$1" /sys/block/vd*

@@ -43,7 +43,9 @@ enum Step {
 /// What the tests call, besides what the lab does. Under CI none of them skips what it cannot do.
 const TOOLS: [Tool; 11] = [NBDINFO, NBDCOPY, NBDKIT, FIO, QEMU_IMG, QEMU_IO, BZIP2, LZ4, LZOP, XZ, ZSTD];
 
-/// The integration tests of `hypervisor-kvm` that run on a true KVM too, which the first one needs.
+/// The package whose tests run in the lab.
+const LAB_PACKAGE: &str = "hypervisor-kvm";
+/// Its integration tests that run on a true KVM too, which the first one needs.
 const LAB_TESTS: [&str; 5] = ["linux", "conformance", "ends", "confinement", "drops"];
 /// The one of them that boots other kernels too.
 const OTHER_KERNELS: &str = "linux";
@@ -178,7 +180,9 @@ fn run_in_lab(lab: &Lab) -> Result<()> {
 /// Builds the test and answers where cargo put it.
 fn test_binary(name: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["test", "--package", "hypervisor-kvm", "--test", name, "--no-run"]);
+    // As part of the workspace, so that what was built for the other tests serves: a package alone has its
+    // dependencies built with other features.
+    cargo.args(["test", "--workspace", "--test", name, "--no-run"]);
     cargo.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
     let output = cargo.output().context("cannot run cargo")?;
     ensure!(output.status.success(), "cannot build the test {name} ({})", output.status);
@@ -186,11 +190,14 @@ fn test_binary(name: &str) -> Result<PathBuf> {
     executable(&messages, name).with_context(|| format!("cargo named no executable of the test {name}"))
 }
 
-/// The executable of the test target `name` in what cargo says in JSON.
+/// The executable of the test target `name` of [`LAB_PACKAGE`] in what cargo says in JSON.
 fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let mut tests = messages.filter(|message| {
-        message["target"]["name"] == name && message["target"]["kind"] == serde_json::json!(["test"])
+        let manifest = Path::new(message["manifest_path"].as_str().unwrap_or_default());
+        message["target"]["name"] == name
+            && message["target"]["kind"] == serde_json::json!(["test"])
+            && manifest.ends_with(Path::new(LAB_PACKAGE).join("Cargo.toml"))
     });
     tests.find_map(|message| Some(message["executable"].as_str()?.into()))
 }
@@ -214,9 +221,10 @@ mod tests {
     #[test]
     fn finds_the_executable_that_cargo_names() {
         let messages = r#"
-            {"reason":"compiler-artifact","target":{"kind":["lib"],"name":"linux"},"executable":"/lib"}
-            {"reason":"compiler-artifact","target":{"kind":["test"],"name":"speed"},"executable":"/speed"}
-            {"reason":"compiler-artifact","target":{"kind":["test"],"name":"linux"},"executable":"/linux"}
+            {"manifest_path":"/hypervisor-kvm/Cargo.toml","target":{"kind":["lib"],"name":"linux"},"executable":"/lib"}
+            {"manifest_path":"/hypervisor-kvm/Cargo.toml","target":{"kind":["test"],"name":"speed"},"executable":"/speed"}
+            {"manifest_path":"/hypervisor-qemu/Cargo.toml","target":{"kind":["test"],"name":"linux"},"executable":"/qemu"}
+            {"manifest_path":"/hypervisor-kvm/Cargo.toml","target":{"kind":["test"],"name":"linux"},"executable":"/linux"}
             {"reason":"build-finished","success":true}
             no message"#;
         assert_eq!(executable(messages, "linux"), Some(PathBuf::from("/linux")));

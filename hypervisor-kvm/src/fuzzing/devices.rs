@@ -1,4 +1,4 @@
-//! The bodies for the balloon, the socket device with its streams, and the clock.
+//! The bodies for the balloon, the console, the socket device with its streams, and the clock.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use instance_core::console::{Console, ConsoleSize, INPUT_KEPT, OUTPUT_KEPT};
 use instance_core::vsock::{self, Op, Packet, VsockSpec};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 use vm_memory::{Bytes, GuestAddress};
@@ -14,7 +15,7 @@ use super::Input;
 use crate::layout;
 use crate::memory::{self, Memory};
 use crate::rtc::Rtc;
-use crate::virtio::{Balloon, Mmio, Step, Vsock, Wish};
+use crate::virtio::{self, Balloon, Mmio, Step, Vsock, Wish};
 
 /// Where the memory begins that the driver of this fuzzer has no use for.
 const UNUSED: u64 = 64 << 10;
@@ -63,6 +64,20 @@ pub fn virtio_balloon(bytes: &[u8]) {
         let whole = page.iter().all(|byte| *byte == page[0]);
         assert!(whole && (page[0] == WRITTEN || page[0] == 0), "a page is partly given back");
     }
+}
+
+/// A guest that does what it likes with a console, and a terminal that does the same. What is typed comes to the guest or
+/// waits, and what the guest writes is bounded.
+pub fn virtio_console(bytes: &[u8]) {
+    let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
+    let terminal = Console::new();
+    let mut device = Mmio::new(virtio::Console::new(terminal.port()));
+    drive(&mut Input(bytes), &memory, &mut device, |[columns, rows, len]| {
+        let typed = vec![rows; usize::from(len) << (columns % 9)];
+        let _ = terminal.write_all(&typed, Instant::now());
+        terminal.resize(ConsoleSize { columns: columns.into(), rows: rows.into() });
+    });
+    assert!(terminal.output().len() <= OUTPUT_KEPT && terminal.port().input_waiting() <= INPUT_KEPT);
 }
 
 /// A guest that does what it likes with a socket device, and a program that does the same with its streams.

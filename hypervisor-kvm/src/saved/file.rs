@@ -10,10 +10,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::State;
 use crate::error::{HostContext, Result, host, saved};
 use crate::memory::{self, Memory, PAGE};
+use crate::virtio::Own;
 
 const MAGIC: [u8; 8] = *b"AMI-KVM\n";
-/// Counts up with every change of what [`State`] is encoded as.
-pub(super) const VERSION: u32 = 1;
+/// Counts up with every change of what a state is encoded as. All earlier ones are read.
+pub(crate) const VERSION: u32 = 2;
 /// Magic, version, checksum of the state (CRC-32C), length of the state; 8 bytes are spare.
 pub(super) const HEADER_LEN: usize = 32;
 /// More than any machine's.
@@ -99,7 +100,7 @@ impl Loaded {
         let unreadable = |e: std::io::Error| saved("the saved machine cannot be read").with_source(e);
         let mut header = [0; HEADER_LEN];
         from.file().read_exact_at(&mut header, 0).map_err(unreadable)?;
-        let (len, checksum) = check_header(&header)?;
+        let (version, len, checksum) = check_header(&header)?;
         if len > STATE_MAX {
             return Err(saved("the saved machine's state is longer than any can be"));
         }
@@ -108,7 +109,8 @@ impl Loaded {
         if crc32c::crc32c(&body) != checksum {
             return Err(saved("the saved machine is damaged: the checksum of its state is another"));
         }
-        let loaded = Self { state: decode(&body)?, memory_at: memory_start(HEADER_LEN as u64 + len) };
+        let state = decode(version, &body)?;
+        let loaded = Self { state, memory_at: memory_start(HEADER_LEN as u64 + len) };
         if from.len() != loaded.memory_at + (u64::from(loaded.state.memory_mib) << 20) {
             return Err(saved("the saved machine is not complete: its file has another length"));
         }
@@ -122,30 +124,41 @@ impl Loaded {
     }
 }
 
-/// The length and the checksum of the state.
-fn check_header(header: &[u8; HEADER_LEN]) -> Result<(u64, u32)> {
+/// The version, and the length and the checksum of the state.
+fn check_header(header: &[u8; HEADER_LEN]) -> Result<(u32, u64, u32)> {
     let (magic, rest) = header.split_at(MAGIC.len());
     let word = |at: usize| rest[at..at + 4].iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
     if magic != MAGIC {
         return Err(saved("this is no saved machine of KVM"));
     }
-    if word(0) != VERSION {
+    let version = word(0);
+    if !(1..=VERSION).contains(&version) {
         return Err(saved(format!(
-            "the saved machine has format {}; this version reads format {VERSION}",
-            word(0)
+            "the saved machine has format {version}; this version reads those up to {VERSION}"
         )));
     }
-    Ok((u64::from(word(8)) | u64::from(word(12)) << 32, word(4)))
+    Ok((version, u64::from(word(8)) | u64::from(word(12)) << 32, word(4)))
 }
 
-/// The bytes of a state.
+/// The bytes of a state: what version 1 has, and behind it what has come since.
 pub(crate) fn encode(state: &State) -> Result<Vec<u8>> {
-    postcard::to_stdvec(state).host("the machine's state cannot be encoded")
+    const CONTEXT: &str = "the machine's state cannot be encoded";
+    let own: Vec<&Own> = state.virtio.iter().map(|device| device.state.own()).collect();
+    let bytes = postcard::to_stdvec(state).host(CONTEXT)?;
+    postcard::to_extend(&own, bytes).host(CONTEXT)
 }
 
-/// The state of bytes that may be anybody's.
-pub(crate) fn decode(body: &[u8]) -> Result<State> {
+/// The state of bytes of a version, which may be anybody's.
+pub(crate) fn decode(version: u32, body: &[u8]) -> Result<State> {
     let unreadable = |e: postcard::Error| saved("the saved machine's state cannot be decoded").with_source(e);
-    let (state, rest) = postcard::take_from_bytes(body).map_err(unreadable)?;
+    let (mut state, mut rest) = postcard::take_from_bytes::<State>(body).map_err(unreadable)?;
+    if version >= 2 {
+        let own: Vec<Own>;
+        (own, rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
+        if own.len() != state.virtio.len() {
+            return Err(saved("the saved machine's devices do not remember one thing each"));
+        }
+        state.virtio.iter_mut().zip(own).for_each(|(device, own)| device.state.set_own(own));
+    }
     if rest.is_empty() { Ok(state) } else { Err(saved("the saved machine's state is longer than it says")) }
 }

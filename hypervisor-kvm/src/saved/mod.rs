@@ -12,17 +12,16 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::file::{Loaded, write};
 #[cfg(any(test, fuzzing))]
-pub(crate) use self::file::{decode, encode};
+pub(crate) use self::file::{VERSION, decode, encode};
 pub(crate) use self::platform::Platform;
 pub(crate) use self::processor::Processor;
 use crate::Transport;
 use crate::error::{Result, saved, unsupported};
-use crate::machine::OTHER_DEVICES;
 use crate::pci::BusState;
 use crate::power;
 use crate::rtc::Rtc;
 use crate::serial::SerialState;
-use crate::slots;
+use crate::slots::{self, Other};
 use crate::virtio::DeviceState;
 
 /// What KVM must be able to do for a machine to be saved.
@@ -90,7 +89,7 @@ impl Disk {
 /// What the guest knows of a network port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Port {
-    mac: [u8; 6],
+    pub(crate) mac: [u8; 6],
     mtu: u16,
 }
 
@@ -101,24 +100,28 @@ impl Port {
 }
 
 impl State {
-    /// How many virtio devices there are besides disks and network ports.
-    pub(crate) fn other_devices(&self) -> usize {
-        self.virtio.iter().filter(|device| device.role == Role::Other).count()
+    /// The virtio devices that are neither disks nor network ports; none for one that there is not.
+    fn others(&self) -> impl Iterator<Item = Option<Other>> {
+        let others = self.virtio.iter().filter(|device| device.role == Role::Other);
+        others.map(|device| Other::of(device.state.kind()))
+    }
+
+    /// How many of them there are.
+    fn count(&self, other: Other) -> usize {
+        self.others().filter(|one| *one == Some(other)).count()
     }
 
     /// That the machine had the disks and ports that it is to go on with.
     pub(crate) fn check(&self, spec: &RestoreSpec, most_processors: usize) -> Result<()> {
-        let devices = self.disks.len() + self.nets.len();
         let of = |role| self.virtio.iter().filter(|device| device.role == role).count();
         let in_order = self.virtio.is_sorted_by(|a, b| a.place < b.place);
         let last = self.virtio.last().map_or(0, |device| usize::from(device.place));
         let possible = (1..=most_processors).contains(&self.processors.len())
             && self.memory_mib > 0
-            && devices <= self.transport.device_places()
             && (of(Role::Disk), of(Role::Net)) == (self.disks.len(), self.nets.len())
             && in_order
             && last < self.transport.places()
-            && (1..=OTHER_DEVICES).contains(&self.other_devices());
+            && self.others().all(|other| other.is_some_and(|other| self.count(other) == 1));
         if !possible {
             return Err(saved("the saved machine has more than a machine has on this host, or less"));
         }
@@ -132,9 +135,14 @@ impl State {
                 return Err(saved(format!("the machine had {had:?} when it was saved, not {given:?}")));
             }
         }
-        if (self.other_devices() == OTHER_DEVICES) != spec.vsock.is_some() {
-            let what = if spec.vsock.is_some() { "no" } else { "a" };
-            return Err(saved(format!("the machine had {what} place for streams when it was saved")));
+        for (other, name, given) in [
+            (Other::Vsock, "place for streams", spec.vsock.is_some()),
+            (Other::Console, "virtio console", spec.virtio_console.is_some()),
+        ] {
+            if (self.count(other) == 1) != given {
+                let what = if given { "no" } else { "a" };
+                return Err(saved(format!("the machine had {what} {name} when it was saved")));
+            }
         }
         if spec.vsock.as_ref().is_some_and(|vsock| !vsock.is_valid()) {
             return Err(unsupported("a guest cannot have this address for streams"));

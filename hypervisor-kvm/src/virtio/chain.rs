@@ -1,7 +1,5 @@
 //! A descriptor chain, read from the guest's memory once and checked.
-#![allow(unsafe_code, reason = "disks are told where the guest's buffers lie")]
 
-use storage_block::{IoBuf, IoBufMut};
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -94,35 +92,14 @@ impl Buffers {
         })
     }
 
-    /// Where the first `len` bytes lie, for a disk to fill.
-    pub(crate) fn targets<'m>(&self, memory: &'m Memory, len: u64) -> Result<Vec<IoBufMut<'m>>, Malformed> {
-        let mut bufs = Vec::with_capacity(self.segments.len());
-        self.slices(memory, 0, len, |start, len| {
-            // SAFETY: the guest's memory is mapped for as long as it is borrowed, no reference to it is ever made,
-            // and whoever else uses it is the guest, or does so by volatile access.
-            bufs.push(unsafe { IoBufMut::from_raw(start, len) });
-        })?;
-        Ok(bufs)
+    /// Where the last byte lies, if there is one.
+    pub(crate) fn last(&self) -> Option<GuestAddress> {
+        let (start, len) = self.segments.iter().rfind(|(_, len)| *len > 0)?;
+        Some(GuestAddress(start.0 + u64::from(len - 1)))
     }
 
-    /// Where `len` bytes from `offset` on lie, for a disk to take.
-    pub(crate) fn sources<'m>(
-        &self,
-        memory: &'m Memory,
-        offset: u64,
-        len: u64,
-    ) -> Result<Vec<IoBuf<'m>>, Malformed> {
-        let mut bufs = Vec::with_capacity(self.segments.len());
-        self.slices(memory, offset, len, |start, len| {
-            // SAFETY: the guest's memory is mapped for as long as it is borrowed, and whoever changes it is the
-            // guest, or does so by volatile access.
-            bufs.push(unsafe { IoBuf::from_raw(start, len) });
-        })?;
-        Ok(bufs)
-    }
-
-    /// Calls `each` with where the pieces are mapped here.
-    fn slices(
+    /// Calls `each` with where the pieces of `len` bytes from `offset` on are mapped here.
+    pub(super) fn slices(
         &self,
         memory: &Memory,
         offset: u64,

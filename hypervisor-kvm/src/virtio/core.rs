@@ -3,6 +3,10 @@
 //!
 //! A function of what the driver does: no thread, no descriptor.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -11,8 +15,8 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::chain::Malformed;
-use super::device::Device;
-use super::ring::{Description, Ring, RingState};
+use super::device::{Device, Own};
+use super::ring::{Description, Ring, RingState, Running};
 use crate::memory::Memory;
 
 /// What the transports offer for every device.
@@ -41,11 +45,20 @@ pub(crate) struct Core {
 /// A device as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CoreState {
-    kind: u32,
+    pub(crate) kind: u32,
     accepted: u64,
     status: u32,
     generation: u32,
-    rings: Vec<RingState>,
+    pub(crate) rings: Vec<RingState>,
+    /// What is the device's own. Machines' files have it elsewhere: those of version 1 have none.
+    #[serde(skip)]
+    pub(crate) own: Own,
+}
+
+impl CoreState {
+    pub(super) fn queues(&self) -> usize {
+        self.rings.len()
+    }
 }
 
 /// What else an access of the driver does.
@@ -60,6 +73,9 @@ pub(crate) enum Effect {
     /// The driver broke the rules and is told by a configuration change interrupt.
     Broken(Malformed),
 }
+
+/// What a device does on a queue. False if there was nothing to do.
+type Work = fn(&mut dyn Device, usize, &mut Running<'_>, u64) -> Result<bool, Malformed>;
 
 /// What [`Core::step`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +103,7 @@ impl Core {
             status: self.status,
             generation: self.generation,
             rings: self.rings.iter().map(Ring::save).collect(),
+            own: self.device.save(),
         }
     }
 
@@ -104,7 +121,7 @@ impl Core {
         let event_idx = self.event_idx();
         let rings = state.rings.iter().map(|ring| Ring::restore(ring, memory, event_idx));
         self.rings = rings.collect::<Result<_, _>>()?;
-        Ok(())
+        self.device.restore(&state.own)
     }
 
     /// The device type.
@@ -159,6 +176,11 @@ impl Core {
         self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
     }
 
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.device.due_in().filter(|_| self.is_working())
+    }
+
     /// The machine has ended.
     pub(crate) fn end(&mut self) {
         self.device.end();
@@ -185,7 +207,9 @@ impl Core {
         let Some(ring) = self.rings.get_mut(n) else { return Effect::None };
         if !ready {
             ring.stop();
-            return Effect::None;
+            self.device.stop(n);
+            // Other queues may have something of what has ended meanwhile.
+            return Effect::Notify;
         }
         match ring.make_ready(memory, event_idx) {
             Ok(()) => Effect::None,
@@ -207,6 +231,9 @@ impl Core {
             added &= !VIRTIO_CONFIG_S_FEATURES_OK;
         }
         self.status |= added;
+        if added & VIRTIO_CONFIG_S_FAILED != 0 {
+            self.stop_all();
+        }
         // Requests may have been put into the queue before the driver was done.
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 { Effect::Notify } else { Effect::None }
     }
@@ -219,19 +246,43 @@ impl Core {
         self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0
     }
 
+    /// Whether the driver is ready, and neither it nor the device has given up.
+    fn is_working(&self) -> bool {
+        const WORKING: u32 = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+        const STOPPED: u32 = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
+        self.status & (WORKING | STOPPED) == WORKING
+    }
+
     fn break_down(&mut self, why: Malformed) -> Effect {
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
+        self.stop_all();
         Effect::Broken(why)
+    }
+
+    fn stop_all(&mut self) {
+        (0..self.rings.len()).for_each(|n| self.device.stop(n));
+    }
+
+    /// See [`Device::ended`].
+    pub(crate) fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        self.device.ended()
     }
 
     /// Has the device do a piece of work on a queue, if there is any and the driver is ready.
     pub(crate) fn step(&mut self, memory: &Memory, n: usize) -> Step {
-        const WORKING: u32 = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
-        const STOPPED: u32 = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
-        if self.status & (WORKING | STOPPED) != WORKING || !self.queue_ready(n) {
+        self.work(memory, n, |device, n, ring, features| device.serve(n, ring, features))
+    }
+
+    /// Has the device finish what it has begun of a queue's requests.
+    pub(crate) fn settle(&mut self, memory: &Memory, n: usize) -> Step {
+        self.work(memory, n, |device, n, ring, _| device.settle(n, ring).map(|()| false))
+    }
+
+    fn work(&mut self, memory: &Memory, n: usize, work: Work) -> Step {
+        if !self.is_working() || !self.queue_ready(n) {
             return Step::Idle;
         }
-        match self.try_step(memory, n) {
+        match self.try_work(memory, n, work) {
             Ok(step) => step,
             Err(why) => {
                 self.break_down(why);
@@ -240,10 +291,10 @@ impl Core {
         }
     }
 
-    fn try_step(&mut self, memory: &Memory, n: usize) -> Result<Step, Malformed> {
+    fn try_work(&mut self, memory: &Memory, n: usize, work: Work) -> Result<Step, Malformed> {
         let Some(ring) = self.rings.get_mut(n) else { return Ok(Step::Idle) };
         let mut running = ring.run(memory);
-        let worked = self.device.serve(n, &mut running, self.accepted)?;
+        let worked = work(&mut *self.device, n, &mut running, self.accepted)?;
         let interrupt = running.wants_interrupt()?;
         Ok(if worked || interrupt { Step::Served { interrupt } } else { Step::Idle })
     }

@@ -1,9 +1,24 @@
 //! What a virtio device is to the transport that carries it.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::chain::Malformed;
 use super::ring::Running;
+use super::{console, net};
+
+/// What a device has to remember beside its queues when it is saved. Most have nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Own {
+    #[default]
+    None,
+    Console(console::State),
+    Net(net::State),
+}
 
 /// The logic of a device: a function of what the driver puts into its queues, without threads,
 /// descriptors or registers.
@@ -30,13 +45,43 @@ pub(crate) trait Device: fmt::Debug + Send {
     /// False if there is nothing to do before the driver's next notification.
     fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed>;
 
+    /// How long until it has to be served again although nobody notifies, where it is.
+    fn due_in(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Finishes what it has begun of a queue's requests, and begins nothing, since the machine is to stand still.
+    fn settle(&mut self, _queue: usize, _ring: &mut Running<'_>) -> Result<(), Malformed> {
+        Ok(())
+    }
+
+    /// Nothing of what the driver has put into a queue is to be done any more, and nothing is under way when this
+    /// returns: the memory is the driver's again.
+    fn stop(&mut self, _queue: usize) {}
+
+    /// What is readable when something has ended that is under way outside, and that nobody wakes the device's
+    /// thread for.
+    fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        None
+    }
+
     /// Takes up what has changed outside, such as a disk's size. Its configuration changes by nothing else but the
     /// driver's doing, so that one that is read in parts is of one piece.
     fn refresh(&mut self) {}
 
-    /// The driver has reset it, or begins.
+    /// The driver has reset it, or begins. Nothing is under way when this returns.
     fn reset(&mut self) {}
 
-    /// The machine has ended: what is connected outside may go.
+    /// The machine has ended: what is connected outside may go, and nothing is under way when this returns.
     fn end(&mut self) {}
+
+    /// What it has to remember.
+    fn save(&self) -> Own {
+        Own::None
+    }
+
+    /// Goes on with what another had to remember; fails if that was of another type.
+    fn restore(&mut self, own: &Own) -> Result<(), Malformed> {
+        if *own == Own::None { Ok(()) } else { Err(Malformed("the device is of another type")) }
+    }
 }

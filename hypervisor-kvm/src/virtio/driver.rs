@@ -1,7 +1,10 @@
 //! A driver for tests: what drivers of all devices do in the same way.
 
 use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -87,15 +90,20 @@ impl Driver {
         self.device.step(&self.memory, queue)
     }
 
+    /// Writes the `n`th descriptor of a queue.
+    pub(super) fn describe(&self, queue: usize, n: u16, (address, len, flags): (u64, u32, u16)) {
+        let descriptor = queue_at(queue) + 16 * u64::from(n);
+        self.memory.write_obj(address, GuestAddress(descriptor)).unwrap();
+        let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(n + 1) << 48;
+        self.memory.write_obj(rest, GuestAddress(descriptor + 8)).unwrap();
+    }
+
     /// Makes a chain of these descriptors available, whose first is number `head`.
     pub(super) fn offer(&mut self, queue: usize, head: u16, chain: &[(u64, u32, u16)]) {
         let at = queue_at(queue);
         for (n, (address, len, flags)) in (head..).zip(chain.iter().copied()) {
             let next = if usize::from(n - head) + 1 < chain.len() { NEXT } else { 0 };
-            let descriptor = GuestAddress(at + 16 * u64::from(n));
-            self.memory.write_obj(address, descriptor).unwrap();
-            let rest = u64::from(len) | u64::from(flags | next) << 32 | u64::from(n + 1) << 48;
-            self.memory.write_obj(rest, GuestAddress(descriptor.0 + 8)).unwrap();
+            self.describe(queue, n, (address, len, flags | next));
         }
         let sent = &mut self.offered[queue];
         let slot = at + AVAILABLE + 4 + 2 * u64::from(*sent % QUEUE_SIZE);
@@ -124,6 +132,26 @@ impl Driver {
         let mut bytes = vec![0; len];
         self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
+    }
+}
+
+/// Steps until all that was begun has ended, and says what came of it in all.
+pub(super) fn to_the_end<D>(
+    device: &mut D,
+    mut step: impl FnMut(&mut D) -> Step,
+    ended: impl Fn(&mut D) -> Option<Arc<OwnedFd>>,
+) -> Step {
+    let mut all = Step::Idle;
+    loop {
+        match (step(device), all) {
+            (Step::Idle, _) => {
+                let Some(ended) = ended(device) else { return all };
+                poll(&mut [PollFd::new(&ended, PollFlags::IN)], None).unwrap();
+            }
+            (broken @ Step::Broken(_), _) => return broken,
+            (Step::Served { interrupt: false }, Step::Served { .. }) => {}
+            (served, _) => all = served,
+        }
     }
 }
 

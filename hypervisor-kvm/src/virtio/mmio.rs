@@ -2,6 +2,10 @@
 //!
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 
@@ -30,7 +34,7 @@ pub(crate) struct Mmio {
 /// The registers as they are saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MmioState {
-    core: CoreState,
+    pub(super) core: CoreState,
     /// The selectors: of the features that are offered, of those accepted, of the queue.
     selected: [u32; 3],
 }
@@ -63,14 +67,29 @@ impl Mmio {
         self.core.refresh()
     }
 
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.core.due_in()
+    }
+
     /// See [`Core::end`].
     pub(crate) fn end(&mut self) {
         self.core.end();
     }
 
+    /// See [`Device::ended`].
+    pub(crate) fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        self.core.ended()
+    }
+
     /// See [`Core::step`].
     pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
         self.core.step(memory, queue)
+    }
+
+    /// See [`Core::settle`].
+    pub(crate) fn settle(&mut self, memory: &Memory, queue: usize) -> Step {
+        self.core.settle(memory, queue)
     }
 
     /// The driver reads at `offset`. The interrupt status, which is not kept here, is

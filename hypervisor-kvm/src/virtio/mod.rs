@@ -8,7 +8,12 @@ mod balloon;
 #[cfg(test)]
 mod balloon_tests;
 mod block;
+#[cfg(test)]
+mod block_tests;
 mod chain;
+mod console;
+#[cfg(test)]
+mod console_tests;
 mod core;
 mod device;
 #[cfg(test)]
@@ -16,8 +21,6 @@ mod driver;
 mod half;
 mod mmio;
 mod net;
-#[cfg(test)]
-mod net_tests;
 mod on_mmio;
 mod on_pci;
 mod pci;
@@ -32,15 +35,19 @@ mod vsock;
 mod vsock_tests;
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
-pub(crate) use self::core::Effect;
-pub(crate) use self::core::Step;
+use self::core::CoreState;
+pub(crate) use self::core::{Effect, Step};
 use crate::Transport;
 use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
@@ -48,7 +55,8 @@ use crate::memory::Memory;
 pub(crate) use balloon::{Balloon, Wish};
 pub(crate) use block::Block;
 use chain::Malformed;
-pub(crate) use device::Device;
+pub(crate) use console::Console;
+pub(crate) use device::{Device, Own};
 use mmio::MmioState;
 pub(crate) use net::Net;
 use on_mmio::OnMmio;
@@ -76,6 +84,8 @@ pub(crate) struct VirtioDevice {
     notification: Option<EventFd>,
     /// It is to be served no longer.
     stopped: AtomicBool,
+    /// Its configuration is to change with what is outside.
+    stale: Arc<AtomicBool>,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
@@ -93,6 +103,37 @@ pub(crate) enum DeviceState {
     /// Its registers, and the status of its interrupt.
     Mmio(MmioState, u32),
     Pci(PciState),
+}
+
+impl DeviceState {
+    /// The device type.
+    pub(crate) fn kind(&self) -> u32 {
+        self.core().kind
+    }
+
+    /// How many queues there are.
+    pub(crate) fn queues(&self) -> usize {
+        self.core().queues()
+    }
+
+    /// What is the device's own.
+    pub(crate) fn own(&self) -> &Own {
+        &self.core().own
+    }
+
+    pub(crate) fn set_own(&mut self, own: Own) {
+        match self {
+            Self::Mmio(registers, _) => registers.core.own = own,
+            Self::Pci(registers) => registers.core.own = own,
+        }
+    }
+
+    fn core(&self) -> &CoreState {
+        match self {
+            Self::Mmio(registers, _) => &registers.core,
+            Self::Pci(registers) => &registers.core,
+        }
+    }
 }
 
 impl VirtioDevice {
@@ -141,8 +182,14 @@ impl VirtioDevice {
     }
 
     fn behind(port: Port, memory: &Memory) -> Self {
-        let (stopped, warned) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { port, memory: memory.clone(), notification: None, stopped, warned }
+        Self {
+            port,
+            memory: memory.clone(),
+            notification: None,
+            stopped: AtomicBool::new(false),
+            stale: Arc::default(),
+            warned: AtomicBool::new(false),
+        }
     }
 
     /// Has its thread go home, of which the gate has to be told too, and KVM forget it: the guest has it no more.
@@ -259,6 +306,8 @@ impl VirtioDevice {
             Port::Mmio(mmio) => mmio.end(),
             Port::Pci(pci) => pci.end(),
         }
+        // A driver that is still there is told of what has ended by that.
+        self.wake();
     }
 
     /// What wakes [`serve`](Self::serve) when called, from any thread and also when the device is gone.
@@ -269,6 +318,15 @@ impl VirtioDevice {
             if let Some(notification) = &notification {
                 let _ = notification.write(1);
             }
+        })
+    }
+
+    /// What has [`serve`](Self::serve) [`refresh`](Self::refresh) when called: as the [`waker`](Self::waker).
+    pub(crate) fn refresher(&self) -> Result<impl Fn() + Send + Sync + 'static> {
+        let (stale, wake) = (self.stale.clone(), self.waker()?);
+        Ok(move || {
+            stale.store(true, Ordering::Release);
+            wake();
         })
     }
 
@@ -283,27 +341,47 @@ impl VirtioDevice {
     /// Serves requests until the machine ends. One thread calls this.
     pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
         let Some(notification) = &self.notification else { return Ok(()) };
-        while gate.pass_unless(&self.stopped) {
-            if self.step(vm) {
-                continue;
+        // Who closes the gate finds nothing under way.
+        while gate.pass_unless(&self.stopped, || self.settle(vm)) {
+            if self.stale.swap(false, Ordering::AcqRel) {
+                self.refresh(vm);
             }
-            match notification.read() {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            if !self.step(vm) {
+                self.wait(notification)?;
             }
         }
         Ok(())
     }
 
+    /// Waits for a notification, for the end of something that the device has under way, or until it is due.
+    fn wait(&self, notification: &EventFd) -> io::Result<()> {
+        let (ended, due_in) = match &self.port {
+            Port::Mmio(mmio) => (mmio.ended(), mmio.due_in()),
+            Port::Pci(pci) => (pci.ended(), pci.due_in()),
+        };
+        if ended.is_some() || due_in.is_some() {
+            let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
+            let waited = [Some(descriptor_of(notification)), ended.as_ref().map(|fd| fd.as_fd())];
+            let waited = waited.into_iter().flatten();
+            let mut waited: Vec<_> = waited.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            match poll(&mut waited, timeout.as_ref()) {
+                Ok(_) if waited[0].revents().is_empty() => return Ok(()),
+                Ok(_) => {}
+                Err(Errno::INTR) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match notification.read() {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
     /// False if there is none.
     fn step(&self, vm: &VmFd) -> bool {
-        let queues = match &self.port {
-            Port::Mmio(mmio) => mmio.queues(),
-            Port::Pci(pci) => pci.queues(),
-        };
-        (0..queues).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
+        (0..self.queues()).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
     }
 
     fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
@@ -317,6 +395,26 @@ impl VirtioDevice {
         step != Step::Idle
     }
 
+    /// Has all that was begun end.
+    fn settle(&self, vm: &VmFd) {
+        for queue in 0..self.queues() {
+            let step = match &self.port {
+                Port::Mmio(mmio) => mmio.settle(&self.memory, queue),
+                Port::Pci(pci) => pci.settle(vm, &self.memory, queue),
+            };
+            if let Step::Broken(why) = step {
+                self.warn(why);
+            }
+        }
+    }
+
+    fn queues(&self) -> usize {
+        match &self.port {
+            Port::Mmio(mmio) => mmio.queues(),
+            Port::Pci(pci) => pci.queues(),
+        }
+    }
+
     fn warn(&self, why: Malformed) {
         if self.warned.swap(true, Ordering::Relaxed) {
             tracing::debug!(%why, "a guest's driver broke the rules again");
@@ -324,4 +422,11 @@ impl VirtioDevice {
             tracing::warn!(%why, "a guest's driver broke the rules; its device waits for a reset");
         }
     }
+}
+
+/// The descriptor of an eventfd, which vmm-sys-util lends as a number alone.
+#[allow(unsafe_code, reason = "a descriptor is borrowed by its number")]
+fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is the eventfd's, which is borrowed for as long.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -1,7 +1,9 @@
 //! A device on virtio-mmio, wired up: its registers, and an interrupt that is a line.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use virtio_bindings::virtio_mmio as reg;
@@ -86,15 +88,34 @@ impl OnMmio {
         effect
     }
 
+    /// See [`Device::ended`].
+    pub(super) fn ended(&self) -> Option<Arc<OwnedFd>> {
+        self.lock().ended()
+    }
+
     pub(super) fn step(&self, memory: &Memory, queue: usize) -> Step {
         let mut registers = self.lock();
-        let step = registers.step(memory, queue);
+        self.tell(registers.step(memory, queue))
+    }
+
+    pub(super) fn settle(&self, memory: &Memory, queue: usize) -> Step {
+        let mut registers = self.lock();
+        self.tell(registers.settle(memory, queue))
+    }
+
+    /// Tells the driver of what was done. The registers are locked.
+    fn tell(&self, step: Step) -> Step {
         match step {
             Step::Served { interrupt: true } => self.raise(reg::VIRTIO_MMIO_INT_VRING),
             Step::Broken(_) => self.raise(reg::VIRTIO_MMIO_INT_CONFIG),
             Step::Served { interrupt: false } | Step::Idle => {}
         }
         step
+    }
+
+    /// See [`Device::due_in`].
+    pub(super) fn due_in(&self) -> Option<Duration> {
+        self.lock().due_in()
     }
 
     /// The machine has ended.

@@ -1,8 +1,10 @@
 //! A device on PCI, wired up: its registers, wherever the guest puts them, and interrupts that are
 //! messages.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -125,18 +127,26 @@ impl OnPci {
         self.address.store(registers.range().map_or(NOWHERE, |range| range.start), Ordering::Release);
     }
 
+    /// See [`Device::ended`].
+    pub(super) fn ended(&self) -> Option<Arc<OwnedFd>> {
+        self.lock().ended()
+    }
+
     pub(super) fn step(&self, vm: &VmFd, memory: &Memory, queue: usize) -> Step {
         let mut registers = self.lock();
         let step = registers.step(memory, queue);
-        let message = match step {
-            Step::Served { interrupt: true } => registers.queue_message(queue),
-            Step::Broken(_) => registers.config_message(),
-            Step::Served { interrupt: false } | Step::Idle => None,
-        };
-        if let Some(message) = message {
-            send(vm, message);
-        }
-        step
+        tell(vm, &mut registers, queue, step)
+    }
+
+    pub(super) fn settle(&self, vm: &VmFd, memory: &Memory, queue: usize) -> Step {
+        let mut registers = self.lock();
+        let step = registers.settle(memory, queue);
+        tell(vm, &mut registers, queue, step)
+    }
+
+    /// See [`Device::due_in`].
+    pub(super) fn due_in(&self) -> Option<Duration> {
+        self.lock().due_in()
     }
 
     /// The machine has ended.
@@ -155,6 +165,19 @@ impl OnPci {
     fn lock(&self) -> MutexGuard<'_, Pci> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Tells the driver of what was done.
+fn tell(vm: &VmFd, registers: &mut Pci, queue: usize, step: Step) -> Step {
+    let message = match step {
+        Step::Served { interrupt: true } => registers.queue_message(queue),
+        Step::Broken(_) => registers.config_message(),
+        Step::Served { interrupt: false } | Step::Idle => None,
+    };
+    if let Some(message) = message {
+        send(vm, message);
+    }
+    step
 }
 
 fn finish(vm: &VmFd, registers: &mut Pci, done: Done) -> Effect {

@@ -3,6 +3,9 @@
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
@@ -90,7 +93,7 @@ pub(crate) struct Pci {
 /// The registers as they are saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PciState {
-    core: CoreState,
+    pub(super) core: CoreState,
     config: Vec<u8>,
     msix: Msix,
     /// The selectors: of the features that are offered, of those accepted.
@@ -212,14 +215,29 @@ impl Pci {
         self.core.refresh()
     }
 
+    /// See [`Device::due_in`].
+    pub(crate) fn due_in(&self) -> Option<Duration> {
+        self.core.due_in()
+    }
+
     /// See [`Core::end`].
     pub(crate) fn end(&mut self) {
         self.core.end();
     }
 
+    /// See [`Device::ended`].
+    pub(crate) fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        self.core.ended()
+    }
+
     /// See [`Core::step`].
     pub(crate) fn step(&mut self, memory: &Memory, queue: usize) -> Step {
         self.core.step(memory, queue)
+    }
+
+    /// See [`Core::settle`].
+    pub(crate) fn settle(&mut self, memory: &Memory, queue: usize) -> Step {
+        self.core.settle(memory, queue)
     }
 
     /// The message that tells the driver of a queue's used ring.

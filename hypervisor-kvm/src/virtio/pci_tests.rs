@@ -5,6 +5,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block::Block;
 use super::core::{Effect, Step};
+use super::driver::to_the_end;
 use super::pci::{Done, NOTIFY, Pci, RANGE_LEN};
 use crate::memory::{self, Memory};
 use crate::pci::msix::Message;
@@ -31,7 +32,7 @@ impl Driver {
 
     fn of(disk: Disk) -> Self {
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        Self { memory, device: Pci::new(Block::new(disk, "vol-0123"), Some(0xc000_0000)) }
+        Self { memory, device: Pci::new(Block::new(disk, "vol-0123", 1), Some(0xc000_0000)) }
     }
 
     fn set(&mut self, offset: u64, value: &[u8]) -> Done {
@@ -113,7 +114,8 @@ impl Driver {
         self.memory.write_obj(0u16, GuestAddress(AVAILABLE + 4 + 2 * u64::from(n))).unwrap();
         self.memory.write_obj(n + 1, GuestAddress(AVAILABLE + 2)).unwrap();
         assert_eq!(self.set(NOTIFY, &0u16.to_le_bytes()).effect, Effect::Notify);
-        self.device.step(&self.memory, 0)
+        let Self { memory, device } = self;
+        to_the_end(device, |device| device.step(memory, 0), Pci::ended)
     }
 }
 

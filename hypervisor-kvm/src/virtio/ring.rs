@@ -135,14 +135,25 @@ impl Running<'_> {
     /// been asked for.
     pub(crate) fn next(&mut self) -> Result<Option<Chain>, Malformed> {
         loop {
-            if let Some(next) = self.queue.iter(self.memory).map_err(|_| RING)?.next() {
-                // Not the size that the driver gave the queue: a table of its own may have more descriptors.
-                return Chain::read(self.memory, next, usize::from(QUEUE_SIZE)).map(Some);
+            if let Some(chain) = self.pop()? {
+                return Ok(Some(chain));
             }
-            if !self.queue.enable_notification(self.memory).map_err(|_| RING)? {
+            if !self.ask()? {
                 return Ok(None);
             }
         }
+    }
+
+    /// The next chain that the driver has made available, if one is there now.
+    pub(crate) fn pop(&mut self) -> Result<Option<Chain>, Malformed> {
+        let Some(next) = self.queue.iter(self.memory).map_err(|_| RING)?.next() else { return Ok(None) };
+        // Not the size that the driver gave the queue: a table of its own may have more descriptors.
+        Chain::read(self.memory, next, usize::from(QUEUE_SIZE)).map(Some)
+    }
+
+    /// Asks the driver to notify of the next chain. True if it is there already.
+    pub(crate) fn ask(&mut self) -> Result<bool, Malformed> {
+        self.queue.enable_notification(self.memory).map_err(|_| RING)
     }
 
     /// Leaves the last `count` chains to be the next ones again.

@@ -8,6 +8,7 @@ use super::block::Block;
 use super::chain::Malformed;
 use super::core::{Effect, Step};
 use super::device::Device;
+use super::driver::to_the_end;
 use super::mmio::Mmio;
 use super::ring::QUEUE_SIZE;
 use super::rng::Rng;
@@ -59,7 +60,7 @@ type Descriptor = (u64, u32, u16, u16);
 
 impl Driver {
     fn new(disk: Disk) -> Self {
-        Self::of(Block::new(disk.clone(), "vol-0123"), disk)
+        Self::of(Block::new(disk.clone(), "vol-0123", 1), disk)
     }
 
     fn of(device: impl Device + 'static, disk: Disk) -> Self {
@@ -154,7 +155,12 @@ impl Driver {
             self.put_descriptor(DESCRIPTORS, n, (address, len, flags | next, n + 1));
         }
         self.offer(0);
-        self.device.step(&self.memory, 0)
+        self.step()
+    }
+
+    fn step(&mut self) -> Step {
+        let Self { memory, device, .. } = self;
+        to_the_end(device, |device| device.step(memory, 0), Mmio::ended)
     }
 
     fn put_header(&self, kind: u32, sector: u64) {
@@ -213,7 +219,7 @@ fn serves_a_good_driver() {
     assert_eq!((&bytes[..512], &bytes[512..]), (&[0; 512][..], &[7; 512][..]));
     driver.put_data(&Driver::range(4, 1, 0));
     assert_eq!(driver.request(DISCARD, 0, 16, 0), (OK, 1));
-    assert_eq!(driver.device.step(&driver.memory, 0), Step::Idle);
+    assert_eq!(driver.step(), Step::Idle);
     // Round the ring more than once.
     for n in 0..600u32 {
         driver.put_data(&n.to_le_bytes().repeat(128));
@@ -367,7 +373,7 @@ fn a_bad_driver_stops_its_device_until_it_resets_it() {
         driver.disk.write_at(&[5; 512], 0).unwrap();
         assert_eq!(driver.request(FLUSH, 0, 0, 0), (OK, 1));
         misbehave(&mut driver);
-        let broken = driver.device.step(&driver.memory, 0);
+        let broken = driver.step();
         let Step::Broken(Malformed(why)) = broken else { panic!("{expect}: {broken:?}") };
         assert_eq!(why, *expect);
         assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET, "{expect}");
@@ -408,7 +414,7 @@ fn a_queue_that_cannot_be_is_refused() {
         assert!(matches!(effect, Effect::Broken(_)), "{size} {addresses:x?}: {effect:?}");
         assert_eq!(driver.get(reg::VIRTIO_MMIO_QUEUE_READY), 0);
         driver.set(reg::VIRTIO_MMIO_STATUS, 15);
-        assert_eq!(driver.device.step(&driver.memory, 0), Step::Idle);
+        assert_eq!(driver.step(), Step::Idle);
     }
 }
 

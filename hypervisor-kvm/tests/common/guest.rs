@@ -45,6 +45,7 @@ const SOURCES: &[&str] = &[
     "queue.c",
     "vsock.c",
     "balloon.c",
+    "console.c",
 ];
 
 /// The guest as an ELF file, built once in a process.

@@ -60,6 +60,10 @@ u32 vsock_up(void);
 int vsock_connect(u32 port);
 int serve_vsock(void);
 
+/* console.c: columns, and rows in the high half; zero if there is none. */
+u32 console_size(void);
+int serve_console(void);
+
 /* balloon.c: in pages. */
 u32 balloon_target(void);
 void inflate(u32 first, u32 count);

@@ -71,7 +71,10 @@ static void power_off(void)
 
 static void reset(void)
 {
-    outb(0xcf9, 6);
+    /* By the keyboard controller, as a PC's kernel does it that is told to: once it takes a command. */
+    while (inb(0x64) & 2)
+        ;
+    outb(0x64, 0xfe);
     stop();
 }
 
@@ -158,7 +161,7 @@ static char get(void)
             power_off();
         if (inb(SERIAL + LINE_STATUS) & RECEIVED)
             return inb(SERIAL + DATA);
-        if (!(serve_nets() | serve_vsock()))
+        if (!(serve_nets() | serve_vsock() | serve_console()))
             wait_for_interrupt();
     }
 }
@@ -354,6 +357,9 @@ static void obey(char *line)
         answer_number("clock ", time());
     } else if (is(command, "cid")) {
         answer_number("cid ", vsock_up());
+    } else if (is(command, "terminal")) {
+        u32 size = console_size();
+        answer_number("terminal ", (size & 0xffff) * 1000 + (size >> 16));
     } else if (is(command, "connect")) {
         answer_number("connect ", vsock_connect(number(&line)));
     } else if (is(command, "target")) {

@@ -1,6 +1,7 @@
 //! Hardware specifications under EC2's names.
 
 mod known;
+mod store;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,7 +12,9 @@ use ami_core::Architecture;
 use serde::{Deserialize, Serialize};
 use storage_block::{IoLimits, Limiter, Rate};
 
-use self::known::{FAMILIES, Family, Size};
+use self::known::{FAMILIES, Family};
+pub use self::store::InstanceStore;
+use crate::net::FrameLimits;
 use crate::{Error, ErrorKind};
 
 /// The hardware that an instance gets: a name, vCPUs, memory, and what the network and its volumes give.
@@ -24,6 +27,8 @@ use crate::{Error, ErrorKind};
 /// assert_eq!((small.family(), small.network_performance()), ("t3", Some("Up to 5 Gigabit")));
 /// let ebs = small.ebs_bandwidth().ok_or("it is optimised for EBS")?;
 /// assert_eq!((ebs.baseline_mbps, ebs.maximum_mbps), (174, 2085));
+/// let network = small.network_bandwidth().ok_or("it is specified")?;
+/// assert_eq!((network.baseline_mbps, network.maximum_mbps), (128, 5000));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -34,6 +39,10 @@ pub struct InstanceType {
     architectures: Cow<'static, [Architecture]>,
     network_performance: Option<Cow<'static, str>>,
     ebs_bandwidth: Option<EbsBandwidth>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    instance_store: Option<InstanceStore>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    network_bandwidth: Option<NetworkBandwidth>,
 }
 
 /// What an instance's volumes give together; [`InstanceType`] shows it in use. They are held to it unless the region
@@ -53,12 +62,39 @@ impl EbsBandwidth {
 
     /// What holds the disks of an instance to it, together.
     pub(crate) fn limiters(self) -> [Limiter; 2] {
-        let bytes = |mbps: u32| u64::from(mbps) * 1_000_000 / 8;
-        let (baseline, maximum) = (bytes(self.baseline_mbps), bytes(self.maximum_mbps));
-        let burst = (maximum.saturating_sub(baseline) * Self::BURST).max(baseline);
-        [Rate::per_second(maximum), Rate { per_second: baseline, burst }]
-            .map(|rate| Limiter::new(IoLimits { bytes: Some(rate), ..IoLimits::NONE }))
+        limiters(self.baseline_mbps, self.maximum_mbps, Self::BURST)
     }
+}
+
+/// What an instance's network gives in each direction; [`InstanceType`] shows it in use. Its ports are held to it, by
+/// hypervisors that can ([`net_limits`](crate::machine::Capabilities::net_limits)), unless the region was opened
+/// [otherwise](crate::RegionOptions::network_limits).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NetworkBandwidth {
+    /// For as long as is wanted, in Mbit/s.
+    pub baseline_mbps: u32,
+    /// At best, in Mbit/s.
+    pub maximum_mbps: u32,
+}
+
+impl NetworkBandwidth {
+    /// For how many seconds the best is kept up by an instance that has saved up all it can: "typically from 5 to 60
+    /// minutes" (EC2 User Guide, "Amazon EC2 instance network bandwidth"), of which this is the least.
+    const BURST: u64 = 5 * 60;
+
+    /// What holds the ports of an instance to it in one direction, together.
+    pub(crate) fn limits(self) -> FrameLimits {
+        FrameLimits::new(limiters(self.baseline_mbps, self.maximum_mbps, Self::BURST))
+    }
+}
+
+/// What gives the most for so many seconds to whoever has saved up, and the baseline after.
+fn limiters(baseline_mbps: u32, maximum_mbps: u32, burst_seconds: u64) -> [Limiter; 2] {
+    let bytes = |mbps: u32| u64::from(mbps) * 1_000_000 / 8;
+    let (baseline, maximum) = (bytes(baseline_mbps), bytes(maximum_mbps));
+    let burst = (maximum.saturating_sub(baseline) * burst_seconds).max(baseline);
+    [Rate::per_second(maximum), Rate { per_second: baseline, burst }]
+        .map(|rate| Limiter::new(IoLimits { bytes: Some(rate), ..IoLimits::NONE }))
 }
 
 impl InstanceType {
@@ -83,7 +119,21 @@ impl InstanceType {
             architectures: Cow::Borrowed(&Architecture::ALL),
             network_performance: None,
             ebs_bandwidth: None,
+            instance_store: None,
+            network_bandwidth: None,
         }
+    }
+
+    /// The same, with its volumes held to this together.
+    #[must_use]
+    pub fn with_ebs_bandwidth(self, bandwidth: EbsBandwidth) -> Self {
+        Self { ebs_bandwidth: Some(bandwidth), ..self }
+    }
+
+    /// The same with disks of the host's.
+    #[must_use]
+    pub fn with_instance_store(self, store: InstanceStore) -> Self {
+        Self { instance_store: Some(store), ..self }
     }
 
     /// The same for images of these architectures alone.
@@ -92,8 +142,8 @@ impl InstanceType {
         Self { architectures: Cow::Owned(architectures.into()), ..self }
     }
 
-    /// The types that are known by name: the families t2, t3, t4g, c7i, m7i, r7i, c7g, m7g and r7g
-    /// (`DescribeInstanceTypes`).
+    /// The types that are known by name: the families t2, t3, t4g, m3, m5d, c6id, m6id, r6id, c7i, m7i,
+    /// r7i, c7g, m7g and r7g (`DescribeInstanceTypes`).
     ///
     /// ```
     /// use ami_core::Architecture;
@@ -105,12 +155,13 @@ impl InstanceType {
     /// assert_eq!(smallest.map(|t| t.to_string()).as_deref(), Some("t4g.nano"));
     /// ```
     pub fn known() -> impl Iterator<Item = Self> {
-        let sizes = FAMILIES.iter().flat_map(|family| family.sizes.iter().map(move |size| (family, size)));
-        sizes.filter_map(|(family, size)| Self::of_size(family, size))
+        let sizes = FAMILIES.iter().flat_map(|family| (0..family.sizes.len()).map(move |n| (family, n)));
+        sizes.filter_map(|(family, n)| Self::of_size(family, n))
     }
 
-    fn of_size(family: &Family, size: &Size) -> Option<Self> {
-        let (name, vcpus, memory, network, ebs) = *size;
+    /// The size of a family with this number.
+    fn of_size(family: &Family, number: usize) -> Option<Self> {
+        let (name, vcpus, memory, network, network_mbps, ebs) = *family.sizes.get(number)?;
         Some(Self {
             name: Cow::Owned(format!("{}.{name}", family.name)),
             vcpus: NonZeroU32::new(vcpus)?,
@@ -119,6 +170,9 @@ impl InstanceType {
             network_performance: Some(Cow::Borrowed(network)),
             ebs_bandwidth: ebs
                 .map(|(baseline_mbps, maximum_mbps)| EbsBandwidth { baseline_mbps, maximum_mbps }),
+            instance_store: family.stores.get(number).copied(),
+            network_bandwidth: network_mbps
+                .map(|(baseline_mbps, maximum_mbps)| NetworkBandwidth { baseline_mbps, maximum_mbps }),
         })
     }
 
@@ -152,9 +206,19 @@ impl InstanceType {
         self.network_performance.as_deref()
     }
 
+    /// What the network gives in figures, where EC2 specifies them.
+    pub fn network_bandwidth(&self) -> Option<NetworkBandwidth> {
+        self.network_bandwidth
+    }
+
     /// What its volumes give, if it is optimised for EBS.
     pub fn ebs_bandwidth(&self) -> Option<EbsBandwidth> {
         self.ebs_bandwidth
+    }
+
+    /// The disks of the host's that it has, if it has any.
+    pub fn instance_store(&self) -> Option<InstanceStore> {
+        self.instance_store
     }
 }
 
@@ -170,7 +234,7 @@ impl FromStr for InstanceType {
     fn from_str(name: &str) -> Result<Self, Error> {
         let of_family = name.split_once('.').and_then(|(family, size)| {
             let family = FAMILIES.iter().find(|f| f.name == family)?;
-            Self::of_size(family, family.sizes.iter().find(|s| s.0 == size)?)
+            Self::of_size(family, family.sizes.iter().position(|s| s.0 == size)?)
         });
         of_family.ok_or_else(|| {
             let families: Vec<&str> = FAMILIES.iter().map(|f| f.name).collect();
@@ -191,11 +255,12 @@ mod tests {
     #[test]
     fn every_known_type_is_found_by_its_name_and_is_what_its_family_says() {
         let known: Vec<InstanceType> = InstanceType::known().collect();
-        assert_eq!(known.len(), 72);
+        assert_eq!(known.len(), 111);
         for hardware in &known {
             assert_eq!(&hardware.name().parse::<InstanceType>().unwrap(), hardware);
             let per_vcpu = hardware.memory_mib().get() / hardware.vcpus();
             match &hardware.family()[..1] {
+                "m" if hardware.family() == "m3" => assert_eq!(per_vcpu, 3840, "{hardware}"),
                 "c" => assert_eq!(per_vcpu, 2048, "{hardware}"),
                 "m" => assert_eq!(per_vcpu, 4096, "{hardware}"),
                 "r" => assert_eq!(per_vcpu, 8192, "{hardware}"),
@@ -203,8 +268,19 @@ mod tests {
             }
             let is_arm = hardware.architectures() == [Architecture::Arm64];
             assert_eq!(is_arm, hardware.family().ends_with('g'), "{hardware}");
+            let has_store = hardware.family().ends_with('d') || hardware.family() == "m3";
+            assert_eq!(hardware.instance_store().is_some(), has_store, "{hardware}");
             if let Some(ebs) = hardware.ebs_bandwidth() {
                 assert!(ebs.baseline_mbps <= ebs.maximum_mbps, "{hardware}");
+            }
+            // "Up to" so many gigabits is what bursts reach; others have it always.
+            let performance = hardware.network_performance().unwrap();
+            let gigabits = performance.trim_start_matches("Up to ").strip_suffix(" Gigabit");
+            let most = gigabits.map(|gigabits| (gigabits.parse::<f64>().unwrap() * 1000.0) as u32);
+            assert_eq!(hardware.network_bandwidth().map(|b| b.maximum_mbps), most, "{hardware}");
+            if let Some(network) = hardware.network_bandwidth() {
+                let bursts = network.baseline_mbps < network.maximum_mbps;
+                assert_eq!(bursts, performance.starts_with("Up to"), "{hardware}");
             }
         }
     }
@@ -227,10 +303,39 @@ mod tests {
             let found = hardware.ebs_bandwidth().map(|e| (e.baseline_mbps, e.maximum_mbps));
             assert_eq!(found, ebs, "{name}");
         }
+        for (name, disks, size, nvme) in [
+            ("m3.medium", 1, 4, false),
+            ("m3.2xlarge", 2, 80, false),
+            ("m5d.large", 1, 75, true),
+            ("m5d.24xlarge", 4, 900, true),
+            ("c6id.4xlarge", 1, 950, true),
+            ("m6id.large", 1, 118, true),
+            ("r6id.32xlarge", 4, 1900, true),
+        ] {
+            let store = name.parse::<InstanceType>().unwrap().instance_store().unwrap();
+            assert_eq!((store.disks, store.disk_size_gb, store.nvme), (disks, size, nvme), "{name}");
+        }
         for unknown in ["", "t3", "t3.", "t3.vast", "t9.nano", "T3.nano"] {
             let refused = unknown.parse::<InstanceType>().unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::InvalidInstanceType, "{unknown}");
         }
+    }
+
+    #[test]
+    fn a_network_bursts_and_then_keeps_to_its_baseline() {
+        // A megabyte in a second, and a second more at best for five minutes.
+        let limits = NetworkBandwidth { baseline_mbps: 8, maximum_mbps: 16 }.limits();
+        limits.charge(3_000_000);
+        let delay = limits.delay().unwrap();
+        assert!(delay > Duration::from_millis(400) && delay <= Duration::from_millis(500), "{delay:?}");
+        // When what is saved up in five minutes has been used, the baseline is all.
+        let long = NetworkBandwidth { baseline_mbps: 8, maximum_mbps: 8000 }.limits();
+        long.charge(300_000_000_000);
+        let delay = long.delay().unwrap();
+        assert!(delay > Duration::from_secs(290) && delay <= Duration::from_secs(300), "{delay:?}");
+        long.charge(700_000_000);
+        let delay = long.delay().unwrap();
+        assert!(delay > Duration::from_secs(990) && delay <= Duration::from_secs(1000), "{delay:?}");
     }
 
     #[test]

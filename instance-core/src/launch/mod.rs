@@ -111,7 +111,7 @@ impl<H> Region<H> {
     /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded), [`KeyPairNotFound`](ErrorKind::KeyPairNotFound),
     /// [`SubnetNotFound`](ErrorKind::SubnetNotFound),
     /// [`SecurityGroupNotFound`](ErrorKind::SecurityGroupNotFound), [`AddressInUse`](ErrorKind::AddressInUse),
-    /// [`SubnetFull`](ErrorKind::SubnetFull),
+    /// [`SubnetFull`](ErrorKind::SubnetFull), [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
@@ -233,6 +233,9 @@ impl Inner {
         self.check_contents(owner, &disks, spec)?;
         self.check_keys(&disks)?;
         self.check_network(spec)?;
+        if spec.hibernation {
+            self.can_save().map_err(|what| Error::new(ErrorKind::UnsupportedHibernation, what))?;
+        }
         let claims = self.claim(spec)?;
         if launch.dry_run {
             let what = "the launch would have been made, had it not been asked for as a dry run";
@@ -270,6 +273,7 @@ impl Inner {
                 shutdown_behavior: spec.shutdown_behavior,
                 termination_protection: spec.termination_protection,
                 stop_protection: spec.stop_protection,
+                hibernation: spec.hibernation,
                 key_name: spec.key_name.clone(),
                 metadata_options: spec.metadata_options.clone(),
                 root_device_name: ami.manifest().root_device_name().to_string(),
@@ -283,6 +287,8 @@ impl Inner {
                 direct_boot: direct_boot.clone(),
                 user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
                 parameters,
+                instance_store: plan::instance_store(&disks),
+                saved: None,
             };
             records.push((record, planned, claim));
         }

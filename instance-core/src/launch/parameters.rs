@@ -35,6 +35,8 @@ pub(super) struct Parameters {
     pub(super) shutdown_behavior: ShutdownBehavior,
     pub(super) termination_protection: bool,
     pub(super) stop_protection: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(super) hibernation: bool,
     pub(super) metadata_options: MetadataOptions,
     #[serde(skip_serializing_if = "PlacementRequest::is_default")]
     pub(super) placement: PlacementRequest,
@@ -68,6 +70,7 @@ impl Launch {
             shutdown_behavior: spec.shutdown_behavior.unwrap_or_default(),
             termination_protection: spec.termination_protection.unwrap_or_default(),
             stop_protection: spec.stop_protection.unwrap_or_default(),
+            hibernation: spec.hibernation.unwrap_or_default(),
             metadata_options: spec.metadata_options.unwrap_or_default(),
             placement: spec.placement,
         };

@@ -26,7 +26,7 @@ impl Planned {
     }
 }
 
-/// The disks of an image's instance as mappings of EBS volumes, the root volume first, with `changes` made.
+/// The disks of an image's instance, EBS volumes and instance store, the root volume first, with `changes` made.
 pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Result<Vec<BlockDeviceMapping>> {
     let root = manifest.root_device_name();
     let mut disks: Vec<BlockDeviceMapping> = manifest.block_device_mappings().to_vec();
@@ -46,12 +46,14 @@ pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Resu
                 }
                 disks[place] = merged(&disks[place], change, ebs);
             }
+            (Some(_), BlockDeviceKind::Ephemeral { .. }) if root.same_disk(&name) => {
+                return invalid(format!("{name}, the root device, is an EBS volume"));
+            }
             (Some(place), _) => disks[place] = change.clone(),
             (None, _) => disks.push(change.clone()),
         }
     }
-    // No instance type that is known has an instance store: EC2 passes over what is mapped to one then.
-    disks.retain(|disk| disk.as_ebs().is_some());
+    disks.retain(|disk| *disk.kind() != BlockDeviceKind::NoDevice);
     disks.sort_by_key(|disk| disk.device_name() != root.as_str());
     for disk in &disks {
         let name = disk.device_name();
@@ -80,6 +82,11 @@ fn merged(disk: &BlockDeviceMapping, change: &BlockDeviceMapping, ebs: &Ebs) -> 
 
 fn invalid<T>(what: String) -> Result<T> {
     Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what))
+}
+
+/// Those of the disks that are instance store. Of which the instance type has none, EC2 passes over.
+pub(super) fn instance_store(disks: &[BlockDeviceMapping]) -> Vec<BlockDeviceMapping> {
+    disks.iter().filter(|disk| matches!(disk.kind(), BlockDeviceKind::Ephemeral { .. })).cloned().collect()
 }
 
 /// The content that the disks begin with.

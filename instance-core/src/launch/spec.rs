@@ -58,6 +58,9 @@ pub struct LaunchSpec {
     pub termination_protection: Option<bool>,
     /// Whether it is refused to stop and to terminate it.
     pub stop_protection: Option<bool>,
+    /// Whether it can hibernate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hibernation: Option<bool>,
     /// How the metadata is offered.
     pub metadata_options: Option<MetadataOptions>,
     /// Where it is to be in the region's network.
@@ -169,6 +172,13 @@ impl LaunchSpec {
         self
     }
 
+    /// Whether it can [hibernate](crate::Instance::hibernate) (`HibernationOptions`), which is said once, here.
+    #[must_use]
+    pub fn hibernation(mut self, configured: bool) -> Self {
+        self.hibernation = Some(configured);
+        self
+    }
+
     /// How its metadata is offered to its guest.
     #[must_use]
     pub fn metadata_options(mut self, options: MetadataOptions) -> Self {
@@ -233,6 +243,7 @@ impl LaunchSpec {
             shutdown_behavior: self.shutdown_behavior.or(other.shutdown_behavior),
             termination_protection: self.termination_protection.or(other.termination_protection),
             stop_protection: self.stop_protection.or(other.stop_protection),
+            hibernation: self.hibernation.or(other.hibernation),
             metadata_options: self.metadata_options.or(other.metadata_options),
             placement: PlacementRequest {
                 subnet_id: place.subnet_id.or(other_place.subnet_id),

@@ -95,6 +95,8 @@ pub struct RestoreSpec {
     pub vsock: Option<VsockSpec>,
     /// The machine's side of its serial console.
     pub console: ConsolePort,
+    /// The machine's side of its virtio console, if the machine had one. The guest is told the terminal's size.
+    pub virtio_console: Option<ConsolePort>,
     /// As [`MachineSpec::runtime_dir`](super::MachineSpec::runtime_dir).
     pub runtime_dir: PathBuf,
 }
@@ -109,6 +111,7 @@ impl RestoreSpec {
             nets: Vec::new(),
             vsock: None,
             console,
+            virtio_console: None,
             runtime_dir: std::env::temp_dir(),
         }
     }

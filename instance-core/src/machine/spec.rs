@@ -12,7 +12,7 @@ use storage_block::Disk;
 
 use super::{MachineError, MachineErrorKind};
 use crate::console::ConsolePort;
-use crate::net::{MacAddress, NetPort};
+use crate::net::{FrameLimits, MacAddress, NetPort};
 use crate::vsock::VsockSpec;
 
 /// Everything a machine is made from.
@@ -54,6 +54,10 @@ pub struct MachineSpec {
     pub vsock: Option<VsockSpec>,
     /// The machine's side of its serial console.
     pub console: ConsolePort,
+    /// The machine's side of a second console, if it is to have one: virtio's, which a Linux guest has as `hvc0`.
+    /// A character of it costs no exit of a processor, and its guest knows the terminal's size. Its
+    /// [`Console`](crate::console::Console) is another than that of the serial port, which is there all the same.
+    pub virtio_console: Option<ConsolePort>,
     /// What the machine tells its guest of itself, if anything.
     pub identity: Option<Identity>,
     /// A directory of the machine's own for sockets and the like. Empty at the start, removed by the
@@ -80,6 +84,7 @@ impl MachineSpec {
             nets: Vec::new(),
             vsock: None,
             console,
+            virtio_console: None,
             identity: None,
             runtime_dir: std::env::temp_dir(),
         }
@@ -223,15 +228,25 @@ pub struct NetSpec {
     pub mac: MacAddress,
     /// The longest packet of the network, in bytes behind the Ethernet header, which the guest is told.
     pub mtu: u16,
+    /// What holds the frames to the guest to a rate. Those that have to wait stay in the cable.
+    pub receive_limits: FrameLimits,
+    /// What holds the frames from the guest to a rate. Those that have to wait stay in the guest.
+    pub transmit_limits: FrameLimits,
 }
 
 impl NetSpec {
     /// The shortest MTU that there may be: what IPv4 asks for (RFC 791; virtio 1.2, 5.1.4.1).
     pub const MIN_MTU: u16 = 68;
 
-    /// A port with this address and an MTU of 1500.
+    /// A port with this address, an MTU of 1500 and no limits.
     pub fn new(port: NetPort, mac: MacAddress) -> Self {
-        Self { port, mac, mtu: 1500 }
+        let (receive_limits, transmit_limits) = Default::default();
+        Self { port, mac, mtu: 1500, receive_limits, transmit_limits }
+    }
+
+    /// Whether frames are held to a rate.
+    pub fn is_limited(&self) -> bool {
+        !self.receive_limits.is_none() || !self.transmit_limits.is_none()
     }
 
     /// That the address is one station's, and the MTU one that a guest can be told.

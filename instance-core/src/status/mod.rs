@@ -71,6 +71,7 @@ impl Status {
 /// | running | being made again | | initializing | initializing |
 /// | running | there | nothing yet | ok | initializing |
 /// | running | there | nothing for five minutes | ok | insufficient-data |
+/// | running | there, woken from hibernation | nothing yet | ok | ok |
 /// | running | there | something | ok | ok |
 /// | running | there | a kernel panic of Linux's | ok | impaired |
 /// | running | the guest has ended it | | ok | insufficient-data |
@@ -126,6 +127,8 @@ pub(crate) struct Boot {
     begun: Instant,
     /// How much had been written to the console before.
     mark: u64,
+    /// It went on where it hibernated, and had been heard of before.
+    woken: bool,
     impaired_since: Option<Timestamp>,
 }
 
@@ -163,7 +166,16 @@ impl Cell {
     /// A machine is about to be made: what was known of the one before is of no more use.
     pub(crate) fn begin_boot(&self) {
         let (begun, mark) = (Instant::now(), self.console.written());
-        *self.boot() = Some(Boot { machine: None, begun, mark, impaired_since: None });
+        *self.boot() = Some(Boot { machine: None, begun, mark, woken: false, impaired_since: None });
+    }
+
+    /// A machine goes on that was there before: nobody waits for its guest to be up.
+    pub(crate) fn woken(&self, machine: Watch<MachineState>) {
+        self.begin_boot();
+        if let Some(boot) = &mut *self.boot() {
+            boot.woken = true;
+        }
+        self.booted(machine);
     }
 
     /// It is there.
@@ -185,7 +197,8 @@ impl Cell {
             state,
             machine: boot.as_ref().and_then(|boot| boot.machine.as_ref()).map(Watch::get),
             silent_for: boot.as_ref().and_then(|boot| {
-                (self.console.written() == boot.mark).then(|| now.saturating_duration_since(boot.begun))
+                (self.console.written() == boot.mark && !boot.woken)
+                    .then(|| now.saturating_duration_since(boot.begun))
             }),
             panicked: boot.as_ref().is_some_and(|boot| self.console.has_written(PANIC, boot.mark)),
         };

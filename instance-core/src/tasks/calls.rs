@@ -1,20 +1,20 @@
 //! EC2's calls on tasks, and the threads that do what they ask for.
 
-use std::fmt;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::str::FromStr;
 use std::sync::{Arc, PoisonError};
 use std::thread;
 
-use ami_core::{AmiBuilder, AmiId, Arch, ExportImageTaskId, ImportImageTaskId, Page};
+use ami_core::{AmiBuilder, AmiId, Arch, ExportImageTaskId, ImportImageTaskId, Page, Timestamp};
 use storage_block::{Disk, Progress};
 
+use super::record::put_completed;
 use super::{
     DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, ImportImageTask, Shelf, Task,
-    TaskDescription,
+    TaskDescription, TaskId, TaskRecord,
 };
 use crate::describe::{Describe, Filterable};
+use crate::error::chain;
 use crate::image_source::ImageSource;
 use crate::region::{Inner, Region};
 use crate::{DirectBoot, Error, ErrorKind, Result};
@@ -42,7 +42,6 @@ impl<H> Region<H> {
         let (inner, owner) = (&self.inner, *self.account());
         let id = ImportImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
         let task = Task::new(id, owner, None, "converting");
-        inner.tasks.imports.add(&task)?;
         inner.begin(&task, &inner.tasks.imports, move |region, task| {
             let mut progress = |progress: Progress| {
                 task.reach(progress.done, progress.total);
@@ -53,7 +52,7 @@ impl<H> Region<H> {
             let mut source = ImageSource::new(&disk).progress(&mut progress);
             source.boot = boot;
             let making = region.making_images.read().unwrap_or_else(PoisonError::into_inner);
-            let made = region.import(owner, builder, source);
+            let made = region.import(owner, builder, source, |c, image| put_completed(task, c, image));
             drop(making);
             made.map(|ami| ami.id()).inspect_err(|_| region.discard_half_made())
         })
@@ -84,7 +83,6 @@ impl<H> Region<H> {
         let inner = &self.inner;
         let id = ExportImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
         let task = Task::new(id, *self.account(), Some(image), "converting");
-        inner.tasks.exports.add(&task)?;
         inner.begin(&task, &inner.tasks.exports, move |_, task| {
             let mut tell = |done, total| {
                 task.reach(done, total);
@@ -146,38 +144,66 @@ impl<H> Region<H> {
 }
 
 impl Inner {
-    /// Has a thread do what a task is to do. One that cannot begin is not there.
-    fn begin<Id>(
+    /// Writes a task down and has a thread do what it is to do. One that cannot begin is not there.
+    fn begin<Id: TaskId>(
         self: &Arc<Self>,
         task: &Task<Id>,
         shelf: &Shelf<Id>,
         work: impl FnOnce(&Self, &Task<Id>) -> Result<AmiId> + Send + 'static,
-    ) -> Result<Task<Id>>
-    where
-        Id: Copy + Ord + fmt::Display + Send + Sync + 'static,
-    {
+    ) -> Result<Task<Id>> {
+        let forgotten = shelf.add(task)?;
+        let written = self.store.commit(|c| {
+            forgotten.iter().for_each(|id| c.remove::<TaskRecord<Id>>(id));
+            c.put(&TaskRecord { description: task.describe(), ended: None })
+        });
+        let begun = written.and_then(|()| self.spawn(task, work));
+        begun.map(|()| task.clone()).inspect_err(|_| {
+            shelf.lock().remove(&task.id());
+            let removed = self.store.commit(|c| {
+                c.remove::<TaskRecord<Id>>(task.id());
+                Ok(())
+            });
+            if let Err(e) = removed {
+                tracing::warn!(task = %task.id(), error = chain(&e), "a task that could not begin is written down");
+            }
+        })
+    }
+
+    fn spawn<Id: TaskId>(
+        self: &Arc<Self>,
+        task: &Task<Id>,
+        work: impl FnOnce(&Self, &Task<Id>) -> Result<AmiId> + Send + 'static,
+    ) -> Result<()> {
         // The region outlives its tasks: whoever closes it waits for them.
         let (region, own) = (self.clone(), task.clone());
         let run = move || {
             let done = catch_unwind(AssertUnwindSafe(|| work(&region, &own)));
-            own.end(done.unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "the task has panicked"))));
+            let panicked = |_| Err(Error::new(ErrorKind::Internal, "the task has panicked"));
+            let done = done.unwrap_or_else(panicked);
+            region.write_end(&own, &done);
+            own.end(&done);
         };
         match thread::Builder::new().name("image-task".to_owned()).spawn(run) {
             Ok(thread) => {
                 let mut threads = self.tasks.threads();
                 threads.retain(|thread| !thread.is_finished());
                 threads.push(thread);
-                Ok(task.clone())
+                Ok(())
             }
-            Err(e) => {
-                shelf.lock().remove(&task.id());
-                Err(Error::io(e, "cannot start a thread for a task"))
-            }
+            Err(e) => Err(Error::io(e, "cannot start a thread for a task")),
+        }
+    }
+
+    /// Writes down what a task has come to. If it cannot be, the task is taken for one that was cut off.
+    fn write_end<Id: TaskId>(&self, task: &Task<Id>, done: &Result<AmiId>) {
+        let record = TaskRecord { description: task.describe().after(done), ended: Some(Timestamp::now()) };
+        if let Err(e) = self.store.commit(|c| c.put(&record)) {
+            tracing::warn!(task = %task.id(), error = chain(&e), "cannot write down what a task has come to");
         }
     }
 }
 
-fn describe<Id: Copy + Ord + fmt::Display + FromStr + Send + Sync + 'static>(
+fn describe<Id: TaskId>(
     tasks: Vec<Task<Id>>,
     request: &Describe<Id>,
     not_found: fn(Id) -> Error,

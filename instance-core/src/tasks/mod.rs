@@ -1,28 +1,32 @@
 //! Tasks that import and export images, in threads of their own.
 
 mod calls;
+mod record;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ami_core::{AccountId, AmiId, ExportImageTaskId, ImportImageTaskId, Timestamp};
+use serde::{Deserialize, Serialize};
 
 pub use self::calls::{Exported, Tell};
+pub(crate) use self::record::TaskId;
+use self::record::{TaskRecord, is_long_gone};
 use crate::describe::Describe;
+use crate::error::chain;
 use crate::watch::{Publisher, Watch};
 use crate::{Error, ErrorKind, Result};
 
 /// The most tasks of an account that are under way at once.
 const MOST: usize = 20;
-/// How long one that has ended is told of.
-const REMEMBERED: Duration = Duration::from_secs(60 * 60);
 
 /// How a task is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum TaskStatus {
     /// It is under way.
@@ -53,7 +57,7 @@ impl TaskStatus {
 }
 
 /// What is known of a task (`DescribeImportImageTasks`, `DescribeExportImageTasks`).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct TaskDescription<Id> {
     /// Its id.
@@ -74,8 +78,8 @@ pub struct TaskDescription<Id> {
 
 /// A task that imports or exports an image. Cheap to clone; all clones are the same task, which goes on without them.
 ///
-/// A task ends with its region, which cancels it when it is closed and waits for it: what it had done until then is
-/// removed. It is told of for an hour after it has ended.
+/// A task ends with its region, which cancels it when it is closed and waits for it, or with its process: what it had done
+/// until then is removed. It is told of for an hour after it has ended, also when the region is opened again meanwhile.
 ///
 /// ```
 /// # use ami_core::{Ami, X86_64};
@@ -122,7 +126,7 @@ pub type DescribeExportImageTasks = Describe<ExportImageTaskId>;
 struct State<Id> {
     told: Publisher<TaskDescription<Id>>,
     cancelled: AtomicBool,
-    ended: Mutex<Option<(Instant, Option<Failure>)>>,
+    ended: Mutex<Option<(Timestamp, Option<Failure>)>>,
 }
 
 /// Why a task has failed, for everybody who waits for it.
@@ -156,8 +160,14 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
             image_id,
             create_time: Timestamp::now(),
         };
-        let (cancelled, ended) = Default::default();
-        Self(Arc::new(State { told: Publisher::new(told), cancelled, ended }))
+        Self::recovered(TaskRecord { description: told, ended: None })
+    }
+
+    /// One that was under way in an earlier process, or has ended there: why, only its message says.
+    fn recovered(record: TaskRecord<Id>) -> Self {
+        let TaskRecord { description, ended } = record;
+        let (told, ended) = (Publisher::new(description), Mutex::new(ended.map(|at| (at, None))));
+        Self(Arc::new(State { told, cancelled: AtomicBool::default(), ended }))
     }
 
     /// Its id.
@@ -218,7 +228,7 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
         }
     }
 
-    fn ended(&self) -> MutexGuard<'_, Option<(Instant, Option<Failure>)>> {
+    fn ended(&self) -> MutexGuard<'_, Option<(Timestamp, Option<Failure>)>> {
         self.0.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -238,27 +248,30 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
         });
     }
 
-    fn end(&self, with: Result<AmiId>) {
-        let failure = with.as_ref().err().map(|e| Failure {
-            kind: e.kind(),
-            code: e.code(),
-            text: crate::error::chain(e),
-        });
+    fn end(&self, with: &Result<AmiId>) {
+        let failure = with.as_ref().err().map(|e| Failure { kind: e.kind(), code: e.code(), text: chain(e) });
         // Before it is told: whoever is told finds it.
-        *self.ended() = Some((Instant::now(), failure.clone()));
+        *self.ended() = Some((Timestamp::now(), failure));
         self.0.told.update(|task| {
-            match (&with, failure) {
-                (Ok(image), _) => {
-                    (task.status, task.progress, task.image_id) = (TaskStatus::Completed, 100, Some(*image));
-                    task.status_message.clear();
-                }
-                (Err(_), failure) => {
-                    task.status = TaskStatus::Deleted;
-                    task.status_message = failure.map(|failure| failure.text).unwrap_or_default();
-                }
-            }
+            *task = task.clone().after(with);
             true
         });
+    }
+}
+
+impl<Id> TaskDescription<Id> {
+    /// The same of a task that has come to this end.
+    fn after(self, end: &Result<AmiId>) -> Self {
+        match end {
+            Ok(image) => Self {
+                status: TaskStatus::Completed,
+                status_message: String::new(),
+                progress: 100,
+                image_id: Some(*image),
+                ..self
+            },
+            Err(e) => Self { status: TaskStatus::Deleted, status_message: chain(e), ..self },
+        }
     }
 }
 
@@ -280,18 +293,20 @@ impl<Id> Default for Shelf<Id> {
     }
 }
 
-impl<Id: Copy + Ord + fmt::Display + Send + Sync + 'static> Shelf<Id> {
+impl<Id: TaskId> Shelf<Id> {
     // Nothing that is done under the lock panics half way.
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Id, Task<Id>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes one in, and forgets those that ended long ago.
-    fn add(&self, task: &Task<Id>) -> Result<()> {
-        let (now, owner) = (Instant::now(), task.describe().owner);
+    /// Takes one in, and forgets those that ended long ago, which it gives.
+    fn add(&self, task: &Task<Id>) -> Result<Vec<Id>> {
+        let (now, owner) = (Timestamp::now(), task.describe().owner);
         let mut tasks = self.lock();
-        let long_gone = |ended: Instant| now.saturating_duration_since(ended) >= REMEMBERED;
-        tasks.retain(|_, task| !task.ended().as_ref().is_some_and(|(at, _)| long_gone(*at)));
+        let long_gone = |task: &Task<Id>| task.ended().as_ref().is_some_and(|(at, _)| is_long_gone(*at, now));
+        let forgotten: Vec<Id> =
+            tasks.iter().filter(|(_, task)| long_gone(task)).map(|(id, _)| *id).collect();
+        tasks.retain(|id, _| !forgotten.contains(id));
         let active = |task: &&Task<Id>| {
             let told = task.describe();
             told.owner == owner && !told.status.has_ended()
@@ -302,7 +317,7 @@ impl<Id: Copy + Ord + fmt::Display + Send + Sync + 'static> Shelf<Id> {
             return Err(Error::new(ErrorKind::ResourceLimitExceeded, what));
         }
         tasks.insert(task.id(), task.clone());
-        Ok(())
+        Ok(forgotten)
     }
 
     fn of(&self, owner: AccountId) -> Vec<Task<Id>> {

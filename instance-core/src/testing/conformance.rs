@@ -29,6 +29,7 @@
 //! | `spin` | `spinning`, and never again anything |
 
 mod hot_plug;
+mod net_hot_plug;
 mod nets;
 mod save;
 
@@ -118,6 +119,9 @@ const CHECKS: &[Check] = &[
     ("refuses network ports that cannot be", nets::refuses_ports_that_cannot_be),
     ("carries frames to and from network ports", nets::carries_frames),
     ("moves no frame of a network port while paused", nets::moves_no_frame_while_paused),
+    ("holds network ports to limits", nets::holds_ports_to_limits),
+    ("attaches and detaches network ports as it runs", net_hot_plug::attaches_and_detaches),
+    ("takes a network port from a guest that holds it", net_hot_plug::takes_a_port_that_is_held),
     ("ends network ports with their machine", nets::ports_end_with_their_machine),
     ("refuses to save and restore what it cannot", save::refuses_what_it_cannot),
     ("saves a machine and restores several", save::saves_and_restores),

@@ -99,8 +99,13 @@ pub(crate) fn files(dir: &Path) -> BTreeMap<String, String> {
 /// The length of a file and the digest of what in it is no hole.
 fn content(path: &Path) -> String {
     let len = std::fs::metadata(path).unwrap().len();
-    if len % 4096 != 0 {
-        return format!("{len} {}", Digest::of(&std::fs::read(path).unwrap()));
+    format!("{len} {}", Digest::of(&bytes(path)))
+}
+
+/// What in a file is no hole, with where it is.
+pub(crate) fn bytes(path: &Path) -> Vec<u8> {
+    if std::fs::metadata(path).unwrap().len() % 4096 != 0 {
+        return std::fs::read(path).unwrap();
     }
     let disk = RawFile::open(path, true).unwrap().into_disk();
     let (mut bytes, mut at) = (Vec::new(), 0);
@@ -111,7 +116,7 @@ fn content(path: &Path) -> String {
         bytes.extend(part);
         at = data.end;
     }
-    format!("{len} {}", Digest::of(&bytes))
+    bytes
 }
 
 /// Says, where a test cannot be done, why; where everything has to be there, that is a failure.

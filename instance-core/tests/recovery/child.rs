@@ -11,6 +11,7 @@ use instance_core::{
 };
 use storage_block::MemoryDisk;
 
+use super::model::HIBERNATED;
 use super::{CHILD, PLACES, Random, TestRegion, ask, soon};
 
 /// The kernel with this number.
@@ -53,7 +54,8 @@ fn act(region: &TestRegion, random: &mut Random) -> Result<()> {
             let Some(id) = any_image else { return Ok(()) };
             say(&format!("begin launch {id}"));
             let ami = region.image(id)?.ami().typed::<X86_64>().unwrap();
-            let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+            let spec = LaunchSpec::new("t2.nano".parse()?).hibernation(true);
+            let instance = region.launch(&ami, spec)?;
             let volumes = instance.describe().attachments;
             let volumes: Vec<String> = volumes.iter().map(|a| a.volume_id.to_string()).collect();
             say(&format!("done {} {}", instance.id(), volumes.join(" ")));
@@ -89,6 +91,12 @@ fn act(region: &TestRegion, random: &mut Random) -> Result<()> {
         (what, Some(instance)) => match (what, instance.state()) {
             (_, InstanceState::Stopped) => act_on(instance, "start", Instance::start)?,
             (11, _) => act_on(instance, "reboot", Instance::reboot)?,
+            (17..=19, _) if instance.describe().hibernation => {
+                act_on(instance, &format!("hibernate {word}"), |i| {
+                    ask(i, &format!("remember {word}"), "remembered");
+                    i.hibernate(Duration::ZERO)
+                })?;
+            }
             (12, _) => act_on(instance, "poweroff", |i| {
                 i.console().write_all(b"poweroff\n", soon()).unwrap();
                 i.wait_for(InstanceState::Stopped, soon())
@@ -178,7 +186,9 @@ fn act_on_resources(
 
 /// Whether its volumes can come and go.
 fn is_settled(instance: &&Instance) -> bool {
-    matches!(instance.state(), InstanceState::Stopped | InstanceState::Running)
+    let description = instance.describe();
+    let hibernates = description.state_reason.is_some_and(|reason| reason.code == HIBERNATED);
+    matches!(description.state, InstanceState::Stopped | InstanceState::Running) && !hibernates
 }
 
 fn act_on(instance: &Instance, what: &str, act: impl FnOnce(&Instance) -> Result<()>) -> Result<()> {

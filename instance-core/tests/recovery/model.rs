@@ -34,6 +34,8 @@ struct Instance {
     snapshots: Vec<String>,
     /// Why it is stopped, or will be found so; nothing while it runs.
     stopped: Option<&'static str>,
+    /// What it has in mind while it hibernates.
+    asleep: Option<String>,
     /// Its tag.
     tag: Option<String>,
 }
@@ -57,6 +59,7 @@ pub(crate) struct Model {
 
 const LOST: &str = "Server.InternalError";
 const BY_USER: &str = "Client.UserInitiatedShutdown";
+pub(crate) const HIBERNATED: &str = "Client.UserInitiatedHibernate";
 const BY_GUEST: &str = "Client.InstanceInitiatedShutdown";
 
 pub(crate) fn snapshots_of(ami: &AnyAmi) -> Vec<Digest> {
@@ -123,7 +126,15 @@ impl Model {
                 self.instance(subject).words[place] = action[3].clone();
             }
             "flush" | "reboot" => self.instance(subject).settle(),
-            "start" => self.instance(subject).stopped = None,
+            "start" => {
+                let instance = self.instance(subject);
+                (instance.stopped, instance.asleep) = (None, None);
+            }
+            "hibernate" => {
+                let instance = self.instance(subject);
+                instance.settle();
+                (instance.stopped, instance.asleep) = (Some(HIBERNATED), Some(action[2].clone()));
+            }
             what @ ("stop" | "poweroff") => {
                 let instance = self.instance(subject);
                 instance.settle();
@@ -143,8 +154,9 @@ impl Model {
         let volumes = described[1..].to_vec();
         let unflushed = Default::default();
         let durable = words.clone();
-        let (stopped, tag) = (None, None);
-        let instance = Instance { words, durable, unflushed, kernel, volumes, snapshots, stopped, tag };
+        let (stopped, asleep, tag) = (None, None, None);
+        let instance =
+            Instance { words, durable, unflushed, kernel, volumes, snapshots, stopped, asleep, tag };
         assert!(self.instances.insert(described[0].clone(), instance).is_none(), "an id was given twice");
     }
 
@@ -159,7 +171,7 @@ impl Model {
     pub(crate) fn check(&mut self, region: &TestRegion, dir: &Path, kill: u64) {
         let when = format!("kill {kill} after\n{}\n", std::mem::take(&mut self.said).join("\n"));
         let under_way = self.under_way.take().unwrap_or_default();
-        self.adopt(region, &under_way);
+        self.adopt(region, dir, &under_way);
 
         let found: Vec<String> = region.images().unwrap().iter().map(|i| i.ami().id().to_string()).collect();
         assert_eq!(found, self.images.keys().cloned().collect::<Vec<_>>(), "images, {when}");
@@ -183,6 +195,8 @@ impl Model {
                 assert!(reason.message.contains("the process that owned the region ended"), "{reason}");
             }
             instance.start().unwrap();
+            let recalled = ask(&instance, "recall", "recalled");
+            assert_eq!(recalled, known.asleep.take().unwrap_or_default(), "{id}, {when}");
             for (place, (disk, sector)) in PLACES.into_iter().enumerate() {
                 let word = ask(&instance, &format!("read {disk} {sector}"), "data");
                 let (durable, unflushed) = (&known.durable[place], &known.unflushed[place]);
@@ -198,8 +212,9 @@ impl Model {
     }
 
     /// What was under way may have been done: looks whether it was.
-    fn adopt(&mut self, region: &TestRegion, under_way: &[String]) {
+    fn adopt(&mut self, region: &TestRegion, dir: &Path, under_way: &[String]) {
         let [action, subject, rest @ ..] = under_way else { return };
+        let asleep = names(&dir.join("hibernated")).contains(subject);
         let images = region.images().unwrap();
         let name = if action == "register" { subject } else { rest.first().unwrap_or(subject) };
         let image = images.iter().find(|i| i.ami().name() == name).map(|i| {
@@ -238,6 +253,8 @@ impl Model {
                     self.acknowledge(under_way, &described);
                 }
             }
+            ("hibernate", ..) if asleep => self.acknowledge(under_way, &[]),
+            ("start", ..) if !asleep => self.instance(subject).asleep = None,
             ("delete-volume", ..) if !volumes.contains_key(subject) => self.acknowledge(under_way, &[]),
             ("delete-snapshot", ..) if !snapshots.contains_key(subject) => self.acknowledge(under_way, &[]),
             ("attach", ..) if volumes[&rest[0]].is_some() => self.acknowledge(under_way, &[]),
@@ -272,6 +289,7 @@ impl Model {
             .chain(instances.clone().flat_map(|i| i.snapshots.clone()))
             .chain(self.kept.values().flatten().cloned())
             .chain(self.snapshots.values().cloned());
+        let asleep = self.instances.iter().filter(|(_, i)| i.asleep.is_some()).map(|(id, _)| id.clone());
         let kernels = images.map(|i| i.kernel).chain(instances.map(|i| i.kernel));
         let kernels = kernels.map(|number| Digest::of(&kernel(number)).to_hex());
         for (place, expected) in [
@@ -279,6 +297,7 @@ impl Model {
             ("blocks/snapshots", snapshots.collect()),
             ("boot", kernels.collect()),
             ("instances", BTreeSet::new()),
+            ("hibernated", asleep.collect()),
         ] {
             assert_eq!(names(&dir.join(place)), expected, "{place}, {when}");
         }

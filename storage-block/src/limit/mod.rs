@@ -1,4 +1,4 @@
-//! How much of a disk's speed somebody may use.
+//! How much of a disk's speed, or a network's, somebody may use.
 
 mod bucket;
 
@@ -147,6 +147,27 @@ impl Limiter {
         self.0.changed.notify_all();
     }
 
+    /// How long what is no disk's request has to wait at least before it may pass, an operation with bytes; none if it
+    /// may now. Whoever lets it pass [charges](Self::charge) it: by that, something that is not known before it is
+    /// there, such as a frame of a network, is held to limits like a request.
+    ///
+    /// ```
+    /// use storage_block::{IoLimits, Limiter, Rate};
+    ///
+    /// let limiter = Limiter::new(IoLimits { ops: Some(Rate { per_second: 1, burst: 2 }), ..IoLimits::NONE });
+    /// assert_eq!(limiter.delay(), None);
+    /// limiter.charge(2, 3000);
+    /// assert!(limiter.delay().is_some_and(|delay| delay.as_millis() > 900));
+    /// ```
+    pub fn delay(&self) -> Option<Duration> {
+        lock(&self.0.state).delay(self.now(), Cost { ops: 1, bytes: 1 })
+    }
+
+    /// Takes what something costs that passes. See [`delay`](Self::delay).
+    pub fn charge(&self, ops: u64, bytes: u64) {
+        lock(&self.0.state).take(Cost { ops, bytes });
+    }
+
     /// Lets a request pass, or says how long to wait at least.
     pub(crate) fn try_take(&self, cost: Cost) -> Result<(), Duration> {
         lock(&self.0.state).try_take(self.now(), cost)
@@ -169,19 +190,30 @@ impl Limiter {
 
 impl State {
     fn try_take(&mut self, now: Duration, cost: Cost) -> Result<(), Duration> {
-        let mut parts = [(&mut self.ops, cost.ops), (&mut self.bytes, cost.bytes)];
-        // Who asks for nothing of a kind does not wait for it.
-        let asked = parts.iter_mut().filter(|(_, cost)| *cost > 0);
-        let waits = asked.filter_map(|(bucket, _)| bucket.as_mut()?.ready(now).err());
-        if let Some(delay) = waits.max() {
+        if let Some(delay) = self.delay(now, cost) {
             return Err(delay);
         }
-        for (bucket, cost) in parts {
+        self.take(cost);
+        Ok(())
+    }
+
+    /// How long until a request may pass, if it may not now.
+    fn delay(&mut self, now: Duration, cost: Cost) -> Option<Duration> {
+        // Who asks for nothing of a kind does not wait for it.
+        let asked = self.parts(cost).into_iter().filter(|(_, cost)| *cost > 0);
+        asked.filter_map(|(bucket, _)| bucket.as_mut()?.ready(now).err()).max()
+    }
+
+    fn take(&mut self, cost: Cost) {
+        for (bucket, cost) in self.parts(cost) {
             if let Some(bucket) = bucket {
                 bucket.take(cost);
             }
         }
-        Ok(())
+    }
+
+    fn parts(&mut self, cost: Cost) -> [(&mut Option<Bucket>, u64); 2] {
+        [(&mut self.ops, cost.ops), (&mut self.bytes, cost.bytes)]
     }
 }
 
@@ -207,6 +239,20 @@ mod tests {
         let flush = Cost { ops: 1, bytes: 0 };
         limiter.try_take(flush).expect("the third operation has no bytes");
         limiter.try_take(flush).expect_err("there were three");
+    }
+
+    #[test]
+    fn what_is_charged_is_waited_for_by_all() {
+        let limiter =
+            Limiter::new(IoLimits { bytes: Some(Rate { per_second: 1, burst: 100 }), ..IoLimits::NONE });
+        limiter.charge(1, 99);
+        assert_eq!(limiter.delay(), None, "a whole byte is left, whatever the next one costs");
+        limiter.charge(1, 1500);
+        let delay = limiter.delay().expect("it has taken more than there was");
+        assert!(delay > Duration::from_secs(1490) && delay <= Duration::from_secs(1500), "{delay:?}");
+        limiter.try_take(OP).expect_err("requests wait for it as well");
+        limiter.set(IoLimits::NONE);
+        assert_eq!(limiter.delay(), None);
     }
 
     /// A waiting call notices that the limits are gone.

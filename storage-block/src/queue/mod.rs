@@ -25,7 +25,7 @@ use signal::Signal;
 
 use crate::buffer::total;
 use crate::disk::Op;
-use crate::{Disk, Error, IoBuf, IoBufMut, Limiter, Result};
+use crate::{Disk, Error, ErrorKind, IoBuf, IoBufMut, Limiter, Result};
 
 /// The most threads of a queue, unless the options say otherwise: as many as keep a disk busy that is read from, and
 /// beside a ring those that write to the page cache.
@@ -218,6 +218,35 @@ impl Queue {
     /// Begins what was pushed, as far as depth and limits let it.
     pub fn submit(&mut self) {
         self.begin();
+        if self.signal.watched() && !self.ready.is_empty() {
+            self.signal.event.signal();
+        }
+    }
+
+    /// Lets no more of what was pushed begin: requests that have not are reported as
+    /// [`Cancelled`](ErrorKind::Cancelled), in the order in which they were pushed. Those under way go on.
+    ///
+    /// ```
+    /// use storage_block::{ErrorKind, IoLimits, Limiter, MemoryDisk, Rate};
+    ///
+    /// let limiter = Limiter::new(IoLimits { ops: Some(Rate::per_second(1)), ..IoLimits::NONE });
+    /// let mut queue = MemoryDisk::new(1 << 20)?.into_disk().limited(&limiter).queue(8)?;
+    /// (0..60).for_each(|token| queue.flush(token)); // a minute's worth
+    /// queue.submit();
+    /// queue.cancel();
+    /// let ended = std::iter::from_fn(|| queue.wait());
+    /// let cancelled = ended.filter_map(|done| done.result.err()).map(|error| error.kind());
+    /// assert!(cancelled.filter(|kind| *kind == ErrorKind::Cancelled).count() > 50);
+    /// # Ok::<(), storage_block::Error>(())
+    /// ```
+    pub fn cancel(&mut self) {
+        self.delayed = false;
+        let cancelled = self.backlog.drain(..).map(|Request { token, owned: buffer, .. }| Completion {
+            token,
+            result: Err(Error::new(ErrorKind::Cancelled, "it was cancelled before it began")),
+            buffer,
+        });
+        self.ready.extend(cancelled);
         if self.signal.watched() && !self.ready.is_empty() {
             self.signal.event.signal();
         }

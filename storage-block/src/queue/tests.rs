@@ -251,6 +251,32 @@ fn a_panic_is_an_error() {
     queue.wait().unwrap().result.unwrap();
 }
 
+/// What has begun ends as ever, and what has not is reported and never begins.
+#[test]
+fn cancelling() {
+    let (mut queue, began, go_on) = gated(1);
+    for token in 0..4 {
+        queue.read(token, token * 8192, vec![token as u8; 512]);
+    }
+    queue.submit();
+    assert_eq!(began.recv(), Ok(0));
+    assert!(queue.completed().is_none());
+    queue.cancel();
+    for token in 1..4 {
+        let done = queue.completed().unwrap();
+        assert_eq!((done.token, done.buffer), (token, Some(vec![token as u8; 512])));
+        assert_eq!(done.result.unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+    assert!(queue.completed().is_none());
+    queue.read(4, 4 * 8192, vec![0; 512]);
+    drop(go_on);
+    assert_eq!(
+        [0, 4].map(|_| queue.wait().map(|done| (done.token, done.result.is_ok()))),
+        [0, 4].map(|n| Some((n, true)))
+    );
+    assert_eq!((began.try_iter().collect::<Vec<_>>(), queue.in_flight()), (vec![4 * 8192], 0));
+}
+
 /// Dropping a queue waits for what has begun and for nothing else.
 #[test]
 fn dropping_waits() {

@@ -216,8 +216,12 @@ impl History {
             let volume = options.create_unsynced(&path, base.as_ref(), size)?;
             self.volumes.push((at, volume));
             let last = self.volumes.len() - 1;
-            let used = self.change(last).and_then(|()| self.flush(last));
-            if let Err(error) = used.and_then(|()| self.volumes[last].1.sync_created()) {
+            // Durable with its first flush, or because it is asked to be.
+            let made = match self.random.below(2) == 0 {
+                true => self.change(last).and_then(|()| self.flush(last)),
+                false => self.change(last).and_then(|()| self.volumes[last].1.sync_created()),
+            };
+            if let Err(error) = made {
                 let _ = self.volumes.remove(last).1.delete();
                 return Err(error);
             }

@@ -1,8 +1,9 @@
 //! How a volume is made.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
-use super::{OVERLAY, Volume, check_size};
+use super::{Inner, OVERLAY, Volume, check_size};
 use crate::format::VolumeKey;
 use crate::fs::{self, File};
 use crate::keys::EncryptionKey;
@@ -29,8 +30,8 @@ impl Volume {
         VolumeOptions::new().create(dir, base, size)
     }
 
-    /// The same without waiting for the disk: nothing of the volume is durable, flushed or not, until
-    /// [`sync_created`](Self::sync_created) has returned. For those who have something else to do meanwhile.
+    /// The same without waiting for the disk: the volume becomes durable with its first flush, or by
+    /// [`sync_created`](Self::sync_created). For those who can make it once more if a crash takes it before.
     ///
     /// ```
     /// use storage_block::Volume;
@@ -95,22 +96,41 @@ impl Volume {
         })?;
         let volume_key = key.map(VolumeKey::new).transpose()?;
         let log = Log::create(dir, size, base.map(Snapshot::digest), volume_key)?;
-        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned()))
+        let volume = Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned());
+        volume.0.new.store(true, Ordering::Release);
+        Ok(volume)
     }
 
-    /// Makes a new volume durable, with what has been flushed since.
+    /// Makes a volume durable that was [created unsynced](Self::create_unsynced), as it was then. Does nothing to any
+    /// other, nor to one that was flushed since.
     ///
     /// # Errors
     ///
-    /// What the file system says. The volume may then be there after a crash, or not.
+    /// What the file system says. The volume may then be there after a crash, or not, and no flush succeeds any more.
     pub fn sync_created(&self) -> Result<()> {
-        let dir = &self.0.dir;
-        let log = &*lock(&self.0.log);
+        let log = lock(&self.0.log);
+        self.0.check_durable()?;
+        self.0.sync_new(&log)
+    }
+}
+
+impl Inner {
+    /// Makes the names durable by which a new volume is found: what is flushed is worth nothing without them.
+    pub(super) fn sync_new(&self, log: &Log) -> Result<()> {
+        if !self.new.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let dir = &self.dir;
         // None of them relies on another: before this returns nobody has been promised anything.
         let names: [&(dyn Fn() -> Result<()> + Sync); 2] = [&|| sync_dir(parent(dir)), &|| sync_dir(dir)];
-        match log.is_blank() {
+        let synced = match log.is_blank() {
             true => sync_at_once(&names),
             false => sync_at_once(&[names[0], names[1], &|| log.sync_all()]),
+        };
+        match synced {
+            Ok(()) => self.new.store(false, Ordering::Release),
+            Err(_) => self.failed.store(true, Ordering::Release),
         }
+        synced
     }
 }

@@ -237,6 +237,7 @@ impl Inner {
     fn flush(&self) -> Result<()> {
         let mut log = lock(&self.log);
         self.check_durable()?;
+        self.sync_new(&log)?;
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }

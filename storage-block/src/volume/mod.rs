@@ -91,6 +91,8 @@ struct Inner {
     log: Mutex<Log>,
     /// Something was written since the last flush began.
     dirty: AtomicBool,
+    /// It was made, and not synchronised since.
+    new: AtomicBool,
     /// A synchronisation has failed.
     failed: AtomicBool,
 }
@@ -176,6 +178,7 @@ impl Volume {
             pending: Mutex::default(),
             log: Mutex::new(log),
             dirty: AtomicBool::new(false),
+            new: AtomicBool::new(false),
             failed: AtomicBool::new(false),
         }))
     }
@@ -219,6 +222,7 @@ impl Volume {
             let less = || Error::invalid_size(size, "is less than that of the volume");
             return if size == old { Ok(()) } else { Err(less()) };
         }
+        inner.sync_new(&log)?;
         inner.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
         match log.grow(size) {
             Ok(()) => {

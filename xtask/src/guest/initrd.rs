@@ -49,6 +49,7 @@ pub(crate) const CONFORMANCE: Recipe = Recipe {
         "virtio_blk",
         "virtio_net",
         "virtio_balloon",
+        "virtio_console",
         "vmw_vsock_virtio_transport",
         "pvpanic_mmio",
         "button",

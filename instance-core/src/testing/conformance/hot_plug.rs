@@ -46,7 +46,7 @@ impl Guest {
 }
 
 #[track_caller]
-fn refused(done: Result<(), MachineError>, kind: MachineErrorKind) {
+pub(super) fn refused(done: Result<(), MachineError>, kind: MachineErrorKind) {
     let refused = done.expect_err("it is not possible");
     assert_eq!(refused.kind(), kind, "{refused}");
 }

@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use storage_block::{IoLimits, Limiter, Rate};
+
 use super::{Guest, TestBed};
 use crate::console::Console;
 use crate::machine::{MachineErrorKind, MachineSpec, NetSpec};
-use crate::net::{self, Frame, MacAddress, NetPort, Offloads, SendError};
+use crate::net::{self, Frame, FrameLimits, MacAddress, NetPort, Offloads, SendError};
 use crate::testing::ping::Station;
 
 pub(super) const FIRST: Station =
     Station { mac: MacAddress([2, 0, 10, 0, 0, 12]), address: Ipv4Addr::new(10, 0, 0, 12) };
-const SECOND: Station =
+pub(super) const SECOND: Station =
     Station { mac: MacAddress([2, 0, 10, 0, 1, 12]), address: Ipv4Addr::new(10, 0, 1, 12) };
 
 /// For how long nothing comes where nothing may.
@@ -74,6 +76,11 @@ impl Peer {
         panic!("a ping with {} bytes has no reply", bytes.len());
     }
 
+    /// Whether the guest's end is plugged in.
+    pub(super) fn is_connected(&self) -> bool {
+        self.port.is_connected()
+    }
+
     /// How many replies come in a while. A guest may say other things between them.
     fn replies(&self, until: Instant, most: usize) -> usize {
         let heard = std::iter::from_fn(|| self.hear(until));
@@ -82,7 +89,7 @@ impl Peer {
 }
 
 /// A guest with these ports, which are up. None where machines have no ports.
-fn up(
+pub(super) fn up(
     bed: &TestBed<'_>,
     stations: &[Station],
     change: impl FnOnce(&mut MachineSpec),
@@ -165,6 +172,50 @@ pub(super) fn moves_no_frame_while_paused(bed: &TestBed<'_>) {
     assert_eq!(peer.hear(Instant::now() + SILENCE), None, "a paused guest answers");
     guest.machine.resume().expect("resumes");
     peer.ping(b"after", bed.patience);
+}
+
+pub(super) fn holds_ports_to_limits(bed: &TestBed<'_>) {
+    if bed.hypervisor.capabilities().max_nets == 0 {
+        return println!("machines have no network ports: not checked");
+    }
+    const FRAMES: usize = 12;
+    // Two at once, and then ten in a second.
+    let slow = IoLimits { ops: Some(Rate { per_second: 10, burst: 2 }), ..IoLimits::NONE };
+    let least = Duration::from_millis(100) * (FRAMES as u32 - 3);
+    let limiter = Limiter::new(IoLimits::NONE);
+    let limits = FrameLimits::new([limiter.clone()]);
+    if !bed.hypervisor.capabilities().net_limits {
+        let (mut spec, _peer) = Peer::of(FIRST);
+        spec.transmit_limits = limits;
+        let mut machine = bed.spec(&Console::new(), Vec::new(), &std::env::temp_dir());
+        machine.nets = vec![spec];
+        let refused = bed.hypervisor.create(machine).expect_err("it has no limits");
+        assert_eq!(refused.kind(), MachineErrorKind::Unsupported, "{refused}");
+        return println!("ports are not held to limits: not checked");
+    }
+    for direction in ["to the guest", "from the guest"] {
+        limiter.set(IoLimits::NONE);
+        let limits = limits.clone();
+        let limit = |spec: &mut MachineSpec| match direction {
+            "to the guest" => spec.nets[0].receive_limits = limits,
+            _ => spec.nets[0].transmit_limits = limits,
+        };
+        let Some((_guest, peers)) = up(bed, &[FIRST], limit) else { return };
+        let peer = &peers[0];
+        peer.ping(b"fast", bed.patience);
+        limiter.set(slow);
+        limiter.charge(2, 0);
+        let begun = Instant::now();
+        (0..FRAMES).for_each(|n| peer.send(peer.own.ping(peer.guest, &content(n))));
+        let came = peer.replies(begun + bed.patience, FRAMES);
+        assert!(
+            came == FRAMES && begun.elapsed() >= least,
+            "{came} replies in {:?}, {direction}",
+            begun.elapsed()
+        );
+        limiter.set(IoLimits::NONE);
+        peer.ping(b"fast again", bed.patience);
+    }
 }
 
 pub(super) fn ports_end_with_their_machine(bed: &TestBed<'_>) {

@@ -7,10 +7,14 @@ use instance_core::net::{
 use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::core::{Effect, Step};
-use super::mmio::Mmio;
-use super::net::{Net, RECEIVE, TRANSMIT};
+use super::Net;
 use crate::memory::{self, Memory};
+use crate::virtio::Mmio;
+use crate::virtio::core::{Effect, Step};
+
+/// The queues of the first pair.
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
 
 const QUEUE_SIZE: u16 = 64;
 /// Where each queue has its three parts.
@@ -51,7 +55,7 @@ impl Driver {
         let (port, network) = net::link();
         network.set_takes(takes);
         let memory = memory::allocate(std::num::NonZeroU32::MIN).unwrap();
-        let device = Mmio::new(Net::new(&NetSpec::new(port, MAC)));
+        let device = Mmio::new(Net::new(&NetSpec::new(port, MAC), 1));
         let mut driver = Self { memory, device, network, offered: [0; 2] };
         driver.begin(without);
         driver

@@ -1,0 +1,199 @@
+//! What a machine is put together from: its devices, each in its place.
+
+use std::sync::{Arc, Mutex};
+
+use instance_core::console::ConsolePort;
+use instance_core::machine::{DiskSpec, MachineSpec, MachineState, NetSpec};
+use instance_core::vsock::VsockSpec;
+use instance_core::watch::Publisher;
+use kvm_ioctls::{VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Shared;
+use crate::bus::Devices;
+use crate::error::{HostContext, Result};
+use crate::exits::Exits;
+use crate::gate::Gate;
+use crate::memory::Memory;
+use crate::pci::Bus;
+use crate::power::Power;
+use crate::rtc::Rtc;
+use crate::serial::SerialPort;
+use crate::slots::{Other, Placed, Role, Slots};
+use crate::virtio::{Balloon, Block, Console, Device, Net, Rng, VirtioDevice, Vsock, Wish};
+use crate::{Kvm, Transport, layout, saved};
+
+/// What a machine is put together from.
+pub(super) struct Parts<'a> {
+    pub(super) name: &'a str,
+    pub(super) transport: Transport,
+    pub(super) disks: &'a [DiskSpec],
+    pub(super) nets: &'a [NetSpec],
+    pub(super) vsock: Option<&'a VsockSpec>,
+    /// Which place each device has: the disks', the network ports', and the others'.
+    pub(super) places: Places,
+    pub(super) console: &'a ConsolePort,
+    pub(super) virtio_console: Option<&'a ConsolePort>,
+    pub(super) vm: VmFd,
+    pub(super) memory: Memory,
+    pub(super) processors: Vec<VcpuFd>,
+}
+
+/// Which places devices have.
+pub(super) struct Places {
+    /// With the number of queues that each has.
+    disks: Vec<(usize, usize)>,
+    /// And for how many pairs of queues each has room.
+    nets: Vec<(usize, usize)>,
+    others: Vec<(Other, usize)>,
+}
+
+impl Places {
+    /// Of a new machine: one after the other.
+    pub(super) fn of_new(spec: &MachineSpec) -> Self {
+        let asked = [(Other::Vsock, spec.vsock.is_some()), (Other::Console, spec.virtio_console.is_some())];
+        let asked = asked.into_iter().filter(|(_, asked)| *asked).map(|(other, _)| other);
+        let (disks, others_from) = (spec.disks.len(), spec.disks.len() + spec.nets.len());
+        let pairs = spec.vcpus.get() as usize;
+        Self {
+            disks: (0..disks).map(|place| (place, pairs)).collect(),
+            nets: (disks..others_from).map(|place| (place, pairs)).collect(),
+            others: [Other::Entropy, Other::Balloon].into_iter().chain(asked).zip(others_from..).collect(),
+        }
+    }
+
+    /// Of one that was saved, where devices may have come and gone.
+    pub(super) fn of_saved(state: &saved::State) -> Self {
+        let of = |role| {
+            let devices = state.virtio.iter().filter(move |device| device.role == role);
+            devices.map(|device| (device, usize::from(device.place)))
+        };
+        let others = of(saved::Role::Other);
+        Self {
+            disks: of(saved::Role::Disk).map(|(device, place)| (place, device.state.queues())).collect(),
+            nets: of(saved::Role::Net)
+                .map(|(device, place)| (place, Net::pairs_of(device.state.queues())))
+                .collect(),
+            others: others
+                .filter_map(|(device, place)| Some((Other::of(device.state.kind())?, place)))
+                .collect(),
+        }
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.disks.len() + self.nets.len() + self.others.len()
+    }
+}
+
+impl Parts<'_> {
+    /// A machine without threads, whose devices nobody has used yet.
+    pub(super) fn put_together(mut self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
+        let goes_on = state == MachineState::Paused;
+        let mut placed = self.disks_and_nets(goes_on)?;
+        let mut balloon = None;
+        for (other, place) in std::mem::take(&mut self.places.others) {
+            if let Some(device) = self.other(other, place, goes_on, &mut balloon)? {
+                placed.push(Placed::new(place, Role::Other(other), device));
+            }
+        }
+        let Self { name, transport, console, vm, memory, processors, .. } = self;
+        let devices = Devices {
+            serial: serial_port(&vm, console)?,
+            power: Power::default(),
+            rtc: Mutex::new(Rtc::new()),
+            pci: (transport == Transport::Pci).then(Bus::new),
+            virtio: Slots::new(transport.places(), placed),
+        };
+        Ok(Shared {
+            name: name.to_owned(),
+            filter: None,
+            exits: processors.iter().map(|_| Exits::default()).collect(),
+            stacks: kvm.stacks(),
+            processors: processors.into_iter().map(Mutex::new).collect(),
+            vm,
+            devices,
+            balloon,
+            memory,
+            msrs: kvm.msrs(),
+            gate: Gate::new(),
+            state: Publisher::new(state),
+            threads: Mutex::default(),
+            plugging: Mutex::default(),
+        })
+    }
+
+    fn disks_and_nets(&self, goes_on: bool) -> Result<Vec<Placed>> {
+        let mut placed = Vec::new();
+        for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
+            let block = Block::new(disk.disk.clone(), &disk.serial, queues);
+            let device = self.served(place, goes_on, block)?;
+            placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
+        }
+        for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
+            let device = self.served(place, goes_on, Net::new(net, pairs))?;
+            net.port.set_waker(Some(Arc::new(device.waker()?)));
+            placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
+        }
+        Ok(placed)
+    }
+
+    /// One of the other devices; none where the specification has none.
+    fn other(
+        &self,
+        other: Other,
+        place: usize,
+        goes_on: bool,
+        balloon: &mut Option<(usize, Arc<Wish>)>,
+    ) -> Result<Option<VirtioDevice>> {
+        let (vm, memory, transport) = (&self.vm, &self.memory, self.transport);
+        Ok(Some(match other {
+            Other::Entropy => VirtioDevice::new(vm, memory, place, transport, Rng)?,
+            Other::Balloon => {
+                let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
+                let wish = Arc::new(Wish::new(mib as u32));
+                *balloon = Some((place, wish.clone()));
+                VirtioDevice::new(vm, memory, place, transport, Balloon::new(wish))?
+            }
+            Other::Vsock => {
+                let Some(spec) = self.vsock else { return Ok(None) };
+                let mut device = Vsock::new(spec);
+                if goes_on {
+                    // With streams that nobody else has.
+                    device.break_streams();
+                }
+                let device = self.served(place, goes_on, device)?;
+                spec.port.set_waker(Some(Arc::new(device.waker()?)));
+                device
+            }
+            Other::Console => {
+                let Some(port) = self.virtio_console else { return Ok(None) };
+                let device = self.served(place, goes_on, Console::new(port.clone()))?;
+                let refresh = device.refresher()?;
+                if goes_on {
+                    // With a terminal that may have another size.
+                    refresh();
+                }
+                port.set_input_notifier(Some(Arc::new(device.waker()?)));
+                port.set_resize_notifier(Some(Arc::new(refresh)));
+                device
+            }
+        }))
+    }
+
+    /// A device that a thread is going to serve. On PCI, one that goes on where another was saved has no place before
+    /// it is told where that was, which may be where another one begins.
+    fn served(&self, place: usize, goes_on: bool, device: impl Device + 'static) -> Result<VirtioDevice> {
+        match self.transport {
+            Transport::Pci if goes_on => VirtioDevice::late(&self.memory, device),
+            transport => VirtioDevice::with_thread(&self.vm, &self.memory, place, transport, device),
+        }
+    }
+}
+
+fn serial_port(vm: &VmFd, console: &ConsolePort) -> Result<SerialPort> {
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
+    vm.register_irqfd(&interrupt, layout::SERIAL_IRQ).host("KVM did not take the serial port's interrupt")?;
+    Ok(SerialPort::new(console.clone(), interrupt))
+}

@@ -1,0 +1,57 @@
+//! A frame's way into the driver's buffers.
+
+use instance_core::net::Frame;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+
+use super::header::{HEADER_LEN, Header};
+use crate::virtio::chain::Malformed;
+use crate::virtio::ring::Running;
+
+/// What became of a frame for the guest.
+pub(super) enum Delivery {
+    Delivered,
+    /// It does not fit into what the driver offers, and is lost.
+    Dropped,
+    /// The driver has not offered enough yet.
+    NoRoom(Frame),
+}
+
+/// Writes a frame into the driver's next buffers: into one or, if it takes them so, into several.
+pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Result<Delivery, Malformed> {
+    let merge = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+    let needed = (HEADER_LEN + frame.data.len()) as u64;
+    let (mut chains, mut room) = (Vec::new(), 0);
+    while room < needed && (merge || chains.is_empty()) {
+        let Some(chain) = ring.next()? else {
+            ring.put_back(chains.len() as u16);
+            return Ok(Delivery::NoRoom(frame));
+        };
+        if chain.readable.len() > 0 {
+            return Err(Malformed("a buffer for frames is not for writing"));
+        }
+        if chains.is_empty() && chain.writable.len() < HEADER_LEN as u64 {
+            return Err(Malformed("a buffer for frames is shorter than their header"));
+        }
+        room += chain.writable.len();
+        chains.push(chain);
+    }
+    if room < needed {
+        ring.put_back(chains.len() as u16);
+        return Ok(Delivery::Dropped);
+    }
+    let header = Header::of(&frame, features, chains.len() as u16).to_bytes();
+    let mut rest = &frame.data[..];
+    let mut used = Vec::with_capacity(chains.len());
+    for (n, chain) in chains.iter().enumerate() {
+        let start = if n == 0 { HEADER_LEN as u64 } else { 0 };
+        if n == 0 {
+            chain.writable.write(ring.memory(), 0, &header)?;
+        }
+        let (piece, after) = rest.split_at(rest.len().min((chain.writable.len() - start) as usize));
+        chain.writable.write(ring.memory(), start, piece)?;
+        rest = after;
+        used.push((chain.head, (start + piece.len() as u64) as u32));
+    }
+    ring.put_all_used(used)?;
+    Ok(Delivery::Delivered)
+}

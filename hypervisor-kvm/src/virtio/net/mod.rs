@@ -1,0 +1,362 @@
+//! The virtio network device (virtio 1.2, 5.1): pairs of queues, of frames to the guest and of frames from it, and a
+//! queue of commands where there are several.
+//!
+//! Frames go through a [`NetPort`]. What the network takes of checksums to be computed and long frames to be
+//! cut is offered to the driver, and what the driver takes is told to the network. All frames go one after the other
+//! through the port's limits, whichever pair they are of.
+
+mod control;
+mod deliver;
+mod header;
+mod steering;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_of_pairs;
+
+use std::iter;
+use std::time::Duration;
+
+use instance_core::machine::NetSpec;
+use instance_core::net::{Frame, FrameLimits, NetPort, Offloads, SendError};
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+
+use self::deliver::{Delivery, deliver};
+use self::header::{HEADER_LEN, Header};
+use self::steering::Steering;
+use super::chain::{Chain, Malformed};
+use super::device::{Device, Own};
+use super::ring::Running;
+
+/// The most pairs of queues: as many as EC2's interfaces have.
+const MAX_PAIRS: usize = 8;
+
+/// Addresses and type: what every frame has.
+const ETHERNET_LEN: usize = 14;
+/// With a VLAN tag.
+const ETHERNET_MAX: usize = ETHERNET_LEN + 4;
+
+/// How many frames are moved before the driver and other queues have their turn.
+const BATCH: usize = 64;
+
+/// A network device.
+#[derive(Debug)]
+pub(crate) struct Net {
+    /// None when the machine has ended.
+    port: Option<NetPort>,
+    spec: Config,
+    /// What the network took when the machine was made, which is what is offered.
+    offered: Offloads,
+    /// The frames that wait, of each pair that there may be.
+    pairs: Vec<Pair>,
+    /// The frame behind those that wait, if it is for a pair for which one waits: no other gets by.
+    next: Option<(usize, Frame)>,
+    steering: Steering,
+    state: State,
+    receive: Pace,
+    transmit: Pace,
+}
+
+/// What is the device's own to remember.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct State {
+    /// How many pairs the driver has frames for it put into.
+    pairs: u16,
+}
+
+/// The frames of a pair of queues that wait.
+#[derive(Debug, Default)]
+struct Pair {
+    /// The one that the guest has no buffers for yet.
+    inbound: Option<Frame>,
+    /// The one that the network has no room for yet.
+    outbound: Option<Frame>,
+}
+
+/// What frames of one direction are held to.
+#[derive(Debug)]
+struct Pace {
+    limits: FrameLimits,
+    /// How long the next one has to wait, where it has.
+    delay: Option<Duration>,
+}
+
+impl Pace {
+    fn new(limits: &FrameLimits) -> Self {
+        Self { limits: limits.clone(), delay: None }
+    }
+
+    /// Whether the next frame may pass now.
+    fn is_ready(&mut self) -> bool {
+        self.delay = self.limits.delay();
+        self.delay.is_none()
+    }
+}
+
+#[derive(Debug)]
+struct Config {
+    mac: [u8; 6],
+    mtu: u16,
+    /// The most pairs, if there are several.
+    pairs: u16,
+}
+
+impl Net {
+    /// A device that is plugged in as `spec` says, with so many pairs of queues at most.
+    pub(crate) fn new(spec: &NetSpec, pairs: usize) -> Self {
+        let pairs = pairs.clamp(1, MAX_PAIRS);
+        let told = if pairs > 1 { pairs as u16 } else { 0 };
+        Self {
+            port: Some(spec.port.clone()),
+            spec: Config { mac: spec.mac.0, mtu: spec.mtu, pairs: told },
+            offered: spec.port.peer_takes(),
+            pairs: iter::repeat_with(Pair::default).take(pairs).collect(),
+            next: None,
+            steering: Steering::new(),
+            state: State { pairs: 1 },
+            receive: Pace::new(&spec.receive_limits),
+            transmit: Pace::new(&spec.transmit_limits),
+        }
+    }
+
+    /// How many pairs there are where the device has so many queues.
+    pub(crate) fn pairs_of(queues: usize) -> usize {
+        (queues / 2).max(1)
+    }
+
+    /// What a queue is for, where the driver accepted these features: where that is one pair, commands come next.
+    fn queue_of(&self, queue: usize, features: u64) -> Option<QueueKind> {
+        let accepted = |bit: u32| features & 1 << bit != 0;
+        let usable = if accepted(VIRTIO_NET_F_MQ) { self.pairs.len() } else { 1 };
+        match (queue / 2, queue % 2) {
+            (pair, 0) if pair < usable => Some(QueueKind::Receive(pair)),
+            (pair, _) if pair < usable => Some(QueueKind::Transmit(pair)),
+            (pair, 0) if pair == usable && accepted(VIRTIO_NET_F_CTRL_VQ) => Some(QueueKind::Control),
+            _ => None,
+        }
+    }
+
+    /// Moves frames from the network to a pair of the driver's, and those between them to where they belong. False if
+    /// there is nothing to do before the next frame or buffer.
+    fn receive(&mut self, pair: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
+        let Some(port) = self.port.clone() else { return Ok(false) };
+        let takes = taken_by_driver(features);
+        if port.takes() != takes {
+            port.set_takes(takes);
+        }
+        let mut handed_over = false;
+        for _ in 0..BATCH {
+            if self.pairs[pair].inbound.is_none() {
+                let next = match self.next.take() {
+                    Some(next) => next,
+                    None if !self.receive.is_ready() => return Ok(handed_over),
+                    None => {
+                        let Some(frame) = port.recv() else { return Ok(handed_over) };
+                        self.receive.limits.charge(frame.data.len());
+                        if !frame.is_sound()
+                            || !frame.is_taken_by(takes)
+                            || !self.spec.is_short_enough(&frame)
+                        {
+                            tracing::trace!("a frame for a guest is not one that it takes");
+                            continue;
+                        }
+                        (self.steering.pair_for(&frame, self.state.pairs.into()), frame)
+                    }
+                };
+                let waiting = &mut self.pairs[next.0].inbound;
+                if waiting.is_some() {
+                    self.next = Some(next);
+                    return Ok(handed_over);
+                }
+                handed_over |= next.0 != pair;
+                *waiting = Some(next.1);
+            }
+            let Some(frame) = self.pairs[pair].inbound.take() else { continue };
+            if let Delivery::NoRoom(frame) = deliver(frame, ring, features)? {
+                self.pairs[pair].inbound = Some(frame);
+                return Ok(handed_over);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Moves frames from a pair of the driver's to the network. False if there is nothing to do before the next frame,
+    /// or before the network has room.
+    fn transmit(&mut self, pair: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
+        let Some(port) = self.port.clone() else { return Ok(false) };
+        for _ in 0..BATCH {
+            if let Some(frame) = self.pairs[pair].outbound.take() {
+                if let Err(SendError::Full(frame)) = port.send(frame) {
+                    self.pairs[pair].outbound = Some(frame);
+                    return Ok(false);
+                }
+            }
+            if !self.transmit.is_ready() {
+                return Ok(false);
+            }
+            let Some(chain) = ring.next()? else { return Ok(false) };
+            let frame = self.take_frame(&chain, ring, features)?;
+            if let Some(frame) = &frame {
+                self.transmit.limits.charge(frame.data.len());
+                self.steering.learn(frame, pair);
+            }
+            self.pairs[pair].outbound = frame;
+            ring.put_used(&chain, 0)?;
+        }
+        Ok(true)
+    }
+
+    /// Has frames for the driver put into so many pairs from now on, if there are so many. Those that wait for others
+    /// are lost, as on a cable that was pulled.
+    fn use_pairs(&mut self, pairs: u16) -> bool {
+        let used = usize::from(pairs);
+        let possible = (1..=self.pairs.len()).contains(&used);
+        if possible {
+            self.state.pairs = pairs;
+            self.pairs.iter_mut().skip(used).for_each(|pair| pair.inbound = None);
+            self.next.take_if(|(pair, _)| *pair >= used);
+        }
+        possible
+    }
+
+    /// Copies the frame of a chain, once. None where it is not one for the network.
+    fn take_frame(
+        &self,
+        chain: &Chain,
+        ring: &Running<'_>,
+        features: u64,
+    ) -> Result<Option<Frame>, Malformed> {
+        if chain.writable.len() > 0 {
+            return Err(Malformed("a frame's buffers are not for reading"));
+        }
+        let mut header = [0; HEADER_LEN];
+        chain.readable.read(ring.memory(), 0, &mut header).map_err(|_| Malformed("a frame has no header"))?;
+        let len = chain.readable.len() - HEADER_LEN as u64;
+        if len < ETHERNET_LEN as u64 || len > Frame::MAX_LEN as u64 {
+            return Ok(None);
+        }
+        let mut frame = Frame::new(vec![0; len as usize]);
+        chain.readable.read(ring.memory(), HEADER_LEN as u64, &mut frame.data)?;
+        Header::parse(header).apply(&mut frame, features)?;
+        let sound = frame.is_sound() && frame.is_taken_by(self.offered) && self.spec.is_short_enough(&frame);
+        Ok(sound.then_some(frame))
+    }
+}
+
+impl Config {
+    /// `struct virtio_net_config`, as far as features of it are offered.
+    fn bytes(&self) -> [u8; 12] {
+        let mut config = [0; 12];
+        config[..6].copy_from_slice(&self.mac);
+        config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config[8..10].copy_from_slice(&self.pairs.to_le_bytes());
+        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
+        config
+    }
+
+    fn is_short_enough(&self, frame: &Frame) -> bool {
+        frame.segmentation.is_some() || frame.data.len() <= usize::from(self.mtu) + ETHERNET_MAX
+    }
+}
+
+/// What a queue is for; of what pair.
+enum QueueKind {
+    Receive(usize),
+    Transmit(usize),
+    Control,
+}
+
+impl Device for Net {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        let Offloads { checksum, tcp4, tcp6, .. } = self.offered;
+        let bits = [
+            (VIRTIO_NET_F_MAC, true),
+            (VIRTIO_NET_F_STATUS, true),
+            (VIRTIO_NET_F_MTU, true),
+            (VIRTIO_NET_F_MRG_RXBUF, true),
+            (VIRTIO_NET_F_GUEST_CSUM, true),
+            (VIRTIO_NET_F_GUEST_TSO4, true),
+            (VIRTIO_NET_F_GUEST_TSO6, true),
+            (VIRTIO_NET_F_CSUM, checksum),
+            (VIRTIO_NET_F_HOST_TSO4, checksum && tcp4),
+            (VIRTIO_NET_F_HOST_TSO6, checksum && tcp6),
+            (VIRTIO_NET_F_CTRL_VQ, self.pairs.len() > 1),
+            (VIRTIO_NET_F_MQ, self.pairs.len() > 1),
+        ];
+        bits.into_iter().filter(|(_, offered)| *offered).fold(0, |features, (bit, _)| features | 1 << bit)
+    }
+
+    fn queues(&self) -> usize {
+        2 * self.pairs.len() + usize::from(self.pairs.len() > 1)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.spec.bytes();
+        let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    }
+
+    fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
+        match self.queue_of(queue, features) {
+            Some(QueueKind::Receive(pair)) => self.receive(pair, ring, features),
+            Some(QueueKind::Transmit(pair)) => self.transmit(pair, ring, features),
+            Some(QueueKind::Control) => self.obey(ring, features),
+            None => Ok(false),
+        }
+    }
+
+    /// The frames that wait are lost, as on a cable that was pulled.
+    fn reset(&mut self) {
+        self.pairs.fill_with(Pair::default);
+        (self.next, self.steering, self.state) = (None, Steering::new(), State { pairs: 1 });
+        (self.receive.delay, self.transmit.delay) = (None, None);
+        if let Some(port) = &self.port {
+            port.set_takes(Offloads::NONE);
+            let waiting = port.waiting();
+            iter::from_fn(|| port.recv()).take(waiting).for_each(drop);
+        }
+    }
+
+    fn due_in(&self) -> Option<Duration> {
+        self.receive.delay.into_iter().chain(self.transmit.delay).min()
+    }
+
+    fn end(&mut self) {
+        if let Some(port) = self.port.take() {
+            port.set_waker(None);
+        }
+    }
+
+    fn save(&self) -> Own {
+        if self.pairs.len() > 1 { Own::Net(self.state.clone()) } else { Own::None }
+    }
+
+    fn restore(&mut self, own: &Own) -> Result<(), Malformed> {
+        let fits = match own {
+            Own::Net(State { pairs }) => self.pairs.len() > 1 && self.use_pairs(*pairs),
+            _ => self.pairs.len() == 1 && *own == Own::None,
+        };
+        if fits { Ok(()) } else { Err(Malformed("the device is of another type")) }
+    }
+}
+
+/// What the driver takes, by the features that it accepted.
+fn taken_by_driver(features: u64) -> Offloads {
+    let accepted = |bit: u32| features & 1 << bit != 0;
+    let checksum = accepted(VIRTIO_NET_F_GUEST_CSUM);
+    let mut takes = Offloads::NONE;
+    takes.checksum = checksum;
+    takes.tcp4 = checksum && accepted(VIRTIO_NET_F_GUEST_TSO4);
+    takes.tcp6 = checksum && accepted(VIRTIO_NET_F_GUEST_TSO6);
+    takes
+}

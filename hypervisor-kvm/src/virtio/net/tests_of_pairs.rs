@@ -1,0 +1,339 @@
+//! Drivers of several pairs of queues, good and bad, and ports that are held to limits.
+
+use instance_core::machine::NetSpec;
+use instance_core::net::{self, Frame, FrameLimits, MacAddress, NetPort, Offloads};
+use storage_block::{IoLimits, Limiter, Rate};
+use virtio_bindings::virtio_mmio as reg;
+
+use super::{MAX_PAIRS, Net};
+use crate::virtio::Mmio;
+use crate::virtio::core::Step;
+use crate::virtio::driver::{BUFFERS, Driver, WRITE};
+
+const PAIRS: usize = 3;
+const CONTROL: usize = 2 * PAIRS;
+const CTRL_VQ: u64 = 1 << 17;
+const MQ: u64 = 1 << 22;
+
+/// Where a command is, and its answer; frames from the guest; and those to it, by pairs and numbers.
+const COMMAND: u64 = BUFFERS;
+const ANSWER: u64 = BUFFERS + 0x100;
+const SENT: u64 = BUFFERS + 0x1000;
+const RECEIVED: u64 = 0x10_0000;
+const BUFFER_LEN: u32 = 0x800;
+
+const OK: u8 = 0;
+const ERR: u8 = 1;
+
+fn receive(pair: usize) -> usize {
+    2 * pair
+}
+
+fn transmit(pair: usize) -> usize {
+    2 * pair + 1
+}
+
+/// A UDP frame of the guest's from this port, or to it.
+fn frame(port: u16, from_guest: bool, number: u8) -> Vec<u8> {
+    let mut bytes = vec![number; 60];
+    bytes[12..14].copy_from_slice(&[8, 0]);
+    bytes[14..34].fill(0);
+    (bytes[14], bytes[23]) = (0x45, 17);
+    let (guest, other) = (([10, 0, 0, 12], port), ([10, 0, 0, 1], 53u16));
+    let (from, to) = if from_guest { (guest, other) } else { (other, guest) };
+    bytes[26..30].copy_from_slice(&from.0);
+    bytes[30..34].copy_from_slice(&to.0);
+    bytes[34..36].copy_from_slice(&from.1.to_be_bytes());
+    bytes[36..38].copy_from_slice(&to.1.to_be_bytes());
+    bytes
+}
+
+struct Guest {
+    driver: Driver,
+    network: NetPort,
+    /// How many buffers of each pair were offered.
+    buffers: [u16; PAIRS],
+}
+
+impl Guest {
+    fn new(without: u64) -> Self {
+        Self::limited(without, |_| ())
+    }
+
+    fn limited(without: u64, change: impl FnOnce(&mut NetSpec)) -> Self {
+        let (port, network) = net::link();
+        network.set_takes(Offloads::ALL);
+        let mut spec = NetSpec::new(port, MacAddress([2, 0, 10, 0, 0, 12]));
+        change(&mut spec);
+        let driver = Driver::new(Net::new(&spec, PAIRS), 2 * PAIRS + 1, without);
+        let mut guest = Self { driver, network, buffers: [0; PAIRS] };
+        // Has the network told what this driver takes.
+        guest.driver.step(receive(0));
+        guest
+    }
+
+    /// Gives a command of these bytes, with so much room for its answer.
+    fn command(&mut self, queue: usize, bytes: &[u8], room: u32) -> Option<u8> {
+        self.driver.put(COMMAND, bytes);
+        self.driver.put(ANSWER, &[0xee]);
+        let chain = [(COMMAND, bytes.len() as u32, 0), (ANSWER, room, WRITE)];
+        self.driver.offer(queue, 0, if room == 0 { &chain[..1] } else { &chain });
+        match self.driver.step(queue) {
+            Step::Served { .. } => Some(self.driver.bytes(ANSWER, 1)[0]),
+            Step::Broken(_) => None,
+            Step::Idle => panic!("the command was not looked at"),
+        }
+    }
+
+    fn use_pairs(&mut self, pairs: u16) {
+        let [low, high] = pairs.to_le_bytes();
+        assert_eq!(self.command(CONTROL, &[4, 0, low, high], 1), Some(OK));
+    }
+
+    fn send(&mut self, pair: usize, frame: &[u8]) -> Step {
+        self.driver.put(SENT, &[0; 12]);
+        self.driver.put(SENT + 12, frame);
+        self.driver.offer(transmit(pair), 0, &[(SENT, 12 + frame.len() as u32, 0)]);
+        self.driver.step(transmit(pair))
+    }
+
+    fn offer_buffer(&mut self, pair: usize) {
+        let n = self.buffers[pair];
+        self.buffers[pair] += 1;
+        let at = RECEIVED + 0x8_0000 * pair as u64 + u64::from(n) * u64::from(BUFFER_LEN);
+        self.driver.offer(receive(pair), n, &[(at, BUFFER_LEN, WRITE)]);
+    }
+
+    /// Has all queues served, in turn, until there is nothing to do.
+    fn serve(&mut self) {
+        while (0..2 * PAIRS).filter(|queue| self.driver.step(*queue) != Step::Idle).count() > 0 {}
+    }
+
+    /// The last bytes of the frames that a pair has been given.
+    fn received(&self, pair: usize) -> Vec<u8> {
+        let used = self.driver.used(receive(pair));
+        let at = |n: u16| {
+            let (head, len) = self.driver.used_chain(receive(pair), n);
+            RECEIVED + 0x8_0000 * pair as u64 + u64::from(head) * u64::from(BUFFER_LEN) + len as u64 - 1
+        };
+        (0..used).map(|n| self.driver.bytes(at(n), 1)[0]).collect()
+    }
+
+    fn network_sends(&self, port: u16, number: u8) {
+        self.network.send(Frame::new(frame(port, false, number))).unwrap();
+    }
+}
+
+#[test]
+fn several_pairs_are_offered_where_there_are_several() {
+    for (pairs, queues, told) in [(0, 2, 0), (1, 2, 0), (2, 5, 2), (3, 7, 3), (100, 2 * MAX_PAIRS + 1, 8)] {
+        let (port, _network) = net::link();
+        let mut device = Mmio::new(Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])), pairs));
+        let memory = crate::memory::allocate(std::num::NonZeroU32::MIN).unwrap();
+        let _ = device.write(&memory, reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL.into(), &[0; 4]);
+        let (mut offered, mut config) = ([0; 4], [0; 2]);
+        device.read(reg::VIRTIO_MMIO_DEVICE_FEATURES.into(), &mut offered, 0);
+        device.read(u64::from(reg::VIRTIO_MMIO_CONFIG) + 8, &mut config, 0);
+        let offered = u64::from(u32::from_le_bytes(offered)) & (CTRL_VQ | MQ);
+        assert_eq!(offered, if told > 1 { CTRL_VQ | MQ } else { 0 }, "{pairs}");
+        assert_eq!((device.queues(), u16::from_le_bytes(config)), (queues, told), "{pairs}");
+    }
+}
+
+#[test]
+fn commands_are_obeyed_if_they_are_whole_and_possible() {
+    for (bytes, answer) in [
+        (&[4, 0, 1, 0][..], OK),
+        (&[4, 0, 3, 0], OK),
+        (&[4, 0, 0, 0], ERR),
+        (&[4, 0, 4, 0], ERR),
+        (&[4, 0, 0, 1], ERR),
+        (&[4, 0, 0xff, 0xff], ERR),
+        // Of every other length.
+        (&[4, 0], ERR),
+        (&[4, 0, 3], ERR),
+        (&[4, 0, 3, 0, 0], ERR),
+        // Of other commands and classes: hashes, modes, addresses, VLANs, announcements.
+        (&[4, 1, 3, 0], ERR),
+        (&[4, 2, 3, 0], ERR),
+        (&[0, 0, 1, 0], ERR),
+        (&[1, 1, 2, 0], ERR),
+        (&[2, 0, 1, 0], ERR),
+        (&[3, 0], ERR),
+        (&[0xff, 0xff, 0xff, 0xff], ERR),
+    ] {
+        let mut guest = Guest::new(0);
+        assert_eq!(guest.command(CONTROL, bytes, 1), Some(answer), "{bytes:?}");
+        assert_eq!(guest.driver.used_chain(CONTROL, 0), (0, 1));
+        // A refused one leaves all as it was, and the next is heard.
+        guest.use_pairs(2);
+    }
+    for (bytes, room) in [(&[][..], 1), (&[4], 1), (&[4, 0, 1, 0], 0)] {
+        let mut guest = Guest::new(0);
+        assert_eq!(guest.command(CONTROL, bytes, room), None, "{bytes:?}, room for {room}");
+        assert!(guest.driver.needs_reset());
+    }
+}
+
+#[test]
+fn without_several_pairs_commands_are_of_the_third_queue_and_refused() {
+    let mut guest = Guest::new(MQ);
+    assert_eq!(guest.command(2, &[4, 0, 1, 0], 1), Some(ERR), "it was not agreed on");
+    let mut guest = Guest::new(MQ | CTRL_VQ);
+    guest.driver.offer(2, 0, &[(COMMAND, 4, 0), (ANSWER, 1, WRITE)]);
+    guest.network_sends(7, 1);
+    guest.offer_buffer(0);
+    guest.serve();
+    assert_eq!((guest.driver.used(2), guest.received(0)), (0, vec![1]), "no queue but the first two is used");
+    assert!(!guest.driver.needs_reset());
+}
+
+#[test]
+fn answers_come_by_the_pair_that_asked() {
+    let mut guest = Guest::new(0);
+    (0..PAIRS).for_each(|pair| (0..8).for_each(|_| guest.offer_buffer(pair)));
+    guest.send(2, &frame(7, true, 0));
+    guest.network_sends(7, 1);
+    guest.serve();
+    assert_eq!(
+        [guest.received(0), guest.received(2)],
+        [vec![1], vec![]],
+        "one pair is used before it is said"
+    );
+    guest.use_pairs(3);
+    for (pair, port) in [(1, 8), (2, 9), (0, 10)] {
+        guest.send(pair, &frame(port, true, 0));
+    }
+    for (port, number) in [(7, 2), (8, 3), (9, 4), (10, 5), (7, 6)] {
+        guest.network_sends(port, number);
+    }
+    guest.serve();
+    assert_eq!([0, 1, 2].map(|pair| guest.received(pair)), [vec![1, 5], vec![3], vec![2, 4, 6]]);
+    assert_eq!(
+        guest.network.waiting(),
+        4,
+        "what the guest sent has gone to the network, whichever pair it was by"
+    );
+}
+
+#[test]
+fn a_pair_without_buffers_loses_nothing() {
+    let mut guest = Guest::new(0);
+    guest.use_pairs(2);
+    guest.send(1, &frame(7, true, 0));
+    guest.send(0, &frame(8, true, 0));
+    (0..8).for_each(|_| guest.offer_buffer(0));
+    for (port, number) in [(8, 1), (7, 2), (8, 3), (7, 4), (8, 5)] {
+        guest.network_sends(port, number);
+    }
+    guest.serve();
+    assert_eq!(guest.received(0), [1, 3], "one of the other pair waits, and behind the next all do");
+    guest.offer_buffer(1);
+    guest.serve();
+    assert_eq!([guest.received(0), guest.received(1)], [vec![1, 3, 5], vec![2]]);
+    guest.offer_buffer(1);
+    guest.serve();
+    assert_eq!(guest.received(1), [2, 4]);
+}
+
+#[test]
+fn pairs_that_are_given_up_get_no_more() {
+    let mut guest = Guest::new(0);
+    guest.use_pairs(3);
+    guest.send(2, &frame(7, true, 0));
+    for number in [1, 2] {
+        guest.network_sends(7, number);
+    }
+    guest.serve();
+    guest.use_pairs(1);
+    (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
+    guest.network_sends(7, 3);
+    guest.serve();
+    assert_eq!([0, 1, 2].map(|pair| guest.received(pair)), [vec![3], vec![], vec![]]);
+    // And a reset gives up all but the first.
+    guest.use_pairs(3);
+    guest.driver.begin(0);
+    guest.buffers = [0; PAIRS];
+    (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
+    guest.network_sends(9, 4);
+    guest.serve();
+    assert_eq!(guest.received(0), [4]);
+}
+
+#[test]
+fn how_many_pairs_are_used_is_saved() {
+    for (pairs, used) in [(3, 3), (3, 1)] {
+        let mut guest = Guest::new(0);
+        guest.use_pairs(used);
+        let saved = guest.driver.device.save();
+        let (port, network) = net::link();
+        let spec = NetSpec::new(port, MacAddress([2, 0, 10, 0, 0, 12]));
+        network.set_takes(Offloads::ALL);
+        let mut restored = Mmio::new(Net::new(&spec, pairs));
+        restored.restore(&guest.driver.memory, &saved).unwrap();
+        assert_eq!(restored.save(), saved);
+        guest.driver.device = restored;
+        guest.network = network;
+        (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
+        guest.send(2, &frame(7, true, 0));
+        guest.network_sends(7, 1);
+        guest.serve();
+        assert_eq!(guest.received(usize::from(used) - 1), [1]);
+        for other in [1, 2] {
+            assert!(Mmio::new(Net::new(&spec, other)).restore(&guest.driver.memory, &saved).is_err());
+        }
+    }
+}
+
+/// So many operations at once, and then hardly any.
+fn only(burst: u64) -> (Limiter, FrameLimits) {
+    let limits = IoLimits { ops: Some(Rate { per_second: 1, burst }), ..IoLimits::NONE };
+    let limiter = Limiter::new(limits);
+    (limiter.clone(), FrameLimits::new([limiter]))
+}
+
+#[test]
+fn frames_from_the_guest_wait_in_the_guest_when_the_limit_is_reached() {
+    let (limiter, limits) = only(2);
+    let mut guest = Guest::limited(0, |spec| spec.transmit_limits = limits);
+    assert_eq!(guest.driver.device.due_in(), None);
+    (0..4).for_each(|number| _ = guest.send(number % 2, &frame(7, true, 0)));
+    assert_eq!(
+        (guest.network.waiting(), guest.driver.used(transmit(0)), guest.driver.used(transmit(1))),
+        (2, 1, 1)
+    );
+    let due = guest.driver.device.due_in().expect("it looks again by itself");
+    assert!(due.as_millis() > 900 && due.as_millis() <= 1000, "{due:?}");
+    guest.driver.set(reg::VIRTIO_MMIO_STATUS, 15 | 128);
+    assert_eq!(guest.driver.device.due_in(), None, "a driver that has given up is not looked after");
+    guest.driver.begin(0);
+    assert_eq!(guest.driver.device.due_in(), None);
+    (0..2).for_each(|number| _ = guest.send(number, &frame(7, true, 0)));
+    assert!(guest.driver.device.due_in().is_some());
+    limiter.set(IoLimits::NONE);
+    guest.serve();
+    assert_eq!((guest.network.waiting(), guest.driver.device.due_in()), (4, None));
+}
+
+#[test]
+fn frames_to_the_guest_wait_in_the_cable_when_the_limit_is_reached() {
+    let bytes = IoLimits { bytes: Some(Rate { per_second: 1, burst: 60 }), ..IoLimits::NONE };
+    let (ops, other) = only(100);
+    let slow = Limiter::new(bytes);
+    let mut guest = Guest::limited(0, |spec| {
+        spec.receive_limits = FrameLimits::new([slow.clone(), ops]);
+        spec.transmit_limits = other;
+    });
+    (0..4).for_each(|_| guest.offer_buffer(0));
+    (0..4).for_each(|number| guest.network_sends(7, number));
+    guest.serve();
+    assert_eq!(guest.received(0), [0]);
+    assert!(guest.driver.device.due_in().is_some());
+    // The other direction has its own.
+    guest.send(0, &frame(7, true, 0));
+    assert_eq!(guest.network.waiting(), 1);
+    slow.set(IoLimits::NONE);
+    guest.serve();
+    assert_eq!(guest.received(0), [0, 1, 2, 3]);
+    assert_eq!(guest.driver.device.due_in(), None);
+}

@@ -1,0 +1,50 @@
+//! Disks of the host's, which an instance has for as long as it runs.
+
+use ami_core::{BlockDeviceKind, BlockDeviceMapping};
+use serde::{Deserialize, Serialize};
+
+/// What instance store an instance type has (`InstanceStorageInfo`): disks that begin empty whenever an instance is
+/// launched or started, outlast its reboots, and are gone when it is stopped, hibernates or is terminated. Its guest finds
+/// each by its name, `ephemeral0` and so on, as its serial number.
+///
+/// Disks that are NVMe an instance has whatever is mapped, as in EC2. Others it has if its image or its launch maps
+/// them and the launch does not leave them out.
+///
+/// ```
+/// use instance_core::{InstanceStore, InstanceType};
+///
+/// let known: InstanceType = "m5d.4xlarge".parse()?;
+/// let store = known.instance_store().ok_or("it has one")?;
+/// assert_eq!((store.disks, store.disk_size_gb, store.nvme), (2, 300, true));
+///
+/// let scratch = InstanceStore { disks: 1, disk_size_gb: 2, nvme: true };
+/// let own = InstanceType::custom("lab.scratch", 1.try_into()?, 512.try_into()?).with_instance_store(scratch);
+/// assert_eq!(own.instance_store(), Some(scratch));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct InstanceStore {
+    /// How many there are.
+    pub disks: u32,
+    /// The size of each, in GB.
+    pub disk_size_gb: u32,
+    /// Whether they are NVMe.
+    pub nvme: bool,
+}
+
+impl InstanceStore {
+    /// In bytes: a GB is a whole number of sectors.
+    pub(crate) fn disk_size(self) -> u64 {
+        u64::from(self.disk_size_gb) * 1_000_000_000
+    }
+
+    /// The names of the disks that an instance has which these are mapped for.
+    pub(crate) fn names(self, mapped: &[BlockDeviceMapping]) -> Vec<String> {
+        let is_mapped = |name: &String| {
+            let names = |m: &BlockDeviceMapping| matches!(m.kind(), BlockDeviceKind::Ephemeral { virtual_name } if virtual_name == name);
+            mapped.iter().any(names)
+        };
+        let all = (0..self.disks).map(|number| format!("ephemeral{number}"));
+        all.filter(|name| self.nvme || is_mapped(name)).collect()
+    }
+}

@@ -1,0 +1,133 @@
+//! Disks of the host's, which live as long as an instance runs.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use ami_core::{Ami, BlockDeviceMapping, X86_64};
+use common::{TestRegion, check, disk, open};
+use instance_core::testing::tiny_elf;
+use instance_core::{DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec};
+
+/// What the guest answers to a line, after `prefix`.
+fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
+    let soon = Instant::now() + Duration::from_secs(20);
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
+    reader.wait_for(prefix, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
+    String::from_utf8(reader.wait_for("\n", soon).unwrap()).unwrap().trim().to_owned()
+}
+
+/// A type with two disks of a GB.
+fn hardware(nvme: bool) -> InstanceType {
+    let store = InstanceStore { disks: 2, disk_size_gb: 1, nvme };
+    InstanceType::custom("lab.store", 1.try_into().unwrap(), 256.try_into().unwrap())
+        .with_instance_store(store)
+}
+
+fn register(region: &TestRegion, mappings: &[BlockDeviceMapping]) -> Ami<X86_64> {
+    let root = disk(1, 7);
+    let source = ImageSource::new(&root).boot(DirectBoot::new(tiny_elf(), None, ""));
+    let builder = Ami::<X86_64>::builder("base").block_devices(mappings.iter().cloned());
+    region.register_image(builder, source).unwrap()
+}
+
+#[test]
+fn what_is_on_it_outlasts_a_reboot_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, &[]);
+    let instance = region.launch(&ami, LaunchSpec::new(hardware(true)).hibernation(true)).unwrap();
+    assert_eq!(ask(&instance, "disks", "disks"), "3");
+    assert_eq!(ask(&instance, "serial 2", "serial"), "ephemeral1");
+    assert_eq!(ask(&instance, "size 2", "size"), "1000000000");
+    assert_eq!(instance.describe().attachments.len(), 1, "they are no volumes");
+    let write = |instance: &Instance| {
+        for disk in [0, 1, 2] {
+            ask(instance, &format!("write {disk} 9 word"), "wrote");
+        }
+    };
+    let read = |instance: &Instance| [0, 1, 2].map(|disk| ask(instance, &format!("read {disk} 9"), "data"));
+    write(&instance);
+    instance.reboot().unwrap();
+    assert_eq!(read(&instance), ["word", "word", "word"]);
+    let mut console = instance.console().reader_from_now();
+    let soon = Instant::now() + Duration::from_secs(20);
+    instance.console().write_all(b"reboot\n", soon).unwrap();
+    console.wait_for("GUEST READY", soon).unwrap();
+    assert_eq!(read(&instance), ["word", "word", "word"]);
+
+    instance.stop(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    assert_eq!(read(&instance), ["word", "", ""]);
+    write(&instance);
+    ask(&instance, "remember thought", "remembered");
+    instance.hibernate(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    assert_eq!(ask(&instance, "recall", "recalled"), "thought");
+    assert_eq!(read(&instance), ["word", "", ""]);
+
+    // Another type has what it has, and a region that is closed keeps nothing of it.
+    write(&instance);
+    instance.terminate().unwrap();
+    assert_eq!(fs::read_dir(dir.path().join("instances")).unwrap().count(), 0);
+}
+
+#[test]
+fn nothing_of_it_has_a_name_in_the_region() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let instance = region.launch(&register(&region, &[]), LaunchSpec::new(hardware(true))).unwrap();
+    ask(&instance, "write 1 0 scratch", "wrote");
+    let id = instance.id();
+    assert_eq!(fs::read_dir(dir.path().join("instances").join(id.to_string())).unwrap().count(), 0);
+    drop((instance, region));
+    let region = open(dir.path());
+    let instance = region.instance(id).unwrap();
+    instance.set_instance_type("t2.nano".parse().unwrap()).unwrap();
+    instance.start().unwrap();
+    assert_eq!(ask(&instance, "disks", "disks"), "1");
+    instance.stop(Duration::ZERO).unwrap();
+    instance.set_instance_type(hardware(true)).unwrap();
+    instance.start().unwrap();
+    assert_eq!(
+        (ask(&instance, "disks", "disks"), ask(&instance, "read 1 0", "data")),
+        ("3".into(), "".into())
+    );
+}
+
+#[test]
+fn mappings_decide_which_disks_an_instance_has_unless_they_are_nvme() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ephemeral = |number: u32| {
+        let name = format!("/dev/sd{}", char::from(b'f' + u8::try_from(number).unwrap()));
+        BlockDeviceMapping::ephemeral(name, format!("ephemeral{number}"))
+    };
+    // Of the third the type knows nothing.
+    let ami = register(&region, &[ephemeral(1), ephemeral(2)]);
+    for (nvme, changes, serials) in [
+        (false, vec![], vec!["ephemeral1"]),
+        (false, vec![ephemeral(0)], vec!["ephemeral0", "ephemeral1"]),
+        (false, vec![BlockDeviceMapping::no_device("/dev/sdg")], vec![]),
+        (false, vec![BlockDeviceMapping::blank("/dev/sdg", 1)], vec!["vol"]),
+        (true, vec![], vec!["ephemeral0", "ephemeral1"]),
+        (true, vec![BlockDeviceMapping::no_device("/dev/sdg")], vec!["ephemeral0", "ephemeral1"]),
+    ] {
+        let spec = LaunchSpec::new(hardware(nvme));
+        let spec = changes.iter().cloned().fold(spec, LaunchSpec::block_device);
+        let instance = region.launch(&ami, spec).unwrap();
+        let disks: usize = ask(&instance, "disks", "disks").parse().unwrap();
+        let found: Vec<String> =
+            (1..disks).map(|disk| ask(&instance, &format!("serial {disk}"), "serial")).collect();
+        let same = found.iter().zip(&serials).all(|(found, serial)| found.starts_with(serial));
+        assert!(found.len() == serials.len() && same, "{nvme} {changes:?}: {found:?}");
+        instance.terminate().unwrap();
+    }
+    let root = BlockDeviceMapping::ephemeral("/dev/xvda", "ephemeral0");
+    let refused = region.launch(&ami, LaunchSpec::new(hardware(false)).block_device(root)).unwrap_err();
+    let code = "InvalidBlockDeviceMapping";
+    check(&refused, ErrorKind::InvalidBlockDeviceMapping, code, &["the root device, is an EBS volume"]);
+}
