@@ -89,7 +89,8 @@ pub(crate) fn encode(
             (packed, Encoding::LZ4)
         }
         (_, Some(patch)) => {
-            (blocks_of(bytes, patch.mask).flat_map(|(_, block)| block).copied().collect(), Encoding::PATCH)
+            let blocks: Vec<&[u8]> = blocks_of(bytes, patch.mask).map(|(_, block)| block).collect();
+            (blocks.concat(), Encoding::PATCH)
         }
         (_, None) if key.is_none() || kind != Kind::Chunk => {
             return Stored { bytes: None, len: bytes.len() as u32, encoding: Encoding::RAW, patch: None };

@@ -1,12 +1,15 @@
 //! What the fuzz targets run, and the tests over the corpus. No part of the interface.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
+
+use ami_core::Digest;
 
 use crate::Compression;
 use crate::codec;
 use crate::format::{
-    self, BLOCK, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Kind, Patch, Record, RootParts, Run,
-    Slot, State,
+    self, BLOCK, Closing, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Kind, Patch, Record,
+    RootParts, Run, Slot, State,
 };
 use crate::keys::{EncryptionKey, KeyProvider, LocalKey};
 use crate::map::StateMap;
@@ -135,8 +138,8 @@ pub fn stored_object(bytes: &[u8]) {
 /// Blocks of the volume whose log is fuzzed: three leaves of the map and a part of one.
 const BLOCKS: u64 = 3 * 16384 + 777;
 
-/// A volume's log: batches of any runs are read as they were written, and leave the map as they
-/// leave a plain list of states.
+/// A volume's log: what it ends with and batches of any runs are read as they were written, and batches leave the map as
+/// they leave a plain list of states.
 pub fn volume_log(bytes: &[u8]) {
     if let Some((size, base)) =
         std::str::from_utf8(bytes).ok().and_then(|name| format::parse_log_name(name).ok())
@@ -152,6 +155,16 @@ pub fn volume_log(bytes: &[u8]) {
         assert!(len <= bytes.len() && runs.iter().all(|run| run.first + run.count <= BLOCKS));
         assert_eq!(format::encode_batch(1, sequence, &runs)[..28], bytes[..28]);
     }
+    let _ = format::parse_closing(1, 0, BLOCKS * BLOCK, bytes);
+    let chunks: BTreeMap<u64, u16> = bytes
+        .chunks_exact(4)
+        .map(|word| (u64::from(word[0]) << 8 | u64::from(word[1]), u16::from_le_bytes([word[2], word[3]])))
+        .collect();
+    let sound = chunks.iter().all(|(chunk, blocks)| *chunk < BLOCKS.div_ceil(16) && *blocks != 0);
+    let closing = Closing { last: Digest::of(bytes), changed: chunks.into_iter().collect() };
+    let written = format::encode_closing(9, 3, &closing);
+    let read = written.and_then(|written| format::parse_closing(9, 3, BLOCKS * BLOCK, &written));
+    assert_eq!(read, sound.then_some(closing));
     let runs: Vec<Run> = bytes
         .chunks_exact(7)
         .filter_map(|word| {

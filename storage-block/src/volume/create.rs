@@ -23,9 +23,9 @@ impl Volume {
     ///
     /// # Errors
     ///
-    /// [`InvalidSize`](ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the
-    /// snapshot's and at most 64 TiB; [`AlreadyExists`](ErrorKind::AlreadyExists);
-    /// [`NoSpace`](ErrorKind::NoSpace). After a failure nothing is left.
+    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the
+    /// snapshot's and at most 64 TiB; [`AlreadyExists`](crate::ErrorKind::AlreadyExists);
+    /// [`NoSpace`](crate::ErrorKind::NoSpace). After a failure nothing is left.
     pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
         VolumeOptions::new().create(dir, base, size)
     }

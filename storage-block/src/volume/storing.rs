@@ -17,7 +17,7 @@ impl FrozenVolumes {
     ///
     /// # Errors
     ///
-    /// As [`Volume::snapshot_with`].
+    /// As [`Volume::snapshot_with`](crate::Volume::snapshot_with).
     pub fn store(mut self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<(Snapshot, SnapshotStats)>> {
         self.check_durable()?;
         let mut session = Session::begin_in(&self.store.0, &self.turn);

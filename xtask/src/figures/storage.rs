@@ -39,7 +39,7 @@ const FIGURES: &[Figure] = &[
     reported("random_overwrite_flushed", Place::Host),
     reported("random_overwrite_first_flushed", Place::Host),
     at_least("sequential_read", 0.95),
-    // The first read of all, which hashes every chunk.
+    // The first read of all, which compares every chunk with its checksum.
     reported("sequential_read_first", Place::Host),
     at_least("sequential_write", 0.95),
     // An import's speed in units of that of hashing alone, of copying the file, and of itself with one processor.
