@@ -1,6 +1,7 @@
 //! A machine's network ports: each a cable on our side and, for the child, a stream of frames with their
 //! lengths before them (QEMU's `-netdev socket`).
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use instance_core::machine::NetSpec;
-use instance_core::net::{Frame, NetPort, Offloads, SendError};
+use instance_core::net::{Frame, NetPort, Offloads};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -84,8 +85,8 @@ struct Carrier {
     /// What the child has sent and is not yet a whole frame.
     received: Vec<u8>,
     chunk: Vec<u8>,
-    /// The frame that the network has no room for.
-    held: Option<Frame>,
+    /// The frames that the network has no room for.
+    held: VecDeque<Frame>,
     /// What the child has not taken.
     unsent: Vec<u8>,
 }
@@ -94,7 +95,16 @@ impl Carrier {
     fn new(socket: UnixStream, spec: &NetSpec, stop: Arc<Stop>) -> Self {
         let longest = usize::from(spec.mtu) + ETHERNET_MAX;
         let (received, unsent, chunk) = (Vec::new(), Vec::new(), vec![0; CHUNK]);
-        Self { socket, port: spec.port.clone(), longest, stop, received, chunk, held: None, unsent }
+        Self {
+            socket,
+            port: spec.port.clone(),
+            longest,
+            stop,
+            received,
+            chunk,
+            held: VecDeque::new(),
+            unsent,
+        }
     }
 
     fn carry(mut self) {
@@ -114,7 +124,7 @@ impl Carrier {
             self.send()?;
             self.receive()?;
             let mut wanted = PollFlags::empty();
-            wanted.set(PollFlags::IN, self.held.is_none());
+            wanted.set(PollFlags::IN, self.held.is_empty());
             wanted.set(PollFlags::OUT, !self.unsent.is_empty());
             let mut fds = [PollFd::new(&self.socket, wanted), PollFd::new(&self.stop.wake.0, PollFlags::IN)];
             match poll(&mut fds, None) {
@@ -166,30 +176,23 @@ impl Carrier {
         self.deliver().map(drop)
     }
 
-    /// Sends on the whole frames that have come. False if the network has no room for the next.
+    /// Sends on the whole frames that have come. False if the network has no room for all of them.
     fn deliver(&mut self) -> io::Result<bool> {
         let mut rest = &self.received[..];
-        let room = loop {
-            if let Some(frame) = self.held.take() {
-                if let Err(SendError::Full(frame)) = self.port.send(frame) {
-                    self.held = Some(frame);
-                    break false;
-                }
-            }
-            let Some((prefix, after)) = rest.split_first_chunk::<PREFIX>() else { break true };
+        while let Some((prefix, after)) = rest.split_first_chunk::<PREFIX>() {
             let len = u32::from_be_bytes(*prefix) as usize;
             if len > Frame::MAX_LEN {
                 return Err(io::Error::new(ErrorKind::InvalidData, "QEMU sent a frame that is none"));
             }
-            let Some((frame, after)) = after.split_at_checked(len) else { break true };
+            let Some((frame, after)) = after.split_at_checked(len) else { break };
             rest = after;
             if (ETHERNET_MIN..=self.longest).contains(&len) {
-                self.held = Some(Frame::new(frame.to_vec()));
+                self.held.push_back(Frame::new(frame.to_vec()));
             }
-        };
+        }
         let taken = self.received.len() - rest.len();
         self.received.drain(..taken);
-        Ok(room)
+        Ok(self.port.send_all(&mut self.held))
     }
 }
 
