@@ -68,7 +68,7 @@ pub(crate) fn segments(view: &View, bytes: &[u8]) {
     let Some(handle) = stack.expect(KEY) else { return };
     let syn =
         Segment { begin: BEGIN - 1, acknowledged: None, window: 1000, flags: 2, options, payload: vec![] };
-    stack.take(&KEY, true, syn.frame());
+    stack.take_syn(KEY, syn.frame());
     stack.work();
     // Of what the stack says: what it has sent, and what it waits for.
     let (mut said, mut wanted) = (None, BEGIN);
@@ -111,7 +111,7 @@ pub(crate) fn segments(view: &View, bytes: &[u8]) {
                 let payload = (at..at + len).map(byte_at).collect();
                 has_ended |= flags & 1 != 0;
                 let segment = Segment { begin, acknowledged: said, window: y, flags, options: &[], payload };
-                stack.take(&KEY, flags & 2 != 0, segment.frame());
+                stack.take(segment.frame());
             }
         }
         stack.work();

@@ -13,8 +13,6 @@ use crate::switch::View;
 /// The room of a conversation each way. Its memory is taken as it is used.
 const TO_GUEST: usize = 256 << 10;
 const FROM_GUEST: usize = 256 << 10;
-/// By how many bits a window of such room is scaled that has 16 (RFC 7323).
-const SCALE: u8 = (FROM_GUEST.ilog2() + 1 - 16) as u8;
 
 /// How often a guest that does not answer is asked whether it is there; and a guest that has no room for what waits for
 /// it, whether it still has none, as what it said of that may have been lost.
@@ -55,20 +53,19 @@ impl Stack {
     }
 
     /// A frame of the guest's, for when there is work to do.
-    pub(super) fn take(&mut self, key: &Key, is_syn: bool, frame: Vec<u8>) {
-        self.wire.take(key, is_syn, frame);
+    pub(super) fn take(&mut self, frame: Vec<u8>) {
+        self.wire.take(frame);
+    }
+
+    /// The same of one by which the guest begins or accepts a conversation that is there.
+    pub(super) fn take_syn(&mut self, key: Key, frame: Vec<u8>) {
+        self.wire.take_syn(key, frame);
     }
 
     /// Has the stack do what there is to do.
     pub(super) fn work(&mut self) {
         let now = self.now();
-        loop {
-            self.interface.poll(now, &mut self.wire, &mut self.sockets);
-            // What was said may have made room for what had been heard.
-            if !self.wire.has_heard() {
-                break;
-            }
-        }
+        self.interface.poll(now, &mut self.wire, &mut self.sockets);
     }
 
     /// When there is something to do although nothing comes.
@@ -96,6 +93,7 @@ impl Stack {
         let buffer = |len| tcp::SocketBuffer::new(vec![0; len]);
         let mut socket = tcp::Socket::new(buffer(FROM_GUEST), buffer(TO_GUEST));
         socket.set_nagle_enabled(false);
+        // Where an acknowledgement waits and the end of a window goes back as it is rounded, smoltcp panics.
         socket.set_ack_delay(None);
         socket.set_timeout(Some(StackDuration::from_secs(120)));
         socket.set_keep_alive(Some(KEEP_ALIVE));
@@ -106,7 +104,6 @@ impl Stack {
     pub(super) fn expect(&mut self, key: Key) -> Option<SocketHandle> {
         let mut socket = Self::socket();
         socket.listen(key.1).ok()?;
-        self.wire.begin(key, SCALE);
         Some(self.sockets.add(socket))
     }
 
@@ -114,7 +111,6 @@ impl Stack {
     pub(super) fn connect(&mut self, key: Key) -> Option<SocketHandle> {
         let mut socket = Self::socket();
         socket.connect(self.interface.context(), key.0, key.1).ok()?;
-        self.wire.begin(key, SCALE);
         Some(self.sockets.add(socket))
     }
 
@@ -132,7 +128,7 @@ impl Stack {
     }
 
     pub(super) fn remove(&mut self, key: &Key, handle: SocketHandle) {
-        self.wire.end(key);
+        self.wire.forget(key);
         self.sockets.remove(handle);
     }
 }

@@ -114,9 +114,11 @@ impl Streams {
             let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
             // The stack refuses what there is no socket for.
             let refused = if is_service { self.serve(key, frame) } else { self.begin(registry, key, frame) };
-            refused.into_iter().for_each(|frame| self.stack.take(&key, true, frame));
+            refused.into_iter().for_each(|frame| self.stack.take(frame));
+        } else if flags.syn && matches!(there, Some(Conversation::Open { .. })) {
+            self.stack.take_syn(key, frame);
         } else if !matches!(there, Some(Conversation::Connecting { .. })) {
-            self.stack.take(&key, flags.syn, frame);
+            self.stack.take(frame);
         }
     }
 
@@ -129,7 +131,7 @@ impl Streams {
             _ => Other::Names(Names::new(self.reach.resolver)),
         };
         self.conversations.insert(key, Conversation::Open { socket, other, token: None });
-        self.stack.take(&key, true, frame);
+        self.stack.take_syn(key, frame);
         // Before another waits at the same place.
         self.stack.work();
         None
@@ -204,7 +206,7 @@ impl Streams {
                 Ok(true) => {
                     let _ = host.set_nodelay(true);
                     let socket = self.stack.expect(key);
-                    self.stack.take(&key, true, frame);
+                    self.stack.take_syn(key, frame);
                     self.stack.work();
                     let other = Other::Host(Pipe::new(host, permit));
                     socket.map(|socket| Conversation::Open { socket, other, token: Some(token) })
@@ -213,7 +215,7 @@ impl Streams {
                     Some(Conversation::Connecting { host, permit, token, frame, until })
                 }
                 Ok(false) | Err(_) => {
-                    self.stack.take(&key, true, frame);
+                    self.stack.take(frame);
                     self.stack.work();
                     None
                 }
