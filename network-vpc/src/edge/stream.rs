@@ -205,11 +205,14 @@ impl Streams {
             Conversation::Connecting { host, permit, token, frame, until } => match is_connected(&host) {
                 Ok(true) => {
                     let _ = host.set_nodelay(true);
-                    let socket = self.stack.expect(key);
+                    let Some(socket) = self.stack.expect(key) else {
+                        self.stack.take(frame);
+                        return None;
+                    };
                     self.stack.take_syn(key, frame);
                     self.stack.work();
                     let other = Other::Host(Pipe::new(host, permit));
-                    socket.map(|socket| Conversation::Open { socket, other, token: Some(token) })
+                    Some(Conversation::Open { socket, other, token: Some(token) })
                 }
                 Ok(false) if Instant::now() < until => {
                     Some(Conversation::Connecting { host, permit, token, frame, until })
