@@ -373,25 +373,38 @@ impl Bridge {
         Ok(Self { socket, port, woken })
     }
 
-    fn carry(mut self) -> anyhow::Result<()> {
-        let (mut received, mut unsent, mut bytes) = (Vec::new(), Vec::new(), vec![0; CHUNK]);
+    /// Gives the guest what waits, until nothing does or it takes no more: what still waits then wakes nobody.
+    fn send(&mut self, unsent: &mut Vec<u8>) -> anyhow::Result<()> {
         loop {
-            let _ = rustix::io::read(&*self.woken, &mut [0u8; 8]);
             while unsent.len() < CHUNK {
                 let Some(frame) = self.port.recv() else { break };
                 unsent.extend((frame.data.len() as u32).to_be_bytes());
                 unsent.extend(frame.data);
             }
-            send(&mut self.socket, &mut unsent)?;
+            send(&mut self.socket, unsent)?;
+            if !unsent.is_empty() || self.port.waiting() == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    fn carry(mut self) -> anyhow::Result<()> {
+        let (mut received, mut unsent, mut bytes) = (Vec::new(), Vec::new(), vec![0; CHUNK]);
+        let mut held = VecDeque::new();
+        loop {
+            let _ = rustix::io::read(&*self.woken, &mut [0u8; 8]);
+            self.send(&mut unsent)?;
             match self.socket.read(&mut bytes) {
                 Ok(0) => return Ok(()),
                 Ok(len) => received.extend(&bytes[..len]),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e.into()),
             }
-            // What finds no room is lost, as on any network.
-            let taken = for_each_frame(&received, |frame| drop(self.port.send(Frame::new(frame.to_vec()))));
+            let taken = for_each_frame(&received, |frame| held.push_back(Frame::new(frame.to_vec())));
             received.drain(..taken);
+            // What finds no room is lost, as on any network.
+            self.port.send_all(&mut held);
+            held.clear();
             let mut wanted = PollFlags::IN;
             wanted.set(PollFlags::OUT, !unsent.is_empty());
             wait(&mut [PollFd::new(&self.socket, wanted), PollFd::new(&*self.woken, PollFlags::IN)], None)?;

@@ -1,6 +1,7 @@
 //! A machine's network ports: each a cable on our side and, for the child, a stream of frames with their
 //! lengths before them (QEMU's `-netdev socket`).
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -87,8 +88,8 @@ struct Carrier {
     /// What the child has sent and is not yet a whole frame.
     received: Vec<u8>,
     chunk: Vec<u8>,
-    /// The frame that the network has no room for.
-    held: Option<Frame>,
+    /// The frames that the network has no room for.
+    held: VecDeque<Frame>,
     /// What the child has not taken.
     unsent: Vec<u8>,
 }
@@ -98,7 +99,8 @@ impl Carrier {
         let longest = usize::from(spec.mtu) + ETHERNET_MAX;
         let (received, unsent, chunk) = (Vec::new(), Vec::new(), vec![0; CHUNK]);
         let limits = [spec.receive_limits.clone(), spec.transmit_limits.clone()];
-        Self { socket, port: spec.port.clone(), longest, limits, stop, received, chunk, held: None, unsent }
+        let (port, held) = (spec.port.clone(), VecDeque::new());
+        Self { socket, port, longest, limits, stop, received, chunk, held, unsent }
     }
 
     fn carry(mut self) {
@@ -119,7 +121,7 @@ impl Carrier {
             let due_in = [self.send()?, self.receive()?].into_iter().flatten().min();
             let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
             let mut wanted = PollFlags::empty();
-            wanted.set(PollFlags::IN, self.held.is_none());
+            wanted.set(PollFlags::IN, self.held.is_empty());
             wanted.set(PollFlags::OUT, !self.unsent.is_empty());
             let mut fds = [PollFd::new(&self.socket, wanted), PollFd::new(&self.stop.wake.0, PollFlags::IN)];
             match poll(&mut fds, timeout.as_ref()) {
@@ -187,35 +189,37 @@ impl Carrier {
     /// Sends on the whole frames that have come.
     fn deliver(&mut self) -> io::Result<Delivery> {
         let mut rest = &self.received[..];
-        let done = loop {
-            if let Some(frame) = self.held.take() {
-                if let Some(delay) = self.limits[1].delay() {
-                    self.held = Some(frame);
-                    break Delivery::Limited(delay);
-                }
-                let cost = frame.data.len();
-                match self.port.send(frame) {
-                    Err(SendError::Full(frame)) => {
-                        self.held = Some(frame);
-                        break Delivery::NoRoom;
-                    }
-                    _ => self.limits[1].charge(cost),
-                }
-            }
-            let Some((prefix, after)) = rest.split_first_chunk::<PREFIX>() else { break Delivery::Done };
+        while let Some((prefix, after)) = rest.split_first_chunk::<PREFIX>() {
             let len = u32::from_be_bytes(*prefix) as usize;
             if len > Frame::MAX_LEN {
                 return Err(io::Error::new(ErrorKind::InvalidData, "QEMU sent a frame that is none"));
             }
-            let Some((frame, after)) = after.split_at_checked(len) else { break Delivery::Done };
+            let Some((frame, after)) = after.split_at_checked(len) else { break };
             rest = after;
             if (ETHERNET_MIN..=self.longest).contains(&len) {
-                self.held = Some(Frame::new(frame.to_vec()));
+                self.held.push_back(Frame::new(frame.to_vec()));
             }
-        };
+        }
         let taken = self.received.len() - rest.len();
         self.received.drain(..taken);
-        Ok(done)
+        if self.limits[1].is_none() {
+            return Ok(if self.port.send_all(&mut self.held) { Delivery::Done } else { Delivery::NoRoom });
+        }
+        while let Some(frame) = self.held.pop_front() {
+            if let Some(delay) = self.limits[1].delay() {
+                self.held.push_front(frame);
+                return Ok(Delivery::Limited(delay));
+            }
+            let cost = frame.data.len();
+            match self.port.send(frame) {
+                Err(SendError::Full(frame)) => {
+                    self.held.push_front(frame);
+                    return Ok(Delivery::NoRoom);
+                }
+                _ => self.limits[1].charge(cost),
+            }
+        }
+        Ok(Delivery::Done)
     }
 }
 

@@ -118,6 +118,40 @@ impl NetPort {
         Ok(())
     }
 
+    /// Sends frames in turn, as far as the other end takes them, which it is woken for once. Says whether it took all;
+    /// what is left is to be sent again after a wake-up. What is sent to an end that has gone is lost.
+    ///
+    /// ```
+    /// use instance_core::net::{self, Frame};
+    ///
+    /// let (machine, network) = net::link();
+    /// let mut frames = [60, 61].map(|len| Frame::new(vec![0xff; len])).into();
+    /// assert!(machine.send_all(&mut frames) && frames.is_empty());
+    /// assert_eq!(network.waiting(), 2);
+    /// ```
+    pub fn send_all(&self, frames: &mut VecDeque<Frame>) -> bool {
+        let wake = {
+            let mut sides = self.0.cable.lock();
+            let to = &mut sides[1 - self.0.side];
+            if to.gone {
+                frames.clear();
+                return true;
+            }
+            let was_empty = to.inbox.is_empty();
+            while frames.front().is_some_and(|frame| to.has_room_for(frame)) {
+                let Some(frame) = frames.pop_front() else { break };
+                to.bytes += frame.data.len();
+                to.inbox.push_back(frame);
+            }
+            to.turned_away |= !frames.is_empty();
+            to.waker.clone().filter(|_| was_empty && !to.inbox.is_empty())
+        };
+        if let Some(wake) = wake {
+            wake();
+        }
+        frames.is_empty()
+    }
+
     /// The oldest frame that the other end sent, if one waits.
     pub fn recv(&self) -> Option<Frame> {
         let (frame, wake) = {
@@ -266,6 +300,22 @@ mod tests {
             assert_eq!(woken.load(SeqCst), 1, "frames of {len} bytes");
             a.send(Frame::new(vec![7; len])).expect("there is room again");
         }
+    }
+
+    #[test]
+    fn many_frames_wake_once_and_what_finds_no_room_stays() {
+        let (a, b) = link();
+        let (woken, has_room) = (counter(&b), counter(&a));
+        let mut frames: VecDeque<_> = (0..FRAMES_KEPT + 3).map(|n| Frame::new(vec![n as u8])).collect();
+        assert!(!a.send_all(&mut frames));
+        assert_eq!((frames.len(), woken.load(SeqCst), has_room.load(SeqCst)), (3, 1, 0));
+        assert!(!a.send_all(&mut frames), "there is no room yet");
+        while b.recv().is_some() {}
+        assert_eq!(has_room.load(SeqCst), 1);
+        assert!(a.send_all(&mut frames) && a.send_all(&mut frames));
+        assert_eq!((b.recv(), woken.load(SeqCst)), (Some(Frame::new(vec![FRAMES_KEPT as u8])), 2));
+        drop(b);
+        assert!(a.send_all(&mut [Frame::default()].into()), "it is lost");
     }
 
     #[test]

@@ -35,7 +35,9 @@
 //!   with the guest. Clients come in at [forwarded ports](Network::forward). The host's own addresses
 //!   are out of reach unless [allowed](NetworkOptions::reach_host), and loopback and link-local ones always. What of
 //!   it a subnet reaches its [route table](Network::create_route) says; the VPC that is there from the beginning has a
-//!   gateway and a route to it. [Elastic IP addresses](Network::allocate_address) are addresses of the host's.
+//!   gateway and a route to it. [Elastic IP addresses](Network::allocate_address) are addresses of the host's, at which
+//!   the ports of TCP and UDP are reached that rules name. How many sockets all guests have open together is
+//!   [bounded](NetworkOptions::sockets).
 //! - **Services**: DHCP, a resolver at the VPC's second address and at 169.254.169.253, and metadata at
 //!   169.254.169.254, each guest's own.
 //!
@@ -47,7 +49,8 @@
 //! # Trust
 //!
 //! Guests are not trusted, nor who connects from outside. Queues and tables are bounded, and a machine that takes its
-//! frames slowly gets those of each sender in turn: a flood delays and loses its own frames.
+//! frames slowly gets those of each sender in turn: a flood delays and loses its own frames. What goes out of the network
+//! waits for a thread of its sender's own.
 //!
 //! What goes on outlives its rule, but not its peer: an interface that gets the address of one that was deleted goes
 //! on with nothing of what that one had begun.
@@ -56,8 +59,9 @@
 //!
 //! # Left out
 //!
-//! IPv6, routes to anything but internet gateways, Elastic IP addresses as guests reach them or as the source of what
-//! goes out, TAP devices, and rate limits.
+//! IPv6, of which no frame passes; routes to anything but internet gateways; Elastic IP addresses as guests reach them or
+//! as the source of what goes out, pings of them, which the host's kernel answers itself, and protocols there but TCP and
+//! UDP; TAP devices and vhost-net; and rate limits.
 
 mod answer;
 mod backlog;

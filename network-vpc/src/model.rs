@@ -240,7 +240,8 @@ impl Model {
         let groups = interface.groups.iter().filter_map(|id| self.groups.get(id));
         let ports = elastic::offered(groups.flat_map(|group| group.ingress.values()));
         let at = |(public, to): (Ipv4Addr, Ipv4Addr)| {
-            ports.iter().map(move |port| (SocketAddr::from((public, *port)), to)).collect::<Vec<_>>()
+            let at = |port: u16| SocketAddr::from((public, port));
+            ports.iter().map(|(carrier, port)| ((*carrier, at(*port)), to)).collect::<Vec<_>>()
         };
         self.elastic(interface).flat_map(at).collect()
     }

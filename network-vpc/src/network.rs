@@ -26,6 +26,7 @@ pub use self::dhcp_options::{DhcpOptions, DhcpSettings};
 use self::forwards::ElasticOffers;
 pub use self::interfaces::InterfaceSpec;
 pub use self::options::NetworkOptions;
+use crate::edge::budget::Budget;
 use crate::edge::{Edge, Reach, WAKE};
 use crate::model::{MTU, Memberships, Model};
 use crate::port::{Fabric, Port};
@@ -61,6 +62,7 @@ struct Inner {
     reach: Reach,
     /// How many of an interface are remembered.
     conversations: usize,
+    budget: Arc<Budget>,
     elastic_pool: Ipv4Net,
     /// Declared before what its threads use.
     plugged: Mutex<HashMap<NetworkInterfaceId, Plugged>>,
@@ -98,9 +100,10 @@ impl Network {
 
     fn new(model: Model, file: Option<PathBuf>, options: NetworkOptions) -> Self {
         let (plugged, fabric) = Default::default();
-        let NetworkOptions { reach, conversations, elastic_pool } = options;
+        let NetworkOptions { reach, conversations, sockets, elastic_pool } = options;
+        let budget = Budget::new(sockets.unwrap_or_else(Budget::of_process));
         let model = Mutex::new(model);
-        Self(Arc::new(Inner { file, reach, conversations, elastic_pool, plugged, fabric, model }))
+        Self(Arc::new(Inner { file, reach, conversations, budget, elastic_pool, plugged, fabric, model }))
     }
 
     /// The VPCs.
@@ -163,7 +166,8 @@ impl Network {
         let (machine, cable) = net::link();
         let port =
             Port::new(view, cable.clone(), &self.0.fabric, waker, self.0.conversations).map_err(refused)?;
-        let edge = Edge::start(poll, port.clone(), self.0.reach.clone()).map_err(refused)?;
+        let edge =
+            Edge::start(poll, port.clone(), self.0.reach.clone(), self.0.budget.share()).map_err(refused)?;
         let mut there = Plugged { port: port.clone(), edge, elastic: ElasticOffers::new() };
         self.listen_again(&mut plugged, &there, &interface)?;
         there.offer(self.model().elastic_offers(&interface));
@@ -208,6 +212,12 @@ impl Network {
     /// How many conversations of an interface are remembered.
     pub fn tracked_conversations(&self, id: NetworkInterfaceId) -> usize {
         self.plugged().get(&id).map_or(0, |plugged| plugged.port.conversations())
+    }
+
+    /// How many sockets of the host's the guests' conversations have open; see
+    /// [`NetworkOptions::sockets`].
+    pub fn open_sockets(&self) -> usize {
+        self.0.budget.open()
     }
 
     /// Makes a change, on disk first and then for all to see.

@@ -261,20 +261,30 @@ impl Port {
         self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A frame from the edge. Given back while the machine has no room for it.
-    pub(crate) fn send_from_edge(&self, frame: Frame, through_groups: bool) -> Result<(), Frame> {
+    /// What the machine is given of a frame from the edge: nothing, where the interface's groups do not let it in.
+    pub(crate) fn fitted(&self, frame: Frame, through_groups: bool) -> Vec<Frame> {
         let view = self.view();
         if through_groups && !switch::admit(&view, &mut self.table(), &frame.data, self.now()) {
-            return Ok(());
+            return Vec::new();
         }
-        if frame.data.len() <= ETHERNET_LEN + usize::from(view.mtu) {
-            return self.offer(frame);
-        }
-        // Of a datagram a part is worth nothing, so it does not come back.
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let pieces = fragments::cut(fragments::numbered(frame, id), view.mtu);
-        let _ = pieces.into_iter().try_for_each(|piece| self.offer(piece));
-        Ok(())
+        let is_whole =
+            frame.segmentation.is_some() || frame.data.len() <= ETHERNET_LEN + usize::from(view.mtu);
+        let frame = if is_whole {
+            frame
+        } else {
+            fragments::numbered(frame, self.next_id.fetch_add(1, Ordering::Relaxed))
+        };
+        fitting(frame, self.cable.peer_takes(), view.mtu)
+    }
+
+    /// A datagram from the edge, which is lost where the machine has no room for it.
+    pub(crate) fn send_from_edge(&self, frame: Frame, through_groups: bool) {
+        self.offer_all(&mut self.fitted(frame, through_groups).into());
+    }
+
+    /// Gives the machine frames, as far as it has room. Says whether it had room for all.
+    pub(crate) fn offer_all(&self, frames: &mut VecDeque<Frame>) -> bool {
+        self.cable.send_all(frames)
     }
 
     /// Whether a conversation may come in from outside, which the machine will see as `shown`.

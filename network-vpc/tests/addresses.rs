@@ -5,33 +5,15 @@
 mod common;
 
 use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
+use common::setup::{anywhere, boot, network, open_interface, opened, options};
 use common::{Guest, PATIENCE, SILENCE, together};
-use network_vpc::{
-    Direction, InterfaceSpec, Metadata, Network, NetworkInterface, NetworkOptions, Peer, Rule,
-};
-use smoltcp::socket::tcp;
+use network_vpc::{Direction, InterfaceSpec, Metadata, Rule};
+use smoltcp::socket::{tcp, udp};
 use smoltcp::wire::Ipv4Cidr;
-
-fn options() -> NetworkOptions {
-    NetworkOptions::new().resolver(None)
-}
-
-fn network() -> Network {
-    options().in_memory(&"eu-west-1".parse().unwrap()).unwrap()
-}
-
-/// An interface of the default subnet that lets everything in.
-fn open_interface(network: &Network) -> NetworkInterface {
-    let name = format!("group {}", network.security_groups().len());
-    let group = network.create_security_group(network.default_vpc().unwrap(), &name, "").unwrap();
-    let everything = Rule::all(Peer::Cidr("0.0.0.0/0".parse().unwrap()));
-    network.authorize(group.id, Direction::Ingress, everything).unwrap();
-    network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap()
-}
 
 /// A guest that listens, and a thread that connects from the host and says what it hears.
 fn greets(guest: &mut Guest, inside: u16, at: SocketAddr) -> Option<String> {
@@ -65,7 +47,7 @@ fn an_elastic_address_leads_where_it_is_associated() {
     network.associate_address(address.allocation_id, one.id, None).unwrap();
     assert_eq!(greets(&mut guests[0], 8642, at), None, "no rule names the port");
     for interface in [&one, &other] {
-        let rule = Rule::tcp(8642, "0.0.0.0/0".parse().unwrap());
+        let rule = Rule::tcp(8642, anywhere());
         network.authorize(interface.groups[0], Direction::Ingress, rule).unwrap();
     }
     assert_eq!(greets(&mut guests[0], 8642, at), Some(format!("I am {}", one.private_ip)));
@@ -103,9 +85,53 @@ fn an_elastic_address_leads_where_it_is_associated() {
 }
 
 #[test]
+fn datagrams_come_in_at_an_elastic_address_and_are_answered_from_it() {
+    let network = network();
+    let rules = [
+        Rule::udp(5300..=5301, "127.0.0.0/8".parse().unwrap()),
+        Rule::udp(5302..=5302, "10.0.0.0/8".parse().unwrap()),
+    ];
+    let (interface, mut guest) = boot(&network, "names", &rules);
+    let address = network.allocate_address().unwrap();
+    let association = network.associate_address(address.allocation_id, interface.id, None).unwrap();
+    let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 8], vec![0; 4096]);
+    for (port, is_let_in) in [(5300, true), (5301, true), (5302, false)] {
+        let mut server = udp::Socket::new(buffer(), buffer());
+        server.bind(port).unwrap();
+        let server = guest.sockets.add(server);
+        // Who they are is told by where they came from.
+        let clients = [0, 1].map(|_| UdpSocket::bind("127.0.0.1:0").unwrap());
+        for (n, client) in clients.iter().enumerate() {
+            client.connect((address.public_ip, port)).unwrap();
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            client.send(&[n as u8; 3]).unwrap();
+        }
+        let mut came = 0;
+        let patience = if is_let_in { PATIENCE } else { SILENCE };
+        let done = guest.within(patience, |guest| {
+            let socket = guest.sockets.get_mut::<udp::Socket<'_>>(server);
+            while let Ok((bytes, from)) = socket.recv().map(|(bytes, from)| (bytes.to_vec(), from)) {
+                assert_eq!(from.endpoint.addr.to_string(), "169.254.0.1");
+                socket.send_slice(&[bytes, b"!".to_vec()].concat(), from.endpoint).unwrap();
+                came += 1;
+            }
+            (came == clients.len() && socket.send_queue() == 0).then_some(())
+        });
+        assert_eq!(done.is_some(), is_let_in, "{port}");
+        for (n, client) in clients.iter().enumerate().filter(|_| is_let_in) {
+            let mut heard = [0; 10];
+            let len = client.recv(&mut heard).unwrap();
+            assert_eq!(heard[..len], [n as u8, n as u8, n as u8, b'!']);
+        }
+        guest.sockets.remove(server);
+    }
+    network.disassociate_address(association).unwrap();
+    UdpSocket::bind((address.public_ip, 5300)).expect("nobody listens any more");
+}
+
+#[test]
 fn elastic_addresses_are_refused_as_in_ec2() {
-    let network = options().elastic_pool("127.65.4.0/30".parse().unwrap());
-    let network = network.in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let network = opened(options().elastic_pool("127.65.4.0/30".parse().unwrap()));
     let [one, other] = [0, 1].map(|_| network.allocate_address().unwrap());
     assert_ne!(one.public_ip, other.public_ip);
     assert_eq!(network.allocate_address().unwrap_err().code(), "AddressLimitExceeded");

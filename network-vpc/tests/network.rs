@@ -4,43 +4,19 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
+use common::setup::{anywhere, boot, interface, network, own_address};
 use common::{Guest, PATIENCE, SILENCE, together};
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 use instance_core::net::Frame;
-use network_vpc::{
-    Direction, InterfaceSpec, Metadata, Network, NetworkInterface, NetworkOptions, Peer, Rule,
-};
+use network_vpc::{Direction, InterfaceSpec, Metadata, Network, NetworkOptions, Peer, Rule};
 use smoltcp::socket::tcp;
 
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-
-fn network() -> Network {
-    NetworkOptions::new().resolver(None).in_memory(&"eu-west-1".parse().unwrap()).unwrap()
-}
-
-fn anywhere() -> ipnet::Ipv4Net {
-    "0.0.0.0/0".parse().unwrap()
-}
-
-/// An interface in a group of its own, which lets these rules in.
-fn interface(network: &Network, name: &str, rules: &[Rule]) -> NetworkInterface {
-    let group = network.create_security_group(network.default_vpc().unwrap(), name, "").unwrap();
-    for rule in rules {
-        network.authorize(group.id, Direction::Ingress, rule.clone()).unwrap();
-    }
-    network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap()
-}
-
-fn boot(network: &Network, name: &str, rules: &[Rule]) -> (NetworkInterface, Guest) {
-    let interface = interface(network, name, rules);
-    let guest = Guest::boot(network.plug(interface.id).unwrap());
-    (interface, guest)
-}
 
 /// That one guest reaches a port of another's.
 fn assert_reaches(from: &mut Guest, to: &mut Guest, port: u16) {
@@ -210,22 +186,9 @@ fn a_guest_reads_its_own_metadata() {
     assert_eq!(get(&mut a, &of_a).0, 404);
 }
 
-/// An address of this host's that is not a loopback one.
-fn own_address() -> Option<Ipv4Addr> {
-    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-    socket.connect("203.0.113.1:9").ok()?;
-    match socket.local_addr().ok()? {
-        SocketAddr::V4(address) if !address.ip().is_unspecified() => Some(*address.ip()),
-        _ => None,
-    }
-}
-
 #[test]
 fn the_world_outside_is_reached_over_the_hosts_sockets() {
-    let Some(own) = own_address() else {
-        eprintln!("SKIPPED: this host has no address but the loopback one");
-        return;
-    };
+    let Some(own) = own_address() else { return };
     let server = TcpListener::bind((own, 0)).unwrap();
     let at = server.local_addr().unwrap().port();
     let echo = thread::spawn(move || {

@@ -5,56 +5,27 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
+use common::setup::{anywhere, network, open_interface, opened, options, own_address};
 use common::{Guest, PATIENCE, SILENCE};
 use hickory_proto::op::{Message, Query};
 use hickory_proto::rr::{Name, RecordType};
 use instance_core::machine::NetSpec;
 use instance_core::net::{Frame, NetPort};
 use network_vpc::{
-    DhcpSettings, Direction, InterfaceSpec, Network, NetworkInterface, NetworkOptions, Peer, RouteState, Rule,
+    DhcpSettings, Direction, InterfaceSpec, Network, NetworkInterface, NetworkOptions, RouteState, Rule,
 };
 use smoltcp::wire::{Ipv4Packet, UdpPacket};
 
 const ROUTER: [u8; 6] = [0x0a, 0, 0, 0, 0, 1];
 
-fn options() -> NetworkOptions {
-    NetworkOptions::new().resolver(None)
-}
-
-fn network() -> Network {
-    options().in_memory(&"eu-west-1".parse().unwrap()).unwrap()
-}
-
-/// An interface of the default subnet that lets everything in.
-fn open_interface(network: &Network) -> NetworkInterface {
-    let name = format!("group {}", network.security_groups().len());
-    let group = network.create_security_group(network.default_vpc().unwrap(), &name, "").unwrap();
-    let everything = Rule::all(Peer::Cidr("0.0.0.0/0".parse().unwrap()));
-    network.authorize(group.id, Direction::Ingress, everything).unwrap();
-    network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap()
-}
-
-/// An address of this host's that is not a loopback one.
-fn own_address() -> Option<Ipv4Addr> {
-    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-    socket.connect("203.0.113.1:9").ok()?;
-    match socket.local_addr().ok()? {
-        SocketAddr::V4(address) if !address.ip().is_unspecified() => Some(*address.ip()),
-        _ => None,
-    }
-}
-
 #[test]
 fn a_vpc_has_the_ways_out_that_its_routes_say() {
-    let Some(own) = own_address() else {
-        eprintln!("SKIPPED: this host has no address but the loopback one");
-        return;
-    };
-    let network = options().reach_host(true).in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
     let server = TcpListener::bind((own, 0)).unwrap();
     let at = server.local_addr().unwrap().port();
     let vpc = network.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap();
@@ -68,7 +39,7 @@ fn a_vpc_has_the_ways_out_that_its_routes_say() {
     reaches(false, "without a gateway");
     let (gateway, main) =
         (network.create_internet_gateway().unwrap(), network.main_route_table(vpc.id).unwrap());
-    let everywhere = "0.0.0.0/0".parse().unwrap();
+    let everywhere = anywhere();
     let refused = network.create_route(main.id, everywhere, gateway.id).unwrap_err();
     assert_eq!(refused.code(), "InvalidParameterValue", "it is not attached");
     network.attach_internet_gateway(gateway.id, vpc.id).unwrap();
@@ -98,7 +69,7 @@ fn gateways_and_routes_are_refused_as_in_ec2() {
     let network = network();
     let vpc = network.default_vpc().unwrap();
     let (main, there) = (network.main_route_table(vpc).unwrap(), network.internet_gateways()[0].id);
-    let everywhere: ipnet::Ipv4Net = "0.0.0.0/0".parse().unwrap();
+    let everywhere: ipnet::Ipv4Net = anywhere();
     let other = network.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap();
     let foreign = network.create_route_table(other.id).unwrap();
     let subnet = network.subnets()[0].id;
@@ -252,12 +223,10 @@ fn received(port: &NetPort) -> Vec<u8> {
 
 #[test]
 fn long_datagrams_come_in_fragments_and_are_decided_upon_as_a_whole() {
-    let network = options().reach_host(true).in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let network = opened(options().reach_host(true));
     let from = open_interface(&network);
     let group = network.create_security_group(network.default_vpc().unwrap(), "few", "").unwrap();
-    network
-        .authorize(group.id, Direction::Ingress, Rule::udp(53..=53, "0.0.0.0/0".parse().unwrap()))
-        .unwrap();
+    network.authorize(group.id, Direction::Ingress, Rule::udp(53..=53, anywhere())).unwrap();
     let to = network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap();
     let [NetSpec { port: sender, .. }, NetSpec { port: receiver, .. }] =
         [&from, &to].map(|interface| network.plug(interface.id).unwrap());

@@ -86,6 +86,15 @@ impl Buffers {
         })
     }
 
+    /// The `len` bytes from `offset` on. What they are copied to is not cleared first.
+    pub(crate) fn to_vec(&self, memory: &Memory, offset: u64, len: usize) -> Result<Vec<u8>, Malformed> {
+        let mut bytes = Vec::with_capacity(len);
+        self.pieces(offset, len, |address, len| {
+            memory.write_all_volatile_to(address, &mut bytes, len).is_ok()
+        })?;
+        Ok(bytes)
+    }
+
     /// Writes `bytes` from `offset` on.
     pub(crate) fn write(&self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<(), Malformed> {
         let mut rest = bytes;

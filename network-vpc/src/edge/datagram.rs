@@ -12,6 +12,7 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, UdpPacket};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::budget::{Permit, Share};
 use super::{Reach, Tokens};
 use crate::answer::{ipv4, udp_frame};
 use crate::dns;
@@ -19,14 +20,15 @@ use crate::packet::{ECHO, ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::View;
 
-/// The most conversations of an interface; the one that was silent longest makes room.
-const MOST: usize = 512;
+/// The most conversations of an interface; the one that was silent longest makes room, as it does where the network has
+/// no socket left for the interface.
+pub(super) const MOST: usize = 512;
 
 /// How long one may be silent.
-const SILENCE: Duration = Duration::from_secs(60);
+pub(super) const SILENCE: Duration = Duration::from_secs(60);
 
 /// The most bytes of a datagram in an IPv4 packet.
-const LONGEST: usize = 65_507;
+pub(super) const LONGEST: usize = 65_507;
 
 /// What tells conversations apart: the guest's address with its port or ping's number, and who it speaks to, as it
 /// sees them.
@@ -39,18 +41,20 @@ enum Key {
 /// The conversations of an interface.
 pub(super) struct Datagrams {
     reach: Reach,
+    share: Share,
     tokens: Tokens,
     conversations: HashMap<Key, Conversation>,
 }
 
 struct Conversation {
     socket: UdpSocket,
+    _permit: Permit,
     last: Instant,
 }
 
 impl Datagrams {
-    pub(super) fn new(reach: Reach) -> Self {
-        Self { reach, tokens: Tokens(2), conversations: HashMap::new() }
+    pub(super) fn new(reach: Reach, share: Share) -> Self {
+        Self { reach, share, tokens: Tokens(2), conversations: HashMap::new() }
     }
 
     /// A packet of the guest's.
@@ -70,8 +74,7 @@ impl Datagrams {
                 let known = view.is_resolver(to).then(|| dns::answer(&view, udp.payload())).flatten();
                 if let Some(answer) = known {
                     let frame = udp_frame(&view, (to, at), own, &answer);
-                    // A lost answer is asked for again.
-                    let _ = port.send_from_edge(Frame::new(frame), false);
+                    port.send_from_edge(Frame::new(frame), false);
                     return;
                 }
                 self.pass_on(registry, port, key, udp.payload());
@@ -83,18 +86,27 @@ impl Datagrams {
 
     fn pass_on(&mut self, registry: &Registry, port: &Port, key: Key, bytes: &[u8]) {
         if !self.conversations.contains_key(&key) {
-            let Some(socket) = self.open(registry, port, key) else { return };
             if self.conversations.len() >= MOST {
-                let oldest = self.conversations.iter().min_by_key(|(_, c)| c.last).map(|(key, _)| *key);
-                oldest.map(|key| self.conversations.remove(&key));
+                self.forget_oldest();
             }
-            self.conversations.insert(key, Conversation { socket, last: Instant::now() });
+            let permit = self.share.take().or_else(|| {
+                self.forget_oldest();
+                self.share.take()
+            });
+            let Some(_permit) = permit else { return };
+            let Some(socket) = self.open(registry, port, key) else { return };
+            self.conversations.insert(key, Conversation { socket, _permit, last: Instant::now() });
         }
         if let Some(conversation) = self.conversations.get_mut(&key) {
             conversation.last = Instant::now();
             // What the host does not take is lost, as datagrams are.
             let _ = conversation.socket.send(bytes);
         }
+    }
+
+    fn forget_oldest(&mut self) {
+        let oldest = self.conversations.iter().min_by_key(|(_, there)| there.last).map(|(key, _)| *key);
+        oldest.map(|key| self.conversations.remove(&key));
     }
 
     fn open(&mut self, registry: &Registry, port: &Port, key: Key) -> Option<UdpSocket> {
@@ -127,7 +139,7 @@ impl Datagrams {
                     }
                 };
                 let from_service = matches!(*key, Key::Udp(_, (from, _)) if view.is_resolver(from));
-                let _ = port.send_from_edge(Frame::new(frame), !from_service);
+                port.send_from_edge(Frame::new(frame), !from_service);
             }
         }
         self.conversations.retain(|_, conversation| conversation.last.elapsed() < SILENCE);

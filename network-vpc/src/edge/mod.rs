@@ -4,14 +4,19 @@
 //! One thread an interface. TCP is spoken with the guest by a stack in user space and with the host's sockets by
 //! them; datagrams are passed on as they are.
 
+pub(crate) mod budget;
 mod datagram;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod names;
 mod pipe;
 mod stack;
 mod stream;
+mod visitors;
+mod wire;
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -20,11 +25,13 @@ use std::time::Duration;
 
 use mio::{Events, Poll, Token};
 
+use self::budget::Share;
 use self::datagram::Datagrams;
 use self::stream::Streams;
+use self::visitors::Visitors;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
-use crate::switch::LOCAL_CLIENT;
+use crate::switch::{LOCAL_CLIENT, View};
 
 /// The token of the waker. Sockets have others.
 pub(crate) const WAKE: Token = Token(0);
@@ -35,13 +42,42 @@ const SLEEP: Duration = Duration::from_secs(5);
 /// Of what a port offers to the world, what the edge has to know.
 #[derive(Debug)]
 pub(crate) struct Forward {
-    pub(crate) listener: std::net::TcpListener,
-    /// Where that listens.
+    pub(crate) listener: Listener,
+    pub(crate) entrance: Entrance,
+}
+
+/// Where clients come in, and whereto.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Entrance {
+    /// Where it is listened.
     pub(crate) at: SocketAddr,
     /// The port in the instance.
     pub(crate) port: u16,
     /// The instance's address, where that is not its primary one.
     pub(crate) to: Option<Ipv4Addr>,
+}
+
+/// The protocols by which clients come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Carrier {
+    Tcp,
+    Udp,
+}
+
+/// A socket that clients come to.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Udp(UdpSocket),
+}
+
+impl Listener {
+    pub(crate) fn bind(carrier: Carrier, at: SocketAddr) -> io::Result<Self> {
+        Ok(match carrier {
+            Carrier::Tcp => Self::Tcp(TcpListener::bind(at)?),
+            Carrier::Udp => Self::Udp(UdpSocket::bind(at)?),
+        })
+    }
 }
 
 /// What the edge may reach.
@@ -67,17 +103,18 @@ pub(crate) struct Edge {
 enum Order {
     Listen(Forward),
     /// By where it is listened, and who waits for it to be done.
-    Unlisten(SocketAddr, SyncSender<()>),
+    Unlisten(Carrier, SocketAddr, SyncSender<()>),
 }
 
 impl Edge {
     /// Starts the thread of a port whose waker belongs to `poll`.
-    pub(crate) fn start(poll: Poll, port: Arc<Port>, reach: Reach) -> io::Result<Self> {
+    pub(crate) fn start(poll: Poll, port: Arc<Port>, reach: Reach, share: Share) -> io::Result<Self> {
         let (over, orders) = (Arc::new(AtomicBool::new(false)), Arc::default());
         let name: String = format!("vpc-{}", port.view().address).chars().take(15).collect();
         let mut worker = Worker {
-            streams: Streams::new(&port.view(), reach.clone()),
-            datagrams: Datagrams::new(reach),
+            streams: Streams::new(&port.view(), reach.clone(), share.clone()),
+            datagrams: Datagrams::new(reach, share),
+            visitors: Visitors::new(),
             port: port.clone(),
             over: over.clone(),
             orders: Arc::clone(&orders),
@@ -96,9 +133,9 @@ impl Edge {
     }
 
     /// Nobody listens there any more when this returns.
-    pub(crate) fn unlisten(&self, at: SocketAddr) {
+    pub(crate) fn unlisten(&self, carrier: Carrier, at: SocketAddr) {
         let (done, is_done) = sync_channel(1);
-        self.order(Order::Unlisten(at, done));
+        self.order(Order::Unlisten(carrier, at, done));
         // A thread that has ended listens to nothing, and does not say so.
         let _ = is_done.recv_timeout(Duration::from_secs(1));
     }
@@ -125,6 +162,7 @@ struct Worker {
     poll: Poll,
     streams: Streams,
     datagrams: Datagrams,
+    visitors: Visitors,
 }
 
 impl Worker {
@@ -139,11 +177,13 @@ impl Worker {
                 let Some(flow) = Flow::parse(packet) else { continue };
                 match flow.transport {
                     Transport::Tcp { .. } => self.streams.take(registry, &view, &flow, frame),
+                    _ if self.visitors.take(&flow, packet) => {}
                     _ => self.datagrams.take(registry, &self.port, &flow, packet),
                 }
             }
             self.streams.work(registry, &self.port);
             self.datagrams.work(&self.port);
+            self.visitors.work(&self.port);
             let sleep = self.streams.patience().map_or(SLEEP, |until| until.min(SLEEP));
             match self.poll.poll(&mut events, Some(sleep)) {
                 Ok(()) => events.iter().for_each(|event| self.streams.notice(event)),
@@ -159,14 +199,21 @@ impl Worker {
             std::mem::take(&mut *self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         for order in orders {
             match order {
-                Order::Listen(forward) => {
-                    let at = forward.at;
-                    if let Err(error) = self.streams.listen(self.poll.registry(), forward) {
+                Order::Listen(Forward { listener, entrance }) => {
+                    let (registry, at) = (self.poll.registry(), entrance.at);
+                    let listens = match listener {
+                        Listener::Tcp(socket) => self.streams.listen(registry, socket, entrance),
+                        Listener::Udp(socket) => self.visitors.listen(registry, socket, entrance),
+                    };
+                    if let Err(error) = listens {
                         tracing::warn!(%error, %at, "a port that is forwarded is not listened at");
                     }
                 }
-                Order::Unlisten(at, done) => {
-                    self.streams.unlisten(at);
+                Order::Unlisten(carrier, at, done) => {
+                    match carrier {
+                        Carrier::Tcp => self.streams.unlisten(at),
+                        Carrier::Udp => self.visitors.unlisten(at),
+                    }
                     // Whoever asked may have lost patience.
                     let _ = done.try_send(());
                 }
@@ -177,8 +224,14 @@ impl Worker {
 
 /// Whether an address is one of this host's.
 fn is_own(address: Ipv4Addr) -> bool {
-    // Only those can be bound to.
-    UdpSocket::bind((address, 0)).is_ok()
+    // Only those can be bound to. Of what fails for another reason nobody knows that it is not one of them.
+    let bound = UdpSocket::bind((address, 0));
+    !bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
+}
+
+/// As whom a guest sees a client.
+fn shown_as(view: &View, client: Ipv4Addr) -> Ipv4Addr {
+    if client.is_loopback() || view.has(client) { LOCAL_CLIENT } else { client }
 }
 
 impl Reach {
@@ -194,7 +247,7 @@ struct Tokens(usize);
 
 impl Tokens {
     fn next(&mut self) -> Token {
-        self.0 += 2;
+        self.0 += 3;
         Token(self.0)
     }
 }

@@ -8,6 +8,7 @@ use mio::{Interest, Registry};
 use smoltcp::socket::tcp;
 
 use super::Tokens;
+use super::budget::{Permit, Share};
 use crate::dns;
 use crate::switch::View;
 
@@ -20,7 +21,7 @@ const LONGEST: usize = PREFIX + u16::MAX as usize;
 pub(super) struct Names {
     resolver: Option<SocketAddr>,
     /// The resolver, once there is something to ask it.
-    upstream: Option<TcpStream>,
+    upstream: Option<(TcpStream, Permit)>,
     /// Of the guest's, what is no whole message yet; then what the resolver has not taken.
     heard: Vec<u8>,
     questions: Vec<u8>,
@@ -40,7 +41,7 @@ impl Names {
         &mut self,
         guest: &mut tcp::Socket<'_>,
         view: &View,
-        (registry, tokens): (&Registry, &mut Tokens),
+        (registry, tokens, share): (&Registry, &mut Tokens, &Share),
     ) -> io::Result<()> {
         // Who takes no answers is not listened to.
         while guest.can_recv() && self.answers.len() < LONGEST && self.questions.len() < LONGEST {
@@ -58,7 +59,7 @@ impl Names {
                 }
             }
         }
-        self.ask(registry, tokens)?;
+        self.ask(registry, tokens, share)?;
         while guest.can_send() && !self.answers.is_empty() {
             let sent = guest.send_slice(&self.answers).map_err(|_| ErrorKind::ConnectionReset)?;
             self.answers.drain(..sent);
@@ -72,14 +73,15 @@ impl Names {
     }
 
     /// Passes questions on to the resolver, and takes what it says.
-    fn ask(&mut self, registry: &Registry, tokens: &mut Tokens) -> io::Result<()> {
+    fn ask(&mut self, registry: &Registry, tokens: &mut Tokens, share: &Share) -> io::Result<()> {
         if self.upstream.is_none() && !self.questions.is_empty() {
             let resolver = self.resolver.ok_or(ErrorKind::ConnectionRefused)?;
+            let permit = share.take().ok_or(ErrorKind::ConnectionRefused)?;
             let mut upstream = TcpStream::connect(resolver)?;
             registry.register(&mut upstream, tokens.next(), Interest::READABLE | Interest::WRITABLE)?;
-            self.upstream = Some(upstream);
+            self.upstream = Some((upstream, permit));
         }
-        let Some(upstream) = &mut self.upstream else { return Ok(()) };
+        let Some((upstream, _)) = &mut self.upstream else { return Ok(()) };
         while !self.questions.is_empty() {
             match upstream.write(&self.questions) {
                 Ok(0) => break,

@@ -7,9 +7,12 @@ use mio::event::Event;
 use mio::net::TcpStream;
 use smoltcp::socket::tcp;
 
+use super::budget::Permit;
+
 /// A connection of the host's.
 pub(super) struct Pipe {
     host: TcpStream,
+    _permit: Permit,
     /// Whether the host may have something to be read, and room for something to be written: it is not asked
     /// again until it has said so.
     readable: bool,
@@ -21,8 +24,8 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    pub(super) fn new(host: TcpStream) -> Self {
-        Self { host, readable: true, writable: true, host_done: false, guest_done: false }
+    pub(super) fn new(host: TcpStream, permit: Permit) -> Self {
+        Self { host, _permit: permit, readable: true, writable: true, host_done: false, guest_done: false }
     }
 
     /// Something has happened to the host's socket.

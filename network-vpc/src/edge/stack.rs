@@ -1,24 +1,23 @@
 //! The stack that speaks TCP with the guest, for whatever address it speaks to.
 
-use std::collections::VecDeque;
-use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
-use smoltcp::time::Instant as StackInstant;
+use smoltcp::time::{Duration as StackDuration, Instant as StackInstant};
 use smoltcp::wire::{HardwareAddress, IpCidr, Ipv4Cidr};
 
-use crate::packet::ETHERNET_LEN;
+use super::wire::{Key, Wire};
 use crate::switch::View;
 
 /// The room of a conversation each way. Its memory is taken as it is used.
 const TO_GUEST: usize = 256 << 10;
 const FROM_GUEST: usize = 256 << 10;
 
-/// Packets that are made while the machine takes none.
-const OUTBOX: usize = 128;
+/// How often a guest that does not answer is asked whether it is there; and a guest that has no room for what waits for
+/// it, whether it still has none, as what it said of that may have been lost.
+const KEEP_ALIVE: StackDuration = StackDuration::from_secs(60);
+const PROBE: StackDuration = StackDuration::from_secs(1);
 
 /// A stack without a device: frames go in and come out.
 pub(super) struct Stack {
@@ -28,15 +27,9 @@ pub(super) struct Stack {
     began: Instant,
 }
 
-struct Wire {
-    inbox: VecDeque<Vec<u8>>,
-    outbox: VecDeque<Vec<u8>>,
-    mtu: usize,
-}
-
 impl Stack {
     pub(super) fn new(view: &View) -> Self {
-        let mut wire = Wire { inbox: VecDeque::new(), outbox: VecDeque::new(), mtu: view.mtu.into() };
+        let mut wire = Wire::default();
         let mut config = Config::new(HardwareAddress::Ip);
         let mut seed = [0; 8];
         // Without randomness the sequence numbers begin where they can be told.
@@ -61,7 +54,12 @@ impl Stack {
 
     /// A frame of the guest's, for when there is work to do.
     pub(super) fn take(&mut self, frame: Vec<u8>) {
-        self.wire.inbox.push_back(frame);
+        self.wire.take(frame);
+    }
+
+    /// The same of one by which the guest begins or accepts a conversation that is there.
+    pub(super) fn take_syn(&mut self, key: Key, frame: Vec<u8>) {
+        self.wire.take_syn(key, frame);
     }
 
     /// Has the stack do what there is to do.
@@ -78,46 +76,41 @@ impl Stack {
 
     /// Whether it may have more to say than it had room for.
     pub(super) fn is_full(&self) -> bool {
-        self.wire.outbox.len() >= OUTBOX
+        self.wire.is_full()
     }
 
-    /// Whether there are frames that the guest has had no room for.
-    pub(super) fn has_waiting(&self) -> bool {
-        !self.wire.outbox.is_empty()
-    }
-
-    /// The next frame to the guest, whose Ethernet header is still to be written.
+    /// The next packet to the guest, behind room for its Ethernet header. The checksum of TCP is still to be computed.
     pub(super) fn next(&mut self) -> Option<Vec<u8>> {
-        self.wire.outbox.pop_front()
+        self.wire.next()
     }
 
-    /// A frame that the guest had no room for.
-    pub(super) fn put_back(&mut self, frame: Vec<u8>) {
-        self.wire.outbox.push_front(frame);
+    /// The longest segments that the guest takes in a conversation, if it has said so.
+    pub(super) fn segment_size(&self, key: &Key) -> Option<u16> {
+        self.wire.segment_size(key)
     }
 
     fn socket() -> tcp::Socket<'static> {
         let buffer = |len| tcp::SocketBuffer::new(vec![0; len]);
         let mut socket = tcp::Socket::new(buffer(FROM_GUEST), buffer(TO_GUEST));
         socket.set_nagle_enabled(false);
+        // Where an acknowledgement waits and the end of a window goes back as it is rounded, smoltcp panics.
         socket.set_ack_delay(None);
-        socket.set_timeout(Some(smoltcp::time::Duration::from_secs(120)));
-        socket.set_keep_alive(Some(smoltcp::time::Duration::from_secs(60)));
+        socket.set_timeout(Some(StackDuration::from_secs(120)));
+        socket.set_keep_alive(Some(KEEP_ALIVE));
         socket
     }
 
-    /// A socket for the conversation that the guest is about to begin with an address.
-    pub(super) fn expect(&mut self, at: (Ipv4Addr, u16), hops: Option<u8>) -> Option<SocketHandle> {
+    /// A socket for the conversation that the guest is about to begin.
+    pub(super) fn expect(&mut self, key: Key) -> Option<SocketHandle> {
         let mut socket = Self::socket();
-        socket.set_hop_limit(hops);
-        socket.listen(at).ok()?;
+        socket.listen(key.1).ok()?;
         Some(self.sockets.add(socket))
     }
 
     /// A socket for a conversation that begins outside.
-    pub(super) fn connect(&mut self, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Option<SocketHandle> {
+    pub(super) fn connect(&mut self, key: Key) -> Option<SocketHandle> {
         let mut socket = Self::socket();
-        socket.connect(self.interface.context(), to, from).ok()?;
+        socket.connect(self.interface.context(), key.0, key.1).ok()?;
         Some(self.sockets.add(socket))
     }
 
@@ -125,50 +118,17 @@ impl Stack {
         self.sockets.get_mut(handle)
     }
 
-    pub(super) fn remove(&mut self, handle: SocketHandle) {
+    /// Has a guest that has no room for what waits for it asked for it again soon.
+    pub(super) fn ask_for_room(&mut self, handle: SocketHandle) {
+        let socket = self.get(handle);
+        let interval = if socket.send_queue() > 0 { PROBE } else { KEEP_ALIVE };
+        if socket.keep_alive() != Some(interval) {
+            socket.set_keep_alive(Some(interval));
+        }
+    }
+
+    pub(super) fn remove(&mut self, key: &Key, handle: SocketHandle) {
+        self.wire.forget(key);
         self.sockets.remove(handle);
-    }
-}
-
-impl Device for Wire {
-    type RxToken<'a> = Received;
-    type TxToken<'a> = Outbox<'a>;
-
-    fn receive(&mut self, _: StackInstant) -> Option<(Received, Outbox<'_>)> {
-        let packet = self.inbox.pop_front()?;
-        Some((Received(packet), Outbox(&mut self.outbox)))
-    }
-
-    fn transmit(&mut self, _: StackInstant) -> Option<Outbox<'_>> {
-        (self.outbox.len() < OUTBOX).then_some(Outbox(&mut self.outbox))
-    }
-
-    fn capabilities(&self) -> DeviceCapabilities {
-        let mut capabilities = DeviceCapabilities::default();
-        capabilities.medium = Medium::Ip;
-        capabilities.max_transmission_unit = self.mtu;
-        // What the guest sends came through memory, and may have a checksum that is still to be computed.
-        capabilities.checksum.tcp = Checksum::Tx;
-        capabilities.checksum.ipv4 = Checksum::Tx;
-        capabilities
-    }
-}
-
-struct Received(Vec<u8>);
-
-impl RxToken for Received {
-    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(self.0.get(ETHERNET_LEN..).unwrap_or_default())
-    }
-}
-
-struct Outbox<'a>(&'a mut VecDeque<Vec<u8>>);
-
-impl TxToken for Outbox<'_> {
-    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut frame = vec![0; ETHERNET_LEN + len];
-        let result = f(&mut frame[ETHERNET_LEN..]);
-        self.0.push_back(frame);
-        result
     }
 }

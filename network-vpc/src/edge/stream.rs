@@ -1,9 +1,9 @@
 //! Conversations over TCP: of the guest with hosts outside, of clients outside with the guest, and with the
 //! metadata service.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -15,31 +15,38 @@ use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
+use super::budget::{Permit, Share};
 use super::names::Names;
 use super::pipe::Pipe;
 use super::stack::Stack;
-use super::{Forward, Reach, Tokens};
+use super::wire::Key;
+use super::{Entrance, Reach, Tokens, shown_as};
 use crate::answer::write_ethernet;
 use crate::metadata::Session;
+use crate::offload;
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::port::Port;
-use crate::switch::{LOCAL_CLIENT, METADATA, ROUTER_MAC, View};
+use crate::switch::{METADATA, ROUTER_MAC, View};
 
 /// The most conversations of an interface. More are refused.
 const MOST: usize = 1024;
 
+/// The shortest segments that conversations are cut into, however short a guest says that it takes them: options of TCP
+/// go off them.
+const SHORTEST: u16 = 88;
+
 /// How long a host outside may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(30);
-
-/// Who speaks with whom: the guest's address and port, and the other's.
-type Key = ((Ipv4Addr, u16), (Ipv4Addr, u16));
 
 /// The conversations of an interface.
 pub(super) struct Streams {
     stack: Stack,
     reach: Reach,
+    share: Share,
     tokens: Tokens,
     conversations: HashMap<Key, Conversation>,
+    /// Frames that the machine has had no room for.
+    outbox: VecDeque<Frame>,
     /// Whose the host's connections are.
     owners: HashMap<Token, Key>,
     listeners: Vec<Listener>,
@@ -47,15 +54,12 @@ pub(super) struct Streams {
 
 struct Listener {
     socket: TcpListener,
-    at: SocketAddr,
-    /// The port in the instance, and its address, where that is not the primary one.
-    port: u16,
-    to: Option<Ipv4Addr>,
+    entrance: Entrance,
 }
 
 enum Conversation {
     /// The host outside has not answered; with the frame by which the guest began.
-    Connecting { host: TcpStream, token: Token, frame: Vec<u8>, until: Instant },
+    Connecting { host: TcpStream, permit: Permit, token: Token, frame: Vec<u8>, until: Instant },
     /// Both sides are there.
     Open { socket: SocketHandle, other: Other, token: Option<Token> },
     /// What the guest is told of its end.
@@ -70,29 +74,35 @@ enum Other {
 }
 
 impl Streams {
-    pub(super) fn new(view: &View, reach: Reach) -> Self {
+    pub(super) fn new(view: &View, reach: Reach, share: Share) -> Self {
         Self {
             stack: Stack::new(view),
             reach,
+            share,
             tokens: Tokens(1),
             conversations: HashMap::new(),
+            outbox: VecDeque::new(),
             owners: HashMap::new(),
             listeners: Vec::new(),
         }
     }
 
     /// Offers a port of the instance's to the world.
-    pub(super) fn listen(&mut self, registry: &Registry, forward: Forward) -> io::Result<()> {
-        forward.listener.set_nonblocking(true)?;
-        let mut socket = TcpListener::from_std(forward.listener);
+    pub(super) fn listen(
+        &mut self,
+        registry: &Registry,
+        socket: std::net::TcpListener,
+        entrance: Entrance,
+    ) -> io::Result<()> {
+        socket.set_nonblocking(true)?;
+        let mut socket = TcpListener::from_std(socket);
         registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
-        let Forward { at, port, to, .. } = forward;
-        self.listeners.push(Listener { socket, at, port, to });
+        self.listeners.push(Listener { socket, entrance });
         Ok(())
     }
 
     pub(super) fn unlisten(&mut self, at: SocketAddr) {
-        self.listeners.retain(|listener| listener.at != at);
+        self.listeners.retain(|listener| listener.entrance.at != at);
     }
 
     /// A frame of the guest's.
@@ -105,6 +115,8 @@ impl Streams {
             // The stack refuses what there is no socket for.
             let refused = if is_service { self.serve(key, frame) } else { self.begin(registry, key, frame) };
             refused.into_iter().for_each(|frame| self.stack.take(frame));
+        } else if flags.syn && matches!(there, Some(Conversation::Open { .. })) {
+            self.stack.take_syn(key, frame);
         } else if !matches!(there, Some(Conversation::Connecting { .. })) {
             self.stack.take(frame);
         }
@@ -112,15 +124,14 @@ impl Streams {
 
     /// Begins a conversation with a service of the network's. Gives the frame back if there is no room.
     fn serve(&mut self, key: Key, frame: Vec<u8>) -> Option<Vec<u8>> {
-        let (_, at) = key;
-        // How many hops its answers go is decided when it is known what is asked.
-        let Some(socket) = self.stack.expect(at, None) else { return Some(frame) };
-        let other = match at.0 {
+        let (_, (at, _)) = key;
+        let Some(socket) = self.stack.expect(key) else { return Some(frame) };
+        let other = match at {
             METADATA => Other::Metadata(Session::default()),
             _ => Other::Names(Names::new(self.reach.resolver)),
         };
         self.conversations.insert(key, Conversation::Open { socket, other, token: None });
-        self.stack.take(frame);
+        self.stack.take_syn(key, frame);
         // Before another waits at the same place.
         self.stack.work();
         None
@@ -132,6 +143,7 @@ impl Streams {
         if !self.reach.allows(address) {
             return Some(frame);
         }
+        let Some(permit) = self.share.take() else { return Some(frame) };
         let Ok(mut host) = TcpStream::connect(SocketAddr::new(address.into(), port)) else {
             return Some(frame);
         };
@@ -141,7 +153,7 @@ impl Streams {
         }
         let until = Instant::now() + CONNECT_WITHIN;
         self.owners.insert(token, key);
-        self.conversations.insert(key, Conversation::Connecting { host, token, frame, until });
+        self.conversations.insert(key, Conversation::Connecting { host, permit, token, frame, until });
         None
     }
 
@@ -178,7 +190,7 @@ impl Streams {
     /// How long nothing has to be done if nothing comes. While the machine has no room there is nothing to do until it
     /// says that it has.
     pub(super) fn patience(&mut self) -> Option<Duration> {
-        if self.stack.has_waiting() { None } else { self.stack.patience() }
+        if !self.outbox.is_empty() { None } else { self.stack.patience() }
     }
 
     /// None of a conversation that is over.
@@ -190,17 +202,20 @@ impl Streams {
         port: &Port,
     ) -> Option<Conversation> {
         match conversation {
-            Conversation::Connecting { host, token, frame, until } => match is_connected(&host) {
+            Conversation::Connecting { host, permit, token, frame, until } => match is_connected(&host) {
                 Ok(true) => {
                     let _ = host.set_nodelay(true);
-                    let socket = self.stack.expect(key.1, None);
-                    self.stack.take(frame);
+                    let Some(socket) = self.stack.expect(key) else {
+                        self.stack.take(frame);
+                        return None;
+                    };
+                    self.stack.take_syn(key, frame);
                     self.stack.work();
-                    let other = Other::Host(Pipe::new(host));
-                    socket.map(|socket| Conversation::Open { socket, other, token: Some(token) })
+                    let other = Other::Host(Pipe::new(host, permit));
+                    Some(Conversation::Open { socket, other, token: Some(token) })
                 }
                 Ok(false) if Instant::now() < until => {
-                    Some(Conversation::Connecting { host, token, frame, until })
+                    Some(Conversation::Connecting { host, permit, token, frame, until })
                 }
                 Ok(false) | Err(_) => {
                     self.stack.take(frame);
@@ -215,17 +230,18 @@ impl Streams {
                         Other::Host(pipe) => pipe.pump(stack).is_ok(),
                         Other::Metadata(session) => serve(session, stack, port),
                         Other::Names(names) => {
-                            names.pump(stack, &port.view(), (registry, &mut self.tokens)).is_ok()
+                            names.pump(stack, &port.view(), (registry, &mut self.tokens, &self.share)).is_ok()
                         }
                     };
                 if goes_on {
+                    self.stack.ask_for_room(socket);
                     return Some(Conversation::Open { socket, other, token });
                 }
                 stack.abort();
                 Some(Conversation::Ending { socket, token })
             }
             Conversation::Ending { socket, .. } => {
-                self.stack.remove(socket);
+                self.stack.remove(&key, socket);
                 None
             }
         }
@@ -235,11 +251,11 @@ impl Streams {
     fn accept(&mut self, registry: &Registry, port: &Port) {
         let view = port.view();
         for n in 0..self.listeners.len() {
-            let own = self.listeners[n].to.unwrap_or(view.address);
+            let Entrance { port: inside, to, .. } = self.listeners[n].entrance;
+            let own = to.unwrap_or(view.address);
             while let Ok((mut host, client)) = self.listeners[n].socket.accept() {
-                let inside = self.listeners[n].port;
                 let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = if real.is_loopback() || view.has(real) { LOCAL_CLIENT } else { real };
+                let shown = shown_as(&view, real);
                 let flow = |source| {
                     let flags = TcpFlags { syn: true, ..TcpFlags::default() };
                     let transport = Transport::Tcp { source: client.port(), destination: inside, flags };
@@ -251,13 +267,14 @@ impl Streams {
                 if !room || !port.admits(&flow(real), &flow(shown)) {
                     continue;
                 }
+                let Some(permit) = self.share.take() else { continue };
                 let _ = host.set_nodelay(true);
                 let (token, interest) = (self.tokens.next(), Interest::READABLE | Interest::WRITABLE);
                 if registry.register(&mut host, token, interest).is_err() {
                     continue;
                 }
-                if let Some(socket) = self.stack.connect((shown, client.port()), (own, inside)) {
-                    let other = Other::Host(Pipe::new(host));
+                if let Some(socket) = self.stack.connect(key) {
+                    let other = Other::Host(Pipe::new(host, permit));
                     self.owners.insert(token, key);
                     self.conversations.insert(key, Conversation::Open { socket, other, token: Some(token) });
                 }
@@ -265,26 +282,44 @@ impl Streams {
         }
     }
 
-    /// Gives the machine the stack's frames, as far as it has room. Says whether it had room for all.
+    /// Gives the machine the stack's packets, as far as it has room. Says whether it had room for all.
     fn send(&mut self, port: &Port) -> bool {
         let view = port.view();
         port.stuck.store(false, Ordering::Release);
-        let mut tried_again = false;
-        while let Some(mut data) = self.stack.next() {
-            let from = data.get(ETHERNET_LEN + 12..).and_then(|bytes| bytes.first_chunk::<4>().copied());
-            let from = from.map_or(Ipv4Addr::UNSPECIFIED, Ipv4Addr::from);
-            let from_service = from == METADATA || view.is_resolver(from);
-            write_ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, &mut data);
-            let Err(frame) = port.send_from_edge(Frame::new(data), !from_service) else { continue };
-            self.stack.put_back(frame.data);
-            // There may be room again by now, of which nobody tells any more.
-            port.stuck.store(true, Ordering::Release);
-            if std::mem::replace(&mut tried_again, true) {
-                return false;
+        loop {
+            if self.outbox.is_empty() {
+                while let Some(packet) = self.stack.next() {
+                    self.outbox.extend(fitted(packet, &self.stack, port, &view));
+                }
+            }
+            if self.outbox.is_empty() {
+                return true;
+            }
+            if !port.offer_all(&mut self.outbox) {
+                // There may be room again by now, of which nobody tells any more.
+                port.stuck.store(true, Ordering::Release);
+                if !port.offer_all(&mut self.outbox) {
+                    return false;
+                }
             }
         }
-        true
     }
+}
+
+/// What the machine is given of a packet of the stack's.
+fn fitted(mut packet: Vec<u8>, stack: &Stack, port: &Port, view: &View) -> Vec<Frame> {
+    write_ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, &mut packet);
+    let Some(flow) = Flow::parse(&packet[ETHERNET_LEN..]) else { return Vec::new() };
+    let frame = match flow.transport {
+        Transport::Tcp { source, destination, .. } => {
+            let longest = view.mtu - 40;
+            let size = stack.segment_size(&((flow.destination, destination), (flow.source, source)));
+            offload::left_to_do(packet, size.map_or(longest, |size| size.clamp(SHORTEST, longest)))
+        }
+        _ => Frame::new(packet),
+    };
+    let from_service = flow.source == METADATA || view.is_resolver(flow.source);
+    port.fitted(frame, !from_service)
 }
 
 impl Conversation {

@@ -115,6 +115,12 @@ fn ports(flow: Flow) -> (Ipv4Addr, Ipv4Addr, Transport) {
     (flow.source, flow.destination, transport)
 }
 
+/// A guest that speaks TCP with the world outside. What is heard of it is what it said.
+pub fn segments(bytes: &[u8]) {
+    let Some(view) = view() else { return };
+    crate::edge::fuzzing::segments(&view, bytes);
+}
+
 /// A guest that asks the DHCP server. It gets its own address or a refusal.
 pub fn dhcp(bytes: &[u8]) {
     let Some(view) = view() else { return };
@@ -221,6 +227,7 @@ mod tests {
             "vpc_metadata",
             "vpc_fragments",
             "vpc_host_keys",
+            "vpc_segments",
         ] {
             let mut count = 0;
             for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
@@ -233,6 +240,7 @@ mod tests {
                     super::metadata(&bytes[..len]);
                     super::fragments(&bytes[..len]);
                     super::host_keys(&bytes[..len]);
+                    super::segments(&bytes[..len]);
                 }
                 count += 1;
             }

@@ -7,11 +7,11 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use ami_core::NetworkInterfaceId;
 
 use super::{Network, Plugged};
-use crate::edge::Forward;
+use crate::edge::{Carrier, Entrance, Forward, Listener};
 use crate::{Error, NetworkInterface, Result, SshAccess};
 
 /// Where an interface's Elastic IP addresses are listened at, and the address of the interface that each leads to.
-pub(crate) type ElasticOffers = BTreeMap<SocketAddr, Ipv4Addr>;
+pub(crate) type ElasticOffers = BTreeMap<(Carrier, SocketAddr), Ipv4Addr>;
 
 impl Network {
     /// Has a port of an interface reached at an address of the host's, and says which: with port 0, a free one is
@@ -50,7 +50,7 @@ impl Network {
             Ok(())
         })?;
         if let Some(plugged) = plugged.get(&id) {
-            plugged.edge.listen(Forward { listener, at, port, to: None });
+            plugged.edge.listen(forwarded(listener, Entrance { at, port, to: None }));
         }
         Ok(at)
     }
@@ -100,7 +100,7 @@ impl Network {
             Ok(interface.forwards.remove(&port))
         })?;
         if let (Some(at), Some(plugged)) = (at, plugged.get(&id)) {
-            plugged.edge.unlisten(at);
+            plugged.edge.unlisten(Carrier::Tcp, at);
         }
         Ok(())
     }
@@ -124,7 +124,7 @@ impl Network {
             };
             let listener = listener.map_err(refused)?;
             let at = listener.local_addr().map_err(refused)?;
-            there.edge.listen(Forward { listener, at, port, to: None });
+            there.edge.listen(forwarded(listener, Entrance { at, port, to: None }));
             if at != before {
                 moved.push((port, at));
             }
@@ -139,14 +139,18 @@ impl Network {
     }
 }
 
+fn forwarded(listener: TcpListener, entrance: Entrance) -> Forward {
+    Forward { listener: Listener::Tcp(listener), entrance }
+}
+
 impl Plugged {
     /// Listens no longer for Elastic IP addresses where that is not among what is wanted.
     pub(super) fn withdraw(&mut self, wanted: &ElasticOffers) {
         let edge = &self.edge;
-        self.elastic.retain(|at, to| {
-            let stays = wanted.get(at) == Some(to);
+        self.elastic.retain(|place, to| {
+            let stays = wanted.get(place) == Some(to);
             if !stays {
-                edge.unlisten(*at);
+                edge.unlisten(place.0, place.1);
             }
             stays
         });
@@ -154,14 +158,15 @@ impl Plugged {
 
     /// Listens for Elastic IP addresses where that is wanted and the host lets us.
     pub(super) fn offer(&mut self, wanted: ElasticOffers) {
-        for (at, to) in wanted {
-            if self.elastic.contains_key(&at) {
+        for ((carrier, at), to) in wanted {
+            if self.elastic.contains_key(&(carrier, at)) {
                 continue;
             }
-            match TcpListener::bind(at) {
+            match Listener::bind(carrier, at) {
                 Ok(listener) => {
-                    self.edge.listen(Forward { listener, at, port: at.port(), to: Some(to) });
-                    self.elastic.insert(at, to);
+                    let entrance = Entrance { at, port: at.port(), to: Some(to) };
+                    self.edge.listen(Forward { listener, entrance });
+                    self.elastic.insert((carrier, at), to);
                 }
                 Err(error) => tracing::warn!(%error, %at, "an Elastic IP address is not listened at"),
             }

@@ -22,13 +22,15 @@ const ELASTIC_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 64, 0, 0), 
 pub struct NetworkOptions {
     pub(super) reach: Reach,
     pub(super) conversations: usize,
+    pub(super) sockets: Option<usize>,
     pub(super) elastic_pool: Ipv4Net,
 }
 
 impl Default for NetworkOptions {
     /// Guests reach what the host reaches, but not the host itself, and have nobody to ask for names.
     fn default() -> Self {
-        Self { reach: Reach::default(), conversations: CONVERSATIONS, elastic_pool: ELASTIC_POOL }
+        let reach = Reach::default();
+        Self { reach, conversations: CONVERSATIONS, sockets: None, elastic_pool: ELASTIC_POOL }
     }
 }
 
@@ -55,6 +57,16 @@ impl NetworkOptions {
     /// protocols without ports.
     pub fn tracked_conversations(mut self, most: usize) -> Self {
         self.conversations = most;
+        self
+    }
+
+    /// How many sockets of the host's the conversations of all guests with the world outside have open at most: half of
+    /// the descriptors that the process may have when the network is opened, unless this says otherwise. A guest gets
+    /// another as long as it has fewer than are left for all, so that one that opens what it can leaves half of them.
+    /// Where it gets none, its connection is refused, and of its datagrams the conversation that was silent longest
+    /// ends. Ports that are listened at are not counted: it is not guests who open them.
+    pub fn sockets(mut self, most: usize) -> Self {
+        self.sockets = Some(most);
         self
     }
 

@@ -1,6 +1,8 @@
 //! A guest without a machine: a TCP/IP stack at the machine's end of a cable.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub(crate) mod setup;
+
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::sync::mpsc::{Receiver, channel};
@@ -9,11 +11,16 @@ use std::time::{Duration, Instant};
 use instance_core::machine::NetSpec;
 use instance_core::net::{Frame, MacAddress, NetPort, Offloads};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{dhcpv4, tcp, udp};
 use smoltcp::time::Instant as StackInstant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
 
+/// The longest packet of a guest's.
+const MTU: usize = 1500;
+/// What a guest has room for each way in a conversation. Where windows are scaled, smoltcp 0.12 to 0.14 ends its thread if
+/// what comes fills one whose end it has rounded.
+pub(crate) const ROOM: usize = 65_535;
 /// How long anything may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// How long is waited for an answer that may never come.
@@ -26,6 +33,10 @@ pub(crate) struct Guest {
     interface: Interface,
     pub(crate) sockets: SocketSet<'static>,
     cable: Cable,
+    /// What it takes at a time, as a machine does that is slow.
+    pub(crate) bite: usize,
+    /// Frames that were longer than its packets may be.
+    pub(crate) long_frames: usize,
     woken: Receiver<()>,
     began: Instant,
     /// What DHCP gave.
@@ -38,6 +49,9 @@ pub(crate) struct Guest {
 struct Cable {
     port: NetPort,
     inbox: VecDeque<Vec<u8>>,
+    takes: Offloads,
+    /// What it sends is lost.
+    cut: bool,
 }
 
 impl Guest {
@@ -50,9 +64,14 @@ impl Guest {
 
     /// The same without an address.
     pub(crate) fn plugged(spec: NetSpec) -> Self {
+        Self::taking(Offloads::NONE, spec)
+    }
+
+    /// The same of a guest that takes frames that are not complete.
+    pub(crate) fn taking(takes: Offloads, spec: NetSpec) -> Self {
         let (wake, woken) = channel();
-        spec.port.set_takes(Offloads::NONE);
-        let mut cable = Cable { port: spec.port.clone(), inbox: VecDeque::new() };
+        spec.port.set_takes(takes);
+        let mut cable = Cable { port: spec.port.clone(), inbox: VecDeque::new(), takes, cut: false };
         let config = Config::new(HardwareAddress::Ethernet(EthernetAddress(spec.mac.0)));
         let interface = Interface::new(config, &mut cable, StackInstant::ZERO);
         spec.port.set_waker(Some(std::sync::Arc::new(move || _ = wake.send(()))));
@@ -62,6 +81,8 @@ impl Guest {
             interface,
             sockets: SocketSet::new(Vec::new()),
             cable,
+            bite: usize::MAX,
+            long_frames: 0,
             woken,
             began: Instant::now(),
             address: Ipv4Addr::UNSPECIFIED,
@@ -71,7 +92,12 @@ impl Guest {
         }
     }
 
-    fn ask_for_address(&mut self) {
+    /// Has what it sends be lost, or no longer.
+    pub(crate) fn cut_off(&mut self, cut: bool) {
+        self.cable.cut = cut;
+    }
+
+    pub(crate) fn ask_for_address(&mut self) {
         let handle = self.sockets.add(dhcpv4::Socket::new());
         let given = self.until(|guest| match guest.sockets.get_mut::<dhcpv4::Socket<'_>>(handle).poll() {
             Some(dhcpv4::Event::Configured(config)) => {
@@ -97,8 +123,10 @@ impl Guest {
     /// Does what there is to do.
     pub(crate) fn work(&mut self) {
         let now = StackInstant::from_micros(self.began.elapsed().as_micros() as i64);
-        while let Some(frame) = self.port.recv() {
-            assert!(frame.is_taken_by(Offloads::NONE), "nothing is left to be done to {frame:?}");
+        for _ in 0..self.bite {
+            let Some(frame) = self.port.recv() else { break };
+            assert!(frame.is_taken_by(self.cable.takes), "too much is left to be done to {frame:?}");
+            self.long_frames += usize::from(frame.data.len() > MTU + 14);
             self.cable.inbox.push_back(frame.data);
         }
         self.interface.poll(now, &mut self.cable, &mut self.sockets);
@@ -123,13 +151,15 @@ impl Guest {
                 return Some(done);
             }
             let left = deadline.checked_duration_since(Instant::now())?;
-            // The stack has timers of its own, too.
-            let _ = self.woken.recv_timeout(left.min(Duration::from_millis(20)));
+            if self.port.waiting() == 0 {
+                // The stack has timers of its own, too.
+                let _ = self.woken.recv_timeout(left.min(Duration::from_millis(20)));
+            }
         }
     }
 
     fn socket() -> tcp::Socket<'static> {
-        let buffer = || tcp::SocketBuffer::new(vec![0; 64 << 10]);
+        let buffer = || tcp::SocketBuffer::new(vec![0; ROOM]);
         tcp::Socket::new(buffer(), buffer())
     }
 
@@ -248,17 +278,20 @@ impl Device for Cable {
 
     fn receive(&mut self, _: StackInstant) -> Option<(Received, Sender<'_>)> {
         let frame = self.inbox.pop_front()?;
-        Some((Received(frame), Sender(&self.port)))
+        Some((Received(frame), Sender(&self.port, self.cut)))
     }
 
     fn transmit(&mut self, _: StackInstant) -> Option<Sender<'_>> {
-        Some(Sender(&self.port))
+        Some(Sender(&self.port, self.cut))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
-        capabilities.max_transmission_unit = 1514;
+        capabilities.max_transmission_unit = MTU + 14;
+        if self.takes.checksum {
+            capabilities.checksum.tcp = Checksum::Tx;
+        }
         capabilities
     }
 }
@@ -271,13 +304,15 @@ impl RxToken for Received {
     }
 }
 
-pub(crate) struct Sender<'a>(&'a NetPort);
+pub(crate) struct Sender<'a>(&'a NetPort, bool);
 
 impl TxToken for Sender<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut bytes = vec![0; len];
         let result = f(&mut bytes);
-        let _ = self.0.send(Frame::new(bytes));
+        if !self.1 {
+            let _ = self.0.send(Frame::new(bytes));
+        }
         result
     }
 }

@@ -241,8 +241,7 @@ impl Net {
         if len < ETHERNET_LEN as u64 || len > Frame::MAX_LEN as u64 {
             return Ok(None);
         }
-        let mut frame = Frame::new(vec![0; len as usize]);
-        chain.readable.read(ring.memory(), HEADER_LEN as u64, &mut frame.data)?;
+        let mut frame = Frame::new(chain.readable.to_vec(ring.memory(), HEADER_LEN as u64, len as usize)?);
         Header::parse(header).apply(&mut frame, features)?;
         let sound = frame.is_sound() && frame.is_taken_by(self.offered) && self.spec.is_short_enough(&frame);
         Ok(sound.then_some(frame))

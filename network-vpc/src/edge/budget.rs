@@ -1,0 +1,89 @@
+//! How many sockets of the host's the guests of a network have open together: each conversation with the world outside
+//! takes one, and a process has only so many descriptors.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::process::{Resource, getrlimit};
+
+/// What is assumed where the host has no limit.
+const UNLIMITED: u64 = 65_536;
+
+/// The sockets of a network.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    most: usize,
+    open: AtomicUsize,
+}
+
+impl Budget {
+    pub(crate) fn new(most: usize) -> Arc<Self> {
+        Arc::new(Self { most, open: AtomicUsize::new(0) })
+    }
+
+    /// Half of the descriptors that the process may have.
+    pub(crate) fn of_process() -> usize {
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(UNLIMITED).min(UNLIMITED);
+        descriptors as usize / 2
+    }
+
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// The share of an interface, which has none open.
+    pub(crate) fn share(self: &Arc<Self>) -> Share {
+        Share { budget: self.clone(), own: Arc::default() }
+    }
+}
+
+/// What an interface has of a [`Budget`].
+#[derive(Debug, Clone)]
+pub(crate) struct Share {
+    budget: Arc<Budget>,
+    own: Arc<AtomicUsize>,
+}
+
+impl Share {
+    /// A socket, for as long as the permit is kept. An interface gets one while it has fewer than are left for all: one
+    /// that takes what it can leaves half of them, and two leave a third.
+    pub(crate) fn take(&self) -> Option<Permit> {
+        // Only the interface's own thread takes.
+        let own = self.own.load(Ordering::Relaxed);
+        let take = |open| (own < self.budget.most.saturating_sub(open)).then_some(open + 1);
+        self.budget.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        self.own.fetch_add(1, Ordering::Relaxed);
+        Some(Permit(self.clone()))
+    }
+}
+
+/// That a socket is open.
+#[derive(Debug)]
+pub(crate) struct Permit(Share);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.own.fetch_sub(1, Ordering::Relaxed);
+        self.0.budget.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_takes_what_there_is_leaves_some_for_others() {
+        let budget = Budget::new(12);
+        let (greedy, other) = (budget.share(), budget.share());
+        let all = |share: &Share| std::iter::from_fn(|| share.take()).collect::<Vec<_>>();
+        let (first, second) = (all(&greedy), all(&other));
+        assert_eq!((first.len(), second.len(), budget.open()), (6, 3, 9));
+        drop(second);
+        assert_eq!(budget.open(), 6);
+        drop(first);
+        assert_eq!(all(&other).len(), 6);
+        assert_eq!(budget.open(), 0);
+        assert!(Budget::new(0).share().take().is_none());
+    }
+}

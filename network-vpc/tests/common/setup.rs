@@ -1,0 +1,60 @@
+//! Networks and what is in them, as most tests need them.
+
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+
+use ipnet::Ipv4Net;
+use network_vpc::{Direction, Network, NetworkInterface, NetworkOptions, Peer, Rule};
+
+use super::Guest;
+
+/// Nobody is asked for names.
+pub(crate) fn options() -> NetworkOptions {
+    NetworkOptions::new().resolver(None)
+}
+
+pub(crate) fn opened(options: NetworkOptions) -> Network {
+    options.in_memory(&"eu-west-1".parse().unwrap()).unwrap()
+}
+
+pub(crate) fn network() -> Network {
+    opened(options())
+}
+
+pub(crate) fn anywhere() -> Ipv4Net {
+    Ipv4Net::default()
+}
+
+/// An interface of the default subnet, in a group of its own, which lets these rules in.
+pub(crate) fn interface(network: &Network, name: &str, rules: &[Rule]) -> NetworkInterface {
+    let group = network.create_security_group(network.default_vpc().unwrap(), name, "").unwrap();
+    for rule in rules {
+        network.authorize(group.id, Direction::Ingress, rule.clone()).unwrap();
+    }
+    network.create_interface(network.interface_spec().unwrap().groups([group.id])).unwrap()
+}
+
+/// The same of one that lets everything in.
+pub(crate) fn open_interface(network: &Network) -> NetworkInterface {
+    let name = format!("group {}", network.security_groups().len());
+    interface(network, &name, &[Rule::all(Peer::Cidr(anywhere()))])
+}
+
+/// An interface with a guest at it.
+pub(crate) fn boot(network: &Network, name: &str, rules: &[Rule]) -> (NetworkInterface, Guest) {
+    let interface = interface(network, name, rules);
+    let guest = Guest::boot(network.plug(interface.id).unwrap());
+    (interface, guest)
+}
+
+/// An address of this host's that is not a loopback one; says so if there is none.
+pub(crate) fn own_address() -> Option<Ipv4Addr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let own = socket.connect("203.0.113.1:9").and_then(|()| socket.local_addr());
+    match own {
+        Ok(SocketAddr::V4(address)) if !address.ip().is_unspecified() => Some(*address.ip()),
+        _ => {
+            eprintln!("SKIPPED: this host has no address but the loopback one");
+            None
+        }
+    }
+}

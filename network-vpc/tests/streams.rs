@@ -1,0 +1,201 @@
+//! Conversations over TCP with the world outside, where much is said and frames are lost or taken slowly.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use common::setup::{open_interface, opened, options, own_address};
+use common::{Guest, PATIENCE, ROOM, SILENCE};
+use instance_core::net::{Frame, MacAddress, Offloads};
+use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpPacket};
+
+/// The router's address, as guests see it.
+const ROUTER: [u8; 6] = [0x0a, 0, 0, 0, 0, 1];
+
+/// What a server says to whoever connects, and then hears, again and again. Gives its port.
+fn says(own: Ipv4Addr, text: Vec<u8>) -> u16 {
+    let server = TcpListener::bind((own, 0)).unwrap();
+    let port = server.local_addr().unwrap().port();
+    thread::spawn(move || {
+        while let Ok((mut client, _)) = server.accept() {
+            let text = text.clone();
+            thread::spawn(move || {
+                let mut heard = vec![0; text.len()];
+                client.write_all(&text)?;
+                client.read_exact(&mut heard)?;
+                client.write_all(if heard == text { b"." } else { b"!" })
+            });
+        }
+    });
+    port
+}
+
+/// A segment by which a guest begins a conversation.
+fn syn((mac, from): (MacAddress, Ipv4Addr), to: Ipv4Addr, source: u16, destination: u16) -> Frame {
+    let mut frame = vec![0; 54];
+    frame[..6].copy_from_slice(&ROUTER);
+    frame[6..12].copy_from_slice(&mac.0);
+    frame[12..14].copy_from_slice(&[8, 0]);
+    let mut ip = Ipv4Packet::new_unchecked(&mut frame[14..]);
+    ip.set_version(4);
+    ip.set_header_len(20);
+    ip.set_total_len(40);
+    ip.set_hop_limit(64);
+    ip.set_next_header(IpProtocol::Tcp);
+    ip.set_src_addr(from);
+    ip.set_dst_addr(to);
+    ip.fill_checksum();
+    let mut tcp = TcpPacket::new_unchecked(ip.payload_mut());
+    tcp.set_src_port(source);
+    tcp.set_dst_port(destination);
+    tcp.set_header_len(20);
+    tcp.set_syn(true);
+    tcp.set_window_len(1000);
+    tcp.fill_checksum(&from.into(), &to.into());
+    Frame::new(frame)
+}
+
+fn text(len: usize) -> Vec<u8> {
+    (0..len).map(|n| (n / 3 + n / 251) as u8).collect()
+}
+
+#[test]
+fn a_guest_whose_word_of_room_is_lost_is_asked_again() {
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
+    let interface = open_interface(&network);
+    let mut guest = Guest::boot(network.plug(interface.id).unwrap());
+    let text = text(400_000);
+    let port = says(own, text.clone());
+    let connection = guest.connect(PATIENCE, own, port).unwrap();
+    // It hears nothing until it has no room, and what it says of having some again is lost.
+    guest.until(|guest| (guest.tcp(connection).recv_queue() == ROOM).then_some(())).unwrap();
+    guest.within(SILENCE, |_| None::<()>);
+    guest.cut_off(true);
+    let mut heard = Vec::new();
+    guest.tcp(connection).recv(|bytes| (bytes.len(), heard.extend(&*bytes))).unwrap();
+    guest.work();
+    guest.cut_off(false);
+    heard.extend(guest.hear(connection, text.len() - heard.len()));
+    assert!(heard == text);
+}
+
+/// Many conversations at once, each way as much as the cable holds, with a guest that takes its frames in bites: queues
+/// fill and empty all the time, and nothing may be waited for that has been told already.
+fn much_is_said(takes: Offloads, bite: usize) -> Option<usize> {
+    const CONVERSATIONS: usize = 60;
+    let own = own_address()?;
+    let network = opened(options().reach_host(true));
+    let interface = open_interface(&network);
+    let mut guest = Guest::taking(takes, network.plug(interface.id).unwrap());
+    guest.ask_for_address();
+    guest.bite = bite;
+    let text = text(120_000);
+    let port = says(own, text.clone());
+    let connections: Vec<_> =
+        (0..CONVERSATIONS).map(|_| guest.connect(PATIENCE, own, port).unwrap()).collect();
+    let mut progress = vec![(0, Vec::<u8>::new()); CONVERSATIONS];
+    let done = guest.until(|guest| {
+        for (connection, (said, heard)) in connections.iter().zip(&mut progress) {
+            let socket = guest.tcp(*connection);
+            *said += socket.send_slice(&text[*said..]).unwrap();
+            while socket.can_recv() {
+                socket.recv(|bytes| (bytes.len(), heard.extend(&*bytes))).unwrap();
+            }
+        }
+        progress.iter().all(|(_, heard)| heard.len() > text.len()).then_some(())
+    });
+    let lengths: Vec<_> = progress.iter().map(|(said, heard)| (*said, heard.len())).collect();
+    assert!(done.is_some(), "it stands still at {lengths:?}");
+    assert!(progress.iter().all(|(_, heard)| heard[..text.len()] == text && heard[text.len()..] == *b"."));
+    Some(guest.long_frames)
+}
+
+#[test]
+fn nothing_stands_still_where_frames_are_taken_in_bites() {
+    for bite in [1, 7, 300] {
+        assert_eq!(much_is_said(Offloads::NONE, bite).unwrap_or(0), 0, "longer than its packets");
+    }
+}
+
+#[test]
+fn a_guest_that_takes_long_frames_gets_them_whole() {
+    if let Some(long_frames) = much_is_said(Offloads::ALL, 20) {
+        assert!(long_frames > 60, "{long_frames} were long");
+    }
+}
+
+#[test]
+fn guests_share_the_sockets_of_the_host() {
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true).sockets(12));
+    let [mut greedy, mut other] =
+        [0, 1].map(|_| Guest::boot(network.plug(open_interface(&network).id).unwrap()));
+    let port = says(own, text(1));
+    let connected = |guest: &mut Guest, count: usize| {
+        (0..count).filter_map(|_| guest.connect(PATIENCE, own, port)).collect::<Vec<_>>()
+    };
+    let first = connected(&mut greedy, 8);
+    assert_eq!((first.len(), network.open_sockets()), (6, 6), "more are refused");
+    let socket = UdpSocket::bind((own, 0)).unwrap();
+    let at = socket.local_addr().unwrap().port();
+    let echo = thread::spawn(move || {
+        let mut bytes = [0; 100];
+        while let Ok((len, from)) = socket.recv_from(&mut bytes) {
+            socket.send_to(&bytes[..len], from)?;
+        }
+        std::io::Result::Ok(())
+    });
+    // A datagram's conversation takes one as well, and makes room for the next.
+    for _ in 0..5 {
+        assert_eq!(other.ask(own, at, b"hello").as_deref(), Some(&b"hello"[..]));
+    }
+    assert_eq!(network.open_sockets(), 9);
+    assert!(!echo.is_finished());
+    for connection in first {
+        greedy.tcp(connection).abort();
+    }
+    greedy.until(|_| (network.open_sockets() == 3).then_some(())).unwrap();
+    assert_eq!(connected(&mut greedy, 1).len(), 1, "what was given back is there again");
+    network.unplug(network.interfaces()[0].id);
+    network.unplug(network.interfaces()[1].id);
+    assert_eq!(network.open_sockets(), 0);
+}
+
+#[test]
+fn a_guest_that_floods_takes_no_neighbours_share_of_the_edge() {
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
+    let [flooding, quiet] = [0, 1].map(|_| open_interface(&network));
+    let flood = network.plug(flooding.id).unwrap();
+    let mut guest = Guest::boot(network.plug(quiet.id).unwrap());
+    let port = says(own, text(1));
+    let (over, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let sender = {
+        let (over, sent, from) = (over.clone(), sent.clone(), (flooding.mac, flooding.private_ip));
+        thread::spawn(move || {
+            // Beginnings of conversations with services and with the world, each another.
+            while !over.load(Ordering::Relaxed) {
+                let n = sent.fetch_add(1, Ordering::Relaxed);
+                let to = [Ipv4Addr::new(169, 254, 169, 254), own][(n % 2) as usize];
+                let _ = flood.port.send(syn(from, to, (n % 60_000) as u16 + 1, port));
+                while flood.port.recv().is_some() {}
+            }
+        })
+    };
+    let mut connections = 0;
+    while connections < 20 || sent.load(Ordering::Relaxed) < 20_000 {
+        let connection = guest.connect(PATIENCE, own, port).unwrap();
+        assert_eq!(guest.hear(connection, 1), text(1));
+        guest.tcp(connection).abort();
+        guest.work();
+        connections += 1;
+    }
+    over.store(true, Ordering::Relaxed);
+    sender.join().unwrap();
+}
