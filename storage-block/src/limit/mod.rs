@@ -165,7 +165,7 @@ impl Limiter {
 
     /// Takes what something costs that passes. See [`delay`](Self::delay).
     pub fn charge(&self, ops: u64, bytes: u64) {
-        lock(&self.0.state).take(Cost { ops, bytes });
+        lock(&self.0.state).charge(self.now(), Cost { ops, bytes });
     }
 
     /// Lets a request pass, or says how long to wait at least.
@@ -195,6 +195,12 @@ impl State {
         }
         self.take(cost);
         Ok(())
+    }
+
+    /// Takes what something costs that passes now: of what was saved up until now, which is no more than a burst.
+    fn charge(&mut self, now: Duration, cost: Cost) {
+        let _ = self.delay(now, cost);
+        self.take(cost);
     }
 
     /// How long until a request may pass, if it may not now.
@@ -253,6 +259,19 @@ mod tests {
         limiter.try_take(OP).expect_err("requests wait for it as well");
         limiter.set(IoLimits::NONE);
         assert_eq!(limiter.delay(), None);
+    }
+
+    #[test]
+    fn what_is_charged_late_is_charged_to_one_burst() {
+        let at = Duration::from_secs;
+        let new = |rate| Some(Bucket::new(rate, at(0)));
+        let mut state = State {
+            limits: IoLimits::NONE,
+            ops: new(Rate { per_second: 1, burst: 10 }),
+            bytes: new(Rate { per_second: 1000, burst: 1000 }),
+        };
+        state.charge(at(100), Cost { ops: 1, bytes: 5000 });
+        assert_eq!(state.delay(at(100), OP), Some(Duration::from_millis(4001)));
     }
 
     /// A waiting call notices that the limits are gone.
