@@ -5,7 +5,6 @@ use instance_core::machine::BootFile;
 use object::Endianness;
 use object::elf::{self, FileHeader32, FileHeader64};
 use object::read::elf::{FileHeader, NoteIterator, ProgramHeader};
-use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::{Result, boot};
 use crate::layout;
@@ -19,8 +18,6 @@ const HEADERS_MAX: u64 = 64 << 10;
 const SEGMENTS_MAX: usize = 64;
 /// The most bytes of notes. Linux's are below 1 KiB.
 const NOTES_MAX: u64 = 64 << 10;
-/// How many bytes are copied at once: few enough to stay in the processor's cache.
-const CHUNK: usize = 256 << 10;
 
 /// Where the first processor starts, and in which mode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,22 +122,10 @@ impl Kernel {
     }
 }
 
-/// Copies `len` bytes of a file from `offset` on to `address`.
+/// Reads `len` bytes of a file from `offset` on to `address`.
 pub(crate) fn copy(file: &BootFile, offset: u64, len: u64, memory: &Memory, address: u64) -> Result<()> {
-    use std::os::unix::fs::FileExt;
-    let mut buffer = vec![0; CHUNK.min(len as usize)];
-    let mut done = 0;
-    while done < len {
-        let part = (len - done).min(CHUNK as u64) as usize;
-        file.file()
-            .read_exact_at(&mut buffer[..part], offset + done)
-            .map_err(|error| boot("a boot file cannot be read").with_source(error))?;
-        memory
-            .write_slice(&buffer[..part], GuestAddress(address + done))
-            .map_err(|error| boot("a boot file does not fit into the memory").with_source(error))?;
-        done += part as u64;
-    }
-    Ok(())
+    memory::read_from(memory, address, file.file(), offset, len as usize)
+        .map_err(|error| boot("a boot file cannot be read into the memory").with_source(error))
 }
 
 /// The segment, if its bytes are in the file and its place in the RAM where kernels may be.

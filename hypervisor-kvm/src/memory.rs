@@ -2,7 +2,9 @@
 #![allow(unsafe_code, reason = "KVM and the host's kernel are told addresses")]
 
 use std::fs::File;
+use std::io;
 use std::num::NonZeroU32;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -53,6 +55,37 @@ pub(crate) fn map(file: &Arc<File>, offset: u64, mib: NonZeroU32) -> Result<Memo
     let memory = Memory::from_regions(regions).host(&failed)?;
     keep_to_this_process(&memory)?;
     Ok(memory)
+}
+
+/// Reads `len` bytes of a file from `offset` on straight into the memory, which no guest uses yet.
+pub(crate) fn read_from(
+    memory: &Memory,
+    address: u64,
+    file: &File,
+    mut offset: u64,
+    len: usize,
+) -> io::Result<()> {
+    for slice in memory.get_slices(GuestAddress(address), len) {
+        let slice = slice.map_err(io::Error::other)?;
+        let mut done = 0;
+        while done < slice.len() {
+            let rest = slice.offset(done).map_err(io::Error::other)?;
+            let into = rest.ptr_guard_mut();
+            // SAFETY: so many bytes are mapped there, and nobody holds a reference to any.
+            let read = unsafe {
+                libc::pread(file.as_raw_fd(), into.as_ptr().cast(), rest.len(), offset as libc::off_t)
+            };
+            match read {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                1.. => (done, offset) = (done + read as usize, offset + read as u64),
+                _ => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+    }
+    Ok(())
 }
 
 fn keep_to_this_process(memory: &Memory) -> Result<()> {

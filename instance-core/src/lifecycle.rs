@@ -2,10 +2,11 @@
 //!
 //! Every change of state goes through [`Inner::transition`]: committed first, then published.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ami_core::Timestamp;
+use ami_core::{InstanceId, Timestamp};
 
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
@@ -198,7 +199,7 @@ impl Inner {
     }
 
     /// A machine has ended by itself, or by its guest.
-    pub(crate) fn machine_ended(&self, id: ami_core::InstanceId, generation: u64) {
+    pub(crate) fn machine_ended(&self, id: InstanceId, generation: u64) {
         let Some(cell) = self.cells().get(&id).cloned() else { return };
         // Whoever holds the instance reports the end again when done.
         let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
@@ -213,15 +214,24 @@ impl Inner {
         }
     }
 
-    /// An instance was launched, and its volumes are to become durable.
-    pub(crate) fn settle(&self, id: ami_core::InstanceId) {
+    /// Instances were launched, and their volumes are to become durable.
+    pub(crate) fn settle(&self, ids: &BTreeSet<InstanceId>) {
+        for id in ids {
+            self.settle_one(*id);
+        }
+        // From here on a volume that is missing or damaged is not made again.
+        if let Err(e) = self.store.commit_later() {
+            tracing::warn!(error = chain(&e), "cannot note that launches are whole");
+        }
+    }
+
+    fn settle_one(&self, id: InstanceId) {
         let Some(cell) = self.cells().get(&id).cloned() else { return };
         // Whoever holds the instance tells of it again when done.
         let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
         if live.record.launched || live.volumes.is_empty() {
             return;
         }
-        // The record goes with whatever is committed next: until then opening the region looks at the volumes.
         let settled = live.settle().and_then(|()| self.store.later(|c| c.put(&live.record)));
         if let Err(e) = settled {
             self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e)));

@@ -5,14 +5,19 @@
 //! that rebooted gets a new machine. Another makes the volumes of launches durable, so that no end of a
 //! machine waits for the disk.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use ami_core::InstanceId;
 
 use crate::region::Inner;
+
+/// For how long launches are gathered whose volumes are made durable together.
+const GATHER: Duration = Duration::from_secs(1);
 
 /// What the threads are told.
 #[derive(Debug, Clone, Copy)]
@@ -42,9 +47,9 @@ impl Supervisor {
         let (hand_on, launched) = mpsc::channel();
         let of_volumes = region.clone();
         let settle = move || {
-            while let Ok(id) = launched.recv() {
+            while let Some(ids) = gather(&launched) {
                 match of_volumes.upgrade() {
-                    Some(region) => region.settle(id),
+                    Some(region) => region.settle(&ids),
                     None => return,
                 }
             }
@@ -82,6 +87,20 @@ impl Supervisor {
         }
         for thread in threads {
             let _ = thread.join();
+        }
+    }
+}
+
+/// Who is told of within a moment, since one synchronisation of a file system serves them all; none, if the region is
+/// closed.
+fn gather(launched: &Receiver<InstanceId>) -> Option<BTreeSet<InstanceId>> {
+    let mut ids = BTreeSet::from([launched.recv().ok()?]);
+    let until = Instant::now() + GATHER;
+    loop {
+        match launched.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(id) => drop(ids.insert(id)),
+            Err(RecvTimeoutError::Timeout) => return Some(ids),
+            Err(RecvTimeoutError::Disconnected) => return None,
         }
     }
 }

@@ -80,6 +80,11 @@ impl Store {
         Ok(())
     }
 
+    /// Makes the changes that were left for [`later`](Self::later). They are durable when this returns.
+    pub(crate) fn commit_later(&self) -> Result<()> {
+        self.0.apply(Vec::new(), Durability::Immediate)
+    }
+
     fn apply(&self, durability: Durability, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
         let mut changes = Changes(Vec::new());
         change(&mut changes)?;
