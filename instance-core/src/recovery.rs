@@ -68,7 +68,8 @@ impl Inner {
     }
 
     /// Makes those volumes again, as they were made, that were not durable yet when a crash took them. Nothing that was
-    /// flushed to them is lost: what is flushed makes the volume durable.
+    /// flushed to them is lost: what is flushed makes the volume durable. What a crash leaves of one may look damaged; that
+    /// a volume which was flushed is damaged in the second before it is known to be durable is not told from that.
     fn make_lost_volumes(&self, record: &InstanceRecord) -> Result<()> {
         for attachment in &record.description.attachments {
             let id = attachment.volume_id;

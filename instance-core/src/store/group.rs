@@ -110,6 +110,11 @@ impl Group {
         lock(&self.queue).later.extend(changes);
     }
 
+    /// Whether there are such.
+    pub(super) fn has_later(&self) -> bool {
+        !lock(&self.queue).later.is_empty()
+    }
+
     /// Writes what a batch wants and tells each of its members.
     fn write(&self, batch: Vec<Waiting>) {
         if let [one] = &batch[..] {

@@ -82,7 +82,10 @@ impl Store {
 
     /// Makes the changes that were left for [`later`](Self::later). They are durable when this returns.
     pub(crate) fn commit_later(&self) -> Result<()> {
-        self.0.apply(Vec::new(), Durability::Immediate)
+        match self.0.has_later() {
+            true => self.0.apply(Vec::new(), Durability::Immediate),
+            false => Ok(()),
+        }
     }
 
     fn apply(&self, durability: Durability, change: impl FnOnce(&mut Changes) -> Result<()>) -> Result<()> {
