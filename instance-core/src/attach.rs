@@ -117,6 +117,11 @@ impl Inner {
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
         // From here on it has a volume that is not of its launch, and may not be made again.
+        if !live.record.launched && live.volumes.is_empty() {
+            live.volumes = self.open_volumes(&live)?;
+            live.end_machine()?;
+            live.volumes.clear();
+        }
         live.settle()?;
         let mut record = live.record.clone();
         let description = &mut record.description;

@@ -18,7 +18,7 @@ use std::time::Duration;
 use ami_core::InstanceId;
 use rustix::fs::MemfdFlags;
 use storage_block::keys::EncryptionKey;
-use storage_block::{Disk, RawFile, Volume, VolumeOptions};
+use storage_block::{Disk, ErrorKind as BlockErrorKind, RawFile, Volume, VolumeOptions};
 
 use crate::description::StateReason;
 use crate::error::chain;
@@ -93,7 +93,7 @@ impl Inner {
         self.transition(cell, &mut live, Transition::Stop, Some(reason.clone()))?;
         match self.save(cell, &live) {
             Ok(saved) => {
-                live.end_machine()?;
+                live.end_machine().inspect_err(|_| self.remove_saved(cell.id))?;
                 self.power_off(&mut live);
                 let mut record = live.after(Transition::Stopped, Some(reason))?;
                 record.saved = Some(saved);
@@ -185,7 +185,10 @@ impl Inner {
         let file = match path.symlink_metadata() {
             Ok(found) if found.is_dir() => {
                 let broken = |e| Error::storage(e, format!("cannot read {}", path.display()));
-                let volume = Volume::open(&path, &self.blocks).map_err(broken)?;
+                let volume = match Volume::open(&path, &self.blocks) {
+                    Err(e) if e.kind() == BlockErrorKind::NotFound => return Err(corrupt("is gone")),
+                    opened => opened.map_err(broken)?,
+                };
                 let file = memory_file().map_err(failed)?;
                 file.set_len(volume.size()).map_err(failed)?;
                 let clone = file.try_clone().map_err(failed)?;

@@ -113,7 +113,10 @@ impl Inner {
     fn finish_stop(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
         live.end_machine()?;
         self.power_off(live);
-        self.transition(cell, live, Transition::Stopped, Some(reason))
+        self.transition(cell, live, Transition::Stopped, Some(reason))?;
+        // An earlier hibernation that failed at its end may have left something.
+        self.remove_saved(cell.id);
+        Ok(())
     }
 
     pub(crate) fn start(&self, cell: &Cell) -> Result<()> {

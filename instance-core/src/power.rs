@@ -34,7 +34,12 @@ impl Inner {
         let lost = match live.record.saved.clone() {
             Some(saved) => match self.wake(cell, live, &saved)? {
                 Ok(()) => return Ok(None),
-                Err(lost) => Some(lost),
+                Err(lost) => {
+                    // Before the guest boots: what was saved must not go on over what it writes.
+                    let record = InstanceRecord { saved: None, ..live.record.clone() };
+                    self.change(cell, live, record)?;
+                    Some(lost)
+                }
             },
             None => None,
         };

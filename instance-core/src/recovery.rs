@@ -1,6 +1,7 @@
 //! What is put in order when a region is opened.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::sync::Arc;
 
 use storage_block::{ErrorKind as BlockErrorKind, Volume};
@@ -40,8 +41,9 @@ impl Inner {
 
     fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
         let state = record.description.state;
+        let goes = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated);
         if !record.launched {
-            match self.make_lost_volumes(&record) {
+            match self.make_lost_volumes(&record, goes) {
                 Ok(()) => record.launched = true,
                 // They may come to be made when the region is opened again, with the keys that they take.
                 Err(e) => {
@@ -49,7 +51,7 @@ impl Inner {
                 }
             }
         }
-        if matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated) {
+        if goes {
             return self.forget(&record.description, |attachment| attachment.delete_on_termination);
         }
         if let Some(next) = state.after(Transition::Lost) {
@@ -70,14 +72,19 @@ impl Inner {
     /// Makes those volumes again, as they were made, that were not durable yet when a crash took them. Nothing that was
     /// flushed to them is lost: what is flushed makes the volume durable. What a crash leaves of one may look damaged; that
     /// a volume which was flushed is damaged in the second before it is known to be durable is not told from that.
-    fn make_lost_volumes(&self, record: &InstanceRecord) -> Result<()> {
-        for attachment in &record.description.attachments {
+    fn make_lost_volumes(&self, record: &InstanceRecord, goes: bool) -> Result<()> {
+        for attachment in record.description.attachments.iter().filter(|a| !goes || !a.delete_on_termination)
+        {
             let id = attachment.volume_id;
             // One without a record went with an instance that was being terminated.
             let Some(volume) = self.store.get::<VolumeRecord>(&id.to_string())? else { continue };
             let dir = self.paths.volume(id);
             match Volume::open(&dir, &self.blocks) {
-                Ok(_) => continue,
+                Ok(volume) => {
+                    // What is read of it need not be on the disk yet.
+                    volume.disk().flush().map_err(|e| Error::storage(e, format!("cannot flush {id}")))?;
+                    continue;
+                }
                 Err(e) if matches!(e.kind(), BlockErrorKind::NotFound | BlockErrorKind::Corrupt) => {}
                 // It is there: only who has its key is missing.
                 Err(e) if e.kind() == BlockErrorKind::KeyUnavailable => continue,
@@ -86,9 +93,13 @@ impl Inner {
             let failed = |e| Error::storage(e, format!("cannot make the volume {id} again"));
             // It may be what the volume began as that is missing.
             volume.base.map(|base| self.content(&base)).transpose()?;
+            tracing::warn!(volume = %id, "a volume that a crash took after its launch is made again");
             Volume::remove(&dir).map_err(failed)?;
             self.make_volume(&volume, volume.kms_key_id.is_some())?.sync_created().map_err(failed)?;
         }
-        Ok(())
+        // Nor are the names of those that are found.
+        File::open(self.paths.volumes())
+            .and_then(|dir| dir.sync_all())
+            .map_err(|e| Error::io(e, "cannot make the names of volumes durable"))
     }
 }

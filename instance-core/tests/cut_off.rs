@@ -95,9 +95,11 @@ fn volumes_that_a_crash_took_after_their_launch_are_made_again_as_they_were() {
     let spec = || LaunchSpec::new("t2.nano".parse().unwrap());
     let launched = region.run_instances(&ami, spec().count(2, 2)).unwrap().instances;
     let root = launched[0].describe().attachments[0].volume_id.to_string();
+    // Before the volumes are noted as durable.
+    let at_launch = store.copy();
 
     for lost in [&[][..], &["log"], &["log", "overlay"]] {
-        let (_after, copy, kept) = crash(dir.path(), &store, &root, lost);
+        let (_after, copy, kept) = crash(dir.path(), &at_launch, &root, lost);
         let region = open(&copy, kept);
         let found = region.instances();
         assert!(found.len() == 2 && found.iter().all(|i| i.state() == InstanceState::Stopped), "{found:?}");

@@ -178,10 +178,12 @@ impl<'s> Session<'s> {
                 here.push(stored);
             }
         }
-        if here.iter().map(|stored| stored.len()).sum::<usize>() < BUFFER / 2 {
-            return here.into_iter().try_for_each(|stored| self.buffer(stored));
+        if here.iter().map(|stored| stored.len()).sum::<usize>() >= BUFFER / 2 {
+            return self.write_out(&mut here);
         }
-        self.write_out(&mut here)
+        // All of them have places: a write in between would take the last one's end for its own.
+        here.into_iter().for_each(|stored| self.buffer.extend_from_slice(stored));
+        self.write_out_if_full()
     }
 
     /// Finds a place for an object, behind those in the buffer and those that are `here`; what is to be written there, if
@@ -228,9 +230,13 @@ impl<'s> Session<'s> {
         Ok(())
     }
 
-    /// Has bytes that have a place wait until so many can be written at once.
+    /// Has bytes that have the last place wait until so many can be written at once.
     fn buffer(&mut self, stored: &[u8]) -> Result<()> {
         self.buffer.extend_from_slice(stored);
+        self.write_out_if_full()
+    }
+
+    fn write_out_if_full(&mut self) -> Result<()> {
         if self.buffer.len() >= BUFFER { self.write_out(&mut Vec::new()) } else { Ok(()) }
     }
 
@@ -359,7 +365,7 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// Writes what is in the buffer, and behind it what is `here`.
+    /// Writes what is in the buffer, and behind it what is `here`: all that has a place and is not written yet.
     fn write_out(&mut self, here: &mut Vec<&[u8]>) -> Result<()> {
         let parts = [&self.buffer[..]].into_iter().chain(here.drain(..));
         let mut bufs: Vec<IoBuf<'_>> = parts.filter(|part| !part.is_empty()).map(IoBuf::new).collect();

@@ -104,13 +104,16 @@ impl Cell {
         Some(Hold { id: self.id, live: Some(live), ended })
     }
 
-    /// Lets go of machine and volumes, when the region is closed.
-    pub(crate) fn release(&self) {
+    /// Lets go of machine and volumes, when the region is closed. Gives the record if that says now that the volumes of
+    /// its launch are durable.
+    pub(crate) fn release(&self) -> Option<InstanceRecord> {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let launched = live.record.launched;
         if let Err(e) = live.end_machine() {
             tracing::error!(instance = %self.id, error = chain(&e), "what an instance had written is lost");
         }
         live.volumes.clear();
+        (live.record.launched != launched).then(|| live.record.clone())
     }
 }
 
@@ -136,17 +139,7 @@ impl Live {
     /// is done when the volume has it, and no end of its machine takes that back.
     pub(crate) fn end_machine(&mut self) -> Result<()> {
         self.end_machine_of(|_| true)?;
-        self.record.launched = true;
-        Ok(())
-    }
-
-    /// Makes the volumes durable that its launch made, unless they are known to be.
-    pub(crate) fn settle(&mut self) -> Result<()> {
-        if !self.record.launched {
-            let synced = self.volumes.iter().try_for_each(Volume::sync_created);
-            synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
-            self.record.launched = true;
-        }
+        self.note_durable();
         Ok(())
     }
 
@@ -154,8 +147,28 @@ impl Live {
     pub(crate) fn end_machine_of(&mut self, keep: impl Fn(&Attachment) -> bool) -> Result<()> {
         self.machine = None;
         let volumes = self.record.description.attachments.iter().zip(&self.volumes);
-        let flushed = volumes.filter(|(a, _)| keep(a)).map(|(_, volume)| volume.disk().flush());
-        flushed.collect::<Result<(), _>>().map_err(|e| Error::storage(e, "cannot flush a volume"))
+        // All of them, also if one fails.
+        let flushed: Vec<_> =
+            volumes.filter(|(a, _)| keep(a)).map(|(_, volume)| volume.disk().flush()).collect();
+        let flushed: Result<(), _> = flushed.into_iter().collect();
+        flushed.map_err(|e| Error::storage(e, "cannot flush a volume"))
+    }
+
+    /// Makes the volumes durable that its launch made, unless they are known to be. They are open.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if !self.record.launched {
+            let synced = self.volumes.iter().try_for_each(Volume::sync_created);
+            synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
+            self.note_durable();
+        }
+        Ok(())
+    }
+
+    /// All volumes that are open are durable. Nothing is known of those that are not.
+    fn note_durable(&mut self) {
+        if self.volumes.len() == self.record.description.attachments.len() {
+            self.record.launched = true;
+        }
     }
 }
 

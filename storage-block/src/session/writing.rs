@@ -18,7 +18,7 @@ pub(super) struct Writing {
     pub(super) new: bool,
     /// What was taken before this session.
     pub(super) start: Taken,
-    /// What is taken with what is in the buffer.
+    /// What is taken with what has a place and is not written yet.
     pub(super) taken: Taken,
     pub(super) records: Vec<u8>,
 }

@@ -83,6 +83,22 @@ fn large_sparse_images_take_no_time() {
     }
 }
 
+/// What is stored of a step of an import is less than is written at once, and more is waiting than that.
+#[test]
+fn what_waits_to_be_written_lies_where_the_index_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let mut bytes = image(40 * 16, 0, 1);
+    for step in bytes.chunks_mut(16 << 16) {
+        step[7 << 16..].fill(0);
+    }
+    let (snapshot, _) = store.import(&memory(&bytes), &mut |_| ()).unwrap();
+    snapshot.verify().unwrap();
+    let mut read = vec![0; bytes.len()];
+    snapshot.disk().read_at(&mut read, 0).unwrap();
+    assert!(read == bytes);
+}
+
 #[test]
 fn one_owner_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
