@@ -36,8 +36,9 @@ use crate::kick;
 /// ```
 ///
 /// The threads that serve the requests of disks are confined as the thread of their device, which starts them. They
-/// serve all requests: io_uring is not allowed, since what a ring is asked for passes by every filter. Threads that a disk has
-/// started by itself are not confined, and those that call this library never are.
+/// serve all requests: io_uring is not allowed, since what a ring is asked for passes by every filter. So a device's thread
+/// may start threads, and with them processes, which no filter tells apart; they are confined as it is. Threads that a disk
+/// has started by itself are not confined, and those that call this library never are.
 #[derive(Debug, Clone, Default)]
 pub struct Confinement {
     processors: Vec<i64>,
@@ -129,6 +130,8 @@ const COMMON: &[Allowed] = &[
     (libc::SYS_mremap, When::Always),
     (libc::SYS_munmap, When::Always),
     (libc::SYS_nanosleep, When::Always),
+    (libc::SYS_poll, When::Always),
+    (libc::SYS_ppoll, When::Always),
     (libc::SYS_read, When::Always),
     (libc::SYS_restart_syscall, When::Always),
     (libc::SYS_rt_sigprocmask, When::Always),
@@ -137,6 +140,7 @@ const COMMON: &[Allowed] = &[
     (libc::SYS_sched_yield, When::Always),
     (libc::SYS_sigaltstack, When::Always),
     (libc::SYS_tgkill, When::Kick),
+    (libc::SYS_timerfd_settime, When::Always),
     (libc::SYS_write, When::Always),
     (libc::SYS_writev, When::Always),
 ];
@@ -160,8 +164,6 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_ftruncate, When::Always),
     (libc::SYS_lseek, When::Always),
     (libc::SYS_openat, NOT_MADE),
-    (libc::SYS_poll, When::Always),
-    (libc::SYS_ppoll, When::Always),
     (libc::SYS_prctl, When::Equal(0, libc::PR_SET_NAME as u64)),
     (libc::SYS_pread64, When::Always),
     (libc::SYS_preadv, When::Always),
@@ -179,7 +181,6 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_statx, When::Always),
     (libc::SYS_sync_file_range, When::Always),
     (libc::SYS_timerfd_create, When::Always),
-    (libc::SYS_timerfd_settime, When::Always),
 ];
 
 /// A call of KVM's: direction, number, size of the argument (Linux, `include/uapi/linux/kvm.h`).

@@ -6,7 +6,9 @@ mod parts;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use instance_core::machine::{ExitCause, Machine, MachineError, MachineSpec, MachineState, RestoreSpec};
+use instance_core::machine::{
+    Detach, ExitCause, Machine, MachineError, MachineSpec, MachineState, RestoreSpec,
+};
 use instance_core::watch::Publisher;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -189,6 +191,11 @@ impl KvmMachine {
         }
         tracing::debug!(machine = %self.shared.name, action);
         Ok(one_at_a_time)
+    }
+
+    /// Holds off other actions while something is taken by force. To ask for it may take long, and changes nothing meanwhile.
+    fn begin_force(&self, how: &Detach) -> Option<MutexGuard<'_, ()>> {
+        matches!(how, Detach::Force).then(|| self.actions.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// That devices come and go, where it would otherwise be said what machines do not.

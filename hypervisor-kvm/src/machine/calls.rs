@@ -57,6 +57,7 @@ impl Machine for KvmMachine {
 
     fn detach_disk(&self, serial: &str, how: Detach) -> Result<()> {
         self.check_hot_plug("give up no disks")?;
+        let _action = self.begin_force(&how);
         self.shared.detach_disk(serial, how)
     }
 
@@ -69,6 +70,7 @@ impl Machine for KvmMachine {
 
     fn detach_net(&self, mac: MacAddress, how: Detach) -> Result<()> {
         self.check_hot_plug("give up no network ports")?;
+        let _action = self.begin_force(&how);
         self.shared.detach_net(mac, how)
     }
 

@@ -115,6 +115,13 @@ impl Device for Console {
         }
     }
 
+    fn stop(&mut self, queue: usize) {
+        if queue == TRANSMIT {
+            // What of a buffer was taken says nothing of the next one.
+            self.state = State::default();
+        }
+    }
+
     fn reset(&mut self) {
         self.state = State::default();
     }

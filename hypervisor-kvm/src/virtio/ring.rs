@@ -138,7 +138,7 @@ impl<'a> Running<'a> {
             let mut taken = None;
             self.take(1, |chain| {
                 taken = Some(chain);
-                Ok(())
+                Ok(true)
             })?;
             if taken.is_some() || !self.ask()? {
                 return Ok(taken);
@@ -146,17 +146,20 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// The next chains that the driver has made available, as far as they are there now and `most` of them at most.
-    /// Says how many.
+    /// The next chains that the driver has made available, as far as they are there now and `most` of them at most, until
+    /// `each` does not take one, which stays the next. Says how many were taken.
     pub(crate) fn take(
         &mut self,
         most: usize,
-        mut each: impl FnMut(Chain) -> Result<(), Malformed>,
+        mut each: impl FnMut(Chain) -> Result<bool, Malformed>,
     ) -> Result<usize, Malformed> {
         let mut count = 0;
         for next in self.queue.iter(self.memory).map_err(|_| RING)?.take(most) {
             // Not the size that the driver gave the queue: a table of its own may have more descriptors.
-            each(Chain::read(self.memory, next, usize::from(QUEUE_SIZE))?)?;
+            if !each(Chain::read(self.memory, next, usize::from(QUEUE_SIZE))?)? {
+                self.put_back(1);
+                break;
+            }
             count += 1;
         }
         Ok(count)

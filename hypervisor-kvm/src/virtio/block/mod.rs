@@ -56,6 +56,8 @@ pub(crate) struct Block {
 #[derive(Debug, Default)]
 struct Lane {
     answers: Vec<Answer>,
+    /// How many of its requests are under way.
+    under_way: usize,
     /// How many of the requests that were last taken from it have never begun, and are the next ones again.
     left: u16,
 }
@@ -141,18 +143,30 @@ impl Block {
         config
     }
 
-    /// Begins a request, or answers it at once. `features` are those that the driver accepted.
-    fn begin(&mut self, lane: usize, memory: &Memory, chain: &Chain, features: u64) -> Result<(), Malformed> {
+    /// Begins a request, or answers it at once: that only when nothing of its queue is under way, since what has not begun
+    /// may have to go back to the queue, whose last requests these have to be. False if it is not its turn yet.
+    /// `features` are those that the driver accepted.
+    fn begin(
+        &mut self,
+        lane: usize,
+        memory: &Memory,
+        chain: &Chain,
+        features: u64,
+    ) -> Result<bool, Malformed> {
         let request = Request::read(memory, chain)?;
         let status = match self.try_begin(lane, memory, &request, features) {
             Ok(Some(written)) => (VIRTIO_BLK_S_OK, written),
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(true),
             Err(Refusal::Io) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Refusal::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
             Err(Refusal::Malformed(why)) => return Err(why),
         };
-        self.lanes[lane].answers.push(Answer::to(&request, status));
-        Ok(())
+        let lane = &mut self.lanes[lane];
+        if lane.under_way > 0 {
+            return Ok(false);
+        }
+        lane.answers.push(Answer::to(&request, status));
+        Ok(true)
     }
 
     /// Begins a request. Says how many bytes have been written to the guest where that was all.
@@ -181,6 +195,16 @@ impl Block {
             let end = start.checked_add(len).filter(|end| *end <= disk.size());
             end.map(|_| start).ok_or(Refusal::Io)
         };
+        match op {
+            // Of these the disk would have nothing to do.
+            Op::Read { sector, len: 0 } | Op::Write { sector, len: 0 } => {
+                return start(sector, 0).map(|_| Some(0));
+            }
+            Op::Write { .. } | Op::WriteZeroes { .. } | Op::Discard { .. } if disk.read_only() => {
+                return Err(Refusal::Io);
+            }
+            _ => {}
+        }
         let entry = self.pending.vacant_entry();
         let (token, chain) = (entry.key() as u64, request.chain);
         let (mut written, mut stage) = (0, Stage::Whole);
@@ -205,6 +229,7 @@ impl Block {
         }
         let answer = Answer::to(request, (VIRTIO_BLK_S_OK, written));
         entry.insert(Pending { lane, stage, answer });
+        self.lanes[lane].under_way += 1;
         Ok(None)
     }
 
@@ -234,6 +259,7 @@ impl Block {
         }
         let Pending { lane, stage, mut answer } = self.pending.remove(token as usize);
         let lane = &mut self.lanes[lane];
+        lane.under_way -= 1;
         if cancelled && stage != Stage::Flush {
             lane.left += 1;
             return;
@@ -260,7 +286,7 @@ impl Block {
 
     /// Tells the driver of what has ended. False if nothing has.
     fn answer(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<bool, Malformed> {
-        let Lane { answers, left } = &mut self.lanes[lane];
+        let Lane { answers, left, .. } = &mut self.lanes[lane];
         ring.put_back(mem::take(left));
         if answers.is_empty() {
             return Ok(false);
@@ -326,7 +352,12 @@ impl Device for Block {
             return Err(Malformed("a queue is in use that was not negotiated"));
         }
         let (memory, room) = (ring.memory(), DEPTH as usize - self.pending.len());
-        let begun = ring.take(room.min(BATCH), |chain| self.begin(lane, memory, &chain, features))?;
+        let mut waits = false;
+        let begun = ring.take(room.min(BATCH), |chain| {
+            let begun = self.begin(lane, memory, &chain, features)?;
+            waits = !begun;
+            Ok(begun)
+        })?;
         if begun > 0 {
             if let Some(line) = &mut self.line {
                 line.queue().submit();
@@ -335,8 +366,8 @@ impl Device for Block {
             self.answer(lane, ring)?;
             worked = true;
         }
-        // Where too much is under way, the next look is when something of it has ended.
-        Ok(worked || room > 0 && ring.ask()?)
+        // Where too much is under way, or something has to end first, the next look is when something has ended.
+        Ok(worked || room > 0 && !waits && ring.ask()?)
     }
 
     fn settle(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<(), Malformed> {

@@ -5,7 +5,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 use super::header::{HEADER_LEN, Header};
 use crate::virtio::chain::Malformed;
-use crate::virtio::ring::Running;
+use crate::virtio::ring::{QUEUE_SIZE, Running};
 
 /// What became of a frame for the guest.
 pub(super) enum Delivery {
@@ -31,6 +31,9 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
         }
         if chains.is_empty() && chain.writable.len() < HEADER_LEN as u64 {
             return Err(Malformed("a buffer for frames is shorter than their header"));
+        }
+        if chains.len() == usize::from(QUEUE_SIZE) {
+            return Err(Malformed("a queue full of buffers has no room for a frame"));
         }
         room += chain.writable.len();
         chains.push(chain);
