@@ -41,8 +41,6 @@ pub struct InstanceType {
     ebs_bandwidth: Option<EbsBandwidth>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     instance_store: Option<InstanceStore>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    network_bandwidth: Option<NetworkBandwidth>,
 }
 
 /// What an instance's volumes give together; [`InstanceType`] shows it in use. They are held to it unless the region
@@ -120,7 +118,6 @@ impl InstanceType {
             network_performance: None,
             ebs_bandwidth: None,
             instance_store: None,
-            network_bandwidth: None,
         }
     }
 
@@ -161,7 +158,7 @@ impl InstanceType {
 
     /// The size of a family with this number.
     fn of_size(family: &Family, number: usize) -> Option<Self> {
-        let (name, vcpus, memory, network, network_mbps, ebs) = *family.sizes.get(number)?;
+        let (name, vcpus, memory, network, _, ebs) = *family.sizes.get(number)?;
         Some(Self {
             name: Cow::Owned(format!("{}.{name}", family.name)),
             vcpus: NonZeroU32::new(vcpus)?,
@@ -171,8 +168,6 @@ impl InstanceType {
             ebs_bandwidth: ebs
                 .map(|(baseline_mbps, maximum_mbps)| EbsBandwidth { baseline_mbps, maximum_mbps }),
             instance_store: family.stores.get(number).copied(),
-            network_bandwidth: network_mbps
-                .map(|(baseline_mbps, maximum_mbps)| NetworkBandwidth { baseline_mbps, maximum_mbps }),
         })
     }
 
@@ -208,7 +203,11 @@ impl InstanceType {
 
     /// What the network gives in figures, where EC2 specifies them.
     pub fn network_bandwidth(&self) -> Option<NetworkBandwidth> {
-        self.network_bandwidth
+        // Those of one's own say nothing of their network, whatever their name.
+        self.network_performance.as_ref()?;
+        let (family, size) = known_as(&self.name)?;
+        let (baseline_mbps, maximum_mbps) = family.sizes.get(size)?.4?;
+        Some(NetworkBandwidth { baseline_mbps, maximum_mbps })
     }
 
     /// What its volumes give, if it is optimised for EBS.
@@ -228,15 +227,18 @@ impl fmt::Display for InstanceType {
     }
 }
 
+/// The family and the number of its size that are called so.
+fn known_as(name: &str) -> Option<(&'static Family, usize)> {
+    let (family, size) = name.split_once('.')?;
+    let family = FAMILIES.iter().find(|f| f.name == family)?;
+    Some((family, family.sizes.iter().position(|s| s.0 == size)?))
+}
+
 impl FromStr for InstanceType {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        let of_family = name.split_once('.').and_then(|(family, size)| {
-            let family = FAMILIES.iter().find(|f| f.name == family)?;
-            Self::of_size(family, family.sizes.iter().position(|s| s.0 == size)?)
-        });
-        of_family.ok_or_else(|| {
+        known_as(name).and_then(|(family, number)| Self::of_size(family, number)).ok_or_else(|| {
             let families: Vec<&str> = FAMILIES.iter().map(|f| f.name).collect();
             let what = format!("{name:?} is no instance type; known are those of {}", families.join(", "));
             Error::new(ErrorKind::InvalidInstanceType, what)
@@ -283,6 +285,17 @@ mod tests {
                 assert_eq!(bursts, performance.starts_with("Up to"), "{hardware}");
             }
         }
+    }
+
+    /// Records have it, and digests of what launches asked for.
+    #[test]
+    fn what_is_stored_of_a_known_type_stays_as_it_is() {
+        let stored = r#"{"name":"t3.micro","vcpus":2,"memory_mib":1024,"architectures":["x86_64"],"network_performance":"Up to 5 Gigabit","ebs_bandwidth":{"baseline_mbps":87,"maximum_mbps":2085}}"#;
+        let known: InstanceType = "t3.micro".parse().unwrap();
+        assert_eq!(serde_json::to_string(&known).unwrap(), stored);
+        let read: InstanceType = serde_json::from_str(stored).unwrap();
+        assert_eq!((read.network_bandwidth(), &read), (known.network_bandwidth(), &known));
+        assert!(known.network_bandwidth().is_some());
     }
 
     #[test]
