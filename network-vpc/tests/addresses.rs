@@ -129,6 +129,31 @@ fn datagrams_come_in_at_an_elastic_address_and_are_answered_from_it() {
     UdpSocket::bind((address.public_ip, 5300)).expect("nobody listens any more");
 }
 
+/// A client from this host is let in as who it is, whoever the guest takes it for, also when it is known already and its
+/// conversation is tracked no more.
+#[test]
+fn a_client_who_is_known_begins_anew_by_its_own_address() {
+    // Few conversations are tracked at a time.
+    let network = opened(options().tracked_conversations(16));
+    let rule = Rule::udp(5300..=5300, "127.0.0.0/8".parse().unwrap());
+    let (interface, mut guest) = boot(&network, "names", &[rule]);
+    let address = network.allocate_address().unwrap();
+    network.associate_address(address.allocation_id, interface.id, None).unwrap();
+    let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 8], vec![0; 4096]);
+    let mut server = udp::Socket::new(buffer(), buffer());
+    server.bind(5300).unwrap();
+    let server = guest.sockets.add(server);
+    let clients = [(); 40].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+    for n in (0..clients.len()).chain([0]) {
+        clients[n].send_to(b"hello", (address.public_ip, 5300)).unwrap();
+        let came = guest.within(PATIENCE, |guest| {
+            guest.sockets.get_mut::<udp::Socket<'_>>(server).recv().is_ok().then_some(())
+        });
+        assert!(came.is_some(), "of client {n}");
+    }
+    assert!(network.tracked_conversations(interface.id) < clients.len() - 1);
+}
+
 #[test]
 fn elastic_addresses_are_refused_as_in_ec2() {
     let network = opened(options().elastic_pool("127.65.4.0/30".parse().unwrap()));

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::process::{Resource, getrlimit};
 
-/// What is assumed where the host has no limit.
-const UNLIMITED: u64 = 65_536;
+/// The most that is counted of what the host allows, and what is assumed where it has no limit.
+const MOST: u64 = 65_536;
 
 /// The sockets of a network.
 #[derive(Debug)]
@@ -21,9 +21,9 @@ impl Budget {
         Arc::new(Self { most, open: AtomicUsize::new(0) })
     }
 
-    /// Half of the descriptors that the process may have.
+    /// Half of the descriptors that the process may have, as far as they are counted.
     pub(crate) fn of_process() -> usize {
-        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(UNLIMITED).min(UNLIMITED);
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(MOST).min(MOST);
         descriptors as usize / 2
     }
 

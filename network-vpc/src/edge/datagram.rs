@@ -27,6 +27,9 @@ pub(super) const MOST: usize = 512;
 /// How long one may be silent.
 pub(super) const SILENCE: Duration = Duration::from_secs(60);
 
+/// How many are read of a socket before others have their turn: whoever floods one holds up nothing else.
+pub(super) const TURN: usize = 64;
+
 /// The most bytes of a datagram in an IPv4 packet.
 pub(super) const LONGEST: usize = 65_507;
 
@@ -86,6 +89,8 @@ impl Datagrams {
 
     fn pass_on(&mut self, registry: &Registry, port: &Port, key: Key, bytes: &[u8]) {
         if !self.conversations.contains_key(&key) {
+            // Nothing ends for what may not go out.
+            let Some(to) = self.way(port, key) else { return };
             if self.conversations.len() >= MOST {
                 self.forget_oldest();
             }
@@ -94,7 +99,7 @@ impl Datagrams {
                 self.share.take()
             });
             let Some(_permit) = permit else { return };
-            let Some(socket) = self.open(registry, port, key) else { return };
+            let Some(socket) = self.open(registry, key, to) else { return };
             self.conversations.insert(key, Conversation { socket, _permit, last: Instant::now() });
         }
         if let Some(conversation) = self.conversations.get_mut(&key) {
@@ -109,13 +114,20 @@ impl Datagrams {
         oldest.map(|key| self.conversations.remove(&key));
     }
 
-    fn open(&mut self, registry: &Registry, port: &Port, key: Key) -> Option<UdpSocket> {
-        let opened = match key {
+    /// Where it goes, if it may go there.
+    fn way(&self, port: &Port, key: Key) -> Option<SocketAddr> {
+        match key {
             // Without a resolver there is nobody to ask.
-            Key::Udp(_, (to, _)) if port.view().is_resolver(to) => connect(self.reach.resolver?),
-            Key::Udp(_, (to, at)) if self.reach.allows(to) => connect(SocketAddr::new(to.into(), at)),
-            Key::Ping(_, to) if self.reach.allows(to) => ping(to),
-            _ => return None,
+            Key::Udp(_, (to, _)) if port.view().is_resolver(to) => self.reach.resolver,
+            Key::Udp(_, (to, at)) => self.reach.allows(to).then(|| SocketAddr::new(to.into(), at)),
+            Key::Ping(_, to) => self.reach.allows(to).then(|| SocketAddr::new(to.into(), 0)),
+        }
+    }
+
+    fn open(&mut self, registry: &Registry, key: Key, to: SocketAddr) -> Option<UdpSocket> {
+        let opened = match key {
+            Key::Udp(..) => connect(to),
+            Key::Ping(..) => ping(to),
         };
         let registered = opened.and_then(|mut socket| {
             registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
@@ -124,12 +136,15 @@ impl Datagrams {
         registered.inspect_err(|error| tracing::debug!(%error, ?key, "the host lets no datagrams out")).ok()
     }
 
-    /// Gives the guest what has come for it, and forgets who is silent.
-    pub(super) fn work(&mut self, port: &Port) {
+    /// Gives the guest what has come for it, and forgets who is silent. Says whether more may have come.
+    pub(super) fn work(&mut self, port: &Port) -> bool {
+        let mut more = false;
         let view = port.view();
         let mut bytes = vec![0; if self.conversations.is_empty() { 0 } else { LONGEST }];
         for (key, conversation) in &mut self.conversations {
-            while let Ok(len) = conversation.socket.recv(&mut bytes) {
+            for turn in 1..=TURN {
+                let Ok(len) = conversation.socket.recv(&mut bytes) else { break };
+                more |= turn == TURN;
                 conversation.last = Instant::now();
                 let frame = match *key {
                     Key::Udp(own, from) => udp_frame(&view, from, own, &bytes[..len]),
@@ -143,6 +158,7 @@ impl Datagrams {
             }
         }
         self.conversations.retain(|_, conversation| conversation.last.elapsed() < SILENCE);
+        more
     }
 }
 
@@ -157,10 +173,10 @@ fn connect(to: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 /// A socket for pings, which some hosts let nobody have.
-fn ping(to: Ipv4Addr) -> io::Result<UdpSocket> {
+fn ping(to: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4))?;
     socket.set_nonblocking(true)?;
-    socket.connect(&SocketAddr::new(to.into(), 0).into())?;
+    socket.connect(&to.into())?;
     Ok(UdpSocket::from_std(StdUdpSocket::from(socket)))
 }
 

@@ -182,9 +182,11 @@ impl Worker {
                 }
             }
             self.streams.work(registry, &self.port);
-            self.datagrams.work(&self.port);
-            self.visitors.work(&self.port);
-            let sleep = self.streams.patience().map_or(SLEEP, |until| until.min(SLEEP));
+            let more = self.datagrams.work(&self.port) | self.visitors.work(&self.port);
+            let sleep = match more {
+                true => Duration::ZERO,
+                false => self.streams.patience().map_or(SLEEP, |until| until.min(SLEEP)),
+            };
             match self.poll.poll(&mut events, Some(sleep)) {
                 Ok(()) => events.iter().for_each(|event| self.streams.notice(event)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

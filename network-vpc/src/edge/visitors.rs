@@ -11,7 +11,7 @@ use mio::net::UdpSocket;
 use mio::{Interest, Registry};
 use smoltcp::wire::{Ipv4Packet, UdpPacket};
 
-use super::datagram::{LONGEST, MOST, SILENCE};
+use super::datagram::{LONGEST, MOST, SILENCE, TURN};
 use super::{Entrance, Tokens, shown_as};
 use crate::answer::udp_frame;
 use crate::packet::{Flow, Transport};
@@ -79,13 +79,16 @@ impl Visitors {
         true
     }
 
-    /// Gives the guest what has come for it, and forgets who is silent.
-    pub(super) fn work(&mut self, port: &Port) {
+    /// Gives the guest what has come for it, and forgets who is silent. Says whether more may have come.
+    pub(super) fn work(&mut self, port: &Port) -> bool {
+        let mut more = false;
         let view = port.view();
         let mut bytes = vec![0; if self.doors.is_empty() { 0 } else { LONGEST }];
         for door in &self.doors {
             let own = (door.entrance.to.unwrap_or(view.address), door.entrance.port);
-            while let Ok((len, client)) = door.socket.recv_from(&mut bytes) {
+            for turn in 1..=TURN {
+                let Ok((len, client)) = door.socket.recv_from(&mut bytes) else { break };
+                more |= turn == TURN;
                 let IpAddr::V4(real) = client.ip() else { continue };
                 let shown = shown_as(&view, real);
                 let key = (own, (shown, client.port()));
@@ -93,6 +96,7 @@ impl Visitors {
                     let transport = Transport::Udp { source: client.port(), destination: own.1 };
                     Flow { source, destination: own.0, transport }
                 };
+                let is_known = self.visitors.contains_key(&key);
                 match self.visitors.get_mut(&key) {
                     // One whom the guest could not tell from another.
                     Some(there) if there.client != client || there.at != door.entrance.at => continue,
@@ -107,10 +111,17 @@ impl Visitors {
                         self.visitors.insert(key, visitor);
                     }
                 }
-                let frame = udp_frame(&view, (shown, client.port()), own, &bytes[..len]);
-                port.send_from_edge(Frame::new(frame), true);
+                let frame = || Frame::new(udp_frame(&view, (shown, client.port()), own, &bytes[..len]));
+                let mut frames = port.fitted(frame(), true);
+                // The conversation of one who is known may be over, and nobody is let in as whom the guest sees.
+                if frames.is_empty() && is_known && port.admits(&flow(real), &flow(shown)) {
+                    frames = port.fitted(frame(), true);
+                }
+                // What the machine has no room for is lost, as datagrams are.
+                port.offer_all(&mut frames.into());
             }
         }
         self.visitors.retain(|_, visitor| visitor.last.elapsed() < SILENCE);
+        more
     }
 }
