@@ -95,7 +95,7 @@ impl<Id: Copy + Ord + fmt::Display> Describe<Id> {
         self
     }
 
-    filters_and_page!("5 to 1000");
+    filters_and_page!("5 to 1000, or of launch templates 1 to 200");
 
     pub(crate) fn check<T: Filterable>(&self) -> Result<()> {
         self.page.check(MIN_RESULTS, !self.ids.is_empty())?;

@@ -193,6 +193,7 @@ impl Instance {
     /// # Errors
     ///
     /// [`Unsupported`](ErrorKind::Unsupported) in a region that was opened without [streams](crate::RegionOptions::vsock),
+    /// and for a machine that was saved without them and has not booted since;
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) for an instance without a machine.
     pub fn vsock(&self) -> Result<Vsock> {
         if !self.region.vsock {
@@ -200,11 +201,16 @@ impl Instance {
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
         let live = self.cell.hold(self.region.supervisor.sender());
-        let no_machine = || {
-            let what = format!("{} is {}, and has no machine", self.id(), live.record.description.state);
-            Error::new(ErrorKind::IncorrectInstanceState, what)
-        };
-        live.vsock.clone().ok_or_else(no_machine)
+        live.vsock.clone().ok_or_else(|| match live.machine {
+            Some(_) => {
+                let what = format!("the machine of {} was saved without streams; reboot it", self.id());
+                Error::new(ErrorKind::Unsupported, what)
+            }
+            None => {
+                let what = format!("{} is {}, and has no machine", self.id(), live.record.description.state);
+                Error::new(ErrorKind::IncorrectInstanceState, what)
+            }
+        })
     }
 
     /// The AMI that it was made from, if that is still registered.

@@ -16,7 +16,7 @@ use crate::record::InstanceRecord;
 use crate::region::Inner;
 use crate::supervisor::Message;
 use crate::vsock::{self, VsockSpec};
-use crate::{Error, ErrorKind, InstanceType, Result};
+use crate::{Error, ErrorKind, InstanceStore, Result};
 
 /// What a machine stands on, whether it boots or goes on.
 struct Ground {
@@ -107,8 +107,11 @@ impl Inner {
         let runtime_dir = self.paths.instance(cell.id);
         fs::create_dir_all(&runtime_dir)
             .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
-        let bandwidth = live.record.description.instance_type.ebs_bandwidth().filter(|_| self.ebs_limits);
-        live.limiters = bandwidth.map(|bandwidth| bandwidth.limiters().to_vec()).unwrap_or_default();
+        // A reboot saves nothing up.
+        if live.limiters.is_empty() {
+            let bandwidth = live.record.description.instance_type.ebs_bandwidth().filter(|_| self.ebs_limits);
+            live.limiters = bandwidth.map(|bandwidth| bandwidth.limiters().to_vec()).unwrap_or_default();
+        }
         if live.instance_store.is_empty() {
             live.instance_store = self.new_instance_store(&live.record)?;
         }
@@ -116,17 +119,19 @@ impl Inner {
         let volumes = volumes.map(|(a, v)| disk_of(live, a.volume_id, v));
         let disks = volumes.chain(live.instance_store.iter().cloned()).collect();
         let mut nets: Vec<NetSpec> = self.plug(&live.record)?.into_iter().collect();
-        self.limit(&mut nets, &live.record.description.instance_type);
+        self.limit(&mut nets, live);
         let (port, vsock) = with_vsock.then(vsock::cable).unzip();
         live.vsock = vsock;
         Ok(Ground { disks, nets, vsock: port.map(VsockSpec::new), runtime_dir })
     }
 
     /// Holds the ports of an instance, together, to what its type's network gives.
-    fn limit(&self, ports: &mut [NetSpec], hardware: &InstanceType) {
+    fn limit(&self, ports: &mut [NetSpec], live: &mut Live) {
         let on = self.network_limits && self.hypervisor.capabilities().net_limits;
+        let hardware = &live.record.description.instance_type;
         let Some(bandwidth) = hardware.network_bandwidth().filter(|_| on) else { return };
-        let (receive, transmit) = (bandwidth.limits(), bandwidth.limits());
+        let [receive, transmit] =
+            live.frame_limits.get_or_insert_with(|| [bandwidth.limits(), bandwidth.limits()]);
         for port in ports {
             port.receive_limits = receive.clone();
             port.transmit_limits = transmit.clone();
@@ -136,6 +141,11 @@ impl Inner {
     /// Empty disks without a name in the file system: they go with whoever holds them, also in a crash.
     fn new_instance_store(&self, record: &InstanceRecord) -> Result<Vec<DiskSpec>> {
         let Some(store) = record.description.instance_type.instance_store() else { return Ok(Vec::new()) };
+        if store.disks > InstanceStore::MAX_DISKS {
+            let what =
+                format!("{} disks of instance store are more than {}", store.disks, InstanceStore::MAX_DISKS);
+            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        }
         let disk = |name: String| {
             let file = tempfile::tempfile_in(self.paths.instances())
                 .and_then(|file| file.set_len(store.disk_size()).map(|()| file))
@@ -175,6 +185,8 @@ impl Inner {
     pub(crate) fn power_off(&self, live: &mut Live) {
         self.power_off_for_now(live);
         live.instance_store.clear();
+        live.limiters.clear();
+        live.frame_limits = None;
         live.claim = None;
     }
 

@@ -139,3 +139,15 @@ fn mappings_decide_which_disks_an_instance_has_unless_they_are_nvme() {
     let code = "InvalidBlockDeviceMapping";
     check(&refused, ErrorKind::InvalidBlockDeviceMapping, code, &["the root device, is an EBS volume"]);
 }
+
+/// A type may come from anywhere, as a part of what somebody asks for.
+#[test]
+fn more_disks_than_there_are_names_for_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, &[]);
+    let vast = InstanceStore { disks: u32::MAX, disk_size_gb: 1, nvme: true };
+    let refused = region.launch(&ami, LaunchSpec::new(hardware(true).with_instance_store(vast))).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidParameter);
+    assert!(region.instances().is_empty());
+}

@@ -95,6 +95,20 @@ fn ports_are_held_to_what_the_type_gives_where_that_can_be() {
     assert!(delay > Duration::from_secs(3) && delay <= Duration::from_secs(4), "{delay:?}");
     assert!(!port.transmit_limits.is_none() && port.transmit_limits.delay().is_none());
 
+    // Which a reboot does not give again, and a stop does.
+    let hypervisor = Limiting { net_limits: true, ..Limiting::default() };
+    let region = RegionOptions::new().network(Cable::default()).open(dir.path(), hypervisor.clone()).unwrap();
+    let ami = region.images().unwrap().remove(0).ami().clone().typed::<X86_64>().unwrap();
+    let instance = region.launch(&ami, LaunchSpec::new(micro.clone())).unwrap();
+    let last = || hypervisor.ports.lock().unwrap().pop().unwrap();
+    last().receive_limits.charge(500 * 625_000_000);
+    instance.reboot().unwrap();
+    assert!(last().receive_limits.delay().is_some());
+    instance.stop(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    assert!(last().receive_limits.delay().is_none());
+    drop((instance, region));
+
     let custom = InstanceType::custom("lab.tiny", 1.try_into().unwrap(), 128.try_into().unwrap());
     assert!(!port_of(dir.path(), custom, true, RegionOptions::new()).is_limited());
     assert!(

@@ -12,6 +12,7 @@ use crate::console::Console;
 use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::machine::{DiskSpec, Machine};
+use crate::net::FrameLimits;
 use crate::record::InstanceRecord;
 use crate::status::Boot;
 use crate::supervisor::Message;
@@ -43,6 +44,8 @@ pub(crate) struct Live {
     pub(crate) volumes: Vec<Volume>,
     /// What holds its machine's disks to the bandwidth of its type.
     pub(crate) limiters: Vec<Limiter>,
+    /// What holds its machine's ports to it: frames to the guest, and from it.
+    pub(crate) frame_limits: Option<[FrameLimits; 2]>,
     /// Its instance store while it runs, under the names of the disks.
     pub(crate) instance_store: Vec<DiskSpec>,
     /// The host's end of its machine's streams, if it has a place for them.
@@ -66,6 +69,7 @@ impl Cell {
                 machine: None,
                 volumes: Vec::new(),
                 limiters: Vec::new(),
+                frame_limits: None,
                 instance_store: Vec::new(),
                 vsock: None,
                 claim: None,

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct InstanceStore {
-    /// How many there are.
+    /// How many there are, [`MAX_DISKS`](Self::MAX_DISKS) at most.
     pub disks: u32,
     /// The size of each, in GB.
     pub disk_size_gb: u32,
@@ -33,6 +33,9 @@ pub struct InstanceStore {
 }
 
 impl InstanceStore {
+    /// The most disks: as many as EC2 has names for, `ephemeral0` to `ephemeral23` (EC2 API reference, `BlockDeviceMapping`).
+    pub const MAX_DISKS: u32 = 24;
+
     /// In bytes: a GB is a whole number of sectors.
     pub(crate) fn disk_size(self) -> u64 {
         u64::from(self.disk_size_gb) * 1_000_000_000
