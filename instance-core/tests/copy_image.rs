@@ -3,11 +3,9 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
 use ami_core::{AmiId, DescribeImages, Filter, Grantee, ModifyImageAttribute, X86_64};
-use common::{TestRegion, check, disk, everything, launch, open, register};
-use instance_core::{CopyImage, ErrorKind, Instance};
+use common::{TestRegion, ask, check, disk, everything, launch, open, register};
+use instance_core::{CopyImage, ErrorKind};
 use storage_block::{Disk, MemoryDisk, Progress};
 
 /// Two regions in a directory.
@@ -15,13 +13,6 @@ fn world() -> (tempfile::TempDir, TestRegion, TestRegion) {
     let dir = tempfile::tempdir().unwrap();
     let (from, to) = (open(&dir.path().join("from")), open(&dir.path().join("to")));
     (dir, from, to)
-}
-
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let soon = Instant::now() + Duration::from_secs(10);
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 fn bytes(disk: &Disk) -> Vec<u8> {

@@ -11,11 +11,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
-use common::{TestRegion, disk, register};
+use common::{TestRegion, ask, disk, register};
 use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DescribeVolumes, DirectBoot, Instance, InstanceState, LaunchSpec, RegionOptions, Result, TaskStatus,
+    DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, RegionOptions, Result, TaskStatus,
 };
 
 /// A store that can be copied as it is at a moment, as a crash finds it.
@@ -138,15 +138,6 @@ fn a_volume_that_is_kept_is_kept_however_soon_the_instance_ends() {
     let found = region.describe_volumes(&DescribeVolumes::new()).unwrap().items;
     assert!(found.iter().any(|v| v.id == volume), "{found:?}");
     region.delete_volume(volume).unwrap();
-}
-
-/// What the guest answers to a line, after `prefix`.
-fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
-    let soon = Instant::now() + Duration::from_secs(20);
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(prefix, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
-    String::from_utf8(reader.wait_for("\n", soon).unwrap()).unwrap().trim().to_owned()
 }
 
 /// At every moment there is a saved machine that belongs to its volumes, or none; and none goes on twice.

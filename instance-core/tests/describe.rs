@@ -6,21 +6,14 @@ mod common;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use ami_core::{Ami, InstanceId, VolumeType, X86_64};
-use common::{TestRegion, check, disk, open, register};
+use ami_core::{InstanceId, VolumeType};
+use common::{check, world};
 use instance_core::{
     DescribeInstances, DescribeSnapshots, DescribeTags, DescribeVolumes, ErrorKind, InstanceState,
     LaunchSpec, Result, VolumeSpec,
 };
 
 const FRIEND: &str = "222222222222";
-
-fn world() -> (tempfile::TempDir, TestRegion, Ami<X86_64>) {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region, "base", &disk(1, 7)).unwrap();
-    (dir, region, ami)
-}
 
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())

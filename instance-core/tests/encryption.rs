@@ -7,14 +7,14 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
-use common::{TestRegion, check, disk, open, register};
+use common::{TestRegion, ask, check, disk, open, register};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    CopyImage, DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance,
-    InstanceState, LaunchSpec, RegionOptions, VolumeSpec,
+    CopyImage, DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, InstanceState,
+    LaunchSpec, RegionOptions, VolumeSpec,
 };
 use storage_block::keys::{KeyProvider as _, LocalKey};
 use storage_block::{MemoryDisk, RawFile};
@@ -27,13 +27,6 @@ fn with_keys(dir: &Path, keys: &Arc<LocalKey>) -> TestRegion {
 
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())
-}
-
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let soon = Instant::now() + Duration::from_secs(10);
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 /// Whether the word stands in a file, outside of its holes.

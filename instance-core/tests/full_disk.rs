@@ -8,15 +8,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::X86_64;
-use common::{check, disk, everything, files, launch, open, register, skip};
+use common::{ask, check, disk, everything, files, launch, open, register, skip};
 use instance_core::machine::{
     Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
 };
 use instance_core::testing::FakeHypervisor;
-use instance_core::{Error, ErrorKind, Instance, InstanceState, InstanceType, LaunchSpec, Region};
+use instance_core::{Error, ErrorKind, InstanceState, InstanceType, LaunchSpec, Region};
 
 /// A file system of a fixed size, unmounted at the end.
 #[derive(Debug)]
@@ -61,16 +61,6 @@ impl Drop for Small {
 fn check_full(error: &Error) {
     let advice = "free space on the file system of the region";
     check(error, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &[advice]);
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
-}
-
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
-    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 /// That a region is, in this process and in the next, what it was.

@@ -8,13 +8,13 @@ mod records;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{
     Ami, BlockDeviceMapping, Digest, Grantee, ModifyImageAttribute, OperatingSystem, Software, VolumeType,
     X86_64,
 };
-use common::{TestRegion, everything, files, open};
+use common::{TestRegion, ask, everything, files, open};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance, InstanceState,
@@ -86,14 +86,6 @@ fn make(dir: &Path) {
     let ami = other.register_image(Ami::<X86_64>::builder("of-a-snapshot"), source).unwrap();
     let public = ModifyImageAttribute::new().add_launch_permission(Grantee::All);
     other.modify_image_attribute(ami.id(), &public).unwrap();
-}
-
-/// Tells the guest something and waits for the answer.
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let soon = Instant::now() + Duration::from_secs(10);
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 /// A copy of the golden region.

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, VolumeType, X86_64};
-use common::{TestRegion, files};
+use common::{TestRegion, ask, files};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DescribeExportImageTasks, DescribeImportImageTasks, DescribeSnapshots, DescribeVolumes, DirectBoot,
-    ImageSource, Instance, InstanceState, InstanceStore, InstanceType, LaunchSpec, LaunchTemplateVersionSpec,
+    ImageSource, InstanceState, InstanceStore, InstanceType, LaunchSpec, LaunchTemplateVersionSpec,
     ModifyVolume, RegionOptions, VolumeSpec,
 };
 use records::{copy, fields, make_small, records};
@@ -28,13 +28,6 @@ fn golden() -> PathBuf {
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
-}
-
-/// Tells the guest something and waits for the answer.
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
-    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 fn disk(word: &str) -> Disk {

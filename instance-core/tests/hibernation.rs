@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
-use common::{TestRegion, bytes, check, disk, files, open, register};
+use common::{TestRegion, ask, bytes, check, disk, files, open, register};
 use instance_core::machine::{
     Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
     RestoreSpec, Runs,
@@ -26,14 +26,6 @@ const HIBERNATED: &str = "Client.UserInitiatedHibernate";
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
-}
-
-/// What the guest answers to a line, after `prefix`.
-fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
-    reader.wait_for(prefix, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
-    String::from_utf8(reader.wait_for("\n", soon()).unwrap()).unwrap().trim().to_owned()
 }
 
 fn spec() -> LaunchSpec {

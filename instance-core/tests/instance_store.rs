@@ -7,20 +7,11 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
-use common::{TestRegion, check, disk, open};
+use common::{TestRegion, ask, check, disk, open};
 use instance_core::testing::tiny_elf;
 use instance_core::{
     DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec, VolumeSpec,
 };
-
-/// What the guest answers to a line, after `prefix`.
-fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
-    let soon = Instant::now() + Duration::from_secs(20);
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(prefix, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
-    String::from_utf8(reader.wait_for("\n", soon).unwrap()).unwrap().trim().to_owned()
-}
 
 /// A type with two disks of a GB.
 fn hardware(nvme: bool) -> InstanceType {

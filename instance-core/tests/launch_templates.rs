@@ -4,20 +4,13 @@
 mod common;
 
 use ami_core::{Ami, BlockDeviceMapping, LaunchTemplateId, X86_64};
-use common::{TestRegion, check, disk, open, register};
+use common::{TestRegion, check, open, world};
 use instance_core::{
     DescribeLaunchTemplateVersions, DescribeLaunchTemplates, DescribeTags, ErrorKind, Instance, LaunchSpec,
     LaunchTemplateRef, LaunchTemplateVersionSpec, MetadataOptions, Result, ShutdownBehavior, TemplateVersion,
 };
 
 const FRIEND: &str = "222222222222";
-
-fn world() -> (tempfile::TempDir, TestRegion, Ami<X86_64>) {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region, "base", &disk(1, 7)).unwrap();
-    (dir, region, ami)
-}
 
 fn nano() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())

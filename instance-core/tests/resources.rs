@@ -3,33 +3,18 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ami_core::{Ami, ResourceId, SnapshotId, VolumeId, VolumeType, X86_64};
-use common::{TestRegion, check, disk, open, register};
+use ami_core::{ResourceId, SnapshotId, VolumeId, VolumeType};
+use common::{TestRegion, ask, check, disk, open, register, world};
 use instance_core::{
-    DescribeSnapshots, DescribeTags, DescribeVolumes, ErrorKind, Instance, LaunchSpec, Result, VolumeSpec,
-    VolumeState,
+    DescribeSnapshots, DescribeTags, DescribeVolumes, ErrorKind, LaunchSpec, Result, VolumeSpec, VolumeState,
 };
 
 const FRIEND: &str = "222222222222";
 
-fn world() -> (tempfile::TempDir, TestRegion, Ami<X86_64>) {
-    let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
-    let ami = register(&region, "base", &disk(1, 7)).unwrap();
-    (dir, region, ami)
-}
-
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())
-}
-
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let soon = Instant::now() + Duration::from_secs(10);
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 #[track_caller]

@@ -6,7 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use ami_core::X86_64;
-use common::{disk, open, register};
+use common::{ask, disk, open, register};
 use instance_core::machine::{
     Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, Runs,
 };
@@ -20,13 +20,6 @@ fn soon() -> Instant {
 
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())
-}
-
-/// Tells the guest something and waits for the answer.
-fn ask(instance: &Instance, line: &str, answer: &str) {
-    let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
-    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 /// A machine whose guest, once paused, can never go on, and does not heed its power button.

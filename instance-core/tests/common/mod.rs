@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, Digest, X86_64};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
@@ -42,6 +43,23 @@ pub(crate) fn disk(mib: usize, seed: u64) -> Disk {
 
 pub(crate) fn launch(region: &TestRegion, ami: &Ami<X86_64>) -> Result<Instance> {
     region.launch(ami, LaunchSpec::new("t2.nano".parse().unwrap()))
+}
+
+/// A region with an image.
+pub(crate) fn world() -> (tempfile::TempDir, TestRegion, Ami<X86_64>) {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, "base", &disk(1, 7)).unwrap();
+    (dir, region, ami)
+}
+
+/// Tells the guest a line, and gives what it answers after `prefix`.
+pub(crate) fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
+    let soon = Instant::now() + Duration::from_secs(20);
+    let mut reader = instance.console().reader_from_now();
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
+    reader.wait_for(prefix, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
+    String::from_utf8(reader.wait_for("\n", soon).unwrap()).unwrap().trim().to_owned()
 }
 
 /// An error with all its causes.
