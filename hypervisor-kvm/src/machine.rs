@@ -9,6 +9,7 @@ use std::thread;
 use instance_core::machine::{
     Detach, ExitCause, Machine, MachineError, MachineSpec, MachineState, RestoreSpec,
 };
+use instance_core::net::MacAddress;
 use instance_core::watch::Publisher;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -116,6 +117,7 @@ impl KvmMachine {
         let loaded = Loaded::read(&spec.saved)?;
         let state = &loaded.state;
         spec.order_disks(state.disks.iter().map(|disk| disk.serial.as_str()));
+        spec.order_nets(state.nets.iter().map(|port| MacAddress(port.mac)));
         let spec = &spec;
         state.check(spec, kvm.most_processors())?;
         let memory = loaded.memory(&spec.saved)?;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use super::{DiskSpec, NetSpec, OpenFile};
 use crate::console::ConsolePort;
+use crate::net::MacAddress;
 use crate::vsock::VsockSpec;
 
 /// A machine as it was when [`Machine::save`](super::Machine::save) wrote it: an [`OpenFile`]. It may have holes, for
@@ -81,7 +82,7 @@ pub struct RestoreSpec {
     /// The disks that the machine had, with the same serial numbers, by which it knows them, and sizes. Their bytes
     /// must be those of the moment at which it was saved: a guest keeps in mind what it has read and written.
     pub disks: Vec<DiskSpec>,
-    /// The network ports, in the order in which the machine had them, with the same addresses and MTUs.
+    /// The network ports that the machine had, with the same addresses, by which it knows them, and MTUs.
     pub nets: Vec<NetSpec>,
     /// The place for streams, if the machine had one. The guest is told that its streams are no more.
     pub vsock: Option<VsockSpec>,
@@ -93,16 +94,26 @@ pub struct RestoreSpec {
     pub runtime_dir: PathBuf,
 }
 
+/// Brings what is called so to the front, in this order, up to the first that is missing.
+fn order<T, N>(all: &mut [T], names: impl IntoIterator<Item = N>, is: impl Fn(&T, &N) -> bool) {
+    for (place, name) in names.into_iter().enumerate() {
+        match all.iter().skip(place).position(|one| is(one, &name)) {
+            Some(further) => all[place..=place + further].rotate_right(1),
+            None => return,
+        }
+    }
+}
+
 impl RestoreSpec {
     /// Brings the disks into the order of these serial numbers, in which the machine had them; what is not among them
     /// comes last. Every hypervisor begins [`Hypervisor::restore`](super::Hypervisor::restore) with it.
     pub fn order_disks<'s>(&mut self, serials: impl IntoIterator<Item = &'s str>) {
-        for (place, serial) in serials.into_iter().enumerate() {
-            match self.disks.iter().skip(place).position(|disk| disk.serial == serial) {
-                Some(further) => self.disks[place..=place + further].rotate_right(1),
-                None => return,
-            }
-        }
+        order(&mut self.disks, serials, |disk, serial| disk.serial == *serial);
+    }
+
+    /// The same of the network ports and their addresses.
+    pub fn order_nets(&mut self, macs: impl IntoIterator<Item = MacAddress>) {
+        order(&mut self.nets, macs, |net, mac| net.mac == *mac);
     }
 
     /// A machine without disks, network ports and streams, with the temporary directory as its runtime directory.
@@ -116,6 +127,26 @@ impl RestoreSpec {
             console,
             virtio_console: None,
             runtime_dir: std::env::temp_dir(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_a_name_comes_in_the_order_of_the_names() {
+        for (given, names, expected) in [
+            ("abc", "cab", "cab"),
+            ("abc", "b", "bac"),
+            ("abc", "cxa", "cab"),
+            ("aab", "baa", "baa"),
+            ("", "ab", ""),
+        ] {
+            let mut all: Vec<char> = given.chars().collect();
+            order(&mut all, names.chars(), |one, name| one == name);
+            assert_eq!(all.iter().collect::<String>(), expected, "{given} by {names}");
         }
     }
 }

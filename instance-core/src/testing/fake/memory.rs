@@ -91,6 +91,7 @@ impl Memory {
         if !spec.disks.iter().map(described).eq(saved.disks) {
             return Err(refused("the machine had other disks when it was saved"));
         }
+        spec.order_nets(saved.memory.nets.iter().map(|net| net.mac));
         let had = saved.memory.nets.iter().map(|net| (net.mac, net.mtu));
         if !spec.nets.iter().map(|net| (net.mac, net.mtu)).eq(had) {
             return Err(refused("the machine had other network ports when it was saved"));
