@@ -146,6 +146,9 @@ impl Deref for BootFile {
 }
 
 /// A disk of a machine. [`MachineSpec`] shows it in use.
+///
+/// A backend of one's own must not kill or drop its machine from a call that serves a request: the machine ends when no
+/// request is under way any more.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct DiskSpec {

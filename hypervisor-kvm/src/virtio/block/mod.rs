@@ -43,6 +43,8 @@ pub(crate) struct Block {
     disk: Option<Disk>,
     /// What is under way on the disk. None while that is not in use.
     line: Option<Line>,
+    /// It was said that the disk cannot be served.
+    unserved: bool,
     /// The requests that are, by their tokens.
     pending: Slab<Pending>,
     /// What each virtqueue is to be told.
@@ -119,6 +121,7 @@ impl Block {
             sectors: disk.size() / SECTOR,
             disk: Some(disk),
             line: None,
+            unserved: false,
             pending: Slab::new(),
             lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
             serial: id,
@@ -186,7 +189,11 @@ impl Block {
         let line = match &mut self.line {
             Some(line) => line,
             none => none.insert(Line::new(disk, memory).map_err(|error| {
-                tracing::warn!(%error, "a guest's disk cannot be served");
+                // A guest asks as often as it likes.
+                match mem::replace(&mut self.unserved, true) {
+                    false => tracing::warn!(%error, "a guest's disk cannot be served"),
+                    true => tracing::debug!(%error, "a guest's disk cannot be served"),
+                }
                 Refusal::Io
             })?),
         };
