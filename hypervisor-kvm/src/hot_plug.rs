@@ -11,7 +11,7 @@ use crate::machine::Shared;
 use crate::saved;
 use crate::slots::{Other, Placed, Role};
 use crate::thread::Thread;
-use crate::virtio::{Block, Device, Net, VirtioDevice};
+use crate::virtio::{Block, Device, KernelNet, Net, VirtioDevice};
 
 impl Shared {
     /// Gives the guest one more disk. One at a time calls this.
@@ -30,11 +30,15 @@ impl Shared {
         if self.find_live(ACTION, |placed| placed.is_net(net.mac))?.is_some() {
             return Err(MachineError::port_exists(net.mac));
         }
-        let device = Net::new(net, self.processors());
-        self.plug(ACTION, Role::Net(saved::Port::of(net)), device, |device| {
+        let role = Role::Net(saved::Port::of(net));
+        let connect = |device: &VirtioDevice| {
             net.port.set_waker(Some(Arc::new(device.waker()?)));
             Ok(())
-        })
+        };
+        match KernelNet::new(self.vhost_net, net, None, &self.memory)? {
+            Some(device) => self.plug(ACTION, role, device, connect),
+            None => self.plug(ACTION, role, Net::new(net, self.processors()), connect),
+        }
     }
 
     /// Puts a device into a place that is free, and tells the guest when it is `connected`.

@@ -56,7 +56,7 @@ pub(crate) use block::Block;
 use chain::Malformed;
 pub(crate) use console::Console;
 pub(crate) use device::{Device, Own};
-pub(crate) use net::Net;
+pub(crate) use net::{KernelNet, Net};
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;

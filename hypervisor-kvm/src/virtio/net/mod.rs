@@ -13,9 +13,12 @@ mod steering;
 mod tests;
 #[cfg(test)]
 mod tests_of_pairs;
+mod vhost;
 
-use std::iter;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
+use std::{iter, mem};
 
 use instance_core::machine::NetSpec;
 use instance_core::net::{Frame, FrameLimits, NetPort, Offloads, SendError};
@@ -30,6 +33,7 @@ use virtio_bindings::virtio_net::{
 use self::deliver::{Delivery, deliver};
 use self::header::{HEADER_LEN, Header};
 use self::steering::Steering;
+pub(crate) use self::vhost::KernelNet;
 use super::chain::{Chain, Malformed};
 use super::device::{Device, Own};
 use super::ring::Running;
@@ -50,7 +54,7 @@ const BATCH: usize = 64;
 pub(crate) struct Net {
     /// None when the machine has ended.
     port: Option<NetPort>,
-    spec: Config,
+    config: Config,
     /// What the network took when the machine was made, which is what is offered.
     offered: Offloads,
     /// The frames that wait, of each pair that there may be.
@@ -61,6 +65,8 @@ pub(crate) struct Net {
     state: State,
     receive: Pace,
     transmit: Pace,
+    /// No frame waited in the port when the driver had room for one last, and nobody was told since when one does.
+    dry: bool,
 }
 
 /// What is the device's own to remember.
@@ -111,10 +117,9 @@ impl Net {
     /// A device that is plugged in as `spec` says, with so many pairs of queues at most.
     pub(crate) fn new(spec: &NetSpec, pairs: usize) -> Self {
         let pairs = pairs.clamp(1, MAX_PAIRS);
-        let told = if pairs > 1 { pairs as u16 } else { 0 };
         Self {
             port: Some(spec.port.clone()),
-            spec: Config { mac: spec.mac.0, mtu: spec.mtu, pairs: told },
+            config: Config::new(spec, pairs),
             offered: spec.port.peer_takes(),
             pairs: iter::repeat_with(Pair::default).take(pairs).collect(),
             next: None,
@@ -122,6 +127,7 @@ impl Net {
             state: State { pairs: 1 },
             receive: Pace::new(&spec.receive_limits),
             transmit: Pace::new(&spec.transmit_limits),
+            dry: false,
         }
     }
 
@@ -151,17 +157,21 @@ impl Net {
             port.set_takes(takes);
         }
         let mut handed_over = false;
+        self.dry = false;
         for _ in 0..BATCH {
             if self.pairs[pair].inbound.is_none() {
                 let next = match self.next.take() {
                     Some(next) => next,
                     None if !self.receive.is_ready() => return Ok(handed_over),
                     None => {
-                        let Some(frame) = port.recv() else { return Ok(handed_over) };
+                        let Some(frame) = port.recv() else {
+                            self.dry = true;
+                            return Ok(handed_over);
+                        };
                         self.receive.limits.charge(frame.data.len());
                         if !frame.is_sound()
                             || !frame.is_taken_by(takes)
-                            || !self.spec.is_short_enough(&frame)
+                            || !self.config.is_short_enough(&frame)
                         {
                             tracing::trace!("a frame for a guest is not one that it takes");
                             continue;
@@ -243,12 +253,44 @@ impl Net {
         }
         let mut frame = Frame::new(chain.readable.to_vec(ring.memory(), HEADER_LEN as u64, len as usize)?);
         Header::parse(header).apply(&mut frame, features)?;
-        let sound = frame.is_sound() && frame.is_taken_by(self.offered) && self.spec.is_short_enough(&frame);
+        let sound =
+            frame.is_sound() && frame.is_taken_by(self.offered) && self.config.is_short_enough(&frame);
         Ok(sound.then_some(frame))
     }
 }
 
 impl Config {
+    fn new(spec: &NetSpec, pairs: usize) -> Self {
+        Self { mac: spec.mac.0, mtu: spec.mtu, pairs: if pairs > 1 { pairs as u16 } else { 0 } }
+    }
+
+    /// The features of a device with this configuration, behind which is who takes `offered`.
+    fn features(&self, offered: Offloads) -> u64 {
+        let Offloads { checksum, tcp4, tcp6, .. } = offered;
+        let several = self.pairs > 0;
+        let bits = [
+            (VIRTIO_NET_F_MAC, true),
+            (VIRTIO_NET_F_STATUS, true),
+            (VIRTIO_NET_F_MTU, true),
+            (VIRTIO_NET_F_MRG_RXBUF, true),
+            (VIRTIO_NET_F_GUEST_CSUM, true),
+            (VIRTIO_NET_F_GUEST_TSO4, true),
+            (VIRTIO_NET_F_GUEST_TSO6, true),
+            (VIRTIO_NET_F_CSUM, checksum),
+            (VIRTIO_NET_F_HOST_TSO4, checksum && tcp4),
+            (VIRTIO_NET_F_HOST_TSO6, checksum && tcp6),
+            (VIRTIO_NET_F_CTRL_VQ, several),
+            (VIRTIO_NET_F_MQ, several),
+        ];
+        bits.into_iter().filter(|(_, offered)| *offered).fold(0, |features, (bit, _)| features | 1 << bit)
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let config = self.bytes();
+        let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    }
+
     /// `struct virtio_net_config`, as far as features of it are offered.
     fn bytes(&self) -> [u8; 12] {
         let mut config = [0; 12];
@@ -277,22 +319,7 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        let Offloads { checksum, tcp4, tcp6, .. } = self.offered;
-        let bits = [
-            (VIRTIO_NET_F_MAC, true),
-            (VIRTIO_NET_F_STATUS, true),
-            (VIRTIO_NET_F_MTU, true),
-            (VIRTIO_NET_F_MRG_RXBUF, true),
-            (VIRTIO_NET_F_GUEST_CSUM, true),
-            (VIRTIO_NET_F_GUEST_TSO4, true),
-            (VIRTIO_NET_F_GUEST_TSO6, true),
-            (VIRTIO_NET_F_CSUM, checksum),
-            (VIRTIO_NET_F_HOST_TSO4, checksum && tcp4),
-            (VIRTIO_NET_F_HOST_TSO6, checksum && tcp6),
-            (VIRTIO_NET_F_CTRL_VQ, self.pairs.len() > 1),
-            (VIRTIO_NET_F_MQ, self.pairs.len() > 1),
-        ];
-        bits.into_iter().filter(|(_, offered)| *offered).fold(0, |features, (bit, _)| features | 1 << bit)
+        self.config.features(self.offered)
     }
 
     fn queues(&self) -> usize {
@@ -300,9 +327,7 @@ impl Device for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.spec.bytes();
-        let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
-        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        self.config.read(offset, data);
     }
 
     fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
@@ -318,16 +343,22 @@ impl Device for Net {
     fn reset(&mut self) {
         self.pairs.fill_with(Pair::default);
         (self.next, self.steering, self.state) = (None, Steering::new(), State { pairs: 1 });
-        (self.receive.delay, self.transmit.delay) = (None, None);
+        (self.receive.delay, self.transmit.delay, self.dry) = (None, None, false);
         if let Some(port) = &self.port {
             port.set_takes(Offloads::NONE);
-            let waiting = port.waiting();
-            iter::from_fn(|| port.recv()).take(waiting).for_each(drop);
+            port.discard();
         }
     }
 
     fn due_in(&self) -> Option<Duration> {
         self.receive.delay.into_iter().chain(self.transmit.delay).min()
+    }
+
+    /// A TAP device's descriptor, which is readable as long as frames wait: only when it is for them alone that the driver
+    /// waits.
+    fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        let dry = mem::take(&mut self.dry);
+        self.port.as_ref().filter(|port| dry && port.is_connected())?.descriptor()
     }
 
     fn end(&mut self) {
