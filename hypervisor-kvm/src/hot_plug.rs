@@ -52,9 +52,12 @@ impl Shared {
         let is_console = |placed: &Placed| matches!(placed.role, Role::Other(Other::Console));
         let most = Transport::Pci.device_places(slots.find(is_console).is_some());
         let Some(number) = slots.free().filter(|_| taken < most) else {
-            return Err(unsupported(format!(
-                "the machine has {most} disks and network ports, which is all there is room for"
-            )));
+            let why = if taken < most {
+                "the places that are left are held by what was taken by force, until the guest lets go of it"
+            } else {
+                "that is all there is room for"
+            };
+            return Err(unsupported(format!("the machine has {taken} disks and network ports, and {why}")));
         };
         let device = VirtioDevice::late(&self.memory, device)?;
         let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
