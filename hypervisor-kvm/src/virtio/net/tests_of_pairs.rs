@@ -253,7 +253,7 @@ fn a_pair_without_buffers_does_not_stop_the_others() {
     assert_eq!(guest.received(1), (0..most).collect::<Vec<_>>());
     (0..LOST).for_each(|_| guest.offer_buffer(1));
     guest.serve();
-    assert_eq!(guest.driver.used(receive(1)), most.into(), "the rest is lost, and takes no memory");
+    assert_eq!(guest.driver.used(receive(1)), u16::from(most), "the rest is lost, and takes no memory");
 }
 
 #[test]
@@ -277,6 +277,24 @@ fn a_pair_with_buffers_is_waited_for_by_the_others() {
     (0..QUEUE_SIZE / 2).for_each(|_| guest.offer_buffer(1));
     guest.serve();
     assert_eq!(guest.driver.used(receive(1)), 1 + burst);
+}
+
+#[test]
+fn a_pair_whose_queue_is_stopped_is_not_waited_for() {
+    let mut guest = Guest::new(0);
+    guest.use_pairs(2);
+    guest.send(1, &frame(7, true, 0));
+    guest.send(0, &frame(8, true, 0));
+    guest.offer_buffer(1);
+    guest.network_sends(7, 0);
+    guest.serve();
+    guest.driver.set(reg::VIRTIO_MMIO_QUEUE_SEL, receive(1) as u32);
+    guest.driver.set(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+    guest.offer_buffer(0);
+    (0..=WAITING_MAX).for_each(|number| guest.network_sends(7, number as u8));
+    guest.network_sends(8, 200);
+    guest.serve();
+    assert_eq!(guest.received(0), [200]);
 }
 
 #[test]
