@@ -162,7 +162,6 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_clone3, When::Always),
     (libc::SYS_epoll_create1, When::Always),
     (libc::SYS_epoll_ctl, When::Always),
-    (libc::SYS_epoll_wait, When::Always),
     (libc::SYS_eventfd2, When::Always),
     (libc::SYS_fallocate, When::Always),
     (libc::SYS_fcntl, When::Equal(1, libc::F_DUPFD_CLOEXEC as u64)),

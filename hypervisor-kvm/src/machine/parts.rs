@@ -22,7 +22,9 @@ use crate::power::Power;
 use crate::rtc::Rtc;
 use crate::serial::SerialPort;
 use crate::slots::{Other, Placed, Role, Slots};
-use crate::virtio::{Balloon, Block, Console, Device, KernelNet, Net, Rng, VirtioDevice, Vsock, Wish};
+use crate::virtio::{
+    Balloon, Block, Console, Device, KernelNet, Net, Rng, VirtioDevice, Vsock, Wish, check_host,
+};
 use crate::{Kvm, Transport, VhostNet, layout, saved};
 
 /// What a machine is put together from.
@@ -101,9 +103,12 @@ impl Parts<'_> {
                 placed.push(Placed::new(place, Role::Other(other), device));
             }
         }
-        let Self { name, transport, console, vm, memory, processors, .. } = self;
+        let Self { name, transport, disks, console, vm, memory, processors, .. } = self;
+        let serial = serial_port(&vm, console)?;
+        // When the machine has all its descriptors, so that these are not among those that were there to be had.
+        check_host(disks, &memory)?;
         let devices = Devices {
-            serial: serial_port(&vm, console)?,
+            serial,
             power: Power::default(),
             rtc: Mutex::new(Rtc::new()),
             pci: (transport == Transport::Pci).then(Bus::new),

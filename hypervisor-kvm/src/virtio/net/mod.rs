@@ -15,6 +15,7 @@ mod tests;
 mod tests_of_pairs;
 mod vhost;
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +49,8 @@ const ETHERNET_MAX: usize = ETHERNET_LEN + 4;
 
 /// How many frames are moved before the driver and other queues have their turn.
 const BATCH: usize = 64;
+/// How many frames wait for a pair before others for it are lost: as many as another pair hands over in its turn.
+const WAITING_MAX: usize = BATCH;
 
 /// A network device.
 #[derive(Debug)]
@@ -59,8 +62,6 @@ pub(crate) struct Net {
     offered: Offloads,
     /// The frames that wait, of each pair that there may be.
     pairs: Vec<Pair>,
-    /// The frame behind those that wait, if it is for a pair for which one waits: no other gets by.
-    next: Option<(usize, Frame)>,
     steering: Steering,
     state: State,
     receive: Pace,
@@ -79,10 +80,25 @@ pub(crate) struct State {
 /// The frames of a pair of queues that wait.
 #[derive(Debug, Default)]
 struct Pair {
-    /// The one that the guest has no buffers for yet.
-    inbound: Option<Frame>,
+    /// Those that the guest has no buffers for yet, or whose turn it was not.
+    inbound: VecDeque<Frame>,
+    /// The last one for the guest found buffers: there will be room for others.
+    flows: bool,
     /// The one that the network has no room for yet.
     outbound: Option<Frame>,
+}
+
+impl Pair {
+    /// Keeps a frame for the guest until it is this pair's turn. False, and it is lost, if enough wait.
+    fn keep(&mut self, frame: Frame) -> bool {
+        let there_is_room = self.inbound.len() < WAITING_MAX;
+        if there_is_room {
+            self.inbound.push_back(frame);
+        } else {
+            tracing::trace!("a frame for a guest is lost: its pair of queues has no buffers");
+        }
+        there_is_room
+    }
 }
 
 /// What frames of one direction are held to.
@@ -122,7 +138,6 @@ impl Net {
             config: Config::new(spec, pairs),
             offered: spec.port.peer_takes(),
             pairs: iter::repeat_with(Pair::default).take(pairs).collect(),
-            next: None,
             steering: Steering::new(),
             state: State { pairs: 1 },
             receive: Pace::new(&spec.receive_limits),
@@ -150,6 +165,9 @@ impl Net {
 
     /// Moves frames from the network to a pair of the driver's, and those between them to where they belong. False if
     /// there is nothing to do before the next frame or buffer.
+    ///
+    /// Where there are several pairs, one whose driver gives it no buffers must not stop the others: what is for it is
+    /// lost when enough of it waits. Where there is one, everything waits in the cable.
     fn receive(&mut self, pair: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
         let Some(port) = self.port.clone() else { return Ok(false) };
         let takes = taken_by_driver(features);
@@ -159,41 +177,43 @@ impl Net {
         let mut handed_over = false;
         self.dry = false;
         for _ in 0..BATCH {
-            if self.pairs[pair].inbound.is_none() {
-                let next = match self.next.take() {
-                    Some(next) => next,
-                    None if !self.receive.is_ready() => return Ok(handed_over),
-                    None => {
-                        let Some(frame) = port.recv() else {
-                            self.dry = true;
-                            return Ok(handed_over);
-                        };
-                        self.receive.limits.charge(frame.data.len());
-                        if !frame.is_sound()
-                            || !frame.is_taken_by(takes)
-                            || !self.config.is_short_enough(&frame)
-                        {
-                            tracing::trace!("a frame for a guest is not one that it takes");
-                            continue;
-                        }
-                        (self.steering.pair_for(&frame, self.state.pairs.into()), frame)
+            let frame = match self.pairs[pair].inbound.pop_front() {
+                Some(frame) => frame,
+                None if !self.may_fetch(pair) || !self.receive.is_ready() => return Ok(handed_over),
+                None => {
+                    let Some(frame) = port.recv() else {
+                        self.dry = true;
+                        return Ok(handed_over);
+                    };
+                    self.receive.limits.charge(frame.data.len());
+                    if !frame.is_sound() || !frame.is_taken_by(takes) || !self.config.is_short_enough(&frame)
+                    {
+                        tracing::trace!("a frame for a guest is not one that it takes");
+                        continue;
                     }
-                };
-                let waiting = &mut self.pairs[next.0].inbound;
-                if waiting.is_some() {
-                    self.next = Some(next);
-                    return Ok(handed_over);
+                    let of = self.steering.pair_for(&frame, self.state.pairs.into());
+                    if of != pair {
+                        handed_over |= self.pairs[of].keep(frame);
+                        continue;
+                    }
+                    frame
                 }
-                handed_over |= next.0 != pair;
-                *waiting = Some(next.1);
-            }
-            let Some(frame) = self.pairs[pair].inbound.take() else { continue };
-            if let Delivery::NoRoom(frame) = deliver(frame, ring, features)? {
-                self.pairs[pair].inbound = Some(frame);
+            };
+            let delivery = deliver(frame, ring, features)?;
+            let own = &mut self.pairs[pair];
+            own.flows = !matches!(delivery, Delivery::NoRoom(_));
+            if let Delivery::NoRoom(frame) = delivery {
+                own.inbound.push_front(frame);
                 return Ok(handed_over);
             }
         }
         Ok(true)
+    }
+
+    /// Whether a pair is to take frames from the cable: one in use, unless another has first to have its turn.
+    fn may_fetch(&self, pair: usize) -> bool {
+        let used = &self.pairs[..self.state.pairs.into()];
+        pair < used.len() && !used.iter().any(|pair| pair.flows && pair.inbound.len() >= WAITING_MAX)
     }
 
     /// Moves frames from a pair of the driver's to the network. False if there is nothing to do before the next frame,
@@ -229,8 +249,7 @@ impl Net {
         let possible = (1..=self.pairs.len()).contains(&used);
         if possible {
             self.state.pairs = pairs;
-            self.pairs.iter_mut().skip(used).for_each(|pair| pair.inbound = None);
-            self.next.take_if(|(pair, _)| *pair >= used);
+            self.pairs.iter_mut().skip(used).for_each(|pair| pair.inbound.clear());
         }
         possible
     }
@@ -339,10 +358,16 @@ impl Device for Net {
         }
     }
 
+    fn stop(&mut self, queue: usize) {
+        if let Some(pair) = self.pairs.get_mut(queue / 2).filter(|_| queue % 2 == 0) {
+            pair.flows = false;
+        }
+    }
+
     /// The frames that wait are lost, as on a cable that was pulled.
     fn reset(&mut self) {
         self.pairs.fill_with(Pair::default);
-        (self.next, self.steering, self.state) = (None, Steering::new(), State { pairs: 1 });
+        (self.steering, self.state) = (Steering::new(), State { pairs: 1 });
         (self.receive.delay, self.transmit.delay, self.dry) = (None, None, false);
         if let Some(port) = &self.port {
             port.set_takes(Offloads::NONE);
