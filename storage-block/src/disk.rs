@@ -31,6 +31,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Disk {
     pub(crate) backend: Arc<dyn BlockBackend>,
+    /// How long a request may be for the backend. That does not change, and so it is asked once.
+    max_request: u64,
     /// What its requests wait for, all of them.
     pub(crate) limiters: Option<Arc<[Limiter]>>,
 }
@@ -52,7 +54,8 @@ impl Disk {
 
     /// For the backends of this crate, whose constructors have checked the size.
     pub(crate) fn from_backend(backend: impl BlockBackend) -> Self {
-        Self { backend: Arc::new(backend), limiters: None }
+        let max_request = backend.capabilities().max_request.clamp(SECTOR, 1 << 40);
+        Self { backend: Arc::new(backend), max_request, limiters: None }
     }
 
     /// The size in bytes. A disk may grow while it is in use ([`Volume::grow`](crate::Volume::grow)); it never
@@ -87,7 +90,12 @@ impl Disk {
     pub fn limited(&self, limiter: &Limiter) -> Self {
         let had = self.limiters.iter().flat_map(|limiters| limiters.iter());
         let limiters = had.chain([limiter]).cloned().collect();
-        Self { backend: Arc::clone(&self.backend), limiters: Some(limiters) }
+        Self { limiters: Some(limiters), ..self.unlimited() }
+    }
+
+    /// The same disk, whose requests wait for nothing.
+    pub(crate) fn unlimited(&self) -> Self {
+        Self { backend: Arc::clone(&self.backend), max_request: self.max_request, limiters: None }
     }
 
     /// Fills `buf` with the bytes at `offset`.
@@ -255,7 +263,7 @@ impl Disk {
         if let Some(limiters) = &self.limiters {
             limiters.iter().for_each(|limiter| limiter.wait(op.cost(len)));
         }
-        self.backend.capabilities().max_request.clamp(SECTOR, 1 << 40)
+        self.max_request
     }
 }
 

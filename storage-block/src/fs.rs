@@ -160,6 +160,7 @@ impl Read for File {
 }
 
 impl FileExt for File {
+    #[inline]
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.file.read_at(buf, offset)
     }

@@ -125,6 +125,7 @@ impl Snapshot {
     }
 
     /// What holds the bytes from `offset`, and how many of them, `len` at most, one read can get.
+    #[inline(always)] // with the table, it is on the way of every read, and a read from memory takes no microsecond
     fn extent(&self, offset: u64, len: u64) -> Result<(Extent<'_>, u64)> {
         let (leaf, within) = ((offset / LEAF_SPAN) as usize, offset % LEAF_SPAN);
         let len = len.min(LEAF_SPAN - within);
@@ -226,15 +227,20 @@ impl Snapshot {
     }
 
     /// Where the leaf's chunks lie; `None` where all of it is a hole.
+    #[inline(always)]
     fn table(&self, leaf: usize) -> Result<Option<&Table>> {
+        match self.root.tables.get(leaf).and_then(|cell| cell.get()) {
+            Some(table) => Ok(Some(table)),
+            None => self.look_up(leaf),
+        }
+    }
+
+    fn look_up(&self, leaf: usize) -> Result<Option<&Table>> {
         let (Some(id), Some(cell)) = (self.root.leaves.get(leaf), self.root.tables.get(leaf)) else {
             return Ok(None);
         };
         if *id == HOLE {
             return Ok(None);
-        }
-        if let Some(table) = cell.get() {
-            return Ok(Some(table));
         }
         let table = Table::look_up(&self.store, id)?;
         // Whoever loses this race has made the same table.

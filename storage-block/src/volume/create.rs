@@ -64,7 +64,9 @@ impl Volume {
         let new = match fs::create_dir(dir) {
             Ok(()) => true,
             // A mark beside it is that of a volume whose files a crash has taken.
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() && !mark::is_there(dir) => {
+            Err(e)
+                if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() && !mark::is_there(dir) =>
+            {
                 false
             }
             Err(e) => return Err(Error::io(e, format!("cannot create {}", dir.display()))),
@@ -112,7 +114,8 @@ impl Volume {
     /// Makes a volume durable to which nothing has been written, by its mark where there can be one.
     pub(crate) fn sync_untouched(&self) -> Result<()> {
         let log = lock(&self.0.log);
-        let blank = (*lock(&self.0.names) == Names::New { own_dir: true }).then(|| log.blank_name()).flatten();
+        let blank =
+            (*lock(&self.0.names) == Names::New { own_dir: true }).then(|| log.blank_name()).flatten();
         // What was in a directory before might come back, and be taken for a part of the volume.
         if blank.is_none_or(|name| mark::make(&self.0.dir, name).is_err()) {
             return self.0.sync_new(&log);
