@@ -106,13 +106,11 @@ impl Disk {
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.check(Op::Read, offset, Some(buf.len() as u64))?;
         let max = self.admit(buf.len() as u64, Op::Read);
-        if buf.len() as u64 <= max {
-            return if buf.is_empty() { Ok(()) } else { self.backend.read_at(buf, offset) };
+        match buf.len() as u64 {
+            0 => Ok(()),
+            len if len <= max => self.backend.read_at(buf, offset),
+            _ => self.read_pieces(buf, offset, max as usize),
         }
-        for (part, at) in buf.chunks_mut(max as usize).zip((offset..).step_by(max as usize)) {
-            self.backend.read_at(part, at)?;
-        }
-        Ok(())
     }
 
     /// Writes `buf` at `offset`.
@@ -124,13 +122,11 @@ impl Disk {
     pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.check(Op::Write, offset, Some(buf.len() as u64))?;
         let max = self.admit(buf.len() as u64, Op::Write);
-        if buf.len() as u64 <= max {
-            return if buf.is_empty() { Ok(()) } else { self.backend.write_at(buf, offset) };
+        match buf.len() as u64 {
+            0 => Ok(()),
+            len if len <= max => self.backend.write_at(buf, offset),
+            _ => self.write_pieces(buf, offset, max as usize),
         }
-        for (part, at) in buf.chunks(max as usize).zip((offset..).step_by(max as usize)) {
-            self.backend.write_at(part, at)?;
-        }
-        Ok(())
     }
 
     /// Fills the buffers, one after the other, with the bytes at `offset`. What lies in a file goes
@@ -256,6 +252,18 @@ impl Disk {
             Some(end) if end <= size => Ok(len),
             _ => Err(Error::out_of_bounds(offset, len, size)),
         }
+    }
+
+    #[cold]
+    fn read_pieces(&self, buf: &mut [u8], offset: u64, max: usize) -> Result<()> {
+        let mut parts = buf.chunks_mut(max).zip((offset..).step_by(max));
+        parts.try_for_each(|(part, at)| self.backend.read_at(part, at))
+    }
+
+    #[cold]
+    fn write_pieces(&self, buf: &[u8], offset: u64, max: usize) -> Result<()> {
+        let mut parts = buf.chunks(max).zip((offset..).step_by(max));
+        parts.try_for_each(|(part, at)| self.backend.write_at(part, at))
     }
 
     /// Waits until the limits let a request pass, and says how long one may be for the backend.
