@@ -48,7 +48,8 @@ pub fn link() -> (NetPort, NetPort) {
     let number = BRIDGES.fetch_add(1, Ordering::Relaxed);
     let bridge = Bridge(format!("ami-{}-{number}", std::process::id()));
     let ip = |arguments: &[&str]| ip(arguments).expect("the host's devices are what they should be");
-    ip(&["link", "add", &bridge.0, "type", "bridge"]);
+    // Nor does a bridge that does not snoop say anything of its own.
+    ip(&["link", "add", &bridge.0, "type", "bridge", "mcast_snooping", "0"]);
     for name in [&bridge.0, machines.name(), hosts.name()] {
         // Which has things to say of its own.
         let no_ipv6 = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
