@@ -141,8 +141,7 @@ impl Log {
     }
 
     /// Makes again what is missing of a log to which nothing was ever appended, and which is called `name`.
-    /// Returns whether it is such a log.
-    pub(crate) fn restore<'n>(dir: &Path, name: impl FnOnce() -> Result<&'n str>) -> Result<bool> {
+    pub(crate) fn restore<'n>(dir: &Path, name: impl FnOnce() -> Result<&'n str>) -> Result<()> {
         let names = Self::names(dir)?;
         let room = dir.join(TEMPORARY);
         let log = match names.iter().find(|path| **path != room) {
@@ -157,7 +156,7 @@ impl Log {
         if blank && !names.contains(&room) {
             create(&room)?;
         }
-        Ok(blank)
+        Ok(())
     }
 
     /// The path of the log in a volume's directory.

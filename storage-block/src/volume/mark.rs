@@ -8,8 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::OVERLAY;
-use crate::fs::{self, File};
+use crate::fs;
 use crate::log::Log;
 use crate::store::{parent, sync_dir};
 use crate::{Error, Result, format};
@@ -39,24 +38,14 @@ pub(super) fn make(dir: &Path, log: &str) -> std::io::Result<()> {
     fs::symlink(log, &path(dir).ok_or(std::io::ErrorKind::InvalidInput)?)
 }
 
-/// Makes the files again that are missing of a volume with a mark. Nothing was ever flushed to it, so they are as they
-/// were when it was made.
-pub(super) fn restore(dir: &Path) -> Result<()> {
+/// Makes again what is missing of the log of a volume with a mark. Nothing was ever flushed to it, so that it is as it was
+/// when the volume was made.
+pub(super) fn restore_log(dir: &Path) -> Result<()> {
     let Some((path, target)) = read(dir) else { return Ok(()) };
-    // One that stands alone is what is left of a volume that was never there for anybody, or is no more.
-    if !dir.is_dir() {
-        return Ok(());
-    }
-    let blank = Log::restore(dir, || {
+    Log::restore(dir, || {
         let name = target.to_str().unwrap_or_default();
         format::parse_log_name(name).map_err(|why| Error::corrupt(&path, why)).map(|_| name)
-    })?;
-    if blank {
-        let overlay = dir.join(OVERLAY);
-        File::open_or_create(&overlay)
-            .map_err(|e| Error::io(e, format!("cannot create {}", overlay.display())))?;
-    }
-    Ok(())
+    })
 }
 
 /// Removes the mark of a volume whose names are durable, or one that was left of an earlier volume. If that fails, it does

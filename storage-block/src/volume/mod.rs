@@ -138,9 +138,13 @@ impl Volume {
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) if it is encrypted and the store does not have its key;
     /// [`InUse`](ErrorKind::InUse); [`Corrupt`](ErrorKind::Corrupt).
     pub fn open(dir: &Path, store: &Store) -> Result<Self> {
-        mark::restore(dir)?;
         let path = dir.join(OVERLAY);
-        let overlay = Locked::open(&path, false)?;
+        // A mark that stands alone is what is left of a volume that was never there for anybody, or is no more.
+        let marked = dir.is_dir() && mark::is_there(dir);
+        let overlay = Locked::open(&path, marked)?;
+        if marked {
+            mark::restore_log(dir)?;
+        }
         let (mut log, map) = Log::open(dir)?;
         mark::discard(dir);
         let closing = log.take_closing();
