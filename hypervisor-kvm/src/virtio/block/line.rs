@@ -13,6 +13,9 @@ use crate::memory::Memory;
 /// The most requests of a device under way: with the least that each takes, a whole queue's descriptors.
 pub(super) const DEPTH: u32 = 128;
 
+/// The most descriptors of a line: an event, a timer, one that waits for both, a ring, and one to be waited for by others.
+pub(super) const DESCRIPTORS: usize = 5;
+
 /// A disk's queue. It is made when it is first used, since most of what it takes is no use to an idle disk.
 ///
 /// Dropping it waits for what has begun, after which nobody reads the guest's memory or writes to it.

@@ -20,6 +20,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, Malformed};
 use super::device::Device;
@@ -111,16 +112,20 @@ impl From<Malformed> for Refusal {
     }
 }
 
-/// Fails where the host lacks what serving these disks takes, all of them at once. A guest's first request makes it; here it
-/// is made to see that it can be, and given back, since an idle disk has no use for it.
-pub(crate) fn check_host<'a>(
+/// Fails where the process has not the descriptors that serving these disks takes, all of them at once. A guest's first
+/// request takes them. They are only tried here, and not a whole [`Line`]: to unmap its ring, or the stack of its thread, the
+/// host's kernel asks every virtual machine of the process, so that a thousandth machine would wait for all the others.
+pub(crate) fn check_descriptors<'a>(
     disks: impl IntoIterator<Item = &'a DiskSpec>,
-    memory: &Memory,
 ) -> crate::error::Result<()> {
-    let serve = |spec: &DiskSpec| {
-        Line::new(&spec.disk, memory).host(&format!("disk {:?} cannot be served", spec.serial))
-    };
-    disks.into_iter().map(serve).collect::<Result<Vec<_>, _>>().map(drop)
+    let mut tried = Vec::new();
+    for spec in disks {
+        let context = format!("disk {:?} cannot be served", spec.serial);
+        for _ in 0..line::DESCRIPTORS {
+            tried.push(EventFd::new(libc::EFD_CLOEXEC).host(&context)?);
+        }
+    }
+    Ok(())
 }
 
 impl Block {
