@@ -10,7 +10,6 @@ use std::mem;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use instance_core::machine::DiskSpec;
 use slab::Slab;
 use storage_block::{Completion, Disk, Error, ErrorKind, SECTOR};
 use virtio_bindings::virtio_blk::{
@@ -20,13 +19,12 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, Malformed};
 use super::device::Device;
 use super::ring::Running;
-use crate::error::HostContext;
 use crate::memory::Memory;
+pub(crate) use line::check_descriptors;
 use line::{DEPTH, Line};
 use request::{Op, RANGE_SECTORS_MAX, RANGES_MAX, Request, SEGMENT_BYTES_MAX, SEGMENTS_MAX};
 
@@ -110,22 +108,6 @@ impl From<Malformed> for Refusal {
     fn from(why: Malformed) -> Self {
         Self::Malformed(why)
     }
-}
-
-/// Fails where the process has not the descriptors that serving these disks takes, all of them at once. A guest's first
-/// request takes them. They are only tried here, and not a whole [`Line`]: to unmap its ring, or the stack of its thread, the
-/// host's kernel asks every virtual machine of the process, so that a thousandth machine would wait for all the others.
-pub(crate) fn check_descriptors<'a>(
-    disks: impl IntoIterator<Item = &'a DiskSpec>,
-) -> crate::error::Result<()> {
-    let mut tried = Vec::new();
-    for spec in disks {
-        let context = format!("disk {:?} cannot be served", spec.serial);
-        for _ in 0..line::DESCRIPTORS {
-            tried.push(EventFd::new(libc::EFD_CLOEXEC).host(&context)?);
-        }
-    }
-    Ok(())
 }
 
 impl Block {
