@@ -11,7 +11,7 @@ use crate::machine::Shared;
 use crate::saved;
 use crate::slots::{Other, Placed, Role};
 use crate::thread::Thread;
-use crate::virtio::{Block, Device, KernelNet, Net, VirtioDevice, check_host};
+use crate::virtio::{Block, Device, KernelNet, Net, VirtioDevice, check_descriptors};
 
 impl Shared {
     /// Gives the guest one more disk. One at a time calls this.
@@ -20,7 +20,7 @@ impl Shared {
         if self.find_live(ACTION, |placed| placed.is_disk(&disk.serial))?.is_some() {
             return Err(MachineError::disk_exists(&disk.serial));
         }
-        check_host([disk], &self.memory)?;
+        check_descriptors([disk])?;
         let block = Block::new(disk.disk.clone(), &disk.serial, self.processors());
         self.plug(ACTION, Role::Disk(saved::Disk::of(disk)), block, |_| Ok(()))
     }

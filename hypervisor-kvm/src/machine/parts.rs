@@ -23,7 +23,7 @@ use crate::rtc::Rtc;
 use crate::serial::SerialPort;
 use crate::slots::{Other, Placed, Role, Slots};
 use crate::virtio::{
-    Balloon, Block, Console, Device, KernelNet, Net, Rng, VirtioDevice, Vsock, Wish, check_host,
+    Balloon, Block, Console, Device, KernelNet, Net, Rng, VirtioDevice, Vsock, Wish, check_descriptors,
 };
 use crate::{Kvm, Transport, VhostNet, layout, saved};
 
@@ -105,8 +105,8 @@ impl Parts<'_> {
         }
         let Self { name, transport, disks, console, vm, memory, processors, .. } = self;
         let serial = serial_port(&vm, console)?;
-        // When the machine has all its descriptors, so that these are not among those that were there to be had.
-        check_host(disks, &memory)?;
+        // When the machine has all others of its own.
+        check_descriptors(disks)?;
         let devices = Devices {
             serial,
             power: Power::default(),

@@ -52,7 +52,7 @@ use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
 use crate::memory::Memory;
 pub(crate) use balloon::{Balloon, Wish};
-pub(crate) use block::{Block, check_host};
+pub(crate) use block::{Block, check_descriptors};
 use chain::Malformed;
 pub(crate) use console::Console;
 pub(crate) use device::{Device, Own};

@@ -10,7 +10,6 @@ use std::mem;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use instance_core::machine::DiskSpec;
 use slab::Slab;
 use storage_block::{Completion, Disk, Error, ErrorKind, SECTOR};
 use virtio_bindings::virtio_blk::{
@@ -24,8 +23,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::chain::{Chain, Malformed};
 use super::device::Device;
 use super::ring::Running;
-use crate::error::HostContext;
 use crate::memory::Memory;
+pub(crate) use line::check_descriptors;
 use line::{DEPTH, Line};
 use request::{Op, RANGE_SECTORS_MAX, RANGES_MAX, Request, SEGMENT_BYTES_MAX, SEGMENTS_MAX};
 
@@ -109,18 +108,6 @@ impl From<Malformed> for Refusal {
     fn from(why: Malformed) -> Self {
         Self::Malformed(why)
     }
-}
-
-/// Fails where the host lacks what serving these disks takes, all of them at once. A guest's first request makes it; here it
-/// is made to see that it can be, and given back, since an idle disk has no use for it.
-pub(crate) fn check_host<'a>(
-    disks: impl IntoIterator<Item = &'a DiskSpec>,
-    memory: &Memory,
-) -> crate::error::Result<()> {
-    let serve = |spec: &DiskSpec| {
-        Line::new(&spec.disk, memory).host(&format!("disk {:?} cannot be served", spec.serial))
-    };
-    disks.into_iter().map(serve).collect::<Result<Vec<_>, _>>().map(drop)
 }
 
 impl Block {

@@ -359,7 +359,7 @@ impl Device for Net {
     }
 
     fn stop(&mut self, queue: usize) {
-        if let Some(pair) = self.pairs.get_mut(queue / 2).filter(|_| queue % 2 == 0) {
+        if let Some(pair) = self.pairs.get_mut(queue / 2).filter(|_| queue.is_multiple_of(2)) {
             pair.flows = false;
         }
     }
