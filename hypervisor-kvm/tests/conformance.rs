@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ami_core::Architecture;
 use hypervisor_kvm::Confinement;
-use instance_core::testing::conformance::TestBed;
+use instance_core::testing::conformance::{Link, TestBed};
 
 #[test]
 fn kvm_conforms_on_bare_metal() {
@@ -22,7 +22,7 @@ fn kvm_conforms_on_bare_metal() {
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 64,
-        link: instance_core::net::link,
+        link: Link::cable,
     };
     bed(&kvm).run();
     println!("confined:");

@@ -15,7 +15,7 @@ use instance_core::machine::{
     ExitCause, Hypervisor, Machine, MachineSpec, MachineState, NetSpec, RestoreSpec, SavedMachine,
 };
 use instance_core::net::{self, NetPort};
-use instance_core::testing::conformance::TestBed;
+use instance_core::testing::conformance::{Link, TestBed};
 use instance_core::vsock::{self, VsockSpec};
 
 /// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
@@ -42,7 +42,7 @@ fn kvm_conforms_with_linux() {
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 256,
-        link: instance_core::net::link,
+        link: Link::cable,
     };
     let bed = |kvm| bed_of(kvm, "amd64", Architecture::X86_64);
     bed(&kvm).run();

@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use ami_core::Architecture;
-use instance_core::testing::conformance::TestBed;
+use instance_core::testing::conformance::{Link, TestBed};
 use instance_core::testing::taps;
 
 #[test]
@@ -20,7 +20,7 @@ fn qemu_conforms() {
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 256,
-        link: instance_core::net::link,
+        link: Link::cable,
     };
     bed.run();
     if let Err(error) = taps::available() {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ami_core::Architecture;
 use instance_core::machine::Boot;
-use instance_core::testing::conformance::TestBed;
+use instance_core::testing::conformance::{Link, TestBed};
 use instance_core::testing::{FakeHypervisor, fake_kernel};
 
 #[test]
@@ -18,7 +18,7 @@ fn the_fake_machine_conforms() {
         kill_within: Duration::from_millis(100),
         vcpus: 2,
         memory_mib: 128,
-        link: instance_core::net::link,
+        link: Link::cable,
     }
     .run();
 }

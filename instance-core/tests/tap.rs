@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use instance_core::net::{Frame, Offloads, SendError, Tap};
+use instance_core::testing::conformance::Link;
 use instance_core::testing::taps;
 
 /// Else says why. Under CI they can.
@@ -58,7 +59,7 @@ fn frames_go_through_the_hosts_kernel_as_they_were_left() {
     if !can_be_made() {
         return;
     }
-    let (machine, network) = taps::link();
+    let Link { machine, network, is_held } = taps::link();
     assert_eq!((machine.peer_takes(), machine.takes()), (Offloads::ALL, Offloads::NONE));
     machine.set_takes(Offloads::ALL);
     assert_eq!(machine.takes(), Offloads::ALL);
@@ -74,6 +75,9 @@ fn frames_go_through_the_hosts_kernel_as_they_were_left() {
         }
     };
     assert_eq!(heard, Frame::new(to_all));
+    assert!(is_held());
+    drop(machine);
+    assert!(!is_held());
 }
 
 #[test]

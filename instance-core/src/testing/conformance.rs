@@ -47,7 +47,7 @@ use crate::machine::{
     Boot, BootFile, DiskSpec, ExitCause, Hypervisor, Identity, Machine, MachineErrorKind, MachineSpec,
     MachineState,
 };
-use crate::net::NetPort;
+use crate::net::{self, NetPort};
 
 /// A hypervisor under test, and the guest it is tested with.
 ///
@@ -58,7 +58,7 @@ use crate::net::NetPort;
 /// use std::time::Duration;
 /// use ami_core::Architecture;
 /// use instance_core::machine::Boot;
-/// use instance_core::testing::{FakeHypervisor, conformance::TestBed, fake_kernel};
+/// use instance_core::testing::{FakeHypervisor, conformance::{Link, TestBed}, fake_kernel};
 ///
 /// let bed = TestBed {
 ///     hypervisor: &FakeHypervisor::new(),
@@ -69,7 +69,7 @@ use crate::net::NetPort;
 ///     kill_within: Duration::from_secs(1),
 ///     vcpus: 2,
 ///     memory_mib: 128,
-///     link: instance_core::net::link,
+///     link: Link::cable,
 /// };
 /// bed.run();
 /// # Ok::<(), std::io::Error>(())
@@ -92,8 +92,36 @@ pub struct TestBed<'a> {
     pub vcpus: u32,
     /// The memory of each machine, in MiB.
     pub memory_mib: u32,
-    /// What makes the cables of network ports: a machine's end and the network's, by which complete frames come and go.
-    pub link: fn() -> (NetPort, NetPort),
+    /// What a network port is plugged into by.
+    pub link: fn() -> Link,
+}
+
+/// A way between a machine and what its network port is plugged into.
+#[allow(missing_debug_implementations, reason = "it is taken apart at once")]
+pub struct Link {
+    /// The machine's end.
+    pub machine: NetPort,
+    /// The other end, by which complete frames come and go.
+    pub network: NetPort,
+    /// Whether anybody still has the machine's end.
+    pub is_held: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+impl Link {
+    /// A [cable](net::link).
+    ///
+    /// ```
+    /// use instance_core::testing::conformance::Link;
+    ///
+    /// let Link { machine, is_held, .. } = Link::cable();
+    /// drop(machine);
+    /// assert!(!is_held());
+    /// ```
+    pub fn cable() -> Self {
+        let (machine, network) = net::link();
+        let other = network.clone();
+        Self { machine, network, is_held: Box::new(move || other.is_connected()) }
+    }
 }
 
 type Check = (&'static str, fn(&TestBed<'_>));

@@ -8,8 +8,8 @@
 //! use instance_core::testing::taps;
 //!
 //! taps::available()?;
-//! let (machine, network) = taps::link();
-//! network.send(Frame::new(vec![0xff; 60]))?; // to all stations: it will be at `machine`
+//! let link = taps::link();
+//! link.network.send(Frame::new(vec![0xff; 60]))?; // to all stations: it will be at `link.machine`
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -23,6 +23,7 @@ use std::thread;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use super::conformance::Link;
 use crate::net::{self, NetPort, Tap};
 
 /// That such cables can be made here.
@@ -35,13 +36,12 @@ pub fn available() -> io::Result<()> {
     ip(&["link", "show"])
 }
 
-/// A cable: the machine's end, which is on a TAP device, and the test's, by which complete frames come and go. All that
-/// is made for it goes when the test's end does.
+/// A way from a machine's port, which is on a TAP device. All that is made for it goes when the test's end does.
 ///
 /// # Panics
 ///
 /// Where it is not [`available`].
-pub fn link() -> (NetPort, NetPort) {
+pub fn link() -> Link {
     static BRIDGES: AtomicUsize = AtomicUsize::new(0);
     let open = |name| Tap::open(name).expect("there are TAP devices");
     let (machines, hosts) = (open("ami-m%d"), open("ami-h%d"));
@@ -66,7 +66,8 @@ pub fn link() -> (NetPort, NetPort) {
     let (near, far) = net::link();
     let hosts = hosts.into_port();
     thread::spawn(move || carry(&hosts, &near, bridge));
-    (machines.into_port(), far)
+    let device = Path::new("/sys/class/net").join(machines.name());
+    Link { machine: machines.into_port(), network: far, is_held: Box::new(move || device.exists()) }
 }
 
 /// Moves frames between a TAP device and a cable, until that has no other end.
