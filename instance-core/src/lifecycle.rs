@@ -12,7 +12,6 @@ use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Hold, Live};
 use crate::machine::{ExitCause, Machine, MachineErrorKind};
-use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
 use crate::store::Changes;
@@ -282,9 +281,14 @@ impl Inner {
     /// Tells the network what is now known of an instance that runs.
     fn tell_network(&self, record: &InstanceRecord) {
         let running = record.description.state == InstanceState::Running;
-        if let (true, Some(network), Some(place)) = (running, &self.network, &record.description.network) {
-            let user_data = record.user_data().unwrap_or_default();
-            network.update(Guest::new(&record.description, place, user_data.as_deref()));
+        if let Some(network) = self.network.as_deref().filter(|_| running) {
+            let told = record.with_guest(|guest| {
+                network.update(guest);
+                Ok(())
+            });
+            if let Err(e) = told {
+                tracing::warn!(instance = %record.description.id, error = chain(&e), "the network is not told of a change");
+            }
         }
     }
 }

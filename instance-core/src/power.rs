@@ -11,7 +11,6 @@ use crate::description::{InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Boot, DiskSpec, Identity, Machine, MachineError, MachineSpec, NetSpec, RestoreSpec};
-use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::Inner;
 use crate::supervisor::Message;
@@ -171,14 +170,12 @@ impl Inner {
 
     /// The port of an instance's machine, if it has a place in a network.
     fn plug(&self, record: &InstanceRecord) -> Result<Option<NetSpec>> {
-        let Some(placement) = &record.description.network else { return Ok(None) };
-        let network = self.network.as_deref().ok_or_else(|| {
+        let missing = || {
             let what =
                 format!("{} is in a network, and the region was opened without one", record.description.id);
             Error::new(ErrorKind::Unsupported, what)
-        })?;
-        let user_data = record.user_data()?;
-        network.plug(Guest::new(&record.description, placement, user_data.as_deref())).map(Some)
+        };
+        record.with_guest(|guest| self.network.as_deref().ok_or_else(missing)?.plug(guest))
     }
 
     /// Ends the machine, if there is one, closes the volumes, and gives back what the instance has of the host.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::InstanceDescription;
 use crate::boot_cache::BootPlan;
+use crate::network::Guest;
 use crate::store::Record;
 use crate::{Error, ErrorKind, Result};
 
@@ -175,6 +176,17 @@ impl InstanceRecord {
             let what = format!("the user data of {} is damaged", self.description.id);
             Error::new(ErrorKind::Corrupt, what).with_source(e)
         })
+    }
+
+    /// Says what a network is told of its guest, if it has a place in one.
+    pub(crate) fn with_guest<T>(&self, tell: impl FnOnce(Guest<'_>) -> Result<T>) -> Result<Option<T>> {
+        let instance = &self.description;
+        let Some(placement) = &instance.network else { return Ok(None) };
+        let user_data = self.user_data()?;
+        let store = instance.instance_type.instance_store();
+        let served = store.map(|store| store.served(&self.instance_store)).unwrap_or_default();
+        let (user_data, instance_store) = (user_data.as_deref(), served.as_slice());
+        tell(Guest { instance, placement, user_data, instance_store }).map(Some)
     }
 }
 

@@ -1,6 +1,8 @@
 //! What the tests of bad input share: a region compared with itself before and after.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod cable;
+
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
