@@ -53,7 +53,7 @@
 //!
 //! # Left out
 //!
-//! Images whose root device is an instance store volume, and EC2's API over HTTP. How machines run is a hypervisor
+//! EC2's API over HTTP. How machines run is a hypervisor
 //! crate's, how frames go a network's.
 
 mod attach;

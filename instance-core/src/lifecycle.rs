@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ami_core::{InstanceId, Timestamp};
+use ami_core::{InstanceId, RootDeviceType, Timestamp};
 
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
@@ -77,6 +77,7 @@ impl Inner {
 
     pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
         let live = cell.hold(self.supervisor.sender());
+        check_ebs_root(&live.record.description, "stopped")?;
         check_stoppable(&live.record.description)?;
         self.stop_held(cell, live, patience, StateReason::user_initiated())
     }
@@ -120,6 +121,7 @@ impl Inner {
 
     pub(crate) fn start(&self, cell: &Cell) -> Result<()> {
         let mut live = cell.hold(self.supervisor.sender());
+        check_ebs_root(&live.record.description, "started")?;
         if live.record.description.state == InstanceState::Running {
             if live.machine.is_some() {
                 return Ok(());
@@ -267,13 +269,18 @@ impl Inner {
         }
     }
 
-    /// Gives up a running instance whose machine is of no more use.
+    /// Gives up a running instance whose machine is of no more use: it is stopped, or terminated where nothing is left of
+    /// its root device.
     pub(crate) fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
         if let Err(e) = live.end_machine() {
             tracing::error!(instance = %cell.id, error = chain(&e), "what a lost instance had written is lost too");
         }
         self.power_off(live);
-        if let Err(e) = self.transition(cell, live, Transition::Lost, Some(reason)) {
+        let moved = match live.record.description.root_device_type {
+            RootDeviceType::InstanceStore => self.terminate_held(cell, live, reason),
+            _ => self.transition(cell, live, Transition::Lost, Some(reason)),
+        };
+        if let Err(e) = moved {
             tracing::error!(instance = %cell.id, error = chain(&e), "cannot record that an instance was lost");
         }
     }
@@ -314,6 +321,18 @@ pub(crate) fn check_stoppable(description: &InstanceDescription) -> Result<()> {
     match description.stop_protection {
         true => Err(protected(description, "stopped")),
         false => Ok(()),
+    }
+}
+
+/// That the instance's root device is a volume, without which it cannot be what is asked.
+pub(crate) fn check_ebs_root(description: &InstanceDescription, what: &str) -> Result<()> {
+    match description.root_device_type {
+        RootDeviceType::Ebs => Ok(()),
+        other => {
+            let what =
+                format!("the root device of {} is {other}, not ebs: it cannot be {what}", description.id);
+            Err(Error::new(ErrorKind::Unsupported, what))
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! What a region keeps of its images, instances and volumes.
 
 use ami_core::{
-    AccountId, BlockDeviceMapping, Digest, Image, RegionName, SnapshotId, Tags, Timestamp, VolumeId,
-    VolumeType,
+    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Image, RegionName, SnapshotId, StoreRoot, Tags,
+    Timestamp, VolumeId, VolumeType,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -150,7 +150,8 @@ pub(crate) struct InstanceRecord {
     pub(crate) user_data: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
-    /// What is mapped to instance store, of which its type may have less.
+    /// What is mapped to instance store, of which its type may have less; its root device with it, if that is instance
+    /// store.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) instance_store: Vec<BlockDeviceMapping>,
     /// Its machine as it was saved, while it hibernates.
@@ -175,6 +176,14 @@ impl InstanceRecord {
         decoded.map_err(|e| {
             let what = format!("the user data of {} is damaged", self.description.id);
             Error::new(ErrorKind::Corrupt, what).with_source(e)
+        })
+    }
+
+    /// Its root device, if that is instance store.
+    pub(crate) fn store_root(&self) -> Option<&StoreRoot> {
+        self.instance_store.iter().find_map(|mapping| match mapping.kind() {
+            BlockDeviceKind::InstanceStore(root) => Some(root),
+            _ => None,
         })
     }
 

@@ -53,7 +53,7 @@ impl Inner {
         let images = self.store.all::<ImageRecord>()?;
         let of_images =
             images.iter().flat_map(|record| record.image.ami().manifest().block_device_mappings());
-        let of_images = of_images.filter_map(|mapping| mapping.as_ebs()?.snapshot().copied());
+        let of_images = of_images.filter_map(|mapping| mapping.content().copied());
         let of_users = self.store.all::<SnapshotRecord>()?.into_iter().map(|record| record.digest);
         let mut contents: Vec<Digest> = of_images.chain(of_users).collect();
         contents.sort_unstable();

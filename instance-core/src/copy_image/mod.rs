@@ -4,7 +4,10 @@ mod content;
 
 use std::sync::PoisonError;
 
-use ami_core::{AccountId, Action, AmiId, AnyAmi, CopyImageTaskId, Image, ImageState, Manifest};
+use ami_core::{
+    AccountId, Action, AmiId, AnyAmi, BlockDeviceMapping, CopyImageTaskId, Image, ImageState, Manifest,
+    RootDeviceType,
+};
 use storage_block::{Progress, Snapshot};
 
 use crate::boot_cache::BootPlan;
@@ -13,7 +16,7 @@ use crate::record::ImageRecord;
 use crate::region::{Inner, Region};
 use crate::store::Changes;
 use crate::tasks::{CopyImageTask, put_completed};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// What becomes of a copy of an image (`CopyImage`).
 ///
@@ -102,9 +105,9 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`ImageNotFound`](crate::ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) without
-    /// permission, [`ImageUnavailable`](crate::ErrorKind::ImageUnavailable),
-    /// [`ImageNameDuplicate`](crate::ErrorKind::ImageNameDuplicate), [`InvalidImage`](ErrorKind::InvalidImage) for a
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) without
+    /// permission, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
+    /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), [`InvalidImage`](ErrorKind::InvalidImage) for a
     /// name that breaks the rule, or what the host met.
     pub fn copy_image(&self, id: AmiId, name: &str) -> Result<AnyAmi> {
         let inner = &self.inner;
@@ -129,9 +132,11 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// As [`copy_image`](Self::copy_image), [`Cancelled`](crate::ErrorKind::Cancelled),
-    /// [`KeyUnavailable`](crate::ErrorKind::KeyUnavailable) where either region lacks a key,
-    /// [`InsufficientCapacity`](crate::ErrorKind::InsufficientCapacity), or what either host met. Nothing is left of it then.
+    /// As [`copy_image`](Self::copy_image), [`Cancelled`](ErrorKind::Cancelled),
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) where either region lacks a key,
+    /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) where what is to be encrypted has a root device
+    /// of instance store, [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what either host met. Nothing is left
+    /// of it then.
     pub fn copy_image_from<S>(&self, source: &Region<S>, id: AmiId, copy: CopyImage) -> Result<AnyAmi> {
         self.copy_image_from_with(source, id, copy, &mut |_| ())
     }
@@ -182,9 +187,9 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`ImageNotFound`](crate::ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure),
-    /// [`ImageUnavailable`](crate::ErrorKind::ImageUnavailable), [`KeyUnavailable`](ErrorKind::KeyUnavailable) where the source
-    /// lacks a key, [`ResourceLimitExceeded`](crate::ErrorKind::ResourceLimitExceeded) with twenty under way, or what a host met.
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure),
+    /// [`ImageUnavailable`](ErrorKind::ImageUnavailable), [`KeyUnavailable`](ErrorKind::KeyUnavailable) where the source
+    /// lacks a key, [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded) with twenty under way, or what a host met.
     /// What else [`copy_image_from`](Self::copy_image_from) refuses [the task](CopyImageTask::wait) says.
     pub fn begin_copy_image_from<S>(
         &self,
@@ -219,7 +224,7 @@ impl Inner {
         let open = |plan: BootPlan| self.boot.boot(&plan).map(|boot| (plan, boot));
         let boot = boot.map(open).transpose()?;
         let disks = image.ami().manifest().block_device_mappings().iter();
-        let contents = disks.filter_map(|disk| disk.as_ebs()?.snapshot());
+        let contents = disks.filter_map(BlockDeviceMapping::content);
         let contents = contents.map(|digest| self.content(digest)).collect::<Result<_>>()?;
         Ok(Original { image, boot, contents })
     }
@@ -260,12 +265,15 @@ impl Inner {
         let manifest = image.ami().manifest();
         // What cannot be is refused before anything is copied.
         copy_of(manifest.clone())?;
+        if request.encrypted && manifest.root_device_type() == RootDeviceType::InstanceStore {
+            let what = "an image whose root device is instance store cannot be encrypted";
+            return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
+        }
         let secret = request.encrypted || contents.iter().any(Snapshot::encrypted);
         let key = secret.then(|| self.blocks.new_key(request.kms_key_id.as_deref())).transpose();
         let key = key.map_err(|e| Error::storage(e, "cannot encrypt the copy"))?;
         let mut disks = manifest.block_device_mappings().to_vec();
-        let with_content =
-            disks.iter_mut().filter(|disk| disk.as_ebs().is_some_and(|ebs| ebs.snapshot().is_some()));
+        let with_content = disks.iter_mut().filter(|disk| disk.content().is_some());
         let of = contents.len();
         for (nth, (disk, wanted)) in with_content.zip(&contents).enumerate() {
             let mut progress = |at: Progress| tell(at, nth, of);
