@@ -159,17 +159,13 @@ words! {
     /// assert_eq!(RootDeviceType::default(), RootDeviceType::Ebs);
     /// # Ok::<(), ami_core::Error>(())
     /// ```
+    #[derive(Default)]
     RootDeviceType, "root device type" {
         /// A volume, which is kept while its instance is stopped.
+        #[default]
         Ebs = "ebs",
         /// A disk of the host's, which is gone when its instance ends: that is never stopped.
         InstanceStore = "instance-store",
-    }
-}
-
-impl Default for RootDeviceType {
-    fn default() -> Self {
-        Self::Ebs
     }
 }
 

@@ -70,10 +70,8 @@ impl<H> Region<H> {
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), [`Cancelled`](ErrorKind::Cancelled). Nothing is left of
     /// it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
-        let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = self.inner.import(*self.account(), builder, source, |_, _| Ok(()));
-        drop(making);
-        made.inspect_err(|_| self.inner.discard_half_made())
+        let inner = &self.inner;
+        inner.making(|| inner.import(*self.account(), builder, source, |_, _| Ok(())))
     }
 }
 
@@ -197,8 +195,16 @@ impl Inner {
         }
     }
 
-    /// Removes what an image that failed has left; the error that made it fail is the one to tell.
-    pub(crate) fn discard_half_made(&self) {
+    /// Makes something that has content. What it needs is not collected meanwhile, and nothing is left of what fails.
+    pub(crate) fn making<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let made = make();
+        drop(making);
+        made.inspect_err(|_| self.discard_half_made())
+    }
+
+    /// Removes what something that failed has left; the error that made it fail is the one to tell.
+    fn discard_half_made(&self) {
         let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = self.collect_garbage() {
             tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
@@ -206,12 +212,8 @@ impl Inner {
     }
 
     pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
-        // In this order, so that the instance can be stopped while another image is removed.
-        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let mut live = cell.hold(self.supervisor.sender());
-        let made = self.create_image_held(cell, &mut live, name);
-        drop((live, making));
-        made.inspect_err(|_| self.discard_half_made())
+        // Held in this order, so that the instance can be stopped while another image is removed.
+        self.making(|| self.create_image_held(cell, &mut cell.hold(self.supervisor.sender()), name))
     }
 
     fn create_image_held(&self, cell: &Cell, live: &mut Live, name: &str) -> Result<CreatedImage> {

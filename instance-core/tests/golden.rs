@@ -20,7 +20,7 @@ use instance_core::{
     DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance, InstanceState,
     LaunchSpec, RegionOptions, ShutdownBehavior, VolumeSpec, VolumeState,
 };
-use records::{copy, fields, make_small, records};
+use records::{counts, fields, make_small, records};
 use redb::TableDefinition;
 use serde_json::Value;
 use storage_block::MemoryDisk;
@@ -90,10 +90,7 @@ fn make(dir: &Path) {
 
 /// A copy of the golden region.
 fn old_region(version: u32) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("region");
-    copy(&golden(version), &path);
-    (dir, path)
+    records::old_region(&golden(version))
 }
 
 /// Not a test: writes the golden region, once for each version of the format.
@@ -328,9 +325,6 @@ fn a_new_region_has_the_same_records_as_the_newest_golden_one() {
     let (old, new) = (records(&old), records(&new));
     assert_eq!(fields(&new), fields(&old));
     assert_eq!(new["region"], old["region"]);
-    let count = |records: &BTreeMap<String, BTreeMap<String, Value>>| -> Vec<(String, usize)> {
-        records.iter().map(|(table, all)| (table.clone(), all.len())).collect()
-    };
     let tables = [
         ("former-images", 1),
         ("images", 3),
@@ -339,6 +333,6 @@ fn a_new_region_has_the_same_records_as_the_newest_golden_one() {
         ("snapshots", 1),
         ("volumes", 6),
     ];
-    assert_eq!(count(&old), tables.map(|(table, n)| (table.to_owned(), n)));
-    assert_eq!(count(&new), count(&old));
+    assert_eq!(counts(&old), tables.map(|(table, n)| (table.to_owned(), n)));
+    assert_eq!(counts(&new), counts(&old));
 }

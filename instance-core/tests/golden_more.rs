@@ -12,7 +12,7 @@ use ami_core::{Ami, RootDeviceType, X86_64};
 use common::{TestRegion, ask};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{CopyImage, DescribeCopyImageTasks, DirectBoot, ImageSource, LaunchSpec, RegionOptions};
-use records::{copy, fields, make_small, records};
+use records::{counts, fields, make_small, old_region, records};
 use storage_block::MemoryDisk;
 
 fn golden() -> PathBuf {
@@ -53,17 +53,9 @@ fn write() {
     make_small(&golden());
 }
 
-/// A copy of the golden region.
-fn old_region() -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("region");
-    copy(&golden(), &path);
-    (dir, path)
-}
-
 #[test]
 fn what_was_added_is_there() {
-    let (_dir, path) = old_region();
+    let (_dir, path) = old_region(&golden());
     let before = records(&path);
     assert_eq!((before["instances"].len(), before["copy-image-tasks"].len()), (1, 1));
     let region = open(&path);
@@ -83,13 +75,10 @@ fn what_was_added_is_there() {
 
 #[test]
 fn a_new_region_has_the_same_records_as_the_golden_one() {
-    let (_dir, old) = old_region();
+    let (_dir, old) = old_region(&golden());
     let new = old.with_file_name("new");
     make(&new);
     let (old, new) = (records(&old), records(&new));
     assert_eq!(fields(&new), fields(&old));
-    let counts = |records: &std::collections::BTreeMap<String, std::collections::BTreeMap<_, _>>| -> Vec<_> {
-        records.iter().map(|(table, all)| (table.clone(), all.len())).collect()
-    };
     assert_eq!(counts(&new), counts(&old));
 }

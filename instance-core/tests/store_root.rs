@@ -210,7 +210,7 @@ fn what_cannot_have_it_is_refused() {
     let key = LocalKey::from_bytes([7; 32]);
     let region = RegionOptions::new()
         .keys(Arc::new(key))
-        .open(&dir.path().join("region"), FakeHypervisor::new())
+        .open(dir.path().join("region"), FakeHypervisor::new())
         .unwrap();
     let ami = register(&region, "base");
     let mapping = "InvalidBlockDeviceMapping";

@@ -155,7 +155,8 @@ impl<H> Region<H> {
     ) -> Result<AnyAmi> {
         let original = source.inner.original(self.account(), id)?;
         let mut tell = |at: Progress, _, _| progress(at);
-        self.inner.copy_from(original, *self.account(), &copy, &mut tell, |_, _| Ok(()))
+        let inner = &self.inner;
+        inner.making(|| inner.copy_from(original, *self.account(), &copy, &mut tell, |_, _| Ok(())))
     }
 
     /// Begins the same in a thread of its own. EC2 has no such task: there the copy is an image at once, which is
@@ -209,7 +210,8 @@ impl<H> Region<H> {
                 }
             };
             let put = |c: &mut Changes, image| put_completed(task, c, image);
-            region.copy_from(original, account, &copy, &mut tell, put).map(|ami| ami.id())
+            let made = region.making(|| region.copy_from(original, account, &copy, &mut tell, put));
+            made.map(|ami| ami.id())
         })
     }
 }
@@ -229,22 +231,8 @@ impl Inner {
         Ok(Original { image, boot, contents })
     }
 
-    /// Makes the copy, in one commit with what else `also` collects; nothing is left of one that fails.
+    /// Makes the copy, in one commit with what else `also` collects.
     fn copy_from(
-        &self,
-        original: Original,
-        account: AccountId,
-        request: &CopyImage,
-        tell: &mut Told<'_>,
-        also: impl FnOnce(&mut Changes, AmiId) -> Result<()>,
-    ) -> Result<AnyAmi> {
-        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = self.copy_held(original, account, request, tell, also);
-        drop(making);
-        made.inspect_err(|_| self.discard_half_made())
-    }
-
-    fn copy_held(
         &self,
         original: Original,
         account: AccountId,

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 use ami_core::{
@@ -20,6 +20,7 @@ use crate::describe::{Describe, Filterable};
 use crate::error::chain;
 use crate::image_source::ImageSource;
 use crate::region::{Inner, Region};
+use crate::store::Changes;
 use crate::{DirectBoot, Error, ErrorKind, Result};
 
 /// Tells how many bytes of how many are done, and is told whether to go on.
@@ -54,10 +55,8 @@ impl<H> Region<H> {
             };
             let mut source = ImageSource::new(&disk).progress(&mut progress);
             source.boot = boot;
-            let making = region.making_images.read().unwrap_or_else(PoisonError::into_inner);
-            let made = region.import(owner, builder, source, |c, image| put_completed(task, c, image));
-            drop(making);
-            made.map(|ami| ami.id()).inspect_err(|_| region.discard_half_made())
+            let put = |c: &mut Changes, image| put_completed(task, c, image);
+            region.making(|| region.import(owner, builder, source, put)).map(|ami| ami.id())
         })
     }
 

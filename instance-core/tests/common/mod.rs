@@ -84,6 +84,12 @@ pub(crate) fn check(error: &Error, kind: ErrorKind, code: &str, says: &[&str]) {
     }
 }
 
+/// The same of a call, for the rest of which its error speaks.
+#[track_caller]
+pub(crate) fn refused<T: std::fmt::Debug>(result: Result<T>, kind: ErrorKind, code: &str) {
+    check(&result.unwrap_err(), kind, code, &[]);
+}
+
 /// All that there is of a region: the digest of each file but that of the state store, and what the
 /// state store holds.
 pub(crate) fn everything(region: &TestRegion, dir: &Path) -> BTreeMap<String, String> {
