@@ -70,8 +70,16 @@ impl Confinement {
         let processors = [COMMON, PROCESSOR].concat();
         let devices = [COMMON, DEVICE].concat();
         Ok(Filters {
-            processor: Arc::new(program(&processors, PROCESSOR_IOCTLS, &self.processors)?),
-            device: Arc::new(program(&devices, DEVICE_IOCTLS, &self.devices)?),
+            processor: Arc::new(program(
+                &processors,
+                &[PROCESSOR_IOCTLS, NET_IOCTLS].concat(),
+                &self.processors,
+            )?),
+            device: Arc::new(program(
+                &devices,
+                &[DEVICE_IOCTLS, NET_IOCTLS, VHOST_IOCTLS].concat(),
+                &self.devices,
+            )?),
         })
     }
 }
@@ -154,7 +162,6 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_clone3, When::Always),
     (libc::SYS_epoll_create1, When::Always),
     (libc::SYS_epoll_ctl, When::Always),
-    (libc::SYS_epoll_wait, When::Always),
     (libc::SYS_eventfd2, When::Always),
     (libc::SYS_fallocate, When::Always),
     (libc::SYS_fcntl, When::Equal(1, libc::F_DUPFD_CLOEXEC as u64)),
@@ -183,33 +190,59 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_timerfd_create, When::Always),
 ];
 
-/// A call of KVM's: direction, number, size of the argument (Linux, `include/uapi/linux/kvm.h`).
-type KvmCall = (u32, u32, usize);
+/// A call of a driver's: direction, type, number, size of the argument.
+type DriverCall = (u32, u32, u32, usize);
 
-const SIGNAL_MSI: KvmCall = (_IOC_WRITE, 0xa5, size_of::<kvm_msi>());
+/// One of KVM's (Linux, `include/uapi/linux/kvm.h`).
+const fn kvm(direction: u32, number: u32, size: usize) -> DriverCall {
+    (direction, KVMIO, number, size)
+}
 
-const PROCESSOR_IOCTLS: &[KvmCall] = &[
-    (_IOC_NONE, 0x80, 0),                             // KVM_RUN
-    (_IOC_READ, 0x81, size_of::<kvm_regs>()),         // KVM_GET_REGS
-    (_IOC_READ, 0x83, size_of::<kvm_sregs>()),        // KVM_GET_SREGS
-    (_IOC_WRITE, 0x8b, size_of::<kvm_signal_mask>()), // KVM_SET_SIGNAL_MASK
-    (_IOC_NONE, 0xad, 0),                             // KVM_KVMCLOCK_CTRL
-    (_IOC_WRITE, 0x61, size_of::<kvm_irq_level>()),   // KVM_IRQ_LINE
-    (_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>()),   // KVM_IOEVENTFD, where a guest moves a PCI device
+const SIGNAL_MSI: DriverCall = kvm(_IOC_WRITE, 0xa5, size_of::<kvm_msi>());
+
+/// What the drivers behind TAP devices and vhost-net are asked for by whoever resets, stops or serves a network port.
+const NET_IOCTLS: &[DriverCall] = &[
+    (_IOC_WRITE, TUN, 208, size_of::<libc::c_uint>()), // TUNSETOFFLOAD
+    (_IOC_READ | _IOC_WRITE, VHOST, 0x12, 8),          // VHOST_GET_VRING_BASE
+    (_IOC_WRITE, VHOST, 0x30, 8),                      // VHOST_NET_SET_BACKEND
+];
+
+/// What vhost-net is asked for when a queue is given to it (Linux, `include/uapi/linux/vhost.h`).
+const VHOST_IOCTLS: &[DriverCall] = &[
+    (_IOC_WRITE, VHOST, 0x00, 8),  // VHOST_SET_FEATURES
+    (_IOC_WRITE, VHOST, 0x10, 8),  // VHOST_SET_VRING_NUM
+    (_IOC_WRITE, VHOST, 0x11, 40), // VHOST_SET_VRING_ADDR
+    (_IOC_WRITE, VHOST, 0x12, 8),  // VHOST_SET_VRING_BASE
+    (_IOC_WRITE, VHOST, 0x20, 8),  // VHOST_SET_VRING_KICK
+    (_IOC_WRITE, VHOST, 0x21, 8),  // VHOST_SET_VRING_CALL
+    (_IOC_WRITE, VHOST, 0x22, 8),  // VHOST_SET_VRING_ERR
+];
+
+const TUN: u32 = b'T' as u32;
+const VHOST: u32 = 0xaf;
+
+const PROCESSOR_IOCTLS: &[DriverCall] = &[
+    kvm(_IOC_NONE, 0x80, 0),                             // KVM_RUN
+    kvm(_IOC_READ, 0x81, size_of::<kvm_regs>()),         // KVM_GET_REGS
+    kvm(_IOC_READ, 0x83, size_of::<kvm_sregs>()),        // KVM_GET_SREGS
+    kvm(_IOC_WRITE, 0x8b, size_of::<kvm_signal_mask>()), // KVM_SET_SIGNAL_MASK
+    kvm(_IOC_NONE, 0xad, 0),                             // KVM_KVMCLOCK_CTRL
+    kvm(_IOC_WRITE, 0x61, size_of::<kvm_irq_level>()),   // KVM_IRQ_LINE
+    kvm(_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>()),   // KVM_IOEVENTFD, where a guest moves a PCI device
     SIGNAL_MSI,
 ];
 
-const DEVICE_IOCTLS: &[KvmCall] = &[SIGNAL_MSI];
+const DEVICE_IOCTLS: &[DriverCall] = &[SIGNAL_MSI];
 
 /// Compiles a filter.
-fn program(allowed: &[Allowed], ioctls: &[KvmCall], more: &[i64]) -> Result<BpfProgram> {
+fn program(allowed: &[Allowed], ioctls: &[DriverCall], more: &[i64]) -> Result<BpfProgram> {
     let build = || -> Result<BpfProgram, seccompiler::Error> {
         let mut rules = BTreeMap::new();
         for (call, when) in allowed {
             rules.insert(*call, when.rules()?);
         }
-        let ioctls = ioctls.iter().map(|(direction, number, size)| {
-            let command = ioctl_expr(*direction, KVMIO, *number, *size as u32);
+        let ioctls = ioctls.iter().map(|(direction, kind, number, size)| {
+            let command = ioctl_expr(*direction, *kind, *number, *size as u32);
             Ok(SeccompRule::new(vec![equal(1, command)?])?)
         });
         rules.insert(libc::SYS_ioctl, ioctls.collect::<Result<_, seccompiler::Error>>()?);

@@ -11,7 +11,7 @@ use crate::machine::Shared;
 use crate::saved;
 use crate::slots::{Other, Placed, Role};
 use crate::thread::Thread;
-use crate::virtio::{Block, Device, Net, VirtioDevice};
+use crate::virtio::{Block, Device, KernelNet, Net, VirtioDevice, check_descriptors};
 
 impl Shared {
     /// Gives the guest one more disk. One at a time calls this.
@@ -20,6 +20,7 @@ impl Shared {
         if self.find_live(ACTION, |placed| placed.is_disk(&disk.serial))?.is_some() {
             return Err(MachineError::disk_exists(&disk.serial));
         }
+        check_descriptors([disk])?;
         let block = Block::new(disk.disk.clone(), &disk.serial, self.processors());
         self.plug(ACTION, Role::Disk(saved::Disk::of(disk)), block, |_| Ok(()))
     }
@@ -30,11 +31,15 @@ impl Shared {
         if self.find_live(ACTION, |placed| placed.is_net(net.mac))?.is_some() {
             return Err(MachineError::port_exists(net.mac));
         }
-        let device = Net::new(net, self.processors());
-        self.plug(ACTION, Role::Net(saved::Port::of(net)), device, |device| {
+        let role = Role::Net(saved::Port::of(net));
+        let connect = |device: &VirtioDevice| {
             net.port.set_waker(Some(Arc::new(device.waker()?)));
             Ok(())
-        })
+        };
+        match KernelNet::new(self.vhost_net, net, None, &self.memory)? {
+            Some(device) => self.plug(ACTION, role, device, connect),
+            None => self.plug(ACTION, role, Net::new(net, self.processors()), connect),
+        }
     }
 
     /// Puts a device into a place that is free, and tells the guest when it is `connected`.
@@ -52,9 +57,12 @@ impl Shared {
         let is_console = |placed: &Placed| matches!(placed.role, Role::Other(Other::Console));
         let most = Transport::Pci.device_places(slots.find(is_console).is_some());
         let Some(number) = slots.free().filter(|_| taken < most) else {
-            return Err(unsupported(format!(
-                "the machine has {most} disks and network ports, which is all there is room for"
-            )));
+            let why = if taken < most {
+                "the places that are left are held by what was taken by force, until the guest lets go of it"
+            } else {
+                "that is all there is room for"
+            };
+            return Err(unsupported(format!("the machine has {taken} disks and network ports, and {why}")));
         };
         let device = VirtioDevice::late(&self.memory, device)?;
         let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);

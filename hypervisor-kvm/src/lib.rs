@@ -32,6 +32,9 @@
 //!   io_uring where the host's kernel allows it and the disk's bytes lie in a file, else by threads, which are made when
 //!   the guest first uses the disk. Which it is, is an event of `tracing`. A machine that is paused or saved has finished
 //!   what it had begun, and what a disk's limits had not let begin goes back to its virtqueue.
+//! - **Network ports.** A port's thread moves frames between the guest's memory and a cable. Where the port is on a TAP device
+//!   ([`Tap`](instance_core::net::Tap)) the host's kernel does, if it has vhost-net and the port no limits: the thread then
+//!   passes on notifications alone, and a machine that stands still has taken its queues back. See [`VhostNet`].
 //! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit or 32-bit protocol,
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.
@@ -161,6 +164,7 @@ pub struct Kvm {
     inner: Arc<Inner>,
     transport: Transport,
     confinement: Option<Confinement>,
+    vhost_net: VhostNet,
 }
 
 /// How the guest finds virtio devices and reaches them.
@@ -181,6 +185,23 @@ pub enum Transport {
     Mmio,
     /// On a PCI bus, with interrupts that are messages (MSI-X).
     Pci,
+}
+
+/// Whether the host's kernel (vhost-net) moves the frames of network ports on TAP devices
+/// ([`Tap`](instance_core::net::Tap)), or the device's thread does.
+///
+/// It needs `/dev/vhost-net`, which the module `vhost_net` makes, and a port that is held to no limits. Which it is, is an
+/// event of `tracing`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum VhostNet {
+    /// The kernel where it can, else the thread.
+    #[default]
+    IfPossible,
+    /// The thread.
+    Never,
+    /// The kernel: a machine for which it cannot is not made.
+    Always,
 }
 
 #[derive(Debug)]
@@ -229,13 +250,13 @@ impl Kvm {
             Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
-        (capabilities.live_growth, capabilities.net_limits) = (true, true);
+        (capabilities.live_growth, capabilities.net_limits, capabilities.tap) = (true, true, true);
         (capabilities.balloon, capabilities.vsock, capabilities.virtio_console) = (true, true, true);
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
         let inner = Arc::new(Inner { device, stacks: Arc::default(), cpuid, msrs, capabilities });
-        Ok(Self { inner, transport: Transport::default(), confinement: None })
+        Ok(Self { inner, transport: Transport::default(), confinement: None, vhost_net: VhostNet::default() })
     }
 
     /// The same, with another transport for the machines made by it.
@@ -257,6 +278,25 @@ impl Kvm {
     #[must_use]
     pub fn with_confinement(self, confinement: Confinement) -> Self {
         Self { confinement: Some(confinement), ..self }
+    }
+
+    /// The same, with this choice for the network ports of the machines made by it that are on TAP devices.
+    ///
+    /// ```
+    /// use hypervisor_kvm::{Kvm, VhostNet};
+    ///
+    /// if let Ok(kvm) = Kvm::open() {
+    ///     let kvm = kvm.with_vhost_net(VhostNet::Always); // or an error where it cannot be
+    /// #   drop(kvm);
+    /// }
+    /// ```
+    #[must_use]
+    pub fn with_vhost_net(self, vhost_net: VhostNet) -> Self {
+        Self { vhost_net, ..self }
+    }
+
+    fn vhost_net(&self) -> VhostNet {
+        self.vhost_net
     }
 
     fn confinement(&self) -> Option<&Confinement> {

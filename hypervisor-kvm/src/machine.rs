@@ -16,6 +16,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use self::parts::{Parts, Places};
+use crate::VhostNet;
 use crate::boot::Plan;
 use crate::bus::Devices;
 use crate::confine::{self, Filter, Filters};
@@ -54,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) memory: Memory,
     /// The model-specific registers that are saved, where machines can be.
     msrs: Option<Arc<[u32]>>,
+    /// Who moves the frames of network ports on TAP devices.
+    pub(crate) vhost_net: VhostNet,
     pub(crate) gate: Gate,
     pub(crate) state: Publisher<MachineState>,
     /// How often each processor has left its guest.

@@ -22,6 +22,7 @@ fn kvm_conforms_on_bare_metal() {
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 64,
+        link: instance_core::net::link,
     };
     bed(&kvm).run();
     println!("confined:");

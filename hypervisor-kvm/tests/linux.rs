@@ -2,17 +2,17 @@
 //! kernel on the processor: on a host with hardware virtualisation, and in the lab (`cargo xtask lab`).
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use std::fs::File;
-use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+mod common;
+
+use std::io::ErrorKind;
 use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::Architecture;
+use common::linux;
 use hypervisor_kvm::{Confinement, Kvm, Transport};
 use instance_core::console::{Console, ConsoleReader, ConsoleSize};
 use instance_core::machine::{
-    Boot, BootFile, ExitCause, Hypervisor, Machine, MachineSpec, MachineState, NetSpec, RestoreSpec,
-    SavedMachine,
+    ExitCause, Hypervisor, Machine, MachineSpec, MachineState, NetSpec, RestoreSpec, SavedMachine,
 };
 use instance_core::net::{self, NetPort};
 use instance_core::testing::conformance::TestBed;
@@ -23,10 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
 fn kvm_conforms_with_linux() {
-    let kvm = match Kvm::open() {
-        Ok(kvm) => kvm,
-        Err(error) => return skip(&error.to_string()),
-    };
+    let Some(kvm) = common::kvm() else { return };
     let execution = kvm.capabilities().execution;
     println!("{execution:?}");
     if !execution.is_hardware() {
@@ -38,13 +35,14 @@ fn kvm_conforms_with_linux() {
     has_drivers_for_every_device(&kvm.clone().with_transport(Transport::Pci));
     let bed_of = |kvm, guest, architecture| TestBed {
         hypervisor: kvm,
-        boot: linux(guest, true),
+        boot: linux::boot(guest, true),
         architecture,
         foreign_architecture: Architecture::Arm64,
         patience: PATIENCE,
         kill_within: Duration::from_secs(1),
         vcpus: 2,
         memory_mib: 256,
+        link: instance_core::net::link,
     };
     let bed = |kvm| bed_of(kvm, "amd64", Architecture::X86_64);
     bed(&kvm).run();
@@ -54,7 +52,7 @@ fn kvm_conforms_with_linux() {
     bed(&on_pci).run_those(|check| differs.iter().any(|what| check.contains(what)));
     let works = ["hardware", "reads and writes", "power-off", "power button", "carries frames"];
     for (guest, architecture) in [("debian-13", Architecture::X86_64), ("i386", Architecture::X86)] {
-        if !directory().join(guest).is_dir() {
+        if !linux::directory().join(guest).is_dir() {
             println!("there is no guest {guest}: not checked (`cargo xtask guest --others` makes it)");
             continue;
         }
@@ -65,7 +63,7 @@ fn kvm_conforms_with_linux() {
 
 fn boots_by_the_64_bit_entry(kvm: &Kvm) {
     let console = Console::new();
-    let spec = MachineSpec::new("64-bit", Architecture::X86_64, linux("amd64", false), console.port());
+    let spec = MachineSpec::new("64-bit", Architecture::X86_64, linux::boot("amd64", false), console.port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     let soon = Instant::now() + PATIENCE;
@@ -127,7 +125,8 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let (port, host) = vsock::cable();
     let (console, terminal) = (Console::new(), Console::new());
     terminal.resize(ConsoleSize { columns: 132, rows: 43 });
-    let mut spec = MachineSpec::new("devices", Architecture::X86_64, linux("amd64", true), console.port());
+    let mut spec =
+        MachineSpec::new("devices", Architecture::X86_64, linux::boot("amd64", true), console.port());
     (spec.memory_mib, spec.vsock) = (256.try_into().unwrap(), Some(VsockSpec::new(port)));
     spec.virtio_console = Some(terminal.port());
     let (net, _network) = net_port();
@@ -212,27 +211,4 @@ fn wait_for_size(terminal: &Console, size: &str) {
 fn skip(reason: &str) {
     assert!(std::env::var_os("AMI_LAB").is_none(), "nothing may be skipped in the lab, but: {reason}");
     eprintln!("SKIPPED: {reason}");
-}
-
-/// Where `cargo xtask guest` makes the guests.
-fn directory() -> PathBuf {
-    let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
-    std::env::var_os("AMI_GUEST_DIR").map_or_else(|| PathBuf::from(workspace), PathBuf::from)
-}
-
-/// A conformance guest, with or without the note that names its PVH entry.
-fn linux(guest: &str, pvh: bool) -> Boot {
-    let dir = directory().join(guest);
-    let packed = std::fs::read(dir.join("vmlinuz")).expect("`cargo xtask guest` makes the guest");
-    let mut image = boot_image::unpack_kernel(&packed).unwrap().image.into_owned();
-    if !pvh {
-        // Type 18 (XEN_ELFNOTE_PHYS32_ENTRY) and the note's name.
-        let note = [&18u32.to_le_bytes()[..], b"Xen\0"].concat();
-        let at = image.windows(note.len()).position(|bytes| bytes == note).unwrap();
-        image[at] = 99;
-    }
-    let mut kernel = tempfile::tempfile().unwrap();
-    kernel.write_all(&image).unwrap();
-    let initrd = BootFile::new(File::open(dir.join("conformance.img")).unwrap()).unwrap();
-    Boot::new(BootFile::new(kernel).unwrap(), Some(initrd), "console=ttyS0 quiet panic=-1")
 }

@@ -247,7 +247,7 @@ impl Hypervisor for Qemu {
         let mut can = Capabilities::new("qemu", vec![Architecture::X86_64], execution);
         can.max_vcpus = MAX_VCPUS;
         can.max_disks = crate::disks::SLOTS;
-        (can.max_nets, can.net_limits) = (crate::nets::MAX_NETS, true);
+        (can.max_nets, can.net_limits, can.tap) = (crate::nets::MAX_NETS, true, true);
         can.power_button = true;
         can.hot_plug = true;
         can.live_growth = true;

@@ -118,12 +118,18 @@ impl Carrier {
                 return Ok(());
             }
             // What waits for a limit is looked at again when it may pass.
-            let due_in = [self.send()?, self.receive()?].into_iter().flatten().min();
+            let (to_child, from_child) = (self.send()?, self.receive()?);
+            let due_in = [to_child, from_child].into_iter().flatten().min();
             let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
             let mut wanted = PollFlags::empty();
             wanted.set(PollFlags::IN, self.held.is_empty());
             wanted.set(PollFlags::OUT, !self.unsent.is_empty());
-            let mut fds = [PollFd::new(&self.socket, wanted), PollFd::new(&self.stop.wake.0, PollFlags::IN)];
+            // A TAP device calls no waker; it is heard as long as the child takes frames.
+            let hears = self.unsent.is_empty() && to_child.is_none() && self.port.is_connected();
+            let heard = self.port.descriptor().filter(|_| hears);
+            let mut fds =
+                vec![PollFd::new(&self.socket, wanted), PollFd::new(&self.stop.wake.0, PollFlags::IN)];
+            fds.extend(heard.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)));
             match poll(&mut fds, timeout.as_ref()) {
                 // Closed by the child, which may be seen although nothing is wanted of it.
                 Ok(_) if fds[0].revents().contains(PollFlags::HUP) => return Ok(()),

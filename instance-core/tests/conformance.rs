@@ -18,6 +18,7 @@ fn the_fake_machine_conforms() {
         kill_within: Duration::from_millis(100),
         vcpus: 2,
         memory_mib: 128,
+        link: instance_core::net::link,
     }
     .run();
 }

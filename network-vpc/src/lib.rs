@@ -57,11 +57,18 @@
 //!
 //! A network in a directory has one process at a time, as the region's lock sees to that is kept beside it.
 //!
+//! # The privileged alternative
+//!
+//! Who has the right to make network devices may do without all of this: a [`Tap`](instance_core::net::Tap) gives a port like
+//! any other, whose frames go to the host's kernel, on KVM by vhost-net. An implementation of
+//! [`instance_core::network::Network`] of one's own then says which instance gets which device. Bridges, routes, firewall and
+//! addresses are the host's: security groups would not be kept, so that a [`Network`] gives no such ports.
+//!
 //! # Left out
 //!
 //! IPv6, of which no frame passes; routes to anything but internet gateways; Elastic IP addresses as guests reach them or
 //! as the source of what goes out, pings of them, which the host's kernel answers itself, and protocols there but TCP and
-//! UDP; TAP devices and vhost-net; and rate limits.
+//! UDP; and rate limits.
 
 mod answer;
 mod backlog;

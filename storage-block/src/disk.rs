@@ -31,6 +31,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Disk {
     pub(crate) backend: Arc<dyn BlockBackend>,
+    /// How long a request may be for the backend. That does not change, and so it is asked once.
+    max_request: u64,
     /// What its requests wait for, all of them.
     pub(crate) limiters: Option<Arc<[Limiter]>>,
 }
@@ -52,7 +54,8 @@ impl Disk {
 
     /// For the backends of this crate, whose constructors have checked the size.
     pub(crate) fn from_backend(backend: impl BlockBackend) -> Self {
-        Self { backend: Arc::new(backend), limiters: None }
+        let max_request = backend.capabilities().max_request.clamp(SECTOR, 1 << 40);
+        Self { backend: Arc::new(backend), max_request, limiters: None }
     }
 
     /// The size in bytes. A disk may grow while it is in use ([`Volume::grow`](crate::Volume::grow)); it never
@@ -87,7 +90,12 @@ impl Disk {
     pub fn limited(&self, limiter: &Limiter) -> Self {
         let had = self.limiters.iter().flat_map(|limiters| limiters.iter());
         let limiters = had.chain([limiter]).cloned().collect();
-        Self { backend: Arc::clone(&self.backend), limiters: Some(limiters) }
+        Self { limiters: Some(limiters), ..self.unlimited() }
+    }
+
+    /// The same disk, whose requests wait for nothing.
+    pub(crate) fn unlimited(&self) -> Self {
+        Self { backend: Arc::clone(&self.backend), max_request: self.max_request, limiters: None }
     }
 
     /// Fills `buf` with the bytes at `offset`.
@@ -98,13 +106,11 @@ impl Disk {
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.check(Op::Read, offset, Some(buf.len() as u64))?;
         let max = self.admit(buf.len() as u64, Op::Read);
-        if buf.len() as u64 <= max {
-            return if buf.is_empty() { Ok(()) } else { self.backend.read_at(buf, offset) };
+        match buf.len() as u64 {
+            0 => Ok(()),
+            len if len <= max => self.backend.read_at(buf, offset),
+            _ => self.read_pieces(buf, offset, max as usize),
         }
-        for (part, at) in buf.chunks_mut(max as usize).zip((offset..).step_by(max as usize)) {
-            self.backend.read_at(part, at)?;
-        }
-        Ok(())
     }
 
     /// Writes `buf` at `offset`.
@@ -116,13 +122,11 @@ impl Disk {
     pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.check(Op::Write, offset, Some(buf.len() as u64))?;
         let max = self.admit(buf.len() as u64, Op::Write);
-        if buf.len() as u64 <= max {
-            return if buf.is_empty() { Ok(()) } else { self.backend.write_at(buf, offset) };
+        match buf.len() as u64 {
+            0 => Ok(()),
+            len if len <= max => self.backend.write_at(buf, offset),
+            _ => self.write_pieces(buf, offset, max as usize),
         }
-        for (part, at) in buf.chunks(max as usize).zip((offset..).step_by(max as usize)) {
-            self.backend.write_at(part, at)?;
-        }
-        Ok(())
     }
 
     /// Fills the buffers, one after the other, with the bytes at `offset`. What lies in a file goes
@@ -250,12 +254,24 @@ impl Disk {
         }
     }
 
+    #[cold]
+    fn read_pieces(&self, buf: &mut [u8], offset: u64, max: usize) -> Result<()> {
+        let mut parts = buf.chunks_mut(max).zip((offset..).step_by(max));
+        parts.try_for_each(|(part, at)| self.backend.read_at(part, at))
+    }
+
+    #[cold]
+    fn write_pieces(&self, buf: &[u8], offset: u64, max: usize) -> Result<()> {
+        let mut parts = buf.chunks(max).zip((offset..).step_by(max));
+        parts.try_for_each(|(part, at)| self.backend.write_at(part, at))
+    }
+
     /// Waits until the limits let a request pass, and says how long one may be for the backend.
     fn admit(&self, len: u64, op: Op) -> u64 {
         if let Some(limiters) = &self.limiters {
             limiters.iter().for_each(|limiter| limiter.wait(op.cost(len)));
         }
-        self.backend.capabilities().max_request.clamp(SECTOR, 1 << 40)
+        self.max_request
     }
 }
 

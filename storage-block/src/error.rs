@@ -80,7 +80,11 @@ pub enum ErrorKind {
 /// assert!(bad.source().is_none());
 /// ```
 #[derive(Debug)]
-pub struct Error {
+pub struct Error(Box<Inner>);
+
+/// On the heap, so that a result is a word: each layer that a request comes through hands one on.
+#[derive(Debug)]
+struct Inner {
     kind: ErrorKind,
     context: String,
     source: Option<Box<dyn StdError + Send + Sync>>,
@@ -89,12 +93,17 @@ pub struct Error {
 impl Error {
     /// An error of `kind` about what `context` says.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
+        Self::made(kind, context.into(), None)
     }
 
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
-        self.kind
+        self.0.kind
+    }
+
+    #[cold]
+    fn made(kind: ErrorKind, context: String, source: Option<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self(Box::new(Inner { kind, context, source }))
     }
 
     /// The operating system's error, with what was being done. A full file system or quota becomes
@@ -106,7 +115,7 @@ impl Error {
             std::io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
             _ => ErrorKind::Io,
         };
-        Self { kind, context: context.into(), source: Some(Box::new(source)) }
+        Self::made(kind, context.into(), Some(Box::new(source)))
     }
 
     pub(crate) fn with_source(
@@ -114,7 +123,7 @@ impl Error {
         context: impl Into<String>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
-        Self { kind, context: context.into(), source: Some(source.into()) }
+        Self::made(kind, context.into(), Some(source.into()))
     }
 
     /// A file whose bytes are not what its format says.
@@ -122,6 +131,7 @@ impl Error {
         Self::new(ErrorKind::Corrupt, format!("{}: {why}", path.display()))
     }
 
+    #[cold]
     pub(crate) fn out_of_bounds(offset: u64, len: u64, size: u64) -> Self {
         let context = format!("{len} bytes at offset {offset} leave a disk of {size} bytes");
         Self::new(ErrorKind::OutOfBounds, context)
@@ -138,12 +148,12 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.context)
+        f.write_str(&self.0.context)
     }
 }
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|e| e as _)
+        self.0.source.as_deref().map(|e| e as _)
     }
 }

@@ -160,6 +160,7 @@ impl Read for File {
 }
 
 impl FileExt for File {
+    #[inline]
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.file.read_at(buf, offset)
     }
@@ -193,6 +194,16 @@ pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
 
 pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
     act!(&tape::of(path), Op::Remove { path: path.into() }, std::fs::remove_file(path))
+}
+
+/// Makes a symbolic link, which need not lead anywhere: it comes with what it says, so that its name is all there is to make
+/// durable.
+pub(crate) fn symlink(target: &str, path: &Path) -> io::Result<()> {
+    act!(
+        &tape::of(path),
+        Op::Symlink { path: path.into(), target: target.into() },
+        std::os::unix::fs::symlink(target, path)
+    )
 }
 
 pub(crate) fn create_dir(path: &Path) -> io::Result<()> {

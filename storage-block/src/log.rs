@@ -105,6 +105,12 @@ impl Log {
         self.len == 0
     }
 
+    /// The name of a log that has said nothing yet, which says it all.
+    pub(crate) fn blank_name(&self) -> Option<&str> {
+        let name = self.path.file_name().and_then(|name| name.to_str());
+        name.filter(|_| self.is_blank())
+    }
+
     /// Makes a new log durable.
     pub(crate) fn sync_all(&self) -> Result<()> {
         self.file.sync_all().map_err(|e| Error::io(e, format!("cannot flush {}", self.path.display())))
@@ -132,6 +138,25 @@ impl Log {
             remove(&dir.join(TEMPORARY))?;
         }
         Ok((log, map))
+    }
+
+    /// Makes again what is missing of a log to which nothing was ever appended, and which is called `name`.
+    pub(crate) fn restore<'n>(dir: &Path, name: impl FnOnce() -> Result<&'n str>) -> Result<()> {
+        let names = Self::names(dir)?;
+        let room = dir.join(TEMPORARY);
+        let log = match names.iter().find(|path| **path != room) {
+            Some(path) => path.clone(),
+            None => {
+                let path = dir.join(name()?);
+                create(&path)?;
+                path
+            }
+        };
+        let blank = std::fs::metadata(&log).is_ok_and(|metadata| metadata.len() == 0);
+        if blank && !names.contains(&room) {
+            create(&room)?;
+        }
+        Ok(())
     }
 
     /// The path of the log in a volume's directory.

@@ -31,23 +31,13 @@ impl StateMap {
 
     /// The state of `first` and how many blocks from there, `max` at most, share it. The run may end
     /// early; the next one says so.
+    #[inline]
     pub(crate) fn run(&self, first: u64, max: u64) -> (State, u64) {
         let max = max.min(LEAF_BLOCKS - first % LEAF_BLOCKS);
-        let Some(leaf) = self.leaf(first) else { return (State::Base, max) };
-        let of_first = state(word(leaf, first), first % WORD);
-        let mut count = 1;
-        while count < max {
-            let block = first + count;
-            let bits = word(leaf, block);
-            if block % WORD == 0 && bits == LOW * of_first as u64 {
-                count += WORD;
-            } else if state(bits, block % WORD) == of_first {
-                count += 1;
-            } else {
-                break;
-            }
+        match self.leaf(first) {
+            Some(leaf) => run_in(leaf, first, max),
+            None => (State::Base, max),
         }
-        (of_first, count.min(max))
     }
 
     /// All runs from `first`, neighbours in one state joined.
@@ -118,6 +108,24 @@ impl StateMap {
 }
 
 const _: () = assert!(CHUNK_BLOCKS * 2 == WORD && LEAF_BLOCKS % WORD == 0);
+
+/// The same in the leaf that speaks of all `max` blocks.
+fn run_in(leaf: &[AtomicU64], first: u64, max: u64) -> (State, u64) {
+    let of_first = state(word(leaf, first), first % WORD);
+    let mut count = 1;
+    while count < max {
+        let block = first + count;
+        let bits = word(leaf, block);
+        if block % WORD == 0 && bits == LOW * of_first as u64 {
+            count += WORD;
+        } else if state(bits, block % WORD) == of_first {
+            count += 1;
+        } else {
+            break;
+        }
+    }
+    (of_first, count.min(max))
+}
 
 fn empty_leaf() -> Box<[AtomicU64]> {
     (0..LEAF_WORDS).map(|_| AtomicU64::new(0)).collect()

@@ -162,7 +162,7 @@ impl VolumeOptions {
     /// As [`Volume::create`].
     pub fn create(&self, dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Volume> {
         let volume = self.create_unsynced(dir, base, size)?;
-        match volume.sync_created() {
+        match volume.sync_untouched() {
             Ok(()) => Ok(volume),
             Err(error) => {
                 // What cannot be removed either is found by whoever looks for it.

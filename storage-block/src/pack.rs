@@ -40,10 +40,16 @@ impl Pack {
     }
 
     /// The open file.
+    #[inline]
     pub(crate) fn file(&self) -> Result<&File> {
-        if let Some(file) = self.file.get() {
-            return Ok(file);
+        match self.file.get() {
+            Some(file) => Ok(file),
+            None => self.open(),
         }
+    }
+
+    #[cold]
+    fn open(&self) -> Result<&File> {
         let open = File::open_writable(&self.path);
         let file = open.map_err(|e| Error::io(e, format!("cannot open {}", self.path.display())))?;
         let mut header = vec![0; PACK_HEADER as usize];
@@ -67,13 +73,22 @@ impl Pack {
     }
 
     /// Reads from `offset` within the slot that begins at the unit `start`, and on into those behind it.
+    #[inline]
     pub(crate) fn read(&self, start: u32, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.file()?.read_exact_at(buf, unit_offset(start) + offset).map_err(|e| match e.kind() {
+        self.file()?
+            .read_exact_at(buf, unit_offset(start) + offset)
+            .map_err(|error| self.not_read(start, error))
+    }
+
+    #[cold]
+    fn not_read(&self, start: u32, error: std::io::Error) -> Error {
+        match error.kind() {
             std::io::ErrorKind::UnexpectedEof => self.cut_short(start),
             _ => {
-                Error::io(e, format!("cannot read slot {} of {}", self.slot_name(start), self.path.display()))
+                let what = format!("cannot read slot {} of {}", self.slot_name(start), self.path.display());
+                Error::io(error, what)
             }
-        })
+        }
     }
 
     /// All units of a slot.

@@ -110,7 +110,26 @@ impl Snapshot {
     }
 
     /// Fills `buf` from `offset`; what lies beyond the end reads as zeroes.
-    pub(crate) fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
+    pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        match self.plain(offset, buf.len() as u64) {
+            Some((pack, start)) => pack.read(start, offset % CHUNK, buf),
+            None => self.read_parts(buf, offset),
+        }
+    }
+
+    /// The pack and the slot that bytes within one chunk can be read from as they are. Most reads are of such, and to find
+    /// a block shall take little of the time in which a page is copied.
+    #[inline]
+    fn plain(&self, offset: u64, len: u64) -> Option<(&Pack, u32)> {
+        if offset % CHUNK + len > CHUNK {
+            return None;
+        }
+        let table = self.root.tables.get((offset / LEAF_SPAN) as usize)?.get()?;
+        let entry = table.entry((offset / CHUNK) as usize % LEAF_IDS);
+        entry.is_plain().then(|| (&*table.packs[entry.pack()], entry.start()))
+    }
+
+    fn read_parts(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
         while !buf.is_empty() {
             let (found, len) = self.extent(offset, buf.len() as u64)?;
             let (part, rest) = buf.split_at_mut(len as usize);
@@ -226,15 +245,20 @@ impl Snapshot {
     }
 
     /// Where the leaf's chunks lie; `None` where all of it is a hole.
+    #[inline]
     fn table(&self, leaf: usize) -> Result<Option<&Table>> {
+        match self.root.tables.get(leaf).and_then(|cell| cell.get()) {
+            Some(table) => Ok(Some(table)),
+            None => self.look_up(leaf),
+        }
+    }
+
+    fn look_up(&self, leaf: usize) -> Result<Option<&Table>> {
         let (Some(id), Some(cell)) = (self.root.leaves.get(leaf), self.root.tables.get(leaf)) else {
             return Ok(None);
         };
         if *id == HOLE {
             return Ok(None);
-        }
-        if let Some(table) = cell.get() {
-            return Ok(Some(table));
         }
         let table = Table::look_up(&self.store, id)?;
         // Whoever loses this race has made the same table.

@@ -28,6 +28,7 @@ fn empty<T>() -> Box<[OnceLock<T>]> {
 }
 
 impl<T> Sparse<T> {
+    #[inline]
     pub(crate) fn get(&self, index: usize) -> Option<&T> {
         self.0.get(index / SIDE)?.get()?[index % SIDE].get()
     }

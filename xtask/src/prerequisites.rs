@@ -23,6 +23,7 @@ pub(crate) const CURL: Tool = Tool { program: "curl", package: "curl" };
 pub(crate) const SSH: Tool = Tool { program: "ssh", package: "openssh-client" };
 pub(crate) const PASST: Tool = Tool { program: "passt", package: "passt" };
 pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
+pub(crate) const IP: Tool = Tool { program: "ip", package: "iproute2" };
 pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
 pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };
 pub(crate) const NBDCOPY: Tool = Tool { program: "nbdcopy", package: "libnbd-bin" };

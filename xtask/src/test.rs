@@ -11,7 +11,7 @@ use clap::ValueEnum;
 
 use crate::lab::{self, Ended, Lab};
 use crate::prerequisites::{
-    self, BZIP2, FIO, LZ4, LZOP, NBDCOPY, NBDINFO, NBDKIT, QEMU_IMG, QEMU_IO, Tool, XZ, ZSTD,
+    self, BZIP2, FIO, IP, LZ4, LZOP, NBDCOPY, NBDINFO, NBDKIT, QEMU_IMG, QEMU_IO, Tool, XZ, ZSTD,
 };
 use crate::{bare_guest, guest, process};
 
@@ -41,14 +41,16 @@ enum Step {
 }
 
 /// What the tests call, besides what the lab does. Under CI none of them skips what it cannot do.
-const TOOLS: [Tool; 11] = [NBDINFO, NBDCOPY, NBDKIT, FIO, QEMU_IMG, QEMU_IO, BZIP2, LZ4, LZOP, XZ, ZSTD];
+const TOOLS: [Tool; 12] = [NBDINFO, NBDCOPY, NBDKIT, FIO, IP, QEMU_IMG, QEMU_IO, BZIP2, LZ4, LZOP, XZ, ZSTD];
 
 /// The package whose tests run in the lab.
 const LAB_PACKAGE: &str = "hypervisor-kvm";
 /// Its integration tests that run on a true KVM too, which the first one needs.
-const LAB_TESTS: [&str; 5] = ["linux", "conformance", "ends", "confinement", "drops"];
+const LAB_TESTS: [&str; 6] = ["linux", "conformance", "taps", "ends", "confinement", "drops"];
 /// The one of them that boots other kernels too.
 const OTHER_KERNELS: &str = "linux";
+/// The one of them that makes network devices.
+const NETWORK_DEVICES: &str = "taps";
 /// The members of the workspace that are not published.
 const UNPUBLISHED: [&str; 4] = ["ami-benches", "ami-examples", "ami-rivals", "xtask"];
 /// The minor version of the cargo that packages crates together with what they depend on.
@@ -149,6 +151,9 @@ fn test_in_lab(name: &str) -> Result<()> {
                 Err(error) => return Err(error),
             }
         }
+    }
+    if name == NETWORK_DEVICES {
+        lab = lab.program(process::find("ip").context("there is no program `ip` on PATH")?);
     }
     lab = lab.file(bare.path(), BARE_GUEST).env("AMI_BARE_GUEST", BARE_GUEST);
     if let Some(ci) = env::var_os("CI") {

@@ -42,7 +42,7 @@ impl Origin {
     }
 
     /// The least that anything durable costs. A file that a power cut must not take the name of is `named`: POSIX asks
-    /// for its directory to be synchronised, which is part of what a clone promises, and of its two directories.
+    /// for its directory to be synchronised, as a clone's is.
     fn empty_file(&self, named: bool) -> anyhow::Result<Duration> {
         let path = self.dir.path().join("empty");
         let begun = Instant::now();

@@ -22,8 +22,10 @@ use crate::power::Power;
 use crate::rtc::Rtc;
 use crate::serial::SerialPort;
 use crate::slots::{Other, Placed, Role, Slots};
-use crate::virtio::{Balloon, Block, Console, Device, Net, Rng, VirtioDevice, Vsock, Wish};
-use crate::{Kvm, Transport, layout, saved};
+use crate::virtio::{
+    Balloon, Block, Console, Device, KernelNet, Net, Rng, VirtioDevice, Vsock, Wish, check_descriptors,
+};
+use crate::{Kvm, Transport, VhostNet, layout, saved};
 
 /// What a machine is put together from.
 pub(super) struct Parts<'a> {
@@ -94,16 +96,19 @@ impl Parts<'_> {
     /// A machine without threads, whose devices nobody has used yet.
     pub(super) fn put_together(mut self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
         let goes_on = state == MachineState::Paused;
-        let mut placed = self.disks_and_nets(goes_on)?;
+        let mut placed = self.disks_and_nets(kvm.vhost_net(), goes_on)?;
         let mut balloon = None;
         for (other, place) in std::mem::take(&mut self.places.others) {
             if let Some(device) = self.other(other, place, goes_on, &mut balloon)? {
                 placed.push(Placed::new(place, Role::Other(other), device));
             }
         }
-        let Self { name, transport, console, vm, memory, processors, .. } = self;
+        let Self { name, transport, disks, console, vm, memory, processors, .. } = self;
+        let serial = serial_port(&vm, console)?;
+        // When the machine has all others of its own.
+        check_descriptors(disks)?;
         let devices = Devices {
-            serial: serial_port(&vm, console)?,
+            serial,
             power: Power::default(),
             rtc: Mutex::new(Rtc::new()),
             pci: (transport == Transport::Pci).then(Bus::new),
@@ -120,6 +125,7 @@ impl Parts<'_> {
             balloon,
             memory,
             msrs: kvm.msrs(),
+            vhost_net: kvm.vhost_net(),
             gate: Gate::new(),
             state: Publisher::new(state),
             threads: Mutex::default(),
@@ -127,7 +133,7 @@ impl Parts<'_> {
         })
     }
 
-    fn disks_and_nets(&self, goes_on: bool) -> Result<Vec<Placed>> {
+    fn disks_and_nets(&self, vhost_net: VhostNet, goes_on: bool) -> Result<Vec<Placed>> {
         let mut placed = Vec::new();
         for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
             let block = Block::new(disk.disk.clone(), &disk.serial, queues);
@@ -135,7 +141,10 @@ impl Parts<'_> {
             placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
         }
         for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
-            let device = self.served(place, goes_on, Net::new(net, pairs))?;
+            let device = match KernelNet::new(vhost_net, net, goes_on.then_some(pairs), &self.memory)? {
+                Some(device) => self.served(place, goes_on, device)?,
+                None => self.served(place, goes_on, Net::new(net, pairs))?,
+            };
             net.port.set_waker(Some(Arc::new(device.waker()?)));
             placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
         }

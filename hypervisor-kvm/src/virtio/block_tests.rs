@@ -373,6 +373,24 @@ fn a_write_that_is_not_durable_yet_becomes_so_before_all_stands_still() {
     assert_eq!(told(&did), [Did::Write(0), Did::Flush]);
 }
 
+/// So that it is not the limits, of which the flushes would be ten more operations, that a pause waits for.
+#[test]
+fn many_writes_become_durable_by_one_flush_before_all_stands_still() {
+    const WRITES: u16 = 10;
+    let (disk, did, _go_on) = gated(0);
+    let once = Rate { per_second: 10, burst: WRITES.into() };
+    let limiter = Limiter::new(IoLimits { ops: Some(once), bytes: None });
+    let mut guest = Guest::new(&disk.limited(&limiter), 1, CAN_FLUSH);
+    (0..WRITES).for_each(|n| guest.offer(0, n, OUT, n.into()));
+    guest.0.step(0);
+    assert_eq!(guest.settle(0), Step::Served { interrupt: true });
+    assert!(guest.is_at_rest());
+    assert!((0..WRITES).all(|n| guest.status(0, n) == OK));
+    let did = told(&did);
+    assert_eq!(did.iter().filter(|did| **did == Did::Flush).count(), 1);
+    assert_eq!(did.last(), Some(&Did::Flush));
+}
+
 #[test]
 fn requests_of_a_disk_that_was_taken_by_force_fail() {
     let (disk, _limiter) = limited(ONE_A_MINUTE);

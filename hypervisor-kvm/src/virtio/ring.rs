@@ -201,6 +201,49 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
+    /// Where the queue is and of what size, for somebody else to work on it; each part lies in one piece of memory, as
+    /// nobody else looks.
+    pub(crate) fn place(&self) -> Result<Description, Malformed> {
+        let size = self.queue.size();
+        let place = Description {
+            size: size.into(),
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+        };
+        let size = usize::from(size);
+        for (start, len) in
+            [(place.descriptors, 16 * size), (place.available, 6 + 2 * size), (place.used, 6 + 8 * size)]
+        {
+            let piece = self.memory.get_slice(GuestAddress(start), len);
+            piece.map_err(|_| Malformed("the queue lies beside the memory"))?;
+        }
+        Ok(place)
+    }
+
+    /// Which chain is the next one, by the index of the available ring.
+    pub(crate) fn next_available(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// Goes on from this chain, and from what is in the used ring: somebody else has worked on the queue.
+    pub(crate) fn go_on_from(&mut self, next_available: u16) -> Result<(), Malformed> {
+        self.queue.set_next_avail(next_available);
+        self.follow_used()
+    }
+
+    /// Takes over how far the used ring is, which somebody else fills.
+    pub(crate) fn follow_used(&mut self) -> Result<(), Malformed> {
+        let used = self.queue.used_idx(self.memory, Ordering::Acquire).map_err(|_| RING)?;
+        self.queue.set_next_used(used.0);
+        Ok(())
+    }
+
+    /// How far the driver has filled the available ring.
+    pub(crate) fn available(&self) -> Result<u16, Malformed> {
+        self.queue.avail_idx(self.memory, Ordering::Acquire).map(|idx| idx.0).map_err(|_| RING)
+    }
+
     /// Whether the driver wants to hear of what was put into the used ring (virtio 1.2, 2.7.7).
     pub(crate) fn wants_interrupt(self) -> Result<bool, Malformed> {
         const NO_INTERRUPT: u16 = 1 << 0;

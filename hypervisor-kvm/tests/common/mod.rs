@@ -2,6 +2,8 @@
 
 #[allow(dead_code, reason = "shared with the benchmarks, which use the rest")]
 pub(crate) mod guest;
+#[allow(dead_code, reason = "for the tests that run in the lab")]
+pub(crate) mod linux;
 
 use hypervisor_kvm::Kvm;
 

@@ -34,6 +34,8 @@ pub struct Capabilities {
     pub max_nets: usize,
     /// Whether the frames of network ports are held to the limits of a [specification](NetSpec::receive_limits).
     pub net_limits: bool,
+    /// Whether a network port may be on a [TAP device](crate::net::Tap) of the host's.
+    pub tap: bool,
     /// Whether guest code runs on the processor itself.
     pub execution: Execution,
     /// Whether [`Machine::power_button`](super::Machine::power_button) works.
@@ -56,7 +58,7 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
-    /// vCPU, up to 1 TiB of memory, one disk, no network port, no power button, no disks or ports that come, go or
+    /// vCPU, up to 1 TiB of memory, one disk, no network port, no TAP device, no power button, no disks or ports that come, go or
     /// grow while it runs, no balloon, no streams, no virtio console, unless the fields are then set otherwise.
     pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
         Self {
@@ -67,6 +69,7 @@ impl Capabilities {
             max_disks: 1,
             max_nets: 0,
             net_limits: false,
+            tap: false,
             execution,
             power_button: false,
             hot_plug: false,
@@ -139,6 +142,10 @@ impl Capabilities {
     pub fn check_net(&self, net: &NetSpec) -> Result<(), MachineError> {
         if net.is_limited() && !self.net_limits {
             let what = format!("{} does not hold network ports to limits", self.name);
+            return Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        }
+        if let (Some(tap), false) = (net.port.tap(), self.tap) {
+            let what = format!("{} has no network ports on TAP devices, as {} is", self.name, tap.name());
             return Err(MachineError::new(MachineErrorKind::Unsupported, what));
         }
         net.check()

@@ -47,6 +47,7 @@ use crate::machine::{
     Boot, BootFile, DiskSpec, ExitCause, Hypervisor, Identity, Machine, MachineErrorKind, MachineSpec,
     MachineState,
 };
+use crate::net::NetPort;
 
 /// A hypervisor under test, and the guest it is tested with.
 ///
@@ -68,6 +69,7 @@ use crate::machine::{
 ///     kill_within: Duration::from_secs(1),
 ///     vcpus: 2,
 ///     memory_mib: 128,
+///     link: instance_core::net::link,
 /// };
 /// bed.run();
 /// # Ok::<(), std::io::Error>(())
@@ -90,6 +92,8 @@ pub struct TestBed<'a> {
     pub vcpus: u32,
     /// The memory of each machine, in MiB.
     pub memory_mib: u32,
+    /// What makes the cables of network ports: a machine's end and the network's, by which complete frames come and go.
+    pub link: fn() -> (NetPort, NetPort),
 }
 
 type Check = (&'static str, fn(&TestBed<'_>));

@@ -4,6 +4,7 @@ pub mod conformance;
 mod fake;
 mod ping;
 mod state_store;
+pub mod taps;
 
 pub use fake::{FakeHypervisor, fake_kernel, tiny_elf};
 pub use state_store::state_store_conformance;

@@ -49,6 +49,12 @@ impl Bucket {
         self.level -= i128::from(tokens) * TOKEN;
     }
 
+    /// Takes it back that a request has taken.
+    pub(super) fn give_back(&mut self, tokens: u64) {
+        let full = i128::from(self.rate.burst) * TOKEN;
+        self.level = (self.level + i128::from(tokens) * TOKEN).min(full);
+    }
+
     fn refill(&mut self, now: Duration) {
         // Time that seems to run backwards adds nothing.
         let nanos = now.saturating_sub(self.at).as_nanos() as i128;

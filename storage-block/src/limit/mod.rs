@@ -173,6 +173,16 @@ impl Limiter {
         lock(&self.0.state).try_take(self.now(), cost)
     }
 
+    /// Gives back what a request took that is not made after all. Who waits notices as if the limits had changed.
+    pub(crate) fn give_back(&self, cost: Cost) {
+        for (bucket, cost) in lock(&self.0.state).parts(cost) {
+            if let Some(bucket) = bucket {
+                bucket.give_back(cost);
+            }
+        }
+        self.0.changed.notify_all();
+    }
+
     /// Returns when a request may pass.
     pub(crate) fn wait(&self, cost: Cost) {
         let _turn = lock(&self.0.turn);

@@ -100,7 +100,7 @@ pub struct Queue {
 impl Queue {
     pub(crate) fn new(disk: &Disk, options: &QueueOptions) -> Result<Self> {
         let limiters = disk.limiters.clone();
-        let disk = Disk { backend: Arc::clone(&disk.backend), limiters: None };
+        let disk = disk.unlimited();
         let signal = Signal::new(limiters.is_some())?;
         let ring = match options.engine {
             Some(Engine::Threads) => None,
@@ -224,7 +224,8 @@ impl Queue {
     }
 
     /// Lets no more of what was pushed begin: requests that have not are reported as
-    /// [`Cancelled`](ErrorKind::Cancelled), in the order in which they were pushed. Those under way go on.
+    /// [`Cancelled`](ErrorKind::Cancelled), in the order in which they were pushed. Those under way go on. What one has
+    /// taken of one limit while it waits for another is given back.
     ///
     /// ```
     /// use storage_block::{ErrorKind, IoLimits, Limiter, MemoryDisk, Rate};
@@ -241,6 +242,7 @@ impl Queue {
     /// ```
     pub fn cancel(&mut self) {
         self.delayed = false;
+        self.give_back();
         let cancelled = self.backlog.drain(..).map(|Request { token, owned: buffer, .. }| Completion {
             token,
             result: Err(Error::new(ErrorKind::Cancelled, "it was cancelled before it began")),
@@ -374,5 +376,12 @@ impl Queue {
 
     fn enqueue(&mut self, request: Request) {
         self.backlog.push_back(request);
+    }
+}
+
+impl Drop for Queue {
+    /// What has begun is waited for, by the engines; what has not is not made.
+    fn drop(&mut self) {
+        self.give_back();
     }
 }

@@ -49,6 +49,15 @@ impl Queue {
         Ok(())
     }
 
+    /// Gives back to the disk's limits what requests have taken that do not begin any more.
+    pub(super) fn give_back(&mut self) {
+        let Some(limiters) = &self.limiters else { return };
+        for request in &mut self.backlog {
+            let passed = std::mem::take(&mut request.passed);
+            limiters[..passed].iter().for_each(|limiter| limiter.give_back(request.op.cost(request.len)));
+        }
+    }
+
     /// Gives what is left of a request to whoever serves it.
     fn start(&mut self, slot: usize) {
         let (Some(ring), Some(request)) = (&mut self.ring, &mut self.slots[slot]) else {

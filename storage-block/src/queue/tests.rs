@@ -276,6 +276,26 @@ fn a_panic_is_an_error() {
 }
 
 /// What has begun ends as ever, and what has not is reported and never begins.
+/// A request that waits for one limit has taken of another, and gives that back if it is not made.
+#[test]
+fn what_is_not_made_takes_nothing_of_a_limit() {
+    let bytes =
+        |burst| Limiter::new(IoLimits { bytes: Some(Rate { per_second: 1, burst }), ..IoLimits::NONE });
+    for end in [|mut queue: Queue| queue.cancel(), |queue: Queue| drop(queue)] {
+        // After the first request one byte is left of the wide one, and the narrow one keeps the second for an hour.
+        let (wide, narrow) = (bytes(4097), bytes(1));
+        let disk = MemoryDisk::new(1 << 20).unwrap().into_disk().limited(&wide).limited(&narrow);
+        let mut queue = disk.queue(8).unwrap();
+        (0..3).for_each(|token| queue.read(token, 0, vec![0; 4096]));
+        queue.submit();
+        let waits = wide.delay().expect("the second has passed it");
+        assert!(waits > Duration::from_secs(3600), "{waits:?}");
+        end(queue);
+        assert_eq!(wide.delay(), None);
+        assert!(narrow.delay().is_some(), "the first was made");
+    }
+}
+
 #[test]
 fn cancelling() {
     let (mut queue, began, go_on) = gated(1);

@@ -62,6 +62,7 @@ impl Table {
         Ok(Self { packs, ids, entries: entries.into(), patches })
     }
 
+    #[inline]
     pub(super) fn entry(&self, place: usize) -> Entry {
         Entry(self.entries[place].load(Ordering::Relaxed))
     }

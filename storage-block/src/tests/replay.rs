@@ -1,8 +1,10 @@
 //! What a disk may hold when the power goes: a record of operations, played back as far as it was durable, and
 //! of the rest any part.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -17,6 +19,8 @@ pub(crate) struct Disk {
     /// What a directory's name leads to is `None`.
     names: BTreeMap<PathBuf, Option<FileId>>,
     files: BTreeMap<FileId, Arc<Content>>,
+    /// Which of them are symbolic links: what they hold is where they lead.
+    links: BTreeSet<FileId>,
 }
 
 /// A file's bytes, and what they hash to once somebody has asked.
@@ -160,6 +164,7 @@ impl Replay {
 fn directory(step: &Step) -> &Path {
     match &step.op {
         Op::Create { path }
+        | Op::Symlink { path, .. }
         | Op::Remove { path }
         | Op::CreateDir { path }
         | Op::RemoveDir { path }
@@ -185,7 +190,13 @@ impl Disk {
                 self.load_dir(root, &path);
             } else {
                 let file = self.files.len();
-                let bytes = std::fs::read(entry.path()).unwrap();
+                let bytes = match entry.file_type().unwrap().is_symlink() {
+                    true => {
+                        self.links.insert(file);
+                        std::fs::read_link(entry.path()).unwrap().into_os_string().into_vec()
+                    }
+                    false => std::fs::read(entry.path()).unwrap(),
+                };
                 self.files.insert(file, Arc::new(Content { bytes, digest: OnceLock::new() }));
                 self.names.insert(path, Some(file));
             }
@@ -201,6 +212,14 @@ impl Disk {
         match &step.op {
             Op::Create { path } => {
                 self.names.insert(path.clone(), step.file);
+            }
+            Op::Symlink { path, target } => {
+                self.names.insert(path.clone(), step.file);
+                if let Some(file) = step.file {
+                    let bytes = target.as_bytes().to_vec();
+                    self.files.insert(file, Arc::new(Content { bytes, digest: OnceLock::new() }));
+                    self.links.insert(file);
+                }
             }
             Op::Rename { from, to } => {
                 self.unname(from, step.file);
@@ -261,6 +280,10 @@ impl Disk {
         for (path, file) in self.names.iter().filter(|(path, _)| self.reachable(path)) {
             match file {
                 None => std::fs::create_dir_all(root.join(path)).unwrap(),
+                Some(file) if self.links.contains(file) => {
+                    let target = OsStr::from_bytes(&self.files[file].bytes);
+                    std::os::unix::fs::symlink(target, root.join(path)).unwrap();
+                }
                 Some(file) => {
                     let content = self.files.get(file).map_or(&[][..], |content| &content.bytes);
                     std::fs::write(root.join(path), content).unwrap();

@@ -18,6 +18,7 @@ pub(crate) enum Op {
     Sync,
     Rename { from: PathBuf, to: PathBuf },
     Remove { path: PathBuf },
+    Symlink { path: PathBuf, target: String },
     CreateDir { path: PathBuf },
     RemoveDir { path: PathBuf },
     SyncDir { path: PathBuf },
@@ -152,7 +153,7 @@ impl State {
     fn note(&mut self, root: &Path, mut file: Option<FileId>, mut op: Op) {
         let relative = |path: &mut PathBuf| *path = path.strip_prefix(root).unwrap().to_owned();
         match &mut op {
-            Op::Create { path } => {
+            Op::Create { path } | Op::Symlink { path, .. } => {
                 relative(path);
                 if self.names.contains_key(path) {
                     return;

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use super::{Inner, OVERLAY, Volume, check_size};
+use super::{Inner, Names, OVERLAY, Volume, check_size, mark};
 use crate::format::VolumeKey;
 use crate::fs::{self, File};
 use crate::keys::EncryptionKey;
@@ -16,10 +16,11 @@ use crate::{Error, Result, Snapshot};
 impl Volume {
     /// Makes a volume of `size` bytes in `dir`, which is made too; its parent exists.
     ///
-    /// It is durable on return. That takes two synchronisations side by side, of `dir` and of its parent; a journalling
-    /// file system does the work of both in one commit. All that there is to say is said by names, but where the volume is
-    /// encrypted: then its log is synchronised, too. The overlay is left out: what is lost of it in a crash is its
-    /// length, which opening restores.
+    /// It is durable on return. That takes one synchronisation, of `dir`'s parent: in there a symbolic link, `.NAME.new`
+    /// for a `dir` called NAME, says all that there is to say of a new volume, and opening makes again what a crash
+    /// takes of its files. The link goes with the first flush. Where there can be none, where `dir` was there
+    /// before and where the volume is encrypted, the names in `dir` are synchronised side by side with those in its parent,
+    /// and the log if it is encrypted.
     ///
     /// # Errors
     ///
@@ -62,7 +63,12 @@ impl Volume {
         }
         let new = match fs::create_dir(dir) {
             Ok(()) => true,
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => false,
+            // A mark beside it is that of a volume whose files a crash has taken.
+            Err(e)
+                if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() && !mark::is_there(dir) =>
+            {
+                false
+            }
             Err(e) => return Err(Error::io(e, format!("cannot create {}", dir.display()))),
         };
         let path = dir.join(OVERLAY);
@@ -72,7 +78,13 @@ impl Volume {
             }
             Error::io(e, format!("cannot create {}", path.display()))
         })?;
+        if new {
+            mark::discard(dir);
+        }
         let created = Self::create_files(dir, overlay, base, size, key);
+        if let Ok(volume) = &created {
+            *lock(&volume.0.names) = Names::New { own_dir: new };
+        }
         if created.is_err() {
             let _ = Log::remove(dir);
             let _ = fs::remove_file(&path);
@@ -96,9 +108,21 @@ impl Volume {
         })?;
         let volume_key = key.map(VolumeKey::new).transpose()?;
         let log = Log::create(dir, size, base.map(Snapshot::digest), volume_key)?;
-        let volume = Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned());
-        volume.0.new.store(true, Ordering::Release);
-        Ok(volume)
+        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned()))
+    }
+
+    /// Makes a volume durable to which nothing has been written, by its mark where there can be one.
+    pub(crate) fn sync_untouched(&self) -> Result<()> {
+        let log = lock(&self.0.log);
+        let blank =
+            (*lock(&self.0.names) == Names::New { own_dir: true }).then(|| log.blank_name()).flatten();
+        // What was in a directory before might come back, and be taken for a part of the volume.
+        if blank.is_none_or(|name| mark::make(&self.0.dir, name).is_err()) {
+            return self.0.sync_new(&log);
+        }
+        sync_dir(parent(&self.0.dir))?;
+        *lock(&self.0.names) = Names::Marked;
+        Ok(())
     }
 
     /// Makes a volume durable that was [created unsynced](Self::create_unsynced), as it was then. Does nothing to any
@@ -117,18 +141,18 @@ impl Volume {
 impl Inner {
     /// Makes the names durable by which a new volume is found: what is flushed is worth nothing without them.
     pub(super) fn sync_new(&self, log: &Log) -> Result<()> {
-        if !self.new.load(Ordering::Acquire) {
-            return Ok(());
-        }
+        let mut state = lock(&self.names);
         let dir = &self.dir;
         // None of them relies on another: before this returns nobody has been promised anything.
         let names: [&(dyn Fn() -> Result<()> + Sync); 2] = [&|| sync_dir(parent(dir)), &|| sync_dir(dir)];
-        let synced = match log.is_blank() {
-            true => sync_at_once(&names),
-            false => sync_at_once(&[names[0], names[1], &|| log.sync_all()]),
+        let synced = match *state {
+            Names::Durable => return Ok(()),
+            Names::Marked => names[1]().inspect(|()| mark::discard(dir)),
+            Names::New { .. } if log.is_blank() => sync_at_once(&names),
+            Names::New { .. } => sync_at_once(&[names[0], names[1], &|| log.sync_all()]),
         };
         match synced {
-            Ok(()) => self.new.store(false, Ordering::Release),
+            Ok(()) => *state = Names::Durable,
             Err(_) => self.failed.store(true, Ordering::Release),
         }
         synced

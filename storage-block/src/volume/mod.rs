@@ -3,6 +3,9 @@
 mod changes;
 mod create;
 mod io;
+mod mark;
+#[cfg(test)]
+mod mark_tests;
 mod snapshot;
 mod storing;
 #[cfg(test)]
@@ -91,10 +94,21 @@ struct Inner {
     log: Mutex<Log>,
     /// Something was written since the last flush began.
     dirty: AtomicBool,
-    /// It was made, and not synchronised since.
-    new: AtomicBool,
+    /// How durable its names are. Asked under the log's lock.
+    names: Mutex<Names>,
     /// A synchronisation has failed.
     failed: AtomicBool,
+}
+
+/// How durable the names are by which a volume is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Names {
+    /// All of them.
+    Durable,
+    /// Its [mark](mark) is, and its directory's name.
+    Marked,
+    /// Nobody has synchronised any. Whether the directory was made for it.
+    New { own_dir: bool },
 }
 
 /// What who passes the gate has to do.
@@ -125,8 +139,14 @@ impl Volume {
     /// [`InUse`](ErrorKind::InUse); [`Corrupt`](ErrorKind::Corrupt).
     pub fn open(dir: &Path, store: &Store) -> Result<Self> {
         let path = dir.join(OVERLAY);
-        let overlay = Locked::open(&path, false)?;
+        // A mark that stands alone is what is left of a volume that was never there for anybody, or is no more.
+        let marked = dir.is_dir() && mark::is_there(dir);
+        let overlay = Locked::open(&path, marked)?;
+        if marked {
+            mark::restore_log(dir)?;
+        }
         let (mut log, map) = Log::open(dir)?;
+        mark::discard(dir);
         let closing = log.take_closing();
         let header = log.header();
         let base = header.base.map(|base| store.snapshot(&base)).transpose()?;
@@ -178,7 +198,7 @@ impl Volume {
             pending: Mutex::default(),
             log: Mutex::new(log),
             dirty: AtomicBool::new(false),
-            new: AtomicBool::new(false),
+            names: Mutex::new(Names::Durable),
             failed: AtomicBool::new(false),
         }))
     }
@@ -312,8 +332,9 @@ fn check_size(size: u64) -> Result<()> {
     Ok(())
 }
 
-/// The log first: without it there is no volume.
+/// The mark first, and then the log: without either there is no volume.
 fn remove_files(dir: &Path) -> Result<()> {
+    mark::remove(dir)?;
     let gone = |result: std::io::Result<()>, path: &Path| match result {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::io(e, format!("cannot remove {}", path.display())))

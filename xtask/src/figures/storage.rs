@@ -29,7 +29,7 @@ const FIGURES: &[Figure] = &[
     // with bytes in it is 2.3 of an empty one, whose synchronisation writes no data, and either directory is half of one.
     at_most("clone_1t_over_1g", 1.2),
     at_most("clone_over_empty_file", 2.0),
-    // The same beside a file whose directory is synchronised too, as the clone's are.
+    // The same beside a file whose directory is synchronised too, as the clone's is.
     reported("clone_over_named_file", Place::Host),
     // A volume's speed in units of a raw file's.
     at_least("random_read", 0.95),

@@ -86,7 +86,17 @@ pub(crate) const BOOT: Recipe =
 /// The initrd of the lab.
 pub(crate) const LAB: Recipe = Recipe {
     init: include_str!("../../guest/lab-init.sh"),
-    modules: &["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "ext4", "kvm_amd"],
+    modules: &[
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_net",
+        "virtio_console",
+        "ext4",
+        "kvm_amd",
+        "tun",
+        "bridge",
+        "vhost_net",
+    ],
     applets: &[
         "cat", "chmod", "chroot", "echo", "insmod", "ip", "ln", "mkdir", "mount", "poweroff", "sh", "usleep",
     ],

@@ -4,14 +4,36 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use instance_core::machine::DiskSpec;
 use smallvec::SmallVec;
 use storage_block::{Disk, Error, IoBuf, IoBufMut, Queue, Result};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::super::chain::{Buffers, Malformed};
+use crate::error::HostContext;
 use crate::memory::Memory;
 
 /// The most requests of a device under way: with the least that each takes, a whole queue's descriptors.
 pub(super) const DEPTH: u32 = 128;
+
+/// The most descriptors of a line: an event, a timer, one that waits for both, a ring, and one to be waited for by others.
+const DESCRIPTORS: usize = 5;
+
+/// Fails where the process has not the descriptors that serving these disks takes, all of them at once. A guest's first
+/// request takes them. They are only tried here, and not a whole line: to unmap its ring, or the stack of its thread, the
+/// host's kernel asks every virtual machine of the process, so that a thousandth machine would wait for all the others.
+pub(crate) fn check_descriptors<'a>(
+    disks: impl IntoIterator<Item = &'a DiskSpec>,
+) -> crate::error::Result<()> {
+    let mut tried = Vec::new();
+    for spec in disks {
+        let context = format!("disk {:?} cannot be served", spec.serial);
+        for _ in 0..DESCRIPTORS {
+            tried.push(EventFd::new(libc::EFD_CLOEXEC).host(&context)?);
+        }
+    }
+    Ok(())
+}
 
 /// A disk's queue. It is made when it is first used, since most of what it takes is no use to an idle disk.
 ///

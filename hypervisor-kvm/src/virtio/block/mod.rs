@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use slab::Slab;
-use storage_block::{Completion, Disk, ErrorKind, SECTOR};
+use storage_block::{Completion, Disk, Error, ErrorKind, SECTOR};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
@@ -24,6 +24,7 @@ use super::chain::{Chain, Malformed};
 use super::device::Device;
 use super::ring::Running;
 use crate::memory::Memory;
+pub(crate) use line::check_descriptors;
 use line::{DEPTH, Line};
 use request::{Op, RANGE_SECTORS_MAX, RANGES_MAX, Request, SEGMENT_BYTES_MAX, SEGMENTS_MAX};
 
@@ -244,16 +245,17 @@ impl Block {
     fn collect(&mut self) -> bool {
         let mut any = false;
         while let Some(done) = self.line.as_mut().and_then(|line| line.queue().completed()) {
-            self.ended(done);
+            if let (Some(token), Some(line)) = (self.ended(done), &mut self.line) {
+                line.queue().flush(token);
+            }
             any = true;
         }
         any
     }
 
-    fn ended(&mut self, Completion { token, result, .. }: Completion) {
-        let (Some(pending), Some(line)) = (self.pending.get_mut(token as usize), &mut self.line) else {
-            return;
-        };
+    /// Takes note of what has ended. Says its token where it has to be flushed first.
+    fn ended(&mut self, Completion { token, result, .. }: Completion) -> Option<u64> {
+        let pending = self.pending.get_mut(token as usize)?;
         let cancelled = matches!(&result, Err(error) if error.kind() == ErrorKind::Cancelled);
         let is_durable = match pending.stage {
             Stage::BeforeFlush => result.is_err(),
@@ -262,14 +264,14 @@ impl Block {
         };
         if !is_durable && self.disk.is_some() {
             pending.stage = Stage::Flush;
-            return line.queue().flush(token);
+            return Some(token);
         }
         let Pending { lane, stage, mut answer } = self.pending.remove(token as usize);
         let lane = &mut self.lanes[lane];
         lane.under_way -= 1;
         if cancelled && stage != Stage::Flush {
             lane.left += 1;
-            return;
+            return None;
         }
         if let Err(error) = &result {
             tracing::debug!(%error, "a disk request failed");
@@ -278,17 +280,33 @@ impl Block {
             (answer.status, answer.written) = (VIRTIO_BLK_S_IOERR, 0);
         }
         lane.answers.push(answer);
+        None
     }
 
     /// Waits for what has begun. What has not goes back to its queue, whose last requests these are, since they
-    /// begin in the order in which they were taken.
+    /// begin in the order in which they were taken. What has to be flushed is so by one flush, so that the disk's limits
+    /// hold up no more than that.
     fn finish(&mut self) {
         if let Some(line) = &mut self.line {
             line.queue().cancel();
         }
-        while let Some(done) = self.line.as_mut().and_then(|line| line.queue().wait()) {
-            self.ended(done);
+        let mut unflushed = Vec::new();
+        while let Some(done) = self.wait() {
+            unflushed.extend(self.ended(done));
         }
+        let (Some(token), Some(line)) = (unflushed.first(), &mut self.line) else { return };
+        line.queue().flush(*token);
+        let flushed = self.wait().is_some_and(|done| done.result.is_ok());
+        for token in unflushed {
+            let result =
+                if flushed { Ok(()) } else { Err(Error::new(ErrorKind::Io, "the disk's flush failed")) };
+            self.ended(Completion { token, result, buffer: None });
+        }
+    }
+
+    /// Waits until something has ended. None if nothing is under way.
+    fn wait(&mut self) -> Option<Completion> {
+        self.line.as_mut()?.queue().wait()
     }
 
     /// Tells the driver of what has ended. False if nothing has.

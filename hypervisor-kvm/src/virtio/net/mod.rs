@@ -13,9 +13,13 @@ mod steering;
 mod tests;
 #[cfg(test)]
 mod tests_of_pairs;
+mod vhost;
 
-use std::iter;
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
+use std::{iter, mem};
 
 use instance_core::machine::NetSpec;
 use instance_core::net::{Frame, FrameLimits, NetPort, Offloads, SendError};
@@ -30,6 +34,7 @@ use virtio_bindings::virtio_net::{
 use self::deliver::{Delivery, deliver};
 use self::header::{HEADER_LEN, Header};
 use self::steering::Steering;
+pub(crate) use self::vhost::KernelNet;
 use super::chain::{Chain, Malformed};
 use super::device::{Device, Own};
 use super::ring::Running;
@@ -44,23 +49,25 @@ const ETHERNET_MAX: usize = ETHERNET_LEN + 4;
 
 /// How many frames are moved before the driver and other queues have their turn.
 const BATCH: usize = 64;
+/// How many frames wait for a pair before others for it are lost: as many as another pair hands over in its turn.
+const WAITING_MAX: usize = BATCH;
 
 /// A network device.
 #[derive(Debug)]
 pub(crate) struct Net {
     /// None when the machine has ended.
     port: Option<NetPort>,
-    spec: Config,
+    config: Config,
     /// What the network took when the machine was made, which is what is offered.
     offered: Offloads,
     /// The frames that wait, of each pair that there may be.
     pairs: Vec<Pair>,
-    /// The frame behind those that wait, if it is for a pair for which one waits: no other gets by.
-    next: Option<(usize, Frame)>,
     steering: Steering,
     state: State,
     receive: Pace,
     transmit: Pace,
+    /// No frame waited in the port when the driver had room for one last, and nobody was told since when one does.
+    dry: bool,
 }
 
 /// What is the device's own to remember.
@@ -73,10 +80,25 @@ pub(crate) struct State {
 /// The frames of a pair of queues that wait.
 #[derive(Debug, Default)]
 struct Pair {
-    /// The one that the guest has no buffers for yet.
-    inbound: Option<Frame>,
+    /// Those that the guest has no buffers for yet, or whose turn it was not.
+    inbound: VecDeque<Frame>,
+    /// The last one for the guest found buffers: there will be room for others.
+    flows: bool,
     /// The one that the network has no room for yet.
     outbound: Option<Frame>,
+}
+
+impl Pair {
+    /// Keeps a frame for the guest until it is this pair's turn. False, and it is lost, if enough wait.
+    fn keep(&mut self, frame: Frame) -> bool {
+        let there_is_room = self.inbound.len() < WAITING_MAX;
+        if there_is_room {
+            self.inbound.push_back(frame);
+        } else {
+            tracing::trace!("a frame for a guest is lost: its pair of queues has no buffers");
+        }
+        there_is_room
+    }
 }
 
 /// What frames of one direction are held to.
@@ -111,17 +133,16 @@ impl Net {
     /// A device that is plugged in as `spec` says, with so many pairs of queues at most.
     pub(crate) fn new(spec: &NetSpec, pairs: usize) -> Self {
         let pairs = pairs.clamp(1, MAX_PAIRS);
-        let told = if pairs > 1 { pairs as u16 } else { 0 };
         Self {
             port: Some(spec.port.clone()),
-            spec: Config { mac: spec.mac.0, mtu: spec.mtu, pairs: told },
+            config: Config::new(spec, pairs),
             offered: spec.port.peer_takes(),
             pairs: iter::repeat_with(Pair::default).take(pairs).collect(),
-            next: None,
             steering: Steering::new(),
             state: State { pairs: 1 },
             receive: Pace::new(&spec.receive_limits),
             transmit: Pace::new(&spec.transmit_limits),
+            dry: false,
         }
     }
 
@@ -144,6 +165,9 @@ impl Net {
 
     /// Moves frames from the network to a pair of the driver's, and those between them to where they belong. False if
     /// there is nothing to do before the next frame or buffer.
+    ///
+    /// Where there are several pairs, one whose driver gives it no buffers must not stop the others: what is for it is
+    /// lost when enough of it waits. Where there is one, everything waits in the cable.
     fn receive(&mut self, pair: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
         let Some(port) = self.port.clone() else { return Ok(false) };
         let takes = taken_by_driver(features);
@@ -151,39 +175,45 @@ impl Net {
             port.set_takes(takes);
         }
         let mut handed_over = false;
+        self.dry = false;
         for _ in 0..BATCH {
-            if self.pairs[pair].inbound.is_none() {
-                let next = match self.next.take() {
-                    Some(next) => next,
-                    None if !self.receive.is_ready() => return Ok(handed_over),
-                    None => {
-                        let Some(frame) = port.recv() else { return Ok(handed_over) };
-                        self.receive.limits.charge(frame.data.len());
-                        if !frame.is_sound()
-                            || !frame.is_taken_by(takes)
-                            || !self.spec.is_short_enough(&frame)
-                        {
-                            tracing::trace!("a frame for a guest is not one that it takes");
-                            continue;
-                        }
-                        (self.steering.pair_for(&frame, self.state.pairs.into()), frame)
+            let frame = match self.pairs[pair].inbound.pop_front() {
+                Some(frame) => frame,
+                None if !self.may_fetch(pair) || !self.receive.is_ready() => return Ok(handed_over),
+                None => {
+                    let Some(frame) = port.recv() else {
+                        self.dry = true;
+                        return Ok(handed_over);
+                    };
+                    self.receive.limits.charge(frame.data.len());
+                    if !frame.is_sound() || !frame.is_taken_by(takes) || !self.config.is_short_enough(&frame)
+                    {
+                        tracing::trace!("a frame for a guest is not one that it takes");
+                        continue;
                     }
-                };
-                let waiting = &mut self.pairs[next.0].inbound;
-                if waiting.is_some() {
-                    self.next = Some(next);
-                    return Ok(handed_over);
+                    let of = self.steering.pair_for(&frame, self.state.pairs.into());
+                    if of != pair {
+                        handed_over |= self.pairs[of].keep(frame);
+                        continue;
+                    }
+                    frame
                 }
-                handed_over |= next.0 != pair;
-                *waiting = Some(next.1);
-            }
-            let Some(frame) = self.pairs[pair].inbound.take() else { continue };
-            if let Delivery::NoRoom(frame) = deliver(frame, ring, features)? {
-                self.pairs[pair].inbound = Some(frame);
+            };
+            let delivery = deliver(frame, ring, features)?;
+            let own = &mut self.pairs[pair];
+            own.flows = !matches!(delivery, Delivery::NoRoom(_));
+            if let Delivery::NoRoom(frame) = delivery {
+                own.inbound.push_front(frame);
                 return Ok(handed_over);
             }
         }
         Ok(true)
+    }
+
+    /// Whether a pair is to take frames from the cable: one in use, unless another has first to have its turn.
+    fn may_fetch(&self, pair: usize) -> bool {
+        let used = &self.pairs[..self.state.pairs.into()];
+        pair < used.len() && !used.iter().any(|pair| pair.flows && pair.inbound.len() >= WAITING_MAX)
     }
 
     /// Moves frames from a pair of the driver's to the network. False if there is nothing to do before the next frame,
@@ -219,8 +249,7 @@ impl Net {
         let possible = (1..=self.pairs.len()).contains(&used);
         if possible {
             self.state.pairs = pairs;
-            self.pairs.iter_mut().skip(used).for_each(|pair| pair.inbound = None);
-            self.next.take_if(|(pair, _)| *pair >= used);
+            self.pairs.iter_mut().skip(used).for_each(|pair| pair.inbound.clear());
         }
         possible
     }
@@ -243,12 +272,44 @@ impl Net {
         }
         let mut frame = Frame::new(chain.readable.to_vec(ring.memory(), HEADER_LEN as u64, len as usize)?);
         Header::parse(header).apply(&mut frame, features)?;
-        let sound = frame.is_sound() && frame.is_taken_by(self.offered) && self.spec.is_short_enough(&frame);
+        let sound =
+            frame.is_sound() && frame.is_taken_by(self.offered) && self.config.is_short_enough(&frame);
         Ok(sound.then_some(frame))
     }
 }
 
 impl Config {
+    fn new(spec: &NetSpec, pairs: usize) -> Self {
+        Self { mac: spec.mac.0, mtu: spec.mtu, pairs: if pairs > 1 { pairs as u16 } else { 0 } }
+    }
+
+    /// The features of a device with this configuration, behind which is who takes `offered`.
+    fn features(&self, offered: Offloads) -> u64 {
+        let Offloads { checksum, tcp4, tcp6, .. } = offered;
+        let several = self.pairs > 0;
+        let bits = [
+            (VIRTIO_NET_F_MAC, true),
+            (VIRTIO_NET_F_STATUS, true),
+            (VIRTIO_NET_F_MTU, true),
+            (VIRTIO_NET_F_MRG_RXBUF, true),
+            (VIRTIO_NET_F_GUEST_CSUM, true),
+            (VIRTIO_NET_F_GUEST_TSO4, true),
+            (VIRTIO_NET_F_GUEST_TSO6, true),
+            (VIRTIO_NET_F_CSUM, checksum),
+            (VIRTIO_NET_F_HOST_TSO4, checksum && tcp4),
+            (VIRTIO_NET_F_HOST_TSO6, checksum && tcp6),
+            (VIRTIO_NET_F_CTRL_VQ, several),
+            (VIRTIO_NET_F_MQ, several),
+        ];
+        bits.into_iter().filter(|(_, offered)| *offered).fold(0, |features, (bit, _)| features | 1 << bit)
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let config = self.bytes();
+        let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    }
+
     /// `struct virtio_net_config`, as far as features of it are offered.
     fn bytes(&self) -> [u8; 12] {
         let mut config = [0; 12];
@@ -277,22 +338,7 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        let Offloads { checksum, tcp4, tcp6, .. } = self.offered;
-        let bits = [
-            (VIRTIO_NET_F_MAC, true),
-            (VIRTIO_NET_F_STATUS, true),
-            (VIRTIO_NET_F_MTU, true),
-            (VIRTIO_NET_F_MRG_RXBUF, true),
-            (VIRTIO_NET_F_GUEST_CSUM, true),
-            (VIRTIO_NET_F_GUEST_TSO4, true),
-            (VIRTIO_NET_F_GUEST_TSO6, true),
-            (VIRTIO_NET_F_CSUM, checksum),
-            (VIRTIO_NET_F_HOST_TSO4, checksum && tcp4),
-            (VIRTIO_NET_F_HOST_TSO6, checksum && tcp6),
-            (VIRTIO_NET_F_CTRL_VQ, self.pairs.len() > 1),
-            (VIRTIO_NET_F_MQ, self.pairs.len() > 1),
-        ];
-        bits.into_iter().filter(|(_, offered)| *offered).fold(0, |features, (bit, _)| features | 1 << bit)
+        self.config.features(self.offered)
     }
 
     fn queues(&self) -> usize {
@@ -300,9 +346,7 @@ impl Device for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.spec.bytes();
-        let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
-        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        self.config.read(offset, data);
     }
 
     fn serve(&mut self, queue: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
@@ -314,20 +358,32 @@ impl Device for Net {
         }
     }
 
+    fn stop(&mut self, queue: usize) {
+        if let Some(pair) = self.pairs.get_mut(queue / 2).filter(|_| queue.is_multiple_of(2)) {
+            pair.flows = false;
+        }
+    }
+
     /// The frames that wait are lost, as on a cable that was pulled.
     fn reset(&mut self) {
         self.pairs.fill_with(Pair::default);
-        (self.next, self.steering, self.state) = (None, Steering::new(), State { pairs: 1 });
-        (self.receive.delay, self.transmit.delay) = (None, None);
+        (self.steering, self.state) = (Steering::new(), State { pairs: 1 });
+        (self.receive.delay, self.transmit.delay, self.dry) = (None, None, false);
         if let Some(port) = &self.port {
             port.set_takes(Offloads::NONE);
-            let waiting = port.waiting();
-            iter::from_fn(|| port.recv()).take(waiting).for_each(drop);
+            port.discard();
         }
     }
 
     fn due_in(&self) -> Option<Duration> {
         self.receive.delay.into_iter().chain(self.transmit.delay).min()
+    }
+
+    /// A TAP device's descriptor, which is readable as long as frames wait: only when it is for them alone that the driver
+    /// waits.
+    fn ended(&mut self) -> Option<Arc<OwnedFd>> {
+        let dry = mem::take(&mut self.dry);
+        self.port.as_ref().filter(|port| dry && port.is_connected())?.descriptor()
     }
 
     fn end(&mut self) {

@@ -5,10 +5,10 @@ use instance_core::net::{self, Frame, FrameLimits, MacAddress, NetPort, Offloads
 use storage_block::{IoLimits, Limiter, Rate};
 use virtio_bindings::virtio_mmio as reg;
 
-use super::{MAX_PAIRS, Net};
+use super::{MAX_PAIRS, Net, WAITING_MAX};
 use crate::virtio::Mmio;
 use crate::virtio::core::Step;
-use crate::virtio::driver::{BUFFERS, Driver, WRITE};
+use crate::virtio::driver::{BUFFERS, Driver, QUEUE_SIZE, WRITE};
 
 const PAIRS: usize = 3;
 const CONTROL: usize = 2 * PAIRS;
@@ -98,7 +98,7 @@ impl Guest {
     }
 
     fn offer_buffer(&mut self, pair: usize) {
-        let n = self.buffers[pair];
+        let n = self.buffers[pair] % QUEUE_SIZE;
         self.buffers[pair] += 1;
         let at = RECEIVED + 0x8_0000 * pair as u64 + u64::from(n) * u64::from(BUFFER_LEN);
         self.driver.offer(receive(pair), n, &[(at, BUFFER_LEN, WRITE)]);
@@ -227,13 +227,86 @@ fn a_pair_without_buffers_loses_nothing() {
         guest.network_sends(port, number);
     }
     guest.serve();
-    assert_eq!(guest.received(0), [1, 3], "one of the other pair waits, and behind the next all do");
-    guest.offer_buffer(1);
+    assert_eq!([guest.received(0), guest.received(1)], [vec![1, 3, 5], vec![]]);
+    for expect in [&[2][..], &[2, 4]] {
+        guest.offer_buffer(1);
+        guest.serve();
+        assert_eq!(guest.received(1), expect);
+    }
+}
+
+#[test]
+fn a_pair_without_buffers_does_not_stop_the_others() {
+    const LOST: u8 = 10;
+    let mut guest = Guest::new(0);
+    guest.use_pairs(3);
+    guest.send(1, &frame(7, true, 0));
+    guest.send(0, &frame(8, true, 0));
+    (0..2).for_each(|_| guest.offer_buffer(0));
+    let most = WAITING_MAX as u8;
+    (0..most + LOST).for_each(|number| guest.network_sends(7, number));
+    guest.network_sends(8, 200);
     guest.serve();
-    assert_eq!([guest.received(0), guest.received(1)], [vec![1, 3, 5], vec![2]]);
-    guest.offer_buffer(1);
+    assert_eq!((guest.received(0), guest.received(1), guest.network.waiting()), (vec![200], vec![], 2));
+    (0..QUEUE_SIZE).for_each(|_| guest.offer_buffer(1));
     guest.serve();
-    assert_eq!(guest.received(1), [2, 4]);
+    assert_eq!(guest.received(1), (0..most).collect::<Vec<_>>());
+    (0..LOST).for_each(|_| guest.offer_buffer(1));
+    guest.serve();
+    assert_eq!(guest.driver.used(receive(1)), u16::from(most), "the rest is lost, and takes no memory");
+}
+
+#[test]
+fn a_pair_with_buffers_is_waited_for_by_the_others() {
+    let mut guest = Guest::new(0);
+    guest.use_pairs(3);
+    guest.send(1, &frame(7, true, 0));
+    guest.offer_buffer(1);
+    guest.network_sends(7, 0);
+    guest.serve();
+    let burst = WAITING_MAX as u16 + 10;
+    (0..burst).for_each(|number| guest.network_sends(7, number as u8));
+    for pair in [0, 2] {
+        (0..2).for_each(|_| _ = guest.driver.step(receive(pair)));
+    }
+    for _ in 0..2 {
+        (0..QUEUE_SIZE / 2).for_each(|_| guest.offer_buffer(1));
+        guest.driver.step(receive(1));
+    }
+    guest.driver.step(receive(0));
+    (0..QUEUE_SIZE / 2).for_each(|_| guest.offer_buffer(1));
+    guest.serve();
+    assert_eq!(guest.driver.used(receive(1)), 1 + burst);
+}
+
+#[test]
+fn a_pair_whose_queue_is_stopped_is_not_waited_for() {
+    let mut guest = Guest::new(0);
+    guest.use_pairs(2);
+    guest.send(1, &frame(7, true, 0));
+    guest.send(0, &frame(8, true, 0));
+    guest.offer_buffer(1);
+    guest.network_sends(7, 0);
+    guest.serve();
+    guest.driver.set(reg::VIRTIO_MMIO_QUEUE_SEL, receive(1) as u32);
+    guest.driver.set(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+    guest.offer_buffer(0);
+    (0..=WAITING_MAX).for_each(|number| guest.network_sends(7, number as u8));
+    guest.network_sends(8, 200);
+    guest.serve();
+    assert_eq!(guest.received(0), [200]);
+}
+
+#[test]
+fn with_one_pair_in_use_frames_wait_in_the_cable() {
+    let mut guest = Guest::new(0);
+    (0..100).for_each(|number| guest.network_sends(7, number));
+    guest.serve();
+    for _ in 0..2 {
+        (0..QUEUE_SIZE).for_each(|_| guest.offer_buffer(0));
+        guest.serve();
+    }
+    assert_eq!(guest.driver.used(receive(0)), 100, "none is lost");
 }
 
 #[test]

@@ -19,13 +19,13 @@ impl Guest {
     }
 
     /// Plugs a port in, and waits until it is the guest's `n`th and answers.
-    fn plug(&mut self, n: usize, station: Station, patience: Duration) -> Peer {
-        let (spec, peer) = Peer::of(station);
+    fn plug(&mut self, n: usize, station: Station, bed: &TestBed<'_>) -> Peer {
+        let (spec, peer) = Peer::of(bed, station);
         self.machine.attach_net(spec).expect("attached");
         self.until_it_has_ports(n + 1);
         self.expect_answer(&format!("mac {n}"), &format!("mac {}", station.mac));
         self.expect_answer(&format!("up {n} {}", station.address), "up");
-        peer.ping(b"plugged in", patience);
+        peer.ping(b"plugged in", bed.patience);
         peer
     }
 
@@ -39,7 +39,7 @@ fn is_refused(bed: &TestBed<'_>) -> bool {
     let can = bed.hypervisor.capabilities();
     if !can.net_hot_plug && can.max_nets > 0 {
         let guest = bed.up(Vec::new());
-        refused(guest.machine.attach_net(Peer::of(FIRST).0), MachineErrorKind::Unsupported);
+        refused(guest.machine.attach_net(Peer::of(bed, FIRST).0), MachineErrorKind::Unsupported);
         refused(guest.machine.detach_net(FIRST.mac, Detach::Force), MachineErrorKind::Unsupported);
     }
     if !can.net_hot_plug {
@@ -55,18 +55,18 @@ pub(super) fn attaches_and_detaches(bed: &TestBed<'_>) {
     let soon = Detach::Ask { until: Instant::now() + bed.patience };
     let console = Console::new();
     let early = bed.hypervisor.create(bed.spec(&console, Vec::new(), &std::env::temp_dir())).expect("made");
-    refused(early.attach_net(Peer::of(FIRST).0), MachineErrorKind::WrongState);
+    refused(early.attach_net(Peer::of(bed, FIRST).0), MachineErrorKind::WrongState);
     refused(early.detach_net(FIRST.mac, soon), MachineErrorKind::WrongState);
     drop(early);
 
     let Some((mut guest, peers)) = up(bed, &[FIRST], |_| ()) else { return };
-    refused(guest.machine.attach_net(Peer::of(FIRST).0), MachineErrorKind::PortExists);
-    let (spec, _peer) = Peer::of(SECOND);
+    refused(guest.machine.attach_net(Peer::of(bed, FIRST).0), MachineErrorKind::PortExists);
+    let (spec, _peer) = Peer::of(bed, SECOND);
     let nobody = NetSpec::new(spec.port, MacAddress::BROADCAST);
     refused(guest.machine.attach_net(nobody), MachineErrorKind::Unsupported);
     refused(guest.machine.detach_net(SECOND.mac, soon), MachineErrorKind::NoSuchPort);
     for _ in 0..3 {
-        let second = guest.plug(1, SECOND, bed.patience);
+        let second = guest.plug(1, SECOND, bed);
         peers[0].ping(b"beside the other", bed.patience);
         guest.ask_to_unplug(SECOND).expect("detached");
         assert!(!second.is_connected(), "the machine still holds the port");
@@ -78,10 +78,10 @@ pub(super) fn attaches_and_detaches(bed: &TestBed<'_>) {
     guest.ask_to_unplug(FIRST).expect("detached");
     assert!(!peers[0].is_connected());
     guest.until_it_has_ports(0);
-    let second = guest.plug(0, SECOND, bed.patience);
+    let second = guest.plug(0, SECOND, bed);
     guest.machine.kill();
     assert!(!second.is_connected(), "a port of a machine that has ended is still there");
-    refused(guest.machine.attach_net(Peer::of(FIRST).0), MachineErrorKind::WrongState);
+    refused(guest.machine.attach_net(Peer::of(bed, FIRST).0), MachineErrorKind::WrongState);
     refused(guest.machine.detach_net(SECOND.mac, soon), MachineErrorKind::WrongState);
 }
 
@@ -101,7 +101,7 @@ pub(super) fn takes_a_port_that_is_held(bed: &TestBed<'_>) {
     refused(guest.machine.detach_net(FIRST.mac, Detach::Force), MachineErrorKind::NoSuchPort);
     guest.machine.resume().expect("resumes");
     guest.until_it_has_ports(0);
-    let first = guest.plug(0, FIRST, bed.patience);
+    let first = guest.plug(0, FIRST, bed);
     guest.machine.detach_net(FIRST.mac, Detach::Force).expect("by force");
     assert!(!first.is_connected(), "the machine still holds the port");
     guest.until_it_has_ports(0);

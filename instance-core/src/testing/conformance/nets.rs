@@ -11,7 +11,7 @@ use storage_block::{IoLimits, Limiter, Rate};
 use super::{Guest, TestBed};
 use crate::console::Console;
 use crate::machine::{MachineErrorKind, MachineSpec, NetSpec};
-use crate::net::{self, Frame, FrameLimits, MacAddress, NetPort, Offloads, SendError};
+use crate::net::{Frame, FrameLimits, MacAddress, NetPort, Offloads, SendError};
 use crate::testing::ping::Station;
 
 pub(super) const FIRST: Station =
@@ -32,8 +32,8 @@ pub(super) struct Peer {
 
 impl Peer {
     /// A cable to a guest that is to be `guest`, and the guest's end of it.
-    pub(super) fn of(guest: Station) -> (NetSpec, Self) {
-        let (machine, port) = net::link();
+    pub(super) fn of(bed: &TestBed<'_>, guest: Station) -> (NetSpec, Self) {
+        let (machine, port) = (bed.link)();
         port.set_takes(Offloads::NONE);
         let (wake, woken) = channel();
         port.set_waker(Some(Arc::new(move || _ = wake.send(()))));
@@ -99,7 +99,7 @@ pub(super) fn up(
         println!("machines have no network ports: not checked");
         return None;
     }
-    let (specs, peers): (Vec<_>, Vec<_>) = stations.iter().map(|station| Peer::of(*station)).unzip();
+    let (specs, peers): (Vec<_>, Vec<_>) = stations.iter().map(|station| Peer::of(bed, *station)).unzip();
     let mut guest = bed.up_with(Vec::new(), |spec| {
         spec.nets = specs;
         change(spec);
@@ -117,7 +117,7 @@ fn content(len: usize) -> Vec<u8> {
 pub(super) fn refuses_ports_that_cannot_be(bed: &TestBed<'_>) {
     let most = bed.hypervisor.capabilities().max_nets;
     for what in ["too many", "no address", "no MTU"] {
-        let (spec, _peer) = Peer::of(FIRST);
+        let (spec, _peer) = Peer::of(bed, FIRST);
         let mut machine = bed.spec(&Console::new(), Vec::new(), &std::env::temp_dir());
         machine.nets = match what {
             "too many" => vec![spec; most + 1],
@@ -191,7 +191,7 @@ pub(super) fn holds_ports_to_limits(bed: &TestBed<'_>) {
     let limiter = Limiter::new(IoLimits::NONE);
     let limits = FrameLimits::new([limiter.clone()]);
     if !bed.hypervisor.capabilities().net_limits {
-        let (mut spec, _peer) = Peer::of(FIRST);
+        let (mut spec, _peer) = Peer::of(bed, FIRST);
         spec.transmit_limits = limits;
         let mut machine = bed.spec(&Console::new(), Vec::new(), &std::env::temp_dir());
         machine.nets = vec![spec];

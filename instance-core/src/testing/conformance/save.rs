@@ -92,7 +92,7 @@ pub(super) fn refuses_what_it_cannot(bed: &TestBed<'_>) {
     let mut bytes = vec![0; saved.len() as usize];
     saved.file().read_exact_at(&mut bytes, 0).expect("it can be read");
     let root = || vec![DiskSpec::new(first.clone(), ROOT)];
-    let port = || vec![Peer::of(FIRST).0];
+    let port = || vec![Peer::of(bed, FIRST).0];
     for (what, saved, disks, nets) in [
         ("an empty file", saved_as(b""), root(), vec![]),
         ("text", saved_as(&[b'x'; 10_000]), root(), vec![]),
@@ -118,7 +118,7 @@ pub(super) fn saves_and_restores(bed: &TestBed<'_>) {
     }
     let with_net = bed.hypervisor.capabilities().max_nets > 0;
     let original = disk(SECTORS);
-    let (cable, peer) = Peer::of(FIRST);
+    let (cable, peer) = Peer::of(bed, FIRST);
     let mut guest = bed.up_with(vec![DiskSpec::new(original.clone(), ROOT)], |spec| {
         spec.vcpus = NonZeroU32::new(bed.vcpus).expect("the test bed gives vCPUs");
         spec.nets.extend(with_net.then_some(cable));
@@ -146,7 +146,7 @@ pub(super) fn saves_and_restores(bed: &TestBed<'_>) {
     drop(guest);
 
     let nets = || {
-        let (cable, peer) = Peer::of(FIRST);
+        let (cable, peer) = Peer::of(bed, FIRST);
         (if with_net { vec![cable] } else { vec![] }, peer)
     };
     let ((net, one_peer), (other_net, other_peer)) = (nets(), nets());
