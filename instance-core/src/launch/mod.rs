@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use ami_core::{
     AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, Ebs, InstanceId,
-    ReservationId, RootDeviceType, Timestamp,
+    ReservationId, Timestamp,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -33,7 +33,7 @@ use crate::instance::{Cell, Hold, Instance};
 use crate::machine::{Boot, Runs};
 use crate::record::{ImageRecord, InstanceRecord, SnapshotRecord};
 use crate::region::{Inner, Region, StateChange};
-use crate::{Error, ErrorKind, InstanceState, InstanceType, Result, ShutdownBehavior};
+use crate::{Error, ErrorKind, InstanceState, InstanceType, Result};
 
 /// What a launch gave.
 ///
@@ -108,7 +108,8 @@ impl<H> Region<H> {
     /// [`InvalidParameter`](ErrorKind::InvalidParameter),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
-    /// the image's root device is to be, [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`MalformedTagKey`](ErrorKind::MalformedTagKey),
+    /// the image's root device is to be,
+    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`MalformedTagKey`](ErrorKind::MalformedTagKey),
     /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded), [`KeyPairNotFound`](ErrorKind::KeyPairNotFound),
     /// [`SubnetNotFound`](ErrorKind::SubnetNotFound),
     /// [`SecurityGroupNotFound`](ErrorKind::SecurityGroupNotFound), [`AddressInUse`](ErrorKind::AddressInUse),
@@ -259,7 +260,6 @@ impl Inner {
         for (index, claim) in (0..).zip(claims) {
             let planned = plan::volumes(&disks, owner, now, &checked.volume_tags)?;
             let ami = record.image.ami();
-            let root_device_type = ami.manifest().root_device_type();
             let id = InstanceId::random().map_err(no_random)?;
             let description = InstanceDescription {
                 id,
@@ -273,17 +273,14 @@ impl Inner {
                 instance_type: spec.instance_type.clone(),
                 state: InstanceState::Pending,
                 state_reason: None,
-                shutdown_behavior: match root_device_type {
-                    RootDeviceType::InstanceStore => ShutdownBehavior::Terminate,
-                    _ => spec.shutdown_behavior,
-                },
+                shutdown_behavior: plan::shutdown_behavior(ami.manifest(), spec),
                 termination_protection: spec.termination_protection,
                 stop_protection: spec.stop_protection,
                 hibernation: spec.hibernation,
                 key_name: spec.key_name.clone(),
                 metadata_options: spec.metadata_options.clone(),
                 root_device_name: ami.manifest().root_device_name().to_string(),
-                root_device_type,
+                root_device_type: ami.manifest().root_device_type(),
                 attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
                 network: places.next(id)?,
                 tags: spec.tags.clone(),

@@ -10,7 +10,7 @@ use storage_block::Volume;
 use super::Parameters;
 use crate::description::Attachment;
 use crate::record::VolumeRecord;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, ShutdownBehavior};
 
 /// A volume to be made for a launch.
 pub(super) struct Planned {
@@ -119,6 +119,14 @@ pub(super) fn check_root(manifest: &Manifest, spec: &Parameters) -> Result<()> {
                 format!("the image's root device is instance store, of which {hardware} has none for it");
             Err(Error::new(ErrorKind::InvalidParameterCombination, what))
         }
+    }
+}
+
+/// What the guest's own power-off does: nothing is left to stop where the root device is instance store.
+pub(super) fn shutdown_behavior(manifest: &Manifest, spec: &Parameters) -> ShutdownBehavior {
+    match manifest.root_device_type() {
+        RootDeviceType::InstanceStore => ShutdownBehavior::Terminate,
+        _ => spec.shutdown_behavior,
     }
 }
 
