@@ -60,7 +60,7 @@ impl<A: Arch> AmiBuilder<A> {
         self
     }
 
-    /// The name of the root device, which must be mapped to a volume.
+    /// The name of the root device, which must be mapped to a volume or to instance store with a content.
     pub fn root_device(mut self, name: impl Into<String>) -> Self {
         self.root_device = name.into();
         self
@@ -152,7 +152,7 @@ impl<A: Arch> AmiBuilder<A> {
     /// - [`ErrorKind::MissingParameter`] without a root device, or without an architecture;
     /// - [`ErrorKind::InvalidBlockDeviceMapping`] for a device name that is none, a device mapped twice,
     ///   a size that the volume type does not have, or a root device that is not mapped to a volume
-    ///   that can boot;
+    ///   that can boot or to instance store with a content, or something else that is mapped to such;
     /// - [`ErrorKind::InvalidParameterValue`] and [`ErrorKind::InvalidParameterCombination`] for
     ///   what else is wrong;
     /// - [`ErrorKind::InvalidManifest`] if all of it is too long.

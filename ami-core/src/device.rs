@@ -149,6 +149,58 @@ impl VolumeType {
     }
 }
 
+words! {
+    /// What an image's root device is (`RootDeviceType`).
+    ///
+    /// ```
+    /// use ami_core::RootDeviceType;
+    ///
+    /// assert_eq!("instance-store".parse::<RootDeviceType>()?, RootDeviceType::InstanceStore);
+    /// assert_eq!(RootDeviceType::default(), RootDeviceType::Ebs);
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    #[derive(Default)]
+    RootDeviceType, "root device type" {
+        /// A volume, which is kept while its instance is stopped.
+        #[default]
+        Ebs = "ebs",
+        /// A disk of the host's, which is gone when its instance ends: that is never stopped.
+        InstanceStore = "instance-store",
+    }
+}
+
+/// A disk of the host's that begins with a content: the root device of an image whose root device is instance store.
+///
+/// ```
+/// use ami_core::{BlockDeviceKind, BlockDeviceMapping, Digest};
+///
+/// let mapping = BlockDeviceMapping::instance_store_root("/dev/xvda", Digest::of(b"root"), 8);
+/// let BlockDeviceKind::InstanceStore(store) = mapping.kind() else { panic!() };
+/// assert_eq!((store.snapshot(), store.size()), (&Digest::of(b"root"), 8 << 30));
+/// assert_eq!(mapping.content(), Some(&Digest::of(b"root")));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct StoreRoot {
+    snapshot: Digest,
+    size_gib: u32,
+}
+
+impl StoreRoot {
+    /// The most that it has, in GiB (EC2 User Guide, "Root volumes").
+    pub const MAX_GIB: u32 = 10;
+
+    /// The content that it begins with.
+    pub fn snapshot(&self) -> &Digest {
+        &self.snapshot
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        u64::from(self.size_gib) << 30
+    }
+}
+
 /// An EBS volume that an instance gets at launch.
 ///
 /// ```
@@ -215,13 +267,17 @@ impl Ebs {
     ///
     /// [`ErrorKind::InvalidBlockDeviceMapping`] if the volume is too small.
     pub fn check_snapshot_size(&self, bytes: u64) -> Result<(), Error> {
-        if bytes <= self.volume_size() {
-            return Ok(());
-        }
-        let (size, least) = (self.volume_size_gib, bytes.div_ceil(1 << 30));
-        let message = format!("a volume of {size} GiB is smaller than its snapshot, which needs {least} GiB");
-        Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, message))
+        check_fits(bytes, self.volume_size_gib)
     }
+}
+
+fn check_fits(bytes: u64, size_gib: u32) -> Result<(), Error> {
+    let least = bytes.div_ceil(1 << 30);
+    if least <= u64::from(size_gib) {
+        return Ok(());
+    }
+    let message = format!("a volume of {size_gib} GiB is smaller than its snapshot, which needs {least} GiB");
+    Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, message))
 }
 
 /// What is at a device name.
@@ -249,6 +305,8 @@ pub enum BlockDeviceKind {
         /// `ephemeral0` to `ephemeral23`.
         virtual_name: String,
     },
+    /// An instance store volume that begins with a content: a root device alone is one.
+    InstanceStore(StoreRoot),
     /// Nothing: suppresses what would be there otherwise.
     NoDevice,
 }
@@ -301,6 +359,12 @@ impl BlockDeviceMapping {
         Self { device_name: device_name.into(), kind: BlockDeviceKind::Ephemeral { virtual_name } }
     }
 
+    /// The root device of an image whose root device is instance store, of 10 GiB at most.
+    pub fn instance_store_root(device_name: impl Into<String>, snapshot: Digest, size_gib: u32) -> Self {
+        let kind = BlockDeviceKind::InstanceStore(StoreRoot { snapshot, size_gib });
+        Self { device_name: device_name.into(), kind }
+    }
+
     /// No device under this name.
     pub fn no_device(device_name: impl Into<String>) -> Self {
         Self { device_name: device_name.into(), kind: BlockDeviceKind::NoDevice }
@@ -325,10 +389,16 @@ impl BlockDeviceMapping {
         self.with_ebs(|ebs| ebs.encrypted = encrypted)
     }
 
-    /// The same, with a volume that starts with the content `snapshot`. Without meaning for anything but a volume.
+    /// The same, with a volume, or a root device of instance store, that starts with the content `snapshot`. Without
+    /// meaning for anything else.
     #[must_use]
-    pub fn snapshot(self, snapshot: Digest) -> Self {
-        self.with_ebs(|ebs| ebs.snapshot = Some(snapshot))
+    pub fn snapshot(mut self, snapshot: Digest) -> Self {
+        match &mut self.kind {
+            BlockDeviceKind::Ebs(ebs) => ebs.snapshot = Some(snapshot),
+            BlockDeviceKind::InstanceStore(store) => store.snapshot = snapshot,
+            BlockDeviceKind::Ephemeral { .. } | BlockDeviceKind::NoDevice => {}
+        }
+        self
     }
 
     fn with_ebs(mut self, change: impl FnOnce(&mut Ebs)) -> Self {
@@ -352,7 +422,29 @@ impl BlockDeviceMapping {
     pub fn as_ebs(&self) -> Option<&Ebs> {
         match &self.kind {
             BlockDeviceKind::Ebs(ebs) => Some(ebs),
+            _ => None,
+        }
+    }
+
+    /// The content that it starts with, if it starts with any.
+    pub fn content(&self) -> Option<&Digest> {
+        match &self.kind {
+            BlockDeviceKind::Ebs(ebs) => ebs.snapshot(),
+            BlockDeviceKind::InstanceStore(store) => Some(store.snapshot()),
             BlockDeviceKind::Ephemeral { .. } | BlockDeviceKind::NoDevice => None,
+        }
+    }
+
+    /// Checks that a snapshot of `bytes` fits, as [`Ebs::check_snapshot_size`] does. What takes none has room for any.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidBlockDeviceMapping`] if it does not.
+    pub fn check_snapshot_size(&self, bytes: u64) -> Result<(), Error> {
+        match &self.kind {
+            BlockDeviceKind::Ebs(ebs) => ebs.check_snapshot_size(bytes),
+            BlockDeviceKind::InstanceStore(store) => check_fits(bytes, store.size_gib),
+            BlockDeviceKind::Ephemeral { .. } | BlockDeviceKind::NoDevice => Ok(()),
         }
     }
 
@@ -380,6 +472,14 @@ impl BlockDeviceMapping {
                 if !number.is_some_and(|number| is_number(number, 0, 23)) {
                     let virtual_name = quote(virtual_name);
                     return invalid(format!("is {virtual_name}, which is none of ephemeral0 to ephemeral23"));
+                }
+            }
+            BlockDeviceKind::InstanceStore(store) => {
+                let (size, max) = (store.size_gib, StoreRoot::MAX_GIB);
+                if !(1..=max).contains(&size) {
+                    return invalid(format!(
+                        "has {size} GiB, but root devices of instance store have 1 to {max} GiB"
+                    ));
                 }
             }
             BlockDeviceKind::NoDevice => {}

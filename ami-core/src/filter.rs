@@ -169,7 +169,7 @@ impl Field {
             Self::ProductCode => image.product_codes().map(|code| code.id.clone()).collect(),
             Self::ProductCodeType => image.product_codes().map(|code| code.kind.to_string()).collect(),
             Self::RootDeviceName => vec![manifest.root_device_name().to_string()],
-            Self::RootDeviceType => vec!["ebs".to_owned()],
+            Self::RootDeviceType => vec![manifest.root_device_type().to_string()],
             Self::SnapshotDigest => volumes().filter_map(|v| v.snapshot()).map(ToString::to_string).collect(),
             Self::SourceImageId => image.source_image().map(|s| s.id.to_string()).into_iter().collect(),
             Self::SourceImageRegion => {

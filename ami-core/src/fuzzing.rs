@@ -10,7 +10,7 @@ pub fn manifest(bytes: &[u8]) {
         assert_eq!(Manifest::from_canonical_json(&canonical).ok().as_ref(), Some(&manifest));
         assert_eq!(crate::Digest::of(&canonical), manifest.digest());
         assert!(Manifest::from_json_with_digest(bytes, &manifest.digest()).is_ok());
-        assert!(manifest.root_volume().is_some());
+        assert!(manifest.root_device().is_some());
     }
     let Ok(image) = serde_json::from_slice::<Image>(bytes) else { return };
     let json = serde_json::to_vec(&image);

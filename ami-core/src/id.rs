@@ -49,7 +49,7 @@ impl MalformedId {
             AssociationId::PREFIX => "InvalidAssociationID.Malformed",
             DhcpOptionsId::PREFIX => "InvalidDhcpOptionsId.Malformed",
             LaunchTemplateId::PREFIX => "InvalidLaunchTemplateId.Malformed",
-            ImportImageTaskId::PREFIX => "InvalidConversionTaskId.Malformed",
+            ImportImageTaskId::PREFIX | CopyImageTaskId::PREFIX => "InvalidConversionTaskId.Malformed",
             ExportImageTaskId::PREFIX => "InvalidExportTaskID.Malformed",
             _ => "InvalidParameterValue",
         }
@@ -209,4 +209,6 @@ ids! {
     ImportImageTaskId = "import-ami";
     /// The id of a task that exports an image.
     ExportImageTaskId = "export-ami";
+    /// The id of a task that copies an image; EC2 has none.
+    CopyImageTaskId = "copy-ami";
 }

@@ -50,8 +50,8 @@
 //! # Left out
 //!
 //! Content: a manifest names snapshots, kernels and initial RAM disks by digest, and `storage-block`
-//! holds them. Launching: `instance-core` does that. Of EC2's attributes of images: paravirtual and
-//! instance store images, ENA, SR-IOV, TPM, UEFI and IMDS settings, IOPS and throughput of volumes, and
+//! holds them. Launching: `instance-core` does that. Of EC2's attributes of images: paravirtual
+//! images, ENA, SR-IOV, TPM, UEFI and IMDS settings, IOPS and throughput of volumes, and
 //! protection against deregistration.
 
 mod access;
@@ -91,7 +91,9 @@ pub use boot::{Boot, BootMode, BootSource};
 pub use builder::AmiBuilder;
 pub use catalog::{Catalog, CatalogExt, MemoryCatalog};
 pub use describe::{DescribeImages, ExecutableUser, Owner};
-pub use device::{BlockDeviceKind, BlockDeviceMapping, DeviceName, Ebs, VolumeType};
+pub use device::{
+    BlockDeviceKind, BlockDeviceMapping, DeviceName, Ebs, RootDeviceType, StoreRoot, VolumeType,
+};
 pub use digest::{Digest, DigestWriter, MalformedDigest};
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, Query};

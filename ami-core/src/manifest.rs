@@ -7,7 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, words};
 use crate::{
-    Architecture, BlockDeviceMapping, Boot, BootSource, DeviceName, Digest, OperatingSystem, Software,
+    Architecture, BlockDeviceKind, BlockDeviceMapping, Boot, BootSource, DeviceName, Digest, OperatingSystem,
+    RootDeviceType, Software,
 };
 
 words! {
@@ -223,10 +224,35 @@ impl Manifest {
         &self.0.root_device
     }
 
-    /// The volume of the root device.
-    pub fn root_volume(&self) -> Option<&crate::Ebs> {
+    /// The mapping of the root device.
+    pub fn root_device(&self) -> Option<&BlockDeviceMapping> {
         let root = self.root_device_name().as_str();
-        self.block_device_mappings().iter().find(|mapping| mapping.device_name() == root)?.as_ebs()
+        self.block_device_mappings().iter().find(|mapping| mapping.device_name() == root)
+    }
+
+    /// What the root device is.
+    ///
+    /// ```
+    /// use ami_core::{Ami, BlockDeviceMapping, Digest, RootDeviceType, X86_64};
+    ///
+    /// let manifest = Ami::<X86_64>::builder("scratch")
+    ///     .root_device("/dev/xvda")
+    ///     .block_device(BlockDeviceMapping::instance_store_root("/dev/xvda", Digest::of(b"root"), 8))
+    ///     .build_manifest()?;
+    /// assert_eq!(manifest.root_device_type(), RootDeviceType::InstanceStore);
+    /// assert!(manifest.root_volume().is_none() && manifest.root_device().is_some());
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    pub fn root_device_type(&self) -> RootDeviceType {
+        match self.root_volume() {
+            Some(_) => RootDeviceType::Ebs,
+            None => RootDeviceType::InstanceStore,
+        }
+    }
+
+    /// The volume of the root device, unless that is instance store.
+    pub fn root_volume(&self) -> Option<&crate::Ebs> {
+        self.root_device()?.as_ebs()
     }
 
     /// The disks, sorted by device name. Each is valid, and no two stand for one disk.
@@ -304,6 +330,11 @@ fn validate_devices(content: &Content) -> Result<DeviceName, Error> {
                 false => format!("devices {other} and {name} stand for one disk"),
             });
         }
+        if matches!(mapping.kind(), BlockDeviceKind::InstanceStore(_)) && name != root {
+            return invalid(format!(
+                "device {name} is instance store with a content, which root devices alone have"
+            ));
+        }
         names.push(name);
     }
 
@@ -311,8 +342,14 @@ fn validate_devices(content: &Content) -> Result<DeviceName, Error> {
     else {
         return invalid(format!("the root device {root} is not mapped"));
     };
-    let Some(ebs) = mapping.as_ebs() else {
-        return invalid(format!("the root device {root} is no EBS volume"));
+    let ebs = match mapping.kind() {
+        BlockDeviceKind::Ebs(ebs) => ebs,
+        BlockDeviceKind::InstanceStore(_) => return Ok(root),
+        BlockDeviceKind::Ephemeral { .. } | BlockDeviceKind::NoDevice => {
+            return invalid(format!(
+                "the root device {root} is neither an EBS volume nor instance store with a content"
+            ));
+        }
     };
     if !ebs.volume_type().can_boot() {
         return invalid(format!(

@@ -10,6 +10,8 @@ const SMALL: &[u8] = include_bytes!("golden/small.manifest.json");
 const SMALL_DIGEST: &str = "sha256:28d9a70b56327366a0ac28f66f38e48841060093ed2a55c7711549982c6f4a20";
 const FULL: &[u8] = include_bytes!("golden/full.manifest.json");
 const FULL_DIGEST: &str = "sha256:3ae96a5de4bff4de348d66c13f80906be4e80126486e8a26bf99f057e3391dad";
+const STORE: &[u8] = include_bytes!("golden/store.manifest.json");
+const STORE_DIGEST: &str = "sha256:9c02dd46a5c495144713ce4ac5d80f93f1e005383e70cf8863b3a2edb02540b0";
 const IMAGE: &[u8] = include_bytes!("golden/image.json");
 const COPY: &[u8] = include_bytes!("golden/copy.json");
 const COPY_ID: &str = "ami-294517ac247000e61";
@@ -23,7 +25,16 @@ fn small() -> Manifest {
         .unwrap()
 }
 
-/// Every field, every kind of device, and characters that JSON has to escape.
+/// What came later: a root device of instance store.
+fn store() -> Manifest {
+    Ami::<X86_64>::builder("store")
+        .root_device("/dev/xvda")
+        .block_device(BlockDeviceMapping::instance_store_root("/dev/xvda", Digest::of(b"root"), 8))
+        .build_manifest()
+        .unwrap()
+}
+
+/// Every field, every kind of device but that, and characters that JSON has to escape.
 fn full() -> Manifest {
     Ami::<Arm64>::builder("full")
         .operating_system(OperatingSystem::linux("debian", "12"))
@@ -46,7 +57,9 @@ fn full() -> Manifest {
 
 #[test]
 fn manifests_keep_their_bytes_and_digests() {
-    for (golden, digest, built) in [(SMALL, SMALL_DIGEST, small()), (FULL, FULL_DIGEST, full())] {
+    for (golden, digest, built) in
+        [(SMALL, SMALL_DIGEST, small()), (FULL, FULL_DIGEST, full()), (STORE, STORE_DIGEST, store())]
+    {
         let read = Manifest::from_canonical_json(golden).unwrap();
         assert_eq!(read, built);
         assert_eq!(String::from_utf8(built.to_canonical_json()).unwrap(), String::from_utf8_lossy(golden));

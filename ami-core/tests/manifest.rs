@@ -38,8 +38,15 @@ fn the_builder_refuses_what_breaks_a_rule() {
         (bare().root_device("/dev/xvda"), Mapping, "the root device /dev/xvda is not mapped"),
         // The same disk under another name is not the device that was named.
         (root(Device::ebs("/dev/sda1", snapshot(), 8)), Mapping, "the root device /dev/xvda is not mapped"),
-        (root(Device::no_device("/dev/xvda")), Mapping, "the root device /dev/xvda is no EBS volume"),
-        (root(Device::ephemeral("/dev/xvda", "ephemeral0")), Mapping, "is no EBS volume"),
+        (root(Device::no_device("/dev/xvda")), Mapping, "the root device /dev/xvda is neither"),
+        (root(Device::ephemeral("/dev/xvda", "ephemeral0")), Mapping, "is neither an EBS volume nor"),
+        (root(Device::instance_store_root("/dev/xvda", snapshot(), 0)), Mapping, "has 0 GiB"),
+        (root(Device::instance_store_root("/dev/xvda", snapshot(), 11)), Mapping, "have 1 to 10 GiB"),
+        (
+            valid().block_device(Device::instance_store_root("/dev/sdb", snapshot(), 1)),
+            Mapping,
+            "root devices alone",
+        ),
         (root(Device::blank("/dev/xvda", 8)), Mapping, "has no snapshot, but the image boots from it"),
         (
             root(Device::ebs("/dev/xvda", snapshot(), 125).volume_type(VolumeType::St1)),

@@ -35,8 +35,12 @@ fn device(name: String) -> impl Strategy<Value = BlockDeviceMapping> {
 }
 
 fn devices() -> impl Strategy<Value = Vec<BlockDeviceMapping>> {
-    let root = (digest(), 1_u32..=65_536)
-        .prop_map(|(snapshot, size)| BlockDeviceMapping::ebs("/dev/xvda", snapshot, size));
+    let root = prop_oneof![
+        4 => (digest(), 1_u32..=65_536)
+            .prop_map(|(snapshot, size)| BlockDeviceMapping::ebs("/dev/xvda", snapshot, size)),
+        1 => (digest(), 1_u32..=10)
+            .prop_map(|(snapshot, size)| BlockDeviceMapping::instance_store_root("/dev/xvda", snapshot, size)),
+    ];
     let more = btree_set("[b-z]", 0..6).prop_flat_map(|letters| {
         letters.into_iter().map(|l| device(format!("/dev/sd{l}"))).collect::<Vec<_>>()
     });

@@ -112,7 +112,8 @@ impl Inner {
         check_settled(&live)?;
         let attachments = &live.record.description.attachments;
         let taken = |a: &Attachment| a.device_name.parse().is_ok_and(|other| name.same_disk(&other));
-        if attachments.iter().any(taken) {
+        let root = live.record.store_root().and(live.record.description.root_device_name.parse().ok());
+        if attachments.iter().any(taken) || root.is_some_and(|root: DeviceName| root.same_disk(&name)) {
             let what = format!("{instance} has a volume at {name} already");
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }

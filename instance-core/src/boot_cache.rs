@@ -62,9 +62,8 @@ impl BootCache {
         })
     }
 
-    /// Keeps what a plan names of another region's.
-    pub(crate) fn copy_from(&self, source: &Self, plan: BootPlan) -> Result<BootPlan> {
-        let boot = source.boot(&plan)?;
+    /// Keeps what a plan names of another region's, which is open.
+    pub(crate) fn copy_of(&self, plan: BootPlan, boot: &Boot) -> Result<BootPlan> {
         for (file, digest) in
             [Some(&boot.kernel), boot.initrd.as_ref()].into_iter().flatten().zip(plan.files())
         {

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use ami_core::{AccountId, AmiId, Architecture, InstanceId, ReservationId, Timestamp, VolumeId};
+use ami_core::{
+    AccountId, AmiId, Architecture, InstanceId, ReservationId, RootDeviceType, Timestamp, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::network::NetworkPlacement;
@@ -141,6 +143,9 @@ pub struct InstanceDescription {
     pub metadata_options: MetadataOptions,
     /// The device name of its root volume.
     pub root_device_name: String,
+    /// What its root device is. One of instance store is none of its volumes.
+    #[serde(default, skip_serializing_if = "is_ebs")]
+    pub root_device_type: RootDeviceType,
     /// Its volumes, the root volume first.
     pub attachments: Vec<Attachment>,
     /// Where it is in the region's network, if that has one.
@@ -148,4 +153,8 @@ pub struct InstanceDescription {
     pub network: Option<NetworkPlacement>,
     /// Its tags.
     pub tags: BTreeMap<String, String>,
+}
+
+fn is_ebs(root: &RootDeviceType) -> bool {
+    *root == RootDeviceType::Ebs
 }

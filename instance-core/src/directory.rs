@@ -255,7 +255,7 @@ impl Filterable for InstanceDescription {
             "private-ip-address" => place.map(|p| p.private_ip.to_string()).collect(),
             "reservation-id" => vec![self.reservation_id.to_string()],
             "root-device-name" => vec![self.root_device_name.clone()],
-            "root-device-type" => vec!["ebs".to_owned()],
+            "root-device-type" => vec![self.root_device_type.to_string()],
             "state-reason-code" => self.state_reason.iter().map(|r| r.code.clone()).collect(),
             "state-reason-message" => self.state_reason.iter().map(|r| r.message.clone()).collect(),
             "subnet-id" => place.map(|p| p.subnet_id.to_string()).collect(),

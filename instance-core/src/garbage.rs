@@ -102,7 +102,7 @@ fn is_needed(image: AmiId, launches: &[Needs], instances: &[InstanceRecord]) -> 
 
 fn snapshots_of(record: &ImageRecord) -> Vec<Digest> {
     let mappings = record.image.ami().manifest().block_device_mappings();
-    mappings.iter().filter_map(|m| m.as_ebs()?.snapshot().copied()).collect()
+    mappings.iter().filter_map(|m| m.content().copied()).collect()
 }
 
 /// Removes every directory in `dir` that is not in `keep`.

@@ -24,7 +24,7 @@ use crate::description::StateReason;
 use crate::error::chain;
 use crate::garbage::remove_any;
 use crate::instance::{Cell, Live};
-use crate::lifecycle::check_stoppable;
+use crate::lifecycle::{check_ebs_root, check_stoppable};
 use crate::machine::{Machine, MachineErrorKind, MachineState, RestoreSpec, SavedMachine};
 use crate::record::SavedRecord;
 use crate::region::Inner;
@@ -69,7 +69,8 @@ impl Instance {
     /// # Errors
     ///
     /// [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation) if it was not launched with hibernation,
-    /// [`Unsupported`](ErrorKind::Unsupported) on a hypervisor that cannot save machines, and as [`stop`](Self::stop).
+    /// [`Unsupported`](ErrorKind::Unsupported) on a hypervisor that cannot save machines and for one whose root device is
+    /// instance store, and as [`stop`](Self::stop).
     pub fn hibernate(&self, patience: Duration) -> Result<()> {
         let (region, cell) = self.parts();
         region.hibernate(cell, patience)
@@ -79,6 +80,7 @@ impl Instance {
 impl Inner {
     fn hibernate(&self, cell: &Cell, patience: Duration) -> Result<()> {
         let mut live = cell.hold(self.supervisor.sender());
+        check_ebs_root(&live.record.description, "hibernated")?;
         check_stoppable(&live.record.description)?;
         if !live.record.description.hibernation {
             let what = format!("{} was launched without hibernation", cell.id);

@@ -180,7 +180,7 @@ impl<H> Region<H> {
             named.as_ref().zip(there).is_some_and(|(named, there)| there.same_disk(named))
         };
         let mapping = manifest.block_device_mappings().iter().find(same);
-        let content = mapping.and_then(|mapping| mapping.as_ebs()?.snapshot().copied());
+        let content = mapping.and_then(|mapping| mapping.content().copied());
         let content = content.ok_or_else(|| {
             let what = format!("{id} has no content at {device:?}");
             Error::new(ErrorKind::InvalidBlockDeviceMapping, what)

@@ -1,6 +1,6 @@
 //! What an image is made of.
 
-use ami_core::SnapshotId;
+use ami_core::{RootDeviceType, SnapshotId};
 use storage_block::{Disk, Progress};
 
 /// The device name of an image's root volume unless another is given.
@@ -31,6 +31,7 @@ const ROOT_DEVICE: &str = "/dev/xvda";
 pub struct ImageSource<'a> {
     pub(crate) root: Root<'a>,
     pub(crate) root_device: &'a str,
+    pub(crate) root_device_type: RootDeviceType,
     pub(crate) boot: Option<DirectBoot>,
     pub(crate) encrypted: bool,
     pub(crate) progress: Option<&'a mut dyn FnMut(Progress)>,
@@ -49,9 +50,15 @@ impl<'a> ImageSource<'a> {
     /// A root disk that boots by itself: a partition table or an ext4 file system with a kernel in
     /// `/boot`.
     pub fn new(root: &'a Disk) -> Self {
+        Self::of(Root::Disk(root))
+    }
+
+    fn of(root: Root<'a>) -> Self {
+        let root_device_type = RootDeviceType::Ebs;
         Self {
-            root: Root::Disk(root),
+            root,
             root_device: ROOT_DEVICE,
+            root_device_type,
             boot: None,
             encrypted: false,
             progress: None,
@@ -78,14 +85,41 @@ impl<'a> ImageSource<'a> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn of_snapshot(snapshot: SnapshotId) -> Self {
-        let root = Root::Snapshot(snapshot);
-        Self { root, root_device: ROOT_DEVICE, boot: None, encrypted: false, progress: None }
+        Self::of(Root::Snapshot(snapshot))
     }
 
     /// The device name of the root volume; `/dev/xvda` if this is not called.
     #[must_use]
     pub fn root_device(mut self, name: &'a str) -> Self {
         self.root_device = name;
+        self
+    }
+
+    /// What the root device is; a volume if this is not called. One of instance store has 10 GiB at most, is not
+    /// encrypted, and is gone when its instance ends, which is never stopped. Types that have instance store which is not
+    /// NVMe launch it.
+    ///
+    /// ```
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
+    /// use ami_core::{Ami, RootDeviceType, X86_64};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// let source = ImageSource::new(&disk).root_device_type(RootDeviceType::InstanceStore);
+    /// # let source = source.boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// let ami = region.register_image(Ami::<X86_64>::builder("worker"), source)?;
+    /// let worker = region.launch(&ami, LaunchSpec::new("m3.medium".parse()?))?;
+    /// assert_eq!(worker.describe().root_device_type, RootDeviceType::InstanceStore);
+    /// let refused = worker.stop(std::time::Duration::ZERO).unwrap_err();
+    /// assert_eq!(refused.code(), "UnsupportedOperation");
+    /// worker.terminate()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn root_device_type(mut self, root_device_type: RootDeviceType) -> Self {
+        self.root_device_type = root_device_type;
         self
     }
 

@@ -4,8 +4,8 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use ami_core::{
-    AccountId, Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Image, ImageState, Manifest,
-    RegionName, SnapshotId, VolumeType,
+    AccountId, Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, Ebs, Image, ImageState,
+    Manifest, RegionName, RootDeviceType, SnapshotId, VolumeType,
 };
 use storage_block::{FrozenVolumes, Snapshot, SnapshotStats, Volume};
 
@@ -14,6 +14,7 @@ use crate::description::StateReason;
 use crate::error::chain;
 use crate::image_source::{ImageSource, Root};
 use crate::instance::{Cell, Live};
+use crate::lifecycle::check_ebs_root;
 use crate::machine::{Machine, MachineError};
 use crate::power::no_root_volume;
 use crate::record::{FormerImage, ImageRecord, VolumeRecord};
@@ -65,13 +66,12 @@ impl<H> Region<H> {
     /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch) for a kernel of another
     /// architecture than the image's, [`InvalidImage`](ErrorKind::InvalidImage),
     /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
+    /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for an encrypted root device of instance store,
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), [`Cancelled`](ErrorKind::Cancelled). Nothing is left of
     /// it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
-        let making = self.inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = self.inner.import(*self.account(), builder, source, |_, _| Ok(()));
-        drop(making);
-        made.inspect_err(|_| self.inner.discard_half_made())
+        let inner = &self.inner;
+        inner.making(|| inner.import(*self.account(), builder, source, |_, _| Ok(())))
     }
 }
 
@@ -88,6 +88,11 @@ impl Inner {
             Root::Disk(_) => None,
             Root::Snapshot(id) => Some((id, self.content(&self.snapshot(owner, id)?.digest)?)),
         };
+        let root_device = (source.root_device, source.root_device_type);
+        if source.encrypted && root_device.1 == RootDeviceType::InstanceStore {
+            let what = "an image whose root device is instance store cannot be encrypted";
+            return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
+        }
         // What cannot boot is refused before its bytes are copied.
         let direct = source.boot.is_some();
         let found = match (source.boot, source.root, &stored) {
@@ -120,8 +125,8 @@ impl Inner {
             false => Boot::root_volume(),
         };
         let ami = builder
-            .root_device(source.root_device)
-            .block_device(root_mapping(source.root_device, &snapshot)?)
+            .root_device(root_device.0)
+            .block_device(root_mapping(root_device, &snapshot)?)
             .boot(boot)
             .build(&self.region.name, &owner)
             .map_err(invalid_image)?;
@@ -134,20 +139,16 @@ impl Inner {
     /// Refuses volumes that no instance could have.
     fn check_mappings(&self, manifest: &Manifest) -> Result<()> {
         for mapping in manifest.block_device_mappings() {
-            let Some(ebs) = mapping.as_ebs() else { continue };
+            let Some(digest) = mapping.content() else { continue };
             let name = mapping.device_name();
-            if let Some(digest) = ebs.snapshot() {
-                let snapshot = self.blocks.snapshot(digest).map_err(|e| {
-                    let what = format!("{name}: the region has no snapshot {digest}");
-                    Error::new(ErrorKind::InvalidImage, what)
-                        .with_code("InvalidSnapshot.NotFound")
-                        .with_source(e)
-                })?;
-                ebs.check_snapshot_size(snapshot.size()).map_err(invalid_image)?;
-                if snapshot.encrypted() && !ebs.encrypted() {
-                    let what = format!("{name}: its content is encrypted, and so is a volume of it");
-                    return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
-                }
+            let snapshot = self.blocks.snapshot(digest).map_err(|e| {
+                let what = format!("{name}: the region has no snapshot {digest}");
+                Error::new(ErrorKind::InvalidImage, what).with_code("InvalidSnapshot.NotFound").with_source(e)
+            })?;
+            mapping.check_snapshot_size(snapshot.size()).map_err(invalid_image)?;
+            if snapshot.encrypted() && !mapping.as_ebs().is_some_and(Ebs::encrypted) {
+                let what = format!("{name}: its content is encrypted, and so is a volume of it");
+                return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
             }
         }
         Ok(())
@@ -194,8 +195,16 @@ impl Inner {
         }
     }
 
-    /// Removes what an image that failed has left; the error that made it fail is the one to tell.
-    pub(crate) fn discard_half_made(&self) {
+    /// Makes something that has content. What it needs is not collected meanwhile, and nothing is left of what fails.
+    pub(crate) fn making<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let made = make();
+        drop(making);
+        made.inspect_err(|_| self.discard_half_made())
+    }
+
+    /// Removes what something that failed has left; the error that made it fail is the one to tell.
+    fn discard_half_made(&self) {
         let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         if let Err(e) = self.collect_garbage() {
             tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
@@ -203,16 +212,13 @@ impl Inner {
     }
 
     pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
-        // In this order, so that the instance can be stopped while another image is removed.
-        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let mut live = cell.hold(self.supervisor.sender());
-        let made = self.create_image_held(cell, &mut live, name);
-        drop((live, making));
-        made.inspect_err(|_| self.discard_half_made())
+        // Held in this order, so that the instance can be stopped while another image is removed.
+        self.making(|| self.create_image_held(cell, &mut cell.hold(self.supervisor.sender()), name))
     }
 
     fn create_image_held(&self, cell: &Cell, live: &mut Live, name: &str) -> Result<CreatedImage> {
         // Before anything is copied.
+        check_ebs_root(&live.record.description, "made an image of")?;
         self.check_free(name, &cell.owner, &self.region.name)?;
         let parent = self.parent(live.record.description.image_id)?;
         let (frozen, paused) = self.freeze_volumes(cell, live)?;
@@ -317,9 +323,15 @@ fn child_of(
 }
 
 /// EC2 counts volumes in whole GiB; a smaller disk gets a volume with room to grow.
-fn root_mapping(device: &str, snapshot: &Snapshot) -> Result<BlockDeviceMapping> {
-    let mapping = BlockDeviceMapping::ebs(device, snapshot.digest(), gib(snapshot.size())?);
-    Ok(mapping.encrypted(snapshot.encrypted()))
+fn root_mapping(
+    (device, of_type): (&str, RootDeviceType),
+    snapshot: &Snapshot,
+) -> Result<BlockDeviceMapping> {
+    let (digest, size) = (snapshot.digest(), gib(snapshot.size())?);
+    Ok(match of_type {
+        RootDeviceType::InstanceStore => BlockDeviceMapping::instance_store_root(device, digest, size),
+        _ => BlockDeviceMapping::ebs(device, digest, size).encrypted(snapshot.encrypted()),
+    })
 }
 
 fn gib(bytes: u64) -> Result<u32> {

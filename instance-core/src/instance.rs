@@ -116,7 +116,8 @@ impl Instance {
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState), also if it was terminated
     /// meanwhile, [`OperationNotPermitted`](ErrorKind::OperationNotPermitted) if it is protected against
-    /// being stopped, or what the host met.
+    /// being stopped, [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store, or what the
+    /// host met.
     pub fn stop(&self, patience: Duration) -> Result<()> {
         self.region.stop(&self.cell, patience)
     }
@@ -128,6 +129,7 @@ impl Instance {
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped;
+    /// [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store;
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity) if the host cannot hold it now;
     /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel, after
     /// which it is stopped again; or what the host met.
@@ -140,8 +142,8 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// As [`start`](Self::start), but the instance must be running; it is stopped if no new machine
-    /// can be made.
+    /// As [`start`](Self::start), but the instance must be running, whatever its root device is; it is stopped if no new
+    /// machine can be made, or terminated where its root device is instance store.
     pub fn reboot(&self) -> Result<()> {
         self.region.reboot(&self.cell)
     }
@@ -164,7 +166,8 @@ impl Instance {
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is running or
-    /// stopped; [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), or
+    /// stopped; [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store;
+    /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), or
     /// [`InvalidImage`](ErrorKind::InvalidImage) for a name that breaks the rule for names;
     /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel; or what
     /// the host met. Nothing is then left of the image, and the instance goes on; only one whose

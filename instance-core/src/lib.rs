@@ -53,7 +53,7 @@
 //!
 //! # Left out
 //!
-//! Images whose root device is an instance store volume, and EC2's API over HTTP. How machines run is a hypervisor
+//! EC2's API over HTTP. How machines run is a hypervisor
 //! crate's, how frames go a network's.
 
 mod attach;
@@ -130,8 +130,8 @@ pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};
 pub use tasks::{
-    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
-    TaskDescription, TaskStatus, Tell,
+    CopyImageTask, DescribeCopyImageTasks, DescribeExportImageTasks, DescribeImportImageTasks,
+    ExportImageTask, Exported, ImportImageTask, Task, TaskDescription, TaskStatus, Tell,
 };
 pub use volume_modification::{ModifyVolume, VolumeModification, VolumeModificationState};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

@@ -6,13 +6,12 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ami_core::{InstanceId, Timestamp};
+use ami_core::{InstanceId, RootDeviceType, Timestamp};
 
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Hold, Live};
 use crate::machine::{ExitCause, Machine, MachineErrorKind};
-use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
 use crate::store::Changes;
@@ -78,6 +77,7 @@ impl Inner {
 
     pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
         let live = cell.hold(self.supervisor.sender());
+        check_ebs_root(&live.record.description, "stopped")?;
         check_stoppable(&live.record.description)?;
         self.stop_held(cell, live, patience, StateReason::user_initiated())
     }
@@ -121,6 +121,7 @@ impl Inner {
 
     pub(crate) fn start(&self, cell: &Cell) -> Result<()> {
         let mut live = cell.hold(self.supervisor.sender());
+        check_ebs_root(&live.record.description, "started")?;
         if live.record.description.state == InstanceState::Running {
             if live.machine.is_some() {
                 return Ok(());
@@ -268,13 +269,18 @@ impl Inner {
         }
     }
 
-    /// Gives up a running instance whose machine is of no more use.
+    /// Gives up a running instance whose machine is of no more use: it is stopped, or terminated where nothing is left of
+    /// its root device.
     pub(crate) fn lose(&self, cell: &Cell, live: &mut Live, reason: StateReason) {
         if let Err(e) = live.end_machine() {
             tracing::error!(instance = %cell.id, error = chain(&e), "what a lost instance had written is lost too");
         }
         self.power_off(live);
-        if let Err(e) = self.transition(cell, live, Transition::Lost, Some(reason)) {
+        let moved = match live.record.description.root_device_type {
+            RootDeviceType::InstanceStore => self.terminate_held(cell, live, reason),
+            _ => self.transition(cell, live, Transition::Lost, Some(reason)),
+        };
+        if let Err(e) = moved {
             tracing::error!(instance = %cell.id, error = chain(&e), "cannot record that an instance was lost");
         }
     }
@@ -282,9 +288,14 @@ impl Inner {
     /// Tells the network what is now known of an instance that runs.
     fn tell_network(&self, record: &InstanceRecord) {
         let running = record.description.state == InstanceState::Running;
-        if let (true, Some(network), Some(place)) = (running, &self.network, &record.description.network) {
-            let user_data = record.user_data().unwrap_or_default();
-            network.update(Guest::new(&record.description, place, user_data.as_deref()));
+        if let Some(network) = self.network.as_deref().filter(|_| running) {
+            let told = record.with_guest(|guest| {
+                network.update(guest);
+                Ok(())
+            });
+            if let Err(e) = told {
+                tracing::warn!(instance = %record.description.id, error = chain(&e), "the network is not told of a change");
+            }
         }
     }
 }
@@ -310,6 +321,18 @@ pub(crate) fn check_stoppable(description: &InstanceDescription) -> Result<()> {
     match description.stop_protection {
         true => Err(protected(description, "stopped")),
         false => Ok(()),
+    }
+}
+
+/// That the instance's root device is a volume, without which it cannot be what is asked.
+pub(crate) fn check_ebs_root(description: &InstanceDescription, what: &str) -> Result<()> {
+    match description.root_device_type {
+        RootDeviceType::Ebs => Ok(()),
+        other => {
+            let what =
+                format!("the root device of {} is {other}, not ebs: it cannot be {what}", description.id);
+            Err(Error::new(ErrorKind::Unsupported, what))
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
+use crate::lifecycle::check_ebs_root;
 use crate::volumes::check_stopped;
 use crate::{
     Error, ErrorKind, Instance, InstanceDescription, InstanceType, LaunchSpec, MetadataOptions, Result,
@@ -37,8 +38,9 @@ impl Instance {
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState),
     /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch), [`Unsupported`](ErrorKind::Unsupported) for one that
-    /// can [hibernate](Self::hibernate), or what the host met.
+    /// can [hibernate](Self::hibernate) or whose root device is instance store, or what the host met.
     pub fn set_instance_type(&self, instance_type: InstanceType) -> Result<()> {
+        check_ebs_root(&self.describe(), "given another instance type")?;
         let architecture = self.describe().architecture;
         if !instance_type.architectures().contains(&architecture) {
             let what = format!("the instance is for {architecture}, which {instance_type} does not run");
@@ -97,8 +99,10 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// As [`set_termination_protection`](Self::set_termination_protection).
+    /// As [`set_termination_protection`](Self::set_termination_protection), and
+    /// [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store: that is terminated.
     pub fn set_shutdown_behavior(&self, behavior: ShutdownBehavior) -> Result<()> {
+        check_ebs_root(&self.describe(), "stopped by its guest")?;
         self.modify(false, |description| description.shutdown_behavior = behavior)
     }
 

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 
-use ami_core::{InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId, VpcId};
+use ami_core::{BlockDeviceMapping, InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId, VpcId};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::NetSpec;
@@ -75,16 +75,8 @@ pub struct Guest<'a> {
     pub placement: &'a NetworkPlacement,
     /// What it was given to do.
     pub user_data: Option<&'a [u8]>,
-}
-
-impl<'a> Guest<'a> {
-    pub(crate) fn new(
-        instance: &'a InstanceDescription,
-        placement: &'a NetworkPlacement,
-        user_data: Option<&'a [u8]>,
-    ) -> Self {
-        Self { instance, placement, user_data }
-    }
+    /// The mappings by which it has instance store. None are of NVMe disks, which it has whatever is mapped.
+    pub instance_store: &'a [BlockDeviceMapping],
 }
 
 /// A network that instances are plugged into.

@@ -11,12 +11,14 @@ use crate::description::{InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Boot, DiskSpec, Identity, Machine, MachineError, MachineSpec, NetSpec, RestoreSpec};
-use crate::network::Guest;
 use crate::record::InstanceRecord;
 use crate::region::Inner;
 use crate::supervisor::Message;
 use crate::vsock::{self, VsockSpec};
 use crate::{Error, ErrorKind, InstanceStore, Result};
+
+/// What a guest finds its root device by, if that is instance store.
+const ROOT_SERIAL: &str = "root";
 
 /// What a machine stands on, whether it boots or goes on.
 struct Ground {
@@ -43,7 +45,7 @@ impl Inner {
             },
             None => None,
         };
-        let boot = match (&live.record.direct_boot, live.volumes.first()) {
+        let boot = match (&live.record.direct_boot, live.root.as_ref().or(live.volumes.first())) {
             (Some(plan), _) => self.boot.boot(plan)?,
             (None, Some(root)) => self.boot.boot_from_disk(&root.disk())?,
             (None, None) => return Err(no_root_volume()),
@@ -115,9 +117,13 @@ impl Inner {
         if live.instance_store.is_empty() {
             live.instance_store = self.new_instance_store(&live.record)?;
         }
+        if live.root.is_none() {
+            live.root = self.new_store_root(&live.record)?;
+        }
+        let root = live.root.as_ref().map(|root| DiskSpec::new(root.disk(), ROOT_SERIAL));
         let volumes = live.record.description.attachments.iter().zip(&live.volumes);
         let volumes = volumes.map(|(a, v)| disk_of(live, a.volume_id, v));
-        let disks = volumes.chain(live.instance_store.iter().cloned()).collect();
+        let disks = root.into_iter().chain(volumes).chain(live.instance_store.iter().cloned()).collect();
         let mut nets: Vec<NetSpec> = self.plug(&live.record)?.into_iter().collect();
         self.limit(&mut nets, live);
         let (port, vsock) = with_vsock.then(vsock::cable).unzip();
@@ -157,6 +163,19 @@ impl Inner {
         store.names(&record.instance_store).into_iter().map(disk).collect()
     }
 
+    /// The root device, if it is instance store: a volume that no record names, so that nothing is left of it after a
+    /// crash.
+    fn new_store_root(&self, record: &InstanceRecord) -> Result<Option<Volume>> {
+        let Some(root) = record.store_root() else { return Ok(None) };
+        let content = self.content(root.snapshot())?;
+        let made = Volume::create_unsynced(
+            &self.paths.store_root(record.description.id),
+            Some(&content),
+            root.size(),
+        );
+        made.map(Some).map_err(|e| Error::storage(e, "cannot make the root device"))
+    }
+
     /// Has the supervisor told when the machine ends.
     fn follow_end(&self, cell: &Cell, live: &mut Live, machine: &dyn Machine) {
         live.generation += 1;
@@ -171,20 +190,24 @@ impl Inner {
 
     /// The port of an instance's machine, if it has a place in a network.
     fn plug(&self, record: &InstanceRecord) -> Result<Option<NetSpec>> {
-        let Some(placement) = &record.description.network else { return Ok(None) };
-        let network = self.network.as_deref().ok_or_else(|| {
+        let missing = || {
             let what =
                 format!("{} is in a network, and the region was opened without one", record.description.id);
             Error::new(ErrorKind::Unsupported, what)
-        })?;
-        let user_data = record.user_data()?;
-        network.plug(Guest::new(&record.description, placement, user_data.as_deref())).map(Some)
+        };
+        record.with_guest(|guest| self.network.as_deref().ok_or_else(missing)?.plug(guest))
     }
 
     /// Ends the machine, if there is one, closes the volumes, and gives back what the instance has of the host.
     pub(crate) fn power_off(&self, live: &mut Live) {
         self.power_off_for_now(live);
         live.instance_store.clear();
+        if live.root.take().is_some() {
+            let id = live.record.description.id;
+            if let Err(e) = Volume::remove(&self.paths.store_root(id)) {
+                tracing::warn!(instance = %id, error = chain(&e), "cannot remove a root device");
+            }
+        }
         live.limiters.clear();
         live.frame_limits = None;
         live.claim = None;

@@ -1,8 +1,8 @@
 //! What a region keeps of its images, instances and volumes.
 
 use ami_core::{
-    AccountId, BlockDeviceMapping, Digest, Image, RegionName, SnapshotId, Tags, Timestamp, VolumeId,
-    VolumeType,
+    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Image, RegionName, SnapshotId, StoreRoot, Tags,
+    Timestamp, VolumeId, VolumeType,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::InstanceDescription;
 use crate::boot_cache::BootPlan;
+use crate::network::Guest;
 use crate::store::Record;
 use crate::{Error, ErrorKind, Result};
 
@@ -149,7 +150,8 @@ pub(crate) struct InstanceRecord {
     pub(crate) user_data: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
-    /// What is mapped to instance store, of which its type may have less.
+    /// What is mapped to instance store, of which its type may have less; its root device with it, if that is instance
+    /// store.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) instance_store: Vec<BlockDeviceMapping>,
     /// Its machine as it was saved, while it hibernates.
@@ -175,6 +177,25 @@ impl InstanceRecord {
             let what = format!("the user data of {} is damaged", self.description.id);
             Error::new(ErrorKind::Corrupt, what).with_source(e)
         })
+    }
+
+    /// Its root device, if that is instance store.
+    pub(crate) fn store_root(&self) -> Option<&StoreRoot> {
+        self.instance_store.iter().find_map(|mapping| match mapping.kind() {
+            BlockDeviceKind::InstanceStore(root) => Some(root),
+            _ => None,
+        })
+    }
+
+    /// Says what a network is told of its guest, if it has a place in one.
+    pub(crate) fn with_guest<T>(&self, tell: impl FnOnce(Guest<'_>) -> Result<T>) -> Result<Option<T>> {
+        let instance = &self.description;
+        let Some(placement) = &instance.network else { return Ok(None) };
+        let user_data = self.user_data()?;
+        let store = instance.instance_type.instance_store();
+        let served = store.map(|store| store.served(&self.instance_store)).unwrap_or_default();
+        let (user_data, instance_store) = (user_data.as_deref(), served.as_slice());
+        tell(Guest { instance, placement, user_data, instance_store }).map(Some)
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::sync::Arc;
 
+use ami_core::RootDeviceType;
 use storage_block::{ErrorKind as BlockErrorKind, Volume};
 
 use crate::description::StateReason;
@@ -41,7 +42,9 @@ impl Inner {
 
     fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
         let state = record.description.state;
-        let goes = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated);
+        // Nothing is left of a root device that is instance store, and so nothing of its instance.
+        let goes = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated)
+            || record.description.root_device_type == RootDeviceType::InstanceStore;
         if !record.launched {
             match self.make_lost_volumes(&record, goes) {
                 Ok(()) => record.launched = true,

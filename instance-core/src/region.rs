@@ -24,7 +24,7 @@ use crate::{InstanceState, Result};
 ///
 /// One owner at a time: the directory is locked, and the lock goes with the process. Clones are the
 /// same region; the last of them and of its [`Instance`]s closes it, which ends its machines. Their
-/// instances are found `stopped` when it is opened again.
+/// instances are found `stopped` when it is opened again; those whose root device is instance store are gone.
 ///
 /// `H` is the hypervisor. Where its type is known, launching an image that it cannot run does not
 /// compile; `Region<Box<dyn Hypervisor>>`, the default, finds out when the image is launched.

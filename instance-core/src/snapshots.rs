@@ -108,10 +108,7 @@ impl<H> Region<H> {
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
         let inner = &self.inner;
-        let making = inner.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = inner.create_snapshot(*self.account(), volume, description);
-        drop(making);
-        made.map(Into::into).inspect_err(|_| inner.discard_half_made())
+        inner.making(|| inner.create_snapshot(*self.account(), volume, description)).map(Into::into)
     }
 
     /// The bytes of a snapshot of the account's, to read. They stay for as long as the disk, also when the snapshot is

@@ -29,7 +29,7 @@ fn copy(to: &TestRegion, from: &TestRegion, id: AmiId, name: &str) -> (AmiId, Ve
             totals.push(p.total);
         }
     };
-    let copy = to.copy_image_from(from, id, CopyImage::new(name).progress(&mut progress)).unwrap();
+    let copy = to.copy_image_from_with(from, id, CopyImage::new(name), &mut progress).unwrap();
     totals.dedup();
     assert_eq!(copy.digest(), from.image(id).unwrap().ami().digest());
     (copy.id(), totals)
@@ -127,13 +127,13 @@ fn what_cannot_be_copied_leaves_nothing() {
     let gone = copy(&to, "ami-0123456789abcdef0".parse().unwrap(), "new").unwrap_err();
     check(&gone, ErrorKind::ImageNotFound, "InvalidAMIID.NotFound", &[]);
     let long = "x".repeat(256);
-    let long = to.copy_image_from(&from, ami.id(), CopyImage::new("new").description(&long)).unwrap_err();
+    let long = to.copy_image_from(&from, ami.id(), CopyImage::new("new").description(long)).unwrap_err();
     check(&long, ErrorKind::InvalidParameter, "InvalidParameterValue", &[]);
     let friend = to.as_account("222222222222".parse().unwrap());
     let denied = copy(&friend, ami.id(), "new").unwrap_err();
     check(&denied, ErrorKind::AuthFailure, "AuthFailure", &[]);
     let mut end = |progress: Progress| progress.cancel();
-    let ended = to.copy_image_from(&from, ami.id(), CopyImage::new("new").progress(&mut end)).unwrap_err();
+    let ended = to.copy_image_from_with(&from, ami.id(), CopyImage::new("new"), &mut end).unwrap_err();
     check(&ended, ErrorKind::Cancelled, "InternalError", &["cannot copy the content"]);
     from.disable_image(ami.id()).unwrap();
     let disabled = copy(&to, ami.id(), "new").unwrap_err();
@@ -162,7 +162,7 @@ fn regions_copy_from_each_other_at_once() {
     let there = |to: &TestRegion, from: &TestRegion, id: AmiId| {
         for n in 0..20 {
             let name = format!("copy-{n}");
-            let copy = to.copy_image_from(from, id, CopyImage::new(&name)).unwrap();
+            let copy = to.copy_image_from(from, id, CopyImage::new(name)).unwrap();
             to.deregister_image(copy.id()).unwrap();
         }
     };

@@ -7,21 +7,16 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ami_core::{InstanceId, VolumeType};
-use common::{check, world};
+use common::{check, refused, world};
 use instance_core::{
     DescribeInstances, DescribeSnapshots, DescribeTags, DescribeVolumes, ErrorKind, InstanceState,
-    LaunchSpec, Result, VolumeSpec,
+    LaunchSpec, VolumeSpec,
 };
 
 const FRIEND: &str = "222222222222";
 
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())
-}
-
-#[track_caller]
-fn refused<T: std::fmt::Debug>(result: Result<T>, kind: ErrorKind, code: &str) {
-    check(&result.unwrap_err(), kind, code, &[]);
 }
 
 /// Asks for page after page, and for the whole.

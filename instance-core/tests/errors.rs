@@ -8,9 +8,9 @@ use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 use ami_core::{
-    AccountId, Ami, BlockDeviceMapping, DescribeImages, ExportImageTaskId, ImportImageTaskId, InstanceId,
-    LaunchTemplateId, MalformedId, NetworkInterfaceId, ResourceId, SecurityGroupId, SnapshotId, SubnetId,
-    VolumeId, X86_64,
+    AccountId, Ami, BlockDeviceMapping, CopyImageTaskId, DescribeImages, ExportImageTaskId,
+    ImportImageTaskId, InstanceId, LaunchTemplateId, MalformedId, NetworkInterfaceId, ResourceId,
+    SecurityGroupId, SnapshotId, SubnetId, VolumeId, X86_64,
 };
 use common::{TestRegion, disk, register};
 use instance_core::machine::NetSpec;
@@ -196,6 +196,7 @@ fn of_ids(raised: &mut Raised) {
     raised.by_id("InvalidSnapshotID.Malformed", "x".parse::<SnapshotId>());
     raised.by_id("InvalidLaunchTemplateId.Malformed", "x".parse::<LaunchTemplateId>());
     raised.by_id("InvalidConversionTaskId.Malformed", "x".parse::<ImportImageTaskId>());
+    raised.by_id("InvalidConversionTaskId.Malformed", "x".parse::<CopyImageTaskId>());
     raised.by_id("InvalidExportTaskID.Malformed", "x".parse::<ExportImageTaskId>());
 }
 
@@ -246,7 +247,7 @@ fn codes() -> BTreeSet<&'static str> {
     for source in [
         include_str!("../src/images.rs"),
         include_str!("../src/launch_template/mod.rs"),
-        include_str!("../src/tasks/calls.rs"),
+        include_str!("../src/tasks/record.rs"),
     ] {
         all.extend(source.split("with_code(\"").skip(1).filter_map(|rest| rest.split('"').next()));
     }

@@ -20,7 +20,7 @@ use instance_core::{
     DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance, InstanceState,
     LaunchSpec, RegionOptions, ShutdownBehavior, VolumeSpec, VolumeState,
 };
-use records::{copy, fields, make_small, records};
+use records::{counts, fields, make_small, records};
 use redb::TableDefinition;
 use serde_json::Value;
 use storage_block::MemoryDisk;
@@ -90,10 +90,7 @@ fn make(dir: &Path) {
 
 /// A copy of the golden region.
 fn old_region(version: u32) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("region");
-    copy(&golden(version), &path);
-    (dir, path)
+    records::old_region(&golden(version))
 }
 
 /// Not a test: writes the golden region, once for each version of the format.
@@ -189,6 +186,60 @@ fn knows_what_version_2_knows(region: &TestRegion, instance: &Instance) {
     region.launch(public.ami(), LaunchSpec::new("t2.nano".parse().unwrap())).unwrap().terminate().unwrap();
 }
 
+/// What a launch was asked for with is known by a digest alone: this version has to come to the same one.
+#[test]
+fn a_launch_that_an_earlier_version_made_is_not_made_again() {
+    let (_dir, path) = old_region(2);
+    for _ in 0..2 {
+        let region = open(&path);
+        let known = region.instances().len();
+        let web = by_name(&region, "object").describe().image_id;
+        let web = region.image(web).unwrap().ami().typed::<X86_64>().unwrap();
+        let object = by_name(&region, "object");
+        let again = region.run_instances(&web, spec("object")).unwrap();
+        assert_eq!(again.instances.iter().map(Instance::id).collect::<Vec<_>>(), [object.id()]);
+        assert_eq!(again.id, object.describe().reservation_id);
+        assert_eq!(object.state(), InstanceState::Stopped, "it is not started for that");
+        // Each of what it was asked for with counts.
+        for other in [
+            spec("object").instance_type("t2.micro".parse().unwrap()),
+            spec("object").count(1, 2),
+            spec("object").user_data("#!/bin/true"),
+            spec("object").key_name("desktop"),
+            spec("object").tag("stage", "test"),
+            spec("object").volume_tag("stage", "test"),
+            spec("object").block_device(BlockDeviceMapping::blank("/dev/sdg", 1)),
+            spec("object").shutdown_behavior(ShutdownBehavior::Stop),
+            spec("object").termination_protection(false),
+            spec("object").stop_protection(true),
+            spec("object").hibernation(true),
+            spec("orphan"),
+        ] {
+            let other = other.client_token("object");
+            let refused = region.run_instances(&web, other).unwrap_err();
+            let code = "IdempotentParameterMismatch";
+            common::check(&refused, ErrorKind::IdempotentParameterMismatch, code, &[]);
+        }
+        // So does the image.
+        let refused = region.run_instances(&web, spec("orphan")).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::IdempotentParameterMismatch);
+        assert_eq!(region.instances().len(), known);
+    }
+    // Version 1 knew no tokens: what comes with one is new there, once.
+    let (_dir, path) = old_region(1);
+    let launch = |region: &TestRegion| {
+        let image = by_name(region, "object").describe().image_id;
+        let image = region.image(image).unwrap().ami().typed::<X86_64>().unwrap();
+        region.launch(&image, spec("new").client_token("object")).unwrap().id()
+    };
+    let (first, known) = {
+        let region = open(&path);
+        (launch(&region), region.instances().len())
+    };
+    let region = open(&path);
+    assert_eq!((launch(&region), region.instances().len()), (first, known));
+}
+
 #[test]
 fn opening_a_region_of_this_version_changes_nothing() {
     let (_dir, path) = old_region(newest());
@@ -274,9 +325,6 @@ fn a_new_region_has_the_same_records_as_the_newest_golden_one() {
     let (old, new) = (records(&old), records(&new));
     assert_eq!(fields(&new), fields(&old));
     assert_eq!(new["region"], old["region"]);
-    let count = |records: &BTreeMap<String, BTreeMap<String, Value>>| -> Vec<(String, usize)> {
-        records.iter().map(|(table, all)| (table.clone(), all.len())).collect()
-    };
     let tables = [
         ("former-images", 1),
         ("images", 3),
@@ -285,6 +333,6 @@ fn a_new_region_has_the_same_records_as_the_newest_golden_one() {
         ("snapshots", 1),
         ("volumes", 6),
     ];
-    assert_eq!(count(&old), tables.map(|(table, n)| (table.to_owned(), n)));
-    assert_eq!(count(&new), count(&old));
+    assert_eq!(counts(&old), tables.map(|(table, n)| (table.to_owned(), n)));
+    assert_eq!(counts(&new), counts(&old));
 }

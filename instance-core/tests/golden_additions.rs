@@ -18,7 +18,7 @@ use instance_core::{
     ImageSource, InstanceState, InstanceStore, InstanceType, LaunchSpec, LaunchTemplateVersionSpec,
     ModifyVolume, RegionOptions, VolumeSpec,
 };
-use records::{copy, fields, make_small, records};
+use records::{counts, fields, make_small, old_region, records};
 use storage_block::keys::LocalKey;
 use storage_block::{Disk, MemoryDisk};
 
@@ -96,17 +96,9 @@ fn write() {
     make_small(&golden());
 }
 
-/// A copy of the golden region.
-fn old_region() -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("region");
-    copy(&golden(), &path);
-    (dir, path)
-}
-
 #[test]
 fn what_was_added_is_there() {
-    let (_dir, path) = old_region();
+    let (_dir, path) = old_region(&golden());
     let region = open(&path);
     let image =
         |name: &str| region.images().unwrap().into_iter().find(|image| image.ami().name() == name).unwrap();
@@ -147,7 +139,7 @@ fn what_was_added_is_there() {
 /// Those of the golden region ended long ago, and are told of no more.
 #[test]
 fn its_tasks_are_read_and_forgotten() {
-    let (_dir, path) = old_region();
+    let (_dir, path) = old_region(&golden());
     let before = records(&path);
     assert_eq!((before["import-image-tasks"].len(), before["export-image-tasks"].len()), (2, 1));
     let region = open(&path);
@@ -163,15 +155,12 @@ fn its_tasks_are_read_and_forgotten() {
 
 #[test]
 fn a_new_region_has_the_same_records_as_the_golden_one() {
-    let (_dir, old) = old_region();
+    let (_dir, old) = old_region(&golden());
     let new = old.with_file_name("new");
     make(&new);
     let (of_old, of_new) = (records(&old), records(&new));
     assert_eq!(fields(&of_new), fields(&of_old));
-    let count = |records: &std::collections::BTreeMap<_, std::collections::BTreeMap<_, _>>| -> Vec<_> {
-        records.iter().map(|(table, all): (&String, _)| (table.clone(), all.len())).collect()
-    };
-    assert_eq!(count(&of_new), count(&of_old));
+    assert_eq!(counts(&of_new), counts(&of_old));
     let saved = |dir: &Path| files(dir).into_keys().filter(|name| name.starts_with("hibernated/")).count();
     assert_eq!((saved(&old), saved(&new)), (1, 1));
 }

@@ -7,10 +7,12 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
+use common::cable::Cable;
 use common::{TestRegion, ask, check, disk, open};
-use instance_core::testing::tiny_elf;
+use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec, VolumeSpec,
+    DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec, RegionOptions,
+    VolumeSpec,
 };
 
 /// A type with two disks of a GB.
@@ -100,7 +102,9 @@ fn nothing_of_it_has_a_name_in_the_region() {
 #[test]
 fn mappings_decide_which_disks_an_instance_has_unless_they_are_nvme() {
     let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
+    let network = Cable::default();
+    let options = RegionOptions::new().network(network.clone());
+    let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
     let ephemeral = |number: u32| {
         let name = format!("/dev/sd{}", char::from(b'f' + u8::try_from(number).unwrap()));
         BlockDeviceMapping::ephemeral(name, format!("ephemeral{number}"))
@@ -123,6 +127,14 @@ fn mappings_decide_which_disks_an_instance_has_unless_they_are_nvme() {
             (1..disks).map(|disk| ask(&instance, &format!("serial {disk}"), "serial")).collect();
         let same = found.iter().zip(&serials).all(|(found, serial)| found.starts_with(serial));
         assert!(found.len() == serials.len() && same, "{nvme} {changes:?}: {found:?}");
+        // The guest is told of the disks that it has by their mappings, and of no others, whatever changes.
+        let told: Vec<BlockDeviceMapping> = (0..2)
+            .filter(|number| !nvme && found.contains(&format!("ephemeral{number}")))
+            .map(ephemeral)
+            .collect();
+        assert_eq!(network.told(), told, "{changes:?}");
+        instance.set_stop_protection(false).unwrap();
+        assert_eq!(network.told(), told, "{changes:?}");
         instance.terminate().unwrap();
     }
     let root = BlockDeviceMapping::ephemeral("/dev/xvda", "ephemeral0");

@@ -3,53 +3,16 @@
 
 mod common;
 
-use std::collections::HashSet;
-use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ami_core::{InstanceId, NetworkInterfaceId, X86_64};
+use ami_core::X86_64;
+use common::cable::Cable;
 use common::{disk, open, register};
 use instance_core::machine::{Capabilities, Hypervisor, Machine, MachineError, MachineSpec, NetSpec, Runs};
-use instance_core::net::{self, MacAddress, NetPort};
-use instance_core::network::{Guest, Network, NetworkPlacement, PlacementRequest};
 use instance_core::testing::FakeHypervisor;
-use instance_core::{InstanceType, LaunchSpec, Region, RegionOptions, Result};
-
-const MAC: MacAddress = MacAddress([2, 0, 10, 0, 0, 12]);
-
-/// A network with one place, whose cable ends here.
-#[derive(Debug, Default)]
-struct Cable(Mutex<Vec<NetPort>>);
-
-impl Network for Cable {
-    fn check_key_pair(&self, _: &str) -> Result<()> {
-        Ok(())
-    }
-
-    fn place(&self, _: InstanceId, _: &PlacementRequest) -> Result<NetworkPlacement> {
-        let interface = "eni-0123456789abcdef0".parse()?;
-        let of = ("vpc-0123456789abcdef0".parse()?, "subnet-0123456789abcdef0".parse()?);
-        Ok(NetworkPlacement::new(interface, of, Ipv4Addr::new(10, 0, 0, 12), MAC))
-    }
-
-    fn plug(&self, _: Guest<'_>) -> Result<NetSpec> {
-        let (machine, network) = net::link();
-        self.0.lock().unwrap().push(network);
-        Ok(NetSpec::new(machine, MAC))
-    }
-
-    fn update(&self, _: Guest<'_>) {}
-
-    fn release(&self, _: &NetworkPlacement) -> Result<()> {
-        Ok(())
-    }
-
-    fn keep_only(&self, _: &HashSet<NetworkInterfaceId>) -> Result<()> {
-        Ok(())
-    }
-}
+use instance_core::{InstanceType, LaunchSpec, Region, RegionOptions};
 
 /// Makes fake machines, and remembers the ports that they were to have.
 #[derive(Debug, Clone, Default)]

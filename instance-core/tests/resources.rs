@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use ami_core::{ResourceId, SnapshotId, VolumeId, VolumeType};
-use common::{TestRegion, ask, check, disk, open, register, world};
+use common::{TestRegion, ask, disk, open, refused, register, world};
 use instance_core::{
     DescribeSnapshots, DescribeTags, DescribeVolumes, ErrorKind, LaunchSpec, Result, VolumeSpec, VolumeState,
 };
@@ -15,11 +15,6 @@ const FRIEND: &str = "222222222222";
 
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())
-}
-
-#[track_caller]
-fn refused<T: std::fmt::Debug>(result: Result<T>, kind: ErrorKind, code: &str) {
-    check(&result.unwrap_err(), kind, code, &[]);
 }
 
 const VOLUME_GONE: (ErrorKind, &str) = (ErrorKind::VolumeNotFound, "InvalidVolume.NotFound");

@@ -46,6 +46,8 @@ pub(crate) struct Live {
     pub(crate) limiters: Vec<Limiter>,
     /// What holds its machine's ports to it: frames to the guest, and from it.
     pub(crate) frame_limits: Option<[FrameLimits; 2]>,
+    /// Its root device while it runs, if that is instance store.
+    pub(crate) root: Option<Volume>,
     /// Its instance store while it runs, under the names of the disks.
     pub(crate) instance_store: Vec<DiskSpec>,
     /// The host's end of its machine's streams, if it has a place for them.
@@ -70,6 +72,7 @@ impl Cell {
                 volumes: Vec::new(),
                 limiters: Vec::new(),
                 frame_limits: None,
+                root: None,
                 instance_store: Vec::new(),
                 vsock: None,
                 claim: None,

@@ -30,9 +30,9 @@ const TO_15: &str = "Up to 15 Gigabit";
 
 const GIB: u32 = 1024;
 
-/// The sizes of a seventh generation of Intel's with so many GiB for each vCPU.
-macro_rules! intel_7 {
-    ($gib:literal) => {
+/// The sizes of a generation of Intel's with so many GiB for each vCPU, and its largest, with so many vCPUs.
+macro_rules! intel {
+    ($gib:literal, $largest:literal, $vcpus:literal) => {
         &[
             ("large", 2, 2 * $gib * GIB, TO_12, Some((781, 12_500)), Some((650, 10_000))),
             ("xlarge", 4, 4 * $gib * GIB, TO_12, Some((1562, 12_500)), Some((1250, 10_000))),
@@ -49,8 +49,29 @@ macro_rules! intel_7 {
             ),
             ("16xlarge", 64, 64 * $gib * GIB, "25 Gigabit", Some((25_000, 25_000)), Some((20_000, 20_000))),
             ("24xlarge", 96, 96 * $gib * GIB, "37.5 Gigabit", Some((37_500, 37_500)), Some((30_000, 30_000))),
-            ("48xlarge", 192, 192 * $gib * GIB, "50 Gigabit", Some((50_000, 50_000)), Some((40_000, 40_000))),
+            (
+                $largest,
+                $vcpus,
+                $vcpus * $gib * GIB,
+                "50 Gigabit",
+                Some((50_000, 50_000)),
+                Some((40_000, 40_000)),
+            ),
         ]
+    };
+}
+
+/// The sizes of a seventh generation of Intel's.
+macro_rules! intel_7 {
+    ($gib:literal) => {
+        intel!($gib, "48xlarge", 192)
+    };
+}
+
+/// The sizes of a sixth generation of Intel's.
+macro_rules! intel_6 {
+    ($gib:literal) => {
+        intel!($gib, "32xlarge", 128)
     };
 }
 
@@ -80,30 +101,6 @@ const BURSTABLE: &[Size] = &[
     ("xlarge", 4, 16 * GIB, TO_5, Some((1024, 5000)), Some((695, 2780))),
     ("2xlarge", 8, 32 * GIB, TO_5, Some((2048, 5000)), Some((695, 2780))),
 ];
-
-/// The sizes of a sixth generation of Intel's with so many GiB for each vCPU.
-macro_rules! intel_6 {
-    ($gib:literal) => {
-        &[
-            ("large", 2, 2 * $gib * GIB, TO_12, Some((781, 12_500)), Some((650, 10_000))),
-            ("xlarge", 4, 4 * $gib * GIB, TO_12, Some((1562, 12_500)), Some((1250, 10_000))),
-            ("2xlarge", 8, 8 * $gib * GIB, TO_12, Some((3125, 12_500)), Some((2500, 10_000))),
-            ("4xlarge", 16, 16 * $gib * GIB, TO_12, Some((6250, 12_500)), Some((5000, 10_000))),
-            ("8xlarge", 32, 32 * $gib * GIB, "12.5 Gigabit", Some((12_500, 12_500)), Some((10_000, 10_000))),
-            (
-                "12xlarge",
-                48,
-                48 * $gib * GIB,
-                "18.75 Gigabit",
-                Some((18_750, 18_750)),
-                Some((15_000, 15_000)),
-            ),
-            ("16xlarge", 64, 64 * $gib * GIB, "25 Gigabit", Some((25_000, 25_000)), Some((20_000, 20_000))),
-            ("24xlarge", 96, 96 * $gib * GIB, "37.5 Gigabit", Some((37_500, 37_500)), Some((30_000, 30_000))),
-            ("32xlarge", 128, 128 * $gib * GIB, "50 Gigabit", Some((50_000, 50_000)), Some((40_000, 40_000))),
-        ]
-    };
-}
 
 /// The instance store of the sixth generation of Intel's.
 const INTEL_6_STORES: &[InstanceStore] = &[

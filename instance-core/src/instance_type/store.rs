@@ -43,11 +43,22 @@ impl InstanceStore {
 
     /// The names of the disks that an instance has which these are mapped for.
     pub(crate) fn names(self, mapped: &[BlockDeviceMapping]) -> Vec<String> {
-        let is_mapped = |name: &String| {
-            let names = |m: &BlockDeviceMapping| matches!(m.kind(), BlockDeviceKind::Ephemeral { virtual_name } if virtual_name == name);
-            mapped.iter().any(names)
-        };
-        let all = (0..self.disks).map(|number| format!("ephemeral{number}"));
-        all.filter(|name| self.nvme || is_mapped(name)).collect()
+        self.all_names().filter(|name| self.nvme || mapping_of(name, mapped).is_some()).collect()
     }
+
+    /// The mappings by which an instance has disks. Of NVMe disks there are none: what is mapped to them has no effect.
+    pub(crate) fn served(self, mapped: &[BlockDeviceMapping]) -> Vec<BlockDeviceMapping> {
+        let names = self.all_names().filter(|_| !self.nvme);
+        names.filter_map(|name| mapping_of(&name, mapped).cloned()).collect()
+    }
+
+    fn all_names(self) -> impl Iterator<Item = String> {
+        (0..self.disks.min(Self::MAX_DISKS)).map(|number| format!("ephemeral{number}"))
+    }
+}
+
+/// What maps the disk of this name, if anything does.
+fn mapping_of<'a>(name: &str, mapped: &'a [BlockDeviceMapping]) -> Option<&'a BlockDeviceMapping> {
+    let names = |m: &&BlockDeviceMapping| matches!(m.kind(), BlockDeviceKind::Ephemeral { virtual_name } if virtual_name == name);
+    mapped.iter().find(names)
 }

@@ -107,6 +107,8 @@ impl<H> Region<H> {
     /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
     /// [`InvalidParameter`](ErrorKind::InvalidParameter),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
+    /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
+    /// the image's root device is to be,
     /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`MalformedTagKey`](ErrorKind::MalformedTagKey),
     /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded), [`KeyPairNotFound`](ErrorKind::KeyPairNotFound),
     /// [`SubnetNotFound`](ErrorKind::SubnetNotFound),
@@ -229,6 +231,7 @@ impl Inner {
             _ => e.into(),
         })?;
         self.check_architecture(&record, &spec.instance_type)?;
+        plan::check_root(record.image.ami().manifest(), spec)?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
         self.check_contents(owner, &disks, spec)?;
         self.check_keys(&disks)?;
@@ -270,20 +273,21 @@ impl Inner {
                 instance_type: spec.instance_type.clone(),
                 state: InstanceState::Pending,
                 state_reason: None,
-                shutdown_behavior: spec.shutdown_behavior,
+                shutdown_behavior: plan::shutdown_behavior(ami.manifest(), spec),
                 termination_protection: spec.termination_protection,
                 stop_protection: spec.stop_protection,
                 hibernation: spec.hibernation,
                 key_name: spec.key_name.clone(),
                 metadata_options: spec.metadata_options.clone(),
                 root_device_name: ami.manifest().root_device_name().to_string(),
+                root_device_type: ami.manifest().root_device_type(),
                 attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
                 network: places.next(id)?,
                 tags: spec.tags.clone(),
             };
             let record = InstanceRecord {
                 description,
-                launched: false,
+                launched: planned.is_empty(),
                 direct_boot: direct_boot.clone(),
                 user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
                 parameters,
@@ -333,8 +337,8 @@ impl Inner {
                 return Err(Error::new(ErrorKind::SnapshotNotFound, what));
             }
         }
-        for (ebs, digest) in plan::contents(disks) {
-            ebs.check_snapshot_size(self.content(&digest)?.size())?;
+        for (disk, digest) in plan::contents(disks) {
+            disk.check_snapshot_size(self.content(&digest)?.size())?;
         }
         Ok(())
     }
@@ -382,9 +386,7 @@ impl Inner {
                 plan
             }
             _ => {
-                let root = manifest.root_device_name();
-                let root = manifest.block_device_mappings().iter().find(|m| m.device_name() == root.as_str());
-                let content = root.and_then(|m| m.as_ebs()?.snapshot().copied());
+                let content = manifest.root_device().and_then(|root| root.content().copied());
                 let content = content.ok_or_else(|| not_found_to_boot(id))?;
                 self.boot.keep_from_disk(&self.content(&content)?.disk())?
             }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ami_core::{AmiId, BlockDeviceMapping, Digest, Tags};
+use ami_core::{AmiId, BlockDeviceKind, BlockDeviceMapping, Digest, Tags};
 use serde::Serialize;
 
 use super::LaunchSpec;
@@ -152,6 +152,11 @@ impl Parameters {
 fn check_devices(mappings: &[BlockDeviceMapping]) -> Result<()> {
     for (place, mapping) in mappings.iter().enumerate() {
         let name = mapping.validate()?;
+        if matches!(mapping.kind(), BlockDeviceKind::InstanceStore(_)) {
+            let what =
+                format!("{name} is instance store with a content, which an image's root device alone is");
+            return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
+        }
         let same = |other: &BlockDeviceMapping| other.validate().is_ok_and(|other| other.same_disk(&name));
         if mappings[..place].iter().any(same) {
             let what = format!("the device {name} is mapped twice");

@@ -1,14 +1,16 @@
 //! Which volumes an instance gets: the image's disks, and what the launch changes of them.
 
 use ami_core::{
-    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Ebs, Manifest, Tags, Timestamp, VolumeId,
+    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Ebs, Manifest, RootDeviceType, Tags, Timestamp,
+    VolumeId,
 };
 
 use storage_block::Volume;
 
+use super::Parameters;
 use crate::description::Attachment;
 use crate::record::VolumeRecord;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, ShutdownBehavior};
 
 /// A volume to be made for a launch.
 pub(super) struct Planned {
@@ -34,12 +36,16 @@ pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Resu
         let name = change.validate()?;
         let same = |disk: &BlockDeviceMapping| disk.validate().is_ok_and(|n| n.same_disk(&name));
         let place = disks.iter().position(same);
+        let root_type = manifest.root_device_type();
         match (place, change.kind()) {
             (_, BlockDeviceKind::NoDevice) if root.same_disk(&name) => {
                 return invalid(format!("{name} is the root device, which cannot be left out"));
             }
             (Some(place), BlockDeviceKind::NoDevice) => drop(disks.remove(place)),
             (None, BlockDeviceKind::NoDevice) => {}
+            (Some(_), _) if root.same_disk(&name) && root_type == RootDeviceType::InstanceStore => {
+                return invalid(format!("{name}, the root device, is instance store, which is the image's"));
+            }
             (Some(place), BlockDeviceKind::Ebs(ebs)) => {
                 if ebs.snapshot().is_some() && root.same_disk(&name) {
                     return invalid(format!("the content of {name}, the root device, is the image's"));
@@ -86,15 +92,42 @@ fn invalid<T>(what: String) -> Result<T> {
 
 /// Those of the disks that are instance store. Of which the instance type has none, EC2 passes over.
 pub(super) fn instance_store(disks: &[BlockDeviceMapping]) -> Vec<BlockDeviceMapping> {
-    disks.iter().filter(|disk| matches!(disk.kind(), BlockDeviceKind::Ephemeral { .. })).cloned().collect()
+    use BlockDeviceKind::{Ephemeral, InstanceStore};
+    disks.iter().filter(|disk| matches!(disk.kind(), Ephemeral { .. } | InstanceStore(_))).cloned().collect()
 }
 
-/// The content that the disks begin with.
-pub(super) fn contents(disks: &[BlockDeviceMapping]) -> impl Iterator<Item = (&Ebs, Digest)> {
-    disks
-        .iter()
-        .filter_map(|disk| disk.as_ebs())
-        .filter_map(|ebs| ebs.snapshot().map(|digest| (ebs, *digest)))
+/// The disks that begin with a content, and which.
+pub(super) fn contents(disks: &[BlockDeviceMapping]) -> impl Iterator<Item = (&BlockDeviceMapping, Digest)> {
+    disks.iter().filter_map(|disk| disk.content().map(|digest| (disk, *digest)))
+}
+
+/// That an instance of this type has the root device that the image asks for.
+pub(super) fn check_root(manifest: &Manifest, spec: &Parameters) -> Result<()> {
+    if manifest.root_device_type() == RootDeviceType::Ebs {
+        return Ok(());
+    }
+    let hardware = &spec.instance_type;
+    if spec.hibernation {
+        let what = "an instance whose root device is instance store does not hibernate";
+        return Err(Error::new(ErrorKind::UnsupportedHibernation, what));
+    }
+    // As in EC2: NVMe disks are no root devices.
+    match hardware.instance_store() {
+        Some(store) if !store.nvme && store.disks > 0 => Ok(()),
+        _ => {
+            let what =
+                format!("the image's root device is instance store, of which {hardware} has none for it");
+            Err(Error::new(ErrorKind::InvalidParameterCombination, what))
+        }
+    }
+}
+
+/// What the guest's own power-off does: nothing is left to stop where the root device is instance store.
+pub(super) fn shutdown_behavior(manifest: &Manifest, spec: &Parameters) -> ShutdownBehavior {
+    match manifest.root_device_type() {
+        RootDeviceType::InstanceStore => ShutdownBehavior::Terminate,
+        _ => spec.shutdown_behavior,
+    }
 }
 
 /// New volumes for one instance.

@@ -150,7 +150,8 @@ impl LaunchSpec {
         self
     }
 
-    /// What happens when the guest powers itself off.
+    /// What happens when the guest powers itself off. One whose root device is instance store is terminated, whatever
+    /// this says.
     #[must_use]
     pub fn shutdown_behavior(mut self, behavior: ShutdownBehavior) -> Self {
         self.shutdown_behavior = Some(behavior);

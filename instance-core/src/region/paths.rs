@@ -41,6 +41,11 @@ impl Paths {
         self.hibernated().join(id.to_string())
     }
 
+    /// Where an instance's root device is that is instance store.
+    pub(crate) fn store_root(&self, id: InstanceId) -> PathBuf {
+        self.instances().join(format!("{id}.root"))
+    }
+
     pub(crate) fn instance(&self, id: InstanceId) -> PathBuf {
         self.instances().join(id.to_string())
     }

@@ -2,21 +2,25 @@
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
-use ami_core::{AmiBuilder, AmiId, Arch, ExportImageTaskId, ImportImageTaskId, Page, Timestamp};
+use ami_core::{
+    AccountId, AmiBuilder, AmiId, Arch, CopyImageTaskId, ExportImageTaskId, ImportImageTaskId, Page,
+    Timestamp,
+};
 use storage_block::{Disk, Progress};
 
 use super::record::put_completed;
 use super::{
-    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, ImportImageTask, Shelf, Task,
-    TaskDescription, TaskId, TaskRecord,
+    CopyImageTask, DescribeCopyImageTasks, DescribeExportImageTasks, DescribeImportImageTasks,
+    ExportImageTask, ImportImageTask, Shelf, Task, TaskDescription, TaskId, TaskRecord,
 };
 use crate::describe::{Describe, Filterable};
 use crate::error::chain;
 use crate::image_source::ImageSource;
 use crate::region::{Inner, Region};
+use crate::store::Changes;
 use crate::{DirectBoot, Error, ErrorKind, Result};
 
 /// Tells how many bytes of how many are done, and is told whether to go on.
@@ -51,10 +55,8 @@ impl<H> Region<H> {
             };
             let mut source = ImageSource::new(&disk).progress(&mut progress);
             source.boot = boot;
-            let making = region.making_images.read().unwrap_or_else(PoisonError::into_inner);
-            let made = region.import(owner, builder, source, |c, image| put_completed(task, c, image));
-            drop(making);
-            made.map(|ami| ami.id()).inspect_err(|_| region.discard_half_made())
+            let put = |c: &mut Changes, image| put_completed(task, c, image);
+            region.making(|| region.import(owner, builder, source, put)).map(|ami| ami.id())
         })
     }
 
@@ -107,7 +109,7 @@ impl<H> Region<H> {
         &self,
         request: &DescribeImportImageTasks,
     ) -> Result<Page<TaskDescription<ImportImageTaskId>>> {
-        describe(self.inner.tasks.imports.of(*self.account()), request, import_not_found)
+        describe(self.inner.tasks.imports.of(*self.account()), request)
     }
 
     /// The account's tasks that export images, or some of them (`DescribeExportImageTasks`). Filter: `task-state`.
@@ -119,7 +121,19 @@ impl<H> Region<H> {
         &self,
         request: &DescribeExportImageTasks,
     ) -> Result<Page<TaskDescription<ExportImageTaskId>>> {
-        describe(self.inner.tasks.exports.of(*self.account()), request, export_not_found)
+        describe(self.inner.tasks.exports.of(*self.account()), request)
+    }
+
+    /// The account's tasks that copy images, or some of them. Filter: `task-state`.
+    ///
+    /// # Errors
+    ///
+    /// As [`describe_import_image_tasks`](Self::describe_import_image_tasks).
+    pub fn describe_copy_image_tasks(
+        &self,
+        request: &DescribeCopyImageTasks,
+    ) -> Result<Page<TaskDescription<CopyImageTaskId>>> {
+        describe(self.inner.tasks.copies.of(*self.account()), request)
     }
 
     /// The account's task with this id.
@@ -128,8 +142,7 @@ impl<H> Region<H> {
     ///
     /// [`TaskNotFound`](ErrorKind::TaskNotFound).
     pub fn import_image_task(&self, id: ImportImageTaskId) -> Result<ImportImageTask> {
-        let mut tasks = self.inner.tasks.imports.of(*self.account()).into_iter();
-        tasks.find(|task| task.id() == id).ok_or_else(|| import_not_found(id))
+        self.inner.tasks.imports.one(*self.account(), id)
     }
 
     /// The account's task with this id.
@@ -138,14 +151,28 @@ impl<H> Region<H> {
     ///
     /// [`TaskNotFound`](ErrorKind::TaskNotFound).
     pub fn export_image_task(&self, id: ExportImageTaskId) -> Result<ExportImageTask> {
-        let mut tasks = self.inner.tasks.exports.of(*self.account()).into_iter();
-        tasks.find(|task| task.id() == id).ok_or_else(|| export_not_found(id))
+        self.inner.tasks.exports.one(*self.account(), id)
+    }
+
+    /// The account's task with this id.
+    ///
+    /// # Errors
+    ///
+    /// [`TaskNotFound`](ErrorKind::TaskNotFound).
+    pub fn copy_image_task(&self, id: CopyImageTaskId) -> Result<CopyImageTask> {
+        self.inner.tasks.copies.one(*self.account(), id)
+    }
+}
+
+impl<Id: TaskId> Shelf<Id> {
+    fn one(&self, owner: AccountId, id: Id) -> Result<Task<Id>> {
+        self.of(owner).into_iter().find(|task| task.id() == id).ok_or_else(|| id.not_found())
     }
 }
 
 impl Inner {
     /// Writes a task down and has a thread do what it is to do. One that cannot begin is not there.
-    fn begin<Id: TaskId>(
+    pub(crate) fn begin<Id: TaskId>(
         self: &Arc<Self>,
         task: &Task<Id>,
         shelf: &Shelf<Id>,
@@ -203,22 +230,9 @@ impl Inner {
     }
 }
 
-fn describe<Id: TaskId>(
-    tasks: Vec<Task<Id>>,
-    request: &Describe<Id>,
-    not_found: fn(Id) -> Error,
-) -> Result<Page<TaskDescription<Id>>> {
+fn describe<Id: TaskId>(tasks: Vec<Task<Id>>, request: &Describe<Id>) -> Result<Page<TaskDescription<Id>>> {
     request.check::<TaskDescription<Id>>()?;
-    request.answer(tasks, Task::id, |task| Some(task.describe()), not_found)
-}
-
-fn import_not_found(id: ImportImageTaskId) -> Error {
-    Error::new(ErrorKind::TaskNotFound, format!("the task {id} does not exist"))
-}
-
-fn export_not_found(id: ExportImageTaskId) -> Error {
-    let what = format!("the task {id} does not exist");
-    Error::new(ErrorKind::TaskNotFound, what).with_code("InvalidExportTaskID.NotFound")
+    request.answer(tasks, Task::id, |task| Some(task.describe()), Id::not_found)
 }
 
 impl<Id> Filterable for TaskDescription<Id> {

@@ -1,4 +1,4 @@
-//! Tasks that import and export images, in threads of their own.
+//! Tasks that import, export and copy images, in threads of their own.
 
 mod calls;
 mod record;
@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use ami_core::{AccountId, AmiId, ExportImageTaskId, ImportImageTaskId, Timestamp};
+use ami_core::{AccountId, AmiId, CopyImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 pub use self::calls::{Exported, Tell};
-pub(crate) use self::record::TaskId;
+pub(crate) use self::record::{TaskId, put_completed};
 use self::record::{TaskRecord, is_long_gone};
 use crate::describe::Describe;
 use crate::error::chain;
@@ -70,13 +70,13 @@ pub struct TaskDescription<Id> {
     pub status_message: String,
     /// How much of it is done, in percent.
     pub progress: u8,
-    /// The image: that which is exported, or that which an import has made.
+    /// The image: that which is exported, or that which an import or a copy has made.
     pub image_id: Option<AmiId>,
     /// When it was begun.
     pub create_time: Timestamp,
 }
 
-/// A task that imports or exports an image. Cheap to clone; all clones are the same task, which goes on without them.
+/// A task that imports, exports or copies an image. Cheap to clone; all clones are the same task, which goes on without them.
 ///
 /// A task ends with its region, which cancels it when it is closed and waits for it, or with its process: what it had done
 /// until then is removed. It is told of for an hour after it has ended, also when the region is opened again meanwhile.
@@ -118,10 +118,14 @@ pub struct Task<Id>(Arc<State<Id>>);
 pub type ImportImageTask = Task<ImportImageTaskId>;
 /// A task that exports an image.
 pub type ExportImageTask = Task<ExportImageTaskId>;
+/// A task that copies an image of another region.
+pub type CopyImageTask = Task<CopyImageTaskId>;
 /// A request for tasks that import images.
 pub type DescribeImportImageTasks = Describe<ImportImageTaskId>;
 /// A request for tasks that export images.
 pub type DescribeExportImageTasks = Describe<ExportImageTaskId>;
+/// A request for tasks that copy images.
+pub type DescribeCopyImageTasks = Describe<CopyImageTaskId>;
 
 struct State<Id> {
     told: Publisher<TaskDescription<Id>>,
@@ -150,7 +154,7 @@ impl<Id: fmt::Debug> fmt::Debug for Task<Id> {
 }
 
 impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
-    fn new(id: Id, owner: AccountId, image_id: Option<AmiId>, at: &str) -> Self {
+    pub(crate) fn new(id: Id, owner: AccountId, image_id: Option<AmiId>, at: &str) -> Self {
         let told = TaskDescription {
             id,
             owner,
@@ -232,14 +236,21 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
         self.0.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_cancelled(&self) -> bool {
+    pub(crate) fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
     }
 
     /// Tells how far it is, where that is news.
     fn reach(&self, done: u64, total: u64) {
+        self.reach_part(done, total, 0, 1);
+    }
+
+    /// The same of something of several parts, of which it is at the `nth`, from 0.
+    pub(crate) fn reach_part(&self, done: u64, total: u64, nth: usize, of: usize) {
+        let part = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or_default().min(100);
+        let (nth, of) = (nth as u128, of as u128);
         // What is done is not all before it has ended.
-        let percent = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or_default().min(99);
+        let percent = (nth * 100 + part).checked_div(of).unwrap_or_default().min(99);
         let percent = u8::try_from(percent).unwrap_or_default();
         self.0.told.update(|task| {
             let news = percent > task.progress;
@@ -280,12 +291,13 @@ impl<Id> TaskDescription<Id> {
 pub(crate) struct Tasks {
     imports: Shelf<ImportImageTaskId>,
     exports: Shelf<ExportImageTaskId>,
+    pub(crate) copies: Shelf<CopyImageTaskId>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// The tasks of a kind.
 #[derive(Debug)]
-struct Shelf<Id>(Mutex<BTreeMap<Id, Task<Id>>>);
+pub(crate) struct Shelf<Id>(Mutex<BTreeMap<Id, Task<Id>>>);
 
 impl<Id> Default for Shelf<Id> {
     fn default() -> Self {
@@ -340,6 +352,7 @@ impl Tasks {
     pub(crate) fn stop(&self) {
         self.imports.cancel_all();
         self.exports.cancel_all();
+        self.copies.cancel_all();
         let threads = std::mem::take(&mut *self.threads());
         for thread in threads {
             if thread.thread().id() != std::thread::current().id() {

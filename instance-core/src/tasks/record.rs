@@ -3,14 +3,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ami_core::{AmiId, ExportImageTaskId, ImportImageTaskId, Timestamp};
+use ami_core::{AmiId, CopyImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Shelf, Task, TaskDescription, TaskStatus};
-use crate::Result;
 use crate::region::Inner;
 use crate::store::{Changes, Record};
+use crate::{Error, ErrorKind, Result};
 
 /// How long a task that has ended is told of.
 const REMEMBERED_MILLIS: u64 = 60 * 60 * 1000;
@@ -21,6 +21,11 @@ pub(crate) trait TaskId:
 {
     /// The table of their kind.
     const TABLE: &'static str;
+
+    /// What is said of an id of none of them.
+    fn not_found(self) -> Error {
+        Error::new(ErrorKind::TaskNotFound, format!("the task {self} does not exist"))
+    }
 }
 
 impl TaskId for ImportImageTaskId {
@@ -29,6 +34,15 @@ impl TaskId for ImportImageTaskId {
 
 impl TaskId for ExportImageTaskId {
     const TABLE: &'static str = "export-image-tasks";
+
+    fn not_found(self) -> Error {
+        let what = format!("the task {self} does not exist");
+        Error::new(ErrorKind::TaskNotFound, what).with_code("InvalidExportTaskID.NotFound")
+    }
+}
+
+impl TaskId for CopyImageTaskId {
+    const TABLE: &'static str = "copy-image-tasks";
 }
 
 /// A task as it is stored: when it begins, and when it has ended.
@@ -52,7 +66,7 @@ pub(super) fn is_long_gone(ended: Timestamp, now: Timestamp) -> bool {
 }
 
 /// Writes down that a task has made an image, in the commit of the image itself.
-pub(super) fn put_completed<Id: TaskId>(task: &Task<Id>, changes: &mut Changes, image: AmiId) -> Result<()> {
+pub(crate) fn put_completed<Id: TaskId>(task: &Task<Id>, changes: &mut Changes, image: AmiId) -> Result<()> {
     let description = task.describe().after(&Ok(image));
     changes.put(&TaskRecord { description, ended: Some(Timestamp::now()) })
 }
@@ -62,7 +76,8 @@ impl Inner {
     /// record names.
     pub(crate) fn recover_tasks(&self) -> Result<()> {
         self.recover_tasks_of(&self.tasks.imports)?;
-        self.recover_tasks_of(&self.tasks.exports)
+        self.recover_tasks_of(&self.tasks.exports)?;
+        self.recover_tasks_of(&self.tasks.copies)
     }
 
     fn recover_tasks_of<Id: TaskId>(&self, shelf: &Shelf<Id>) -> Result<()> {

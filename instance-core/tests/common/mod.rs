@@ -1,6 +1,8 @@
 //! What the tests of bad input share: a region compared with itself before and after.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod cable;
+
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
@@ -80,6 +82,12 @@ pub(crate) fn check(error: &Error, kind: ErrorKind, code: &str, says: &[&str]) {
     for part in says {
         assert!(text.contains(part), "{text:?} does not say {part:?}");
     }
+}
+
+/// The same of a call, for the rest of which its error speaks.
+#[track_caller]
+pub(crate) fn refused<T: std::fmt::Debug>(result: Result<T>, kind: ErrorKind, code: &str) {
+    check(&result.unwrap_err(), kind, code, &[]);
 }
 
 /// All that there is of a region: the digest of each file but that of the state store, and what the

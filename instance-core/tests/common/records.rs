@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ami_core::Digest;
 use redb::{ReadableTable, TableDefinition, TableHandle};
@@ -25,7 +25,15 @@ pub(crate) fn make_small(dir: &Path) {
     }
 }
 
-pub(crate) fn copy(from: &Path, to: &Path) {
+/// A copy of a golden region.
+pub(crate) fn old_region(golden: &Path) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("region");
+    copy(golden, &path);
+    (dir, path)
+}
+
+fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -73,4 +81,9 @@ pub(crate) fn fields(records: &BTreeMap<String, BTreeMap<String, Value>>) -> BTr
     let mut into = BTreeSet::new();
     records.iter().for_each(|(table, all)| all.values().for_each(|r| collect(table, r, &mut into)));
     into
+}
+
+/// The tables, with the number of the records in each.
+pub(crate) fn counts(records: &BTreeMap<String, BTreeMap<String, Value>>) -> Vec<(String, usize)> {
+    records.iter().map(|(table, all)| (table.clone(), all.len())).collect()
 }

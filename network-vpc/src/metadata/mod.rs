@@ -45,6 +45,8 @@ pub struct Metadata {
     pub architecture: Architecture,
     /// The name of its root device, such as `/dev/xvda`.
     pub root_device: Option<String>,
+    /// The names of its disks of instance store, such as `ephemeral0`, with the names of the devices that they are.
+    pub instance_store: Vec<(String, String)>,
     /// The names and the texts of the keys that may log in, as OpenSSH writes them.
     pub public_keys: Vec<(String, String)>,
     /// What it was given to do.
@@ -68,6 +70,7 @@ impl Metadata {
             owner: None,
             architecture: Architecture::X86_64,
             root_device: None,
+            instance_store: Vec::new(),
             public_keys: Vec::new(),
             user_data: None,
             tags: Tags::default(),

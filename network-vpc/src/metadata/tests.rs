@@ -40,6 +40,10 @@ fn metadata() -> Metadata {
     metadata.owner = Some("123456789012".parse().unwrap());
     metadata.public_keys.push(("mine".to_owned(), "ssh-ed25519 AAAA mine".to_owned()));
     metadata.user_data = Some(b"#!/bin/sh\n".to_vec());
+    metadata.root_device = Some("/dev/xvda".to_owned());
+    for (name, device) in [("ephemeral0", "/dev/sdb"), ("ephemeral1", "xvdc")] {
+        metadata.instance_store.push((name.to_owned(), device.to_owned()));
+    }
     metadata.options.http_tokens = HttpTokens::Optional;
     metadata
 }
@@ -109,6 +113,10 @@ fn says_what_clients_look_for() {
         ("/latest/meta-data/network/interfaces/macs/06:00:00:00:00:09/vpc-id", "vpc-0123456789abcdef0"),
         ("/latest/meta-data/placement/availability-zone", "us-east-1a"),
         ("/latest/meta-data/hostname", "ip-10-0-0-12.ec2.internal"),
+        ("/latest/meta-data/block-device-mapping/", "ami\nephemeral0\nephemeral1\nroot"),
+        ("/latest/meta-data/block-device-mapping/ephemeral0", "sdb"),
+        ("/latest/meta-data/block-device-mapping/ephemeral1", "xvdc"),
+        ("/latest/meta-data/block-device-mapping/root", "/dev/xvda"),
         ("/latest/user-data", "#!/bin/sh\n"),
         ("/latest", "dynamic\nmeta-data\nuser-data"),
         ("/latest/dynamic/instance-identity/", "document"),

@@ -120,6 +120,11 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
         put("block-device-mapping/ami", root.clone());
         put("block-device-mapping/root", root.clone());
     }
+    for (name, device) in &metadata.instance_store {
+        // Not the path, unlike that of the root device.
+        let device = device.strip_prefix("/dev/").unwrap_or(device);
+        put(&format!("block-device-mapping/{name}"), device.to_owned());
+    }
     for (n, (_, key)) in metadata.public_keys.iter().enumerate() {
         put(&format!("public-keys/{n}/openssh-key"), key.clone());
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use ami_core::{InstanceId, NetworkInterfaceId, Tags};
+use ami_core::{BlockDeviceKind, BlockDeviceMapping, InstanceId, NetworkInterfaceId, Tags};
 use instance_core::machine::NetSpec;
 use instance_core::network::{Guest, NetworkPlacement, PlacementRequest};
 
@@ -101,11 +101,22 @@ impl Network {
             owner: Some(instance.owner),
             architecture: instance.architecture,
             root_device: Some(instance.root_device_name.clone()),
+            instance_store: guest.instance_store.iter().filter_map(named_store).collect(),
             public_keys: key.into_iter().map(|key| (key.name, key.public_key)).collect(),
             user_data: guest.user_data.map(<[u8]>::to_vec),
             tags: Tags::try_from(instance.tags.clone()).unwrap_or_default(),
             options: instance.metadata_options.clone(),
             ..Metadata::new(instance.id)
         }
+    }
+}
+
+/// The name of a disk of instance store, and that of its device.
+fn named_store(mapping: &BlockDeviceMapping) -> Option<(String, String)> {
+    match mapping.kind() {
+        BlockDeviceKind::Ephemeral { virtual_name } => {
+            Some((virtual_name.clone(), mapping.device_name().to_owned()))
+        }
+        _ => None,
     }
 }

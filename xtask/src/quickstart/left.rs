@@ -156,7 +156,7 @@ fn kept(dir: &Path) -> Result<BTreeSet<PathBuf>> {
 /// The files in which the snapshots that an image names begin.
 fn snapshots_of(image: &Image) -> Vec<PathBuf> {
     let mappings = image.ami().manifest().block_device_mappings().iter();
-    let digests = mappings.filter_map(|mapping| mapping.as_ebs()?.snapshot());
+    let digests = mappings.filter_map(|mapping| mapping.content());
     digests.map(|digest| Path::new(SNAPSHOTS).join(digest.to_hex())).collect()
 }
 
