@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use ami_core::Digest;
+use ami_core::{Digest, RootDeviceType};
 use storage_block::{RawFile, Volume};
 
 use crate::attach::disk_of;
@@ -45,7 +45,13 @@ impl Inner {
             },
             None => None,
         };
-        let boot = match (&live.record.direct_boot, live.root.as_ref().or(live.volumes.first())) {
+        let is_store = live.record.description.root_device_type == RootDeviceType::InstanceStore;
+        let root = if is_store { live.root.as_ref() } else { live.volumes.first() };
+        // A root device that is lost is not made again: it would be another one.
+        if is_store && root.is_none() {
+            return Err(no_root_volume());
+        }
+        let boot = match (&live.record.direct_boot, root) {
             (Some(plan), _) => self.boot.boot(plan)?,
             (None, Some(root)) => self.boot.boot_from_disk(&root.disk())?,
             (None, None) => return Err(no_root_volume()),

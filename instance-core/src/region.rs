@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use ami_core::{AccountId, InstanceId, Page, RegionName};
 
 pub(crate) use self::inner::{Inner, Owner};
+pub(crate) use self::paths::Paths;
 use crate::describe::DescribeInstances;
 use crate::description::{InstanceDescription, StateReason};
 use crate::instance::Instance;

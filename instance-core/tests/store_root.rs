@@ -173,6 +173,7 @@ fn its_end_is_the_end_of_its_instance() {
     let (id, volume) = (instance.id(), instance.describe().attachments[0].volume_id);
     ask(&instance, "write 1 0 kept", "wrote");
     drop((instance, region));
+    assert!(!dir.path().join(format!("instances/{id}.root")).exists());
     let region = open(dir.path());
     assert_eq!(region.instance(id).unwrap_err().kind(), ErrorKind::InstanceNotFound);
     assert_eq!(left_of_instances(dir.path()), 0);

@@ -1,5 +1,6 @@
 //! What stands behind the handles of an instance.
 
+use std::fs;
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
@@ -14,6 +15,7 @@ use crate::error::chain;
 use crate::machine::{DiskSpec, Machine};
 use crate::net::FrameLimits;
 use crate::record::InstanceRecord;
+use crate::region::Paths;
 use crate::status::Boot;
 use crate::supervisor::Message;
 use crate::vsock::Vsock;
@@ -111,15 +113,21 @@ impl Cell {
         Some(Hold { id: self.id, live: Some(live), ended })
     }
 
-    /// Lets go of machine and volumes, when the region is closed. Gives the record if that says now that the volumes of
-    /// its launch are durable.
-    pub(crate) fn release(&self) -> Option<InstanceRecord> {
+    /// Lets go of machine and volumes, and of a root device that ends with the machine, when the region is closed. Gives the
+    /// record if that says now that the volumes of its launch are durable.
+    pub(crate) fn release(&self, paths: &Paths) -> Option<InstanceRecord> {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         let launched = live.record.launched;
         if let Err(e) = live.end_machine() {
             tracing::error!(instance = %self.id, error = chain(&e), "what an instance had written is lost");
         }
         live.volumes.clear();
+        // What stays is removed when the region is opened again.
+        if live.root.take().is_some() {
+            if let Err(e) = fs::remove_dir_all(paths.store_root(self.id)) {
+                tracing::warn!(instance = %self.id, error = chain(&e), "cannot remove a root device");
+            }
+        }
         (live.record.launched != launched).then(|| live.record.clone())
     }
 }

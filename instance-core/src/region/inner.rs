@@ -186,7 +186,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // Machines first, while what they stand on is still there.
         for cell in self.cells().values() {
-            if let Some(record) = cell.release() {
+            if let Some(record) = cell.release(&self.paths) {
                 // It is written when the store is closed, which comes next.
                 let _ = self.store.later(|c| c.put(&record));
             }
