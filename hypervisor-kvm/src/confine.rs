@@ -21,7 +21,7 @@ use crate::kick;
 /// embedder's. Only a call by the interface of 32-bit programs ends the process, by Linux's own rules for such filters.
 ///
 /// The threads that processors run in can make KVM run, interrupt and kick; those of devices can besides
-/// that work on open files and sockets, and open files that exist, as volumes do with the packs of their snapshots.
+/// that work on files and sockets: open, make, rename and remove files, as volumes do with their logs and packs.
 /// What of the embedder's own code runs in them is confined with them: disks of its own, hooks on states,
 /// subscribers of `tracing`. If these need more, they are given it:
 ///
@@ -117,8 +117,6 @@ enum When {
 
 /// Memory that is made executable.
 const NOT_EXECUTABLE: When = When::Without(2, libc::PROT_EXEC as u64);
-/// Files that are made or emptied.
-const NOT_MADE: When = When::Without(2, (libc::O_CREAT | libc::O_TRUNC) as u64);
 
 /// What each thread needs to live and to end: locks, memory, descriptors that wake others, time. What is
 /// written to open files besides is mostly what a subscriber of `tracing` says.
@@ -141,6 +139,7 @@ const COMMON: &[Allowed] = &[
     (libc::SYS_poll, When::Always),
     (libc::SYS_ppoll, When::Always),
     (libc::SYS_read, When::Always),
+    (libc::SYS_readv, When::Always),
     (libc::SYS_restart_syscall, When::Always),
     (libc::SYS_rt_sigprocmask, When::Always),
     (libc::SYS_rt_sigreturn, When::Always),
@@ -170,7 +169,8 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_fsync, When::Always),
     (libc::SYS_ftruncate, When::Always),
     (libc::SYS_lseek, When::Always),
-    (libc::SYS_openat, NOT_MADE),
+    // Volumes make, rename and remove files of their own: their logs begin with the first flush.
+    (libc::SYS_openat, When::Always),
     (libc::SYS_prctl, When::Equal(0, libc::PR_SET_NAME as u64)),
     (libc::SYS_pread64, When::Always),
     (libc::SYS_preadv, When::Always),
@@ -178,9 +178,13 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_pwrite64, When::Always),
     (libc::SYS_pwritev, When::Always),
     (libc::SYS_pwritev2, When::Always),
-    (libc::SYS_readv, When::Always),
+    (libc::SYS_readlink, When::Always),
+    (libc::SYS_readlinkat, When::Always),
     (libc::SYS_recvfrom, When::Always),
     (libc::SYS_recvmsg, When::Always),
+    (libc::SYS_rename, When::Always),
+    (libc::SYS_renameat, When::Always),
+    (libc::SYS_renameat2, When::Always),
     (libc::SYS_rseq, When::Always),
     (libc::SYS_sendmsg, When::Always),
     (libc::SYS_sendto, When::Always),
@@ -188,6 +192,8 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_statx, When::Always),
     (libc::SYS_sync_file_range, When::Always),
     (libc::SYS_timerfd_create, When::Always),
+    (libc::SYS_unlink, When::Always),
+    (libc::SYS_unlinkat, When::Always),
 ];
 
 /// A call of a driver's: direction, type, number, size of the argument.

@@ -14,7 +14,7 @@ use ami_core::Architecture;
 use hypervisor_kvm::{Confinement, Kvm};
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, Hypervisor, Machine, MachineSpec};
-use storage_block::{BlockBackend, Disk, MemoryDisk, Result};
+use storage_block::{BlockBackend, Disk, MemoryDisk, Result, Volume};
 
 use common::{guest, kvm};
 
@@ -23,7 +23,7 @@ fn soon() -> Instant {
 }
 
 /// Whether things that a machine has no use for could be done.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Could {
     make_a_file: bool,
     open_a_socket: bool,
@@ -123,16 +123,31 @@ fn a_confined_thread_is_refused_what_it_has_no_use_for() {
     let Some(kvm) = kvm() else { return };
     assert_eq!(could(&kvm), [ANYTHING, ANYTHING], "nobody is confined unasked");
     let confined = kvm.clone().with_confinement(Confinement::new());
-    // A disk's thread opens the packs of snapshots.
-    assert_eq!(could(&confined), [Could { open_a_file: true, ..NOTHING }, NOTHING]);
+    // A disk's thread opens the packs of snapshots, and makes the logs of volumes.
+    let files = Could { open_a_file: true, make_a_file: true, ..NOTHING };
+    assert_eq!(could(&confined), [files, NOTHING]);
     let more = Confinement::new()
         .allow_devices([libc::SYS_socket, libc::SYS_bind, libc::SYS_setsockopt])
         .allow_processors([libc::SYS_openat, libc::SYS_fcntl]);
     let [on_disk, on_processor] = could(&kvm.clone().with_confinement(more));
-    assert_eq!(on_disk, Could { open_a_file: true, open_a_socket: true, ..NOTHING });
+    assert_eq!(on_disk, Could { open_a_socket: true, ..files });
     assert_eq!(on_processor, Could { open_a_file: true, make_a_file: true, ..NOTHING });
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(try_things(dir.path()), ANYTHING, "who made the machines is as free as ever");
+}
+
+#[test]
+fn a_new_volume_is_written_and_flushed_by_a_confined_guest() {
+    let Some(kvm) = kvm() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let volume = Volume::create(&dir.path().join("vol-1"), None, 1 << 20).unwrap();
+    let confined = kvm.with_confinement(Confinement::new());
+    let (_machine, console) = up(&confined, vec![DiskSpec::new(volume.disk(), "vol-1")]);
+    let mut reader = console.reader_from_now();
+    for (line, answer) in [("write 0 0 kept", "wrote\n"), ("flush 0", "flushed\n")] {
+        console.write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+        reader.wait_for(answer, soon()).unwrap();
+    }
 }
 
 #[test]

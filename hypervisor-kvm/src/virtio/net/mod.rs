@@ -175,7 +175,6 @@ impl Net {
             port.set_takes(takes);
         }
         let mut handed_over = false;
-        self.dry = false;
         for _ in 0..BATCH {
             let frame = match self.pairs[pair].inbound.pop_front() {
                 Some(frame) => frame,
@@ -185,6 +184,7 @@ impl Net {
                         self.dry = true;
                         return Ok(handed_over);
                     };
+                    self.dry = false;
                     self.receive.limits.charge(frame.data.len());
                     if !frame.is_sound() || !frame.is_taken_by(takes) || !self.config.is_short_enough(&frame)
                     {
