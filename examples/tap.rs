@@ -5,18 +5,16 @@
 //! root's rights over the host's network, and iproute2's `ip`.
 
 use std::error::Error;
-use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::Architecture;
-use hypervisor_kvm::Kvm;
-use hypervisor_qemu::Qemu;
+use ami_examples::{boot, hypervisor, soon};
 use instance_core::console::Console;
-use instance_core::machine::{Boot, BootFile, Hypervisor, MachineSpec, NetSpec};
+use instance_core::machine::{MachineSpec, NetSpec};
 use instance_core::net::Tap;
 
 /// A network for tests alone (RFC 2544), of the host and the guest.
@@ -57,27 +55,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let is_there = Path::new("/sys/class/net").join(&name).exists();
     println!("its device is {}", if is_there { "still there" } else { "gone with it" });
     Ok(())
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(120)
-}
-
-/// KVM where it is fit for a kernel, else QEMU.
-fn hypervisor() -> Result<Box<dyn Hypervisor>, Box<dyn Error>> {
-    match Kvm::open() {
-        Ok(kvm) if kvm.capabilities().execution.is_hardware() => Ok(Box::new(kvm)),
-        _ => Ok(Box::new(Qemu::find()?)),
-    }
-}
-
-/// Debian's kernel, unpacked, with a guest that obeys commands on its console.
-fn boot(dir: &Path) -> Result<Boot, Box<dyn Error>> {
-    let packed = std::fs::read(dir.join("vmlinuz"))?;
-    let mut kernel = tempfile::tempfile()?;
-    kernel.write_all(&boot_image::unpack_kernel(&packed)?.image)?;
-    let initrd = BootFile::new(File::open(dir.join("conformance.img"))?)?;
-    Ok(Boot::new(BootFile::new(kernel)?, Some(initrd), "console=ttyS0 quiet panic=-1"))
 }
 
 fn ip(arguments: &[&str]) -> Result<(), Box<dyn Error>> {

@@ -5,16 +5,12 @@
 //! `cargo xtask guest` makes.
 
 use std::error::Error;
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
 use ami_core::Architecture;
-use hypervisor_kvm::Kvm;
-use hypervisor_qemu::Qemu;
+use ami_examples::{boot, hypervisor, soon};
 use instance_core::console::Console;
-use instance_core::machine::{Boot, BootFile, DiskSpec, Hypervisor, Machine, MachineSpec};
+use instance_core::machine::{Boot, DiskSpec, Hypervisor, Machine, MachineSpec};
 use storage_block::{Disk, MemoryDisk};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -38,27 +34,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let end = two.machine.state().wait(soon(), |state| state.exit_cause().is_some());
     println!("two ended: {:?}", end.map_err(|state| format!("two is still {state:?}"))?);
     Ok(())
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(120)
-}
-
-/// KVM where it is fit for a kernel, else QEMU.
-fn hypervisor() -> Result<Box<dyn Hypervisor>, Box<dyn Error>> {
-    match Kvm::open() {
-        Ok(kvm) if kvm.capabilities().execution.is_hardware() => Ok(Box::new(kvm)),
-        _ => Ok(Box::new(Qemu::find()?)),
-    }
-}
-
-/// Debian's kernel, unpacked, with a guest that obeys commands on its console.
-fn boot(dir: &Path) -> Result<Boot, Box<dyn Error>> {
-    let packed = std::fs::read(dir.join("vmlinuz"))?;
-    let mut kernel = tempfile::tempfile()?;
-    kernel.write_all(&boot_image::unpack_kernel(&packed)?.image)?;
-    let initrd = BootFile::new(File::open(dir.join("conformance.img"))?)?;
-    Ok(Boot::new(BootFile::new(kernel)?, Some(initrd), "console=ttyS0 quiet panic=-1"))
 }
 
 /// A machine that is up, with all that belongs to it.
