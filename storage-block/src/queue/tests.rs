@@ -275,7 +275,6 @@ fn a_panic_is_an_error() {
     queue.wait().unwrap().result.unwrap();
 }
 
-/// What has begun ends as ever, and what has not is reported and never begins.
 /// A request that waits for one limit has taken of another, and gives that back if it is not made.
 #[test]
 fn what_is_not_made_takes_nothing_of_a_limit() {
@@ -296,6 +295,7 @@ fn what_is_not_made_takes_nothing_of_a_limit() {
     }
 }
 
+/// What has begun ends as ever, and what has not is reported and never begins.
 #[test]
 fn cancelling() {
     let (mut queue, began, go_on) = gated(1);

@@ -65,7 +65,7 @@ impl Volume {
             Ok(()) => true,
             // A mark beside it is that of a volume whose files a crash has taken.
             Err(e)
-                if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() && !mark::is_there(dir) =>
+                if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() && !mark::is_there(dir)? =>
             {
                 false
             }
@@ -146,7 +146,7 @@ impl Inner {
         // None of them relies on another: before this returns nobody has been promised anything.
         let names: [&(dyn Fn() -> Result<()> + Sync); 2] = [&|| sync_dir(parent(dir)), &|| sync_dir(dir)];
         let synced = match *state {
-            Names::Durable => return Ok(()),
+            Names::Durable | Names::Gone => return Ok(()),
             Names::Marked => names[1]().inspect(|()| mark::discard(dir)),
             Names::New { .. } if log.is_blank() => sync_at_once(&names),
             Names::New { .. } => sync_at_once(&[names[0], names[1], &|| log.sync_all()]),

@@ -237,6 +237,9 @@ impl Inner {
     fn flush(&self) -> Result<()> {
         let mut log = lock(&self.log);
         self.check_durable()?;
+        if self.is_deleted() {
+            return Ok(());
+        }
         self.sync_new(&log)?;
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());

@@ -8,6 +8,8 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 use crate::fs;
 use crate::log::Log;
 use crate::store::{parent, sync_dir};
@@ -22,15 +24,21 @@ fn path(dir: &Path) -> Option<PathBuf> {
 }
 
 /// What the mark says: the name of the volume's log. `None` where there is no mark.
-fn read(dir: &Path) -> Option<(PathBuf, PathBuf)> {
-    let path = path(dir)?;
-    let target = std::fs::read_link(&path).ok()?;
-    Some((path, target))
+fn read(dir: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
+    let Some(path) = path(dir) else { return Ok(None) };
+    match std::fs::read_link(&path) {
+        Ok(target) => Ok(Some((path, target))),
+        // There is nothing, or what is no link, or a volume whose name has no room for a mark's.
+        Err(e) => match Errno::from_io_error(&e) {
+            Some(Errno::NOENT | Errno::NOTDIR | Errno::INVAL | Errno::NAMETOOLONG) => Ok(None),
+            _ => Err(Error::io(e, format!("cannot read {}", path.display()))),
+        },
+    }
 }
 
 /// Whether there is a mark.
-pub(super) fn is_there(dir: &Path) -> bool {
-    read(dir).is_some()
+pub(super) fn is_there(dir: &Path) -> Result<bool> {
+    read(dir).map(|mark| mark.is_some())
 }
 
 /// Makes the mark of a volume whose log is called `log`.
@@ -41,7 +49,7 @@ pub(super) fn make(dir: &Path, log: &str) -> std::io::Result<()> {
 /// Makes again what is missing of the log of a volume with a mark. Nothing was ever flushed to it, so that it is as it was
 /// when the volume was made.
 pub(super) fn restore_log(dir: &Path) -> Result<()> {
-    let Some((path, target)) = read(dir) else { return Ok(()) };
+    let Some((path, target)) = read(dir)? else { return Ok(()) };
     Log::restore(dir, || {
         let name = target.to_str().unwrap_or_default();
         format::parse_log_name(name).map_err(|why| Error::corrupt(&path, why)).map(|_| name)
@@ -51,14 +59,14 @@ pub(super) fn restore_log(dir: &Path) -> Result<()> {
 /// Removes the mark of a volume whose names are durable, or one that was left of an earlier volume. If that fails, it does
 /// no harm.
 pub(super) fn discard(dir: &Path) {
-    if let Some((path, _)) = read(dir) {
+    if let Ok(Some((path, _))) = read(dir) {
         let _ = fs::remove_file(&path);
     }
 }
 
 /// Removes the mark for good: one that came back when half of a volume's files are gone would bring back an empty volume.
 pub(super) fn remove(dir: &Path) -> Result<()> {
-    if let Some((path, _)) = read(dir) {
+    if let Some((path, _)) = read(dir)? {
         match fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io(e, format!("cannot remove {}", path.display())));

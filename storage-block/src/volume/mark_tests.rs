@@ -114,6 +114,32 @@ fn a_log_that_says_something_counts_and_not_the_mark() {
 }
 
 #[test]
+fn what_is_held_of_a_deleted_volume_does_no_harm_to_the_next() {
+    let fixture = Fixture::new();
+    let first = fixture.create();
+    let held = first.disk();
+    held.write_at(&[1; 4096], 0).unwrap();
+    first.delete().unwrap();
+    let second = fixture.create();
+    held.flush().unwrap();
+    held.write_at(&[2; 4096], 0).unwrap();
+    held.flush().unwrap();
+    assert!(fixture.is_marked(), "nobody has flushed the one that is there");
+    let mut found = [0; 4096];
+    held.read_at(&mut found, 0).unwrap();
+    assert_eq!(found, [2; 4096]);
+    drop(held);
+
+    let disk = second.disk();
+    disk.write_at(&[3; 4096], 0).unwrap();
+    disk.flush().unwrap();
+    drop((second, disk));
+    let opened = Volume::open(&fixture.volume(), &fixture.store).unwrap();
+    opened.disk().read_at(&mut found, 0).unwrap();
+    assert_eq!(found, [3; 4096]);
+}
+
+#[test]
 fn a_mark_that_was_left_makes_no_volume() {
     let fixture = Fixture::new();
     // As whoever removed the directory by other means has left it.

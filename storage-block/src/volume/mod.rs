@@ -109,6 +109,8 @@ enum Names {
     Marked,
     /// Nobody has synchronised any. Whether the directory was made for it.
     New { own_dir: bool },
+    /// It has none any more: what stands there by now is another volume's.
+    Gone,
 }
 
 /// What who passes the gate has to do.
@@ -140,7 +142,7 @@ impl Volume {
     pub fn open(dir: &Path, store: &Store) -> Result<Self> {
         let path = dir.join(OVERLAY);
         // A mark that stands alone is what is left of a volume that was never there for anybody, or is no more.
-        let marked = dir.is_dir() && mark::is_there(dir);
+        let marked = dir.is_dir() && mark::is_there(dir)?;
         let overlay = Locked::open(&path, marked)?;
         if marked {
             mark::restore_log(dir)?;
@@ -244,7 +246,8 @@ impl Volume {
         }
         inner.sync_new(&log)?;
         inner.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
-        match log.grow(size) {
+        let logged = if inner.is_deleted() { Ok(()) } else { log.grow(size) };
+        match logged {
             Ok(()) => {
                 inner.size.store(size, Ordering::Release);
                 Ok(())
@@ -292,7 +295,11 @@ impl Volume {
     ///
     /// What the file system says.
     pub fn delete(self) -> Result<()> {
-        remove_files(&self.0.dir)
+        // Nobody flushes meanwhile, and from then on nobody names a file.
+        let _log = lock(&self.0.log);
+        remove_files(&self.0.dir)?;
+        *lock(&self.0.names) = Names::Gone;
+        Ok(())
     }
 
     /// Deletes the volume in `dir`, whole or half-made, without opening it. It is no error if there is
@@ -313,6 +320,11 @@ impl Volume {
 impl Inner {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+
+    /// Whether nobody is going to open it again. That does not change while the log is locked.
+    fn is_deleted(&self) -> bool {
+        *lock(&self.names) == Names::Gone
     }
 }
 
