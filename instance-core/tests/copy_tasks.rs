@@ -19,8 +19,8 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
-/// Keys that let nobody have one before they are told to, or their teller is gone.
-struct Held(LocalKey, Mutex<mpsc::Receiver<()>>);
+/// Keys that let nobody have one before they are told to, or their teller is gone, and tell who has asked.
+struct Held(LocalKey, Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
 
 impl KeyProvider for Held {
     fn default_key_id(&self) -> &str {
@@ -28,6 +28,7 @@ impl KeyProvider for Held {
     }
 
     fn wrap(&self, key_id: &str, key: &DataKey, context: &KeyContext) -> storage_block::Result<Vec<u8>> {
+        let _ = self.2.send(());
         let _ = self.1.lock().unwrap().recv();
         self.0.wrap(key_id, key, context)
     }
@@ -44,10 +45,16 @@ impl KeyProvider for Held {
 
 /// A region in which an encrypted copy has to wait for a word.
 fn held(dir: &Path) -> (TestRegion, mpsc::Sender<()>) {
-    let (go, let_on) = mpsc::channel();
-    let keys = Held(LocalKey::from_bytes([7; 32]), Mutex::new(let_on));
-    let region = RegionOptions::new().keys(Arc::new(keys)).open(dir, FakeHypervisor::new()).unwrap();
+    let (region, go, _) = held_and_heard(dir);
     (region, go)
+}
+
+/// The same, and what tells that one waits.
+fn held_and_heard(dir: &Path) -> (TestRegion, mpsc::Sender<()>, mpsc::Receiver<()>) {
+    let ((go, let_on), (ask, asked)) = (mpsc::channel(), mpsc::channel());
+    let keys = Held(LocalKey::from_bytes([7; 32]), Mutex::new(let_on), ask);
+    let region = RegionOptions::new().keys(Arc::new(keys)).open(dir, FakeHypervisor::new()).unwrap();
+    (region, go, asked)
 }
 
 fn encrypted(name: &str) -> CopyImage {
@@ -101,6 +108,24 @@ fn a_copy_goes_on_without_its_source_and_tells_how_far_it_is() {
     drop((to, friend));
     let to = open(&dir.path().join("to"));
     assert_eq!(to.copy_image_task(task.id()).unwrap().describe(), ended);
+}
+
+#[test]
+fn a_copy_that_fails_waits_for_no_other_nor_does_anybody_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = open(&dir.path().join("from"));
+    let path = dir.path().join("to");
+    let (to, go, asked) = held_and_heard(&path);
+    let ami = register(&from, "base", &disk(8, 7)).unwrap();
+    let long = to.begin_copy_image_from(&from, ami.id(), encrypted("long")).unwrap();
+    asked.recv_timeout(Duration::from_secs(30)).unwrap();
+    register(&to, "taken", &disk(1, 1)).unwrap();
+    let refused = to.begin_copy_image_from(&from, ami.id(), CopyImage::new("taken")).unwrap();
+    assert_eq!(refused.wait(soon()).unwrap_err().kind(), ErrorKind::ImageNameDuplicate);
+    register(&to, "another", &disk(1, 2)).unwrap();
+    assert_eq!(long.describe().status, TaskStatus::Active);
+    drop(go);
+    long.wait(soon()).unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Deref;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -79,6 +80,8 @@ pub(crate) struct Inner {
     /// Held for reading while an image is made, and for writing while what nothing names is collected, which
     /// so does not meet a snapshot that an image is about to name.
     pub(crate) making_images: RwLock<()>,
+    /// Something that was being made has failed, and what is left of it has not been collected.
+    pub(crate) half_made: AtomicBool,
     /// Held for the moment in which a launch looks at its image and names what it needs of it, and for that
     /// in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
     pub(crate) naming: Mutex<()>,
@@ -137,6 +140,7 @@ impl Inner {
             blocks,
             boot,
             making_images: RwLock::default(),
+            half_made: AtomicBool::new(false),
             naming: Mutex::default(),
             resources: Mutex::default(),
             listeners: Mutex::default(),
