@@ -190,8 +190,9 @@ pub enum Transport {
 /// Whether the host's kernel (vhost-net) moves the frames of network ports on TAP devices
 /// ([`Tap`](instance_core::net::Tap)), or the device's thread does.
 ///
-/// It needs `/dev/vhost-net`, which the module `vhost_net` makes, and a port that is held to no limits. Which it is, is an
-/// event of `tracing`.
+/// It needs `/dev/vhost-net`, which the module `vhost_net` makes, and a port that is held to no limits, and has one pair of
+/// queues, however many processors there are: a saved machine whose port has more is the thread's. The kernel does not look
+/// whether frames are longer than the port's MTU. Which it is, is an event of `tracing`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum VhostNet {

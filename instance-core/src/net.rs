@@ -54,7 +54,7 @@ pub fn link() -> (NetPort, NetPort) {
 /// One end of a cable, or a port on a [`Tap`] device of the host's. Clones are the same end, which is unplugged when the
 /// last one is dropped.
 ///
-/// Every method may be called from any thread, and none blocks.
+/// Every method may be called from any thread, and none waits for the other end.
 #[derive(Clone)]
 pub struct NetPort(Kind);
 

@@ -27,6 +27,8 @@ mod pci;
 #[cfg(test)]
 mod pci_tests;
 mod ring;
+#[cfg(test)]
+mod ring_tests;
 mod rng;
 mod state;
 #[cfg(test)]
@@ -37,8 +39,8 @@ mod vsock_tests;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -86,6 +88,8 @@ pub(crate) struct VirtioDevice {
     stale: Arc<AtomicBool>,
     /// Whether that is so when a driver has come up, too: see [`telling`](Self::telling).
     tells: bool,
+    /// Held by its thread while that waits for what is outside, and so holds it.
+    waiting: Mutex<()>,
     /// A rule was broken before, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
@@ -156,6 +160,7 @@ impl VirtioDevice {
             stopped: AtomicBool::new(false),
             stale: Arc::default(),
             tells: false,
+            waiting: Mutex::default(),
             warned: AtomicBool::new(false),
         }
     }
@@ -277,8 +282,13 @@ impl VirtioDevice {
             Port::Mmio(mmio) => mmio.end(),
             Port::Pci(pci) => pci.end(),
         }
-        // A driver that is still there is told of what has ended by that.
+        // A driver that is still there is told of what has ended by that, and the thread lets go of what is outside.
         self.wake();
+        drop(self.wait_outside());
+    }
+
+    fn wait_outside(&self) -> MutexGuard<'_, ()> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What wakes [`serve`](Self::serve) when called, from any thread and also when the device is gone.
@@ -326,6 +336,7 @@ impl VirtioDevice {
 
     /// Waits for a notification, for the end of something that the device has under way, or until it is due.
     fn wait(&self, notification: &EventFd) -> io::Result<()> {
+        let waiting = self.wait_outside();
         let (ended, due_in) = match &self.port {
             Port::Mmio(mmio) => (mmio.ended(), mmio.due_in()),
             Port::Pci(pci) => (pci.ended(), pci.due_in()),
@@ -342,6 +353,7 @@ impl VirtioDevice {
                 Err(error) => return Err(error.into()),
             }
         }
+        drop((ended, waiting));
         match notification.read() {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),

@@ -114,7 +114,7 @@ impl Ring {
     /// The queue at work.
     pub(crate) fn run<'a>(&'a mut self, memory: &'a Memory) -> Running<'a> {
         let used_before = self.queue.next_used();
-        Running { queue: &mut self.queue, memory, used_before }
+        Running { queue: &mut self.queue, memory, used_before, interrupt: false }
     }
 }
 
@@ -124,6 +124,8 @@ pub(crate) struct Running<'a> {
     memory: &'a Memory,
     /// How far the used ring was when this began.
     used_before: u16,
+    /// Whether the driver is to be interrupted whatever it waits for.
+    interrupt: bool,
 }
 
 impl<'a> Running<'a> {
@@ -228,28 +230,37 @@ impl<'a> Running<'a> {
 
     /// Goes on from this chain, and from what is in the used ring: somebody else has worked on the queue.
     pub(crate) fn go_on_from(&mut self, next_available: u16) -> Result<(), Malformed> {
-        self.queue.set_next_avail(next_available);
-        self.follow_used()
-    }
-
-    /// Takes over how far the used ring is, which somebody else fills.
-    pub(crate) fn follow_used(&mut self) -> Result<(), Malformed> {
         let used = self.queue.used_idx(self.memory, Ordering::Acquire).map_err(|_| RING)?;
+        self.queue.set_next_avail(next_available);
         self.queue.set_next_used(used.0);
         Ok(())
     }
 
-    /// How far the driver has filled the available ring.
-    pub(crate) fn available(&self) -> Result<u16, Malformed> {
-        self.queue.avail_idx(self.memory, Ordering::Acquire).map(|idx| idx.0).map_err(|_| RING)
+    /// Whether who works on the queue has asked to be told of what the driver has put there (virtio 1.2, 2.7.10).
+    pub(crate) fn is_awaited(&self) -> Result<bool, Malformed> {
+        const NO_NOTIFY: u16 = 1 << 0;
+        let available = self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(|_| RING)?;
+        // What was put there comes before the look at what is waited for.
+        fence(Ordering::SeqCst);
+        let used = self.queue.used_ring();
+        let event_idx = self.queue.event_idx_enabled();
+        let at = if event_idx { used + 4 + 8 * u64::from(self.queue.size()) } else { used };
+        let said = self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed).map_err(|_| RING)?;
+        let said = u16::from_le(said);
+        Ok(if event_idx { said != available.0 } else { said & NO_NOTIFY == 0 })
+    }
+
+    /// Who works on the queue has found that the driver wants to be interrupted.
+    pub(crate) fn interrupt(&mut self) {
+        self.interrupt = true;
     }
 
     /// Whether the driver wants to hear of what was put into the used ring (virtio 1.2, 2.7.7).
     pub(crate) fn wants_interrupt(self) -> Result<bool, Malformed> {
         const NO_INTERRUPT: u16 = 1 << 0;
         let used = self.queue.next_used();
-        if used == self.used_before {
-            return Ok(false);
+        if self.interrupt || used == self.used_before {
+            return Ok(self.interrupt);
         }
         // What was put into the used ring comes before the look at what the driver waits for.
         fence(Ordering::SeqCst);

@@ -4,6 +4,7 @@
 
 use std::ffi::CStr;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,7 +34,8 @@ const SET_OFFLOADS: Opcode = libc::TUNSETOFFLOAD as Opcode;
 ///
 /// A machine whose port it is sends to the host's kernel and receives from it, with nothing of this library's in between:
 /// no switch, no firewall, no address or metadata service. Who makes the device has it part of a bridge or of the host's
-/// routing, and brings it up. A hypervisor that can has the host's kernel move the frames (vhost-net).
+/// routing, and brings it up. A hypervisor that can has the host's kernel move the frames (vhost-net). That somebody has
+/// deleted the device is noticed when a frame is sent or received, and not where the host's kernel moves them.
 ///
 /// ```
 /// use instance_core::machine::NetSpec;
@@ -80,6 +82,9 @@ impl Tap {
                     ": it needs CAP_NET_ADMIN, or a device made for this user by `ip tuntap add mode tap user`"
                 }
                 io::ErrorKind::NotFound => ": this host has no /dev/net/tun, which the module `tun` makes",
+                _ if error.raw_os_error() == Some(libc::EINVAL) => {
+                    ": it is there and no TAP device of one queue, or this is no name"
+                }
                 _ => "",
             };
             io::Error::new(error.kind(), format!("cannot open TAP device {name:?}: {error}{why}"))
@@ -154,11 +159,12 @@ impl Tap {
 
     pub(super) fn set_takes(&self, takes: Offloads) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.tell_offloads(takes) {
-            Ok(()) => state.takes = takes,
-            Err(error) => {
-                tracing::warn!(%error, name = self.name, "a TAP device did not take what a guest takes")
-            }
+        // The host is asked no oftener than it has to be: guests decide how often this is called.
+        if mem::replace(&mut state.takes, takes) != takes {
+            let told = self.tell_offloads(takes);
+            let _ = told.inspect_err(
+                |error| tracing::debug!(%error, name = self.name, "a TAP device did not take what a guest takes"),
+            );
         }
     }
 
@@ -191,9 +197,11 @@ impl Tap {
         }
     }
 
-    /// Drops the frames that wait, as many as the device's queue holds by default.
+    /// Drops the frames that wait, as many as the device's queue holds by default. What is longer than what it is read into
+    /// is lost, which is what is wanted.
     pub(super) fn discard(&self) {
-        std::iter::from_fn(|| self.recv()).take(super::FRAMES_KEPT).for_each(drop);
+        let mut header = [0; HEADER_LEN];
+        (0..super::FRAMES_KEPT).find(|_| rustix::io::read(&self.device, &mut header).is_err());
     }
 
     /// The next frame, if one waits.

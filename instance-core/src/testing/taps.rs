@@ -77,7 +77,7 @@ fn carry(device: &NetPort, cable: &NetPort, bridge: Bridge) {
     let wake = woken.clone();
     cable.set_waker(Some(Arc::new(move || _ = rustix::io::write(&wake, &1u64.to_ne_bytes()))));
     let readable = device.descriptor().expect("a TAP device has one");
-    while cable.is_connected() {
+    while cable.is_connected() && device.is_connected() {
         let waited = [&readable, &woken].map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN));
         let _ = poll(&mut { waited }, None);
         let _ = rustix::io::read(&woken, &mut [0; 8]);

@@ -13,6 +13,8 @@ mod steering;
 mod tests;
 #[cfg(test)]
 mod tests_of_pairs;
+#[cfg(test)]
+mod tests_of_taps;
 mod vhost;
 
 use std::collections::VecDeque;

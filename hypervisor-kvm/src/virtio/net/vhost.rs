@@ -7,15 +7,16 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::{io, mem};
 
 use instance_core::machine::NetSpec;
 use instance_core::net::{NetPort, Offloads};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use vhost::net::VhostNet as _;
-use vhost::vhost_kern::net::Net as Kernel;
+use vhost::vhost_kern::VhostKernBackend;
+use vhost::vhost_kern::net::Net;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -46,12 +47,34 @@ pub(crate) struct KernelNet {
 
 /// The kernel's part.
 struct InKernel {
-    net: Kernel<Arc<Memory>>,
+    net: Kernel,
     /// What of the transport's and the device's features it knows.
     features: u64,
     port: NetPort,
     /// The port's TAP device, as the kernel is given it.
     backend: File,
+}
+
+/// The kernel's device.
+struct Kernel(Net<Arc<Memory>>);
+
+impl AsRawFd for Kernel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl VhostKernBackend for Kernel {
+    type AS = Arc<Memory>;
+
+    fn mem(&self) -> &Self::AS {
+        self.0.mem()
+    }
+
+    /// [`Running::place`] has looked, and the crate's own look takes no queue that ends where the memory does.
+    fn is_valid(&self, _: &VringConfigData) -> bool {
+        true
+    }
 }
 
 /// What passes between the kernel and the driver of a queue.
@@ -64,8 +87,6 @@ struct Line {
     /// It tells that it can do nothing with the queue.
     failed: EventFd,
     at_work: bool,
-    /// How far the available ring was when the kernel was told last.
-    told: Option<u16>,
 }
 
 impl KernelNet {
@@ -107,25 +128,30 @@ impl KernelNet {
         Ok(Self { config: Config::new(spec, 1), kernel: Some(kernel), lines, heard })
     }
 
-    /// Has the kernel stop working on a queue. Where it was, which chain is the next one; nothing is under way when this
+    /// Has the kernel stop working on a queue, if it does. Which chain is the next one; nothing is under way when this
     /// returns.
-    fn take_back(&mut self, queue: usize) -> Option<u16> {
-        let (Some(kernel), Some(line)) = (&self.kernel, self.lines.get_mut(queue)) else { return None };
-        if !std::mem::take(&mut line.at_work) {
-            return None;
+    fn take_back(&mut self, queue: usize) -> Result<Option<u16>, Malformed> {
+        let (Some(kernel), Some(line)) = (&self.kernel, self.lines.get_mut(queue)) else { return Ok(None) };
+        if !mem::take(&mut line.at_work) {
+            return Ok(None);
         }
-        line.told = None;
-        let stopped = kernel.net.set_backend(queue, None).and_then(|()| kernel.net.get_vring_base(queue));
-        stopped
-            .inspect_err(|error| tracing::error!(%error, queue, "vhost-net did not give a queue back"))
-            .ok()
-            .map(|next| next as u16)
+        let stopped = kernel.net.0.set_backend(queue, None).and_then(|()| kernel.net.get_vring_base(queue));
+        match stopped {
+            Ok(next) => Ok(Some(next as u16)),
+            Err(error) => {
+                tracing::error!(%error, "vhost-net did not give a queue back: the device is closed");
+                // Which ends what it does, whatever that is.
+                self.kernel = None;
+                self.lines.iter_mut().for_each(|line| line.at_work = false);
+                Err(Malformed("vhost-net did not give the queue back"))
+            }
+        }
     }
 }
 
 impl InKernel {
     fn new(port: &NetPort, memory: &Memory) -> Result<Self, Box<dyn Error + Send + Sync>> {
-        let net = Kernel::new(Arc::new(memory.clone()))?;
+        let net = Kernel(Net::new(Arc::new(memory.clone()))?);
         net.set_owner()?;
         let regions: Vec<_> = memory
             .iter()
@@ -161,10 +187,10 @@ impl InKernel {
             self.net.set_vring_kick(queue, &line.kick)?;
             self.net.set_vring_call(queue, &line.call)?;
             self.net.set_vring_err(queue, &line.failed)?;
-            self.net.set_backend(queue, Some(&self.backend))
+            self.net.0.set_backend(queue, Some(&self.backend))
         };
         begin().map_err(|error: vhost::Error| {
-            tracing::warn!(%error, queue, "vhost-net did not take a queue");
+            tracing::debug!(%error, queue, "vhost-net did not take a queue");
             Malformed("vhost-net did not take the queue")
         })
     }
@@ -173,7 +199,7 @@ impl InKernel {
     fn accept(&self, features: u64) -> Result<(), Malformed> {
         self.port.set_takes(taken_by_driver(features));
         self.net.set_features(features & self.features).map_err(|error| {
-            tracing::warn!(%error, "vhost-net did not take the features that a driver accepted");
+            tracing::debug!(%error, "vhost-net did not take the features that a driver accepted");
             Malformed("vhost-net did not take the features")
         })
     }
@@ -188,7 +214,7 @@ impl std::fmt::Debug for InKernel {
 impl Line {
     fn new() -> Result<Self> {
         let event = || EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).host("cannot make an eventfd");
-        Ok(Self { kick: event()?, call: event()?, failed: event()?, at_work: false, told: None })
+        Ok(Self { kick: event()?, call: event()?, failed: event()?, at_work: false })
     }
 }
 
@@ -232,23 +258,28 @@ impl Device for KernelNet {
             kernel.begin(queue, line, ring)?;
             line.at_work = true;
         }
-        // Before the look at the ring, so that what comes after it is told of once more.
-        let _ = line.call.read();
-        ring.follow_used()?;
-        let available = ring.available()?;
-        if line.told.replace(available) != Some(available) {
-            // Fails only where the counter is full, and then it is being read.
+        if line.call.read().is_ok() {
+            ring.interrupt();
+        }
+        // Also where it is the kernel that has woken this thread: nobody counts who has been told of what.
+        if ring.is_awaited()? {
+            // Fails only where the counter is full, which wakes the kernel as well.
             let _ = line.kick.write(1);
         }
         Ok(false)
     }
 
     fn settle(&mut self, queue: usize, ring: &mut Running<'_>) -> Result<(), Malformed> {
-        self.take_back(queue).map_or(Ok(()), |next| ring.go_on_from(next))
+        let Some(next) = self.take_back(queue)? else { return Ok(()) };
+        if self.lines[queue].call.read().is_ok() {
+            ring.interrupt();
+        }
+        ring.go_on_from(next)
     }
 
+    /// One that the kernel does not give back ends with its device.
     fn stop(&mut self, queue: usize) {
-        self.take_back(queue);
+        let _ = self.take_back(queue);
         if let Some(line) = self.lines.get(queue) {
             let _ = (line.call.read(), line.failed.read());
         }
