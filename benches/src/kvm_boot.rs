@@ -37,7 +37,8 @@ pub fn machine_boot_to_exit() -> anyhow::Result<Measurement> {
     let dir = tempfile::tempdir()?;
     // An image's kernel is unpacked when the image is registered.
     let packed = fs::read(guest.join("vmlinuz"))?;
-    fs::write(dir.path().join("vmlinux"), boot_image::unpack_kernel(&packed)?.image)?;
+    let kernel = File::create(dir.path().join("vmlinux"))?;
+    boot_image::write_sparse(&kernel, &boot_image::unpack_kernel(&packed)?.image)?;
     fs::copy(guest.join("boot.img"), dir.path().join("initrd"))?;
     let program = std::env::current_exe()?;
     let mut samples = Vec::with_capacity(ROUNDS);

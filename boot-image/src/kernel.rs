@@ -1,6 +1,9 @@
 //! Kernel files, and what a hypervisor loads of them.
 
 use std::borrow::Cow;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
 
 use ami_core::Architecture;
 
@@ -9,6 +12,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// The most that a kernel may unpack to.
 pub(crate) const MAX_UNPACKED: usize = 512 << 20;
+/// What file systems make holes of.
+const PAGE: usize = 4096;
 
 /// A kernel as a hypervisor loads it: an ELF file on x86, an `Image` on ARM.
 ///
@@ -43,6 +48,39 @@ impl Kernel<'_> {
     pub fn into_owned(self) -> Kernel<'static> {
         Kernel { architecture: self.architecture, image: Cow::Owned(self.image.into_owned()) }
     }
+}
+
+/// Writes `bytes` to an empty file, where pages of zeroes become holes: a third of an unpacked Linux is zeroes, which
+/// a hypervisor need not read.
+///
+/// ```
+/// use std::os::unix::fs::{FileExt, MetadataExt};
+///
+/// let mut kernel = vec![0; 1 << 20];
+/// kernel[..4].copy_from_slice(b"\x7fELF");
+/// let file = tempfile::tempfile()?;
+/// boot_image::write_sparse(&file, &kernel)?;
+/// let mut read = vec![1; 1 << 20];
+/// file.read_exact_at(&mut read, 0)?;
+/// assert!(read == kernel);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// What the file system says; the file is as long as was written then.
+pub fn write_sparse(file: &File, bytes: &[u8]) -> io::Result<()> {
+    let is_zero = |page: &[u8]| page.iter().fold(0, |all, byte| all | byte) == 0;
+    let pages: Vec<&[u8]> = bytes.chunks(PAGE).collect();
+    let mut offset = 0;
+    for run in pages.chunk_by(|one, next| is_zero(one) == is_zero(next)) {
+        let end = offset + run.iter().map(|page| page.len()).sum::<usize>();
+        if !is_zero(run[0]) {
+            file.write_all_at(&bytes[offset..end], offset as u64)?;
+        }
+        offset = end;
+    }
+    file.set_len(bytes.len() as u64)
 }
 
 /// Unpacks a kernel file into what a hypervisor loads directly.

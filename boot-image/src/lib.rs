@@ -66,4 +66,4 @@ mod window;
 pub use entry::{BootEntry, BootSource};
 pub use error::{Error, ErrorKind, Result};
 pub use file::read_file;
-pub use kernel::{Kernel, unpack_kernel};
+pub use kernel::{Kernel, unpack_kernel, write_sparse};

@@ -132,6 +132,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
 use crate::machine::KvmMachine;
+use crate::probe::{Ending, Measured};
 use crate::thread::Stacks;
 
 /// The most processors of a machine.
@@ -213,6 +214,7 @@ struct Inner {
     /// The model-specific registers of a processor, where machines can be saved.
     msrs: Option<Arc<[u32]>>,
     capabilities: Capabilities,
+    measured: Arc<Ending>,
 }
 
 impl Kvm {
@@ -246,7 +248,7 @@ impl Kvm {
         }
         let cpuid = (device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
             .host("KVM did not tell what processors it supports")?;
-        let execution = probe::measure(&device)?;
+        let Measured { execution, ending } = probe::measure(&device)?;
         let mut capabilities =
             Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86], execution);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
@@ -256,7 +258,8 @@ impl Kvm {
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
-        let inner = Arc::new(Inner { device, stacks: Arc::default(), cpuid, msrs, capabilities });
+        let stacks = Arc::default();
+        let inner = Arc::new(Inner { device, stacks, cpuid, msrs, capabilities, measured: Arc::new(ending) });
         Ok(Self { inner, transport: Transport::default(), confinement: None, vhost_net: VhostNet::default() })
     }
 
@@ -310,6 +313,11 @@ impl Kvm {
 
     fn stacks(&self) -> Arc<Stacks> {
         self.inner.stacks.clone()
+    }
+
+    /// What a machine that outlives this waits for in the end.
+    fn measured(&self) -> Arc<Ending> {
+        self.inner.measured.clone()
     }
 
     fn cpuid(&self) -> &CpuId {

@@ -25,6 +25,7 @@ use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
+use crate::probe::Ending;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::slots::{Other, Placed, Role};
 use crate::thread::{Stacks, Thread};
@@ -62,6 +63,7 @@ pub(crate) struct Shared {
     /// How often each processor has left its guest.
     exits: Vec<Exits>,
     stacks: Arc<Stacks>,
+    _measured: Arc<Ending>,
     threads: Mutex<Threads>,
     /// Held while a device comes, so that whoever ends the machine finds its thread.
     pub(crate) plugging: Mutex<()>,

@@ -4,99 +4,118 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU32;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection, VolatileSlice};
 
 use crate::error::{HostContext, Result};
 use crate::layout;
 
+mod ram;
+
+pub(crate) use ram::Ram;
+
 /// The guest's RAM: memory that the host provides as it is touched, anonymous or a private copy of a file's.
-pub(crate) type Memory = GuestMemoryMmap<()>;
+pub(crate) type Memory = GuestRegionCollection<Ram>;
 
 /// The bytes of a page.
 pub(crate) const PAGE: usize = 4096;
 
 /// Reserves addresses for `mib` MiB of RAM; no page is touched.
 pub(crate) fn allocate(mib: NonZeroU32) -> Result<Memory> {
-    let ranges: Vec<_> = ranges(u64::from(mib.get()) << 20)
-        .into_iter()
-        .map(|(start, len)| (GuestAddress(start), len as usize))
-        .collect();
-    let memory = Memory::from_ranges(&ranges).host(&format!("cannot map {mib} MiB of memory"))?;
-    keep_to_this_process(&memory)?;
-    Ok(memory)
+    put_together(mib, None).host(&format!("cannot map {mib} MiB of memory"))
 }
 
 /// Maps `mib` MiB of RAM from `offset` of a file on, privately: a page is read when it is first touched, and
 /// copied when it is first written. The file must be that long, and stay so.
 pub(crate) fn map(file: &Arc<File>, offset: u64, mib: NonZeroU32) -> Result<Memory> {
-    let failed = format!("cannot map {mib} MiB of memory from a file");
-    let mut regions = Vec::new();
-    let mut offset = offset;
-    for (start, len) in ranges(u64::from(mib.get()) << 20) {
-        let mapping = MmapRegionBuilder::new(len as usize)
-            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-            .build()
-            .host(&failed)?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start));
-        regions.push(region.ok_or("the region is beyond the address space").host(&failed)?);
-        offset += len;
-    }
-    let memory = Memory::from_regions(regions).host(&failed)?;
-    keep_to_this_process(&memory)?;
-    Ok(memory)
+    put_together(mib, Some((file, offset))).host(&format!("cannot map {mib} MiB of memory from a file"))
 }
 
-/// Reads `len` bytes of a file from `offset` on straight into the memory, which no guest uses yet.
+fn put_together(mib: NonZeroU32, mut from: Option<(&Arc<File>, u64)>) -> io::Result<Memory> {
+    let mut regions = Vec::new();
+    for (start, len) in ranges(u64::from(mib.get()) << 20) {
+        let ram = Ram::map(start, len, from)?;
+        keep_to_this_process(&ram)?;
+        regions.push(ram);
+        from = from.map(|(file, offset)| (file, offset + len));
+    }
+    Memory::from_regions(regions).map_err(io::Error::other)
+}
+
+/// Reads `len` bytes of a file from `offset` on straight into the memory, which nobody has touched there; where the
+/// file has holes, nobody does.
 pub(crate) fn read_from(
     memory: &Memory,
     address: u64,
     file: &File,
-    mut offset: u64,
+    offset: u64,
     len: usize,
 ) -> io::Result<()> {
-    for slice in memory.get_slices(GuestAddress(address), len) {
-        let slice = slice.map_err(io::Error::other)?;
-        let mut done = 0;
-        while done < slice.len() {
-            let rest = slice.offset(done).map_err(io::Error::other)?;
-            let into = rest.ptr_guard_mut();
-            // SAFETY: so many bytes are mapped there, and nobody holds a reference to any.
-            let read = unsafe {
-                libc::pread(file.as_raw_fd(), into.as_ptr().cast(), rest.len(), offset as libc::off_t)
-            };
-            match read {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                1.. => (done, offset) = (done + read as usize, offset + read as u64),
-                _ => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(error),
-                },
-            }
+    let (mut done, end) = (offset, offset + len as u64);
+    while let Some(data) = next_data(file, done..end)? {
+        let (start, len) = (address + (data.start - offset), (data.end - data.start) as usize);
+        done = data.start;
+        for slice in memory.get_slices(GuestAddress(start), len) {
+            let slice = slice.map_err(io::Error::other)?;
+            read_into(&slice, file, done)?;
+            done += slice.len() as u64;
         }
     }
     Ok(())
 }
 
-fn keep_to_this_process(memory: &Memory) -> Result<()> {
+/// The first bytes within a range of a file that may not be in a hole.
+fn next_data(file: &File, within: Range<u64>) -> io::Result<Option<Range<u64>>> {
+    if within.is_empty() {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(within.start)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) if seek(file, SeekFrom::End(0))? < within.end => {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Err(Errno::NXIO) => return Ok(None),
+        // A file of which it is not known where it has holes.
+        Err(_) => return Ok(Some(within)),
+    };
+    let end = seek(file, SeekFrom::Hole(start)).map_or(within.end, |hole| hole.min(within.end));
+    Ok((start < end).then_some(start..end))
+}
+
+fn read_into(slice: &VolatileSlice<'_, ()>, file: &File, mut offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < slice.len() {
+        let rest = slice.offset(done).map_err(io::Error::other)?;
+        let into = rest.ptr_guard_mut();
+        // SAFETY: so many bytes are mapped there, and nobody holds a reference to any.
+        let read =
+            unsafe { libc::pread(file.as_raw_fd(), into.as_ptr().cast(), rest.len(), offset as libc::off_t) };
+        match read {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            1.. => (done, offset) = (done + read as usize, offset + read as u64),
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
+fn keep_to_this_process(ram: &Ram) -> io::Result<()> {
     // What the guest keeps there is nobody else's: no child process gets a copy, no core dump.
-    for region in memory.iter() {
-        for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
-            // SAFETY: the region is mapped, and the advice changes nothing for this process.
-            let done = unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
-            if done != 0 {
-                return Err(std::io::Error::last_os_error()).host("cannot keep the memory to this process");
-            }
+    for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+        // SAFETY: the region is mapped, and the advice changes nothing for this process.
+        if unsafe { libc::madvise(ram.as_ptr().cast(), ram.len() as usize, advice) } != 0 {
+            return Err(io::Error::last_os_error());
         }
     }
     Ok(())
@@ -112,7 +131,7 @@ pub(crate) struct Untouched {
 }
 
 impl Untouched {
-    pub(crate) fn of(region: &GuestRegionMmap<()>) -> Self {
+    pub(crate) fn of(region: &Ram) -> Self {
         // What is mapped from a file is not zero before it is touched.
         let anonymous = region.file_offset().is_none();
         let told = anonymous.then(|| File::open("/proc/self/pagemap").ok()).flatten();
@@ -213,6 +232,8 @@ pub(crate) fn release(memory: &Memory, start: u64, len: u64) -> Option<()> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
 
     #[test]
@@ -224,6 +245,47 @@ mod tests {
             (4 * GIB, vec![(0, 3 * GIB), (4 * GIB, GIB)]),
         ] {
             assert_eq!(ranges(len), expect, "{len:#x}");
+        }
+    }
+
+    #[test]
+    fn holes_of_a_file_touch_no_memory() {
+        const MIB: usize = 1 << 20;
+        let file = tempfile::tempfile().unwrap();
+        for (offset, byte) in [(0, 1), (4 * MIB, 2), (6 * MIB, 3)] {
+            file.write_all_at(&[byte; PAGE], offset as u64).unwrap();
+        }
+        file.set_len(7 * MIB as u64).unwrap();
+        let memory = allocate(NonZeroU32::new(16).unwrap()).unwrap();
+        read_from(&memory, MIB as u64, &file, 1024, 7 * MIB - 1024).unwrap();
+        let mut read = vec![9; 7 * MIB - 1024];
+        let ram = memory.iter().next().unwrap();
+        let untouched = Untouched::of(ram);
+        for (from, len, expect) in
+            [(0_usize, MIB, true), (MIB, PAGE, false), (2 * MIB, 2 * MIB, true), (8 * MIB, MIB, true)]
+        {
+            assert_eq!(untouched.is(from as u64, len), expect, "{from:#x}");
+        }
+        memory.read_slice(&mut read, GuestAddress(MIB as u64)).unwrap();
+        let mut whole = vec![0; 7 * MIB];
+        file.read_exact_at(&mut whole, 0).unwrap();
+        assert!(read == whole[1024..], "the bytes are not the file's");
+        let cut = read_from(&memory, 0, &file, 0, 7 * MIB + 1).unwrap_err();
+        assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn huge_pages_of_the_guest_can_be_the_hosts() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(3 << 20).unwrap();
+        let mib = NonZeroU32::new(3).unwrap();
+        // Several, since one may lie well by chance.
+        let memories: Vec<_> =
+            (0..4).flat_map(|_| [allocate(mib).unwrap(), map(&file, 0, mib).unwrap()]).collect();
+        for memory in &memories {
+            let ram = memory.iter().next().unwrap();
+            assert_eq!((ram.as_ptr() as usize % (2 << 20), ram.len()), (0, 3 << 20));
+            memory.write_slice(&[7; 16], GuestAddress((3 << 20) - 16)).unwrap();
         }
     }
 

@@ -1,6 +1,7 @@
 //! Whether KVM runs a guest's kernel on the processor, or emulates it.
 
 use std::num::NonZeroU32;
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use instance_core::machine::{Execution, MachineError, MachineErrorKind};
@@ -24,12 +25,30 @@ const MANY: u64 = 400_000;
 /// nested virtualisation that is itself emulated, does more than a hundred million.
 const HARDWARE: f64 = 20e6;
 
+/// What was measured, and the end of what measured it.
+pub(crate) struct Measured {
+    pub(crate) execution: Execution,
+    pub(crate) ending: Ending,
+}
+
+/// The thread that closes the virtual machine that measured: the host's kernel waits for some ten milliseconds there,
+/// in which a first machine has been made. Dropping it waits for what is left of them.
+#[derive(Debug)]
+pub(crate) struct Ending(Option<JoinHandle<()>>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        // It can only have ended.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
+}
+
 /// Runs a short loop in a guest's most privileged mode.
-pub(crate) fn measure(device: &kvm_ioctls::Kvm) -> Result<Execution> {
+pub(crate) fn measure(device: &kvm_ioctls::Kvm) -> Result<Measured> {
     let memory = memory::allocate(NonZeroU32::MIN)?;
     memory.write_slice(&LOOP, GuestAddress(CODE.into())).host("no memory for the measurement")?;
     let vm = device.create_vm().host("KVM did not make a virtual machine")?;
-    // SAFETY: the memory is declared before the virtual machine and its processor, so it outlives them.
+    // SAFETY: the memory is declared before the virtual machine and its processor, and dropped after them.
     #[allow(unsafe_code, reason = "the guest's memory is given to KVM")]
     unsafe {
         memory::register(&vm, &memory)?;
@@ -47,11 +66,15 @@ pub(crate) fn measure(device: &kvm_ioctls::Kvm) -> Result<Execution> {
         let took = run(&mut vcpu, turns)?;
         fastest = fastest.max((turns * INSTRUCTIONS_A_TURN) as f64 / took.as_secs_f64());
     }
+    // The memory last. Where there can be no thread, it is closed here.
+    let close = move || drop((vcpu, vm, memory));
+    let ending = Ending(Builder::new().name("kvm-measured".to_owned()).spawn(close).ok());
     let speed = format!("guest kernel code runs at {} instructions/s", rounded(fastest));
-    Ok(match fastest >= HARDWARE {
+    let execution = match fastest >= HARDWARE {
         true => Execution::Hardware { measured: speed },
         false => Execution::Emulated { measured: format!("{speed}: this host's KVM emulates it") },
-    })
+    };
+    Ok(Measured { execution, ending })
 }
 
 fn run(vcpu: &mut VcpuFd, turns: u64) -> Result<Duration> {

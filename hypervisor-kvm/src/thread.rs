@@ -30,14 +30,17 @@ impl Stacks {
         let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         blocks.retain(|block| block.strong_count() > 0);
         let free = blocks.iter().filter_map(Weak::upgrade).find_map(|block| block.take());
-        match free {
-            Some(stack) => Ok(stack),
+        let stack = match free {
+            Some(stack) => stack,
             None => {
                 let block = Arc::new(Block::map()?);
                 blocks.push(Arc::downgrade(&block));
-                block.take().ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
+                block.take().ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?
             }
-        }
+        };
+        // Now and not when the block is mapped, of which most may never be used. To do it again changes nothing.
+        guard(stack.block.stack(stack.n))?;
+        Ok(stack)
     }
 }
 
@@ -67,9 +70,6 @@ impl Block {
         // A huge page would be the whole of two stacks. A kernel that has none refuses, and is right.
         // SAFETY: the mapping is the block's own.
         unsafe { libc::madvise(start, STACK * STACKS, libc::MADV_NOHUGEPAGE) };
-        for n in 0..STACKS {
-            guard(block.stack(n))?;
-        }
         Ok(block)
     }
 

@@ -6,7 +6,6 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use ami_core::{Architecture, Digest};
@@ -103,8 +102,8 @@ impl BootCache {
     fn open_bytes(&self, bytes: &[u8]) -> Result<BootFile> {
         let open = || match File::open(self.path(Digest::of(bytes))) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                let mut file = tempfile::tempfile_in(&self.dir)?;
-                file.write_all(bytes)?;
+                let file = tempfile::tempfile_in(&self.dir)?;
+                boot_image::write_sparse(&file, bytes)?;
                 BootFile::new(file)
             }
             opened => BootFile::new(opened?),
@@ -142,8 +141,8 @@ impl BootCache {
 
 /// Writes a file so that it is there whole, or not at all, after a crash.
 fn write_durably(dir: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    file.write_all(bytes)?;
+    let file = tempfile::NamedTempFile::new_in(dir)?;
+    boot_image::write_sparse(file.as_file(), bytes)?;
     file.as_file().sync_data()?;
     file.persist(path)?;
     File::open(dir)?.sync_all()

@@ -119,6 +119,7 @@ impl Parts<'_> {
             filter: None,
             exits: processors.iter().map(|_| Exits::default()).collect(),
             stacks: kvm.stacks(),
+            _measured: kvm.measured(),
             processors: processors.into_iter().map(Mutex::new).collect(),
             vm,
             devices,

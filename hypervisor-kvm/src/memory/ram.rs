@@ -1,0 +1,148 @@
+//! A piece of the guest's RAM, and where it lies in this process.
+
+use std::fs::File;
+use std::ptr;
+use std::sync::Arc;
+use std::{io, mem};
+
+use vm_memory::bitmap::BS;
+use vm_memory::guest_memory::Result as MemoryResult;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionMmap,
+    MemoryRegionAddress, VolatileSlice,
+};
+
+/// Where a piece of this size or more begins, and what KVM maps at once where the host has such pages and the
+/// guest's address and this process's are equal below it.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// RAM that this process has mapped, until it is dropped.
+///
+/// vm-memory's own mapping is wherever the kernel has room, and kernels before Linux 6.7 align it to nothing, so that a guest's
+/// huge page is never one of the host's: each of its 512 pages is a fault.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    region: GuestRegionMmap<()>,
+    /// What the region points to.
+    mapping: Mapping,
+}
+
+impl Ram {
+    /// `len` bytes for the guest's address `start`: of zeroes, or from an offset of a file on, of which they are a
+    /// private copy.
+    pub(super) fn map(start: u64, len: u64, file: Option<(&Arc<File>, u64)>) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        let file = file.map(|(file, offset)| FileOffset::from_arc(file.clone(), offset));
+        let mapping = Mapping::new(len, file.as_ref())?;
+        let mut region = MmapRegionBuilder::new(len).with_mmap_prot(ACCESS).with_mmap_flags(KIND);
+        if let Some(file) = file {
+            region = region.with_file_offset(file);
+        }
+        // SAFETY: so many bytes are mapped there, for as long as the region is used, since it goes with its mapping.
+        let region =
+            unsafe { region.with_raw_mmap_pointer(mapping.start) }.build().map_err(io::Error::other)?;
+        let region = GuestRegionMmap::new(region, GuestAddress(start));
+        Ok(Self { region: region.ok_or(io::ErrorKind::InvalidInput)?, mapping })
+    }
+
+    /// Where it lies in this process.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.mapping.start
+    }
+}
+
+impl GuestMemoryRegion for Ram {
+    type B = ();
+
+    fn len(&self) -> u64 {
+        self.region.len()
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        self.region.start_addr()
+    }
+
+    fn bitmap(&self) -> BS<'_, ()> {
+        self.region.bitmap()
+    }
+
+    fn get_host_address(&self, address: MemoryRegionAddress) -> MemoryResult<*mut u8> {
+        self.region.get_host_address(address)
+    }
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.region.file_offset()
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        len: usize,
+    ) -> MemoryResult<VolatileSlice<'_, BS<'_, ()>>> {
+        self.region.get_slice(offset, len)
+    }
+}
+
+impl GuestMemoryRegionBytes for Ram {}
+
+const ACCESS: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+const KIND: libc::c_int = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+
+/// Pages of this process, given back when it is dropped.
+#[derive(Debug)]
+struct Mapping {
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the pointer is that of a mapping, which may be used and unmapped from any thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; the mapping itself never changes.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(len: usize, file: Option<&FileOffset>) -> io::Result<Self> {
+        let align = if len >= HUGE_PAGE { HUGE_PAGE } else { 1 };
+        let mut mapping = Self::reserve(len + align - 1)?;
+        mapping.keep(mapping.start.align_offset(align), len);
+        let (kind, fd, offset) = match file {
+            Some(file) => (KIND, std::os::fd::AsRawFd::as_raw_fd(file.file()), file.start()),
+            None => (KIND | libc::MAP_ANONYMOUS, -1, 0),
+        };
+        // SAFETY: it replaces addresses that are the mapping's own, and that nobody has been told of.
+        let mapped = unsafe {
+            libc::mmap(mapping.start.cast(), len, ACCESS, kind | libc::MAP_FIXED, fd, offset as libc::off_t)
+        };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapping) }
+    }
+
+    /// Addresses without memory.
+    fn reserve(len: usize) -> io::Result<Self> {
+        let kind = KIND | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, wherever there is room.
+        match unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, kind, -1, 0) } {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            start => Ok(Self { start: start.cast(), len }),
+        }
+    }
+
+    /// Gives back all but `len` bytes after the first `skipped`.
+    fn keep(&mut self, skipped: usize, len: usize) {
+        let start = self.start.wrapping_add(skipped);
+        let kept = Self { start, len };
+        let before = Self { start: self.start, len: skipped };
+        let after = Self { start: start.wrapping_add(len), len: self.len - skipped - len };
+        mem::forget(mem::replace(self, kept));
+        drop((before, after));
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: the addresses are the mapping's own, and whoever was told of them is gone.
+            unsafe { libc::munmap(self.start.cast(), self.len) };
+        }
+    }
+}
