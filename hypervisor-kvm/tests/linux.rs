@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::Architecture;
@@ -16,7 +16,7 @@ use instance_core::machine::{
 };
 use instance_core::net::{self, NetPort};
 use instance_core::testing::conformance::{Link, TestBed};
-use instance_core::vsock::{self, VsockSpec};
+use instance_core::vsock::{self, Stream, Vsock, VsockSpec};
 
 /// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -97,6 +97,39 @@ impl Guest {
         }
     }
 
+    /// What `open` gives of the host's end of a stream, which the guest's program is told of and says that it has.
+    fn stream(&mut self, told: &str, says: &str, open: impl FnOnce() -> Stream) -> Stream {
+        let soon = Instant::now() + PATIENCE;
+        self.console.write_all(format!("vsock {told}\n").as_bytes(), soon).unwrap();
+        self.reader.wait_for(&format!("vsock: {says}"), soon).unwrap();
+        let mut stream = open();
+        stream.set_deadline(Some(soon));
+        stream
+    }
+
+    /// Either side opens a stream, which comes back whole from the guest, and ends.
+    fn echoes_streams(&mut self, host: &Vsock) {
+        let soon = Instant::now() + PATIENCE;
+        let listener = host.listen(5000).unwrap();
+        let from_guest = self.stream("connect 5000", "connected", || listener.accept(soon).unwrap());
+        self.echoes(from_guest);
+        let from_host = self.stream("listen 7", "listening", || host.connect(7, soon).unwrap());
+        self.echoes(from_host);
+    }
+
+    fn echoes(&mut self, mut stream: Stream) {
+        // More than both sides keep.
+        let all: Vec<u8> = (0..400_000_u32).map(|n| (n % 253) as u8).collect();
+        let (mut writer, sent) = (stream.clone(), all.clone());
+        let writing = std::thread::spawn(move || writer.write_all(&sent));
+        let mut got = vec![0; all.len()];
+        stream.read_exact(&mut got).unwrap();
+        writing.join().unwrap().unwrap();
+        assert!(got == all, "the guest's echo is not what it was sent");
+        drop(stream);
+        self.reader.wait_for("vsock: ended", Instant::now() + PATIENCE).unwrap();
+    }
+
     /// Waits for a balloon of so many MiB.
     fn wait_for_balloon(&self, mib: u32) {
         let soon = Instant::now() + PATIENCE;
@@ -147,6 +180,10 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     // Its driver answers that nobody listens there.
     let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
+    guest.echoes_streams(&host);
+    let listener = host.listen(6000).unwrap();
+    let _broken =
+        guest.stream("connect 6000", "connected", || listener.accept(Instant::now() + PATIENCE).unwrap());
     talk(&terminal, "hello", "said hello");
     wait_for_size(&terminal, "43 132");
     terminal.resize(ConsoleSize { columns: 90, rows: 30 });
@@ -173,9 +210,10 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let machine = kvm.restore(spec).unwrap();
     let mut guest = Guest { machine, reader: console.reader(), console };
     guest.machine.resume().unwrap();
+    // The stream that it had when it was saved has another end than the host's.
+    guest.reader.wait_for("vsock: reset", Instant::now() + PATIENCE).unwrap();
     guest.wait_for_event("1");
-    let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
+    guest.echoes_streams(&host);
     guest.wait_for_balloon(48);
     wait_for_size(&terminal, "60 200");
     talk(&terminal, "again", "said again");

@@ -118,6 +118,7 @@ answer() {
     crash) echo unsupported ;;
     panic) [ -e /sys/bus/platform/devices/QEMU0001:00/driver ] && echo c >/proc/sysrq-trigger; echo unsupported ;;
     show) read -r shown <"/sys/$2" && echo "show $shown" || echo error ;;
+    vsock) vsock "$2" "$3" & ;;
     spin) spin ;;
     *) echo unknown ;;
     esac

@@ -1,9 +1,12 @@
 //! The initial RAM disks: busybox, modules in load order, and a script as `/init`.
 
+use std::fs;
+
 use anyhow::{Context as _, ensure};
 
 use super::archive::Archive;
 use super::sources::Sources;
+use crate::process;
 
 /// An initrd's script, the drivers it loads and the commands it calls.
 pub(crate) struct Recipe {
@@ -11,7 +14,29 @@ pub(crate) struct Recipe {
     modules: &'static [&'static str],
     applets: &'static [&'static str],
     files: &'static [(&'static str, &'static str)],
+    /// Programs that busybox does not have: their names, and their sources in C.
+    programs: &'static [(&'static str, &'static str)],
 }
+
+/// No library, and code that every x86 guest's kernel runs.
+const C_FLAGS: [&str; 16] = [
+    "-xc",
+    "-m32",
+    "-march=i386",
+    "-Os",
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffreestanding",
+    "-fno-pic",
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-nostdlib",
+    "-static",
+    "-no-pie",
+    "-Wl,--build-id=none,-z,noexecstack",
+];
 
 /// Both ways in which a virtio disk may be attached, and the file systems on it.
 const DISK_MODULES: [&str; 4] = ["virtio_mmio", "virtio_pci", "virtio_blk", "ext4"];
@@ -38,6 +63,7 @@ pub(crate) const QUICK_START: Recipe = Recipe {
         "xxd",
     ],
     files: &[],
+    programs: &[],
 };
 
 /// The initrd that is the conformance guest.
@@ -77,11 +103,17 @@ pub(crate) const CONFORMANCE: Recipe = Recipe {
         "truncate",
     ],
     files: &[("etc/acpi/PWRF/00000080", include_str!("../../guest/conformance-button.sh"))],
+    programs: &[("vsock", include_str!("../../guest/vsock.c"))],
 };
 
 /// The initrd that reboots as soon as it is up.
-pub(crate) const BOOT: Recipe =
-    Recipe { init: "#!/bin/sh\nexec reboot -f\n", modules: &[], applets: &["reboot", "sh"], files: &[] };
+pub(crate) const BOOT: Recipe = Recipe {
+    init: "#!/bin/sh\nexec reboot -f\n",
+    modules: &[],
+    applets: &["reboot", "sh"],
+    files: &[],
+    programs: &[],
+};
 
 /// The initrd of the lab.
 pub(crate) const LAB: Recipe = Recipe {
@@ -101,6 +133,7 @@ pub(crate) const LAB: Recipe = Recipe {
         "cat", "chmod", "chroot", "echo", "insmod", "ip", "ln", "mkdir", "mount", "poweroff", "sh", "usleep",
     ],
     files: &[],
+    programs: &[],
 };
 
 /// Builds an initrd.
@@ -124,6 +157,19 @@ pub(crate) fn build(recipe: &Recipe, sources: &Sources) -> anyhow::Result<Vec<u8
     for (path, content) in recipe.files {
         archive.program(path, content.as_bytes())?;
     }
+    for (name, source) in recipe.programs {
+        archive.program(&format!("bin/{name}"), &compile(source)?)?;
+    }
     archive.program("init", recipe.init.as_bytes())?;
     archive.finish()
+}
+
+/// Compiles a program with the host's C compiler, which is there wherever Rust links programs.
+fn compile(source: &str) -> anyhow::Result<Vec<u8>> {
+    let dir = tempfile::tempdir().context("cannot make a directory to compile in")?;
+    let (text, program) = (dir.path().join("program.c"), dir.path().join("program"));
+    fs::write(&text, source).context("cannot write a guest's program")?;
+    process::output(process::command("cc").args(C_FLAGS).arg(&text).arg("-o").arg(&program))
+        .context("cannot compile a guest's program")?;
+    fs::read(&program).context("cannot read a guest's program")
 }

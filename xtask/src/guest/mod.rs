@@ -46,7 +46,7 @@ use sources::Sources;
 const TOOLS: [Tool; 4] = [APT_GET, DPKG_DEB, FAKEROOT, MKE2FS];
 
 /// All that decides what the artifacts hold, apart from the packages.
-const RECIPES: [&str; 10] = [
+const RECIPES: [&str; 11] = [
     include_str!("archive.rs"),
     include_str!("disk.rs"),
     include_str!("distribution.rs"),
@@ -57,6 +57,7 @@ const RECIPES: [&str; 10] = [
     include_str!("../../guest/initrd-init.sh"),
     include_str!("../../guest/lab-init.sh"),
     include_str!("../../guest/conformance-button.sh"),
+    include_str!("../../guest/vsock.c"),
 ];
 
 /// Make the Linux guests.
