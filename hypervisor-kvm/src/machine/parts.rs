@@ -176,12 +176,12 @@ impl Parts<'_> {
     ) -> Result<Option<VirtioDevice>> {
         let (vm, memory, transport) = (&self.vm, &self.memory, self.transport);
         Ok(Some(match other {
-            Other::Entropy => VirtioDevice::new(vm, memory, place, transport, Rng)?,
+            Other::Entropy => VirtioDevice::new(memory, place, transport, Rng),
             Other::Balloon => {
                 let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
                 let wish = Arc::new(Wish::new(mib as u32));
                 *balloon = Some((place, wish.clone()));
-                VirtioDevice::new(vm, memory, place, transport, Balloon::new(wish))?
+                VirtioDevice::new(memory, place, transport, Balloon::new(wish))
             }
             Other::Vsock => {
                 let Some(spec) = self.vsock else { return Ok(None) };
