@@ -113,6 +113,18 @@ fn page_size() -> usize {
     usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
+/// Has the calling thread take no processor from others as soon as it is woken, but wait for one that is free, or until
+/// it is its turn. Nothing but that it works is lost where the system refuses.
+///
+/// Where processors are rare, who moves frames would else be woken, and have the guest interrupted, for each.
+pub(crate) fn let_others_go_on() {
+    let priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the calling thread's own policy, with a valid parameter.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &priority) } != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "a thread's scheduling stays as it is");
+    }
+}
+
 /// A stack in use.
 #[derive(Debug)]
 struct Stack {

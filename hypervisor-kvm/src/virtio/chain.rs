@@ -41,7 +41,7 @@ impl Chain {
             // Pieces of RAM do not adjoin, so that each buffer, and each table, lies in one.
             let memory = memory.get_slice(address, len as usize);
             if descriptor.refers_to_indirect_table() {
-                let is_table = !is_indirect && len as usize % DESCRIPTOR_LEN == 0;
+                let is_table = !is_indirect && (len as usize).is_multiple_of(DESCRIPTOR_LEN);
                 table = memory.ok().filter(|_| is_table).ok_or(ENDLESS)?;
                 (is_indirect, next) = (true, 0);
                 continue;
@@ -99,13 +99,15 @@ impl Buffers {
         })
     }
 
-    /// The `len` bytes from `offset` on. What they are copied to is not cleared first.
-    pub(crate) fn to_vec(&self, memory: &Memory, offset: u64, len: usize) -> Result<Vec<u8>, Malformed> {
-        let mut bytes = Vec::with_capacity(len);
-        self.pieces(offset, len, |address, len| {
-            memory.write_all_volatile_to(address, &mut bytes, len).is_ok()
-        })?;
-        Ok(bytes)
+    /// Appends the `len` bytes from `offset` on. What they are copied to is not cleared first.
+    pub(crate) fn append_to(
+        &self,
+        bytes: &mut Vec<u8>,
+        memory: &Memory,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), Malformed> {
+        self.pieces(offset, len, |address, len| memory.write_all_volatile_to(address, bytes, len).is_ok())
     }
 
     /// Writes `bytes` from `offset` on.

@@ -10,9 +10,8 @@ use crate::virtio::ring::{QUEUE_SIZE, Running};
 
 /// What became of a frame for the guest.
 pub(super) enum Delivery {
-    Delivered,
-    /// It does not fit into what the driver offers, and is lost.
-    Dropped,
+    /// It is the driver's, or does not fit into what the driver offers and is lost.
+    Done(Frame),
     /// The driver has not offered enough yet.
     NoRoom(Frame),
 }
@@ -49,7 +48,7 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
         let is_too_long = chains.len() == most;
         if is_too_long || !ring.ask()? {
             ring.put_back(chains.len() as u16);
-            return Ok(if is_too_long { Delivery::Dropped } else { Delivery::NoRoom(frame) });
+            return Ok(if is_too_long { Delivery::Done(frame) } else { Delivery::NoRoom(frame) });
         }
     }
     let header = Header::of(&frame, features, chains.len() as u16).to_bytes();
@@ -66,5 +65,5 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
         used.push((chain.head, (start + piece.len() as u64) as u32));
     }
     ring.put_all_used(used)?;
-    Ok(Delivery::Delivered)
+    Ok(Delivery::Done(frame))
 }
