@@ -119,7 +119,7 @@ mod virtio;
 
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use ami_core::{Architecture, X86, X86_64};
 use instance_core::machine::{
@@ -133,7 +133,7 @@ pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
 use crate::machine::KvmMachine;
 use crate::thread::Stacks;
-use crate::virtio::Spares;
+use crate::virtio::{SharedSpares, Spares};
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
@@ -210,8 +210,7 @@ pub enum VhostNet {
 struct Inner {
     device: kvm_ioctls::Kvm,
     stacks: Arc<Stacks>,
-    /// Goes with the last machine.
-    spares: Mutex<Weak<Spares>>,
+    spares: SharedSpares,
     cpuid: CpuId,
     /// The model-specific registers of a processor, where machines can be saved.
     msrs: Option<Arc<[u32]>>,
@@ -259,14 +258,8 @@ impl Kvm {
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
-        let inner = Arc::new(Inner {
-            device,
-            stacks: Arc::default(),
-            spares: Mutex::default(),
-            cpuid,
-            msrs,
-            capabilities,
-        });
+        let (stacks, spares) = Default::default();
+        let inner = Arc::new(Inner { device, stacks, spares, cpuid, msrs, capabilities });
         Ok(Self { inner, transport: Transport::default(), confinement: None, vhost_net: VhostNet::default() })
     }
 
@@ -322,14 +315,8 @@ impl Kvm {
         self.inner.stacks.clone()
     }
 
-    /// What the machines' network devices share.
     fn spares(&self) -> Arc<Spares> {
-        let mut spares = self.inner.spares.lock().unwrap_or_else(PoisonError::into_inner);
-        spares.upgrade().unwrap_or_else(|| {
-            let made = Arc::default();
-            *spares = Arc::downgrade(&made);
-            made
-        })
+        self.inner.spares.get()
     }
 
     fn cpuid(&self) -> &CpuId {

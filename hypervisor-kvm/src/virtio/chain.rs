@@ -39,14 +39,14 @@ impl Chain {
             let descriptor = table.get_ref::<Descriptor>(at).map_err(|_| ENDLESS)?.load();
             let (address, len) = (descriptor.addr(), descriptor.len());
             // Pieces of RAM do not adjoin, so that each buffer, and each table, lies in one.
-            let memory = memory.get_slice(address, len as usize);
+            let mapped = memory.get_slice(address, len as usize);
             if descriptor.refers_to_indirect_table() {
                 let is_table = !is_indirect && (len as usize).is_multiple_of(DESCRIPTOR_LEN);
-                table = memory.ok().filter(|_| is_table).ok_or(ENDLESS)?;
+                table = mapped.ok().filter(|_| is_table).ok_or(ENDLESS)?;
                 (is_indirect, next) = (true, 0);
                 continue;
             }
-            if len > 0 && memory.is_err() {
+            if len > 0 && mapped.is_err() {
                 return Err(Malformed("a descriptor points outside the memory"));
             }
             let buffers = if descriptor.is_write_only() {

@@ -58,7 +58,7 @@ pub(crate) use block::{Block, check_descriptors};
 use chain::Malformed;
 pub(crate) use console::Console;
 pub(crate) use device::{Device, Own};
-pub(crate) use net::{KernelNet, Net, Spares};
+pub(crate) use net::{KernelNet, Net, SharedSpares, Spares};
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;

@@ -36,7 +36,7 @@ use virtio_bindings::virtio_net::{
 
 use self::deliver::{Delivery, deliver};
 use self::header::{HEADER_LEN, Header};
-pub(crate) use self::spares::Spares;
+pub(crate) use self::spares::{Shared as SharedSpares, Spares};
 use self::steering::Steering;
 pub(crate) use self::vhost::KernelNet;
 use super::chain::{Chain, Malformed};
