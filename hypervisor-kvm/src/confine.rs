@@ -204,6 +204,8 @@ const fn kvm(direction: u32, number: u32, size: usize) -> DriverCall {
     (direction, KVMIO, number, size)
 }
 
+/// A device's interrupt, by either transport.
+const IRQ_LINE: DriverCall = kvm(_IOC_WRITE, 0x61, size_of::<kvm_irq_level>());
 const SIGNAL_MSI: DriverCall = kvm(_IOC_WRITE, 0xa5, size_of::<kvm_msi>());
 
 /// What the drivers behind TAP devices and vhost-net are asked for by whoever resets, stops or serves a network port.
@@ -233,12 +235,12 @@ const PROCESSOR_IOCTLS: &[DriverCall] = &[
     kvm(_IOC_READ, 0x83, size_of::<kvm_sregs>()),        // KVM_GET_SREGS
     kvm(_IOC_WRITE, 0x8b, size_of::<kvm_signal_mask>()), // KVM_SET_SIGNAL_MASK
     kvm(_IOC_NONE, 0xad, 0),                             // KVM_KVMCLOCK_CTRL
-    kvm(_IOC_WRITE, 0x61, size_of::<kvm_irq_level>()),   // KVM_IRQ_LINE
-    kvm(_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>()),   // KVM_IOEVENTFD, where a guest moves a PCI device
+    IRQ_LINE,
+    kvm(_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>()), // KVM_IOEVENTFD, where a guest moves a PCI device
     SIGNAL_MSI,
 ];
 
-const DEVICE_IOCTLS: &[DriverCall] = &[SIGNAL_MSI];
+const DEVICE_IOCTLS: &[DriverCall] = &[IRQ_LINE, SIGNAL_MSI];
 
 /// Compiles a filter.
 fn program(allowed: &[Allowed], ioctls: &[DriverCall], more: &[i64]) -> Result<BpfProgram> {

@@ -38,7 +38,10 @@ impl Shared {
         };
         match KernelNet::new(self.vhost_net, net, None, &self.memory)? {
             Some(device) => self.plug(ACTION, role, device, connect),
-            None => self.plug(ACTION, role, Net::new(net, self.processors()), connect),
+            None => {
+                let net = Net::new(net, self.processors()).sharing(self.spares.clone());
+                self.plug(ACTION, role, net, connect)
+            }
         }
     }
 

@@ -134,6 +134,7 @@ use crate::error::{HostContext, unsupported};
 use crate::machine::KvmMachine;
 use crate::probe::{Ending, Measured};
 use crate::thread::Stacks;
+use crate::virtio::{SharedSpares, Spares};
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
@@ -210,6 +211,7 @@ pub enum VhostNet {
 struct Inner {
     device: kvm_ioctls::Kvm,
     stacks: Arc<Stacks>,
+    spares: SharedSpares,
     cpuid: CpuId,
     /// The model-specific registers of a processor, where machines can be saved.
     msrs: Option<Arc<[u32]>>,
@@ -258,8 +260,8 @@ impl Kvm {
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
-        let stacks = Arc::default();
-        let inner = Arc::new(Inner { device, stacks, cpuid, msrs, capabilities, measured: Arc::new(ending) });
+        let ((stacks, spares), measured) = (Default::default(), Arc::new(ending));
+        let inner = Arc::new(Inner { device, stacks, spares, cpuid, msrs, capabilities, measured });
         Ok(Self { inner, transport: Transport::default(), confinement: None, vhost_net: VhostNet::default() })
     }
 
@@ -318,6 +320,10 @@ impl Kvm {
     /// What a machine that outlives this waits for in the end.
     fn measured(&self) -> Arc<Ending> {
         self.inner.measured.clone()
+    }
+
+    fn spares(&self) -> Arc<Spares> {
+        self.inner.spares.get()
     }
 
     fn cpuid(&self) -> &CpuId {

@@ -28,8 +28,8 @@ use crate::pci::Bus;
 use crate::probe::Ending;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::slots::{Other, Placed, Role};
-use crate::thread::{Stacks, Thread};
-use crate::virtio::Wish;
+use crate::thread::{Stacks, Thread, let_others_go_on};
+use crate::virtio::{Spares, Wish};
 use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
 
 /// A machine's handle.
@@ -64,6 +64,8 @@ pub(crate) struct Shared {
     exits: Vec<Exits>,
     stacks: Arc<Stacks>,
     _measured: Arc<Ending>,
+    /// The memory of long frames that is to be used again.
+    pub(crate) spares: Arc<Spares>,
     threads: Mutex<Threads>,
     /// Held while a device comes, so that whoever ends the machine finds its thread.
     pub(crate) plugging: Mutex<()>,
@@ -179,7 +181,7 @@ impl KvmMachine {
         for n in 0..self.shared.processors.len() {
             self.shared.gate.join();
             let work = move |shared: &Shared| shared.run_vcpu(n);
-            let thread = self.shared.spawn(&format!("vcpu{n}"), of_processors, work)?;
+            let thread = self.shared.spawn(&format!("vcpu{n}"), of_processors, || (), work)?;
             self.shared.threads().vcpus.push(thread);
         }
         for placed in self.shared.devices.virtio.all() {
@@ -228,11 +230,12 @@ impl KvmMachine {
 
 impl Shared {
     /// Starts a thread, which has been counted as a worker of the machine, with all signals blocked, and confined by
-    /// the filter.
+    /// the filter when it is as it shall be.
     fn spawn(
         self: &Arc<Self>,
         role: &str,
         filter: Option<&Filter>,
+        prepare: fn(),
         work: impl FnOnce(&Self) + Send + 'static,
     ) -> Result<Thread> {
         // In all, at most the 15 bytes that the kernel keeps of a thread's name.
@@ -241,6 +244,7 @@ impl Shared {
         let (shared, filter) = (self.clone(), filter.cloned());
         let body = move || {
             let leaving = Leaving(&shared);
+            prepare();
             match filter.as_ref().map_or(Ok(()), confine::enter) {
                 Ok(()) => work(&shared),
                 Err(error) => shared.end(ExitCause::HostFailure(error.to_string())),
@@ -307,7 +311,9 @@ impl Shared {
                 shared.end(ExitCause::HostFailure(what));
             }
         };
-        let thread = self.spawn(&format!("{role}{}", placed.number), self.filter.as_ref(), work)?;
+        let prepare = if matches!(placed.role, Role::Net(_)) { let_others_go_on } else { || () };
+        let name = format!("{role}{}", placed.number);
+        let thread = self.spawn(&name, self.filter.as_ref(), prepare, work)?;
         *placed.thread() = Some(thread);
         Ok(())
     }

@@ -113,6 +113,22 @@ fn page_size() -> usize {
     usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
+/// Has the calling thread take no processor from others as soon as it is woken, but wait for one that is free, or until
+/// it is its turn. Where the embedder has chosen another policy than the usual one, that stays.
+///
+/// Where processors are rare, who moves frames would else be woken, and have the guest interrupted, for each.
+pub(crate) fn let_others_go_on() {
+    let priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the calling thread's own policy, with a valid parameter.
+    let done = unsafe {
+        libc::sched_getscheduler(0) != libc::SCHED_OTHER
+            || libc::sched_setscheduler(0, libc::SCHED_BATCH, &priority) == 0
+    };
+    if !done {
+        tracing::debug!(error = %io::Error::last_os_error(), "a thread's scheduling stays as it is");
+    }
+}
+
 /// A stack in use.
 #[derive(Debug)]
 struct Stack {
@@ -292,6 +308,22 @@ mod tests {
         thread.join();
         // Nothing of it is left that would send.
         assert!(told.recv().is_err());
+    }
+
+    #[test]
+    fn who_lets_others_go_on_keeps_to_what_the_embedder_chose() {
+        for (chosen, expect) in [(libc::SCHED_OTHER, libc::SCHED_BATCH), (libc::SCHED_IDLE, libc::SCHED_IDLE)]
+        {
+            let policy = std::thread::spawn(move || {
+                let priority = libc::sched_param { sched_priority: 0 };
+                // SAFETY: the thread's own policy, with a valid parameter.
+                assert_eq!(unsafe { libc::sched_setscheduler(0, chosen, &priority) }, 0);
+                let_others_go_on();
+                // SAFETY: it only tells a number.
+                unsafe { libc::sched_getscheduler(0) }
+            });
+            assert_eq!(policy.join().unwrap(), expect);
+        }
     }
 
     #[test]

@@ -7,9 +7,10 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
-use hypervisor_kvm::Kvm;
+use hypervisor_kvm::{Confinement, Kvm};
 use instance_core::console::Console;
-use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, Machine, MachineSpec, MachineState};
+use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, Machine, MachineSpec, MachineState, NetSpec};
+use instance_core::net;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage_block::MemoryDisk;
 
@@ -42,6 +43,7 @@ fn machines_keep_to_themselves() {
     a_hook_may_kill_the_machine_it_watches(&kvm);
     a_hook_that_panics_harms_nobody(&kvm);
     a_user_who_has_no_signals_left_can_kill(&kvm);
+    who_moves_frames_takes_no_processor_from_others(&kvm);
 }
 
 fn no_descriptor_is_inherited(kvm: &Kvm) {
@@ -60,6 +62,42 @@ fn no_descriptor_is_inherited(kvm: &Kvm) {
         let flags = u32::from_str_radix(flags.trim(), 8).unwrap();
         assert_ne!(flags & 0o200_0000, 0, "children inherit {}", target.display());
     }
+}
+
+fn who_moves_frames_takes_no_processor_from_others(kvm: &Kvm) {
+    let boot = common::guest::boot().unwrap();
+    let mut spec = MachineSpec::new("waits", Architecture::X86_64, boot, Console::new().port());
+    spec.disks = vec![DiskSpec::new(MemoryDisk::new(1 << 20).unwrap().into_disk(), "vol-1")];
+    let (port, _network) = net::link();
+    spec.nets = vec![NetSpec::new(port, "02:00:0a:00:00:0c".parse().unwrap())];
+    for kvm in [kvm.clone(), kvm.clone().with_confinement(Confinement::new())] {
+        let machine = kvm.create(spec.clone()).unwrap();
+        machine.start().unwrap();
+        for (name, expect) in [
+            ("waits/vcpu0", libc::SCHED_OTHER),
+            ("waits/disk0", libc::SCHED_OTHER),
+            ("waits/net1", libc::SCHED_BATCH),
+        ] {
+            // A thread says first how it is called.
+            let end = Instant::now() + SOON;
+            while policy(name) != Some(expect) {
+                assert!(Instant::now() < end, "{name} is scheduled by {:?}", policy(name));
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// By which policy a thread of this process is scheduled, if it is there (proc(5), `/proc/pid/stat`).
+fn policy(name: &str) -> Option<i32> {
+    const BEHIND_NAME: usize = 41 - 3;
+    let mut tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let stat = tasks.find_map(|task| {
+        let comm = std::fs::read_to_string(task.join("comm")).ok()?;
+        std::fs::read_to_string(task.join("stat")).ok().filter(|_| comm.trim_end() == name)
+    })?;
+    let (_, behind_name) = stat.rsplit_once(") ")?;
+    behind_name.split(' ').nth(BEHIND_NAME)?.parse().ok()
 }
 
 fn a_hook_may_kill_the_machine_it_watches(kvm: &Kvm) {

@@ -23,7 +23,8 @@ use crate::rtc::Rtc;
 use crate::serial::SerialPort;
 use crate::slots::{Other, Placed, Role, Slots};
 use crate::virtio::{
-    Balloon, Block, Console, Device, KernelNet, Net, Rng, VirtioDevice, Vsock, Wish, check_descriptors,
+    Balloon, Block, Console, Device, KernelNet, Net, Rng, Spares, VirtioDevice, Vsock, Wish,
+    check_descriptors,
 };
 use crate::{Kvm, Transport, VhostNet, layout, saved};
 
@@ -95,8 +96,8 @@ impl Places {
 impl Parts<'_> {
     /// A machine without threads, whose devices nobody has used yet.
     pub(super) fn put_together(mut self, kvm: &Kvm, state: MachineState) -> Result<Shared> {
-        let goes_on = state == MachineState::Paused;
-        let mut placed = self.disks_and_nets(kvm.vhost_net(), goes_on)?;
+        let (goes_on, spares) = (state == MachineState::Paused, kvm.spares());
+        let mut placed = self.disks_and_nets(kvm.vhost_net(), &spares, goes_on)?;
         let mut balloon = None;
         for (other, place) in std::mem::take(&mut self.places.others) {
             if let Some(device) = self.other(other, place, goes_on, &mut balloon)? {
@@ -120,6 +121,7 @@ impl Parts<'_> {
             exits: processors.iter().map(|_| Exits::default()).collect(),
             stacks: kvm.stacks(),
             _measured: kvm.measured(),
+            spares,
             processors: processors.into_iter().map(Mutex::new).collect(),
             vm,
             devices,
@@ -134,7 +136,12 @@ impl Parts<'_> {
         })
     }
 
-    fn disks_and_nets(&self, vhost_net: VhostNet, goes_on: bool) -> Result<Vec<Placed>> {
+    fn disks_and_nets(
+        &self,
+        vhost_net: VhostNet,
+        spares: &Arc<Spares>,
+        goes_on: bool,
+    ) -> Result<Vec<Placed>> {
         let mut placed = Vec::new();
         for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
             let block = Block::new(disk.disk.clone(), &disk.serial, queues);
@@ -144,7 +151,7 @@ impl Parts<'_> {
         for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
             let device = match KernelNet::new(vhost_net, net, goes_on.then_some(pairs), &self.memory)? {
                 Some(device) => self.served(place, goes_on, device)?,
-                None => self.served(place, goes_on, Net::new(net, pairs))?,
+                None => self.served(place, goes_on, Net::new(net, pairs).sharing(spares.clone()))?,
             };
             net.port.set_waker(Some(Arc::new(device.waker()?)));
             placed.push(Placed::new(place, Role::Net(saved::Port::of(net)), device));
@@ -175,14 +182,14 @@ impl Parts<'_> {
         goes_on: bool,
         balloon: &mut Option<(usize, Arc<Wish>)>,
     ) -> Result<Option<VirtioDevice>> {
-        let (vm, memory, transport) = (&self.vm, &self.memory, self.transport);
+        let (memory, transport) = (&self.memory, self.transport);
         Ok(Some(match other {
-            Other::Entropy => VirtioDevice::new(vm, memory, place, transport, Rng)?,
+            Other::Entropy => VirtioDevice::new(memory, place, transport, Rng),
             Other::Balloon => {
                 let mib: u64 = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
                 let wish = Arc::new(Wish::new(mib as u32));
                 *balloon = Some((place, wish.clone()));
-                VirtioDevice::new(vm, memory, place, transport, Balloon::new(wish))?
+                VirtioDevice::new(memory, place, transport, Balloon::new(wish))
             }
             Other::Vsock => {
                 let Some(spec) = self.vsock else { return Ok(None) };

@@ -1,16 +1,23 @@
 //! A descriptor chain, read from the guest's memory once and checked.
 
 use smallvec::SmallVec;
-use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
+use super::ring::QUEUE_SIZE;
 use crate::memory::Memory;
+
+/// The bytes of a descriptor (virtio 1.2, 2.7.5).
+pub(super) const DESCRIPTOR_LEN: usize = 16;
 
 /// The driver broke the rules of virtio in a way that leaves nothing to answer to. The device stops
 /// until it is reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Malformed(pub(crate) &'static str);
+
+/// There is no next descriptor where one should be, or always one more.
+const ENDLESS: Malformed = Malformed("a descriptor chain does not end");
 
 /// The memory of one request: what the device reads, then what it writes.
 #[derive(Debug)]
@@ -21,23 +28,25 @@ pub(crate) struct Chain {
 }
 
 impl Chain {
-    /// Reads and checks a chain. All of it lies in the guest's RAM, which does not change its size,
-    /// so that no later access to it fails.
-    pub(crate) fn read(
-        memory: &Memory,
-        descriptors: DescriptorChain<&Memory>,
-        max_descriptors: usize,
-    ) -> Result<Self, Malformed> {
-        let head = descriptors.head_index();
+    /// Reads and checks the chain that begins with the descriptor `head` of a queue's table. All of it lies in the guest's
+    /// RAM, which does not change its size, so that no later access to it fails.
+    pub(crate) fn read(memory: &Memory, table: VolatileSlice<'_>, head: u16) -> Result<Self, Malformed> {
         let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
-        let mut complete = false;
-        for (n, descriptor) in descriptors.enumerate() {
-            if n == max_descriptors {
-                return Err(Malformed("a descriptor chain is longer than its queue"));
+        let (mut table, mut is_indirect, mut next) = (table, false, head);
+        // Not the size that the driver gave the queue: a table of its own may have more descriptors.
+        for _ in 0..=QUEUE_SIZE {
+            let at = usize::from(next) * DESCRIPTOR_LEN;
+            let descriptor = table.get_ref::<Descriptor>(at).map_err(|_| ENDLESS)?.load();
+            let (address, len) = (descriptor.addr(), descriptor.len());
+            // Pieces of RAM do not adjoin, so that each buffer, and each table, lies in one.
+            let mapped = memory.get_slice(address, len as usize);
+            if descriptor.refers_to_indirect_table() {
+                let is_table = !is_indirect && (len as usize).is_multiple_of(DESCRIPTOR_LEN);
+                table = mapped.ok().filter(|_| is_table).ok_or(ENDLESS)?;
+                (is_indirect, next) = (true, 0);
+                continue;
             }
-            // Pieces of RAM do not adjoin, so that each buffer lies in one.
-            let len = descriptor.len();
-            if len > 0 && memory.get_slice(descriptor.addr(), len as usize).is_err() {
+            if len > 0 && mapped.is_err() {
                 return Err(Malformed("a descriptor points outside the memory"));
             }
             let buffers = if descriptor.is_write_only() {
@@ -47,13 +56,17 @@ impl Chain {
             } else {
                 return Err(Malformed("a readable descriptor follows a writable one"));
             };
-            buffers.segments.push((descriptor.addr(), len));
+            buffers.segments.push((address, len));
             buffers.len += u64::from(len);
-            complete = !descriptor.has_next();
+            if chain.readable.len + chain.writable.len > u64::from(u32::MAX) {
+                return Err(Malformed("a descriptor chain has more bytes than one may have"));
+            }
+            if !descriptor.has_next() {
+                return Ok(chain);
+            }
+            next = descriptor.next();
         }
-        // The iterator ends early where it cannot go on: an index outside the table, a loop, a
-        // table outside the memory, an indirect table in an indirect table.
-        if complete { Ok(chain) } else { Err(Malformed("a descriptor chain does not end")) }
+        Err(ENDLESS)
     }
 }
 
@@ -86,13 +99,15 @@ impl Buffers {
         })
     }
 
-    /// The `len` bytes from `offset` on. What they are copied to is not cleared first.
-    pub(crate) fn to_vec(&self, memory: &Memory, offset: u64, len: usize) -> Result<Vec<u8>, Malformed> {
-        let mut bytes = Vec::with_capacity(len);
-        self.pieces(offset, len, |address, len| {
-            memory.write_all_volatile_to(address, &mut bytes, len).is_ok()
-        })?;
-        Ok(bytes)
+    /// Appends the `len` bytes from `offset` on. What they are copied to is not cleared first.
+    pub(crate) fn append_to(
+        &self,
+        bytes: &mut Vec<u8>,
+        memory: &Memory,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), Malformed> {
+        self.pieces(offset, len, |address, len| memory.write_all_volatile_to(address, bytes, len).is_ok())
     }
 
     /// Writes `bytes` from `offset` on.

@@ -58,7 +58,7 @@ pub(crate) use block::{Block, check_descriptors};
 use chain::Malformed;
 pub(crate) use console::Console;
 pub(crate) use device::{Device, Own};
-pub(crate) use net::{KernelNet, Net};
+pub(crate) use net::{KernelNet, Net, SharedSpares, Spares};
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;
@@ -111,7 +111,7 @@ impl VirtioDevice {
         device: impl Device + 'static,
     ) -> Result<Self> {
         let notification = EventFd::new(libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-        let device = Self::new(vm, memory, n, transport, device)?;
+        let device = Self::new(memory, n, transport, device);
         let heard = match &device.port {
             Port::Mmio(_) => {
                 let at = IoEventAddress::Mmio(address(n) + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY));
@@ -126,17 +126,16 @@ impl VirtioDevice {
 
     /// The `n`th device of a machine, whose requests are served by the vCPU that notifies.
     pub(crate) fn new(
-        vm: &VmFd,
         memory: &Memory,
         n: usize,
         transport: Transport,
         device: impl Device + 'static,
-    ) -> Result<Self> {
+    ) -> Self {
         let port = match transport {
-            Transport::Mmio => Port::Mmio(OnMmio::new(vm, n, device)?),
+            Transport::Mmio => Port::Mmio(OnMmio::new(n, device)),
             Transport::Pci => Port::Pci(Box::new(OnPci::new(n, device))),
         };
-        Ok(Self::behind(port, memory))
+        Self::behind(port, memory)
     }
 
     /// A device on PCI that comes to a guest that is at work, and that a thread is going to serve.
@@ -190,7 +189,7 @@ impl VirtioDevice {
         let unfit = |why: Malformed| saved("a device of the saved machine does not fit").with_source(why);
         match (&self.port, state) {
             (Port::Mmio(mmio), DeviceState::Mmio(registers, status)) => {
-                mmio.restore(&self.memory, registers, *status).map_err(unfit)?;
+                mmio.restore(vm, &self.memory, registers, *status).map_err(unfit)?;
             }
             (Port::Pci(pci), DeviceState::Pci(state)) => {
                 pci.restore(&self.memory, state).map_err(unfit)?;
@@ -229,7 +228,7 @@ impl VirtioDevice {
     /// The guest writes a register.
     pub(crate) fn write(&self, vm: &VmFd, offset: u64, data: &[u8]) {
         let effect = match &self.port {
-            Port::Mmio(mmio) => mmio.write(&self.memory, offset, data),
+            Port::Mmio(mmio) => mmio.write(vm, &self.memory, offset, data),
             Port::Pci(pci) => pci.write(vm, &self.memory, offset, data),
         };
         self.follow(vm, effect);
@@ -271,7 +270,7 @@ impl VirtioDevice {
     /// Takes up what has changed outside, and tells the driver. Waits for a request that is under way.
     pub(crate) fn refresh(&self, vm: &VmFd) {
         match &self.port {
-            Port::Mmio(mmio) => mmio.refresh(),
+            Port::Mmio(mmio) => mmio.refresh(vm),
             Port::Pci(pci) => pci.refresh(vm),
         }
     }
@@ -369,7 +368,7 @@ impl VirtioDevice {
 
     fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
         let step = match &self.port {
-            Port::Mmio(mmio) => mmio.step(&self.memory, queue),
+            Port::Mmio(mmio) => mmio.step(vm, &self.memory, queue),
             Port::Pci(pci) => pci.step(vm, &self.memory, queue),
         };
         if let Step::Broken(why) = step {
@@ -382,7 +381,7 @@ impl VirtioDevice {
     fn settle(&self, vm: &VmFd) {
         for queue in 0..self.queues() {
             let step = match &self.port {
-                Port::Mmio(mmio) => mmio.settle(&self.memory, queue),
+                Port::Mmio(mmio) => mmio.settle(vm, &self.memory, queue),
                 Port::Pci(pci) => pci.settle(vm, &self.memory, queue),
             };
             if let Step::Broken(why) = step {

@@ -7,13 +7,11 @@ use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use virtio_bindings::virtio_mmio as reg;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::Malformed;
 use super::core::{Effect, Step};
 use super::device::Device;
 use super::mmio::{Mmio, MmioState};
-use crate::error::{HostContext, Result};
 use crate::layout;
 use crate::memory::Memory;
 
@@ -22,16 +20,14 @@ use crate::memory::Memory;
 pub(super) struct OnMmio {
     registers: Mutex<Mmio>,
     status: AtomicU32,
-    interrupt: EventFd,
+    /// The line of the interrupt.
+    irq: u32,
 }
 
 impl OnMmio {
     /// As the `n`th device of a machine.
-    pub(super) fn new(vm: &VmFd, n: usize, device: impl Device + 'static) -> Result<Self> {
-        let interrupt =
-            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).host("cannot make an eventfd")?;
-        vm.register_irqfd(&interrupt, irq(n)).host("KVM did not take a device's interrupt")?;
-        Ok(Self { registers: Mutex::new(Mmio::new(device)), status: AtomicU32::new(0), interrupt })
+    pub(super) fn new(n: usize, device: impl Device + 'static) -> Self {
+        Self { registers: Mutex::new(Mmio::new(device)), status: AtomicU32::new(0), irq: irq(n) }
     }
 
     /// The registers and the interrupt status as they are now.
@@ -44,14 +40,16 @@ impl OnMmio {
     /// may have been on its way.
     pub(super) fn restore(
         &self,
+        vm: &VmFd,
         memory: &Memory,
-        registers: &MmioState,
+        state: &MmioState,
         status: u32,
     ) -> Result<(), Malformed> {
-        self.lock().restore(memory, registers)?;
+        let mut registers = self.lock();
+        registers.restore(memory, state)?;
         let pending = status & (reg::VIRTIO_MMIO_INT_VRING | reg::VIRTIO_MMIO_INT_CONFIG);
         if pending != 0 {
-            self.raise(pending);
+            self.raise(vm, &registers, pending);
         }
         Ok(())
     }
@@ -70,7 +68,7 @@ impl OnMmio {
         }
     }
 
-    pub(super) fn write(&self, memory: &Memory, offset: u64, data: &[u8]) -> Effect {
+    pub(super) fn write(&self, vm: &VmFd, memory: &Memory, offset: u64, data: &[u8]) -> Effect {
         if let (true, Ok(bits)) =
             (offset == u64::from(reg::VIRTIO_MMIO_INTERRUPT_ACK), <[u8; 4]>::try_from(data))
         {
@@ -82,7 +80,7 @@ impl OnMmio {
         match effect {
             // Under the lock, so that no interrupt of before the reset follows it.
             Effect::Reset => self.status.store(0, Ordering::Release),
-            Effect::Broken(_) => self.raise(reg::VIRTIO_MMIO_INT_CONFIG),
+            Effect::Broken(_) => self.raise(vm, &registers, reg::VIRTIO_MMIO_INT_CONFIG),
             Effect::None | Effect::Notify => {}
         }
         effect
@@ -93,21 +91,23 @@ impl OnMmio {
         self.lock().ended()
     }
 
-    pub(super) fn step(&self, memory: &Memory, queue: usize) -> Step {
+    pub(super) fn step(&self, vm: &VmFd, memory: &Memory, queue: usize) -> Step {
         let mut registers = self.lock();
-        self.tell(registers.step(memory, queue))
+        let step = registers.step(memory, queue);
+        self.tell(vm, &registers, step)
     }
 
-    pub(super) fn settle(&self, memory: &Memory, queue: usize) -> Step {
+    pub(super) fn settle(&self, vm: &VmFd, memory: &Memory, queue: usize) -> Step {
         let mut registers = self.lock();
-        self.tell(registers.settle(memory, queue))
+        let step = registers.settle(memory, queue);
+        self.tell(vm, &registers, step)
     }
 
-    /// Tells the driver of what was done. The registers are locked.
-    fn tell(&self, step: Step) -> Step {
+    /// Tells the driver of what was done.
+    fn tell(&self, vm: &VmFd, registers: &MutexGuard<'_, Mmio>, step: Step) -> Step {
         match step {
-            Step::Served { interrupt: true } => self.raise(reg::VIRTIO_MMIO_INT_VRING),
-            Step::Broken(_) => self.raise(reg::VIRTIO_MMIO_INT_CONFIG),
+            Step::Served { interrupt: true } => self.raise(vm, registers, reg::VIRTIO_MMIO_INT_VRING),
+            Step::Broken(_) => self.raise(vm, registers, reg::VIRTIO_MMIO_INT_CONFIG),
             Step::Served { interrupt: false } | Step::Idle => {}
         }
         step
@@ -124,16 +124,24 @@ impl OnMmio {
     }
 
     /// Tells the driver of a configuration that has changed.
-    pub(super) fn refresh(&self) {
-        if self.lock().refresh() {
-            self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
+    pub(super) fn refresh(&self, vm: &VmFd) {
+        let mut registers = self.lock();
+        if registers.refresh() {
+            self.raise(vm, &registers, reg::VIRTIO_MMIO_INT_CONFIG);
         }
     }
 
-    fn raise(&self, bit: u32) {
+    /// Raises the interrupt, which is an edge: the line goes up and down again. Who does so has the registers, so that no
+    /// other's edge is in the middle of it, where it would be none.
+    ///
+    /// By a call and not by an eventfd (irqfd): of a line, KVM lets a thread of its own take that up, which has to be
+    /// woken for every interrupt.
+    fn raise(&self, vm: &VmFd, _registers: &MutexGuard<'_, Mmio>, bit: u32) {
         self.status.fetch_or(bit, Ordering::AcqRel);
-        // Fails only where the interrupt has been raised very often and not been seen.
-        let _ = self.interrupt.write(1);
+        for level in [true, false] {
+            // Fails only for a line that there is not.
+            let _ = vm.set_irq_line(self.irq, level);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Mmio> {

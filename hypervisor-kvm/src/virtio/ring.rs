@@ -3,10 +3,10 @@
 use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::chain::{Chain, Malformed};
+use super::chain::{Chain, DESCRIPTOR_LEN, Malformed};
 use crate::memory::Memory;
 
 /// The most descriptors of a queue.
@@ -155,13 +155,27 @@ impl<'a> Running<'a> {
         most: usize,
         mut each: impl FnMut(Chain) -> Result<bool, Malformed>,
     ) -> Result<usize, Malformed> {
+        let size = self.queue.size();
+        let part = |start, len| self.memory.get_slice(GuestAddress(start), len).map_err(|_| RING);
+        let available = part(self.queue.avail_ring(), 4 + 2 * usize::from(size))?;
+        let index = u16::from_le(available.load(2, Ordering::Acquire).map_err(|_| RING)?);
+        let waiting = index.wrapping_sub(self.queue.next_avail());
+        if waiting > size {
+            return Err(RING);
+        }
+        if waiting == 0 {
+            return Ok(0);
+        }
+        let table = part(self.queue.desc_table(), DESCRIPTOR_LEN * usize::from(size))?;
         let mut count = 0;
-        for next in self.queue.iter(self.memory).map_err(|_| RING)?.take(most) {
-            // Not the size that the driver gave the queue: a table of its own may have more descriptors.
-            if !each(Chain::read(self.memory, next, usize::from(QUEUE_SIZE))?)? {
-                self.put_back(1);
+        for _ in 0..most.min(waiting.into()) {
+            let next = self.queue.next_avail();
+            let head = available.load::<u16>(4 + 2 * usize::from(next % size), Ordering::Relaxed);
+            let chain = Chain::read(self.memory, table, u16::from_le(head.map_err(|_| RING)?))?;
+            if !each(chain)? {
                 break;
             }
+            self.queue.set_next_avail(next.wrapping_add(1));
             count += 1;
         }
         Ok(count)

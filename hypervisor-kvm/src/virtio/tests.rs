@@ -341,7 +341,21 @@ const BAD_DRIVERS: &[BadDriver] = &[
     ("a descriptor chain does not end", |driver| driver.offer(QUEUE_SIZE)),
     ("a descriptor chain does not end", |driver| {
         // A table in a table.
-        driver.put_descriptor(INDIRECT, 0, (INDIRECT, 16, TABLE, 0));
+        driver.put_descriptor(INDIRECT, 0, (INDIRECT + 16, 16, TABLE, 0));
+        driver.put_descriptor(INDIRECT, 1, (HEADER, 16, 0, 0));
+        driver.put_descriptor(DESCRIPTORS, 0, (INDIRECT, 16, TABLE, 0));
+        driver.offer(0);
+    }),
+    ("a descriptor chain does not end", |driver| {
+        // A table of one and a half.
+        driver.put_descriptor(INDIRECT, 0, (HEADER, 16, 0, 0));
+        driver.put_descriptor(DESCRIPTORS, 0, (INDIRECT, 24, TABLE, 0));
+        driver.offer(0);
+    }),
+    ("a descriptor chain does not end", |driver| {
+        // A link out of a table that is not the queue's.
+        driver.put_descriptor(INDIRECT, 0, (HEADER, 16, NEXT, 1));
+        driver.put_descriptor(INDIRECT, 1, (STATUS, 1, WRITE, 0));
         driver.put_descriptor(DESCRIPTORS, 0, (INDIRECT, 16, TABLE, 0));
         driver.offer(0);
     }),

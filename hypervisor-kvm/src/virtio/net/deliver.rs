@@ -4,14 +4,14 @@ use instance_core::net::Frame;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 use super::header::{HEADER_LEN, Header};
+use crate::memory::PAGE;
 use crate::virtio::chain::Malformed;
 use crate::virtio::ring::{QUEUE_SIZE, Running};
 
 /// What became of a frame for the guest.
 pub(super) enum Delivery {
-    Delivered,
-    /// It does not fit into what the driver offers, and is lost.
-    Dropped,
+    /// It is the driver's, or does not fit into what the driver offers and is lost.
+    Done(Frame),
     /// The driver has not offered enough yet.
     NoRoom(Frame),
 }
@@ -20,27 +20,36 @@ pub(super) enum Delivery {
 pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Result<Delivery, Malformed> {
     let merge = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
     let needed = (HEADER_LEN + frame.data.len()) as u64;
-    let (mut chains, mut room) = (Vec::new(), 0);
-    while room < needed && (merge || chains.is_empty()) {
-        let Some(chain) = ring.next()? else {
-            ring.put_back(chains.len() as u16);
-            return Ok(Delivery::NoRoom(frame));
-        };
-        if chain.readable.len() > 0 {
-            return Err(Malformed("a buffer for frames is not for writing"));
+    // Mostly, a buffer is a page.
+    let mut chains = Vec::with_capacity(needed as usize / PAGE + 1);
+    let mut room = 0;
+    let most = if merge { usize::from(QUEUE_SIZE) } else { 1 };
+    loop {
+        ring.take(most - chains.len(), |chain| {
+            if room >= needed {
+                return Ok(false);
+            }
+            if chain.readable.len() > 0 {
+                return Err(Malformed("a buffer for frames is not for writing"));
+            }
+            if chains.is_empty() && chain.writable.len() < HEADER_LEN as u64 {
+                return Err(Malformed("a buffer for frames is shorter than their header"));
+            }
+            room += chain.writable.len();
+            chains.push(chain);
+            Ok(true)
+        })?;
+        if room >= needed {
+            break;
         }
-        if chains.is_empty() && chain.writable.len() < HEADER_LEN as u64 {
-            return Err(Malformed("a buffer for frames is shorter than their header"));
-        }
-        if chains.len() == usize::from(QUEUE_SIZE) {
+        if chains.len() == most && merge {
             return Err(Malformed("a queue full of buffers has no room for a frame"));
         }
-        room += chain.writable.len();
-        chains.push(chain);
-    }
-    if room < needed {
-        ring.put_back(chains.len() as u16);
-        return Ok(Delivery::Dropped);
+        let is_too_long = chains.len() == most;
+        if is_too_long || !ring.ask()? {
+            ring.put_back(chains.len() as u16);
+            return Ok(if is_too_long { Delivery::Done(frame) } else { Delivery::NoRoom(frame) });
+        }
     }
     let header = Header::of(&frame, features, chains.len() as u16).to_bytes();
     let mut rest = &frame.data[..];
@@ -56,5 +65,5 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
         used.push((chain.head, (start + piece.len() as u64) as u32));
     }
     ring.put_all_used(used)?;
-    Ok(Delivery::Delivered)
+    Ok(Delivery::Done(frame))
 }

@@ -8,6 +8,7 @@
 mod control;
 mod deliver;
 mod header;
+mod spares;
 mod steering;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,7 @@ use virtio_bindings::virtio_net::{
 
 use self::deliver::{Delivery, deliver};
 use self::header::{HEADER_LEN, Header};
+pub(crate) use self::spares::{Shared as SharedSpares, Spares};
 use self::steering::Steering;
 pub(crate) use self::vhost::KernelNet;
 use super::chain::{Chain, Malformed};
@@ -70,6 +72,7 @@ pub(crate) struct Net {
     transmit: Pace,
     /// No frame waited in the port when the driver had room for one last, and nobody was told since when one does.
     dry: bool,
+    spares: Arc<Spares>,
 }
 
 /// What is the device's own to remember.
@@ -145,7 +148,13 @@ impl Net {
             receive: Pace::new(&spec.receive_limits),
             transmit: Pace::new(&spec.transmit_limits),
             dry: false,
+            spares: Arc::default(),
         }
+    }
+
+    /// The same, with the memory of its frames from there.
+    pub(crate) fn sharing(self, spares: Arc<Spares>) -> Self {
+        Self { spares, ..self }
     }
 
     /// How many pairs there are where the device has so many queues.
@@ -204,9 +213,12 @@ impl Net {
             let delivery = deliver(frame, ring, features)?;
             let own = &mut self.pairs[pair];
             own.flows = !matches!(delivery, Delivery::NoRoom(_));
-            if let Delivery::NoRoom(frame) = delivery {
-                own.inbound.push_front(frame);
-                return Ok(handed_over);
+            match delivery {
+                Delivery::Done(frame) => self.spares.give(frame.data),
+                Delivery::NoRoom(frame) => {
+                    own.inbound.push_front(frame);
+                    return Ok(handed_over);
+                }
             }
         }
         Ok(true)
@@ -272,7 +284,9 @@ impl Net {
         if len < ETHERNET_LEN as u64 || len > Frame::MAX_LEN as u64 {
             return Ok(None);
         }
-        let mut frame = Frame::new(chain.readable.to_vec(ring.memory(), HEADER_LEN as u64, len as usize)?);
+        let mut data = self.spares.take(len as usize);
+        chain.readable.append_to(&mut data, ring.memory(), HEADER_LEN as u64, len as usize)?;
+        let mut frame = Frame::new(data);
         Header::parse(header).apply(&mut frame, features)?;
         let sound =
             frame.is_sound() && frame.is_taken_by(self.offered) && self.config.is_short_enough(&frame);
