@@ -92,7 +92,7 @@ impl Store {
             return Err(Error::invalid_size(size, "is more than 64 TiB"));
         }
         let mut report = Reporter::begin(size, progress)?;
-        let mut session = Session::begin(&self.0);
+        let mut session = Session::of_import(&self.0);
         let store = session.store();
         let mut manifest = Manifest::new(size, None, key);
         let mut stats = SnapshotStats { size, ..Default::default() };

@@ -16,7 +16,7 @@ use crate::pack::{self, Index, Pack, Taken};
 use crate::places::{Place, Places};
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::turns::Storing;
-use crate::writeback::{self, Writeback};
+use crate::writeback::{self, Cached, Writeback};
 use crate::{Error, IoBuf, Result};
 
 /// Objects wait here until so many bytes can be written at once.
@@ -111,22 +111,23 @@ fn prepare_object(
 }
 
 impl<'s> Session<'s> {
-    /// A session that holds the sweep off.
-    pub(crate) fn begin(store: &'s Inner) -> Self {
-        Self::new(store, Some(store.turns.store()), false)
+    /// A session that holds the sweep off. Much may come that is stored once and little of it read before long, so it does
+    /// not stay in the page cache.
+    pub(crate) fn of_import(store: &'s Inner) -> Self {
+        Self::new(store, Some(store.turns.store()), false, Cached::Dropped)
     }
 
-    /// The same for one whose turn it is already.
+    /// A session of one whose turn it is already.
     pub(crate) fn begin_in(store: &'s Inner, _turn: &'s Storing) -> Self {
-        Self::new(store, None, false)
+        Self::new(store, None, false, Cached::Kept)
     }
 
     /// A session of the sweep itself.
     pub(crate) fn of_sweep(store: &'s Inner) -> Self {
-        Self::new(store, None, true)
+        Self::new(store, None, true, Cached::Kept)
     }
 
-    fn new(store: &'s Inner, turn: Option<Storing>, sweeps: bool) -> Self {
+    fn new(store: &'s Inner, turn: Option<Storing>, sweeps: bool, cached: Cached) -> Self {
         let buffer = Vec::with_capacity(BUFFER);
         Self {
             store,
@@ -135,7 +136,7 @@ impl<'s> Session<'s> {
             added: Places::default(),
             packs: Vec::new(),
             buffer,
-            writeback: Writeback::default(),
+            writeback: Writeback::new(cached),
             appended: 0,
             committed: false,
         }
@@ -374,7 +375,7 @@ impl<'s> Session<'s> {
             let at = unit_offset(writing.taken.units - (len / UNIT) as u32);
             let written = writing.pack.file()?.write_all_vectored_at(&mut bufs, at);
             written.map_err(|e| Error::io(e, format!("cannot write {}", writing.pack.path.display())))?;
-            self.writeback.wrote(&writing.pack, len);
+            self.writeback.wrote(&writing.pack, at..at + len);
         }
         self.buffer.clear();
         Ok(())

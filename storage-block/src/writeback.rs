@@ -1,5 +1,6 @@
 //! Packs that are made durable while more is appended to them.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::thread::JoinHandle;
@@ -10,6 +11,9 @@ use crate::{Error, Result};
 /// Bytes that are appended before they are sent to the disk: enough that what a synchronisation costs beside them
 /// is little.
 const STEP: u64 = 8 << 20;
+/// Bytes that may wait where they are to leave the page cache: whoever writes them waits for the disk then, which is what
+/// the end of all would wait for.
+const MOST: u64 = 64 << 20;
 
 /// Sends what a session appends to the disk, so that the disk works while the processors do, and little is left to
 /// wait for at the end.
@@ -18,32 +22,61 @@ const STEP: u64 = 8 << 20;
 /// that one would not be told any more is an error that was met here, and so [`finish`](Self::finish) tells it.
 #[derive(Debug, Default)]
 pub(crate) struct Writeback {
-    /// Bytes that were appended since the disk was last told to go to work.
-    waiting: u64,
+    /// What was appended to a pack since the disk was last told to go to work.
+    waiting: Option<Part>,
+    cached: Cached,
     thread: Option<Thread>,
 }
 
-/// It is given packs, and ends when no more can come or one could not be synchronised.
-type Thread = (SyncSender<Arc<Pack>>, JoinHandle<Result<()>>);
+/// Whether what the disk has stays in the page cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Cached {
+    /// It does: a volume that goes on reads it.
+    #[default]
+    Kept,
+    /// It does not. Its memory is taken for what is written next, so that much that is written takes little memory: new
+    /// memory costs more than hashing what goes there where the machine is a virtual one whose host has to find it first,
+    /// and is taken from what is read again and again where there is no more.
+    Dropped,
+}
+
+/// A range of a pack's bytes.
+type Part = (Arc<Pack>, Range<u64>);
+
+/// It is given what was appended, and ends when no more can come or a pack could not be synchronised.
+type Thread = (SyncSender<Part>, JoinHandle<Result<()>>);
 
 impl Writeback {
-    /// So many bytes were written to a pack.
-    pub(crate) fn wrote(&mut self, pack: &Arc<Pack>, len: u64) {
-        self.waiting += len;
-        if self.waiting < STEP {
+    pub(crate) fn new(cached: Cached) -> Self {
+        Self { waiting: None, cached, thread: None }
+    }
+
+    /// This was written to a pack, behind all that was written there before.
+    pub(crate) fn wrote(&mut self, pack: &Arc<Pack>, range: Range<u64>) {
+        // The end of a pack that is full waits for the end of all.
+        let same = self.waiting.take().filter(|(of, _)| Arc::ptr_eq(of, pack));
+        let part = (Arc::clone(pack), same.map_or(range.start, |(_, before)| before.start)..range.end);
+        let len = part.1.end - part.1.start;
+        if len < STEP {
+            self.waiting = Some(part);
             return;
         }
         if self.thread.is_none() {
-            let (sender, packs) = mpsc::sync_channel::<Arc<Pack>>(0);
+            let (sender, parts) = mpsc::sync_channel::<Part>(0);
             let thread = std::thread::Builder::new().name("storage-sync".to_owned());
-            let synced = move || packs.into_iter().try_for_each(|pack| sync(&pack));
+            let cached = self.cached;
+            let synced = move || parts.into_iter().try_for_each(|part| write_back(&part, cached));
             // Without a thread all is done at the end.
             self.thread = thread.spawn(synced).ok().map(|thread| (sender, thread));
         }
         let Some((sender, _)) = &self.thread else { return };
+        if self.cached == Cached::Dropped && len >= MOST {
+            let _ = sender.send(part);
+            return;
+        }
         // While it is busy with what it was given, more gathers.
-        if !matches!(sender.try_send(Arc::clone(pack)), Err(TrySendError::Full(_))) {
-            self.waiting = 0;
+        if let Err(TrySendError::Full(part)) = sender.try_send(part) {
+            self.waiting = Some(part);
         }
     }
 
@@ -65,6 +98,14 @@ impl Drop for Writeback {
     }
 }
 
+fn write_back((pack, range): &Part, cached: Cached) -> Result<()> {
+    sync(pack)?;
+    if cached == Cached::Dropped {
+        pack.file()?.drop_cached(range);
+    }
+    Ok(())
+}
+
 /// Makes what has been written to a pack durable.
 pub(crate) fn sync(pack: &Pack) -> Result<()> {
     let synced = pack.file()?.sync_data();
@@ -74,17 +115,34 @@ pub(crate) fn sync(pack: &Pack) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt as _;
+    use std::path::Path;
 
     use super::*;
     use crate::fs::File;
 
     /// Tells it of so many bytes until it has taken them.
     fn insist(writeback: &mut Writeback, pack: &Arc<Pack>) {
-        writeback.wrote(pack, STEP);
-        while writeback.waiting > 0 {
+        writeback.wrote(pack, 0..STEP);
+        while writeback.waiting.is_some() {
             std::thread::yield_now();
-            writeback.wrote(pack, 0);
+            writeback.wrote(pack, STEP..STEP);
         }
+    }
+
+    /// Whether a file's bytes are read without the disk.
+    fn is_cached(path: &Path, at: u64) -> bool {
+        let (file, mut buf) = (std::fs::File::open(path).unwrap(), [0; 4096]);
+        let bufs = &mut [std::io::IoSliceMut::new(&mut buf)];
+        rustix::io::preadv2(file, bufs, at, rustix::io::ReadWriteFlags::NOWAIT).is_ok()
+    }
+
+    /// Whether this file system has a disk that what is dropped can be read from again.
+    fn can_drop(path: &Path) -> bool {
+        let file = std::fs::File::create_new(path).unwrap();
+        file.write_all_at(&[1; 4096], 0).unwrap();
+        file.sync_data().unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        !is_cached(path, 0)
     }
 
     #[test]
@@ -98,7 +156,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
 
         let mut writeback = Writeback::default();
-        writeback.wrote(&lost, STEP - 1);
+        writeback.wrote(&lost, 0..STEP - 1);
         assert!(writeback.thread.is_none(), "it is not enough to begin with");
         writeback.finish().unwrap();
 
@@ -109,5 +167,24 @@ mod tests {
         insist(&mut writeback, &good);
         assert!(writeback.finish().is_err());
         writeback.finish().unwrap();
+    }
+
+    #[test]
+    fn what_is_durable_leaves_the_page_cache_where_that_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        if !can_drop(&dir.path().join("any")) {
+            return;
+        }
+        for cached in [Cached::Kept, Cached::Dropped] {
+            let path = dir.path().join(format!("{cached:?}"));
+            let file = File::create_new(&path).unwrap();
+            file.write_all_at(&vec![1; STEP as usize + 4096], 0).unwrap();
+            let pack = Arc::new(Pack::with_file(1, path.clone(), file));
+            let mut writeback = Writeback::new(cached);
+            insist(&mut writeback, &pack);
+            writeback.finish().unwrap();
+            assert_eq!(is_cached(&path, 0), cached == Cached::Kept, "{cached:?}");
+            assert!(is_cached(&path, STEP), "of what is written behind it nothing goes");
+        }
     }
 }
