@@ -51,7 +51,8 @@ impl Store {
     /// Chunks of zeroes are not stored and holes not read, so a large sparse image takes no longer than
     /// its data. Chunks that any snapshot has are not stored again. `progress` is called on this thread, at the
     /// beginning, about once for every megabyte and at the end; it may read, open and make snapshots, and must not
-    /// [sweep](Self::sweep), which would wait for this import. When this returns, the snapshot is durable; when it fails,
+    /// [sweep](Self::sweep), which would wait for this import. What is stored leaves
+    /// the page cache of the system as it is written, all but the end. When this returns, the snapshot is durable; when it fails,
     /// nothing of it is left.
     ///
     /// # Errors
