@@ -24,7 +24,7 @@ use crate::migrate::migrate;
 use crate::network::Network;
 use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
-use crate::store::{RedbStore, Store};
+use crate::store::{JournaledStore, Store};
 use crate::supervisor::Supervisor;
 use crate::tasks::Tasks;
 use crate::{Error, ErrorKind, Result};
@@ -108,7 +108,7 @@ impl Inner {
         }
         let state = match options.state_store.take() {
             Some(state) => state,
-            None => Box::new(RedbStore::open(&paths.root.join("region.db"))?),
+            None => Box::new(JournaledStore::open(&paths.database(), &paths.journal())?),
         };
         let store = Store::new(state);
         migrate(&store)?;
