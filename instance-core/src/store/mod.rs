@@ -10,6 +10,7 @@ mod journal;
 #[cfg(test)]
 mod journal_tests;
 mod journaled_store;
+mod known;
 mod redb_store;
 
 use ami_core::Digest;
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 use self::group::Group;
 pub(crate) use self::journaled_store::JournaledStore;
+pub(crate) use self::known::Known;
 use crate::state_store::{Change, Durability, StateStore};
 use crate::{Error, ErrorKind, Result};
 
