@@ -171,6 +171,22 @@ fn the_database_alone_has_all_once_the_store_is_closed() {
     assert_eq!(open(dir.path()).scan("t").unwrap().len(), 3);
 }
 
+/// A version without journals reads the database alone, and has to find there that it is not to.
+#[test]
+fn a_database_that_knows_no_journal_has_the_first_commit_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let in_database = || {
+        let copy = crash(dir.path());
+        RedbStore::open(&copy.path().join("db")).unwrap().scan("t").unwrap().len()
+    };
+    let store = open(dir.path());
+    store.apply(&[put("first", b"")], Durability::Immediate).unwrap();
+    assert_eq!(in_database(), 1);
+    store.apply(&[put("second", b"")], Durability::Immediate).unwrap();
+    assert_eq!(in_database(), 1, "the second is in the journal");
+    assert_eq!(store.scan("t").unwrap().len(), 2);
+}
+
 /// Commits until the journal has begun anew twice; after each, what a crash leaves goes on from there.
 #[test]
 fn a_crash_after_any_commit_loses_nothing() {
