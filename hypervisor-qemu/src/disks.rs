@@ -233,7 +233,8 @@ impl Table {
 
 /// Serves a disk to one connection.
 fn connect(disk: &Disk, runtime_dir: &Path) -> Result<(Server, UnixStream), MachineError> {
-    let dir = tempfile::Builder::new().prefix("qemu-").tempdir_in(runtime_dir);
+    let dir = std::fs::create_dir_all(runtime_dir)
+        .and_then(|()| tempfile::Builder::new().prefix("qemu-").tempdir_in(runtime_dir));
     let dir = dir.map_err(|e| failed(runtime_dir, e))?;
     let server = Server::bind(dir.path().join("disk"), disk.clone()).map_err(|source| {
         MachineError::new(MachineErrorKind::Host, "cannot serve a disk over NBD").with_source(source)

@@ -105,7 +105,7 @@ impl Inner {
             Error::new(ErrorKind::InvalidParameter, "the volume cannot be attached there").with_source(e)
         })?;
         let cell = self.cell(owner, instance)?;
-        let mut live = cell.hold(self.supervisor.sender());
+        let mut live = cell.hold(self.supervisor.reports());
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
         self.volume(owner, id)?;
         self.check_free_to_go(id)?;
@@ -156,7 +156,7 @@ impl Inner {
         };
         let holder: Arc<InstanceDescription> = self.directory.attached(id).ok_or_else(not_attached)?;
         let cell = self.cell(owner, holder.id)?;
-        let mut live = cell.hold(self.supervisor.sender());
+        let mut live = cell.hold(self.supervisor.reports());
         let mut record = live.record.clone();
         let attachments = &mut record.description.attachments;
         let attached = record.description.state != InstanceState::Terminated;
@@ -203,7 +203,7 @@ impl Inner {
         self.volume(owner, id)?;
         let holder = self.directory.attached(id);
         let cell = holder.map(|holder| self.cell(owner, holder.id)).transpose()?;
-        let live = cell.as_ref().map(|cell| cell.hold(self.supervisor.sender()));
+        let live = cell.as_ref().map(|cell| cell.hold(self.supervisor.reports()));
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
         let mut record: VolumeRecord = self.volume(owner, id)?;
         let target_type = change.volume_type.unwrap_or(record.volume_type);

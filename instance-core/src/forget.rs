@@ -1,41 +1,74 @@
 //! Forgetting instances that were terminated: a while after, as in EC2, so that whoever asks what became
 //! of one is told, and a region that is open for long does not fill up with them.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ami_core::InstanceId;
+
 use crate::error::chain;
-use crate::instance::Cell;
 use crate::record::InstanceRecord;
 use crate::region::Inner;
 
 /// How long they are remembered (EC2 User Guide, "Terminate Amazon EC2 instances": about an hour).
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
 
+/// Those that were terminated and are remembered, in the order of their ends: whoever looks for what is to be forgotten
+/// looks at no others.
+#[derive(Debug, Default)]
+pub(crate) struct Remembered(Mutex<VecDeque<(Instant, InstanceId)>>);
+
+impl Remembered {
+    // Nothing that is done under the lock panics half way.
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(Instant, InstanceId)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in one that is terminated now.
+    pub(crate) fn add(&self, id: InstanceId) {
+        let mut remembered = self.lock();
+        remembered.push_back((Instant::now(), id));
+    }
+
+    /// Takes out those that were terminated long before `now`.
+    fn take_old(&self, now: Instant) -> Vec<(Instant, InstanceId)> {
+        let mut remembered = self.lock();
+        let old = |(at, _): &(Instant, InstanceId)| now.saturating_duration_since(*at) >= REMEMBERED;
+        let count = remembered.iter().take_while(|one| old(one)).count();
+        remembered.drain(..count).collect()
+    }
+
+    fn put_back(&self, old: Vec<(Instant, InstanceId)>) {
+        let mut remembered = self.lock();
+        old.into_iter().rev().for_each(|one| remembered.push_front(one));
+    }
+}
+
 impl Inner {
     /// Forgets those that were terminated long before `now`. Handles of them stay good.
     pub(crate) fn forget_terminated(&self, now: Instant) {
-        let long_gone = |cell: &&Arc<Cell>| {
-            cell.terminated().is_some_and(|at| now.saturating_duration_since(at) >= REMEMBERED)
-        };
-        let ids: Vec<_> = self.cells().values().filter(long_gone).map(|cell| cell.id).collect();
-        if ids.is_empty() {
+        let old = self.terminated.take_old(now);
+        if old.is_empty() {
             return;
         }
         // Not durable yet: what a crash brings back of them goes when the region is opened.
         let removed = self.store.stage(|c| {
-            ids.iter().for_each(|id| c.remove::<InstanceRecord>(id));
+            old.iter().for_each(|(_, id)| c.remove::<InstanceRecord>(id));
             Ok(())
         });
         match removed {
             Ok(()) => {
-                self.cells().retain(|id, _| !ids.contains(id));
-                for id in ids {
+                for (_, id) in old {
+                    self.cells().remove(&id);
                     self.directory.remove(id);
                     self.tokens.forget(id);
                 }
             }
-            Err(e) => tracing::warn!(error = chain(&e), "cannot forget terminated instances yet"),
+            Err(e) => {
+                tracing::warn!(error = chain(&e), "cannot forget terminated instances yet");
+                self.terminated.put_back(old);
+            }
         }
     }
 }
@@ -90,7 +123,7 @@ mod tests {
             let gone = region.launch(&ami, spec()).unwrap();
             gone.terminate().unwrap();
             let long_ago = Instant::now().checked_sub(REMEMBERED).unwrap();
-            region.inner.cells()[&gone.id()].set_terminated(long_ago);
+            *region.inner.terminated.lock().back_mut().unwrap() = (long_ago, gone.id());
             gone.id()
         };
         let id = old();

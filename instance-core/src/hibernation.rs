@@ -79,7 +79,7 @@ impl Instance {
 
 impl Inner {
     fn hibernate(&self, cell: &Cell, patience: Duration) -> Result<()> {
-        let mut live = cell.hold(self.supervisor.sender());
+        let mut live = cell.hold(self.supervisor.reports());
         check_ebs_root(&live.record.description, "hibernated")?;
         check_stoppable(&live.record.description)?;
         if !live.record.description.hibernation {

@@ -225,7 +225,7 @@ impl Inner {
 
     pub(crate) fn create_image(&self, cell: &Cell, name: &str) -> Result<CreatedImage> {
         // Held in this order, so that the instance can be stopped while another image is removed.
-        self.making(|| self.create_image_held(cell, &mut cell.hold(self.supervisor.sender()), name))
+        self.making(|| self.create_image_held(cell, &mut cell.hold(self.supervisor.reports()), name))
     }
 
     fn create_image_held(&self, cell: &Cell, live: &mut Live, name: &str) -> Result<CreatedImage> {

@@ -203,7 +203,7 @@ impl Instance {
             let what = "the region was opened without streams for its machines";
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
-        let live = self.cell.hold(self.region.supervisor.sender());
+        let live = self.cell.hold(self.region.supervisor.reports());
         live.vsock.clone().ok_or_else(|| match live.machine {
             Some(_) => {
                 let what = format!("the machine of {} was saved without streams; reboot it", self.id());

@@ -76,7 +76,7 @@ impl Inner {
     }
 
     pub(crate) fn stop(&self, cell: &Cell, patience: Duration) -> Result<()> {
-        let live = cell.hold(self.supervisor.sender());
+        let live = cell.hold(self.supervisor.reports());
         check_ebs_root(&live.record.description, "stopped")?;
         check_stoppable(&live.record.description)?;
         self.stop_held(cell, live, patience, StateReason::user_initiated())
@@ -102,7 +102,7 @@ impl Inner {
             drop(live);
             // Whether it obeyed or not, the machine is dropped next.
             let _ = state.wait(Instant::now() + patience, |s| s.exit_cause().is_some());
-            live = cell.hold(self.supervisor.sender());
+            live = cell.hold(self.supervisor.reports());
             if live.generation != generation || live.record.description.state == InstanceState::Stopped {
                 return Ok(());
             }
@@ -120,7 +120,7 @@ impl Inner {
     }
 
     pub(crate) fn start(&self, cell: &Cell) -> Result<()> {
-        let mut live = cell.hold(self.supervisor.sender());
+        let mut live = cell.hold(self.supervisor.reports());
         check_ebs_root(&live.record.description, "started")?;
         if live.record.description.state == InstanceState::Running {
             if live.machine.is_some() {
@@ -148,7 +148,7 @@ impl Inner {
     }
 
     pub(crate) fn reboot(&self, cell: &Cell) -> Result<()> {
-        let mut live = cell.hold(self.supervisor.sender());
+        let mut live = cell.hold(self.supervisor.reports());
         let state = live.record.description.state;
         if state != InstanceState::Running {
             let what = format!("{} is {state}, in which it cannot be rebooted", cell.id);
@@ -171,7 +171,7 @@ impl Inner {
 
     pub(crate) fn terminate(&self, cell: &Cell) -> Result<()> {
         self.forget_terminated(Instant::now());
-        let mut live = cell.hold(self.supervisor.sender());
+        let mut live = cell.hold(self.supervisor.reports());
         let description = &live.record.description;
         let protection = description.termination_protection || description.stop_protection;
         // One that is on its way goes it to the end.
@@ -198,7 +198,7 @@ impl Inner {
         self.remove_volumes(&doomed)?;
         self.release_place(&live.record.description);
         self.transition(cell, live, Transition::Terminated, Some(reason))?;
-        cell.set_terminated(Instant::now());
+        self.terminated.add(cell.id);
         Ok(())
     }
 
@@ -206,7 +206,7 @@ impl Inner {
     pub(crate) fn machine_ended(&self, id: InstanceId, generation: u64) {
         let Some(cell) = self.cells().get(&id).cloned() else { return };
         // Whoever holds the instance reports the end again when done.
-        let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
+        let Some(mut live) = cell.try_hold(self.supervisor.reports()) else { return };
         if live.generation != generation {
             return;
         }
@@ -232,7 +232,7 @@ impl Inner {
     fn settle_one(&self, id: InstanceId) {
         let Some(cell) = self.cells().get(&id).cloned() else { return };
         // Whoever holds the instance tells of it again when done.
-        let Some(mut live) = cell.try_hold(self.supervisor.sender()) else { return };
+        let Some(mut live) = cell.try_hold(self.supervisor.reports()) else { return };
         if live.record.launched || live.volumes.is_empty() {
             return;
         }

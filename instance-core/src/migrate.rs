@@ -15,6 +15,7 @@ pub(crate) fn migrate(store: &Store) -> Result<()> {
     let Some(region) = store.get_json(RegionRecord::TABLE, RegionRecord::KEY)? else { return Ok(()) };
     match region["format"].as_u64() {
         Some(1) => from_1(store, region),
+        Some(2) => from_2(store, region),
         Some(found) if found == u64::from(RegionRecord::FORMAT) => Ok(()),
         found => {
             let found = found.map_or("no number".to_owned(), |n| n.to_string());
@@ -69,7 +70,7 @@ fn from_1(store: &Store, mut region: Value) -> Result<()> {
     for (key, record) in &mut images {
         add(object(key, Some(record))?, json!({ "snapshots": [] }));
     }
-    add(object(RegionRecord::KEY, Some(&mut region))?, json!({ "format": 2 }));
+    add(object(RegionRecord::KEY, Some(&mut region))?, json!({ "format": RegionRecord::FORMAT }));
     store.commit(|c| {
         images.into_iter().try_for_each(|(key, json)| c.put_json(ImageRecord::TABLE, key, &json))?;
         instances.into_iter().try_for_each(|(key, json)| c.put_json(InstanceRecord::TABLE, key, &json))?;
@@ -78,9 +79,15 @@ fn from_1(store: &Store, mut region: Value) -> Result<()> {
     })
 }
 
+/// Version 2 knew no journal, and has all of its records in the database; else they are the same.
+fn from_2(store: &Store, mut region: Value) -> Result<()> {
+    add(object(RegionRecord::KEY, Some(&mut region))?, json!({ "format": RegionRecord::FORMAT }));
+    store.commit(|c| c.put_json(RegionRecord::TABLE, RegionRecord::KEY.to_owned(), &region))
+}
+
 fn object<'a>(key: &str, value: Option<&'a mut Value>) -> Result<&'a mut Map<String, Value>> {
     value.and_then(Value::as_object_mut).ok_or_else(|| {
-        let what = format!("the state store's record {key} is not what version 1 wrote");
+        let what = format!("the state store's record {key} is not what its version wrote");
         Error::new(ErrorKind::Corrupt, what)
     })
 }

@@ -62,7 +62,7 @@ impl Instance {
     pub fn set_user_data(&self, bytes: Option<Vec<u8>>) -> Result<()> {
         LaunchSpec::check_user_data(bytes.as_deref())?;
         let (region, cell) = self.parts();
-        let mut live = cell.hold(region.supervisor.sender());
+        let mut live = cell.hold(region.supervisor.reports());
         check_stopped(&live)?;
         let mut record = live.record.clone();
         record.user_data = bytes.map(|bytes| BASE64.encode(bytes));
@@ -72,7 +72,7 @@ impl Instance {
     /// What its guest is told by its metadata, as it was given.
     pub fn user_data(&self) -> Option<Vec<u8>> {
         let (region, cell) = self.parts();
-        let live = cell.hold(region.supervisor.sender());
+        let live = cell.hold(region.supervisor.reports());
         // What this version encoded it decodes.
         live.record.user_data().unwrap_or_default()
     }
@@ -120,7 +120,7 @@ impl Instance {
 
     fn modify(&self, stopped: bool, change: impl FnOnce(&mut InstanceDescription)) -> Result<()> {
         let (region, cell) = self.parts();
-        let mut live = cell.hold(region.supervisor.sender());
+        let mut live = cell.hold(region.supervisor.reports());
         if stopped {
             check_stopped(&live)?;
         }

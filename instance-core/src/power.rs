@@ -13,7 +13,6 @@ use crate::instance::{Cell, Live};
 use crate::machine::{Boot, DiskSpec, Identity, Machine, MachineError, MachineSpec, NetSpec, RestoreSpec};
 use crate::record::InstanceRecord;
 use crate::region::Inner;
-use crate::supervisor::Message;
 use crate::vsock::{self, VsockSpec};
 use crate::{Error, ErrorKind, InstanceStore, Result};
 
@@ -112,9 +111,6 @@ impl Inner {
     }
 
     fn ground(&self, cell: &Cell, live: &mut Live, with_vsock: bool) -> Result<Ground> {
-        let runtime_dir = self.paths.instance(cell.id);
-        fs::create_dir_all(&runtime_dir)
-            .map_err(|e| Error::io(e, format!("cannot make {}", runtime_dir.display())))?;
         // A reboot saves nothing up.
         if live.limiters.is_empty() {
             let bandwidth = live.record.description.instance_type.ebs_bandwidth().filter(|_| self.ebs_limits);
@@ -134,7 +130,7 @@ impl Inner {
         self.limit(&mut nets, live);
         let (port, vsock) = with_vsock.then(vsock::cable).unzip();
         live.vsock = vsock;
-        Ok(Ground { disks, nets, vsock: port.map(VsockSpec::new), runtime_dir })
+        Ok(Ground { disks, nets, vsock: port.map(VsockSpec::new), runtime_dir: self.paths.instance(cell.id) })
     }
 
     /// Holds the ports of an instance, together, to what its type's network gives.
@@ -185,11 +181,10 @@ impl Inner {
     /// Has the supervisor told when the machine ends.
     fn follow_end(&self, cell: &Cell, live: &mut Live, machine: &dyn Machine) {
         live.generation += 1;
-        let (ended, message) = (self.supervisor.sender(), Message::Ended(cell.id, live.generation));
+        let (reports, id, generation) = (self.supervisor.reports(), cell.id, live.generation);
         machine.state().subscribe(move |state| {
             if state.exit_cause().is_some() {
-                // A supervisor that is gone follows nothing.
-                let _ = ended.send(message);
+                reports.ended(id, generation);
             }
         });
     }

@@ -25,7 +25,7 @@ pub(crate) struct RegionRecord {
 }
 
 impl RegionRecord {
-    pub(crate) const FORMAT: u32 = 2;
+    pub(crate) const FORMAT: u32 = 3;
     pub(crate) const KEY: &'static str = "region";
 }
 

@@ -200,7 +200,7 @@ impl Inner {
             return self.snapshot_closed(volume);
         };
         let cell = self.cell(owner, holder.id)?;
-        let live = cell.hold(self.supervisor.sender());
+        let live = cell.hold(self.supervisor.reports());
         let attachments = &live.record.description.attachments;
         let open = attachments.iter().zip(&live.volumes).find(|(a, _)| a.volume_id == volume.id);
         match open {

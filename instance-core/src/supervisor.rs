@@ -7,10 +7,10 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Mutex, PoisonError, Weak};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::InstanceId;
 
@@ -19,35 +19,51 @@ use crate::region::Inner;
 /// For how long launches are gathered whose volumes are made durable together.
 const GATHER: Duration = Duration::from_secs(1);
 
-/// What the threads are told.
+/// What the first thread is told.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Message {
     /// A machine has ended: whose, and which of its machines.
     Ended(InstanceId, u64),
-    /// An instance was launched, and its volumes are not known to be durable.
-    Launched(InstanceId),
     /// The region is closed.
     Close,
 }
 
+/// Where the threads are told of what they are to follow.
+#[derive(Debug, Clone)]
+pub(crate) struct Reports {
+    ended: Sender<Message>,
+    launched: Arc<Launched>,
+}
+
+impl Reports {
+    /// A machine has ended: whose, and which of its machines.
+    pub(crate) fn ended(&self, id: InstanceId, generation: u64) {
+        // A supervisor that is gone follows nothing.
+        let _ = self.ended.send(Message::Ended(id, generation));
+    }
+
+    /// An instance was launched, and its volumes are not known to be durable.
+    pub(crate) fn launched(&self, id: InstanceId) {
+        self.launched.add(id);
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Supervisor {
-    /// To the first thread, which hands on to the second what is for that.
-    sender: Sender<Message>,
+    reports: Reports,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Supervisor {
     pub(crate) fn new() -> (Self, Receiver<Message>) {
-        let (sender, receiver) = mpsc::channel();
-        (Self { sender, threads: Mutex::default() }, receiver)
+        let (ended, receiver) = mpsc::channel();
+        (Self { reports: Reports { ended, launched: Arc::default() }, threads: Mutex::default() }, receiver)
     }
 
     pub(crate) fn start(&self, receiver: Receiver<Message>, region: Weak<Inner>) -> io::Result<()> {
-        let (hand_on, launched) = mpsc::channel();
-        let of_volumes = region.clone();
+        let (launched, of_volumes) = (self.reports.launched.clone(), region.clone());
         let settle = move || {
-            while let Some(ids) = gather(&launched) {
+            while let Some(ids) = launched.gather() {
                 match of_volumes.upgrade() {
                     Some(region) => region.settle(&ids),
                     None => return,
@@ -59,8 +75,6 @@ impl Supervisor {
                 let Some(region) = region.upgrade() else { return };
                 match message {
                     Message::Ended(id, generation) => region.machine_ended(id, generation),
-                    // It is there for as long as this one is.
-                    Message::Launched(id) => drop(hand_on.send(id)),
                     Message::Close => return,
                 }
             }
@@ -71,15 +85,16 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Where machines tell of their end.
-    pub(crate) fn sender(&self) -> Sender<Message> {
-        self.sender.clone()
+    /// Where what happens is told.
+    pub(crate) fn reports(&self) -> Reports {
+        self.reports.clone()
     }
 
     /// Ends the threads and waits for them; called in one of them, it does not wait for the other.
     pub(crate) fn stop(&self) {
         // A thread that has ended already listens no more.
-        let _ = self.sender.send(Message::Close);
+        let _ = self.reports.ended.send(Message::Close);
+        self.reports.launched.close();
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         // A watcher that is told in such a thread may drop the last handle of a region.
         if threads.iter().any(|t| t.thread().id() == thread::current().id()) {
@@ -91,16 +106,51 @@ impl Supervisor {
     }
 }
 
-/// Who is told of within a moment, since one synchronisation of a file system serves them all; none, if the region is
-/// closed.
-fn gather(launched: &Receiver<InstanceId>) -> Option<BTreeSet<InstanceId>> {
-    let mut ids = BTreeSet::from([launched.recv().ok()?]);
-    let until = Instant::now() + GATHER;
-    loop {
-        match launched.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(id) => drop(ids.insert(id)),
-            Err(RecvTimeoutError::Timeout) => return Some(ids),
-            Err(RecvTimeoutError::Disconnected) => return None,
+/// The instances that were launched, and whose volumes are not known to be durable.
+#[derive(Debug, Default)]
+struct Launched {
+    state: Mutex<Gathered>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Gathered {
+    ids: BTreeSet<InstanceId>,
+    closed: bool,
+}
+
+impl Launched {
+    // Nothing that is done under the lock panics half way.
+    fn lock(&self) -> MutexGuard<'_, Gathered> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, id: InstanceId) {
+        let mut state = self.lock();
+        let first = state.ids.is_empty();
+        state.ids.insert(id);
+        // Who waits for more is not woken for each.
+        if first {
+            self.changed.notify_one();
+        }
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_one();
+    }
+
+    /// Who is told of within a moment, since one synchronisation of a file system serves them all; none, if the region is
+    /// closed.
+    fn gather(&self) -> Option<BTreeSet<InstanceId>> {
+        let nobody = |state: &mut Gathered| !state.closed && state.ids.is_empty();
+        let waited = self.changed.wait_while(self.lock(), nobody).unwrap_or_else(PoisonError::into_inner);
+        let open = |state: &mut Gathered| !state.closed;
+        let waited = self.changed.wait_timeout_while(waited, GATHER, open);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match state.closed {
+            true => None,
+            false => Some(std::mem::take(&mut state.ids)),
         }
     }
 }

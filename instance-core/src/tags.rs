@@ -199,7 +199,8 @@ impl Inner {
         // In the order of their ids, so that two calls do not wait for each other.
         let cells: Result<Vec<Arc<Cell>>> = sorted.instances.iter().map(|id| self.cell(owner, *id)).collect();
         let cells = cells?;
-        let mut holds: Vec<Hold<'_>> = cells.iter().map(|cell| cell.hold(self.supervisor.sender())).collect();
+        let mut holds: Vec<Hold<'_>> =
+            cells.iter().map(|cell| cell.hold(self.supervisor.reports())).collect();
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
 

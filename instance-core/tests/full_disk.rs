@@ -16,7 +16,9 @@ use instance_core::machine::{
     Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
 };
 use instance_core::testing::FakeHypervisor;
-use instance_core::{Error, ErrorKind, InstanceState, InstanceType, LaunchSpec, Region};
+use instance_core::{
+    Capacity, Error, ErrorKind, InstanceState, InstanceType, LaunchSpec, Region, RegionOptions,
+};
 
 /// A file system of a fixed size, unmounted at the end.
 #[derive(Debug)]
@@ -225,6 +227,25 @@ fn what_gives_space_back_needs_none() {
     region.deregister_image(ami.id()).unwrap();
     one.terminate().unwrap();
     drop((one, two, region));
+    let region = open(&dir);
+    assert!(region.instances().is_empty() && region.images().unwrap().is_empty());
+}
+
+/// Nor do they when the journal is full of what the database does not have yet.
+#[test]
+fn what_gives_space_back_needs_none_behind_a_full_journal() {
+    let Some(small) = Small::mount(32 << 10) else { return };
+    let dir = small.region();
+    let options = RegionOptions::new().capacity(Capacity::unlimited());
+    let region = options.open(&dir, FakeHypervisor::new()).unwrap();
+    let ami = register(&region, "base", &disk(1, 1)).unwrap();
+    // Records of more than 20 KiB.
+    let spec = || LaunchSpec::new("t2.nano".parse().unwrap()).user_data([7; LaunchSpec::MAX_USER_DATA]);
+    let instances: Vec<_> = (0..44).map(|_| region.launch(&ami, spec()).unwrap()).collect();
+    small.leave(0);
+    instances.iter().for_each(|instance| instance.terminate().unwrap());
+    region.deregister_image(ami.id()).unwrap();
+    drop((instances, region));
     let region = open(&dir);
     assert!(region.instances().is_empty() && region.images().unwrap().is_empty());
 }

@@ -158,7 +158,9 @@ fn a_new_region_has_the_same_records_as_the_golden_one() {
     let (_dir, old) = old_region(&golden());
     let new = old.with_file_name("new");
     make(&new);
-    let (of_old, of_new) = (records(&old), records(&new));
+    let (of_old, mut of_new) = (records(&old), records(&new));
+    // The version after it has one.
+    of_new.remove("journal").unwrap();
     assert_eq!(fields(&of_new), fields(&of_old));
     assert_eq!(counts(&of_new), counts(&of_old));
     let saved = |dir: &Path| files(dir).into_keys().filter(|name| name.starts_with("hibernated/")).count();

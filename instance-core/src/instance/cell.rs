@@ -1,9 +1,7 @@
 //! What stands behind the handles of an instance.
 
 use std::fs;
-use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Instant;
 
 use ami_core::{AccountId, InstanceId};
 use storage_block::{Limiter, Volume};
@@ -17,7 +15,7 @@ use crate::net::FrameLimits;
 use crate::record::InstanceRecord;
 use crate::region::Paths;
 use crate::status::Boot;
-use crate::supervisor::Message;
+use crate::supervisor::Reports;
 use crate::vsock::Vsock;
 use crate::watch::Publisher;
 use crate::{Error, ErrorKind, Result, Transition};
@@ -32,8 +30,6 @@ pub(crate) struct Cell {
     live: Mutex<Live>,
     /// What is known of its machine, for status checks, which wait for nothing that is done to it.
     boot: Mutex<Option<Boot>>,
-    /// When it was terminated, if it was.
-    terminated: Mutex<Option<Instant>>,
 }
 
 /// What changes, under the lock that every action on the instance holds.
@@ -81,7 +77,6 @@ impl Cell {
                 generation: 0,
             }),
             boot: Mutex::new(None),
-            terminated: Mutex::new(None),
         }
     }
 
@@ -89,28 +84,20 @@ impl Cell {
         self.boot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn terminated(&self) -> Option<Instant> {
-        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn set_terminated(&self, at: Instant) {
-        *self.terminated.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
-    }
-
     /// Waits for whatever else is done to the instance, then holds it.
-    pub(crate) fn hold(&self, ended: Sender<Message>) -> Hold<'_> {
+    pub(crate) fn hold(&self, reports: Reports) -> Hold<'_> {
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        Hold { id: self.id, live: Some(live), ended }
+        Hold { id: self.id, live: Some(live), reports }
     }
 
     /// Holds the instance if nothing else is done to it.
-    pub(crate) fn try_hold(&self, ended: Sender<Message>) -> Option<Hold<'_>> {
+    pub(crate) fn try_hold(&self, reports: Reports) -> Option<Hold<'_>> {
         let live = match self.live.try_lock() {
             Ok(live) => live,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
-        Some(Hold { id: self.id, live: Some(live), ended })
+        Some(Hold { id: self.id, live: Some(live), reports })
     }
 
     /// Lets go of machine and volumes, and of a root device that ends with the machine, when the region is closed. Gives the
@@ -203,7 +190,7 @@ fn words(by: Transition) -> &'static str {
 pub(crate) struct Hold<'a> {
     id: InstanceId,
     live: Option<MutexGuard<'a, Live>>,
-    ended: Sender<Message>,
+    reports: Reports,
 }
 
 impl std::ops::Deref for Hold<'_> {
@@ -232,13 +219,13 @@ impl Drop for Hold<'_> {
         let unsettled = !self.record.launched && !self.volumes.is_empty();
         self.live = None;
         if unsettled {
-            let _ = self.ended.send(Message::Launched(self.id));
+            self.reports.launched(self.id);
         }
         // Looked at only after the lock is free: an end after this look finds the supervisor able
         // to act on it.
         if let Some((state, generation)) = watched {
             if state.get().exit_cause().is_some() {
-                let _ = self.ended.send(Message::Ended(self.id, generation));
+                self.reports.ended(self.id, generation);
             }
         }
     }

@@ -196,7 +196,7 @@ impl Inner {
         let mut launching: Vec<Launching<'_>> = Vec::new();
         for ((cell, planned), claim) in cells.iter().zip(&planned).zip(claims) {
             // Held before anyone can find it.
-            let mut hold = cell.hold(self.supervisor.sender());
+            let mut hold = cell.hold(self.supervisor.reports());
             hold.claim = Some(claim);
             launching.push(Launching { cell, hold, planned, done: Ok(()) });
             let description = cell.description.get();

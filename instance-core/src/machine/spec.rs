@@ -59,8 +59,8 @@ pub struct MachineSpec {
     pub virtio_console: Option<ConsolePort>,
     /// What the machine tells its guest of itself, if anything.
     pub identity: Option<Identity>,
-    /// A directory of the machine's own for sockets and the like. Empty at the start, removed by the
-    /// owner after the end.
+    /// Where the machine may have a directory of its own, for sockets and the like. It is not there or empty at the start:
+    /// a machine that needs it makes it, since most need none. Its owner removes it after the end.
     pub runtime_dir: PathBuf,
 }
 

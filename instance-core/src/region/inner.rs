@@ -16,6 +16,7 @@ use super::paths::Paths;
 use crate::boot_cache::BootCache;
 use crate::capacity::Meter;
 use crate::directory::{Directory, not_found};
+use crate::forget::Remembered;
 use crate::instance::Cell;
 use crate::launch::{InFlight, Tokens};
 use crate::lock::Lock;
@@ -24,7 +25,7 @@ use crate::migrate::migrate;
 use crate::network::Network;
 use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
-use crate::store::{RedbStore, Store};
+use crate::store::{JournaledStore, Known, Store};
 use crate::supervisor::Supervisor;
 use crate::tasks::Tasks;
 use crate::{Error, ErrorKind, Result};
@@ -64,6 +65,7 @@ pub(crate) struct Inner {
     pub(crate) supervisor: Supervisor,
     pub(crate) cells: Mutex<BTreeMap<InstanceId, Arc<Cell>>>,
     pub(crate) directory: Directory,
+    pub(crate) terminated: Remembered,
     pub(crate) tokens: Tokens,
     pub(crate) in_flight: InFlight,
     pub(crate) tasks: Tasks,
@@ -75,6 +77,7 @@ pub(crate) struct Inner {
     pub(crate) vsock: bool,
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
+    images: Known<ImageRecord>,
     pub(crate) blocks: BlockStore,
     pub(crate) boot: BootCache,
     /// Held for reading while an image is made, and for writing while what nothing names is collected, which
@@ -108,7 +111,7 @@ impl Inner {
         }
         let state = match options.state_store.take() {
             Some(state) => state,
-            None => Box::new(RedbStore::open(&paths.root.join("region.db"))?),
+            None => Box::new(JournaledStore::open(&paths.database(), &paths.journal())?),
         };
         let store = Store::new(state);
         migrate(&store)?;
@@ -126,6 +129,7 @@ impl Inner {
             supervisor,
             cells: Mutex::default(),
             directory: Directory::default(),
+            terminated: Remembered::default(),
             tokens: Tokens::default(),
             in_flight: InFlight::default(),
             tasks: Tasks::default(),
@@ -137,6 +141,7 @@ impl Inner {
             vsock: options.vsock,
             region,
             store,
+            images: Known::default(),
             blocks,
             boot,
             making_images: RwLock::default(),
@@ -159,7 +164,7 @@ impl Inner {
 
     pub(crate) fn image(&self, id: AmiId) -> Result<ImageRecord> {
         let missing = || Error::new(ErrorKind::ImageNotFound, format!("the image id {id} does not exist"));
-        self.store.get(&id.to_string())?.ok_or_else(missing)
+        self.store.get_known(&id.to_string(), &self.images)?.ok_or_else(missing)
     }
 
     /// The instance with this id, if it is the account's.

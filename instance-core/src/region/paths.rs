@@ -11,6 +11,16 @@ pub(crate) struct Paths {
 }
 
 impl Paths {
+    /// The database of the state store.
+    pub(super) fn database(&self) -> PathBuf {
+        self.root.join("region.db")
+    }
+
+    /// The journal in front of it.
+    pub(super) fn journal(&self) -> PathBuf {
+        self.root.join("region.journal")
+    }
+
     pub(crate) fn volumes(&self) -> PathBuf {
         self.root.join("volumes")
     }

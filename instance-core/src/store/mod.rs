@@ -6,6 +6,11 @@
 
 mod database;
 mod group;
+mod journal;
+#[cfg(test)]
+mod journal_tests;
+mod journaled_store;
+mod known;
 mod redb_store;
 
 use ami_core::Digest;
@@ -14,7 +19,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use self::group::Group;
-pub(crate) use self::redb_store::RedbStore;
+pub(crate) use self::journaled_store::JournaledStore;
+pub(crate) use self::known::Known;
 use crate::state_store::{Change, Durability, StateStore};
 use crate::{Error, ErrorKind, Result};
 

@@ -1,4 +1,4 @@
-//! The state store that a region has in its directory: one transactional file of `redb`'s.
+//! The database of the state store that a region has in its directory: one transactional file of `redb`'s.
 
 #![expect(clippy::result_large_err, reason = "redb's errors are large; they become ours before they leave")]
 
@@ -7,28 +7,26 @@ use std::path::Path;
 use redb::{ReadableTable, TableDefinition};
 
 use super::database::{self, Database};
-use crate::state_store::{Change, Durability, StateStore};
 use crate::{Error, ErrorKind, Result};
 
 const fn table(name: &str) -> TableDefinition<'_, &'static str, &'static [u8]> {
     TableDefinition::new(name)
 }
 
-/// A store in a file.
+/// Entries by table and key, in a file.
 #[derive(Debug)]
-pub(crate) struct RedbStore(Database);
+pub(super) struct RedbStore(Database);
 
 impl RedbStore {
-    /// Opens the store in `file`, made when it is not there.
-    pub(crate) fn open(file: &Path) -> Result<Self> {
+    /// Opens the database in `file`, made when it is not there.
+    pub(super) fn open(file: &Path) -> Result<Self> {
         Database::open(file)
             .map(Self)
             .map_err(|e| database_error(e, &format!("cannot open the state store {}", file.display())))
     }
-}
 
-impl StateStore for RedbStore {
-    fn get(&self, name: &str, key: &str) -> Result<Option<Vec<u8>>> {
+    /// What the entry holds, if there is one.
+    pub(super) fn get(&self, name: &str, key: &str) -> Result<Option<Vec<u8>>> {
         let read = |database: &redb::Database| -> database::Result<Option<Vec<u8>>> {
             match database.begin_read()?.open_table(table(name)) {
                 Ok(table) => Ok(table.get(key)?.map(|v| v.value().to_vec())),
@@ -39,7 +37,8 @@ impl StateStore for RedbStore {
         self.0.with(read).map_err(failed_read)
     }
 
-    fn scan(&self, name: &str) -> Result<Vec<(String, Vec<u8>)>> {
+    /// Every entry of a table, in the order of their keys' bytes.
+    pub(super) fn scan(&self, name: &str) -> Result<Vec<(String, Vec<u8>)>> {
         let read = |database: &redb::Database| -> database::Result<Vec<(String, Vec<u8>)>> {
             match database.begin_read()?.open_table(table(name)) {
                 Ok(table) => table
@@ -54,25 +53,39 @@ impl StateStore for RedbStore {
         self.0.with(read).map_err(failed_read)
     }
 
-    fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
+    /// Makes the changes, all or none, later ones over earlier ones. They are durable when this returns.
+    pub(super) fn commit<'c>(
+        &self,
+        changes: impl Iterator<Item = (&'c str, &'c str, Option<&'c [u8]>)> + Clone,
+    ) -> Result<()> {
         let write = |database: &redb::Database| -> database::Result<()> {
-            let mut transaction = database.begin_write()?;
-            transaction.set_durability(match durability {
-                Durability::Immediate => redb::Durability::Immediate,
-                Durability::Eventual => redb::Durability::None,
-            });
-            for Change { table: name, key, value } in changes {
+            let transaction = database.begin_write()?;
+            let mut changes = changes.clone().peekable();
+            while let Some((name, key, value)) = changes.next() {
                 let mut table = transaction.open_table(table(name))?;
-                match value {
-                    Some(bytes) => table.insert(key.as_str(), bytes.as_slice())?,
-                    None => table.remove(key.as_str())?,
-                };
+                put(&mut table, key, value)?;
+                // To open a table is more work than to put an entry into it.
+                while let Some((_, key, value)) = changes.next_if(|(next, ..)| *next == name) {
+                    put(&mut table, key, value)?;
+                }
             }
             transaction.commit()?;
             Ok(())
         };
         self.0.with(write).map_err(|e| database_error(e, "cannot commit to the state store"))
     }
+}
+
+fn put(
+    table: &mut redb::Table<'_, &'static str, &'static [u8]>,
+    key: &str,
+    value: Option<&[u8]>,
+) -> database::Result<()> {
+    match value {
+        Some(bytes) => table.insert(key, bytes)?,
+        None => table.remove(key)?,
+    };
+    Ok(())
 }
 
 fn failed_read(e: redb::Error) -> Error {
@@ -99,28 +112,6 @@ fn database_error(e: redb::Error, context: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn keeps_the_contract() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut number = 0;
-        crate::testing::state_store_conformance(|| {
-            number += 1;
-            RedbStore::open(&dir.path().join(number.to_string())).unwrap()
-        });
-    }
-
-    #[test]
-    fn what_was_applied_is_there_after_reopening() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("db");
-        let put = |key: &str, durability| {
-            let change = Change { table: "t", key: key.to_owned(), value: Some(b"v".to_vec()) };
-            RedbStore::open(&file).unwrap().apply(&[change], durability).unwrap();
-        };
-        put("immediate", Durability::Immediate);
-        assert_eq!(RedbStore::open(&file).unwrap().scan("t").unwrap().len(), 1);
-    }
 
     #[test]
     fn a_file_that_is_no_store_is_an_error() {

@@ -192,7 +192,7 @@ impl TestBed<'_> {
         let mut spec = MachineSpec::new("conformance", self.architecture, self.boot.clone(), console.port());
         spec.memory_mib = NonZeroU32::new(self.memory_mib).expect("the test bed gives memory");
         spec.disks = disks;
-        spec.runtime_dir = runtime_dir.to_owned();
+        spec.runtime_dir = own_dir(runtime_dir);
         spec
     }
 
@@ -214,6 +214,11 @@ impl TestBed<'_> {
         guest.hear("\n");
         guest
     }
+}
+
+/// The machine's own directory, which is not there before the machine makes it.
+fn own_dir(dir: &Path) -> std::path::PathBuf {
+    dir.join("machine")
 }
 
 /// A guest under test.

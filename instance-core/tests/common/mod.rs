@@ -114,7 +114,7 @@ pub(crate) fn files(dir: &Path) -> BTreeMap<String, String> {
             if path.is_dir() {
                 found.insert(name, String::new());
                 open.push(path);
-            } else if name != "region.db" && name != "ballast" {
+            } else if !["region.db", "region.journal", "ballast"].contains(&&*name) {
                 found.insert(name, content(&path));
             }
         }

@@ -10,11 +10,16 @@ use serde_json::Value;
 use storage_block::RawFile;
 
 /// Takes out what is empty: what the state store has in reserve, and the holes at the ends of the volumes, which
-/// are put back when these are opened.
+/// are put back when these are opened; and the marks of new volumes, which say what their files say that are there.
 pub(crate) fn make_small(dir: &Path) {
     redb::Database::open(dir.join("region.db")).unwrap().compact().unwrap();
     for volume in fs::read_dir(dir.join("volumes")).unwrap() {
-        let path = volume.unwrap().path().join("overlay");
+        let volume = volume.unwrap();
+        if volume.file_type().unwrap().is_symlink() {
+            fs::remove_file(volume.path()).unwrap();
+            continue;
+        }
+        let path = volume.path().join("overlay");
         let disk = RawFile::open(&path, true).unwrap().into_disk();
         let (mut end, mut at) = (0, 0);
         while let Some(data) = disk.next_data(at).unwrap() {

@@ -7,7 +7,7 @@ use storage_block::Disk;
 
 use super::life::Held;
 use super::nets::{FIRST, Peer};
-use super::{Guest, TestBed, disk, word_at};
+use super::{Guest, TestBed, disk, own_dir, word_at};
 use crate::console::Console;
 use crate::machine::{
     DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineState, NetSpec, RestoreSpec,
@@ -36,7 +36,7 @@ impl TestBed<'_> {
         let console = Console::new();
         let mut spec = RestoreSpec::new("restored", saved.clone(), console.port());
         (spec.disks, spec.nets) = (disks, nets);
-        spec.runtime_dir = runtime_dir.path().to_owned();
+        spec.runtime_dir = own_dir(runtime_dir.path());
         let machine = self.hypervisor.restore(spec)?;
         let reader = console.reader();
         Ok(Guest { machine, console, reader, patience: self.patience, runtime_dir })
