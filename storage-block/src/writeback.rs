@@ -99,10 +99,12 @@ fn write_back((pack, range): &Part, stay: &mut u64) -> Result<()> {
     sync(pack)?;
     let staying = (range.end - range.start).min(*stay);
     *stay -= staying;
-    match range.start + staying..range.end {
-        rest if rest.is_empty() => Ok(()),
-        rest => Ok(pack.file()?.drop_cached(&rest)),
+    let rest = range.start + staying..range.end;
+    // Of no bytes it would be all up to the end of the file.
+    if !rest.is_empty() {
+        pack.file()?.drop_cached(&rest);
     }
+    Ok(())
 }
 
 /// Makes what has been written to a pack durable.
