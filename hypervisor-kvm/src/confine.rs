@@ -204,8 +204,9 @@ const fn kvm(direction: u32, number: u32, size: usize) -> DriverCall {
     (direction, KVMIO, number, size)
 }
 
-/// A device's interrupt, by either transport.
+/// A device's interrupt on virtio-mmio.
 const IRQ_LINE: DriverCall = kvm(_IOC_WRITE, 0x61, size_of::<kvm_irq_level>());
+/// The same on PCI.
 const SIGNAL_MSI: DriverCall = kvm(_IOC_WRITE, 0xa5, size_of::<kvm_msi>());
 
 /// What the drivers behind TAP devices and vhost-net are asked for by whoever resets, stops or serves a network port.

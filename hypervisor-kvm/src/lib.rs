@@ -143,7 +143,7 @@ const MAX_VCPUS: usize = 64;
 const NEEDED: [(Cap, &str); 6] = [
     (Cap::Irqchip, "interrupt controllers"),
     (Cap::Ioeventfd, "notifications of devices"),
-    (Cap::Irqfd, "interrupts of devices"),
+    (Cap::Irqfd, "the serial port's interrupt"),
     (Cap::Pit2, "a timer"),
     (Cap::SetTssAddr, "tasks of real mode"),
     (Cap::UserMemory, "the guest's memory"),
@@ -221,7 +221,8 @@ struct Inner {
 
 impl Kvm {
     /// The KVM at `/dev/kvm`. Measures, in some milliseconds, whether it runs a guest's kernel on the
-    /// processor.
+    /// processor. A thread then closes the virtual machine that measured, for which whoever drops this and its last machine
+    /// within some ten milliseconds waits.
     ///
     /// ```
     /// use hypervisor_kvm::Kvm;

@@ -63,6 +63,7 @@ pub(crate) struct Shared {
     /// How often each processor has left its guest.
     exits: Vec<Exits>,
     stacks: Arc<Stacks>,
+    /// The end of what measured whether KVM is of use, which the last of its machines may be dropped before.
     _measured: Arc<Ending>,
     /// The memory of long frames that is to be used again.
     pub(crate) spares: Arc<Spares>,
@@ -230,7 +231,7 @@ impl KvmMachine {
 
 impl Shared {
     /// Starts a thread, which has been counted as a worker of the machine, with all signals blocked, and confined by
-    /// the filter when it is as it shall be.
+    /// the filter. Before that it does `prepare`, for which it may need calls that the filter does not allow.
     fn spawn(
         self: &Arc<Self>,
         role: &str,
@@ -311,6 +312,7 @@ impl Shared {
                 shared.end(ExitCause::HostFailure(what));
             }
         };
+        // One whose frames the host's kernel moves does no more than pass on who is to be woken, and is no exception.
         let prepare = if matches!(placed.role, Role::Net(_)) { let_others_go_on } else { || () };
         let name = format!("{role}{}", placed.number);
         let thread = self.spawn(&name, self.filter.as_ref(), prepare, work)?;

@@ -50,8 +50,8 @@ fn put_together(mib: NonZeroU32, mut from: Option<(&Arc<File>, u64)>) -> io::Res
     Memory::from_regions(regions).map_err(io::Error::other)
 }
 
-/// Reads `len` bytes of a file from `offset` on straight into the memory, which nobody has touched there; where the
-/// file has holes, nobody does.
+/// Reads `len` bytes of a file from `offset` on straight into the memory, which nobody has touched there. Holes of
+/// the file are not read: the memory is zero as it is.
 pub(crate) fn read_from(
     memory: &Memory,
     address: u64,

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::{HostContext, Result};
 use crate::kernel::Entry;
-use crate::{cpu, memory};
+use crate::{cpu, kick, memory};
 
 /// Where the guest's code is.
 const CODE: u32 = 0x1000;
@@ -66,9 +66,11 @@ pub(crate) fn measure(device: &kvm_ioctls::Kvm) -> Result<Measured> {
         let took = run(&mut vcpu, turns)?;
         fastest = fastest.max((turns * INSTRUCTIONS_A_TURN) as f64 / took.as_secs_f64());
     }
-    // The memory last. Where there can be no thread, it is closed here.
-    let close = move || drop((vcpu, vm, memory));
-    let ending = Ending(Builder::new().name("kvm-measured".to_owned()).spawn(close).ok());
+    // A tuple's parts go in their order: the memory last. Where there can be no thread, they go here.
+    let parts = (vcpu, vm, memory);
+    let close = move || drop(parts);
+    let thread = Builder::new().name("kvm-measured".to_owned());
+    let ending = Ending(kick::with_signals_blocked(|| thread.spawn(close)).ok());
     let speed = format!("guest kernel code runs at {} instructions/s", rounded(fastest));
     let execution = match fastest >= HARDWARE {
         true => Execution::Hardware { measured: speed },

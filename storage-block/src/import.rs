@@ -52,7 +52,8 @@ impl Store {
     /// its data. Chunks that any snapshot has are not stored again. `progress` is called on this thread, at the
     /// beginning, about once for every megabyte and at the end; it may read, open and make snapshots, and must not
     /// [sweep](Self::sweep), which would wait for this import. When this returns, the snapshot is durable; when it fails,
-    /// nothing of it is left. Of what is stored, little more than the first gibibyte stays in the system's page cache.
+    /// nothing of it is left. Of what is stored behind the first gibibyte, most does not stay in the
+    /// system's page cache.
     ///
     /// # Errors
     ///

@@ -39,9 +39,10 @@ pub(super) struct Parts<'a> {
     pub(super) places: Places,
     pub(super) console: &'a ConsolePort,
     pub(super) virtio_console: Option<&'a ConsolePort>,
+    /// These are dropped in this order: the memory last.
+    pub(super) processors: Vec<VcpuFd>,
     pub(super) vm: VmFd,
     pub(super) memory: Memory,
-    pub(super) processors: Vec<VcpuFd>,
 }
 
 /// Which places devices have.
@@ -104,7 +105,7 @@ impl Parts<'_> {
                 placed.push(Placed::new(place, Role::Other(other), device));
             }
         }
-        let Self { name, transport, disks, console, vm, memory, processors, .. } = self;
+        let Self { name, transport, disks, console, memory, vm, processors, .. } = self;
         let serial = serial_port(&vm, console)?;
         // When the machine has all others of its own.
         check_descriptors(disks)?;

@@ -13,8 +13,8 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-/// Where a piece of this size or more begins, and what KVM maps at once where the host has such pages and the
-/// guest's address and this process's are equal below it.
+/// RAM of this size or more begins at a multiple of it here, as it does for the guest: only then can KVM map a huge page
+/// of the host's whole.
 const HUGE_PAGE: usize = 2 << 20;
 
 /// RAM that this process has mapped, until it is dropped.

@@ -33,7 +33,8 @@ impl Chain {
     pub(crate) fn read(memory: &Memory, table: VolatileSlice<'_>, head: u16) -> Result<Self, Malformed> {
         let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
         let (mut table, mut is_indirect, mut next) = (table, false, head);
-        // Not the size that the driver gave the queue: a table of its own may have more descriptors.
+        // Not the size that the driver gave the queue: a table of its own may have more descriptors. One more is that of
+        // the table.
         for _ in 0..=QUEUE_SIZE {
             let at = usize::from(next) * DESCRIPTOR_LEN;
             let descriptor = table.get_ref::<Descriptor>(at).map_err(|_| ENDLESS)?.load();

@@ -221,7 +221,7 @@ fn new_identity(store: &Store, options: &RegionOptions, paths: &Paths) -> Result
     for dir in [paths.volumes(), paths.snapshots()] {
         if fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) {
             let what = format!(
-                "{} has lost its state store, and {} is not empty; put back a copy of region.db, or empty the directory",
+                "{} has lost its state store, and {} is not empty; put back a copy of region.db and region.journal, or empty the directory",
                 paths.root.display(),
                 dir.display()
             );

@@ -28,11 +28,9 @@ const REMOVED: u32 = u32::MAX;
 /// How long a journal grows. What is in it is in memory too, and all of it goes to the database in one commit: the longer,
 /// the fewer.
 const MAX: u64 = 1 << 20;
-/// How far ahead zeroes are written, so that most appends change no metadata.
-const AHEAD: u64 = 128 << 10;
 
 // The document says so.
-const _: () = assert!(HEADER == 68 && MAX % AHEAD == 0);
+const _: () = assert!(HEADER == 68);
 
 /// One change as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,17 +49,24 @@ pub(super) struct Journal {
     /// The number and the place of the next entry.
     next: u64,
     end: u64,
-    /// The length of the file.
+    /// The length of the file: as long as it grows, for appends are to change no metadata, unless the disk was full.
     len: u64,
 }
 
 impl Journal {
-    /// Opens the journal in `file`, made when it is not there, of whose entries the database has those up to `applied`.
-    /// Gives the changes of the others, in order.
+    /// Opens the journal in `file`, of whose entries the database has those up to `applied`; made when it is not there,
+    /// unless it `must` be. Gives the changes of the others, in order.
     ///
     /// What a crash cut off at its end was never acknowledged.
-    pub(super) fn open(file: &Path, id: [u8; 16], applied: u64) -> Result<(Self, Vec<Replayed>)> {
+    pub(super) fn open(file: &Path, id: [u8; 16], applied: u64, must: bool) -> Result<(Self, Vec<Replayed>)> {
         let failed = |e| Error::io(e, format!("cannot open the journal {}", file.display()));
+        if must && !file.try_exists().map_err(failed)? {
+            let what = format!(
+                "the journal {} is lost, and with it what was committed last; put back a copy of the region directory",
+                file.display()
+            );
+            return Err(Error::new(ErrorKind::Corrupt, what));
+        }
         let open = open_or_make(file).map_err(failed)?;
         let mut bytes = Vec::new();
         (&open).take(MAX).read_to_end(&mut bytes).map_err(failed)?;
@@ -75,7 +80,28 @@ impl Journal {
             // go with the power.
             open.sync_data().map_err(failed)?;
         }
-        Ok((Self { file: open, id, next, end: end as u64, len: bytes.len() as u64 }, changes))
+        let mut len = bytes.len() as u64;
+        if len < MAX {
+            match open.write_all_at(&vec![0; (MAX - len) as usize], len).and_then(|()| open.sync_all()) {
+                Ok(()) => len = MAX,
+                // Then it has room for less.
+                Err(e) => {
+                    tracing::warn!(error = crate::error::chain(&e), "the journal cannot have its length")
+                }
+            }
+        }
+        Ok((Self { file: open, id, next, end: end as u64, len }, changes))
+    }
+
+    /// Takes a number that no entry has, for a commit of the database's.
+    pub(super) fn skip(&mut self) -> u64 {
+        self.next += 1;
+        self.last()
+    }
+
+    /// Gives the number back that was taken last.
+    pub(super) fn unskip(&mut self) {
+        self.next -= 1;
     }
 
     /// The number of the last entry that there may be.
@@ -91,7 +117,7 @@ impl Journal {
     /// Whether changes of so many bytes have no room.
     pub(super) fn is_full(&self, changes: &[&Change]) -> bool {
         let payload: usize = changes.iter().map(|change| length(change)).sum();
-        self.end + aligned(HEADER + payload) as u64 > MAX
+        self.end + aligned(HEADER + payload) as u64 > self.len
     }
 
     /// Appends the changes and makes them durable. After an error they may be durable or not, and the journal takes no more
@@ -100,31 +126,19 @@ impl Journal {
         let entry = encode(&self.id, self.next, changes)?;
         // Its number is not given again, whatever comes of it.
         self.next += 1;
-        let end = self.end + entry.len() as u64;
-        if end > self.len {
-            let len = end.next_multiple_of(AHEAD);
-            self.file.write_all_at(&vec![0; (len - self.len) as usize], self.len)?;
-            self.len = len;
-        }
         self.file.write_all_at(&entry, self.end)?;
         self.file.sync_data()?;
-        self.end = end;
+        self.end += entry.len() as u64;
         Ok(())
     }
 }
 
 /// Opens the file, whose name is durable.
 fn open_or_make(path: &Path) -> io::Result<File> {
-    let mut options = File::options();
-    options.read(true).write(true);
-    match options.open(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let made = options.create_new(true).open(path)?;
-            File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
-            Ok(made)
-        }
-        opened => opened,
-    }
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+    // Whoever made it may have died before it was.
+    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
+    Ok(file)
 }
 
 fn aligned(len: usize) -> usize {

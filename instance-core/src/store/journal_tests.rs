@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::journal::{self, ALIGN, Journal, Replayed};
 use super::journaled_store::JournaledStore;
-use super::redb_store::RedbStore;
+use super::redb_store::{Fault, RedbStore};
 use crate::state_store::{Change, Durability, StateStore};
 
 const ID: [u8; 16] = *b"one of a journal";
@@ -262,7 +262,9 @@ fn a_journal_that_the_database_has_is_not_replayed() {
     }
     drop(open(dir.path()));
     let store = open(dir.path());
-    store.apply(&[put("k", b"later")], Durability::Immediate).unwrap();
+    for value in [b"late!", b"later"] {
+        store.apply(&[put("k", value)], Durability::Immediate).unwrap();
+    }
     let later = crash(dir.path());
     drop(store);
     std::fs::copy(before.path().join("db"), later.path().join("db")).unwrap();
@@ -270,15 +272,70 @@ fn a_journal_that_the_database_has_is_not_replayed() {
     assert!(refused.to_string().contains("put back a copy"), "{refused}");
 }
 
+/// From the first commit on, until the store is closed.
+#[test]
+fn a_journal_may_not_be_missing_while_its_store_is_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let lost = |dir: &Path| {
+        let copy = crash(dir);
+        std::fs::remove_file(copy.path().join("journal")).unwrap();
+        JournaledStore::open(&copy.path().join("db"), &copy.path().join("journal")).err()
+    };
+    assert!(lost(dir.path()).is_none(), "it is new");
+    for n in 0..2_u8 {
+        store.apply(&[put("k", &[n])], Durability::Immediate).unwrap();
+        let refused = lost(dir.path()).unwrap().to_string();
+        assert!(refused.contains("put back a copy of the region directory"), "{refused}");
+    }
+    drop(store);
+    assert!(lost(dir.path()).is_none(), "it was closed");
+    // One that is read alone stays closed.
+    drop(open(dir.path()));
+    assert!(lost(dir.path()).is_none());
+}
+
+/// A commit of the database's that fails is there all the same, or not: no older entry goes over it, and what is committed
+/// next is not lost.
+#[test]
+fn a_commit_that_failed_is_there_whole_or_not_at_all() {
+    let large = vec![1; 2 << 20];
+    for fault in [Fault::Before, Fault::After] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        for n in 0..3_u8 {
+            store.apply(&[put("old", &[n])], Durability::Immediate).unwrap();
+        }
+        // No journal has room for it.
+        *store.database().fault.lock().unwrap() = Some(fault);
+        let both = [put("old", b"new"), put("large", &large)];
+        store.apply(&both, Durability::Immediate).unwrap_err();
+        let expected = match fault {
+            Fault::Before => [Some(vec![2]), None],
+            Fault::After => [Some(b"new".to_vec()), Some(large.clone())],
+        };
+        let found = |store: &JournaledStore| ["old", "large"].map(|key| store.get("t", key).unwrap());
+        assert!(found(&store) == expected, "{fault:?}");
+        // What comes then is acknowledged, and there after a crash with all before.
+        for n in 0..3_u8 {
+            store.apply(&[put("next", &[n])], Durability::Immediate).unwrap();
+            let copy = crash(dir.path());
+            let reopened = open(copy.path());
+            assert!(found(&reopened) == expected, "{fault:?} {n}");
+            assert_eq!(reopened.get("t", "next").unwrap().as_deref(), Some(&[n][..]), "{fault:?}");
+        }
+    }
+}
+
 /// An append that failed may be on the disk all the same.
 #[test]
 fn a_number_is_not_given_twice() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("journal");
-    let (mut journal, _) = Journal::open(&path, ID, 0).unwrap();
+    let (mut journal, _) = Journal::open(&path, ID, 0, false).unwrap();
     journal.append(&[&put("a", b"")]).unwrap();
     assert_eq!(journal.last(), 1);
-    let (mut full, _) = Journal::open(Path::new("/dev/full"), ID, 5).unwrap();
+    let (mut full, _) = Journal::open(Path::new("/dev/full"), ID, 5, true).unwrap();
     full.append(&[&put("a", b"")]).unwrap_err();
     assert_eq!(full.last(), 6);
 }

@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::journal::Journal;
 use super::redb_store::RedbStore;
 use super::{Changes, Record, parse};
-use crate::Result;
 use crate::error::chain;
 use crate::state_store::{Change, Durability, StateStore};
+use crate::{ErrorKind, Result};
 
 /// How much is kept back that is to be durable with what comes next.
 const MAX_PENDING: usize = 64 << 10;
@@ -26,8 +26,10 @@ struct JournalRecord {
     /// Entries of another are none.
     #[serde(with = "uuid::serde::simple")]
     id: uuid::Uuid,
-    /// The database has the entries up to this number.
+    /// The database has the entries up to this number, which is that of the commit which says so.
     applied: u64,
+    /// It was the last: there is no entry behind it.
+    closed: bool,
 }
 
 impl JournalRecord {
@@ -59,29 +61,40 @@ struct Front(HashMap<String, BTreeMap<String, Option<Vec<u8>>>>);
 struct Writer {
     id: uuid::Uuid,
     journal: Journal,
-    /// The journal takes nothing before the database has had all: the database does not know it yet, as that of a version
-    /// without journals, which must not have anything in one; or an append failed, and nobody knows what became of it.
-    shut: bool,
+    takes: Takes,
+    /// The database says that there is nothing but itself.
+    closed: bool,
     /// What is in front of the database, and not in the journal: it is durable with the next append.
     pending: Vec<Change>,
+}
+
+/// What the journal takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Takes {
+    All,
+    /// What the database has no room for. So it is at first, for the database has to know that there is more than itself,
+    /// and what was replayed may not be on the disk where another process failed to write it.
+    AtNeed,
+    /// Nothing before the database has had all, since an append or a commit failed of which nobody knows what became.
+    Nothing,
 }
 
 impl JournaledStore {
     /// Opens the store in `database` with the journal in `journal`, both made when they are not there.
     pub(crate) fn open(database: &Path, journal: &Path) -> Result<Self> {
         let database = RedbStore::open(database)?;
-        let (id, applied, shut) = match database.get(JournalRecord::TABLE, JournalRecord::KEY)? {
-            Some(bytes) => {
-                let known: JournalRecord = parse(JournalRecord::TABLE, JournalRecord::KEY, &bytes)?;
-                (known.id, known.applied, false)
-            }
-            None => (uuid::Uuid::new_v4(), 0, true),
-        };
-        let (journal, replayed) = Journal::open(journal, id.into_bytes(), applied)?;
+        let new = || JournalRecord { id: uuid::Uuid::new_v4(), applied: 0, closed: true };
+        let JournalRecord { id, applied, closed } = known(&database)?.unwrap_or_else(new);
+        let (journal, replayed) = Journal::open(journal, id.into_bytes(), applied, !closed)?;
         let mut front = Front::default();
         replayed.iter().for_each(|change| front.put(&change.table, &change.key, &change.value));
-        let writer = Writer { id, journal, shut, pending: Vec::new() };
+        let writer = Writer { id, journal, takes: Takes::AtNeed, closed, pending: Vec::new() };
         Ok(Self { database, front: RwLock::new(front), writer: Mutex::new(writer) })
+    }
+
+    #[cfg(test)]
+    pub(super) fn database(&self) -> &RedbStore {
+        &self.database
     }
 
     // A panic under these locks leaves a front that has too much at worst, and that it has in the order of its commits.
@@ -90,28 +103,46 @@ impl JournaledStore {
     }
 
     /// Commits to the database all that it does not have yet, and `changes`. The journal begins anew.
-    fn to_database(&self, writer: &mut Writer, changes: &[Change]) -> Result<()> {
+    ///
+    /// After an error, too, the front is what the database does not have: which of both it is, its record tells.
+    fn to_database(&self, writer: &mut Writer, changes: &[Change], closed: bool) -> Result<()> {
+        let applied = writer.journal.skip();
         let mut said = Changes(Vec::new());
-        said.put(&JournalRecord { id: writer.id, applied: writer.journal.last() })?;
+        said.put(&JournalRecord { id: writer.id, applied, closed })?;
         // Readers wait: what they would see otherwise were changes without those that came before.
         let mut front = self.front.write().unwrap_or_else(PoisonError::into_inner);
         let before = front.0.iter().flat_map(|(table, entries)| {
             entries.iter().map(|(key, value)| (&**table, &**key, value.as_deref()))
         });
         let after = changes.iter().chain(&said.0).map(|c| (c.table, &*c.key, c.value.as_deref()));
-        self.database.commit(before.chain(after))?;
-        front.0.clear();
-        writer.journal.restart();
-        writer.shut = false;
-        writer.pending.clear();
-        Ok(())
+        let committed = self.database.commit(before.chain(after));
+        let has_it = committed.is_ok()
+            || match known(&self.database) {
+                Ok(known) => known.is_some_and(|known| known.applied == applied),
+                // Nobody knows, and the journal takes nothing before somebody does.
+                Err(_) => {
+                    writer.takes = Takes::Nothing;
+                    return committed;
+                }
+            };
+        if has_it {
+            front.0.clear();
+            writer.journal.restart();
+            writer.pending.clear();
+            // Nothing may rely on what the disk perhaps has not.
+            writer.takes = if committed.is_ok() { Takes::All } else { Takes::Nothing };
+            writer.closed = closed;
+        } else {
+            writer.journal.unskip();
+        }
+        committed
     }
 
     /// Makes the changes durable in the journal, if that takes them.
     fn to_journal(&self, writer: &mut Writer, changes: &[Change]) -> bool {
-        let Writer { journal, shut, pending, .. } = writer;
+        let Writer { journal, takes, pending, .. } = writer;
         let all: Vec<&Change> = pending.iter().chain(changes).collect();
-        if *shut || journal.is_full(&all) {
+        if *takes == Takes::Nothing || journal.is_full(&all) {
             return false;
         }
         match journal.append(&all) {
@@ -121,10 +152,11 @@ impl JournaledStore {
                     error = chain(&e),
                     "the journal fails; all goes to the state store's database"
                 );
-                *shut = true;
+                *takes = Takes::Nothing;
+                return false;
             }
         }
-        !*shut
+        true
     }
 
     fn put_in_front(&self, changes: &[Change]) {
@@ -189,12 +221,24 @@ impl StateStore for JournaledStore {
             self.put_in_front(changes);
             return Ok(());
         }
-        match self.to_journal(&mut writer, changes) {
-            true => self.put_in_front(changes),
-            false => self.to_database(&mut writer, changes)?,
+        let mut in_journal = writer.takes == Takes::All && self.to_journal(&mut writer, changes);
+        if !in_journal {
+            let committed = self.to_database(&mut writer, changes, false);
+            let no_room = matches!(&committed, Err(e) if e.kind() == ErrorKind::InsufficientCapacity);
+            in_journal = no_room && writer.takes == Takes::AtNeed && self.to_journal(&mut writer, changes);
+            if !in_journal {
+                return committed;
+            }
         }
+        self.put_in_front(changes);
         Ok(())
     }
+}
+
+/// What the database says of its journal.
+fn known(database: &RedbStore) -> Result<Option<JournalRecord>> {
+    let bytes = database.get(JournalRecord::TABLE, JournalRecord::KEY)?;
+    bytes.map(|bytes| parse(JournalRecord::TABLE, JournalRecord::KEY, &bytes)).transpose()
 }
 
 fn taken((key, value): (&String, &Option<Vec<u8>>)) -> Option<(String, Vec<u8>)> {
@@ -205,8 +249,9 @@ fn taken((key, value): (&String, &Option<Vec<u8>>)) -> Option<(String, Vec<u8>)>
 impl Drop for JournaledStore {
     fn drop(&mut self) {
         let empty = self.front.get_mut().unwrap_or_else(PoisonError::into_inner).0.is_empty();
-        if !empty {
-            if let Err(e) = self.to_database(&mut self.writer(), &[]) {
+        let mut writer = self.writer();
+        if !empty || !writer.closed {
+            if let Err(e) = self.to_database(&mut writer, &[], true) {
                 tracing::warn!(error = chain(&e), "the journal is left to who opens the state store next");
             }
         }

@@ -15,13 +15,29 @@ const fn table(name: &str) -> TableDefinition<'_, &'static str, &'static [u8]> {
 
 /// Entries by table and key, in a file.
 #[derive(Debug)]
-pub(super) struct RedbStore(Database);
+pub(super) struct RedbStore {
+    database: Database,
+    #[cfg(test)]
+    pub(super) fault: std::sync::Mutex<Option<Fault>>,
+}
+
+/// When the next commit fails.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fault {
+    Before,
+    After,
+}
 
 impl RedbStore {
     /// Opens the database in `file`, made when it is not there.
     pub(super) fn open(file: &Path) -> Result<Self> {
         Database::open(file)
-            .map(Self)
+            .map(|database| Self {
+                database,
+                #[cfg(test)]
+                fault: Default::default(),
+            })
             .map_err(|e| database_error(e, &format!("cannot open the state store {}", file.display())))
     }
 
@@ -34,7 +50,7 @@ impl RedbStore {
                 Err(e) => Err(e.into()),
             }
         };
-        self.0.with(read).map_err(failed_read)
+        self.database.with(read).map_err(failed_read)
     }
 
     /// Every entry of a table, in the order of their keys' bytes.
@@ -50,7 +66,7 @@ impl RedbStore {
                 Err(e) => Err(e.into()),
             }
         };
-        self.0.with(read).map_err(failed_read)
+        self.database.with(read).map_err(failed_read)
     }
 
     /// Makes the changes, all or none, later ones over earlier ones. They are durable when this returns.
@@ -72,7 +88,19 @@ impl RedbStore {
             transaction.commit()?;
             Ok(())
         };
-        self.0.with(write).map_err(|e| database_error(e, "cannot commit to the state store"))
+        #[cfg(test)]
+        let fault = self.fault.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        #[cfg(test)]
+        if matches!(fault, Some(Fault::Before)) {
+            return Err(Error::new(ErrorKind::Internal, "it fails before"));
+        }
+        let committed =
+            self.database.with(write).map_err(|e| database_error(e, "cannot commit to the state store"));
+        #[cfg(test)]
+        if fault.is_some() {
+            return Err(Error::new(ErrorKind::Internal, "it fails after"));
+        }
+        committed
     }
 }
 

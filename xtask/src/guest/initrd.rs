@@ -19,7 +19,7 @@ pub(crate) struct Recipe {
 }
 
 /// No library, and code that every x86 guest's kernel runs.
-const C_FLAGS: [&str; 16] = [
+const C_FLAGS: [&str; 17] = [
     "-xc",
     "-m32",
     "-march=i386",
@@ -32,6 +32,7 @@ const C_FLAGS: [&str; 16] = [
     "-fno-pic",
     "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables",
+    "-fcf-protection=none",
     "-nostdlib",
     "-static",
     "-no-pie",

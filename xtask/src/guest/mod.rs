@@ -45,7 +45,7 @@ use sources::Sources;
 /// What building them calls.
 const TOOLS: [Tool; 4] = [APT_GET, DPKG_DEB, FAKEROOT, MKE2FS];
 
-/// All that decides what the artifacts hold, apart from the packages.
+/// All that decides what the artifacts hold, apart from the packages and the C compiler.
 const RECIPES: [&str; 11] = [
     include_str!("archive.rs"),
     include_str!("disk.rs"),

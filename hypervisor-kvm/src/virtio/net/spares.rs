@@ -35,7 +35,8 @@ impl Shared {
 pub(crate) struct Spares(Mutex<VecDeque<Vec<u8>>>);
 
 impl Spares {
-    /// Room for a frame, which takes no more than twice what it needs.
+    /// Room for a frame, which takes no more than twice what it needs: what waits in a cable may take that much more than
+    /// the bytes that are counted there.
     pub(super) fn take(&self, len: usize) -> Vec<u8> {
         if len < SHORTEST {
             return Vec::with_capacity(len);
@@ -43,6 +44,7 @@ impl Spares {
         let mut kept = self.lock();
         let fitting = kept.iter().rposition(|spare| (len..=2 * len).contains(&spare.capacity()));
         let spare = fitting.and_then(|fitting| kept.remove(fitting));
+        drop(kept);
         spare.unwrap_or_else(|| Vec::with_capacity(len.next_multiple_of(SHORTEST)))
     }
 
