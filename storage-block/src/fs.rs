@@ -7,13 +7,11 @@
 
 use std::fs::{Metadata, OpenOptions};
 use std::io::{self, Read};
-use std::num::NonZero;
-use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::Path;
 
-use rustix::fs::{Advice, FallocateFlags, FlockOperation};
+use rustix::fs::{FallocateFlags, FlockOperation};
 
 use crate::store::parent;
 #[cfg(test)]
@@ -140,13 +138,6 @@ impl File {
     /// The same with its metadata; not its name.
     pub(crate) fn sync_all(&self) -> io::Result<()> {
         act!(&self.track, Op::Sync, self.file.sync_all())
-    }
-
-    /// Gives the memory back that holds bytes of a range which are durable. What is read of them next comes from the disk.
-    pub(crate) fn drop_cached(&self, range: &Range<u64>) {
-        // Whoever cannot do it keeps them, which is no less right.
-        let len = NonZero::new(range.end - range.start);
-        let _ = rustix::fs::fadvise(&self.file, range.start, len, Advice::DontNeed);
     }
 
     pub(crate) fn flock(&self, operation: FlockOperation) -> rustix::io::Result<()> {

@@ -52,8 +52,7 @@ impl Store {
     /// its data. Chunks that any snapshot has are not stored again. `progress` is called on this thread, at the
     /// beginning, about once for every megabyte and at the end; it may read, open and make snapshots, and must not
     /// [sweep](Self::sweep), which would wait for this import. When this returns, the snapshot is durable; when it fails,
-    /// nothing of it is left. Of what is stored behind the first gibibyte, most does not stay in the
-    /// system's page cache.
+    /// nothing of it is left.
     ///
     /// # Errors
     ///
@@ -93,7 +92,7 @@ impl Store {
             return Err(Error::invalid_size(size, "is more than 64 TiB"));
         }
         let mut report = Reporter::begin(size, progress)?;
-        let mut session = Session::of_import(&self.0);
+        let mut session = Session::begin(&self.0);
         let store = session.store();
         let mut manifest = Manifest::new(size, None, key);
         let mut stats = SnapshotStats { size, ..Default::default() };

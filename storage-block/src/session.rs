@@ -19,8 +19,6 @@ use crate::turns::Storing;
 use crate::writeback::{self, Writeback};
 use crate::{Error, IoBuf, Result};
 
-/// Bytes of an import that stay in the page cache: what a launch reads next, of most images all.
-const STAYS: u64 = 1 << 30;
 /// Objects wait here until so many bytes can be written at once.
 const BUFFER: usize = 1 << 20;
 
@@ -113,23 +111,22 @@ fn prepare_object(
 }
 
 impl<'s> Session<'s> {
-    /// A session that holds the sweep off. Much may come, of which little is read before long, so most does not stay in the
-    /// page cache.
-    pub(crate) fn of_import(store: &'s Inner) -> Self {
-        Self::new(store, Some(store.turns.store()), false, STAYS)
+    /// A session that holds the sweep off.
+    pub(crate) fn begin(store: &'s Inner) -> Self {
+        Self::new(store, Some(store.turns.store()), false)
     }
 
-    /// A session of one whose turn it is already.
+    /// The same for one whose turn it is already.
     pub(crate) fn begin_in(store: &'s Inner, _turn: &'s Storing) -> Self {
-        Self::new(store, None, false, u64::MAX)
+        Self::new(store, None, false)
     }
 
     /// A session of the sweep itself.
     pub(crate) fn of_sweep(store: &'s Inner) -> Self {
-        Self::new(store, None, true, u64::MAX)
+        Self::new(store, None, true)
     }
 
-    fn new(store: &'s Inner, turn: Option<Storing>, sweeps: bool, stay: u64) -> Self {
+    fn new(store: &'s Inner, turn: Option<Storing>, sweeps: bool) -> Self {
         let buffer = Vec::with_capacity(BUFFER);
         Self {
             store,
@@ -138,7 +135,7 @@ impl<'s> Session<'s> {
             added: Places::default(),
             packs: Vec::new(),
             buffer,
-            writeback: Writeback::new(stay),
+            writeback: Writeback::default(),
             appended: 0,
             committed: false,
         }
@@ -377,7 +374,7 @@ impl<'s> Session<'s> {
             let at = unit_offset(writing.taken.units - (len / UNIT) as u32);
             let written = writing.pack.file()?.write_all_vectored_at(&mut bufs, at);
             written.map_err(|e| Error::io(e, format!("cannot write {}", writing.pack.path.display())))?;
-            self.writeback.wrote(&writing.pack, at..at + len);
+            self.writeback.wrote(&writing.pack, len);
         }
         self.buffer.clear();
         Ok(())
@@ -390,7 +387,7 @@ impl Drop for Session<'_> {
             return;
         }
         // Nobody works any more on what is undone now.
-        self.writeback.stop();
+        drop(std::mem::take(&mut self.writeback));
         let dir = self.store.packs_dir();
         for writing in self.packs.drain(..) {
             let number = writing.pack.number;
