@@ -10,6 +10,7 @@
 //! amd64/manifest.json        what they were made of
 //! amd64/cloud.raw            with `--cloud`: Debian with cloud-init and an SSH server, as clouds have it
 //! i386, debian-13            with `--others`: kernel and conformance guest of other releases of Debian
+//! full, debian-13-full       and their kernels that are made for all hardware
 //! ```
 //!
 //! They lie under `$AMI_GUEST_DIR`, or else `target/guest`. Kernel and busybox are the binaries of
@@ -69,7 +70,7 @@ pub(crate) struct GuestArgs {
     /// Make the cloud guest as well: Debian with cloud-init and an SSH server, a root disk of 2 GiB
     #[arg(long)]
     cloud: bool,
-    /// Make the conformance guests of other kernels as well: Debian 12 for 32-bit x86, Debian 13
+    /// Make the conformance guests of other kernels as well: Debian 12 for 32-bit x86, Debian 13, and the full ones of both
     #[arg(long)]
     others: bool,
 }

@@ -29,7 +29,7 @@ pub(crate) struct Other {
 }
 
 /// All of them.
-pub(crate) const ALL: [Other; 2] = [
+pub(crate) const ALL: [Other; 4] = [
     Other { name: "i386", version: "12", suite: "bookworm", architecture: "i386", kernel: "linux-image-686" },
     Other {
         name: "debian-13",
@@ -37,6 +37,20 @@ pub(crate) const ALL: [Other; 2] = [
         suite: "trixie",
         architecture: "amd64",
         kernel: "linux-image-cloud-amd64",
+    },
+    Other {
+        name: "full",
+        version: "12",
+        suite: "bookworm",
+        architecture: "amd64",
+        kernel: "linux-image-amd64",
+    },
+    Other {
+        name: "debian-13-full",
+        version: "13",
+        suite: "trixie",
+        architecture: "amd64",
+        kernel: "linux-image-amd64",
     },
 ];
 
