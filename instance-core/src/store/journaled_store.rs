@@ -28,7 +28,7 @@ struct JournalRecord {
     id: uuid::Uuid,
     /// The database has the entries up to this number, which is that of the commit which says so.
     applied: u64,
-    /// It was the last: there is no entry behind it.
+    /// It was made when the store was closed: the journal may be missing.
     closed: bool,
 }
 
@@ -62,7 +62,7 @@ struct Writer {
     id: uuid::Uuid,
     journal: Journal,
     takes: Takes,
-    /// The database says that there is nothing but itself.
+    /// The database says that the journal may be missing.
     closed: bool,
     /// What is in front of the database, and not in the journal: it is durable with the next append.
     pending: Vec<Change>,
