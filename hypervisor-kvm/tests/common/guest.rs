@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use instance_core::machine::{Boot, BootFile};
 
 /// No library, no 64-bit code, no instruction that an emulator may not know.
-const FLAGS: &[&str] = &[
+pub(crate) const FLAGS: &[&str] = &[
     "-m32",
     "-march=i386",
     "-mgeneral-regs-only",
@@ -30,7 +30,6 @@ const FLAGS: &[&str] = &[
     "-no-pie",
     "-Wl,--build-id=none",
     "-Wl,-z,noexecstack",
-    "-Wl,-T,link.ld",
 ];
 const SOURCES: &[&str] = &[
     "entry.S",
@@ -94,7 +93,13 @@ fn build() -> Result<Vec<u8>, String> {
     let dir = directory()?;
     let elf = dir.path().join("guest.elf");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hypervisor-kvm/tests/guest");
-    run(Command::new("cc").current_dir(source).args(FLAGS).arg("-o").arg(&elf).args(SOURCES))?;
+    run(Command::new("cc")
+        .current_dir(source)
+        .args(FLAGS)
+        .arg("-Wl,-T,link.ld")
+        .arg("-o")
+        .arg(&elf)
+        .args(SOURCES))?;
     std::fs::read(&elf).map_err(unreadable)
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 
 use super::archive::Archive;
 use super::sources::Sources;
-use crate::process;
+use crate::{bare_guest, process};
 
 /// An initrd's script, the drivers it loads and the commands it calls.
 pub(crate) struct Recipe {
@@ -17,27 +17,6 @@ pub(crate) struct Recipe {
     /// Programs that busybox does not have: their names, and their sources in C.
     programs: &'static [(&'static str, &'static str)],
 }
-
-/// No library, and code that every x86 guest's kernel runs.
-const C_FLAGS: [&str; 17] = [
-    "-xc",
-    "-m32",
-    "-march=i386",
-    "-Os",
-    "-std=gnu11",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-ffreestanding",
-    "-fno-pic",
-    "-fno-stack-protector",
-    "-fno-asynchronous-unwind-tables",
-    "-fcf-protection=none",
-    "-nostdlib",
-    "-static",
-    "-no-pie",
-    "-Wl,--build-id=none,-z,noexecstack",
-];
 
 /// Both ways in which a virtio disk may be attached, and the file systems on it.
 const DISK_MODULES: [&str; 4] = ["virtio_mmio", "virtio_pci", "virtio_blk", "ext4"];
@@ -165,12 +144,13 @@ pub(crate) fn build(recipe: &Recipe, sources: &Sources) -> anyhow::Result<Vec<u8
     archive.finish()
 }
 
-/// Compiles a program with the host's C compiler, which is there wherever Rust links programs.
+/// Compiles a program with the host's C compiler, which is there wherever Rust links programs, as code that every x86
+/// guest's kernel runs.
 fn compile(source: &str) -> anyhow::Result<Vec<u8>> {
     let dir = tempfile::tempdir().context("cannot make a directory to compile in")?;
     let (text, program) = (dir.path().join("program.c"), dir.path().join("program"));
     fs::write(&text, source).context("cannot write a guest's program")?;
-    process::output(process::command("cc").args(C_FLAGS).arg(&text).arg("-o").arg(&program))
+    process::output(process::command("cc").args(bare_guest::FLAGS).arg(&text).arg("-o").arg(&program))
         .context("cannot compile a guest's program")?;
     fs::read(&program).context("cannot read a guest's program")
 }

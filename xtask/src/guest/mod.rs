@@ -47,7 +47,7 @@ use sources::Sources;
 const TOOLS: [Tool; 4] = [APT_GET, DPKG_DEB, FAKEROOT, MKE2FS];
 
 /// All that decides what the artifacts hold, apart from the packages and the C compiler.
-const RECIPES: [&str; 11] = [
+const RECIPES: [&str; 12] = [
     include_str!("archive.rs"),
     include_str!("disk.rs"),
     include_str!("distribution.rs"),
@@ -59,6 +59,7 @@ const RECIPES: [&str; 11] = [
     include_str!("../../guest/lab-init.sh"),
     include_str!("../../guest/conformance-button.sh"),
     include_str!("../../guest/vsock.c"),
+    include_str!("../../../hypervisor-kvm/tests/common/guest.rs"),
 ];
 
 /// Make the Linux guests.
