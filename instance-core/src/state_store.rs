@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Result;
 
@@ -72,6 +72,21 @@ pub trait StateStore: fmt::Debug + Send + Sync + 'static {
     ///
     /// What the store met.
     fn apply(&self, changes: &[Change], durability: Durability) -> Result<()>;
+}
+
+/// A store that somebody else has, too.
+impl<S: StateStore + ?Sized> StateStore for Arc<S> {
+    fn get(&self, table: &str, key: &str) -> Result<Option<Vec<u8>>> {
+        (**self).get(table, key)
+    }
+
+    fn scan(&self, table: &str) -> Result<Vec<(String, Vec<u8>)>> {
+        (**self).scan(table)
+    }
+
+    fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
+        (**self).apply(changes, durability)
+    }
 }
 
 type Tables = BTreeMap<String, BTreeMap<String, Vec<u8>>>;

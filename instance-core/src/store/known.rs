@@ -62,26 +62,9 @@ mod tests {
         }
     }
 
-    #[derive(Debug, Clone, Default)]
-    struct Shared(Arc<MemoryStateStore>);
-
-    impl StateStore for Shared {
-        fn get(&self, table: &str, key: &str) -> Result<Option<Vec<u8>>> {
-            self.0.get(table, key)
-        }
-
-        fn scan(&self, table: &str) -> Result<Vec<(String, Vec<u8>)>> {
-            self.0.scan(table)
-        }
-
-        fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
-            self.0.apply(changes, durability)
-        }
-    }
-
     #[test]
     fn what_is_known_is_what_is_stored() {
-        let (state, known) = (Shared::default(), Known::default());
+        let (state, known) = (Arc::<MemoryStateStore>::default(), Known::default());
         let store = Store::new(Box::new(state.clone()));
         let get = |key: &str| store.get_known::<Fruit>(key, &known);
         assert_eq!(get("fig").unwrap(), None);
