@@ -1,9 +1,9 @@
 //! A piece of the guest's RAM, and where it lies in this process.
 
 use std::fs::File;
-use std::ptr;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::{io, mem};
+use std::{io, ptr};
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::Result as MemoryResult;
@@ -90,59 +90,51 @@ const ACCESS: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 const KIND: libc::c_int = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
 
 /// Pages of this process, given back when it is dropped.
+///
+/// It is mapped by one call and cut by none: each address that is unmapped or mapped anew is told to KVM for every machine of the
+/// process, so that making the thousandth would take longer by what a thousand need to hear of it.
 #[derive(Debug)]
 struct Mapping {
+    /// Where what was asked for begins.
     start: *mut u8,
-    len: usize,
+    whole: *mut u8,
+    whole_len: usize,
 }
 
-// SAFETY: the pointer is that of a mapping, which may be used and unmapped from any thread.
+// SAFETY: the pointers are those of a mapping, which may be used and unmapped from any thread.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; the mapping itself never changes.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(len: usize, file: Option<&FileOffset>) -> io::Result<Self> {
-        let align = if len >= HUGE_PAGE { HUGE_PAGE } else { 1 };
-        let mut mapping = Self::reserve(len + align - 1)?;
-        mapping.keep(mapping.start.align_offset(align), len);
-        let (kind, fd, offset) = match file {
-            Some(file) => (KIND, std::os::fd::AsRawFd::as_raw_fd(file.file()), file.start()),
-            None => (KIND | libc::MAP_ANONYMOUS, -1, 0),
-        };
-        // SAFETY: it replaces addresses that are the mapping's own, and that nobody has been told of.
-        let mapped = unsafe {
-            libc::mmap(mapping.start.cast(), len, ACCESS, kind | libc::MAP_FIXED, fd, offset as libc::off_t)
-        };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapping) }
-    }
-
-    /// Addresses without memory.
-    fn reserve(len: usize) -> io::Result<Self> {
-        let kind = KIND | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping, wherever there is room.
-        match unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, kind, -1, 0) } {
-            libc::MAP_FAILED => Err(io::Error::last_os_error()),
-            start => Ok(Self { start: start.cast(), len }),
+        match file {
+            // A private mapping of a file has no huge pages to be a multiple of.
+            Some(file) => Self::map(len, 1, KIND, file.file().as_raw_fd(), file.start()),
+            None if len < HUGE_PAGE => Self::map(len, 1, KIND | libc::MAP_ANONYMOUS, -1, 0),
+            None => Self::map(len, HUGE_PAGE, KIND | libc::MAP_ANONYMOUS, -1, 0),
         }
     }
 
-    /// Gives back all but `len` bytes after the first `skipped`.
-    fn keep(&mut self, skipped: usize, len: usize) {
-        let start = self.start.wrapping_add(skipped);
-        let kept = Self { start, len };
-        let before = Self { start: self.start, len: skipped };
-        let after = Self { start: start.wrapping_add(len), len: self.len - skipped - len };
-        mem::forget(mem::replace(self, kept));
-        drop((before, after));
+    /// Maps `len` bytes at a multiple of `align`, and what lies before and after them in a mapping that has them
+    /// wherever the kernel puts it. Nobody is told of that, so it never has memory.
+    fn map(len: usize, align: usize, kind: libc::c_int, fd: RawFd, offset: u64) -> io::Result<Self> {
+        let whole_len = len.checked_add(align - 1).ok_or(io::ErrorKind::InvalidInput)?;
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: a new mapping, wherever there is room.
+        match unsafe { libc::mmap(ptr::null_mut(), whole_len, ACCESS, kind, fd, offset) } {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            whole => {
+                let whole = whole.cast::<u8>();
+                Ok(Self { start: whole.wrapping_add(whole.align_offset(align)), whole, whole_len })
+            }
+        }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.len > 0 {
-            // SAFETY: the addresses are the mapping's own, and whoever was told of them is gone.
-            unsafe { libc::munmap(self.start.cast(), self.len) };
-        }
+        // SAFETY: the addresses are the mapping's own, and whoever was told of them is gone.
+        unsafe { libc::munmap(self.whole.cast(), self.whole_len) };
     }
 }

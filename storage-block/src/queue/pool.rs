@@ -74,8 +74,12 @@ impl Pool {
         let mut jobs = lock(&self.shared.jobs);
         jobs.waiting.push_back(job);
         let short = jobs.waiting.len() > jobs.idle && self.threads.len() < self.most;
+        // Who does not wait looks for more before it does; and to notify nobody is a system call, too.
+        let someone_waits = jobs.idle > 0;
         drop(jobs);
-        self.shared.wake.notify_one();
+        if someone_waits {
+            self.shared.wake.notify_one();
+        }
         // Where there are no more threads to be had, fewer do the work; where there are none at all, this one.
         if short && self.grow().is_err() && self.threads.is_empty() {
             let job = lock(&self.shared.jobs).waiting.pop_back();
@@ -123,9 +127,13 @@ impl Shared {
         let result = result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the disk's backend panicked")));
         let mut done = lock(&self.done);
         done.push((slot, result));
+        let first = done.len() == 1;
         self.done_count.store(done.len(), Ordering::Release);
         drop(done);
-        self.event.signal();
+        // Of those that follow it has been told: who takes the first forgets the signal before, and takes all.
+        if first {
+            self.event.signal();
+        }
     }
 }
 
