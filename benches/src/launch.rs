@@ -120,7 +120,7 @@ pub fn bare_ioctls() -> anyhow::Result<Duration> {
 /// KVM, where it runs kernels on the processor.
 pub(crate) fn kvm_for_linux() -> anyhow::Result<Kvm> {
     let kvm = Kvm::open()?;
-    let execution = kvm.capabilities().execution;
+    let execution = kvm.execution()?;
     ensure!(execution.is_hardware(), "KVM does not run Linux here: {execution:?}");
     Ok(kvm)
 }

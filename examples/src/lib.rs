@@ -17,7 +17,7 @@ use instance_core::machine::{Boot, BootFile, Hypervisor};
 /// That there is neither.
 pub fn hypervisor() -> Result<Box<dyn Hypervisor>, Box<dyn Error>> {
     match Kvm::open() {
-        Ok(kvm) if kvm.capabilities().execution.is_hardware() => Ok(Box::new(kvm)),
+        Ok(kvm) if kvm.execution().is_ok_and(|execution| execution.is_hardware()) => Ok(Box::new(kvm)),
         _ => Ok(Box::new(Qemu::find()?)),
     }
 }

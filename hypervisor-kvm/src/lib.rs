@@ -39,8 +39,8 @@
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.
 //! - **Execution.** Some hosts have a `/dev/kvm` that emulates the guest's kernel, thousands of times
-//!   slower than a processor. [`Kvm::open`] runs a short loop in a guest and says what it measured:
-//!   see [`Execution`](instance_core::machine::Execution).
+//!   slower than a processor. [`Kvm`] runs a short loop in a guest when it is first asked for its
+//!   [`execution`](Hypervisor::execution), and says what it measured.
 //!
 //! # How machines end
 //!
@@ -119,11 +119,12 @@ mod virtio;
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ami_core::{Architecture, X86, X86_64};
 use instance_core::machine::{
-    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, RestoreSpec, Runs,
+    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, RestoreSpec,
+    Runs,
 };
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
@@ -132,7 +133,6 @@ use serde::{Deserialize, Serialize};
 pub use crate::confine::Confinement;
 use crate::error::{HostContext, unsupported};
 use crate::machine::KvmMachine;
-use crate::probe::{Ending, Measured};
 use crate::thread::Stacks;
 use crate::virtio::{SharedSpares, Spares};
 
@@ -155,7 +155,7 @@ const NEEDED: [(Cap, &str); 6] = [
 /// use hypervisor_kvm::Kvm;
 /// use instance_core::machine::{Execution, Hypervisor};
 ///
-/// match Kvm::open()?.capabilities().execution {
+/// match Kvm::open()?.execution()? {
 ///     Execution::Hardware { measured } => println!("fit for kernels: {measured}"),
 ///     other => println!("not fit for kernels: {other:?}"),
 /// }
@@ -216,13 +216,13 @@ struct Inner {
     /// The model-specific registers of a processor, where machines can be saved.
     msrs: Option<Arc<[u32]>>,
     capabilities: Capabilities,
-    measured: Arc<Ending>,
+    /// What was measured when it was first asked for.
+    execution: Mutex<Option<Execution>>,
 }
 
 impl Kvm {
-    /// The KVM at `/dev/kvm`. Measures, in some milliseconds, whether it runs a guest's kernel on the
-    /// processor. A thread then closes the virtual machine that measured, for which whoever drops this and its last machine
-    /// within some ten milliseconds waits.
+    /// The KVM at `/dev/kvm`. Whether it runs a guest's kernel on the processor is measured when its
+    /// [`execution`](Hypervisor::execution) is first asked for.
     ///
     /// ```
     /// use hypervisor_kvm::Kvm;
@@ -251,9 +251,7 @@ impl Kvm {
         }
         let cpuid = (device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
             .host("KVM did not tell what processors it supports")?;
-        let Measured { execution, ending } = probe::measure(&device)?;
-        let mut capabilities =
-            Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86], execution);
+        let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86]);
         capabilities.max_vcpus = device.get_max_vcpus().min(MAX_VCPUS) as u32;
         capabilities.power_button = true;
         (capabilities.live_growth, capabilities.net_limits, capabilities.tap) = (true, true, true);
@@ -261,8 +259,8 @@ impl Kvm {
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
-        let ((stacks, spares), measured) = (Default::default(), Arc::new(ending));
-        let inner = Arc::new(Inner { device, stacks, spares, cpuid, msrs, capabilities, measured });
+        let (stacks, spares, execution) = Default::default();
+        let inner = Arc::new(Inner { device, stacks, spares, cpuid, msrs, capabilities, execution });
         Ok(Self { inner, transport: Transport::default(), confinement: None, vhost_net: VhostNet::default() })
     }
 
@@ -318,11 +316,6 @@ impl Kvm {
         self.inner.stacks.clone()
     }
 
-    /// What a machine that outlives this waits for in the end.
-    fn measured(&self) -> Arc<Ending> {
-        self.inner.measured.clone()
-    }
-
     fn spares(&self) -> Arc<Spares> {
         self.inner.spares.get()
     }
@@ -368,6 +361,14 @@ impl Hypervisor for Kvm {
         capabilities.hot_plug = self.transport == Transport::Pci;
         capabilities.net_hot_plug = capabilities.hot_plug;
         capabilities
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        let mut known = self.inner.execution.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some(execution) => Ok(execution.clone()),
+            None => probe::measure(&self.inner.device).inspect(|measured| *known = Some(measured.clone())),
+        }
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

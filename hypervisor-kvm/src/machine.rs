@@ -25,7 +25,6 @@ use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
-use crate::probe::Ending;
 use crate::saved::{self, Loaded, Platform, Processor};
 use crate::slots::{Other, Placed, Role};
 use crate::thread::{Stacks, Thread, let_others_go_on};
@@ -63,8 +62,6 @@ pub(crate) struct Shared {
     /// How often each processor has left its guest.
     exits: Vec<Exits>,
     stacks: Arc<Stacks>,
-    /// The end of what measured whether KVM is of use, which the last of its machines may be dropped before.
-    _measured: Arc<Ending>,
     /// The memory of long frames that is to be used again.
     pub(crate) spares: Arc<Spares>,
     threads: Mutex<Threads>,

@@ -1,7 +1,6 @@
 //! Whether KVM runs a guest's kernel on the processor, or emulates it.
 
 use std::num::NonZeroU32;
-use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use instance_core::machine::{Execution, MachineError, MachineErrorKind};
@@ -10,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::{HostContext, Result};
 use crate::kernel::Entry;
-use crate::{cpu, kick, memory};
+use crate::{cpu, memory};
 
 /// Where the guest's code is.
 const CODE: u32 = 0x1000;
@@ -25,26 +24,8 @@ const MANY: u64 = 400_000;
 /// nested virtualisation that is itself emulated, does more than a hundred million.
 const HARDWARE: f64 = 20e6;
 
-/// What was measured, and the end of what measured it.
-pub(crate) struct Measured {
-    pub(crate) execution: Execution,
-    pub(crate) ending: Ending,
-}
-
-/// The thread that closes the virtual machine that measured: the host's kernel waits for some ten milliseconds there,
-/// in which a first machine has been made. Dropping it waits for what is left of them.
-#[derive(Debug)]
-pub(crate) struct Ending(Option<JoinHandle<()>>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        // It can only have ended.
-        let _ = self.0.take().map(JoinHandle::join);
-    }
-}
-
 /// Runs a short loop in a guest's most privileged mode.
-pub(crate) fn measure(device: &kvm_ioctls::Kvm) -> Result<Measured> {
+pub(crate) fn measure(device: &kvm_ioctls::Kvm) -> Result<Execution> {
     let memory = memory::allocate(NonZeroU32::MIN)?;
     memory.write_slice(&LOOP, GuestAddress(CODE.into())).host("no memory for the measurement")?;
     let vm = device.create_vm().host("KVM did not make a virtual machine")?;
@@ -66,17 +47,11 @@ pub(crate) fn measure(device: &kvm_ioctls::Kvm) -> Result<Measured> {
         let took = run(&mut vcpu, turns)?;
         fastest = fastest.max((turns * INSTRUCTIONS_A_TURN) as f64 / took.as_secs_f64());
     }
-    // A tuple's parts go in their order: the memory last. Where there can be no thread, they go here.
-    let parts = (vcpu, vm, memory);
-    let close = move || drop(parts);
-    let thread = Builder::new().name("kvm-measured".to_owned());
-    let ending = Ending(kick::with_signals_blocked(|| thread.spawn(close)).ok());
     let speed = format!("guest kernel code runs at {} instructions/s", rounded(fastest));
-    let execution = match fastest >= HARDWARE {
+    Ok(match fastest >= HARDWARE {
         true => Execution::Hardware { measured: speed },
         false => Execution::Emulated { measured: format!("{speed}: this host's KVM emulates it") },
-    };
-    Ok(Measured { execution, ending })
+    })
 }
 
 fn run(vcpu: &mut VcpuFd, turns: u64) -> Result<Duration> {

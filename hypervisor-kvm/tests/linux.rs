@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[test]
 fn kvm_conforms_with_linux() {
     let Some(kvm) = common::kvm() else { return };
-    let execution = kvm.capabilities().execution;
+    let execution = kvm.execution().unwrap();
     println!("{execution:?}");
     if !execution.is_hardware() {
         return skip("this host's KVM emulates guest kernels; `cargo xtask test` runs this in the lab");

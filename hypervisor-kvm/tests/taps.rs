@@ -29,7 +29,7 @@ fn ports_on_tap_devices_conform() {
     println!("vhost-net moves the frames:");
     let in_kernel = kvm.with_vhost_net(VhostNet::Always);
     conforms(&in_kernel, bare(), &["restores several"]);
-    if in_kernel.capabilities().execution.is_hardware() {
+    if in_kernel.execution().unwrap().is_hardware() {
         let on_pci = |kvm: Kvm| kvm.with_transport(Transport::Pci).with_confinement(Confinement::new());
         println!("a thread moves the frames of Linux, confined and on PCI:");
         conforms(&on_pci(in_kernel.clone().with_vhost_net(VhostNet::Never)), debian(), &[]);

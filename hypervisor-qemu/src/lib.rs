@@ -116,7 +116,7 @@ pub enum Accelerator {
 ///     .start_within(Duration::from_secs(120))
 ///     .answer_within(Duration::from_secs(120));
 /// println!("QEMU {}.{}", qemu.version().0, qemu.version().1);
-/// assert!(qemu.capabilities().execution.is_hardware());
+/// assert!(qemu.execution()?.is_hardware());
 /// # Ok::<(), instance_core::machine::MachineError>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -235,16 +235,7 @@ fn check_kernel(spec: &MachineSpec) -> Result<(), MachineError> {
 
 impl Hypervisor for Qemu {
     fn capabilities(&self) -> Capabilities {
-        let (major, minor) = self.version;
-        let execution = match self.accelerator {
-            Accelerator::Tcg => {
-                Execution::Emulated { measured: format!("QEMU {major}.{minor} translates guest code (TCG)") }
-            }
-            Accelerator::Kvm => Execution::Hardware {
-                measured: format!("not measured: QEMU {major}.{minor} was told to use KVM"),
-            },
-        };
-        let mut can = Capabilities::new("qemu", vec![Architecture::X86_64], execution);
+        let mut can = Capabilities::new("qemu", vec![Architecture::X86_64]);
         can.max_vcpus = MAX_VCPUS;
         can.max_disks = crate::disks::SLOTS;
         (can.max_nets, can.net_limits, can.tap) = (crate::nets::MAX_NETS, true, true);
@@ -252,6 +243,18 @@ impl Hypervisor for Qemu {
         can.hot_plug = true;
         can.live_growth = true;
         can
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        let (major, minor) = self.version;
+        Ok(match self.accelerator {
+            Accelerator::Tcg => {
+                Execution::Emulated { measured: format!("QEMU {major}.{minor} translates guest code (TCG)") }
+            }
+            Accelerator::Kvm => Execution::Hardware {
+                measured: format!("not measured: QEMU {major}.{minor} was told to use KVM"),
+            },
+        })
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

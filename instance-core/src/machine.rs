@@ -56,6 +56,14 @@ pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// What it can do, on this host, now.
     fn capabilities(&self) -> Capabilities;
 
+    /// Whether guest code runs on the processor itself. It may be measured when it is first asked for, which then takes
+    /// some ten milliseconds.
+    ///
+    /// # Errors
+    ///
+    /// [`Host`](MachineErrorKind::Host) where it could not be measured.
+    fn execution(&self) -> Result<Execution, MachineError>;
+
     /// Makes a machine, not started.
     ///
     /// # Errors
@@ -111,6 +119,10 @@ impl Runs<Arm64> for Box<dyn Hypervisor> {}
 impl Hypervisor for Box<dyn Hypervisor> {
     fn capabilities(&self) -> Capabilities {
         self.as_ref().capabilities()
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.as_ref().execution()
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

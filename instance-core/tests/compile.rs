@@ -30,12 +30,15 @@ const CASES: [(&str, &str, &str, &str); 3] = [
     (
         "launch_where_the_hypervisor_is_known",
         "use ami_core::{Ami, ARCHITECTURE, X86_64 as Known};
-        use instance_core::machine::{Capabilities, Hypervisor, Machine, MachineError, MachineSpec, Runs};
+        use instance_core::machine::{Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, Runs};
         use instance_core::{InstanceType, LaunchSpec, Region};
         #[derive(Debug)]
         pub struct Only;
         impl Hypervisor for Only {
             fn capabilities(&self) -> Capabilities {
+                loop {}
+            }
+            fn execution(&self) -> Result<Execution, MachineError> {
                 loop {}
             }
             fn create(&self, _: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

@@ -13,7 +13,7 @@ use std::time::Duration;
 use ami_core::X86_64;
 use common::{ask, check, disk, everything, files, launch, open, register, skip};
 use instance_core::machine::{
-    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
+    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
 };
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
@@ -177,6 +177,10 @@ impl Hypervisor for Filling {
         self.0.capabilities()
     }
 
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.0.execution()
+    }
+
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
         let machine = self.0.create(spec);
         self.1.leave(0);
@@ -277,6 +281,10 @@ struct Wordy(FakeHypervisor, std::sync::Arc<AtomicBool>);
 impl Hypervisor for Wordy {
     fn capabilities(&self) -> Capabilities {
         self.0.capabilities()
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.0.execution()
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use common::{TestRegion, ask, bytes, check, disk, files, open, register};
 use instance_core::machine::{
-    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
+    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
     RestoreSpec, Runs,
 };
 use instance_core::testing::FakeHypervisor;
@@ -200,6 +200,10 @@ impl Hypervisor for Frail {
         let mut can = self.fake.capabilities();
         can.save = !self.fails_at(CANNOT_SAVE);
         can
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.fake.execution()
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

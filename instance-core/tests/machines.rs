@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use common::{check, disk};
-use instance_core::machine::{Capabilities, Hypervisor, Machine, MachineError, MachineSpec, Runs};
+use instance_core::machine::{Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, Runs};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DirectBoot, EbsBandwidth, ErrorKind, ImageSource, InstanceType, LaunchSpec, Region, RegionOptions,
@@ -28,6 +28,10 @@ impl Hypervisor for Noting {
         let mut can = self.fake.capabilities();
         can.vsock = self.vsock;
         can
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.fake.execution()
     }
 
     fn create(&self, mut spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

@@ -10,7 +10,9 @@ use std::time::Duration;
 use ami_core::X86_64;
 use common::cable::Cable;
 use common::{disk, open, register};
-use instance_core::machine::{Capabilities, Hypervisor, Machine, MachineError, MachineSpec, NetSpec, Runs};
+use instance_core::machine::{
+    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, NetSpec, Runs,
+};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{InstanceType, LaunchSpec, Region, RegionOptions};
 
@@ -26,6 +28,10 @@ impl Hypervisor for Limiting {
         let mut capabilities = FakeHypervisor::new().capabilities();
         capabilities.net_limits = self.net_limits;
         capabilities
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        FakeHypervisor::new().execution()
     }
 
     fn create(&self, mut spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use ami_core::X86_64;
 use common::{ask, disk, open, register};
 use instance_core::machine::{
-    Capabilities, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState, Runs,
+    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
+    Runs,
 };
 use instance_core::testing::FakeHypervisor;
 use instance_core::watch::Watch;
@@ -59,6 +60,10 @@ struct StubbornHypervisor(FakeHypervisor);
 impl Hypervisor for StubbornHypervisor {
     fn capabilities(&self) -> Capabilities {
         self.0.capabilities()
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.0.execution()
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

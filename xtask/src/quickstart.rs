@@ -81,7 +81,7 @@ fn whole(args: &QuickstartArgs, report: &mut Report) -> Result<()> {
     report.display().animate();
     let temporary = tempfile::tempdir().context("cannot make a directory for the region")?;
     let dir = args.region.clone().unwrap_or_else(|| temporary.path().join("region"));
-    report.hypervisor(&hypervisor.capabilities());
+    report.hypervisor(hypervisor.as_ref())?;
     let held = Held::now()?;
     let before = in_region(&dir, hypervisor, &artifacts, report)?;
     let made: Vec<_> = report.image_ids().map(str::to_owned).collect();
@@ -117,11 +117,14 @@ pub(crate) fn choose(choice: Choice, say: impl Fn(&str)) -> Result<Box<dyn Hyper
         Choice::Qemu => {}
         Choice::Kvm => return Ok(Box::new(Kvm::open()?)),
         Choice::Auto => match Kvm::open() {
-            Ok(kvm) if kvm.capabilities().execution.is_hardware() => return Ok(Box::new(kvm)),
-            Ok(kvm) => {
-                let (_, measured) = in_words(&kvm.capabilities().execution);
-                say(&format!("not using KVM, which emulates guest kernels here: {measured}"));
-            }
+            Ok(kvm) => match kvm.execution() {
+                Ok(execution) if execution.is_hardware() => return Ok(Box::new(kvm)),
+                Ok(execution) => {
+                    let (_, measured) = in_words(&execution);
+                    say(&format!("not using KVM, which emulates guest kernels here: {measured}"));
+                }
+                Err(error) => say(&format!("not using KVM: {error}")),
+            },
             Err(error) => say(&format!("not using KVM: {error}")),
         },
     }

@@ -121,7 +121,6 @@ impl Parts<'_> {
             filter: None,
             exits: processors.iter().map(|_| Exits::default()).collect(),
             stacks: kvm.stacks(),
-            _measured: kvm.measured(),
             spares,
             processors: processors.into_iter().map(Mutex::new).collect(),
             vm,

@@ -8,14 +8,12 @@ use super::{DiskSpec, MachineError, MachineErrorKind, MachineSpec, NetSpec};
 ///
 /// ```
 /// use ami_core::Architecture;
-/// use instance_core::machine::{Capabilities, Execution};
+/// use instance_core::machine::Capabilities;
 ///
-/// let execution = Execution::Hardware { measured: "guest kernel code: 2.9 G instructions/s".to_owned() };
-/// let mut can = Capabilities::new("mine", vec![Architecture::X86, Architecture::X86_64], execution);
+/// let mut can = Capabilities::new("mine", vec![Architecture::X86, Architecture::X86_64]);
 /// can.max_vcpus = 32;
 /// can.power_button = true;
-/// assert!(can.execution.is_hardware());
-/// assert!(!Execution::Emulated { measured: "TCG of QEMU 7.2".to_owned() }.is_hardware());
+/// assert_eq!((can.name, can.max_disks), ("mine", 1));
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -36,8 +34,6 @@ pub struct Capabilities {
     pub net_limits: bool,
     /// Whether a network port may be on a [TAP device](crate::net::Tap) of the host's.
     pub tap: bool,
-    /// Whether guest code runs on the processor itself.
-    pub execution: Execution,
     /// Whether [`Machine::power_button`](super::Machine::power_button) works.
     pub power_button: bool,
     /// Whether [`Machine::attach_disk`](super::Machine::attach_disk) and [`Machine::detach_disk`](super::Machine::detach_disk) work.
@@ -60,7 +56,7 @@ impl Capabilities {
     /// Capabilities of a hypervisor called `name` that makes machines of these architectures: one
     /// vCPU, up to 1 TiB of memory, one disk, no network port, no TAP device, no power button, no disks or ports that come, go or
     /// grow while it runs, no balloon, no streams, no virtio console, unless the fields are then set otherwise.
-    pub fn new(name: &'static str, architectures: Vec<Architecture>, execution: Execution) -> Self {
+    pub fn new(name: &'static str, architectures: Vec<Architecture>) -> Self {
         Self {
             name,
             architectures,
@@ -70,7 +66,6 @@ impl Capabilities {
             max_nets: 0,
             net_limits: false,
             tap: false,
-            execution,
             power_button: false,
             hot_plug: false,
             net_hot_plug: false,
@@ -152,7 +147,15 @@ impl Capabilities {
     }
 }
 
-/// How guest code runs. Part of a hypervisor's [`Capabilities`].
+/// How a [hypervisor](super::Hypervisor::execution) runs guest code.
+///
+/// ```
+/// use instance_core::machine::Execution;
+///
+/// let measured = "guest kernel code: 2.9 G instructions/s".to_owned();
+/// assert!(Execution::Hardware { measured }.is_hardware());
+/// assert!(!Execution::Emulated { measured: "TCG of QEMU 7.2".to_owned() }.is_hardware());
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Execution {

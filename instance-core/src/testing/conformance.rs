@@ -127,6 +127,7 @@ impl Link {
 type Check = (&'static str, fn(&TestBed<'_>));
 
 const CHECKS: &[Check] = &[
+    ("says how it runs guest code", says_how_it_runs_guest_code),
     ("refuses what it cannot do", refuses_what_it_cannot_do),
     ("refuses a kernel that is none", refuses_a_kernel_that_is_none),
     ("walks the states of its life", life::walks_the_states_of_its_life),
@@ -297,6 +298,13 @@ fn word_at(disk: &Disk, sector: u64) -> String {
     let mut bytes = [0; 512];
     disk.read_at(&mut bytes, sector * 512).expect("the disk can be read");
     String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned()
+}
+
+fn says_how_it_runs_guest_code(bed: &TestBed<'_>) {
+    let said = bed.hypervisor.execution().expect("it can be told");
+    // Measured once or each time, it is the same host.
+    let again = bed.hypervisor.execution().expect("it can be told");
+    assert_eq!(said.is_hardware(), again.is_hardware(), "{said:?}, then {again:?}");
 }
 
 fn refuses_what_it_cannot_do(bed: &TestBed<'_>) {

@@ -134,8 +134,7 @@ impl Runs<Arm64> for FakeHypervisor {}
 
 impl Hypervisor for FakeHypervisor {
     fn capabilities(&self) -> Capabilities {
-        let execution = Execution::Emulated { measured: "no guest code runs".to_owned() };
-        let mut capabilities = Capabilities::new("fake", self.architectures.clone(), execution);
+        let mut capabilities = Capabilities::new("fake", self.architectures.clone());
         capabilities.max_vcpus = 64;
         capabilities.max_disks = MAX_DISKS;
         capabilities.max_nets = MAX_NETS;
@@ -144,6 +143,10 @@ impl Hypervisor for FakeHypervisor {
         capabilities.live_growth = true;
         capabilities.save = true;
         capabilities
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        Ok(Execution::Emulated { measured: "no guest code runs".to_owned() })
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {

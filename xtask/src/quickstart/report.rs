@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use ami_core::AnyAmi;
 use anyhow::Result;
-use instance_core::machine::{Capabilities, Execution};
+use instance_core::machine::{Execution, Hypervisor};
 use instance_core::{CreatedImage, Instance, InstanceDescription};
 use serde::Serialize;
 
@@ -105,10 +105,12 @@ impl Report {
         done
     }
 
-    pub(crate) fn hypervisor(&mut self, capabilities: &Capabilities) {
-        let (execution, measured) = in_words(&capabilities.execution);
-        self.say(&format!("machines on {}, {execution}: {measured}", capabilities.name));
-        self.results.hypervisor = Some(HypervisorResult { name: capabilities.name, execution, measured });
+    pub(crate) fn hypervisor(&mut self, hypervisor: &dyn Hypervisor) -> Result<()> {
+        let (execution, measured) = in_words(&hypervisor.execution()?);
+        let name = hypervisor.capabilities().name;
+        self.say(&format!("machines on {name}, {execution}: {measured}"));
+        self.results.hypervisor = Some(HypervisorResult { name, execution, measured });
+        Ok(())
     }
 
     pub(crate) fn image(&mut self, ami: &AnyAmi) {
