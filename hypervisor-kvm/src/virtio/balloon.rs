@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
-use super::chain::Malformed;
+use super::chain::{Buffers, Chain, Malformed};
 use super::device::Device;
 use super::ring::Running;
 use crate::error::{Result, unsupported};
@@ -108,10 +108,7 @@ impl Balloon {
     /// Gives back some of the pages of a list: a list may be long, and is then looked at again.
     fn inflate(&mut self, ring: &mut Running<'_>) -> Result<bool, Malformed> {
         let Some(chain) = ring.next()? else { return Ok(false) };
-        let list = &chain.readable;
-        if chain.writable.len() > 0 || !list.len().is_multiple_of(NUMBER_LEN) {
-            return Err(Malformed("a list of pages is none"));
-        }
+        let list = list_of(&chain)?;
         let rest = list.len().saturating_sub(self.state.done);
         let mut bytes = vec![0; rest.min(BATCH * NUMBER_LEN) as usize];
         list.read(ring.memory(), self.state.done, &mut bytes)?;
@@ -136,6 +133,7 @@ impl Balloon {
     /// The guest takes pages back. There is nothing to do for it.
     fn deflate(ring: &mut Running<'_>) -> Result<bool, Malformed> {
         let Some(chain) = ring.next()? else { return Ok(false) };
+        list_of(&chain)?;
         ring.put_used(&chain, 0)?;
         Ok(true)
     }
@@ -143,6 +141,9 @@ impl Balloon {
     /// Gives back pages that are free until this has been answered, and that the guest may then use.
     fn report(ring: &mut Running<'_>) -> Result<bool, Malformed> {
         let Some(chain) = ring.next()? else { return Ok(false) };
+        if chain.readable.len() > 0 {
+            return Err(Malformed("pages are reported that are not for writing"));
+        }
         for (start, len) in chain.writable.segments() {
             memory::release(ring.memory(), start, len.into())
                 .ok_or(Malformed("a page is not of the memory"))?;
@@ -196,6 +197,12 @@ impl Device for Balloon {
         self.set_actual(0);
         self.refresh();
     }
+}
+
+/// The list of pages that a chain is.
+fn list_of(chain: &Chain) -> Result<&Buffers, Malformed> {
+    let is_list = chain.writable.len() == 0 && chain.readable.len().is_multiple_of(NUMBER_LEN);
+    if is_list { Ok(&chain.readable) } else { Err(Malformed("a list of pages is none")) }
 }
 
 /// Pages in order as runs: the first and how many. One that is named twice counts once.

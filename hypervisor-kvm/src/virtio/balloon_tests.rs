@@ -127,6 +127,11 @@ fn a_bad_driver_stops_its_balloon_and_nothing_else_is_touched() {
         ("a page is not of the memory", INFLATE, 0, |d| d.offer_pages(INFLATE, &[0xc_0000])),
         ("a list of pages is none", INFLATE, 0, |d| d.offer(INFLATE, 0, &[(LIST, 7, 0)])),
         ("a list of pages is none", INFLATE, 0, |d| d.offer(INFLATE, 0, &[(LIST, 4, 0), (LIST, 4, WRITE)])),
+        ("a list of pages is none", DEFLATE, 0, |d| d.offer(DEFLATE, 0, &[(LIST, 6, 0)])),
+        ("a list of pages is none", DEFLATE, 0, |d| d.offer(DEFLATE, 0, &[(LIST, 4, WRITE)])),
+        ("pages are reported that are not for writing", 4, 0, |d| {
+            d.offer(4, 0, &[(400 * PAGE, PAGE as u32, 0), (400 * PAGE, PAGE as u32, WRITE)]);
+        }),
         ("a descriptor points outside the memory", 4, 0, |d| {
             d.offer(4, 0, &[(1023 * PAGE, 2 * PAGE as u32, WRITE)]);
         }),
@@ -148,6 +153,19 @@ fn a_bad_driver_stops_its_balloon_and_nothing_else_is_touched() {
         guest.offer_pages(INFLATE, &[700]);
         assert_eq!(guest.step(INFLATE), SERVED, "{expect}");
     }
+}
+
+#[test]
+fn a_list_that_becomes_shorter_while_it_is_done_does_no_harm() {
+    let mut guest = Guest::without(0);
+    guest.offer_pages(INFLATE, &vec![400; 1500]);
+    assert_eq!(guest.step(INFLATE), Step::Served { interrupt: false });
+    // The same place in the table, before it is looked at again.
+    guest.describe(INFLATE, 0, (LIST, 4, 0));
+    assert_eq!((guest.step(INFLATE), guest.used(INFLATE)), (SERVED, 1));
+    guest.offer_pages(INFLATE, &[500]);
+    assert_eq!(guest.step(INFLATE), SERVED);
+    assert_eq!(guest.given_back(), [400, 500]);
 }
 
 #[test]

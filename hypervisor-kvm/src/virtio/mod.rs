@@ -90,7 +90,7 @@ pub(crate) struct VirtioDevice {
     tells: bool,
     /// Held by its thread while that waits for what is outside, and so holds it.
     waiting: Mutex<()>,
-    /// A rule was broken before, so that a guest cannot fill the embedder's log.
+    /// A rule was broken before, or the like, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
 
@@ -246,7 +246,12 @@ impl VirtioDevice {
         let Port::Pci(pci) = &self.port else { return };
         self.follow(vm, pci.write_space(vm, &self.memory, at, data));
         if let Some(Err(error)) = self.notification.as_ref().map(|heard| pci.listen(vm, heard)) {
-            tracing::warn!(%error, "KVM did not take the new place of a device's notification");
+            // As where a guest puts one device into the place of another. It does so as often as it likes.
+            if self.warned.swap(true, Ordering::Relaxed) {
+                tracing::debug!(%error, "KVM again did not take the new place of a device's notification");
+            } else {
+                tracing::warn!(%error, "KVM did not take the new place of a device's notification");
+            }
         }
         // It may have been stopped meanwhile.
         if let (true, Some(heard)) = (self.stopped.load(Ordering::Acquire), &self.notification) {

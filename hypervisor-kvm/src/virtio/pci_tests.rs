@@ -7,6 +7,7 @@ use super::block::Block;
 use super::core::{Effect, Step};
 use super::driver::to_the_end;
 use super::pci::{Done, NOTIFY, Pci, RANGE_LEN};
+use super::ring::QUEUE_SIZE;
 use crate::memory::{self, Memory};
 use crate::pci::msix::Message;
 
@@ -226,11 +227,65 @@ fn the_window_reaches_the_registers() {
     for len in [0, 3, 5, u32::MAX] {
         access(u64::from(u32::MAX), len, Some(&[0xff; 4]));
     }
+    // What lies across registers, or in none: it is not the status that is written to.
+    for (register, len) in [(17, 4), (19, 2), (20, 2), (20, 4), (0x6000, 1), (u64::from(RANGE_LEN), 1)] {
+        access(register, len, Some(&[0; 4]));
+        assert_eq!(access(20, 1, None) & 0xff, 3, "{len} bytes at {register:#x}");
+    }
+}
+
+#[test]
+fn what_can_only_be_read_is_not_written() {
+    let mut driver = Driver::ready();
+    // What is offered, how many queues, of which generation, where a queue is notified: and beyond what there is.
+    for (field, len) in [(4, 4), (18, 2), (21, 1), (30, 2), (56, 2), (58, 2), (60, 4), (64, 8), (0x1000, 1)] {
+        let before = driver.get(field, len);
+        for value in [0, 1, 0xff] {
+            assert_eq!(driver.set(field, &[value; 8][..len]).effect, Effect::None, "{field}");
+            assert_eq!(driver.get(field, len), before, "{field}");
+        }
+    }
+    // A queue ends with a reset and not before.
+    assert_eq!((driver.set(28, &[0; 2]).effect, driver.get(28, 2)), (Effect::None, 1));
+    assert_eq!(driver.flush(0), Step::Served { interrupt: true });
+}
+
+#[test]
+fn a_queue_is_described_before_it_is_enabled() {
+    let in_memory = (u64::from(QUEUE_SIZE), DESCRIPTORS, AVAILABLE, USED);
+    for (size, descriptors, available, used) in [
+        (0, DESCRIPTORS, AVAILABLE, USED),
+        (3, DESCRIPTORS, AVAILABLE, USED),
+        (u64::from(QUEUE_SIZE) * 2, DESCRIPTORS, AVAILABLE, USED),
+        (in_memory.0, MIB, AVAILABLE, USED),
+        (in_memory.0, DESCRIPTORS, 1 << 63, USED),
+        (in_memory.0, DESCRIPTORS, AVAILABLE, u64::MAX),
+        in_memory,
+    ] {
+        let mut driver = Driver::new();
+        driver.set(24, &size.to_le_bytes()[..2]);
+        for (field, address) in [(32, descriptors), (40, available), (48, used)] {
+            driver.set(field, &address.to_le_bytes());
+        }
+        let effect = driver.set(28, &1u16.to_le_bytes()).effect;
+        let is_good = (size, descriptors, available, used) == in_memory;
+        assert_eq!(effect == Effect::None, is_good, "{size} {descriptors:x} {available:x} {used:x}");
+        assert_eq!((driver.get(28, 2) == 1, driver.get(20, 1) == 0), (is_good, is_good));
+        // Neither of a queue in use.
+        for (field, len) in [(24, 2), (32, 4), (36, 4), (40, 8), (44, 4), (48, 4), (52, 4)] {
+            let effect = driver.set(field, &[0; 8][..len]).effect;
+            assert_eq!(matches!(effect, Effect::Broken(_)), is_good, "{field}");
+        }
+    }
 }
 
 #[test]
 fn every_register_takes_every_width() {
     let mut driver = Driver::ready();
+    for len in [2, 4, 8] {
+        driver.set(20, &[0; 8][..len]);
+        assert_eq!(driver.get(20, 1), 15, "{len} bytes are no status");
+    }
     for offset in 0..u64::from(RANGE_LEN) {
         for len in [1, 2, 4, 8] {
             driver.get(offset, len);

@@ -254,11 +254,21 @@ fn frames_that_are_none_are_dropped() {
     }
 }
 
+/// Flags that are the device's to set, or nobody's; lengths that the device knows better.
+#[test]
+fn what_has_no_meaning_in_a_header_is_ignored() {
+    let mut driver = Driver::without(0);
+    let mut header = header(0xfe, 0, 1448, 34, u16::MAX);
+    (header[2], header[10], header[11]) = (0xff, 0xff, 0xff);
+    driver.send(header, &content(100));
+    assert_eq!(driver.network.recv(), Some(Frame::new(content(100))));
+}
+
 /// What a driver must not do (virtio 1.2, 5.1.6.2.1 and 5.1.6.3.1): the device waits for a reset, and works after it.
 #[test]
 fn a_driver_that_breaks_the_rules_is_stopped() {
     type Break = fn(&mut Driver) -> usize;
-    let table: [(&str, u64, Break); 12] = [
+    let table: [(&str, u64, Break); 15] = [
         ("a header cut short", 0, |d| {
             d.offer(TRANSMIT, 0, &[(SENT, 11, 0)]);
             TRANSMIT
@@ -287,6 +297,10 @@ fn a_driver_that_breaks_the_rules_is_stopped() {
             d.send(header(1, 9, 1448, 34, 16), &content(100));
             TRANSMIT
         }),
+        ("a segmentation without the feature that it requires", CSUM, |d| {
+            d.send(header(0, 1, 1448, 34, 16), &content(100));
+            TRANSMIT
+        }),
         ("UDP's segmentation", 0, |d| {
             d.send(header(1, 3, 1448, 34, 16), &content(100));
             TRANSMIT
@@ -301,6 +315,16 @@ fn a_driver_that_breaks_the_rules_is_stopped() {
         }),
         ("a buffer shorter than a header", 0, |d| {
             d.offer_buffer(0, 11);
+            RECEIVE
+        }),
+        ("a second buffer that is to be read", 0, |d| {
+            d.offer(RECEIVE, 0, &[(RECEIVED, 40, WRITE)]);
+            d.offer(RECEIVE, 1, &[(RECEIVED, 2000, 0)]);
+            RECEIVE
+        }),
+        ("a queue full of buffers with less room than a frame needs", 0, |d| {
+            (0..QUEUE_SIZE)
+                .for_each(|n| d.offer(RECEIVE, n, &[(RECEIVED, if n == 0 { 12 } else { 0 }, WRITE)]));
             RECEIVE
         }),
         ("a chain without an end", 0, |d| {

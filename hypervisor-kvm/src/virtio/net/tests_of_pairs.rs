@@ -188,6 +188,19 @@ fn without_several_pairs_commands_are_of_the_third_queue_and_refused() {
     assert!(!guest.driver.needs_reset());
 }
 
+/// A driver may not accept the one without the other (virtio 1.2, 5.1.3.1): all it has then is the first pair.
+#[test]
+fn several_pairs_without_a_queue_of_commands() {
+    let mut guest = Guest::new(CTRL_VQ);
+    (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
+    guest.send(2, &frame(7, true, 0));
+    guest.network_sends(7, 1);
+    guest.serve();
+    assert_eq!([0, 1, 2].map(|pair| guest.received(pair)), [vec![1], vec![], vec![]]);
+    guest.driver.offer(CONTROL, 0, &[(COMMAND, 4, 0), (ANSWER, 1, WRITE)]);
+    assert_eq!((guest.driver.step(CONTROL), guest.driver.used(CONTROL)), (Step::Idle, 0));
+}
+
 #[test]
 fn answers_come_by_the_pair_that_asked() {
     let mut guest = Guest::new(0);
