@@ -107,7 +107,7 @@ impl Devices {
         } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
             if let Access::Device(number, at) = bus.write(port, data) {
                 if let Some(placed) = self.pci_device(number) {
-                    placed.device.write_space(vm, at, data);
+                    placed.device.write_space(vm, gate, at, data);
                 }
             }
         }
@@ -129,9 +129,9 @@ impl Devices {
     }
 
     /// The guest writes an address that is not RAM.
-    pub(crate) fn memory_write(&self, vm: &VmFd, address: u64, data: &[u8]) {
+    pub(crate) fn memory_write(&self, vm: &VmFd, gate: &Gate, address: u64, data: &[u8]) {
         if let Some((placed, offset)) = self.device_at(address) {
-            placed.device.write(vm, offset, data);
+            placed.device.write(vm, gate, offset, data);
         }
     }
 

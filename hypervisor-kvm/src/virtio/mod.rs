@@ -226,12 +226,12 @@ impl VirtioDevice {
     }
 
     /// The guest writes a register.
-    pub(crate) fn write(&self, vm: &VmFd, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&self, vm: &VmFd, gate: &Gate, offset: u64, data: &[u8]) {
         let effect = match &self.port {
             Port::Mmio(mmio) => mmio.write(vm, &self.memory, offset, data),
             Port::Pci(pci) => pci.write(vm, &self.memory, offset, data),
         };
-        self.follow(vm, effect);
+        self.follow(vm, gate, effect);
     }
 
     /// The guest reads PCI's configuration space, where there is one.
@@ -242,9 +242,9 @@ impl VirtioDevice {
     }
 
     /// The guest writes to it.
-    pub(crate) fn write_space(&self, vm: &VmFd, at: usize, data: &[u8]) {
+    pub(crate) fn write_space(&self, vm: &VmFd, gate: &Gate, at: usize, data: &[u8]) {
         let Port::Pci(pci) = &self.port else { return };
-        self.follow(vm, pci.write_space(vm, &self.memory, at, data));
+        self.follow(vm, gate, pci.write_space(vm, &self.memory, at, data));
         if let Some(Err(error)) = self.notification.as_ref().map(|heard| pci.listen(vm, heard)) {
             // As where a guest puts one device into the place of another. It does so as often as it likes.
             if self.warned.swap(true, Ordering::Relaxed) {
@@ -259,14 +259,15 @@ impl VirtioDevice {
         }
     }
 
-    fn follow(&self, vm: &VmFd, effect: Effect) {
+    fn follow(&self, vm: &VmFd, gate: &Gate, effect: Effect) {
         match effect {
             Effect::Notify if self.needs_thread() => {
                 self.stale.fetch_or(self.tells, Ordering::AcqRel);
                 self.wake();
             }
-            // No more than a queue holds: the vCPU has to get on, also where others keep adding.
-            Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| !self.step(vm)),
+            // No more than a queue holds: the vCPU has to get on, also where others keep adding, and nobody who ends the
+            // machine waits for all of it.
+            Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| gate.ends() || !self.step(vm)),
             Effect::Broken(why) => self.warn(why),
             Effect::None | Effect::Reset => {}
         }
