@@ -16,7 +16,7 @@ const AT_ONCE: Duration = Duration::from_millis(100);
 /// When it is done, from when the guest says that it begins.
 const IN_THE_MIDDLE: Duration = Duration::from_millis(20);
 /// How often it is tried. The middle one counts: on a busy host some thread may have to wait for its turn.
-const KILLS: usize = 9;
+const KILLS: usize = 5;
 
 /// A loop with interrupts off, which asks nothing of any device.
 #[test]
