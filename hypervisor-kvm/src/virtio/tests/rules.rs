@@ -12,7 +12,7 @@
 //! | 2.7.5.1, 2.7.5.3.1 | chains and their tables | [`BAD_DRIVERS`], [`a_chain_is_as_long_as_a_queue_and_no_longer`], [`tables_that_were_not_agreed_on_are_none`]; `ring_tests`: `a_chain_has_fewer_bytes_than_can_be_counted` |
 //! | 2.7.6.1, 2.7.8 | the available ring's index, the used ring is the device's | [`BAD_DRIVERS`], [`what_a_driver_writes_into_the_used_ring_is_not_looked_at`] |
 //! | 2.7.7.1, 2.7.10 | bits of the ring that have no meaning | `ring_tests`: `one_bit_says_whether_the_driver_is_to_be_interrupted` |
-//! | 3.3.1 | what is exposed is not changed; a reset at any time | `block_tests`: `nothing_is_written_to_a_driver_that_has_taken_its_memory_back`; `console_tests`, `balloon_tests`: what becomes shorter, what is half done; `net::tests_of_pairs`, `vsock_tests`: what a reset gives up |
+//! | 3.3.1 | what is exposed is not changed; a reset at any time | `block_tests::ended_early`: `nothing_is_written_to_a_driver_that_has_taken_its_memory_back`; `console_tests`, `balloon_tests`: what becomes shorter, what is half done; `net::tests_of_pairs`, `vsock_tests`: what a reset gives up |
 //! | 4.1.3.1, 4.1.4.3.2, 4.1.4.9.2 | widths, what can only be read, the window | `pci_tests`: `every_register_takes_every_width`, `what_can_only_be_read_is_not_written`, `the_window_reaches_the_registers` |
 //! | 4.2.2.2 | widths, what can only be read, places that are none | [`every_register_takes_every_width`], [`what_can_only_be_read_is_not_written`] |
 //! | 5.1.6.2.1, 5.1.6.3.1 | headers of frames, buffers for them | `net::tests`: `a_driver_that_breaks_the_rules_is_stopped`, `frames_that_are_none_are_dropped`, `what_has_no_meaning_in_a_header_is_ignored` |
