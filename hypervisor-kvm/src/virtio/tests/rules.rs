@@ -3,24 +3,42 @@
 //! What a driver must or must not do by that document, where the device sees it broken, and the tests that break it. Beside
 //! them the fuzzers break whatever they come upon.
 //!
-//! | section | clause | tests |
-//! |---|---|---|
-//! | 2.1.1, 3.1.1 | order of initialisation, bits of the status | [`nothing_is_served_before_the_driver_is_ready`], [`no_bit_of_the_status_is_taken_back`] |
-//! | 2.2.1 | only features that were offered, and no feature without another that it requires | [`features_that_were_not_offered_are_not_accepted`]; `net::tests`: `a_driver_that_breaks_the_rules_is_stopped`; `net::tests_of_pairs`: `several_pairs_without_a_queue_of_commands` |
-//! | 2.5, 5.1.4.1, 5.5.6 | what of a configuration is written | [`a_configuration_is_not_the_drivers_to_write`] |
-//! | 2.7.1, 4.2.2.2, 4.1.4.3.2 | size, place and alignment of a queue; not changed while in use | [`a_queue_that_cannot_be_is_refused`], [`a_queue_in_use_is_not_moved`]; `pci_tests`: `a_queue_is_described_before_it_is_enabled` |
-//! | 2.7.5.1, 2.7.5.3.1 | chains and their tables | [`BAD_DRIVERS`], [`a_chain_is_as_long_as_a_queue_and_no_longer`], [`tables_that_were_not_agreed_on_are_none`]; `ring_tests`: `a_chain_has_fewer_bytes_than_can_be_counted` |
-//! | 2.7.6.1, 2.7.8 | the available ring's index, the used ring is the device's | [`BAD_DRIVERS`], [`what_a_driver_writes_into_the_used_ring_is_not_looked_at`] |
-//! | 2.7.7.1, 2.7.10 | bits of the ring that have no meaning | `ring_tests`: `one_bit_says_whether_the_driver_is_to_be_interrupted` |
-//! | 3.3.1 | what is exposed is not changed; a reset at any time | `block_tests::ended_early`: `nothing_is_written_to_a_driver_that_has_taken_its_memory_back`; `console_tests`, `balloon_tests`: what becomes shorter, what is half done; `net::tests_of_pairs`, `vsock_tests`: what a reset gives up |
-//! | 4.1.3.1, 4.1.4.3.2, 4.1.4.9.2 | widths, what can only be read, the window | `pci_tests`: `every_register_takes_every_width`, `what_can_only_be_read_is_not_written`, `the_window_reaches_the_registers` |
-//! | 4.2.2.2 | widths, what can only be read, places that are none | [`every_register_takes_every_width`], [`what_can_only_be_read_is_not_written`] |
-//! | 5.1.6.2.1, 5.1.6.3.1 | headers of frames, buffers for them | `net::tests`: `a_driver_that_breaks_the_rules_is_stopped`, `frames_that_are_none_are_dropped`, `what_has_no_meaning_in_a_header_is_ignored` |
-//! | 5.1.6.5 | commands, and pairs that are not in use | `net::tests_of_pairs` |
-//! | 5.2.6.1 | requests: lengths, places, flags, queues that were not negotiated | `tests`: `a_request_that_cannot_be_done_is_an_error_and_no_more`, `what_a_flush_does_not_need_is_ignored`; `block_tests`: `a_queue_that_was_not_negotiated_is_not_served` |
-//! | 5.3.6.2, 5.4.6.1 | which buffers are written and which read | `console_tests`: `drivers_that_break_the_rules_stop_their_console_alone`; `tests`: `random_bytes_are_as_many_as_asked_for_and_never_the_same` |
-//! | 5.5.6 | pages of the memory, reports where agreed on | `balloon_tests`: `a_bad_driver_stops_its_balloon_and_nothing_else_is_touched` |
-//! | 5.10.6 | headers of packets, buffers for them, room | `vsock_tests`; `instance_core::vsock`: `a_guest_that_breaks_the_rules_has_its_stream_broken_off` |
+//! - Order of initialisation, bits of the status (2.1.1, 3.1.1): [`nothing_is_served_before_the_driver_is_ready`],
+//!   [`no_bit_of_the_status_is_taken_back`].
+//! - Only features that were offered, and no feature without another that it requires (2.2.1):
+//!   [`features_that_were_not_offered_are_not_accepted`]; `net::tests`: `a_driver_that_breaks_the_rules_is_stopped`;
+//!   `net::tests_of_pairs`: `several_pairs_without_a_queue_of_commands`.
+//! - What of a configuration is written (2.5, 5.1.4.1, 5.5.6): [`a_configuration_is_not_the_drivers_to_write`].
+//! - Size, place and alignment of a queue; not changed while in use (2.7.1, 4.2.2.2, 4.1.4.3.2):
+//!   [`a_queue_that_cannot_be_is_refused`], [`a_queue_in_use_is_not_moved`]; `pci_tests`:
+//!   `a_queue_is_described_before_it_is_enabled`.
+//! - Chains and their tables (2.7.5.1, 2.7.5.3.1): [`BAD_DRIVERS`], [`a_chain_is_as_long_as_a_queue_and_no_longer`],
+//!   [`tables_that_were_not_agreed_on_are_none`]; `ring_tests`: `a_chain_has_fewer_bytes_than_can_be_counted`.
+//! - The available ring's index, the used ring is the device's (2.7.6.1, 2.7.8): [`BAD_DRIVERS`],
+//!   [`what_a_driver_writes_into_the_used_ring_is_not_looked_at`].
+//! - Bits of the ring that have no meaning (2.7.7.1, 2.7.10): `ring_tests`:
+//!   `one_bit_says_whether_the_driver_is_to_be_interrupted`.
+//! - What is exposed is not changed; a reset at any time (3.3.1): `block_tests::ended_early`:
+//!   `nothing_is_written_to_a_driver_that_has_taken_its_memory_back`; `console_tests`, `balloon_tests`: what becomes
+//!   shorter, what is half done; `net::tests_of_pairs`, `vsock_tests`: what a reset gives up.
+//! - Widths, what can only be read, the window (4.1.3.1, 4.1.4.3.2, 4.1.4.9.2): `pci_tests`:
+//!   `every_register_takes_every_width`, `what_can_only_be_read_is_not_written`, `the_window_reaches_the_registers`.
+//! - Widths, what can only be read, places that are none (4.2.2.2): [`every_register_takes_every_width`],
+//!   [`what_can_only_be_read_is_not_written`].
+//! - Headers of frames, buffers for them (5.1.6.2.1, 5.1.6.3.1): `net::tests`:
+//!   `a_driver_that_breaks_the_rules_is_stopped`, `frames_that_are_none_are_dropped`,
+//!   `what_has_no_meaning_in_a_header_is_ignored`.
+//! - Commands, and pairs that are not in use (5.1.6.5): `net::tests_of_pairs`.
+//! - Requests: lengths, places, flags, queues that were not negotiated (5.2.6.1): `tests`:
+//!   `a_request_that_cannot_be_done_is_an_error_and_no_more`, `what_a_flush_does_not_need_is_ignored`; `block_tests`:
+//!   `a_queue_that_was_not_negotiated_is_not_served`.
+//! - Which buffers are written and which read (5.3.6.2, 5.4.6.1): `console_tests`:
+//!   `drivers_that_break_the_rules_stop_their_console_alone`; `tests`:
+//!   `random_bytes_are_as_many_as_asked_for_and_never_the_same`.
+//! - Pages of the memory, reports where agreed on (5.5.6): `balloon_tests`:
+//!   `a_bad_driver_stops_its_balloon_and_nothing_else_is_touched`.
+//! - Headers of packets, buffers for them, room (5.10.6): `vsock_tests`; `instance_core::vsock`:
+//!   `a_guest_that_breaks_the_rules_has_its_stream_broken_off`.
 
 use std::sync::Arc;
 
