@@ -23,6 +23,7 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
     // Mostly, a buffer is a page.
     let mut chains = Vec::with_capacity(needed as usize / PAGE + 1);
     let mut room = 0;
+    // What a queue full of buffers has no room for never has any.
     let most = if merge { ring.size() } else { 1 };
     loop {
         ring.take(most - chains.len(), |chain| {
@@ -38,9 +39,6 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
         })?;
         if room >= needed {
             break;
-        }
-        if chains.len() == most && merge {
-            return Err(Malformed("a queue full of buffers has no room for a frame"));
         }
         let is_too_long = chains.len() == most;
         if is_too_long || !ring.ask()? {

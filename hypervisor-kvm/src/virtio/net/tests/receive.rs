@@ -53,3 +53,18 @@ fn a_frame_that_the_driver_has_no_place_for_is_lost_alone() {
     assert_eq!((driver.used(RECEIVE), driver.needs_reset()), (1, false));
     assert_eq!(driver.received(0)[12..], content(60));
 }
+
+/// Which no rule forbids: the frame does not wait for what cannot come.
+#[test]
+fn a_frame_that_a_queue_full_of_buffers_has_no_room_for_is_lost_alone() {
+    let mut driver = Driver::without(0);
+    for frame in [content(1400), content(60)] {
+        driver.network.send(Frame::new(frame)).unwrap();
+    }
+    (0..QUEUE_SIZE).for_each(|n| driver.offer(RECEIVE, n, &[(RECEIVED + 16 * u64::from(n), 16, WRITE)]));
+    driver.step(RECEIVE);
+    assert_eq!((driver.used(RECEIVE), driver.needs_reset()), (5, false), "72 bytes in buffers of 16");
+    let mut whole = vec![0; 72];
+    driver.memory.read_slice(&mut whole, GuestAddress(RECEIVED)).unwrap();
+    assert_eq!(whole[12..], content(60));
+}
