@@ -242,7 +242,10 @@ mod tests {
         let crew = crew();
         crew.gate.open();
         crew.wait_until_it_counts();
+        crew.gate.close();
+        assert!(!crew.gate.ends(), "who stands still goes on");
         crew.gate.end(ExitCause::PowerOff);
+        assert!(crew.gate.ends());
         crew.gate.end(ExitCause::Killed);
         crew.gate.open();
         crew.gate.close();
