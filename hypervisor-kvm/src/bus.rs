@@ -107,17 +107,11 @@ impl Devices {
         } else if let (Some(bus), true) = (&self.pci, pci::PORTS.contains(&port)) {
             if let Access::Device(number, at) = bus.write(port, data) {
                 if let Some(placed) = self.pci_device(number) {
-                    placed.device.write_space(vm, at, data);
+                    placed.device.write_space(vm, gate, at, data);
                 }
             }
         }
-        match (port, data) {
-            (layout::RESET_PORT, &[value]) if value & layout::RESET_VALUE == layout::RESET_VALUE => {
-                ControlFlow::Break(ExitCause::Reset)
-            }
-            (layout::I8042_PORT, &[layout::I8042_RESET]) => ControlFlow::Break(ExitCause::Reset),
-            _ => ControlFlow::Continue(()),
-        }
+        if is_reset(port, data) { ControlFlow::Break(ExitCause::Reset) } else { ControlFlow::Continue(()) }
     }
 
     /// The guest reads an address that is not RAM.
@@ -129,9 +123,9 @@ impl Devices {
     }
 
     /// The guest writes an address that is not RAM.
-    pub(crate) fn memory_write(&self, vm: &VmFd, address: u64, data: &[u8]) {
+    pub(crate) fn memory_write(&self, vm: &VmFd, gate: &Gate, address: u64, data: &[u8]) {
         if let Some((placed, offset)) = self.device_at(address) {
-            placed.device.write(vm, offset, data);
+            placed.device.write(vm, gate, offset, data);
         }
     }
 
@@ -173,6 +167,15 @@ impl Devices {
     }
 }
 
+/// Whether a write resets the machine: by ACPI's register, or as the keyboard controller does.
+fn is_reset(port: u16, data: &[u8]) -> bool {
+    match (port, data) {
+        (layout::RESET_PORT, &[value]) => value & layout::RESET_VALUE == layout::RESET_VALUE,
+        (layout::I8042_PORT, &[command]) => command == layout::I8042_RESET,
+        _ => false,
+    }
+}
+
 /// Bytes from `port` on: a word for both ports chooses a register and writes it.
 fn write_clock(rtc: &mut Rtc, port: u16, data: &[u8], now: Duration) {
     for (port, value) in (port..).zip(data) {
@@ -188,5 +191,29 @@ fn write_clock(rtc: &mut Rtc, port: u16, data: &[u8], now: Duration) {
 fn set_sci(vm: &VmFd, level: bool) {
     if let Err(error) = vm.set_irq_line(layout::SCI_IRQ, level) {
         tracing::warn!(%error, "KVM did not set the ACPI interrupt");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_reset_by_acpi_and_by_the_keyboard_controller() {
+        for (port, data, resets) in [
+            (0xcf9, &[0x06][..], true),
+            (0xcf9, &[0x0e], true),
+            // What kind of reset, and not yet that there is one.
+            (0xcf9, &[0x02], false),
+            (0xcf9, &[0x04], false),
+            // The address of PCI's configuration space, whose second byte lies there.
+            (0xcf8, &[0, 0x06, 0, 0x80], false),
+            (0x64, &[0xfe], true),
+            (0x64, &[0xf0], false),
+            (0x64, &[0xfe, 0xfe], false),
+            (0x60, &[0xfe], false),
+        ] {
+            assert_eq!(is_reset(port, data), resets, "{data:x?} to {port:#x}");
+        }
     }
 }

@@ -101,6 +101,7 @@ mod tests {
             leaf(0x8000_0008, 0, 48, 0),
             leaf(0x8000_000a, 0, 1, 0),
             leaf(0x8000_001d, 0, 1 << 5 | 1 | 1 << 14, 0),
+            leaf(0x8000_001e, 0, 0, 0),
         ])
         .unwrap()
     }
@@ -130,6 +131,26 @@ mod tests {
                 assert_eq!(sharing(4, 1), 1 << core_bits, "the package's cache");
             }
         }
+    }
+
+    /// Machines of one image see the same processors, whichever of the host's said what it can.
+    #[test]
+    fn which_of_the_hosts_processors_was_asked_makes_no_difference() {
+        let of = |asked: u32| {
+            let mut supported = supported();
+            for entry in supported.as_mut_slice() {
+                match entry.function {
+                    // Its number, and how many there are beside it.
+                    0x1 => entry.ebx |= asked << 24 | 32 << 16,
+                    0xb | 0x1f => (entry.ebx, entry.edx) = (32, asked),
+                    0x8000_0008 => entry.ecx |= 5 << 12 | 31,
+                    0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (asked, asked / 2, asked / 16),
+                    _ => {}
+                }
+            }
+            of_processor(&supported, 1, 4).unwrap()
+        };
+        assert_eq!(of(0).as_slice(), of(17).as_slice());
     }
 
     #[test]

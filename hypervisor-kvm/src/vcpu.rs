@@ -72,7 +72,7 @@ pub(crate) fn run(
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 exits.memory_writes.add();
-                devices.memory_write(vm, address, data);
+                devices.memory_write(vm, gate, address, data);
                 unfinished = true;
                 continue;
             }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
-use super::chain::Malformed;
+use super::chain::{Buffers, Chain, Malformed};
 use super::device::Device;
 use super::ring::Running;
 use crate::error::{Result, unsupported};
@@ -32,8 +32,10 @@ pub(super) const QUEUES: usize = 5;
 const PAGE: u64 = 4096;
 /// The bytes of a page's number.
 const NUMBER_LEN: u64 = 4;
-/// How many pages are given back before others have their turn.
+/// How many pages of a list are given back before others have their turn.
 const BATCH: u64 = 1024;
+/// How many bytes of what is reported, which is whole pieces of memory.
+pub(super) const REPORT_BATCH: u64 = 64 << 20;
 /// Where the configuration has how many pages are in the balloon, which the driver writes.
 const ACTUAL: u64 = 4;
 
@@ -74,6 +76,9 @@ const MIB_PAGES: u32 = (1 << 20) / PAGE as u32;
 pub(crate) struct Balloon {
     wish: Arc<Wish>,
     state: State,
+    /// The bytes of the next report that are done, of each queue that may have some. Not to be remembered: what is reported
+    /// may be given back twice.
+    reported: [u64; QUEUES],
 }
 
 /// What the guest sees of a balloon, and how far it has been served.
@@ -90,7 +95,7 @@ pub(crate) struct State {
 impl Balloon {
     /// An empty balloon.
     pub(crate) fn new(wish: Arc<Wish>) -> Self {
-        Self { wish, state: State::default() }
+        Self { wish, state: State::default(), reported: [0; QUEUES] }
     }
 
     fn set_actual(&mut self, pages: u32) {
@@ -108,10 +113,7 @@ impl Balloon {
     /// Gives back some of the pages of a list: a list may be long, and is then looked at again.
     fn inflate(&mut self, ring: &mut Running<'_>) -> Result<bool, Malformed> {
         let Some(chain) = ring.next()? else { return Ok(false) };
-        let list = &chain.readable;
-        if chain.writable.len() > 0 || !list.len().is_multiple_of(NUMBER_LEN) {
-            return Err(Malformed("a list of pages is none"));
-        }
+        let list = list_of(&chain)?;
         let rest = list.len().saturating_sub(self.state.done);
         let mut bytes = vec![0; rest.min(BATCH * NUMBER_LEN) as usize];
         list.read(ring.memory(), self.state.done, &mut bytes)?;
@@ -136,17 +138,35 @@ impl Balloon {
     /// The guest takes pages back. There is nothing to do for it.
     fn deflate(ring: &mut Running<'_>) -> Result<bool, Malformed> {
         let Some(chain) = ring.next()? else { return Ok(false) };
+        list_of(&chain)?;
         ring.put_used(&chain, 0)?;
         Ok(true)
     }
 
-    /// Gives back pages that are free until this has been answered, and that the guest may then use.
-    fn report(ring: &mut Running<'_>) -> Result<bool, Malformed> {
+    /// Gives back some of the pages that are free until this has been answered, and that the guest may then use.
+    fn report(&mut self, queue: usize, ring: &mut Running<'_>) -> Result<bool, Malformed> {
         let Some(chain) = ring.next()? else { return Ok(false) };
-        for (start, len) in chain.writable.segments() {
-            memory::release(ring.memory(), start, len.into())
-                .ok_or(Malformed("a page is not of the memory"))?;
+        if chain.readable.len() > 0 {
+            return Err(Malformed("pages are reported that are not for writing"));
         }
+        let done = &mut self.reported[queue];
+        let (mut skipped, mut most) = (*done, REPORT_BATCH);
+        for (start, len) in chain.writable.segments() {
+            let end = start + u64::from(len);
+            let from = end.min(start + skipped);
+            skipped -= from - start;
+            // Between pages, so that none is given back by halves, which is not at all.
+            let until = if end - from <= most { end } else { from.max((from + most) / PAGE * PAGE) };
+            memory::release(ring.memory(), from, until - from)
+                .ok_or(Malformed("a page is not of the memory"))?;
+            *done += until - from;
+            if until < end {
+                ring.put_back(1);
+                return Ok(true);
+            }
+            most -= until - from;
+        }
+        *done = 0;
         ring.put_used(&chain, 0)?;
         Ok(true)
     }
@@ -181,7 +201,7 @@ impl Device for Balloon {
         match queue {
             INFLATE => self.inflate(ring),
             DEFLATE => Self::deflate(ring),
-            _ if features & 1 << VIRTIO_BALLOON_F_REPORTING != 0 => Self::report(ring),
+            _ if features & 1 << VIRTIO_BALLOON_F_REPORTING != 0 => self.report(queue, ring),
             _ => Err(Malformed("a queue is used that was not agreed on")),
         }
     }
@@ -190,12 +210,26 @@ impl Device for Balloon {
         self.state.target = self.wish.pages.load(Ordering::Acquire);
     }
 
+    /// What of a buffer was done says nothing of the next one.
+    fn stop(&mut self, queue: usize) {
+        self.reported[queue] = 0;
+        if queue == INFLATE {
+            self.state.done = 0;
+        }
+    }
+
     /// The guest has all its pages back.
     fn reset(&mut self) {
-        self.state.done = 0;
+        (self.state.done, self.reported) = (0, [0; QUEUES]);
         self.set_actual(0);
         self.refresh();
     }
+}
+
+/// The list of pages that a chain is.
+fn list_of(chain: &Chain) -> Result<&Buffers, Malformed> {
+    let is_list = chain.writable.len() == 0 && chain.readable.len().is_multiple_of(NUMBER_LEN);
+    if is_list { Ok(&chain.readable) } else { Err(Malformed("a list of pages is none")) }
 }
 
 /// Pages in order as runs: the first and how many. One that is named twice counts once.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_mmio as reg;
 
-use super::balloon::{Balloon, DEFLATE, INFLATE, QUEUES, Wish};
+use super::balloon::{Balloon, DEFLATE, INFLATE, QUEUES, REPORT_BATCH, Wish};
 use super::chain::Malformed;
 use super::core::Step;
 use super::driver::{BUFFERS as LIST, Driver, WRITE};
@@ -127,6 +127,11 @@ fn a_bad_driver_stops_its_balloon_and_nothing_else_is_touched() {
         ("a page is not of the memory", INFLATE, 0, |d| d.offer_pages(INFLATE, &[0xc_0000])),
         ("a list of pages is none", INFLATE, 0, |d| d.offer(INFLATE, 0, &[(LIST, 7, 0)])),
         ("a list of pages is none", INFLATE, 0, |d| d.offer(INFLATE, 0, &[(LIST, 4, 0), (LIST, 4, WRITE)])),
+        ("a list of pages is none", DEFLATE, 0, |d| d.offer(DEFLATE, 0, &[(LIST, 6, 0)])),
+        ("a list of pages is none", DEFLATE, 0, |d| d.offer(DEFLATE, 0, &[(LIST, 4, WRITE)])),
+        ("pages are reported that are not for writing", 4, 0, |d| {
+            d.offer(4, 0, &[(400 * PAGE, PAGE as u32, 0), (400 * PAGE, PAGE as u32, WRITE)]);
+        }),
         ("a descriptor points outside the memory", 4, 0, |d| {
             d.offer(4, 0, &[(1023 * PAGE, 2 * PAGE as u32, WRITE)]);
         }),
@@ -148,6 +153,51 @@ fn a_bad_driver_stops_its_balloon_and_nothing_else_is_touched() {
         guest.offer_pages(INFLATE, &[700]);
         assert_eq!(guest.step(INFLATE), SERVED, "{expect}");
     }
+}
+
+/// More than there is memory, which may be named as often as a chain has room for.
+#[test]
+fn a_long_report_is_done_in_pieces() {
+    let mut guest = Guest::without(0);
+    let unfinished = Step::Served { interrupt: false };
+    let mut chain = vec![(400 * PAGE + 1, (PAGE * 400) as u32, WRITE); 60];
+    chain.push((900 * PAGE, PAGE as u32, WRITE));
+    let pieces = (60 * 400 + 1) * PAGE / REPORT_BATCH;
+    guest.offer(4, 0, &chain);
+    for _ in 0..pieces {
+        assert_eq!((guest.step(4), guest.used(4)), (unfinished, 0));
+        assert_eq!(guest.given_back(), (401..800).collect::<Vec<_>>());
+    }
+    assert_eq!((guest.step(4), guest.used(4)), (SERVED, 1));
+    assert_eq!(guest.given_back().last(), Some(&900));
+    // The next one begins at its beginning, also where the queue was taken back in the middle.
+    for stops in [false, true] {
+        let mut guest = Guest::without(0);
+        guest.offer(3, 0, &chain);
+        guest.step(3);
+        if stops {
+            guest.set(reg::VIRTIO_MMIO_QUEUE_SEL, 3);
+            (0..2).for_each(|ready| _ = guest.set(reg::VIRTIO_MMIO_QUEUE_READY, ready));
+        } else {
+            guest.step(3);
+        }
+        guest.offer(3, 61, &[(260 * PAGE, PAGE as u32, WRITE)]);
+        (0..2).for_each(|_| _ = guest.step(3));
+        assert_eq!(guest.given_back().contains(&260), !stops, "a queue that is taken back is looked at anew");
+    }
+}
+
+#[test]
+fn a_list_that_becomes_shorter_while_it_is_done_does_no_harm() {
+    let mut guest = Guest::without(0);
+    guest.offer_pages(INFLATE, &vec![400; 1500]);
+    assert_eq!(guest.step(INFLATE), Step::Served { interrupt: false });
+    // The same place in the table, before it is looked at again.
+    guest.describe(INFLATE, 0, (LIST, 4, 0));
+    assert_eq!((guest.step(INFLATE), guest.used(INFLATE)), (SERVED, 1));
+    guest.offer_pages(INFLATE, &[500]);
+    assert_eq!(guest.step(INFLATE), SERVED);
+    assert_eq!(guest.given_back(), [400, 500]);
 }
 
 #[test]

@@ -16,8 +16,11 @@ pub(super) const DESCRIPTOR_LEN: usize = 16;
 #[error("{0}")]
 pub(crate) struct Malformed(pub(crate) &'static str);
 
-/// There is no next descriptor where one should be, or always one more.
-const ENDLESS: Malformed = Malformed("a descriptor chain does not end");
+/// It is the ring or another descriptor that names it, and neither the queue's table nor the chain's own has it.
+const MISSING: Malformed = Malformed("a descriptor lies outside its table");
+/// A chain's own table has not been agreed on, is one in another, has descriptors behind it, is no whole number of them, or
+/// lies outside the memory.
+const TABLE: Malformed = Malformed("a table of descriptors is not one that may be");
 
 /// The memory of one request: what the device reads, then what it writes.
 #[derive(Debug)]
@@ -28,23 +31,30 @@ pub(crate) struct Chain {
 }
 
 impl Chain {
-    /// Reads and checks the chain that begins with the descriptor `head` of a queue's table. All of it lies in the guest's
-    /// RAM, which does not change its size, so that no later access to it fails.
-    pub(crate) fn read(memory: &Memory, table: VolatileSlice<'_>, head: u16) -> Result<Self, Malformed> {
+    /// Reads and checks the chain that begins with the descriptor `head` of a queue's table, and that may have a table of
+    /// its own if that was agreed on, as `indirect` says. All of it lies in the guest's RAM, which does not change its
+    /// size, so that no later access to it fails.
+    pub(crate) fn read(
+        memory: &Memory,
+        table: VolatileSlice<'_>,
+        head: u16,
+        indirect: bool,
+    ) -> Result<Self, Malformed> {
         let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
-        let (mut table, mut is_indirect, mut next) = (table, false, head);
+        let (mut table, mut may_be_table, mut next) = (table, indirect, head);
         // Not the size that the driver gave the queue: a table of its own may have more descriptors. One more is that of
         // the table.
         for _ in 0..=QUEUE_SIZE {
             let at = usize::from(next) * DESCRIPTOR_LEN;
-            let descriptor = table.get_ref::<Descriptor>(at).map_err(|_| ENDLESS)?.load();
+            let descriptor = table.get_ref::<Descriptor>(at).map_err(|_| MISSING)?.load();
             let (address, len) = (descriptor.addr(), descriptor.len());
             // Pieces of RAM do not adjoin, so that each buffer, and each table, lies in one.
             let mapped = memory.get_slice(address, len as usize);
             if descriptor.refers_to_indirect_table() {
-                let is_table = !is_indirect && (len as usize).is_multiple_of(DESCRIPTOR_LEN);
-                table = mapped.ok().filter(|_| is_table).ok_or(ENDLESS)?;
-                (is_indirect, next) = (true, 0);
+                let whole = (len as usize).is_multiple_of(DESCRIPTOR_LEN);
+                let is_table = may_be_table && whole && !descriptor.has_next();
+                table = mapped.ok().filter(|_| is_table).ok_or(TABLE)?;
+                (may_be_table, next) = (false, 0);
                 continue;
             }
             if len > 0 && mapped.is_err() {
@@ -67,7 +77,7 @@ impl Chain {
             }
             next = descriptor.next();
         }
-        Err(ENDLESS)
+        Err(Malformed("a descriptor chain does not end"))
     }
 }
 

@@ -118,8 +118,7 @@ impl Core {
             return Err(Malformed("the device lacks features that the driver uses"));
         }
         self.status = state.status & (DRIVER_BITS | VIRTIO_CONFIG_S_NEEDS_RESET);
-        let event_idx = self.event_idx();
-        let rings = state.rings.iter().map(|ring| Ring::restore(ring, memory, event_idx));
+        let rings = state.rings.iter().map(|ring| Ring::restore(ring, memory, self.accepted));
         self.rings = rings.collect::<Result<_, _>>()?;
         self.device.restore(&state.own)
     }
@@ -203,7 +202,6 @@ impl Core {
 
     /// The driver says that a queue is ready, or takes it back.
     pub(crate) fn set_ready(&mut self, memory: &Memory, n: usize, ready: bool) -> Effect {
-        let event_idx = self.event_idx();
         let Some(ring) = self.rings.get_mut(n) else { return Effect::None };
         if !ready {
             ring.stop();
@@ -211,7 +209,7 @@ impl Core {
             // Other queues may have something of what has ended meanwhile.
             return Effect::Notify;
         }
-        match ring.make_ready(memory, event_idx) {
+        match ring.make_ready(memory, self.accepted) {
             Ok(()) => Effect::None,
             Err(why) => self.break_down(why),
         }
@@ -236,10 +234,6 @@ impl Core {
         }
         // Requests may have been put into the queue before the driver was done.
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 { Effect::Notify } else { Effect::None }
-    }
-
-    fn event_idx(&self) -> bool {
-        self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0
     }
 
     fn features_are_acceptable(&self) -> bool {

@@ -90,7 +90,7 @@ pub(crate) struct VirtioDevice {
     tells: bool,
     /// Held by its thread while that waits for what is outside, and so holds it.
     waiting: Mutex<()>,
-    /// A rule was broken before, so that a guest cannot fill the embedder's log.
+    /// A rule was broken before, or the like, so that a guest cannot fill the embedder's log.
     warned: AtomicBool,
 }
 
@@ -226,12 +226,12 @@ impl VirtioDevice {
     }
 
     /// The guest writes a register.
-    pub(crate) fn write(&self, vm: &VmFd, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&self, vm: &VmFd, gate: &Gate, offset: u64, data: &[u8]) {
         let effect = match &self.port {
             Port::Mmio(mmio) => mmio.write(vm, &self.memory, offset, data),
             Port::Pci(pci) => pci.write(vm, &self.memory, offset, data),
         };
-        self.follow(vm, effect);
+        self.follow(vm, gate, effect);
     }
 
     /// The guest reads PCI's configuration space, where there is one.
@@ -242,11 +242,16 @@ impl VirtioDevice {
     }
 
     /// The guest writes to it.
-    pub(crate) fn write_space(&self, vm: &VmFd, at: usize, data: &[u8]) {
+    pub(crate) fn write_space(&self, vm: &VmFd, gate: &Gate, at: usize, data: &[u8]) {
         let Port::Pci(pci) = &self.port else { return };
-        self.follow(vm, pci.write_space(vm, &self.memory, at, data));
+        self.follow(vm, gate, pci.write_space(vm, &self.memory, at, data));
         if let Some(Err(error)) = self.notification.as_ref().map(|heard| pci.listen(vm, heard)) {
-            tracing::warn!(%error, "KVM did not take the new place of a device's notification");
+            // As where a guest puts one device into the place of another. It does so as often as it likes.
+            if self.warned.swap(true, Ordering::Relaxed) {
+                tracing::debug!(%error, "KVM again did not take the new place of a device's notification");
+            } else {
+                tracing::warn!(%error, "KVM did not take the new place of a device's notification");
+            }
         }
         // It may have been stopped meanwhile.
         if let (true, Some(heard)) = (self.stopped.load(Ordering::Acquire), &self.notification) {
@@ -254,14 +259,15 @@ impl VirtioDevice {
         }
     }
 
-    fn follow(&self, vm: &VmFd, effect: Effect) {
+    fn follow(&self, vm: &VmFd, gate: &Gate, effect: Effect) {
         match effect {
             Effect::Notify if self.needs_thread() => {
                 self.stale.fetch_or(self.tells, Ordering::AcqRel);
                 self.wake();
             }
-            // No more than a queue holds: the vCPU has to get on, also where others keep adding.
-            Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| !self.step(vm)),
+            // No more than a queue holds: the vCPU has to get on, also where others keep adding, and nobody who ends the
+            // machine waits for all of it.
+            Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| gate.ends() || !self.step(vm)),
             Effect::Broken(why) => self.warn(why),
             Effect::None | Effect::Reset => {}
         }

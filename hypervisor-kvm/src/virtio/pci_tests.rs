@@ -1,14 +1,24 @@
 //! A driver that reaches a block device by PCI, good and bad.
 
-use storage_block::{Disk, MemoryDisk, Volume};
-use vm_memory::{Bytes, GuestAddress};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use kvm_ioctls::{IoEventAddress, NoDatamatch};
+use storage_block::{Disk, MemoryDisk, Volume};
+use tracing::span;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::VirtioDevice;
 use super::block::Block;
 use super::core::{Effect, Step};
 use super::driver::to_the_end;
 use super::pci::{Done, NOTIFY, Pci, RANGE_LEN};
+use super::ring::QUEUE_SIZE;
+use crate::gate::Gate;
 use crate::memory::{self, Memory};
 use crate::pci::msix::Message;
+use crate::{Transport, layout};
 
 const MIB: u64 = 1 << 20;
 const DESCRIPTORS: u64 = 0x1000;
@@ -226,11 +236,65 @@ fn the_window_reaches_the_registers() {
     for len in [0, 3, 5, u32::MAX] {
         access(u64::from(u32::MAX), len, Some(&[0xff; 4]));
     }
+    // What lies across registers, or in none: it is not the status that is written to.
+    for (register, len) in [(17, 4), (19, 2), (20, 2), (20, 4), (0x6000, 1), (u64::from(RANGE_LEN), 1)] {
+        access(register, len, Some(&[0; 4]));
+        assert_eq!(access(20, 1, None) & 0xff, 3, "{len} bytes at {register:#x}");
+    }
+}
+
+#[test]
+fn what_can_only_be_read_is_not_written() {
+    let mut driver = Driver::ready();
+    // What is offered, how many queues, of which generation, where a queue is notified: and beyond what there is.
+    for (field, len) in [(4, 4), (18, 2), (21, 1), (30, 2), (56, 2), (58, 2), (60, 4), (64, 8), (0x1000, 1)] {
+        let before = driver.get(field, len);
+        for value in [0, 1, 0xff] {
+            assert_eq!(driver.set(field, &[value; 8][..len]).effect, Effect::None, "{field}");
+            assert_eq!(driver.get(field, len), before, "{field}");
+        }
+    }
+    // A queue ends with a reset and not before.
+    assert_eq!((driver.set(28, &[0; 2]).effect, driver.get(28, 2)), (Effect::None, 1));
+    assert_eq!(driver.flush(0), Step::Served { interrupt: true });
+}
+
+#[test]
+fn a_queue_is_described_before_it_is_enabled() {
+    let in_memory = (u64::from(QUEUE_SIZE), DESCRIPTORS, AVAILABLE, USED);
+    for (size, descriptors, available, used) in [
+        (0, DESCRIPTORS, AVAILABLE, USED),
+        (3, DESCRIPTORS, AVAILABLE, USED),
+        (u64::from(QUEUE_SIZE) * 2, DESCRIPTORS, AVAILABLE, USED),
+        (in_memory.0, MIB, AVAILABLE, USED),
+        (in_memory.0, DESCRIPTORS, 1 << 63, USED),
+        (in_memory.0, DESCRIPTORS, AVAILABLE, u64::MAX),
+        in_memory,
+    ] {
+        let mut driver = Driver::new();
+        driver.set(24, &size.to_le_bytes()[..2]);
+        for (field, address) in [(32, descriptors), (40, available), (48, used)] {
+            driver.set(field, &address.to_le_bytes());
+        }
+        let effect = driver.set(28, &1u16.to_le_bytes()).effect;
+        let is_good = (size, descriptors, available, used) == in_memory;
+        assert_eq!(effect == Effect::None, is_good, "{size} {descriptors:x} {available:x} {used:x}");
+        assert_eq!((driver.get(28, 2) == 1, driver.get(20, 1) == 0), (is_good, is_good));
+        // Neither of a queue in use.
+        for (field, len) in [(24, 2), (32, 4), (36, 4), (40, 8), (44, 4), (48, 4), (52, 4)] {
+            let effect = driver.set(field, &[0; 8][..len]).effect;
+            assert_eq!(matches!(effect, Effect::Broken(_)), is_good, "{field}");
+        }
+    }
 }
 
 #[test]
 fn every_register_takes_every_width() {
     let mut driver = Driver::ready();
+    for len in [2, 4, 8] {
+        driver.set(20, &[0; 8][..len]);
+        assert_eq!(driver.get(20, 1), 15, "{len} bytes are no status");
+    }
     for offset in 0..u64::from(RANGE_LEN) {
         for len in [1, 2, 4, 8] {
             driver.get(offset, len);
@@ -241,4 +305,52 @@ fn every_register_takes_every_width() {
     }
     driver.set(20, &[0]);
     assert_eq!(driver.get(20, 1), 0);
+}
+
+/// Counts warnings.
+struct Warnings(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, of: &tracing::Metadata<'_>) -> bool {
+        *of.level() <= tracing::Level::WARN
+    }
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+#[test]
+fn a_device_in_the_place_of_another_fills_no_log_and_may_go_elsewhere() {
+    let Ok(kvm) = kvm_ioctls::Kvm::new() else { return eprintln!("SKIPPED: there is no /dev/kvm") };
+    let vm = kvm.create_vm().unwrap();
+    let (memory, gate) = (memory::allocate(std::num::NonZeroU32::MIN).unwrap(), Gate::new());
+    let [_first, second] = [0, 1].map(|n| {
+        let block = Block::new(MemoryDisk::new(MIB).unwrap().into_disk(), "vol-1", 1);
+        VirtioDevice::with_thread(&vm, &memory, n, Transport::Pci, block).unwrap()
+    });
+    let place = |address: u32| second.write_space(&vm, &gate, 0x10, &address.to_le_bytes());
+    let warnings = Arc::new(AtomicUsize::new(0));
+    tracing::subscriber::with_default(Warnings(warnings.clone()), || {
+        (0..100).for_each(|_| place(layout::PCI_MEMORY));
+    });
+    assert_eq!(warnings.load(Ordering::Relaxed), 1);
+    // Where KVM hears one, it takes no other.
+    let elsewhere = layout::PCI_MEMORY + 8 * RANGE_LEN;
+    let taken = |address: u32| {
+        let (event, at) = (EventFd::new(0).unwrap(), IoEventAddress::Mmio(u64::from(address) + NOTIFY));
+        vm.register_ioevent(&event, &at, NoDatamatch).is_err()
+    };
+    place(elsewhere);
+    assert!(taken(elsewhere) && taken(layout::PCI_MEMORY));
+    assert_eq!(second.pci_offset_of(u64::from(elsewhere) + 4), Some(4));
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -12,12 +13,14 @@ use crate::memory::Memory;
 /// The most descriptors of a queue.
 pub(crate) const QUEUE_SIZE: u16 = 256;
 
-const RING: Malformed = Malformed("the available ring's index is impossible");
+const OUTSIDE: Malformed = Malformed("the queue lies outside the memory");
 
 /// A queue, with what the driver has said of it so far.
 #[derive(Debug)]
 pub(crate) struct Ring {
     queue: Queue,
+    /// Whether chains may have tables of their own.
+    indirect: bool,
     described: Description,
 }
 
@@ -48,7 +51,7 @@ impl Description {
 impl Ring {
     /// A queue that nobody has described yet.
     pub(crate) fn new() -> Self {
-        Self { queue: new_queue(), described: Description::new() }
+        Self { queue: new_queue(), indirect: false, described: Description::new() }
     }
 
     pub(crate) fn ready(&self) -> bool {
@@ -68,13 +71,14 @@ impl Ring {
         Ok(())
     }
 
-    /// Takes the queue over as it is described, if it can be one.
-    pub(crate) fn make_ready(&mut self, memory: &Memory, event_idx: bool) -> Result<(), Malformed> {
+    /// Takes the queue over as it is described, if it can be one, by the features that the driver accepted.
+    pub(crate) fn make_ready(&mut self, memory: &Memory, features: u64) -> Result<(), Malformed> {
         if self.ready() {
             return Ok(());
         }
-        let queue = self.as_described(memory, event_idx);
+        let queue = self.as_described(memory, features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
         self.queue = queue.ok_or(Malformed("the queue's size or place is impossible"))?;
+        self.indirect = features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0;
         Ok(())
     }
 
@@ -85,10 +89,10 @@ impl Ring {
     }
 
     /// A queue that goes on where another was saved.
-    pub(crate) fn restore(state: &RingState, memory: &Memory, event_idx: bool) -> Result<Self, Malformed> {
+    pub(crate) fn restore(state: &RingState, memory: &Memory, features: u64) -> Result<Self, Malformed> {
         let mut ring = Self { described: state.described, ..Self::new() };
         if let Some((available, used)) = state.at {
-            ring.make_ready(memory, event_idx)?;
+            ring.make_ready(memory, features)?;
             ring.queue.set_next_avail(available);
             ring.queue.set_next_used(used);
         }
@@ -114,13 +118,25 @@ impl Ring {
     /// The queue at work.
     pub(crate) fn run<'a>(&'a mut self, memory: &'a Memory) -> Running<'a> {
         let used_before = self.queue.next_used();
-        Running { queue: &mut self.queue, memory, used_before, interrupt: false }
+        Running { queue: &mut self.queue, indirect: self.indirect, memory, used_before, interrupt: false }
     }
+}
+
+/// What is to become of a chain that [`Running::take`] has read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// It is taken, and others may be.
+    Go,
+    /// It is taken, and no other is.
+    Last,
+    /// It stays the next one.
+    Not,
 }
 
 /// A queue that is ready, in the hands of its device.
 pub(crate) struct Running<'a> {
     queue: &'a mut Queue,
+    indirect: bool,
     memory: &'a Memory,
     /// How far the used ring was when this began.
     used_before: u16,
@@ -133,6 +149,11 @@ impl<'a> Running<'a> {
         self.memory
     }
 
+    /// How many descriptors the driver gave it, which is as many chains as it may have.
+    pub(crate) fn size(&self) -> usize {
+        self.queue.size().into()
+    }
+
     /// The next chain that the driver has made available. None until its next notification, which has
     /// been asked for.
     pub(crate) fn next(&mut self) -> Result<Option<Chain>, Malformed> {
@@ -140,7 +161,7 @@ impl<'a> Running<'a> {
             let mut taken = None;
             self.take(1, |chain| {
                 taken = Some(chain);
-                Ok(true)
+                Ok(Taken::Last)
             })?;
             if taken.is_some() || !self.ask()? {
                 return Ok(taken);
@@ -148,20 +169,20 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// The next chains that the driver has made available, as far as they are there now and `most` of them at most, until
-    /// `each` does not take one, which stays the next. Says how many were taken.
+    /// The next chains that the driver has made available, as far as they are there now and `most` of them at most, and as
+    /// far as `each` takes them. Says how many were taken.
     pub(crate) fn take(
         &mut self,
         most: usize,
-        mut each: impl FnMut(Chain) -> Result<bool, Malformed>,
+        mut each: impl FnMut(Chain) -> Result<Taken, Malformed>,
     ) -> Result<usize, Malformed> {
         let size = self.queue.size();
-        let part = |start, len| self.memory.get_slice(GuestAddress(start), len).map_err(|_| RING);
+        let part = |start, len| self.memory.get_slice(GuestAddress(start), len).map_err(|_| OUTSIDE);
         let available = part(self.queue.avail_ring(), 4 + 2 * usize::from(size))?;
-        let index = u16::from_le(available.load(2, Ordering::Acquire).map_err(|_| RING)?);
+        let index = u16::from_le(available.load(2, Ordering::Acquire).map_err(|_| OUTSIDE)?);
         let waiting = index.wrapping_sub(self.queue.next_avail());
         if waiting > size {
-            return Err(RING);
+            return Err(Malformed("the available ring's index is impossible"));
         }
         if waiting == 0 {
             return Ok(0);
@@ -171,19 +192,24 @@ impl<'a> Running<'a> {
         for _ in 0..most.min(waiting.into()) {
             let next = self.queue.next_avail();
             let head = available.load::<u16>(4 + 2 * usize::from(next % size), Ordering::Relaxed);
-            let chain = Chain::read(self.memory, table, u16::from_le(head.map_err(|_| RING)?))?;
-            if !each(chain)? {
+            let head = u16::from_le(head.map_err(|_| OUTSIDE)?);
+            let chain = Chain::read(self.memory, table, head, self.indirect)?;
+            let taken = each(chain)?;
+            if taken == Taken::Not {
                 break;
             }
             self.queue.set_next_avail(next.wrapping_add(1));
             count += 1;
+            if taken == Taken::Last {
+                break;
+            }
         }
         Ok(count)
     }
 
     /// Asks the driver to notify of the next chain. True if it is there already.
     pub(crate) fn ask(&mut self) -> Result<bool, Malformed> {
-        self.queue.enable_notification(self.memory).map_err(|_| RING)
+        self.queue.enable_notification(self.memory).map_err(|_| OUTSIDE)
     }
 
     /// Leaves the last `count` chains to be the next ones again.
@@ -204,15 +230,16 @@ impl<'a> Running<'a> {
         const ELEMENTS: usize = 4;
         let size = usize::from(self.queue.size());
         let ring = self.memory.get_slice(GuestAddress(self.queue.used_ring()), ELEMENTS + 8 * size);
-        let ring = ring.map_err(|_| RING)?;
+        let ring = ring.map_err(|_| OUTSIDE)?;
         let mut next = self.queue.next_used();
         for (head, written) in chains {
             // `struct virtq_used_elem` (virtio 1.2, 2.7.8).
             let element = u64::from(head) | u64::from(written) << 32;
-            ring.write_obj(element.to_le(), ELEMENTS + 8 * (usize::from(next) % size)).map_err(|_| RING)?;
+            ring.write_obj(element.to_le(), ELEMENTS + 8 * (usize::from(next) % size))
+                .map_err(|_| OUTSIDE)?;
             next = next.wrapping_add(1);
         }
-        ring.store(next.to_le(), 2, Ordering::Release).map_err(|_| RING)?;
+        ring.store(next.to_le(), 2, Ordering::Release).map_err(|_| OUTSIDE)?;
         self.queue.set_next_used(next);
         Ok(())
     }
@@ -232,7 +259,7 @@ impl<'a> Running<'a> {
             [(place.descriptors, 16 * size), (place.available, 6 + 2 * size), (place.used, 6 + 8 * size)]
         {
             let piece = self.memory.get_slice(GuestAddress(start), len);
-            piece.map_err(|_| Malformed("the queue lies beside the memory"))?;
+            piece.map_err(|_| OUTSIDE)?;
         }
         Ok(place)
     }
@@ -244,7 +271,7 @@ impl<'a> Running<'a> {
 
     /// Goes on from this chain, and from what is in the used ring: somebody else has worked on the queue.
     pub(crate) fn go_on_from(&mut self, next_available: u16) -> Result<(), Malformed> {
-        let used = self.queue.used_idx(self.memory, Ordering::Acquire).map_err(|_| RING)?;
+        let used = self.queue.used_idx(self.memory, Ordering::Acquire).map_err(|_| OUTSIDE)?;
         self.queue.set_next_avail(next_available);
         self.queue.set_next_used(used.0);
         Ok(())
@@ -253,13 +280,13 @@ impl<'a> Running<'a> {
     /// Whether who works on the queue has asked to be told of what the driver has put there (virtio 1.2, 2.7.10).
     pub(crate) fn is_awaited(&self) -> Result<bool, Malformed> {
         const NO_NOTIFY: u16 = 1 << 0;
-        let available = self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(|_| RING)?;
+        let available = self.queue.avail_idx(self.memory, Ordering::Acquire).map_err(|_| OUTSIDE)?;
         // What was put there comes before the look at what is waited for.
         fence(Ordering::SeqCst);
         let used = self.queue.used_ring();
         let event_idx = self.queue.event_idx_enabled();
         let at = if event_idx { used + 4 + 8 * u64::from(self.queue.size()) } else { used };
-        let said = self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed).map_err(|_| RING)?;
+        let said = self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed).map_err(|_| OUTSIDE)?;
         let said = u16::from_le(said);
         Ok(if event_idx { said != available.0 } else { said & NO_NOTIFY == 0 })
     }
@@ -281,12 +308,13 @@ impl<'a> Running<'a> {
         let available = self.queue.avail_ring();
         if self.queue.event_idx_enabled() {
             let event = available + 4 + 2 * u64::from(self.queue.size());
-            let event = self.memory.load::<u16>(GuestAddress(event), Ordering::Relaxed).map_err(|_| RING)?;
+            let event =
+                self.memory.load::<u16>(GuestAddress(event), Ordering::Relaxed).map_err(|_| OUTSIDE)?;
             let since_event = used.wrapping_sub(u16::from_le(event)).wrapping_sub(1);
             return Ok(since_event < used.wrapping_sub(self.used_before));
         }
         let flags = self.memory.load::<u16>(GuestAddress(available), Ordering::Acquire);
-        Ok(u16::from_le(flags.map_err(|_| RING)?) & NO_INTERRUPT == 0)
+        Ok(u16::from_le(flags.map_err(|_| OUTSIDE)?) & NO_INTERRUPT == 0)
     }
 }
 

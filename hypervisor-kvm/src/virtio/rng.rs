@@ -33,6 +33,9 @@ impl Device for Rng {
 
     fn serve(&mut self, _queue: usize, ring: &mut Running<'_>, _features: u64) -> Result<bool, Malformed> {
         let Some(chain) = ring.next()? else { return Ok(false) };
+        if chain.readable.len() > 0 {
+            return Err(Malformed("a buffer for random bytes is not for writing"));
+        }
         let mut bytes = vec![0; chain.writable.len().min(ANSWER_MAX) as usize];
         // A kernel without randomness is one that is booting: the driver gets none and asks again.
         let written = if getrandom::fill(&mut bytes).is_ok() { bytes.len() } else { 0 };

@@ -365,7 +365,7 @@ fn a_guest_that_is_continued_is_told_that_its_streams_are_no_more() {
         (queue.size, queue.descriptors, queue.available, queue.used) = (2, 0x1000, 0x2000, 0x3000);
     })
     .unwrap();
-    ring.make_ready(&memory, false).unwrap();
+    ring.make_ready(&memory, 0).unwrap();
     memory.write_obj([RECEIVED as u32 >> 4, 0, 8, u32::from(WRITE)], GuestAddress(0x1000)).unwrap();
     memory.write_obj([0u16, 2, 0, 0], GuestAddress(0x2000)).unwrap();
     let at = GuestAddress(RECEIVED >> 4);
@@ -376,4 +376,9 @@ fn a_guest_that_is_continued_is_told_that_its_streams_are_no_more() {
     assert_eq!(memory.read_obj::<[u8; 8]>(at).unwrap(), [0, 0, 0, 0, 0xee, 0xee, 0xee, 0xee]);
     assert_eq!(memory.read_obj::<[u32; 3]>(GuestAddress(0x3000)).unwrap(), [1 << 16, 0, 4]);
     assert_eq!(device.serve(EVENTS, &mut ring.run(&memory), 0), Ok(false), "it is told once");
+    // Whose buffer is shorter than an event.
+    device.break_streams();
+    memory.write_obj(3u32, GuestAddress(0x1008)).unwrap();
+    let too_short = Malformed("a buffer for events is too short");
+    assert_eq!(device.serve(EVENTS, &mut ring.run(&memory), 0), Err(too_short));
 }

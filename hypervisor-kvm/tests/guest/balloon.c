@@ -7,6 +7,9 @@ enum { TYPE = 5, INFLATE = 0, QUEUES = 2, TARGET = 0, ACTUAL = 4, LIST = 256 };
 static struct queue queues[QUEUES];
 static u32 device, actual, list[LIST];
 
+/* Where a long list is, and the pages that it names, of which no two adjoin: beyond all else. */
+enum { LONG = 16 << 20, LENGTH = 1 << 18, FAR = 32 << 8, SPREAD = 4096 };
+
 u32 balloon_target(void)
 {
     if (!device)
@@ -28,4 +31,17 @@ void inflate(u32 first, u32 count)
         actual += now;
         store(device + CONFIG + ACTUAL, actual);
     }
+}
+
+void prepare_hoard(void)
+{
+    balloon_target();
+    for (u32 n = 0; n < LENGTH; n++)
+        ((u32 *)LONG)[n] = FAR + n % SPREAD * 2;
+}
+
+void hoard(void)
+{
+    while (device)
+        give(device, INFLATE, &queues[INFLATE], 0, (void *)LONG, LENGTH * sizeof(u32), 0);
 }

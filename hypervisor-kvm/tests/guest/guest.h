@@ -67,6 +67,9 @@ int serve_console(void);
 /* balloon.c: in pages. */
 u32 balloon_target(void);
 void inflate(u32 first, u32 count);
+/* Puts a long list into it, again and again, once that is prepared. */
+void prepare_hoard(void);
+void hoard(void);
 
 /* cpus.c */
 u32 count_cpus(const struct start_info *info);

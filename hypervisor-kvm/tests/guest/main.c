@@ -375,6 +375,10 @@ static void obey(char *line)
         u32 first = number(&line);
         inflate(first, number(&line));
         say("inflate 1\n");
+    } else if (is(command, "hoard")) {
+        prepare_hoard();
+        say("hoarding\n");
+        hoard();
     } else if (is(command, "spin")) {
         say("spinning\n");
         for (;;)

@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::chain::{Chain, Malformed};
 use super::device::Device;
-use super::ring::Running;
+use super::ring::{Running, Taken};
 use crate::memory::Memory;
 pub(crate) use line::check_descriptors;
 use line::{DEPTH, Line};
@@ -381,7 +381,7 @@ impl Device for Block {
         let begun = ring.take(room.min(BATCH), |chain| {
             let begun = self.begin(lane, memory, &chain, features)?;
             waits = !begun;
-            Ok(begun)
+            Ok(if begun { Taken::Go } else { Taken::Not })
         })?;
         if begun > 0 {
             if let Some(line) = &mut self.line {

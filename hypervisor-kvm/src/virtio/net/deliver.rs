@@ -6,7 +6,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use super::header::{HEADER_LEN, Header};
 use crate::memory::PAGE;
 use crate::virtio::chain::Malformed;
-use crate::virtio::ring::{QUEUE_SIZE, Running};
+use crate::virtio::ring::{Running, Taken};
 
 /// What became of a frame for the guest.
 pub(super) enum Delivery {
@@ -23,12 +23,10 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
     // Mostly, a buffer is a page.
     let mut chains = Vec::with_capacity(needed as usize / PAGE + 1);
     let mut room = 0;
-    let most = if merge { usize::from(QUEUE_SIZE) } else { 1 };
+    // What a queue full of buffers has no room for never has any.
+    let most = if merge { ring.size() } else { 1 };
     loop {
         ring.take(most - chains.len(), |chain| {
-            if room >= needed {
-                return Ok(false);
-            }
             if chain.readable.len() > 0 {
                 return Err(Malformed("a buffer for frames is not for writing"));
             }
@@ -37,13 +35,10 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
             }
             room += chain.writable.len();
             chains.push(chain);
-            Ok(true)
+            Ok(if room < needed { Taken::Go } else { Taken::Last })
         })?;
         if room >= needed {
             break;
-        }
-        if chains.len() == most && merge {
-            return Err(Malformed("a queue full of buffers has no room for a frame"));
         }
         let is_too_long = chains.len() == most;
         if is_too_long || !ring.ask()? {

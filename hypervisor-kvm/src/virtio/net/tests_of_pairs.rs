@@ -1,8 +1,9 @@
-//! Drivers of several pairs of queues, good and bad, and ports that are held to limits.
+//! Drivers of several pairs of queues, good and bad.
+
+mod limits;
 
 use instance_core::machine::NetSpec;
-use instance_core::net::{self, Frame, FrameLimits, MacAddress, NetPort, Offloads};
-use storage_block::{IoLimits, Limiter, Rate};
+use instance_core::net::{self, Frame, MacAddress, NetPort, Offloads};
 use virtio_bindings::virtio_mmio as reg;
 
 use super::{MAX_PAIRS, Net, WAITING_MAX};
@@ -188,6 +189,19 @@ fn without_several_pairs_commands_are_of_the_third_queue_and_refused() {
     assert!(!guest.driver.needs_reset());
 }
 
+/// A driver may not accept the one without the other (virtio 1.2, 5.1.3.1): all it has then is the first pair.
+#[test]
+fn several_pairs_without_a_queue_of_commands() {
+    let mut guest = Guest::new(CTRL_VQ);
+    (0..PAIRS).for_each(|pair| guest.offer_buffer(pair));
+    guest.send(2, &frame(7, true, 0));
+    guest.network_sends(7, 1);
+    guest.serve();
+    assert_eq!([0, 1, 2].map(|pair| guest.received(pair)), [vec![1], vec![], vec![]]);
+    guest.driver.offer(CONTROL, 0, &[(COMMAND, 4, 0), (ANSWER, 1, WRITE)]);
+    assert_eq!((guest.driver.step(CONTROL), guest.driver.used(CONTROL)), (Step::Idle, 0));
+}
+
 #[test]
 fn answers_come_by_the_pair_that_asked() {
     let mut guest = Guest::new(0);
@@ -356,57 +370,4 @@ fn how_many_pairs_are_used_is_saved() {
             assert!(Mmio::new(Net::new(&spec, other)).restore(&guest.driver.memory, &saved).is_err());
         }
     }
-}
-
-/// So many operations at once, and then hardly any.
-fn only(burst: u64) -> (Limiter, FrameLimits) {
-    let limits = IoLimits { ops: Some(Rate { per_second: 1, burst }), ..IoLimits::NONE };
-    let limiter = Limiter::new(limits);
-    (limiter.clone(), FrameLimits::new([limiter]))
-}
-
-#[test]
-fn frames_from_the_guest_wait_in_the_guest_when_the_limit_is_reached() {
-    let (limiter, limits) = only(2);
-    let mut guest = Guest::limited(0, |spec| spec.transmit_limits = limits);
-    assert_eq!(guest.driver.device.due_in(), None);
-    (0..4).for_each(|number| _ = guest.send(number % 2, &frame(7, true, 0)));
-    assert_eq!(
-        (guest.network.waiting(), guest.driver.used(transmit(0)), guest.driver.used(transmit(1))),
-        (2, 1, 1)
-    );
-    let due = guest.driver.device.due_in().expect("it looks again by itself");
-    assert!(due.as_millis() > 500 && due.as_millis() <= 1000, "{due:?}");
-    guest.driver.set(reg::VIRTIO_MMIO_STATUS, 15 | 128);
-    assert_eq!(guest.driver.device.due_in(), None, "a driver that has given up is not looked after");
-    guest.driver.begin(0);
-    assert_eq!(guest.driver.device.due_in(), None);
-    (0..2).for_each(|number| _ = guest.send(number, &frame(7, true, 0)));
-    assert!(guest.driver.device.due_in().is_some());
-    limiter.set(IoLimits::NONE);
-    guest.serve();
-    assert_eq!((guest.network.waiting(), guest.driver.device.due_in()), (4, None));
-}
-
-#[test]
-fn frames_to_the_guest_wait_in_the_cable_when_the_limit_is_reached() {
-    let bytes = IoLimits { bytes: Some(Rate { per_second: 1, burst: 60 }), ..IoLimits::NONE };
-    let (ops, other) = only(100);
-    let slow = Limiter::new(bytes);
-    let mut guest = Guest::limited(0, |spec| {
-        spec.receive_limits = FrameLimits::new([slow.clone(), ops]);
-        spec.transmit_limits = other;
-    });
-    (0..4).for_each(|_| guest.offer_buffer(0));
-    (0..4).for_each(|number| guest.network_sends(7, number));
-    guest.serve();
-    assert_eq!(guest.received(0), [0]);
-    assert!(guest.driver.device.due_in().is_some());
-    // The other direction has its own.
-    guest.send(0, &frame(7, true, 0));
-    assert_eq!(guest.network.waiting(), 1);
-    slow.set(IoLimits::NONE);
-    guest.serve();
-    assert_eq!(guest.received(0), [0, 1, 2, 3]);
-    assert_eq!(guest.driver.device.due_in(), None);
 }
