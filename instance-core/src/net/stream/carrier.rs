@@ -145,7 +145,7 @@ impl Carrier {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(len) => self.end += len,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             }
             // What does not fill the room is all there was; of more the socket tells.
@@ -176,10 +176,11 @@ impl Carrier {
             if !(ETHERNET_MIN..=self.longest).contains(&frame.len()) {
                 continue;
             }
-            let mut run = Run::new(frame);
-            while merges {
-                let next = first_frame(&self.received[self.begin..self.end])?;
-                let Some(next) = next.filter(|next| run.takes(next)) else { break };
+            let mut run = if merges { Run::new(frame) } else { Run::alone(frame) };
+            while let Some(next) = first_frame(&self.received[self.begin..self.end])? {
+                if !run.takes(next) {
+                    break;
+                }
                 self.begin += PREFIX + next.len();
             }
             self.held.push_back(run.into_frame());

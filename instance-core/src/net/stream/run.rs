@@ -38,12 +38,17 @@ struct Segment<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// A run of one.
+    /// A frame that stays by itself.
+    pub(super) fn alone(frame: &'a [u8]) -> Self {
+        Self { frames: vec![frame], first: None, goes_on: false, len: frame.len(), sequence: 0 }
+    }
+
+    /// A frame that others may follow.
     pub(super) fn new(frame: &'a [u8]) -> Self {
         let first = Segment::parse(frame);
         let goes_on = first.as_ref().is_some_and(|first| !first.pushes);
         let sequence = first.as_ref().map_or(0, Segment::next);
-        Self { frames: vec![frame], first, goes_on, len: frame.len(), sequence }
+        Self { first, goes_on, sequence, ..Self::alone(frame) }
     }
 
     /// Adds a frame, if it is what follows. Says whether it is.

@@ -40,7 +40,10 @@ fn serve(stream: ServedStream) {
     let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
     let (waker, mut socket) = (wake.clone(), None);
     let waker = Arc::new(move || _ = rustix::io::write(&*waker, &1u64.to_ne_bytes()));
-    let watch = |fd: BorrowedFd<'_>| Ok(socket = Some(fd.as_raw_fd()));
+    let watch = |fd: BorrowedFd<'_>| {
+        socket = Some(fd.as_raw_fd());
+        Ok(())
+    };
     stream.begin(waker, watch).unwrap();
     assert!(socket.is_some());
     loop {
