@@ -206,8 +206,10 @@ impl Stop {
             let mut fds = vec![PollFd::new(&carrier.socket, wanted), PollFd::new(&self.wake, PollFlags::IN)];
             fds.extend(heard.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)));
             match poll(&mut fds, timeout.as_ref()) {
-                // Closed by the machine, which may be seen although nothing is wanted of it.
-                Ok(_) if fds[0].revents().contains(PollFlags::HUP) => return Ok(()),
+                // Closed by the machine, which may be seen although nothing is wanted of it. What it had sent is read first.
+                Ok(_) if fds[0].revents() & (PollFlags::HUP | PollFlags::IN) == PollFlags::HUP => {
+                    return Ok(());
+                }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
