@@ -1,10 +1,8 @@
 //! What a network's way out costs, beside `passt`, which does the same for guests of QEMU's.
 //!
 //! Both have the same guest: a TCP/IP stack behind a socket on which frames pass as QEMU's `-netdev stream` has them, in
-//! packets of 1,500 bytes. Ours gets a bridge between the socket and the cable, as `hypervisor-qemu` has one. What the
-//! guest speaks with is a server of this process.
-
-mod bridge;
+//! packets of 1,500 bytes. It is plugged into ours as `hypervisor-qemu` plugs QEMU in. What the guest speaks with is a
+//! server of this process.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -14,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
-use bridge::Bridge;
+use instance_core::net::FrameStream;
 use network_vpc::{Network, NetworkOptions};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
@@ -104,6 +102,7 @@ fn serve(listener: &TcpListener, way: Way) -> std::io::Result<()> {
 /// A guest behind a network of ours.
 struct Ours {
     guest: Guest,
+    _stream: FrameStream,
     _network: Network,
 }
 
@@ -113,11 +112,10 @@ impl Ours {
         let interface = network.create_interface(network.interface_spec()?)?;
         let spec = network.plug(interface.id)?;
         let (near, far) = UnixStream::pair()?;
-        let bridge = Bridge::new(far, spec.port)?;
-        std::thread::Builder::new().name("bridge".to_owned()).spawn(move || bridge.carry())?;
+        let stream = FrameStream::plug(far, &spec, "machine")?;
         let address = Ipv4Cidr::new(interface.private_ip, 20);
         let guest = Guest::new(near, interface.mac.0, address, Ipv4Addr::new(172, 31, 0, 1))?;
-        Ok(Self { guest, _network: network })
+        Ok(Self { guest, _stream: stream, _network: network })
     }
 }
 

@@ -23,9 +23,9 @@
 //! # How it works
 //!
 //! - **One thread a machine** starts the child, listens to it and reaps it, besides those that serve
-//!   its disks over NBD and one for each network port, whose frames go through a socket pair. The control channel (QMP) and the console are socket pairs, kernel and initrd
-//!   are descriptors that the child inherits: nothing is copied, and nothing lies in the runtime
-//!   directory while the machine runs.
+//!   its disks over NBD and one for each network port that its network does not [serve itself](instance_core::net::FrameStream).
+//!   The control channel (QMP), the console and the network ports are socket pairs, kernel and initrd are descriptors
+//!   that the child inherits: nothing is copied, and nothing lies in the runtime directory while the machine runs.
 //! - **The child dies with this process**, whatever ends it, `kill -9` included.
 //! - **Execution.** [`Accelerator::Tcg`] is the default: it runs everywhere, many times slower than
 //!   the processor. Whether `/dev/kvm` runs guest kernels at hardware speed cannot be told by

@@ -10,6 +10,8 @@ mod cable;
 mod frame;
 mod header;
 mod limits;
+mod offload;
+mod stream;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -22,6 +24,7 @@ use std::sync::Arc;
 use self::cable::End;
 pub use self::frame::{Checksum, Frame, InvalidMacAddress, MacAddress, Offloads, Protocol, Segmentation};
 pub use self::limits::FrameLimits;
+pub use self::stream::{FrameStream, ServedStream, StreamServer};
 pub use self::tap::Tap;
 
 /// How many frames wait each way at most.
@@ -151,6 +154,22 @@ impl NetPort {
 
     fn on_tap(tap: Arc<Tap>) -> Self {
         Self(Kind::Tap(tap))
+    }
+
+    /// Says that this end serves streams: a machine at the other end that is plugged in by a [`FrameStream`] is handed to
+    /// `server`, and needs no thread of its own.
+    pub fn set_stream_server(&self, server: Option<StreamServer>) {
+        if let Kind::Cable(end) = &self.0 {
+            end.set_stream_server(server);
+        }
+    }
+
+    /// What serves streams at the other end, if that does.
+    fn stream_server(&self) -> Option<StreamServer> {
+        match &self.0 {
+            Kind::Cable(end) => end.peer_stream_server(),
+            Kind::Tap(_) => None,
+        }
     }
 
     /// Drops the frames that wait to be received.

@@ -23,7 +23,8 @@
 //!
 //! # How it works
 //!
-//! - **The switch** decides in the thread that sends: a function of the frame, of what is known of the interface
+//! - **The switch** decides in the thread that sends, the interface's own where its machine is behind a
+//!   [stream](instance_core::net::FrameStream): a function of the frame, of what is known of the interface
 //!   and of the time. It answers ARP, DHCP and pings of the router by itself, lets no frame out with another's
 //!   address, and learns nothing from what guests claim.
 //! - **Security groups** decide about the first packet of a conversation, at the sender's interface and at the
@@ -85,7 +86,6 @@ mod key_pair;
 mod metadata;
 mod model;
 mod network;
-mod offload;
 mod packet;
 mod port;
 mod routing;

@@ -168,6 +168,7 @@ impl Network {
             Port::new(view, cable.clone(), &self.0.fabric, waker, self.0.conversations).map_err(refused)?;
         let edge =
             Edge::start(poll, port.clone(), self.0.reach.clone(), self.0.budget.share()).map_err(refused)?;
+        cable.set_stream_server(Some(edge.stream_server()));
         let mut there = Plugged { port: port.clone(), edge, elastic: ElasticOffers::new() };
         self.listen_again(&mut plugged, &there, &interface)?;
         there.offer(self.model().elastic_offers(&interface));

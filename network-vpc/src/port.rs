@@ -6,7 +6,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use ami_core::VpcId;
@@ -16,7 +17,6 @@ use crate::backlog::Backlog;
 use crate::firewall::Conntrack;
 use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Told};
-use crate::offload;
 use crate::packet::{ETHERNET_LEN, Flow};
 use crate::switch::{self, Verdict, View};
 
@@ -89,6 +89,9 @@ pub(crate) struct Port {
     /// Frames for the edge.
     inbox: Mutex<VecDeque<Vec<u8>>>,
     edge: mio::Waker,
+    edge_thread: OnceLock<ThreadId>,
+    /// The edge has woken itself.
+    edge_looks: AtomicBool,
     /// The edge has frames that the machine had no room for.
     pub(crate) stuck: AtomicBool,
     /// Held by whoever takes frames from the cable, so that they stay in order.
@@ -125,6 +128,8 @@ impl Port {
             next_id: AtomicU16::new(0),
             inbox: Mutex::default(),
             edge,
+            edge_thread: OnceLock::new(),
+            edge_looks: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
             pumping: Mutex::default(),
             began: Instant::now(),
@@ -154,7 +159,20 @@ impl Port {
         self.cable.is_connected()
     }
 
+    /// The thread that calls this is the edge's.
+    pub(crate) fn is_served_here(&self) {
+        let _ = self.edge_thread.set(thread::current().id());
+    }
+
+    pub(crate) fn is_edge_thread(&self) -> bool {
+        self.edge_thread.get() == Some(&thread::current().id())
+    }
+
     pub(crate) fn wake_edge(&self) {
+        // It is awake, and looks before it sleeps.
+        if self.is_edge_thread() {
+            return self.edge_looks.store(true, Ordering::Relaxed);
+        }
         // Fails only where the thread is woken already.
         let _ = self.edge.wake();
     }
@@ -209,7 +227,7 @@ impl Port {
                 let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
                 // Who has put something in before has woken it, and it takes all.
                 let is_asleep = inbox.is_empty();
-                for frame in offload::finish(frame, Offloads::ALL) {
+                for frame in frame.finish(Offloads::ALL) {
                     if inbox.len() < INBOX {
                         inbox.push_back(frame.data);
                     }
@@ -292,6 +310,11 @@ impl Port {
         self.table().admit_as(&self.view().policy, real, shown, self.now())
     }
 
+    /// Whether the edge's thread has brought something about itself that it has to look at, and has not been asked since.
+    pub(crate) fn has_woken_itself(&self) -> bool {
+        self.edge_looks.swap(false, Ordering::Relaxed)
+    }
+
     /// The frames that wait for the edge.
     pub(crate) fn take_inbox(&self) -> VecDeque<Vec<u8>> {
         std::mem::take(&mut *self.inbox.lock().unwrap_or_else(PoisonError::into_inner))
@@ -310,7 +333,7 @@ impl Port {
 
     /// Sends a frame; what finds no room is lost, as on any network.
     fn send(&self, frame: Frame) {
-        for frame in offload::finish(frame, self.cable.peer_takes()) {
+        for frame in frame.finish(self.cable.peer_takes()) {
             let _ = self.cable.send(frame);
         }
     }
@@ -329,6 +352,6 @@ impl Port {
 fn fitting(frame: Frame, takes: Offloads, mtu: u16) -> Vec<Frame> {
     let is_long = frame.segmentation.is_none() && frame.data.len() > ETHERNET_LEN + usize::from(mtu);
     // A checksum goes over the whole of a packet.
-    let frames = offload::finish(frame, if is_long { Offloads::NONE } else { takes });
+    let frames = frame.finish(if is_long { Offloads::NONE } else { takes });
     frames.into_iter().flat_map(|frame| fragments::cut(frame, mtu)).collect()
 }

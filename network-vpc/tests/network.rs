@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::setup::{anywhere, boot, interface, network, own_address};
-use common::{Guest, PATIENCE, SILENCE, together};
+use common::{Guest, PATIENCE, SILENCE, assert_reaches, reaches, together};
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 use instance_core::net::Frame;
@@ -18,27 +18,9 @@ use smoltcp::socket::tcp;
 
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
-/// That one guest reaches a port of another's.
-fn assert_reaches(from: &mut Guest, to: &mut Guest, port: u16) {
-    assert!(reaches(from, to, port, PATIENCE), "{} does not reach {}", from.address, to.address);
-}
-
 /// That it does not.
 fn assert_cut_off(from: &mut Guest, to: &mut Guest, port: u16) {
     assert!(!reaches(from, to, port, SILENCE), "{} reaches {}", from.address, to.address);
-}
-
-fn reaches(from: &mut Guest, to: &mut Guest, port: u16, patience: Duration) -> bool {
-    let listener = to.listen(port);
-    let address = to.address;
-    let connection = from.begin_connecting(address, port);
-    let connected = together(patience, &mut [from, to], |guests| {
-        let state = guests[0].tcp(connection).state();
-        (state != tcp::State::SynSent).then_some(state)
-    });
-    from.sockets.remove(connection);
-    to.sockets.remove(listener);
-    connected == Some(tcp::State::Established)
 }
 
 #[test]

@@ -4,14 +4,17 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, UdpSocket};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Instant;
 
-use common::setup::{open_interface, opened, options, own_address};
-use common::{Guest, PATIENCE, ROOM, SILENCE};
-use instance_core::net::{Frame, MacAddress, Offloads};
+use common::setup::{by_stream, open_interface, opened, options, own_address};
+use common::{Guest, PATIENCE, ROOM, SILENCE, assert_reaches};
+use instance_core::net::{Frame, FrameStream, MacAddress, Offloads};
+use network_vpc::ErrorKind;
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpPacket};
 
 /// The router's address, as guests see it.
@@ -87,12 +90,17 @@ fn a_guest_whose_word_of_room_is_lost_is_asked_again() {
 
 /// Many conversations at once, each way as much as the cable holds, with a guest that takes its frames in bites: queues
 /// fill and empty all the time, and nothing may be waited for that has been told already.
-fn much_is_said(takes: Offloads, bite: usize) -> Option<usize> {
+fn much_is_said(takes: Offloads, bite: usize, is_by_stream: bool) -> Option<usize> {
     const CONVERSATIONS: usize = 60;
     let own = own_address()?;
     let network = opened(options().reach_host(true));
-    let interface = open_interface(&network);
-    let mut guest = Guest::taking(takes, network.plug(interface.id).unwrap());
+    let mut spec = network.plug(open_interface(&network).id).unwrap();
+    let mut streams = None;
+    if is_by_stream {
+        let (there, plugged) = by_stream(spec);
+        (spec, streams) = (there, Some(plugged));
+    }
+    let mut guest = Guest::taking(takes, spec);
     guest.ask_for_address();
     guest.bite = bite;
     let text = text(120_000);
@@ -113,19 +121,66 @@ fn much_is_said(takes: Offloads, bite: usize) -> Option<usize> {
     let lengths: Vec<_> = progress.iter().map(|(said, heard)| (*said, heard.len())).collect();
     assert!(done.is_some(), "it stands still at {lengths:?}");
     assert!(progress.iter().all(|(_, heard)| heard[..text.len()] == text && heard[text.len()..] == *b"."));
+    drop(streams);
     Some(guest.long_frames)
 }
 
 #[test]
 fn nothing_stands_still_where_frames_are_taken_in_bites() {
-    for bite in [1, 7, 300] {
-        assert_eq!(much_is_said(Offloads::NONE, bite).unwrap_or(0), 0, "longer than its packets");
+    for (bite, is_by_stream) in [(1, false), (7, false), (300, false), (7, true), (300, true)] {
+        let long_frames = much_is_said(Offloads::NONE, bite, is_by_stream);
+        assert_eq!(long_frames.unwrap_or(0), 0, "longer than its packets");
+    }
+}
+
+#[test]
+fn machines_behind_streams_reach_each_other_and_what_has_no_stream() {
+    let network = opened(options());
+    let interfaces = [0, 1, 2].map(|_| open_interface(&network));
+    let [one, other, without] = interfaces.clone().map(|interface| network.plug(interface.id).unwrap());
+    let ((one, plugged_one), (other, plugged_other)) = (by_stream(one), by_stream(other));
+    let mut guests = [one, other, without].map(Guest::boot);
+    let [one, other, without] = &mut guests;
+    assert_reaches(one, other, 80);
+    assert_reaches(other, one, 80);
+    assert_reaches(one, without, 80);
+    assert_reaches(without, one, 80);
+    // One of them is unplugged by itself, the other by the network.
+    let [ours, theirs] = plugged_one;
+    assert_eq!(network.plug(interfaces[0].id).map_err(|e| e.kind()).err(), Some(ErrorKind::InterfaceInUse));
+    drop(ours);
+    assert!(network.plug(interfaces[0].id).is_ok());
+    network.unplug(interfaces[1].id);
+    for guest in &mut guests[..2] {
+        guest.until(|guest| (!guest.port.is_connected()).then_some(())).unwrap();
+    }
+    drop((theirs, plugged_other));
+}
+
+#[test]
+fn a_machine_that_sends_what_is_no_frame_loses_its_port() {
+    let network = opened(options());
+    let interface = open_interface(&network);
+    for says in [&[0xff; 4][..], &[0, 0, 0, 60, 1]] {
+        let spec = network.plug(interface.id).unwrap();
+        let (mut machine, socket) = UnixStream::pair().unwrap();
+        let _stream = FrameStream::plug(socket, &spec, "stream").unwrap();
+        drop(spec);
+        machine.write_all(says).unwrap();
+        machine.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(machine.read(&mut [0; 1]).unwrap_or(0), 0);
+        let begun = Instant::now();
+        // The last to be told is who plugs in again.
+        while let Err(error) = network.plug(interface.id) {
+            assert!(error.kind() == ErrorKind::InterfaceInUse && begun.elapsed() < PATIENCE);
+        }
+        network.unplug(interface.id);
     }
 }
 
 #[test]
 fn a_guest_that_takes_long_frames_gets_them_whole() {
-    if let Some(long_frames) = much_is_said(Offloads::ALL, 20) {
+    if let Some(long_frames) = much_is_said(Offloads::ALL, 20, false) {
         assert!(long_frames > 60, "{long_frames} were long");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::iter;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{BYTES_KEPT, FRAMES_KEPT, Frame, Offloads, SendError, Waker};
+use super::{BYTES_KEPT, FRAMES_KEPT, Frame, Offloads, SendError, StreamServer, Waker};
 
 /// One end of a cable, which is unplugged when it is dropped.
 pub(super) struct End {
@@ -33,6 +33,7 @@ struct Side {
     gone: bool,
     takes: Offloads,
     waker: Option<Waker>,
+    stream_server: Option<StreamServer>,
 }
 
 impl Cable {
@@ -128,6 +129,15 @@ impl End {
         }
     }
 
+    pub(super) fn set_stream_server(&self, server: Option<StreamServer>) {
+        let replaced = std::mem::replace(&mut self.cable.lock()[self.side].stream_server, server);
+        drop(replaced); // outside the lock, as a waker
+    }
+
+    pub(super) fn peer_stream_server(&self) -> Option<StreamServer> {
+        self.cable.lock()[1 - self.side].stream_server.clone()
+    }
+
     pub(super) fn set_takes(&self, takes: Offloads) {
         self.cable.lock()[self.side].takes = takes;
     }
@@ -153,15 +163,15 @@ impl End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        let (inbox, own_waker, wake) = {
+        let (left, wake) = {
             let mut sides = self.cable.lock();
             let own = &mut sides[self.side];
             own.gone = true;
             own.bytes = 0;
-            let left = (std::mem::take(&mut own.inbox), own.waker.take());
-            (left.0, left.1, sides[1 - self.side].waker.clone())
+            let left = (std::mem::take(&mut own.inbox), own.waker.take(), own.stream_server.take());
+            (left, sides[1 - self.side].waker.clone())
         };
-        drop((inbox, own_waker)); // outside the lock: the waker may hold the last clone of a port
+        drop(left); // outside the lock: the waker may hold the last clone of a port
         if let Some(wake) = wake {
             wake();
         }

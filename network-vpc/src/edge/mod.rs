@@ -17,13 +17,16 @@ mod wire;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use mio::{Events, Poll, Token};
+use instance_core::net::{ServedStream, StreamServer};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
 
 use self::budget::Share;
 use self::datagram::Datagrams;
@@ -35,6 +38,9 @@ use crate::switch::{LOCAL_CLIENT, View};
 
 /// The token of the waker. Sockets have others.
 pub(crate) const WAKE: Token = Token(0);
+
+/// That of the machine's stream, if it is plugged in by one.
+const MACHINE: Token = Token(1);
 
 /// How long the thread sleeps at most, so that what is over is noticed.
 const SLEEP: Duration = Duration::from_secs(5);
@@ -104,6 +110,8 @@ enum Order {
     Listen(Forward),
     /// By where it is listened, and who waits for it to be done.
     Unlisten(Carrier, SocketAddr, SyncSender<()>),
+    /// The machine is behind this.
+    Serve(ServedStream),
 }
 
 impl Edge {
@@ -115,12 +123,14 @@ impl Edge {
             streams: Streams::new(&port.view(), reach.clone(), share.clone()),
             datagrams: Datagrams::new(reach, share),
             visitors: Visitors::new(),
+            machine: None,
             port: port.clone(),
             over: over.clone(),
             orders: Arc::clone(&orders),
             poll,
         };
         let thread = thread::Builder::new().name(name).spawn(move || {
+            worker.port.is_served_here();
             if let Err(error) = worker.work() {
                 tracing::warn!(%error, "the edge of an interface has ended");
             }
@@ -138,6 +148,17 @@ impl Edge {
         self.order(Order::Unlisten(carrier, at, done));
         // A thread that has ended listens to nothing, and does not say so.
         let _ = is_done.recv_timeout(Duration::from_secs(1));
+    }
+
+    /// Has the thread serve the stream by which a machine is plugged in.
+    pub(crate) fn stream_server(&self) -> StreamServer {
+        // Not the port itself, which has the cable's end, which has this.
+        let (orders, weak) = (self.orders.clone(), Arc::downgrade(&self.port));
+        Arc::new(move |stream| {
+            let Some(port) = weak.upgrade() else { return };
+            orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(Order::Serve(stream));
+            port.wake_edge();
+        })
     }
 
     fn order(&self, order: Order) {
@@ -160,6 +181,7 @@ struct Worker {
     over: Arc<AtomicBool>,
     orders: Arc<std::sync::Mutex<Vec<Order>>>,
     poll: Poll,
+    machine: Option<ServedStream>,
     streams: Streams,
     datagrams: Datagrams,
     visitors: Visitors,
@@ -170,6 +192,9 @@ impl Worker {
         let mut events = Events::with_capacity(256);
         while !self.over.load(Ordering::Acquire) && self.port.is_plugged() {
             self.take_orders();
+            let received = self.serve(ServedStream::receive);
+            // What this thread brings about from here on is looked at in the next turn.
+            self.port.has_woken_itself();
             let registry = self.poll.registry();
             let view = self.port.view();
             for frame in self.port.take_inbox() {
@@ -183,9 +208,12 @@ impl Worker {
             }
             self.streams.work(registry, &self.port);
             let more = self.datagrams.work(&self.port) | self.visitors.work(&self.port);
-            let sleep = match more {
+            let sent = self.serve(ServedStream::send);
+            let sleep = match more | self.port.has_woken_itself() {
                 true => Duration::ZERO,
-                false => self.streams.patience().map_or(SLEEP, |until| until.min(SLEEP)),
+                false => {
+                    [self.streams.patience(), received, sent].into_iter().flatten().fold(SLEEP, Duration::min)
+                }
             };
             match self.poll.poll(&mut events, Some(sleep)) {
                 Ok(()) => events.iter().for_each(|event| self.streams.notice(event)),
@@ -194,6 +222,33 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// Serves the machine, where it is behind a stream.
+    fn serve(&mut self, work: fn(&ServedStream) -> io::Result<Option<Duration>>) -> Option<Duration> {
+        work(self.machine.as_ref()?).unwrap_or_else(|error| {
+            tracing::debug!(%error, "a machine's stream is over");
+            self.machine = None;
+            Some(Duration::ZERO)
+        })
+    }
+
+    /// Begins to serve a machine that is behind a stream.
+    fn begin(&mut self, stream: ServedStream) {
+        let (port, registry) = (Arc::downgrade(&self.port), self.poll.registry());
+        // What this thread sends the machine it writes to the socket before it sleeps.
+        let wake = move || {
+            let port = port.upgrade().filter(|port| !port.is_edge_thread());
+            port.into_iter().for_each(|port| port.wake_edge());
+        };
+        let both = Interest::READABLE | Interest::WRITABLE;
+        let begun = stream.begin(Arc::new(wake), |socket| {
+            registry.register(&mut SourceFd(&socket.as_raw_fd()), MACHINE, both)
+        });
+        match begun {
+            Ok(()) => self.machine = Some(stream),
+            Err(error) => tracing::warn!(%error, "a machine's stream is not served"),
+        }
     }
 
     fn take_orders(&mut self) {
@@ -211,6 +266,7 @@ impl Worker {
                         tracing::warn!(%error, %at, "a port that is forwarded is not listened at");
                     }
                 }
+                Order::Serve(stream) => self.begin(stream),
                 Order::Unlisten(carrier, at, done) => {
                     match carrier {
                         Carrier::Tcp => self.streams.unlisten(at),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp;
 use smoltcp::time::{Duration as StackDuration, Instant as StackInstant};
 use smoltcp::wire::{HardwareAddress, IpCidr, Ipv4Cidr};
@@ -60,6 +60,15 @@ impl Stack {
     /// The same of one by which the guest begins or accepts a conversation that is there.
     pub(super) fn take_syn(&mut self, key: Key, frame: Vec<u8>) {
         self.wire.take_syn(key, frame);
+    }
+
+    /// Has the stack take in what the guest has sent. What it has to say to that comes with its [work](Self::work).
+    pub(super) fn hear(&mut self) {
+        let now = self.now();
+        while !matches!(
+            self.interface.poll_ingress_single(now, &mut self.wire, &mut self.sockets),
+            PollIngressSingleResult::None
+        ) {}
     }
 
     /// Has the stack do what there is to do.

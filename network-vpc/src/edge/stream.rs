@@ -23,7 +23,6 @@ use super::wire::Key;
 use super::{Entrance, Reach, Tokens, shown_as};
 use crate::answer::write_ethernet;
 use crate::metadata::Session;
-use crate::offload;
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::port::Port;
 use crate::switch::{METADATA, ROUTER_MAC, View};
@@ -168,7 +167,8 @@ impl Streams {
     /// Moves what can be moved.
     pub(super) fn work(&mut self, registry: &Registry, port: &Port) {
         self.accept(registry, port);
-        self.stack.work();
+        // The guest is answered below, when the other sides have made room.
+        self.stack.hear();
         let keys: Vec<Key> = self.conversations.keys().copied().collect();
         for key in keys {
             let Some(conversation) = self.conversations.remove(&key) else { continue };
@@ -314,7 +314,7 @@ fn fitted(mut packet: Vec<u8>, stack: &Stack, port: &Port, view: &View) -> Vec<F
         Transport::Tcp { source, destination, .. } => {
             let longest = view.mtu - 40;
             let size = stack.segment_size(&((flow.destination, destination), (flow.source, source)));
-            offload::left_to_do(packet, size.map_or(longest, |size| size.clamp(SHORTEST, longest)))
+            Frame::unfinished_tcp4(packet, size.map_or(longest, |size| size.clamp(SHORTEST, longest)))
         }
         _ => Frame::new(packet),
     };

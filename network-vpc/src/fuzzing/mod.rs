@@ -18,7 +18,7 @@ use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Session, Told};
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::switch::{self, ROUTER_MAC, Verdict, View};
-use crate::{answer, dns, offload, ssh};
+use crate::{answer, dns, ssh};
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
 const MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 9]);
@@ -65,7 +65,7 @@ pub fn switch(bytes: &[u8]) {
         let (size, header_len) = (size.into(), header.into());
         frame.segmentation = Some(Segmentation { protocol: Protocol::Tcp4, size, header_len });
     }
-    for frame in offload::finish(frame.clone(), Offloads::NONE) {
+    for frame in frame.clone().finish(Offloads::NONE) {
         assert!(frame.is_sound() && frame.is_taken_by(Offloads::NONE));
         assert!(frame.data.len() <= data.len(), "a segment is longer than the whole");
     }
@@ -85,7 +85,7 @@ pub fn switch(bytes: &[u8]) {
             assert!(to == PEER && frame.data[..6] == PEER_MAC.0 && frame.data[6..12] == ROUTER_MAC.0);
             let flow = Flow::parse(&frame.data[ETHERNET_LEN..]);
             assert!(flow.is_some_and(|flow| flow.source == OWN && flow.destination == PEER));
-            for frame in offload::finish(frame.clone(), Offloads::NONE) {
+            for frame in frame.clone().finish(Offloads::NONE) {
                 let arrives = Flow::parse(&frame.data[ETHERNET_LEN..]);
                 assert_eq!(arrives.map(ports), decided.map(ports), "what arrives is what was decided about");
             }

@@ -316,3 +316,22 @@ impl TxToken for Sender<'_> {
         result
     }
 }
+
+/// That one guest reaches a port of another's.
+pub(crate) fn assert_reaches(from: &mut Guest, to: &mut Guest, port: u16) {
+    assert!(reaches(from, to, port, PATIENCE), "{} does not reach {}", from.address, to.address);
+}
+
+/// Whether a guest reaches a port of another's before it loses patience.
+pub(crate) fn reaches(from: &mut Guest, to: &mut Guest, port: u16, patience: Duration) -> bool {
+    let listener = to.listen(port);
+    let address = to.address;
+    let connection = from.begin_connecting(address, port);
+    let connected = together(patience, &mut [from, to], |guests| {
+        let state = guests[0].tcp(connection).state();
+        (state != tcp::State::SynSent).then_some(state)
+    });
+    from.sockets.remove(connection);
+    to.sockets.remove(listener);
+    connected == Some(tcp::State::Established)
+}

@@ -1,7 +1,10 @@
 //! Networks and what is in them, as most tests need them.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::net::UnixStream;
 
+use instance_core::machine::NetSpec;
+use instance_core::net::{self, FrameStream};
 use ipnet::Ipv4Net;
 use network_vpc::{Direction, Network, NetworkInterface, NetworkOptions, Peer, Rule};
 
@@ -44,6 +47,17 @@ pub(crate) fn boot(network: &Network, name: &str, rules: &[Rule]) -> (NetworkInt
     let interface = interface(network, name, rules);
     let guest = Guest::boot(network.plug(interface.id).unwrap());
     (interface, guest)
+}
+
+/// The same port for a machine behind a stream socket, as QEMU is, and what it is plugged in by at both ends of the socket.
+pub(crate) fn by_stream(spec: NetSpec) -> (NetSpec, [FrameStream; 2]) {
+    let (port, machine) = net::link();
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    let mut there = NetSpec::new(machine, spec.mac);
+    there.mtu = spec.mtu;
+    let plugged =
+        [(ours, &spec), (theirs, &there)].map(|(socket, spec)| FrameStream::plug(socket, spec, "stream"));
+    (NetSpec::new(port, spec.mac), plugged.map(Result::unwrap))
 }
 
 /// An address of this host's that is not a loopback one; says so if there is none.
