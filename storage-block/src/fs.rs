@@ -7,11 +7,12 @@
 
 use std::fs::{Metadata, OpenOptions};
 use std::io::{self, Read};
+use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags};
 
 use crate::store::parent;
 #[cfg(test)]
@@ -48,7 +49,13 @@ impl File {
         OpenOptions::new().read(true).write(true).open(path).map(|file| Self::new(file, path))
     }
 
-    /// The same, making it if it is not there.
+    /// Opens a file for writing past the page cache, in multiples that the file system names.
+    pub(crate) fn open_direct(path: &Path) -> io::Result<Self> {
+        let direct = OFlags::DIRECT.bits() as i32;
+        OpenOptions::new().write(true).custom_flags(direct).open(path).map(|file| Self::new(file, path))
+    }
+
+    /// Opens a file for reading and writing, making it if it is not there.
     pub(crate) fn open_or_create(path: &Path) -> io::Result<Self> {
         Self::made(OpenOptions::new().read(true).write(true).create(true).truncate(false), path)
     }
@@ -138,6 +145,12 @@ impl File {
     /// The same with its metadata; not its name.
     pub(crate) fn sync_all(&self) -> io::Result<()> {
         act!(&self.track, Op::Sync, self.file.sync_all())
+    }
+
+    /// Has bytes on their way from the disk, where they are not in memory.
+    pub(crate) fn fetch(&self, offset: u64, len: u64) {
+        // Whoever reads them fetches them if nobody else has.
+        let _ = rustix::fs::fadvise(&self.file, offset, NonZero::new(len), Advice::WillNeed);
     }
 
     pub(crate) fn flock(&self, operation: FlockOperation) -> rustix::io::Result<()> {

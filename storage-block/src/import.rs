@@ -52,7 +52,8 @@ impl Store {
     /// its data. Chunks that any snapshot has are not stored again. `progress` is called on this thread, at the
     /// beginning, about once for every megabyte and at the end; it may read, open and make snapshots, and must not
     /// [sweep](Self::sweep), which would wait for this import. When this returns, the snapshot is durable; when it fails,
-    /// nothing of it is left.
+    /// nothing of it is left. What is stored is written past the system's page cache where the file system lets it, so what
+    /// is read first comes from the disk.
     ///
     /// # Errors
     ///
@@ -107,8 +108,9 @@ impl Store {
         };
         pipeline::in_order(Steps { disk, size, done: 0, data: 0..0 }, read, |(step, prepared), bytes| {
             stats.changed_bytes += step.end - step.start;
-            session.put_all(prepared.iter().zip(bytes.chunks_exact(CHUNK as usize)))?;
-            for (prepared, number) in prepared.iter().zip(step.start / CHUNK..) {
+            let chunks = bytes.chunks_exact(CHUNK as usize);
+            for ((prepared, chunk), number) in prepared.iter().zip(chunks).zip(step.start / CHUNK..) {
+                session.put(prepared, chunk)?;
                 manifest.set(&mut session, number, prepared.id)?;
             }
             report.reach(step.end)

@@ -79,6 +79,7 @@ mod cache;
 mod changed;
 mod cipher;
 mod codec;
+mod direct;
 mod disk;
 mod error;
 mod format;
@@ -114,7 +115,6 @@ mod sweep;
 pub mod testing;
 mod turns;
 mod volume;
-mod writeback;
 
 pub use ami_core::Digest;
 pub use backend::{BlockBackend, Capabilities, Extent, SECTOR};

@@ -72,6 +72,12 @@ impl Pack {
         self.file.get()
     }
 
+    /// Makes what has been written to it durable.
+    pub(crate) fn sync(&self) -> Result<()> {
+        let synced = self.file()?.sync_data();
+        synced.map_err(|e| Error::io(e, format!("cannot write {}", self.path.display())))
+    }
+
     /// Reads from `offset` within the slot that begins at the unit `start`, and on into those behind it.
     #[inline]
     pub(crate) fn read(&self, start: u32, offset: u64, buf: &mut [u8]) -> Result<()> {
@@ -88,6 +94,13 @@ impl Pack {
                 let what = format!("cannot read slot {} of {}", self.slot_name(start), self.path.display());
                 Error::io(error, what)
             }
+        }
+    }
+
+    /// Has a slot on its way from the disk.
+    pub(crate) fn fetch(&self, slot: &Slot) {
+        if let Ok(file) = self.file() {
+            file.fetch(unit_offset(slot.start), u64::from(slot.units()) * UNIT);
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use self::writing::{Writing, index_offset};
 use crate::codec::{self, Patches, Stored};
+use crate::direct::Direct;
 use crate::format::{self, HOLE, INDEX_HEADER, Id, Kind, PACK_VERSION, Patch, Slot, UNIT, unit_offset};
 use crate::fs::{self, File};
 use crate::import::is_zero;
@@ -16,11 +17,7 @@ use crate::pack::{self, Index, Pack, Taken};
 use crate::places::{Place, Places};
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::turns::Storing;
-use crate::writeback::{self, Writeback};
-use crate::{Error, IoBuf, Result};
-
-/// Objects wait here until so many bytes can be written at once.
-const BUFFER: usize = 1 << 20;
+use crate::{Error, Result};
 
 /// What is being appended. Dropped without [`finish`](Self::finish) it leaves nothing behind.
 ///
@@ -33,8 +30,7 @@ pub(crate) struct Session<'s> {
     sweeps: bool,
     added: Places,
     packs: Vec<Writing>,
-    buffer: Vec<u8>,
-    writeback: Writeback,
+    direct: Direct,
     appended: u64,
     committed: bool,
 }
@@ -127,15 +123,13 @@ impl<'s> Session<'s> {
     }
 
     fn new(store: &'s Inner, turn: Option<Storing>, sweeps: bool) -> Self {
-        let buffer = Vec::with_capacity(BUFFER);
         Self {
             store,
             _turn: turn,
             sweeps,
             added: Places::default(),
             packs: Vec::new(),
-            buffer,
-            writeback: Writeback::default(),
+            direct: Direct::default(),
             appended: 0,
             committed: false,
         }
@@ -161,61 +155,24 @@ impl<'s> Session<'s> {
 
     /// Stores an object that was prepared while there was this session.
     pub(crate) fn put(&mut self, prepared: &Prepared, bytes: &[u8]) -> Result<()> {
-        match self.place_new(prepared, bytes, &mut Vec::new())? {
-            Some(stored) => self.buffer(stored),
-            None => Ok(()),
-        }
-    }
-
-    /// The same of several at once, which are written from where they are if it is worth a write.
-    pub(crate) fn put_all<'b>(
-        &mut self,
-        objects: impl Iterator<Item = (&'b Prepared, &'b [u8])>,
-    ) -> Result<()> {
-        let mut here = Vec::new();
-        for (prepared, bytes) in objects {
-            if let Some(stored) = self.place_new(prepared, bytes, &mut here)? {
-                here.push(stored);
-            }
-        }
-        if here.iter().map(|stored| stored.len()).sum::<usize>() >= BUFFER / 2 {
-            return self.write_out(&mut here);
-        }
-        // All of them have places: a write in between would take the last one's end for its own.
-        here.into_iter().for_each(|stored| self.buffer.extend_from_slice(stored));
-        self.write_out_if_full()
-    }
-
-    /// Finds a place for an object, behind those in the buffer and those that are `here`; what is to be written there, if
-    /// anything is.
-    fn place_new<'b>(
-        &mut self,
-        prepared: &'b Prepared,
-        bytes: &'b [u8],
-        here: &mut Vec<&'b [u8]>,
-    ) -> Result<Option<&'b [u8]>> {
         let Prepared { id, kind, new } = prepared;
-        let Some((Stored { bytes: stored, len, encoding, patch }, crc)) = new else { return Ok(None) };
+        let Some((Stored { bytes: stored, len, encoding, patch }, crc)) = new else { return Ok(()) };
         if self.added.contains_key(id) || read(&self.store.index).has(id) {
-            return Ok(None);
+            return Ok(());
         }
         let slot = Slot { start: 0, len: *len, crc: Some(*crc), kind: *kind, encoding: *encoding };
-        let stored = stored.as_deref().unwrap_or(bytes);
-        self.place(id, slot, *patch, here)?;
-        Ok(Some(stored))
+        self.append(id, slot, *patch, stored.as_deref().unwrap_or(bytes))
     }
 
     /// Carries an object, as it is stored elsewhere, even if it is there already.
     pub(crate) fn carry(&mut self, id: &Id, slot: &Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
-        self.place(id, Slot { crc: Some(crc32c::crc32c(stored)), ..*slot }, patch, &mut Vec::new())?;
-        self.buffer(stored)
+        self.append(id, Slot { crc: Some(crc32c::crc32c(stored)), ..*slot }, patch, stored)
     }
 
-    /// Finds a place for all units of a slot, wherever it is to begin, behind all that has one and is not written yet.
-    fn place(&mut self, id: &Id, slot: Slot, patch: Option<Patch>, here: &mut Vec<&[u8]>) -> Result<()> {
+    /// Finds a place for all units of a slot, wherever it is to begin, and has them written there.
+    fn append(&mut self, id: &Id, slot: Slot, patch: Option<Patch>, stored: &[u8]) -> Result<()> {
         let max = self.store.pack_units;
         if self.packs.last().is_none_or(|writing| writing.taken.units + slot.units() > max) {
-            self.write_out(here)?;
             let next = self.open_pack()?;
             self.packs.push(next);
         }
@@ -227,17 +184,7 @@ impl<'s> Session<'s> {
         writing.taken = Taken { records: writing.taken.records + 1, units: slot.end() };
         self.added.insert(*id, Place { pack: number, slot, patch });
         self.appended += u64::from(slot.units()) * UNIT;
-        Ok(())
-    }
-
-    /// Has bytes that have the last place wait until so many can be written at once.
-    fn buffer(&mut self, stored: &[u8]) -> Result<()> {
-        self.buffer.extend_from_slice(stored);
-        self.write_out_if_full()
-    }
-
-    fn write_out_if_full(&mut self) -> Result<()> {
-        if self.buffer.len() >= BUFFER { self.write_out(&mut Vec::new()) } else { Ok(()) }
+        self.direct.write(&writing.pack, unit_offset(slot.start), stored)
     }
 
     /// Makes everything durable and known, and then what `publish` does, which is to write the snapshots' roots.
@@ -251,11 +198,10 @@ impl<'s> Session<'s> {
     /// Of what `publish` has done and failed at nothing may be left, unless it says so: then everything stays
     /// here, too.
     pub(crate) fn finish<T>(&mut self, publish: impl FnOnce(&Inner) -> Result<T, Unpublished>) -> Result<T> {
-        self.write_out(&mut Vec::new())?;
-        self.writeback.finish()?;
+        self.direct.finish()?;
         for writing in &self.packs {
             let failed = |e, path: &PathBuf| Error::io(e, format!("cannot write {}", path.display()));
-            writeback::sync(&writing.pack)?;
+            writing.pack.sync()?;
             let at = if writing.new {
                 let header = format::index_header(PACK_VERSION, writing.pack.number);
                 writing.index.write_all_at(&header, 0).map_err(|e| failed(e, &writing.index_path))?;
@@ -364,21 +310,6 @@ impl<'s> Session<'s> {
             }
         }
     }
-
-    /// Writes what is in the buffer, and behind it what is `here`: all that has a place and is not written yet.
-    fn write_out(&mut self, here: &mut Vec<&[u8]>) -> Result<()> {
-        let parts = [&self.buffer[..]].into_iter().chain(here.drain(..));
-        let mut bufs: Vec<IoBuf<'_>> = parts.filter(|part| !part.is_empty()).map(IoBuf::new).collect();
-        let len: u64 = bufs.iter().map(|buf| buf.len() as u64).sum();
-        if let (Some(writing), true) = (self.packs.last(), len > 0) {
-            let at = unit_offset(writing.taken.units - (len / UNIT) as u32);
-            let written = writing.pack.file()?.write_all_vectored_at(&mut bufs, at);
-            written.map_err(|e| Error::io(e, format!("cannot write {}", writing.pack.path.display())))?;
-            self.writeback.wrote(&writing.pack, len);
-        }
-        self.buffer.clear();
-        Ok(())
-    }
 }
 
 impl Drop for Session<'_> {
@@ -387,7 +318,7 @@ impl Drop for Session<'_> {
             return;
         }
         // Nobody works any more on what is undone now.
-        drop(std::mem::take(&mut self.writeback));
+        drop(std::mem::take(&mut self.direct));
         let dir = self.store.packs_dir();
         for writing in self.packs.drain(..) {
             let number = writing.pack.number;

@@ -109,6 +109,17 @@ impl Snapshot {
         Ok(self.table(leaf)?.map_or(HOLE, |table| table.ids[within]))
     }
 
+    /// Has a chunk on its way from the disk, for who is about to read it. An error is met by the one who does.
+    pub(crate) fn fetch(&self, number: u64) {
+        let (leaf, within) = ((number / LEAF_IDS as u64) as usize, (number % LEAF_IDS as u64) as usize);
+        let Ok(Some(table)) = self.table(leaf) else { return };
+        let entry = table.entry(within);
+        if entry != Entry::NOWHERE && entry != Entry::LOST {
+            let slot = entry.slot();
+            table.packs[entry.pack()].fetch(&slot);
+        }
+    }
+
     /// Fills `buf` from `offset`; what lies beyond the end reads as zeroes.
     pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         match self.plain(offset, buf.len() as u64) {

@@ -1,6 +1,6 @@
 //! How what is frozen of volumes is stored.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use super::Inner;
 use super::snapshot::{FrozenVolume, FrozenVolumes};
@@ -33,7 +33,7 @@ impl FrozenVolumes {
                 let taken = chunks.into_iter().map(|chunk| Ok((chunk, source.take(chunk, store)?)));
                 taken.collect::<Result<Vec<_>>>()
             };
-            pipeline::in_order(Batches(source.candidates()), take, |taken, _| {
+            pipeline::in_order(Batches::of(source), take, |taken, _| {
                 for (chunk, taken) in taken {
                     // Chunks that were changed first after the freeze come on top of those counted.
                     report.step(done)?;
@@ -79,14 +79,35 @@ impl FrozenVolumes {
 /// have some.
 const BATCH: usize = 8;
 
-struct Batches<I>(I);
+/// Batches that are fetched before they are taken, so that nobody waits for a disk that does one thing after the other.
+const AHEAD: usize = 8;
 
-impl<I: Iterator<Item = u64>> Iterator for Batches<I> {
+/// The chunks that may have to be stored, in batches.
+struct Batches<'f> {
+    source: Source<'f>,
+    candidates: Box<dyn Iterator<Item = u64> + Send + 'f>,
+    fetched: VecDeque<Vec<u64>>,
+}
+
+impl<'f> Batches<'f> {
+    fn of(source: Source<'f>) -> Self {
+        Self { source, candidates: source.candidates(), fetched: VecDeque::new() }
+    }
+}
+
+impl Iterator for Batches<'_> {
     type Item = Result<Vec<u64>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let batch: Vec<u64> = self.0.by_ref().take(BATCH).collect();
-        (!batch.is_empty()).then_some(Ok(batch))
+        while self.fetched.len() <= AHEAD {
+            let batch: Vec<u64> = self.candidates.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                break;
+            }
+            batch.iter().for_each(|chunk| self.source.fetch(*chunk));
+            self.fetched.push_back(batch);
+        }
+        self.fetched.pop_front().map(Ok)
     }
 }
 
@@ -126,6 +147,14 @@ impl<'f> Source<'f> {
     fn take(self, chunk: u64, store: &store::Inner) -> Result<Option<Ready>> {
         let kept = self.frozen.take(chunk, self.volume)?;
         kept.map(|kept| self.prepare(chunk, kept, store)).transpose()
+    }
+
+    /// Has what a chunk is read from besides the overlay on its way from the disk.
+    fn fetch(self, chunk: u64) {
+        let changed = self.volume.map.changed_blocks(chunk);
+        if let (Some(base), true) = (&self.volume.base, changed != u16::MAX) {
+            base.fetch(chunk);
+        }
     }
 
     fn prepare(self, chunk: u64, kept: Kept, store: &store::Inner) -> Result<Ready> {
