@@ -131,7 +131,7 @@ impl<H> Region<H> {
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<()> {
         let (inner, owner) = (&self.inner, *self.account());
         let _alone = inner.making_images.write().unwrap_or_else(PoisonError::into_inner);
-        let naming = inner.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let naming = inner.naming.write().unwrap_or_else(PoisonError::into_inner);
         let resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
         inner.snapshot(owner, id)?;
         let images = inner.store.all::<ImageRecord>()?;
