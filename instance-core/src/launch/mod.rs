@@ -20,6 +20,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 
 use self::in_flight::Flight;
 pub(crate) use self::in_flight::{InFlight, Needs};
+pub(crate) use self::make::When;
 use self::parameters::Parameters;
 pub(crate) use self::parameters::{Launch, digest_of};
 use self::plan::Planned;
