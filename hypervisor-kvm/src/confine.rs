@@ -21,7 +21,7 @@ use crate::kick;
 /// embedder's. Only a call by the interface of 32-bit programs ends the process, by Linux's own rules for such filters.
 ///
 /// The threads that processors run in can make KVM run, interrupt and kick; those of devices can besides
-/// that work on files and sockets: open, make, rename and remove files, as volumes do with their logs and packs.
+/// that work on files and sockets: open, make, lock, rename and remove files and directories, as volumes do with their own.
 /// What of the embedder's own code runs in them is confined with them: disks of its own, hooks on states,
 /// subscribers of `tracing`. If these need more, they are given it:
 ///
@@ -165,11 +165,16 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_fallocate, When::Always),
     (libc::SYS_fcntl, When::Equal(1, libc::F_DUPFD_CLOEXEC as u64)),
     (libc::SYS_fdatasync, When::Always),
+    (libc::SYS_flock, When::Always),
     (libc::SYS_fstat, When::Always),
     (libc::SYS_fsync, When::Always),
     (libc::SYS_ftruncate, When::Always),
+    (libc::SYS_getdents64, When::Always),
     (libc::SYS_lseek, When::Always),
-    // Volumes make, rename and remove files of their own: their logs begin with the first flush.
+    // Volumes make, lock, rename and remove files of their own: they begin with the first write, their logs with the first
+    // flush.
+    (libc::SYS_mkdir, When::Always),
+    (libc::SYS_mkdirat, When::Always),
     (libc::SYS_openat, When::Always),
     (libc::SYS_prctl, When::Equal(0, libc::PR_SET_NAME as u64)),
     (libc::SYS_pread64, When::Always),
@@ -185,6 +190,7 @@ const DEVICE: &[Allowed] = &[
     (libc::SYS_rename, When::Always),
     (libc::SYS_renameat, When::Always),
     (libc::SYS_renameat2, When::Always),
+    (libc::SYS_rmdir, When::Always),
     (libc::SYS_rseq, When::Always),
     (libc::SYS_sendmsg, When::Always),
     (libc::SYS_sendto, When::Always),

@@ -15,7 +15,7 @@ use ami_core::Architecture;
 use hypervisor_kvm::{Confinement, Kvm};
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, Hypervisor, Machine, MachineSpec};
-use storage_block::{BlockBackend, Disk, MemoryDisk, Result, Volume};
+use storage_block::{BlockBackend, Disk, MemoryDisk, Result, Volume, VolumeOptions};
 
 use common::{guest, kvm};
 
@@ -141,11 +141,24 @@ fn a_confined_thread_is_refused_what_it_has_no_use_for() {
 fn a_new_volume_is_written_and_flushed_by_a_confined_guest() {
     let Some(kvm) = kvm() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let volume = Volume::create(&dir.path().join("vol-1"), None, 1 << 20).unwrap();
+    let made = Volume::create(&dir.path().join("vol-1"), None, 1 << 20).unwrap();
+    // One whose files are made in the device's thread, and one whose cannot be.
+    let on_write =
+        |path: &str| VolumeOptions::new().create_on_write(&dir.path().join(path), None, 1 << 20, || ());
+    let (unmade, refused) = (on_write("vol-2").unwrap(), on_write("vol-3").unwrap());
+    fs::write(dir.path().join("vol-3"), "is no directory").unwrap();
     let confined = kvm.with_confinement(Confinement::new());
-    let (_machine, console) = up(&confined, vec![DiskSpec::new(volume.disk(), "vol-1")]);
+    let disks = [("vol-1", &made), ("vol-2", &unmade), ("vol-3", &refused)];
+    let disks = disks.map(|(serial, volume)| DiskSpec::new(volume.disk(), serial));
+    let (_machine, console) = up(&confined, disks.to_vec());
     let mut reader = console.reader_from_now();
-    for (line, answer) in [("write 0 0 kept", "wrote\n"), ("flush 0", "flushed\n")] {
+    for (line, answer) in [
+        ("write 0 0 kept", "wrote\n"),
+        ("flush 0", "flushed\n"),
+        ("write 1 0 kept", "wrote\n"),
+        ("flush 1", "flushed\n"),
+        ("write 2 0 kept", "error\n"),
+    ] {
         console.write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
         reader.wait_for(answer, soon()).unwrap();
     }

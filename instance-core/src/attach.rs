@@ -118,12 +118,7 @@ impl Inner {
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
         // From here on it has a volume that is not of its launch, and may not be made again.
-        if !live.record.launched && live.volumes.is_empty() {
-            live.volumes = self.open_volumes(&live)?;
-            live.end_machine()?;
-            live.volumes.clear();
-        }
-        live.settle()?;
+        self.settle_volumes(&mut live)?;
         let mut record = live.record.clone();
         let description = &mut record.description;
         let attachment =
@@ -157,22 +152,38 @@ impl Inner {
         let holder: Arc<InstanceDescription> = self.directory.attached(id).ok_or_else(not_attached)?;
         let cell = self.cell(owner, holder.id)?;
         let mut live = cell.hold(self.supervisor.reports());
-        let mut record = live.record.clone();
-        let attachments = &mut record.description.attachments;
-        let attached = record.description.state != InstanceState::Terminated;
-        let place = attachments.iter().position(|a| a.volume_id == id).filter(|_| attached);
+        let description = &live.record.description;
+        let attached = description.state != InstanceState::Terminated;
+        let place = description.attachments.iter().position(|a| a.volume_id == id).filter(|_| attached);
         let place = place.ok_or_else(not_attached)?;
-        let gone = attachments.remove(place);
-        if live.machine.is_some() && gone.device_name == record.description.root_device_name {
+        let name = &description.attachments[place].device_name;
+        if live.machine.is_some() && *name == description.root_device_name {
             let what = format!("the root volume of {} cannot be detached while it runs", cell.id);
             return Err(Error::new(ErrorKind::OperationNotPermitted, what));
         }
         check_settled(&live)?;
+        // From here on no instance says what it is made of.
+        self.settle_volumes(&mut live)?;
+        let mut record = live.record.clone();
+        record.description.attachments.remove(place);
         if live.machine.is_none() {
             return self.change(&cell, &mut live, record);
         }
         self.unplug_volume(&cell, &mut live, place, how)?;
         self.change(&cell, &mut live, record)
+    }
+
+    /// Makes the volumes that an instance was launched with durable, unless they are known to be.
+    pub(crate) fn settle_volumes(&self, live: &mut Live) -> Result<()> {
+        let stopped = live.record.description.state == InstanceState::Stopped && live.volumes.is_empty();
+        if !live.record.launched && stopped {
+            live.volumes = self.open_volumes(live)?;
+        }
+        let settled = live.settle();
+        if stopped {
+            live.volumes.clear();
+        }
+        settled
     }
 
     /// Takes a volume from a machine, with all on the disk that its guest has written.
@@ -203,7 +214,7 @@ impl Inner {
         self.volume(owner, id)?;
         let holder = self.directory.attached(id);
         let cell = holder.map(|holder| self.cell(owner, holder.id)).transpose()?;
-        let live = cell.as_ref().map(|cell| cell.hold(self.supervisor.reports()));
+        let mut live = cell.as_ref().map(|cell| cell.hold(self.supervisor.reports()));
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
         let mut record: VolumeRecord = self.volume(owner, id)?;
         let target_type = change.volume_type.unwrap_or(record.volume_type);
@@ -224,8 +235,9 @@ impl Inner {
         };
         record.volume_type = target_type;
         let grows = target_size > record.size;
-        if let Some(live) = live.as_ref().filter(|_| grows) {
+        if let Some(live) = live.as_mut().filter(|_| grows) {
             check_awake(&live.record)?;
+            self.settle_volumes(live)?;
         }
         let machine = live.as_ref().filter(|_| grows).and_then(|live| {
             let at = live.record.description.attachments.iter().position(|a| a.volume_id == id)?;
@@ -256,7 +268,7 @@ impl Inner {
         Ok(record)
     }
 
-    fn open_volume(&self, id: VolumeId) -> Result<Volume> {
+    pub(crate) fn open_volume(&self, id: VolumeId) -> Result<Volume> {
         Volume::open(&self.paths.volume(id), &self.blocks)
             .map_err(|e| Error::storage(e, format!("cannot open the volume {id}")))
     }

@@ -4,6 +4,7 @@
 //! of the instances that have it. A filter of such a field whose values have no wildcards is answered from the
 //! index, in time of the page that is asked for and not of the region.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -34,7 +35,7 @@ pub(crate) struct Directory(RwLock<Shelves>);
 struct Shelves {
     descriptions: BTreeMap<InstanceId, Arc<InstanceDescription>>,
     /// By the name of the filter, and by the value.
-    index: HashMap<String, HashMap<String, Ids>>,
+    index: HashMap<Cow<'static, str>, HashMap<String, Ids>>,
     /// Which instance has a volume.
     attached: HashMap<VolumeId, InstanceId>,
 }
@@ -51,9 +52,8 @@ impl Directory {
 
     /// Puts a description in the place of what there was.
     pub(crate) fn set(&self, description: InstanceDescription) {
-        let mut shelves = self.write();
-        shelves.remove(description.id);
-        shelves.insert(Arc::new(description));
+        let (values, description) = (indexed_values(&description), Arc::new(description));
+        self.write().set(description, values);
     }
 
     pub(crate) fn remove(&self, id: InstanceId) {
@@ -100,10 +100,19 @@ impl Directory {
 }
 
 impl Shelves {
-    fn insert(&mut self, description: Arc<InstanceDescription>) {
-        for (name, value) in indexed_values(&description) {
-            let values = self.index.entry(name).or_default();
-            values.entry(value).or_default().insert(description.id);
+    fn set(&mut self, description: Arc<InstanceDescription>, values: Vec<Indexed>) {
+        let old = self.descriptions.get(&description.id).cloned();
+        let before = old.as_deref().map(indexed_values).unwrap_or_default();
+        // Most of it stays where it is.
+        before
+            .iter()
+            .filter(|value| !values.contains(value))
+            .for_each(|value| self.unindex(description.id, value));
+        for (name, value) in values.into_iter().filter(|value| !before.contains(value)) {
+            self.index.entry(name).or_default().entry(value).or_default().insert(description.id);
+        }
+        if let Some(old) = old {
+            self.detach(&old);
         }
         if description.state != InstanceState::Terminated {
             self.attached.extend(description.attachments.iter().map(|a| (a.volume_id, description.id)));
@@ -113,21 +122,27 @@ impl Shelves {
 
     fn remove(&mut self, id: InstanceId) {
         let Some(old) = self.descriptions.remove(&id) else { return };
-        for (name, value) in indexed_values(&old) {
-            let Some(values) = self.index.get_mut(&name) else { continue };
-            let left = values.get_mut(&value).map_or(0, |ids| {
-                ids.remove(&id);
-                ids.len()
-            });
-            if left == 0 {
-                values.remove(&value);
-            }
-            if values.is_empty() {
-                self.index.remove(&name);
-            }
+        indexed_values(&old).iter().for_each(|value| self.unindex(id, value));
+        self.detach(&old);
+    }
+
+    fn unindex(&mut self, id: InstanceId, (name, value): &Indexed) {
+        let Some(values) = self.index.get_mut(name) else { return };
+        let left = values.get_mut(value).map_or(0, |ids| {
+            ids.remove(&id);
+            ids.len()
+        });
+        if left == 0 {
+            values.remove(value);
         }
+        if values.is_empty() {
+            self.index.remove(name);
+        }
+    }
+
+    fn detach(&mut self, old: &InstanceDescription) {
         for attachment in &old.attachments {
-            if self.attached.get(&attachment.volume_id) == Some(&id) {
+            if self.attached.get(&attachment.volume_id) == Some(&old.id) {
                 self.attached.remove(&attachment.volume_id);
             }
         }
@@ -145,7 +160,7 @@ impl Shelves {
             return None;
         }
         let values: Option<Vec<String>> = filter.patterns.iter().map(|p| p.literal()).collect();
-        let index = self.index.get(&filter.name);
+        let index = self.index.get(&*filter.name);
         Some(values?.iter().filter_map(|value| index?.get(value)).collect())
     }
 }
@@ -154,12 +169,15 @@ fn is_indexed(name: &str) -> bool {
     name.starts_with("tag:") || INDEXED.contains(&name)
 }
 
-fn indexed_values(description: &InstanceDescription) -> Vec<(String, String)> {
-    let fields = INDEXED
-        .iter()
-        .flat_map(|name| description.values(name).into_iter().map(|value| ((*name).to_owned(), value)));
-    let tags = description.tags.iter().map(|(key, value)| (format!("tag:{key}"), value.clone()));
-    fields.chain(tags).collect()
+/// The name of a filter, and a value that it finds an instance by.
+type Indexed = (Cow<'static, str>, String);
+
+fn indexed_values(description: &InstanceDescription) -> Vec<Indexed> {
+    let of_field = |name: &'static str| {
+        description.values(name).into_iter().map(move |value| (Cow::Borrowed(name), value))
+    };
+    let tags = description.tags.iter().map(|(key, value)| (format!("tag:{key}").into(), value.clone()));
+    INDEXED.iter().copied().flat_map(of_field).chain(tags).collect()
 }
 
 /// The ids of several lists in order, each once.

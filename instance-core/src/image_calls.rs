@@ -243,7 +243,7 @@ impl Catalog for RegionCatalog {
     }
 
     fn update(&self, current: &Image, next: Image) -> Result<(), ami_core::Error> {
-        let _naming = self.0.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.0.naming.write().unwrap_or_else(PoisonError::into_inner);
         let kept = self.0.image(current.id()).map_err(outwards)?;
         current.check_update(&kept.image, &next)?;
         let takes_a_name = |image: &Image| image.state() != ami_core::ImageState::Deregistered;
@@ -261,7 +261,7 @@ impl Catalog for RegionCatalog {
 
 impl Inner {
     fn put_image(&self, image: Image) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         if self.store.get::<ImageRecord>(&image.id().to_string())?.is_some() {
             let what = format!("the image {} is there already", image.id());
             return Err(Error::new(ErrorKind::ImageNameDuplicate, what));
@@ -274,7 +274,7 @@ impl Inner {
 
     fn remove_image(&self, id: AmiId) -> Result<Image> {
         let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
-        let naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let image = self.image(id)?.image;
         let needed = self.has_instances(id)?;
         self.store.commit(|c| {

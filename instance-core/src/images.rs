@@ -162,7 +162,7 @@ impl Inner {
         snapshots: Vec<SnapshotId>,
         also: impl FnOnce(&mut Changes, AmiId) -> Result<()>,
     ) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         self.check_name(&ami)?;
         for id in &snapshots {
             self.snapshot(*ami.owner(), *id)?;

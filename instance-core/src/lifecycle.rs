@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::{InstanceId, RootDeviceType, Timestamp};
+use storage_block::Volume;
 
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
@@ -218,7 +219,7 @@ impl Inner {
         }
     }
 
-    /// Instances were launched, and their volumes are to become durable.
+    /// Guests have begun to write to their volumes, which are to become durable, and all others of their instances too.
     pub(crate) fn settle(&self, ids: &BTreeSet<InstanceId>) {
         for id in ids {
             self.settle_one(*id);
@@ -237,8 +238,13 @@ impl Inner {
             return;
         }
         let settled = live.settle().and_then(|()| self.store.later(|c| c.put(&live.record)));
-        if let Err(e) = settled {
-            self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e)));
+        match settled {
+            // One that cannot be made is as whole as it was. It is tried again, by who tells of the instance again.
+            Err(e) if !live.volumes.iter().all(Volume::has_files) => {
+                tracing::warn!(instance = %id, error = chain(&e), "a volume cannot be made yet");
+            }
+            Err(e) => self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e))),
+            Ok(()) => {}
         }
     }
 

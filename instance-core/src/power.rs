@@ -7,7 +7,7 @@ use ami_core::{Digest, RootDeviceType};
 use storage_block::{RawFile, Volume};
 
 use crate::attach::disk_of;
-use crate::description::{InstanceDescription, StateReason};
+use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Boot, DiskSpec, Identity, Machine, MachineError, MachineSpec, NetSpec, RestoreSpec};
@@ -60,12 +60,14 @@ impl Inner {
     }
 
     pub(crate) fn open_volumes(&self, live: &Live) -> Result<Vec<Volume>> {
-        let attachments = live.record.description.attachments.iter();
-        let opened = attachments.map(|a| {
-            Volume::open(&self.paths.volume(a.volume_id), &self.blocks)
-                .map_err(|e| Error::storage(e, format!("cannot open the volume {}", a.volume_id)))
-        });
-        opened.collect()
+        let InstanceRecord { description, launched, .. } = &live.record;
+        let open = |attachment: &Attachment| match launched {
+            false if self.is_unwritten(attachment) => {
+                self.make_unwritten(description.id, attachment.volume_id)
+            }
+            _ => self.open_volume(attachment.volume_id),
+        };
+        description.attachments.iter().map(open).collect()
     }
 
     /// Makes a machine on the volumes that are open, and starts it.

@@ -141,8 +141,9 @@ impl Record for SnapshotRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InstanceRecord {
     pub(crate) description: InstanceDescription,
-    /// Whether its volumes were durable when this was written. They become so after its launch, or when its guest first
-    /// flushes them: a crash before that may take them, and then they are made again as they were.
+    /// Whether its volumes were durable when this was written. Those that go with it need not be on the disk before its guest
+    /// writes to one; then all become durable, soon or when it flushes them. What is not there of them until then, whether or
+    /// not a crash has taken it, is made again as it was.
     pub(crate) launched: bool,
     /// What it boots if that is not read from its root volume.
     pub(crate) direct_boot: Option<BootPlan>,

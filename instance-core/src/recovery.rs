@@ -11,6 +11,7 @@ use crate::description::StateReason;
 use crate::error::chain;
 use crate::garbage::remove_others;
 use crate::instance::Cell;
+use crate::launch::When;
 use crate::record::{InstanceRecord, VolumeRecord};
 use crate::region::Inner;
 use crate::{Error, InstanceState, Result, Transition};
@@ -45,7 +46,9 @@ impl Inner {
         // Nothing is left of a root device that is instance store, and so nothing of its instance.
         let goes = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated)
             || record.description.root_device_type == RootDeviceType::InstanceStore;
-        if !record.launched {
+        let mut attachments = record.description.attachments.iter();
+        // As long as there is nothing of any of its volumes, that is as good as all of it.
+        if !record.launched && !attachments.all(|attachment| self.is_unwritten(attachment)) {
             match self.make_lost_volumes(&record, goes) {
                 Ok(()) => record.launched = true,
                 // They may come to be made when the region is opened again, with the keys that they take.
@@ -72,9 +75,10 @@ impl Inner {
         Ok(())
     }
 
-    /// Makes those volumes again, as they were made, that were not durable yet when a crash took them. Nothing that was
-    /// flushed to them is lost: what is flushed makes the volume durable. What a crash leaves of one may look damaged; that
-    /// a volume which was flushed is damaged in the second before it is known to be durable is not told from that.
+    /// Makes those volumes again, as they were made, that had not been written, or were not durable yet when a crash took
+    /// them. Nothing that was flushed to them is lost: what is flushed makes the volume durable. What a crash leaves of one
+    /// may look damaged; that a volume which was flushed is damaged in the second before it is known to be durable is not
+    /// told from that.
     fn make_lost_volumes(&self, record: &InstanceRecord, goes: bool) -> Result<()> {
         for attachment in record.description.attachments.iter().filter(|a| !goes || !a.delete_on_termination)
         {
@@ -96,9 +100,10 @@ impl Inner {
             let failed = |e| Error::storage(e, format!("cannot make the volume {id} again"));
             // It may be what the volume began as that is missing.
             volume.base.map(|base| self.content(&base)).transpose()?;
-            tracing::warn!(volume = %id, "a volume that a crash took after its launch is made again");
+            tracing::info!(volume = %id, "a volume is made again that was not durable yet when the process ended");
             Volume::remove(&dir).map_err(failed)?;
-            self.make_volume(&volume, volume.kms_key_id.is_some())?.sync_created().map_err(failed)?;
+            let made = self.make_volume(&volume, volume.kms_key_id.is_some(), When::Now)?;
+            made.sync_created().map_err(failed)?;
         }
         // Nor are the names of those that are found.
         File::open(self.paths.volumes())

@@ -131,7 +131,7 @@ impl<H> Region<H> {
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<()> {
         let (inner, owner) = (&self.inner, *self.account());
         let _alone = inner.making_images.write().unwrap_or_else(PoisonError::into_inner);
-        let naming = inner.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let naming = inner.naming.write().unwrap_or_else(PoisonError::into_inner);
         let resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
         inner.snapshot(owner, id)?;
         let images = inner.store.all::<ImageRecord>()?;
@@ -200,7 +200,7 @@ impl Inner {
             return self.snapshot_closed(volume);
         };
         let cell = self.cell(owner, holder.id)?;
-        let live = cell.hold(self.supervisor.reports());
+        let mut live = cell.hold(self.supervisor.reports());
         let attachments = &live.record.description.attachments;
         let open = attachments.iter().zip(&live.volumes).find(|(a, _)| a.volume_id == volume.id);
         match open {
@@ -208,6 +208,7 @@ impl Inner {
             // It may have been detached, or deleted with its instance, meanwhile.
             None => {
                 self.volume(owner, volume.id)?;
+                self.settle_volumes(&mut live)?;
                 self.snapshot_closed(volume)
             }
         }

@@ -2,8 +2,8 @@
 //!
 //! A machine tells of its end in one of its own threads, where nothing may wait; so the message goes
 //! to a thread, which moves the instance on: a guest that powered off is stopped or terminated, one
-//! that rebooted gets a new machine. Another makes the volumes of launches durable, so that no end of a
-//! machine waits for the disk.
+//! that rebooted gets a new machine. Another makes the volumes of launches durable once their guests write to them, so
+//! that no end of a machine waits for the disk.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,7 +16,7 @@ use ami_core::InstanceId;
 
 use crate::region::Inner;
 
-/// For how long launches are gathered whose volumes are made durable together.
+/// For how long instances are gathered whose volumes are made durable together.
 const GATHER: Duration = Duration::from_secs(1);
 
 /// What the first thread is told.
@@ -32,7 +32,7 @@ pub(crate) enum Message {
 #[derive(Debug, Clone)]
 pub(crate) struct Reports {
     ended: Sender<Message>,
-    launched: Arc<Launched>,
+    written: Arc<Written>,
 }
 
 impl Reports {
@@ -42,9 +42,9 @@ impl Reports {
         let _ = self.ended.send(Message::Ended(id, generation));
     }
 
-    /// An instance was launched, and its volumes are not known to be durable.
-    pub(crate) fn launched(&self, id: InstanceId) {
-        self.launched.add(id);
+    /// A volume of an instance is on the disk now, and none is known to be durable.
+    pub(crate) fn written(&self, id: InstanceId) {
+        self.written.add(id);
     }
 }
 
@@ -57,13 +57,13 @@ pub(crate) struct Supervisor {
 impl Supervisor {
     pub(crate) fn new() -> (Self, Receiver<Message>) {
         let (ended, receiver) = mpsc::channel();
-        (Self { reports: Reports { ended, launched: Arc::default() }, threads: Mutex::default() }, receiver)
+        (Self { reports: Reports { ended, written: Arc::default() }, threads: Mutex::default() }, receiver)
     }
 
     pub(crate) fn start(&self, receiver: Receiver<Message>, region: Weak<Inner>) -> io::Result<()> {
-        let (launched, of_volumes) = (self.reports.launched.clone(), region.clone());
+        let (written, of_volumes) = (self.reports.written.clone(), region.clone());
         let settle = move || {
-            while let Some(ids) = launched.gather() {
+            while let Some(ids) = written.gather() {
                 match of_volumes.upgrade() {
                     Some(region) => region.settle(&ids),
                     None => return,
@@ -94,7 +94,7 @@ impl Supervisor {
     pub(crate) fn stop(&self) {
         // A thread that has ended already listens no more.
         let _ = self.reports.ended.send(Message::Close);
-        self.reports.launched.close();
+        self.reports.written.close();
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         // A watcher that is told in such a thread may drop the last handle of a region.
         if threads.iter().any(|t| t.thread().id() == thread::current().id()) {
@@ -106,9 +106,9 @@ impl Supervisor {
     }
 }
 
-/// The instances that were launched, and whose volumes are not known to be durable.
+/// The instances whose volumes were written since their launch, and are not known to be durable.
 #[derive(Debug, Default)]
-struct Launched {
+struct Written {
     state: Mutex<Gathered>,
     changed: Condvar,
 }
@@ -119,7 +119,7 @@ struct Gathered {
     closed: bool,
 }
 
-impl Launched {
+impl Written {
     // Nothing that is done under the lock panics half way.
     fn lock(&self) -> MutexGuard<'_, Gathered> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -201,7 +201,7 @@ impl Inner {
         let cells = cells?;
         let mut holds: Vec<Hold<'_>> =
             cells.iter().map(|cell| cell.hold(self.supervisor.reports())).collect();
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
 
         let mut instances: Vec<InstanceRecord> = Vec::new();

@@ -97,6 +97,8 @@ fn volumes_that_a_crash_took_after_their_launch_are_made_again_as_they_were() {
     let root = launched[0].describe().attachments[0].volume_id.to_string();
     // Before the volumes are noted as durable.
     let at_launch = store.copy();
+    // There is something to lose.
+    ask(&launched[0], "write 0 0 word", "wrote");
 
     for lost in [&[][..], &["log"], &["log", "overlay"]] {
         let (_after, copy, kept) = crash(dir.path(), &at_launch, &root, lost);

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::{check, disk, everything, files, launch, open, register, told, try_open};
+use common::{ask, check, disk, everything, files, launch, open, register, told, try_open};
 use instance_core::{Error, ErrorKind};
 
 /// A region with an image and a stopped instance, closed.
@@ -17,6 +17,8 @@ fn region() -> (tempfile::TempDir, PathBuf) {
     let path = dir.path().join("region");
     let region = open(&path);
     let instance = launch(&region, &register(&region, "base-image", &disk(1, 1)).unwrap()).unwrap();
+    // Its volumes are durable, and there is nothing to make again.
+    ask(&instance, "write 0 0 word", "wrote");
     instance.stop(std::time::Duration::ZERO).unwrap();
     (dir, path)
 }

@@ -10,14 +10,15 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ami_core::X86_64;
+use ami_core::{Ami, X86_64};
 use common::{ask, check, disk, everything, files, launch, open, register, skip};
 use instance_core::machine::{
     Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, Runs,
 };
-use instance_core::testing::FakeHypervisor;
+use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    Capacity, Error, ErrorKind, InstanceState, InstanceType, LaunchSpec, Region, RegionOptions,
+    Capacity, DirectBoot, Error, ErrorKind, ImageSource, InstanceState, InstanceType, LaunchSpec, Region,
+    RegionOptions,
 };
 
 /// A file system of a fixed size, unmounted at the end.
@@ -103,7 +104,8 @@ fn launches_that_do_not_fit_leave_nothing() {
     let Some(small) = Small::mount(16 << 10) else { return };
     let dir = small.region();
     let ami = register(&open(&dir), "base", &disk(1, 1)).unwrap();
-    for kib in [0, 4, 8, 12, 36, 40, 44, 48] {
+    // The data volume, which outlives its instance, is made at once.
+    for kib in [0, 4, 8, 12, 28] {
         let region = open(&dir);
         let before = everything(&region, &dir);
         small.leave(kib);
@@ -113,6 +115,36 @@ fn launches_that_do_not_fit_leave_nothing() {
         unchanged(region, &dir, &before);
     }
     launch(&open(&dir), &ami).unwrap();
+}
+
+/// It is made when the guest writes to it, who is told then, and again when there is room.
+#[test]
+fn a_volume_that_does_not_fit_is_made_when_it_does() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let dir = small.region();
+    let region = open(&dir);
+    let image = disk(1, 1);
+    let source = ImageSource::new(&image).boot(DirectBoot::new(tiny_elf(), None, ""));
+    let ami = region.register_image(Ami::<X86_64>::builder("root alone"), source).unwrap();
+    small.leave(0);
+    let instance = launch(&region, &ami).unwrap();
+    for _ in 0..2 {
+        ask(&instance, "write 0 0 word", "error");
+        assert_eq!(std::fs::read_dir(dir.join("volumes")).unwrap().count(), 0);
+        ask(&instance, "read 0 0", "data");
+    }
+    instance.reboot().unwrap();
+    instance.stop(Duration::ZERO).unwrap();
+    instance.start().unwrap();
+    ask(&instance, "write 0 0 word", "error");
+    small.relieve();
+    ask(&instance, "write 0 0 word", "wrote");
+    let id = instance.id();
+    drop((instance, region));
+    let region = open(&dir);
+    let instance = region.instance(id).unwrap();
+    instance.start().unwrap();
+    ask(&instance, "read 0 0", "data word");
 }
 
 #[test]

@@ -123,7 +123,7 @@ impl fmt::Debug for Keys {
     }
 }
 
-/// How a [`Volume`] is made: as [`Volume::create`] does it, or encrypted.
+/// How a [`Volume`] is made: as [`Volume::create`] does it, or encrypted, or when it is first written.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -180,5 +180,50 @@ impl VolumeOptions {
     pub fn create_unsynced(&self, dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Volume> {
         let key = self.key.as_ref().or_else(|| base?.root.key());
         Volume::create_with(dir, base, size, key)
+    }
+
+    /// Makes a volume of which nothing is on the disk before it is needed there: its files are made by the first write or
+    /// discard that changes anything, and by whatever makes it durable, which are flushes,
+    /// [`Volume::sync_created`] and [`Volume::grow`]. A volume that is encrypted is made at once, as
+    /// [`create_unsynced`](Self::create_unsynced) does it.
+    ///
+    /// For those who have a record of `dir`, `base` and `size`, and who make the volume again when it is not there: until its
+    /// files are made nothing is left of it but that record, neither by a crash nor by the last handle that goes. `made` is
+    /// called when they have been, in the thread for which they were; it does not wait. From then on the record is not all
+    /// there is to know, and who has it may want the volume to be durable soon: what is half there after a crash was not
+    /// flushed. Nobody else uses `dir`, which no lock keeps meanwhile.
+    ///
+    /// ```
+    /// use std::sync::mpsc::channel;
+    /// use storage_block::VolumeOptions;
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let (tell, told) = channel();
+    /// let made = move || tell.send(()).unwrap_or_default();
+    /// let volume = VolumeOptions::new().create_on_write(&dir.path().join("vol"), None, 1 << 30, made)?;
+    /// assert!(!volume.has_files() && !volume.dir().exists());
+    /// volume.disk().read_at(&mut [0; 512], 0)?;
+    /// assert!(told.try_recv().is_err());
+    /// volume.disk().write_at(&[1; 512], 0)?;
+    /// assert!(volume.has_files() && told.try_recv().is_ok());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) and [`AlreadyExists`](crate::ErrorKind::AlreadyExists) as
+    /// [`Volume::create`]. What else that says, [`NoSpace`](crate::ErrorKind::NoSpace) say, comes of what needs the files. That
+    /// has done nothing then, and may be tried again.
+    pub fn create_on_write(
+        &self,
+        dir: &Path,
+        base: Option<&Snapshot>,
+        size: u64,
+        made: impl FnOnce() + Send + 'static,
+    ) -> Result<Volume> {
+        if self.key.is_some() || base.is_some_and(Snapshot::encrypted) {
+            return self.create_unsynced(dir, base, size);
+        }
+        Volume::create_without_files(dir, base, size, made)
     }
 }

@@ -111,7 +111,7 @@ impl<H> Region<H> {
     /// name that breaks the rule, or what the host met.
     pub fn copy_image(&self, id: AmiId, name: &str) -> Result<AnyAmi> {
         let inner = &self.inner;
-        let _naming = inner.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = inner.naming.write().unwrap_or_else(PoisonError::into_inner);
         let ImageRecord { image, boot, .. } = inner.image(id)?;
         let mut copy = image.copy_to(self.account(), &inner.region.name, name)?;
         copy.set_state(ImageState::Available)?;
@@ -274,7 +274,7 @@ impl Inner {
             }
         }
         let boot = boot.map(|(plan, files)| self.boot.copy_of(plan, &files)).transpose()?;
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let copy = copy_of(manifest.with_block_devices(disks)?)?;
         let ami = copy.ami().clone();
         self.store.commit(|c| {

@@ -138,7 +138,8 @@ impl Live {
     }
 
     /// Ends the machine and makes durable what its guest has written: a guest is told that a write
-    /// is done when the volume has it, and no end of its machine takes that back.
+    /// is done when the volume has it, and no end of its machine takes that back. A volume to which it has written nothing
+    /// takes no space for that.
     pub(crate) fn end_machine(&mut self) -> Result<()> {
         self.end_machine_of(|_| true)?;
         self.note_durable();
@@ -150,8 +151,8 @@ impl Live {
         self.machine = None;
         let volumes = self.record.description.attachments.iter().zip(&self.volumes);
         // All of them, also if one fails.
-        let flushed: Vec<_> =
-            volumes.filter(|(a, _)| keep(a)).map(|(_, volume)| volume.disk().flush()).collect();
+        let written = volumes.filter(|(a, volume)| keep(a) && volume.has_files());
+        let flushed: Vec<_> = written.map(|(_, volume)| volume.disk().flush()).collect();
         let flushed: Result<(), _> = flushed.into_iter().collect();
         flushed.map_err(|e| Error::storage(e, "cannot flush a volume"))
     }
@@ -159,16 +160,19 @@ impl Live {
     /// Makes the volumes durable that its launch made, unless they are known to be. They are open.
     pub(crate) fn settle(&mut self) -> Result<()> {
         if !self.record.launched {
-            let synced = self.volumes.iter().try_for_each(Volume::sync_created);
+            // All of them, also if one fails.
+            let synced: Vec<_> = self.volumes.iter().map(Volume::sync_created).collect();
+            let synced: Result<(), _> = synced.into_iter().collect();
             synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
             self.note_durable();
         }
         Ok(())
     }
 
-    /// All volumes that are open are durable. Nothing is known of those that are not.
+    /// All volumes that are open and have files are durable. Nothing is known of those that are not open.
     fn note_durable(&mut self) {
-        if self.volumes.len() == self.record.description.attachments.len() {
+        let all = self.volumes.len() == self.record.description.attachments.len();
+        if all && self.volumes.iter().all(Volume::has_files) {
             self.record.launched = true;
         }
     }
@@ -186,7 +190,7 @@ fn words(by: Transition) -> &'static str {
 /// The right to act on an instance.
 ///
 /// While it is held the supervisor leaves the instance alone, so a machine that ends meanwhile is
-/// reported again when the hold is given up, as is one whose volumes are not known to be durable.
+/// reported again when the hold is given up, as is one whose volumes were written and are not known to be durable.
 pub(crate) struct Hold<'a> {
     id: InstanceId,
     live: Option<MutexGuard<'a, Live>>,
@@ -216,10 +220,10 @@ impl std::ops::DerefMut for Hold<'_> {
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
         let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
-        let unsettled = !self.record.launched && !self.volumes.is_empty();
+        let unsettled = !self.record.launched && self.volumes.iter().any(Volume::has_files);
         self.live = None;
         if unsettled {
-            self.reports.launched(self.id);
+            self.reports.written(self.id);
         }
         // Looked at only after the lock is free: an end after this look finds the supervisor able
         // to act on it.

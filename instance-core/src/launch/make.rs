@@ -1,16 +1,25 @@
 //! Making what a launch asks for: volumes, machines and their records, or nothing.
 
+use ami_core::{InstanceId, VolumeId};
 use storage_block::{Snapshot, Volume, VolumeOptions};
 
 use super::Launching;
 use super::plan::Planned;
-use crate::description::StateReason;
+use crate::description::{Attachment, StateReason};
 use crate::error::chain;
 use crate::instance::{Cell, Hold};
 use crate::machine::Boot;
 use crate::record::{InstanceRecord, VolumeRecord};
 use crate::region::{Inner, StateChange};
+use crate::volumes::volume_not_found;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
+
+/// When the files of a volume are made.
+pub(crate) enum When {
+    Now,
+    /// With the first write to it, or what else needs them, after which all volumes of this instance are to become durable.
+    Written(InstanceId),
+}
 
 impl Inner {
     /// Makes volumes, machines and records, and says of each instance what came of it; an error if fewer than
@@ -20,7 +29,7 @@ impl Inner {
     /// be made again. See [`InstanceRecord::launched`].
     pub(super) fn make(&self, launching: &mut [Launching<'_>], boot: &Boot, min: usize) -> Result<()> {
         for one in launching.iter_mut() {
-            one.done = match self.make_volumes(one.planned) {
+            one.done = match self.make_volumes(one.cell.id, one.planned) {
                 Ok(volumes) => {
                     one.hold.volumes = volumes;
                     self.power_on(one.cell, &mut one.hold, boot.clone())
@@ -38,12 +47,33 @@ impl Inner {
         Ok(())
     }
 
-    fn make_volumes(&self, planned: &[Planned]) -> Result<Vec<Volume>> {
-        planned.iter().map(|p| self.make_volume(&p.record, p.encrypted)).collect()
+    fn make_volumes(&self, instance: InstanceId, planned: &[Planned]) -> Result<Vec<Volume>> {
+        let make = |planned: &Planned| {
+            // What goes on without its instance must not depend on what that says, nor on the disk's room at that moment.
+            let when = match planned.attachment.delete_on_termination {
+                true => When::Written(instance),
+                false => When::Now,
+            };
+            self.make_volume(&planned.record, planned.encrypted, when)
+        };
+        planned.iter().map(make).collect()
+    }
+
+    /// Whether there is nothing of a volume of an instance that is not [`launched`](InstanceRecord::launched), and need not
+    /// be.
+    pub(crate) fn is_unwritten(&self, attachment: &Attachment) -> bool {
+        let there = self.paths.volume(attachment.volume_id).try_exists().unwrap_or(true);
+        attachment.delete_on_termination && !there
+    }
+
+    /// Makes such a volume as its launch made it.
+    pub(crate) fn make_unwritten(&self, instance: InstanceId, id: VolumeId) -> Result<Volume> {
+        let record = self.store.get::<VolumeRecord>(&id.to_string())?.ok_or_else(|| volume_not_found(id))?;
+        self.make_volume(&record, record.kms_key_id.is_some(), When::Written(instance))
     }
 
     /// Makes the volume that the record speaks of, which is [not durable yet](Volume::create_unsynced).
-    pub(crate) fn make_volume(&self, record: &VolumeRecord, encrypted: bool) -> Result<Volume> {
+    pub(crate) fn make_volume(&self, record: &VolumeRecord, encrypted: bool, when: When) -> Result<Volume> {
         let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));
         let base = record.base.map(|digest| self.content(&digest)).transpose()?;
         // What begins as encrypted content stays under the key of that.
@@ -54,7 +84,16 @@ impl Inner {
             }
             false => VolumeOptions::new(),
         };
-        options.create_unsynced(&self.paths.volume(record.id), base.as_ref(), record.size).map_err(failed)
+        let dir = self.paths.volume(record.id);
+        let made = match when {
+            When::Now => options.create_unsynced(&dir, base.as_ref(), record.size),
+            When::Written(instance) => {
+                let reports = self.supervisor.reports();
+                let told = move || reports.written(instance);
+                options.create_on_write(&dir, base.as_ref(), record.size, told)
+            }
+        };
+        made.map_err(failed)
     }
 
     /// Commits all instances that run, and all that is theirs, in one: what a crash leaves of a launch is all

@@ -20,6 +20,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 
 use self::in_flight::Flight;
 pub(crate) use self::in_flight::{InFlight, Needs};
+pub(crate) use self::make::When;
 use self::parameters::Parameters;
 pub(crate) use self::parameters::{Launch, digest_of};
 use self::plan::Planned;
@@ -221,7 +222,7 @@ impl Inner {
         let checked = launch.check()?;
         let (image, spec) = (launch.image, &launch.parameters);
         self.find_what_boots(image)?;
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.naming.read().unwrap_or_else(PoisonError::into_inner);
         let record = self.image(image)?;
         record.image.authorize(&owner, Action::Launch).map_err(|e| match e.kind() {
             ami_core::ErrorKind::AuthFailure if launch.dry_run => {
@@ -391,7 +392,7 @@ impl Inner {
                 self.boot.keep_from_disk(&self.content(&content)?.disk())?
             }
         };
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let record = ImageRecord { boot: Some(plan), ..self.image(id)? };
         self.store.commit(|c| c.put(&record))
     }

@@ -85,9 +85,9 @@ pub(crate) struct Inner {
     pub(crate) making_images: RwLock<()>,
     /// Something that was being made has failed, and what is left of it has not been collected.
     pub(crate) half_made: AtomicBool,
-    /// Held for the moment in which a launch looks at its image and names what it needs of it, and for that
-    /// in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
-    pub(crate) naming: Mutex<()>,
+    /// Held for reading for the moment in which a launch looks at its image and names what it needs of it, and for writing for
+    /// that in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
+    pub(crate) naming: RwLock<()>,
     /// Held while the record of a volume or a snapshot is looked at and changed. Taken after an instance and
     /// after `naming`, where these are held too.
     pub(crate) resources: Mutex<()>,
@@ -146,7 +146,7 @@ impl Inner {
             boot,
             making_images: RwLock::default(),
             half_made: AtomicBool::new(false),
-            naming: Mutex::default(),
+            naming: RwLock::default(),
             resources: Mutex::default(),
             listeners: Mutex::default(),
             paths,

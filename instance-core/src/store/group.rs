@@ -116,20 +116,21 @@ impl Group {
     }
 
     /// Writes what a batch wants and tells each of its members.
-    fn write(&self, batch: Vec<Waiting>) {
-        if let [one] = &batch[..] {
-            one.turn.tell(News::Done(self.contained(&one.changes, one.durability)));
-            return;
-        }
+    fn write(&self, mut batch: Vec<Waiting>) {
         let immediate = batch.iter().any(|one| one.durability == Durability::Immediate);
         let durability = if immediate { Durability::Immediate } else { Durability::Eventual };
-        let all: Vec<Change> = batch.iter().flat_map(|one| one.changes.iter().cloned()).collect();
-        match self.contained(&all, durability) {
-            Ok(()) => batch.iter().for_each(|one| one.turn.tell(News::Done(Ok(())))),
+        let parts: Vec<usize> = batch.iter().map(|one| one.changes.len()).collect();
+        let all: Vec<Change> = batch.iter_mut().flat_map(|one| std::mem::take(&mut one.changes)).collect();
+        match (self.contained(&all, durability), &batch[..]) {
+            (done, [one]) => one.turn.tell(News::Done(done)),
+            (Ok(()), _) => batch.iter().for_each(|one| one.turn.tell(News::Done(Ok(())))),
             // What one of them cannot have, the others may: a removal needs no space on a full disk.
-            Err(_) => {
-                for one in batch {
-                    one.turn.tell(News::Done(self.contained(&one.changes, one.durability)));
+            (Err(_), _) => {
+                let mut rest = &all[..];
+                for (one, part) in batch.iter().zip(parts) {
+                    let (changes, others) = rest.split_at(part);
+                    one.turn.tell(News::Done(self.contained(changes, one.durability)));
+                    rest = others;
                 }
             }
         }

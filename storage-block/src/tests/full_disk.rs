@@ -14,13 +14,13 @@ use crate::testing::compare;
 use crate::{ErrorKind, Store, Volume};
 
 /// A file system of a fixed size, unmounted at the end.
-pub(super) struct Small(
-    pub(super) PathBuf,
+pub(crate) struct Small(
+    pub(crate) PathBuf,
     #[expect(dead_code, reason = "removes the directory")] tempfile::TempDir,
 );
 
 impl Small {
-    pub(super) fn mount(kib: u64) -> Option<Self> {
+    pub(crate) fn mount(kib: u64) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let option = format!("size={kib}k");
         let mount =

@@ -213,7 +213,10 @@ impl History {
             let volume = options.create(&path, base.as_ref(), size)?;
             self.volumes.push((at, volume));
         } else {
-            let volume = options.create_unsynced(&path, base.as_ref(), size)?;
+            let volume = match at % 2 == 0 {
+                true => options.create_unsynced(&path, base.as_ref(), size)?,
+                false => options.create_on_write(&path, base.as_ref(), size, || ())?,
+            };
             self.volumes.push((at, volume));
             let last = self.volumes.len() - 1;
             // Durable with its first flush, or because it is asked to be.

@@ -26,6 +26,7 @@ mod verification;
 
 use std::path::Path;
 
+pub(crate) use self::full_disk::Small;
 use crate::testing::Random;
 use crate::{Disk, MemoryDisk};
 

@@ -94,7 +94,11 @@ impl Model {
             }
             _ => {}
         }
-        let volume = options.create(&dir, base.as_ref(), oracle.len() as u64).unwrap();
+        let size = oracle.len() as u64;
+        let volume = match self.random.below(2) {
+            0 => options.create(&dir, base.as_ref(), size).unwrap(),
+            _ => options.create_on_write(&dir, base.as_ref(), size, || ()).unwrap(),
+        };
         compare(&volume.disk(), &oracle, "a new clone");
         self.volumes.push((volume, oracle));
     }

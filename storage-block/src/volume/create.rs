@@ -3,14 +3,12 @@
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use super::{Inner, Names, OVERLAY, Volume, check_size, mark};
-use crate::format::VolumeKey;
-use crate::fs::{self, File};
+use super::{Files, Inner, Names, Told, Volume, check_size, mark};
 use crate::keys::EncryptionKey;
 use crate::log::Log;
 use crate::map::StateMap;
 use crate::options::VolumeOptions;
-use crate::store::{Locked, lock, parent, sync_at_once, sync_dir};
+use crate::store::{lock, parent, sync_at_once, sync_dir};
 use crate::{Error, Result, Snapshot};
 
 impl Volume {
@@ -57,91 +55,61 @@ impl Volume {
         size: u64,
         key: Option<&EncryptionKey>,
     ) -> Result<Self> {
-        check_size(size)?;
-        if base.is_some_and(|base| base.size() > size) {
-            return Err(Error::invalid_size(size, "is less than that of the snapshot"));
-        }
-        let new = match fs::create_dir(dir) {
-            Ok(()) => true,
-            // A mark beside it is that of a volume whose files a crash has taken.
-            Err(e)
-                if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() && !mark::is_there(dir)? =>
-            {
-                false
-            }
-            Err(e) => return Err(Error::io(e, format!("cannot create {}", dir.display()))),
-        };
-        let path = dir.join(OVERLAY);
-        let overlay = File::create_new(&path).map_err(|e| {
-            if new {
-                let _ = fs::remove_dir(dir);
-            }
-            Error::io(e, format!("cannot create {}", path.display()))
-        })?;
-        if new {
-            mark::discard(dir);
-        }
-        let created = Self::create_files(dir, overlay, base, size, key);
-        if let Ok(volume) = &created {
-            *lock(&volume.0.names) = Names::New { own_dir: new };
-        }
-        if created.is_err() {
-            let _ = Log::remove(dir);
-            let _ = fs::remove_file(&path);
-            if new {
-                let _ = fs::remove_dir(dir);
-            }
-        }
-        created
+        check_sizes(base, size)?;
+        let files = Files::create(dir, base.map(Snapshot::digest), size, key)?;
+        Ok(Self::new(dir, base.cloned(), size, key.cloned(), StateMap::default(), Some(files)))
     }
 
-    fn create_files(
+    pub(crate) fn create_without_files(
         dir: &Path,
-        overlay: File,
         base: Option<&Snapshot>,
         size: u64,
-        key: Option<&EncryptionKey>,
+        made: impl FnOnce() + Send + 'static,
     ) -> Result<Self> {
-        let overlay = Locked::lock(overlay, &dir.join(OVERLAY))?;
-        overlay.set_len(size).map_err(|e| {
-            Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
-        })?;
-        let volume_key = key.map(VolumeKey::new).transpose()?;
-        let log = Log::create(dir, size, base.map(Snapshot::digest), volume_key)?;
-        Ok(Self::new(dir, base.cloned(), overlay, StateMap::default(), log, key.cloned()))
+        check_sizes(base, size)?;
+        if dir.symlink_metadata().is_ok() {
+            let there = std::io::ErrorKind::AlreadyExists.into();
+            return Err(Error::io(there, format!("cannot create {}", dir.display())));
+        }
+        let volume = Self::new(dir, base.cloned(), size, None, StateMap::default(), None);
+        *lock(&volume.0.told) = Told::new(made);
+        Ok(volume)
     }
 
     /// Makes a volume durable to which nothing has been written, by its mark where there can be one.
     pub(crate) fn sync_untouched(&self) -> Result<()> {
-        let log = lock(&self.0.log);
-        let blank =
-            (*lock(&self.0.names) == Names::New { own_dir: true }).then(|| log.blank_name()).flatten();
+        let files = self.0.files()?;
+        let log = lock(&files.log);
+        let blank = (*lock(&files.names) == Names::New { own_dir: true }).then(|| log.blank_name()).flatten();
         // What was in a directory before might come back, and be taken for a part of the volume.
         if blank.is_none_or(|name| mark::make(&self.0.dir, name).is_err()) {
-            return self.0.sync_new(&log);
+            return self.0.sync_new(files, &log);
         }
         sync_dir(parent(&self.0.dir))?;
-        *lock(&self.0.names) = Names::Marked;
+        *lock(&files.names) = Names::Marked;
         Ok(())
     }
 
-    /// Makes a volume durable that was [created unsynced](Self::create_unsynced), as it was then. Does nothing to any
+    /// Makes a volume durable that was [created unsynced](Self::create_unsynced), as it was then, or that is
+    /// [made when it is written](VolumeOptions::create_on_write), whether or not it was. Does nothing to any
     /// other, nor to one that was flushed since.
     ///
     /// # Errors
     ///
-    /// What the file system says. The volume may then be there after a crash, or not, and no flush succeeds any more.
+    /// What the file system says. The volume may then be there after a crash, or not, and no flush succeeds any more, unless
+    /// its files could not be made.
     pub fn sync_created(&self) -> Result<()> {
-        let log = lock(&self.0.log);
+        let files = self.0.files()?;
+        let log = lock(&files.log);
         self.0.check_durable()?;
-        self.0.sync_new(&log)
+        self.0.sync_new(files, &log)
     }
 }
 
 impl Inner {
     /// Makes the names durable by which a new volume is found: what is flushed is worth nothing without them.
-    pub(super) fn sync_new(&self, log: &Log) -> Result<()> {
-        let mut state = lock(&self.names);
+    pub(super) fn sync_new(&self, files: &Files, log: &Log) -> Result<()> {
+        let mut state = lock(&files.names);
         let dir = &self.dir;
         // None of them relies on another: before this returns nobody has been promised anything.
         let names: [&(dyn Fn() -> Result<()> + Sync); 2] = [&|| sync_dir(parent(dir)), &|| sync_dir(dir)];
@@ -156,5 +124,15 @@ impl Inner {
             Err(_) => self.failed.store(true, Ordering::Release),
         }
         synced
+    }
+}
+
+fn check_sizes(base: Option<&Snapshot>, size: u64) -> Result<()> {
+    check_size(size)?;
+    match base {
+        Some(base) if base.size() > size => {
+            Err(Error::invalid_size(size, "is less than that of the snapshot"))
+        }
+        _ => Ok(()),
     }
 }

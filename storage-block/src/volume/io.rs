@@ -26,7 +26,7 @@ impl Inner {
             let (part, rest) = buf.split_at_mut(len as usize);
             match (state, &self.base) {
                 (State::Overlay, _) => {
-                    let read = self.overlay.read_at(part, offset);
+                    let read = self.files()?.overlay.read_at(part, offset);
                     read.map_err(|e| self.io(e, "read"))?;
                 }
                 (State::Base, Some(base)) => base.read(part, offset)?,
@@ -43,7 +43,7 @@ impl Inner {
         let (state, count) = self.map.run(offset / BLOCK, (within + len).div_ceil(BLOCK));
         let len = (count * BLOCK - within).min(len);
         match (state, &self.base) {
-            (State::Overlay, _) => match self.overlay.for_reading() {
+            (State::Overlay, _) => match self.files.get().and_then(|files| files.overlay.for_reading()) {
                 Some(file) => Extent::File { file, offset, len },
                 None => Extent::Backend { len },
             },
@@ -125,9 +125,10 @@ impl Inner {
     fn write_in_place(&self, gate: &Gate, bufs: &mut [IoBuf<'_>], offset: u64, len: u64) -> Result<()> {
         let first = offset / BLOCK;
         let count = (offset + len).div_ceil(BLOCK) - first;
+        let files = self.files()?;
         // Before: a write that fails may have written something.
         gate.mark(first, count);
-        self.overlay.write_vectored_at(bufs, offset).map_err(|e| self.io(e, "write"))?;
+        files.overlay.write_vectored_at(bufs, offset).map_err(|e| self.io(e, "write"))?;
         self.change(first, count, State::Overlay);
         self.dirty.store(true, Ordering::Release);
         Ok(())
@@ -192,7 +193,7 @@ impl Inner {
                     gate.mark(at, count);
                     self.change(at, count, State::Zero);
                     // Whether or not the space comes back, the blocks are zero.
-                    let _ = self.overlay.punch(at * BLOCK, count * BLOCK);
+                    let _ = self.files()?.overlay.punch(at * BLOCK, count * BLOCK);
                 }
             }
             at += count;
@@ -211,6 +212,8 @@ impl Inner {
                 break;
             }
             let stop = stored.end.div_ceil(BLOCK).min(end);
+            // What is zero has to be logged.
+            self.files()?;
             gate.mark(start, stop - start);
             self.change(start, stop - start, State::Zero);
             first = stop;
@@ -235,19 +238,20 @@ impl Inner {
     }
 
     fn flush(&self) -> Result<()> {
-        let mut log = lock(&self.log);
+        let files = self.files()?;
+        let mut log = lock(&files.log);
         self.check_durable()?;
-        if self.is_deleted() {
+        if files.are_deleted() {
             return Ok(());
         }
-        self.sync_new(&log)?;
+        self.sync_new(files, &log)?;
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
         // Whatever is on the list was written before, so its bytes are durable when the log says so.
         let pending = std::mem::take(&mut *lock(&self.pending));
         let anew = pending.dropped.then(|| self.map.runs(0, self.size() / BLOCK));
-        if let Err(e) = self.overlay.file().sync_data() {
+        if let Err(e) = files.overlay.file().sync_data() {
             self.failed.store(true, Ordering::Release);
             return Err(self.io(e, "flush"));
         }
@@ -366,7 +370,7 @@ impl BlockBackend for Volume {
             discard_frees: true,
             cheap_zeroes: true,
             knows_holes: true,
-            in_files: self.0.overlay.for_reading().is_some(),
+            in_files: !self.encrypted(),
             ..Capabilities::default()
         }
     }

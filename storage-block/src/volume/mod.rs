@@ -2,6 +2,9 @@
 
 mod changes;
 mod create;
+mod files;
+#[cfg(test)]
+mod files_tests;
 mod io;
 mod mark;
 #[cfg(test)]
@@ -13,11 +16,12 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use ami_core::Digest;
 
 pub(crate) use self::changes::Changes;
+use self::files::{Files, Names, Told};
 use self::io::Pending;
 pub use self::snapshot::FrozenVolumes;
 use self::snapshot::Last;
@@ -27,7 +31,6 @@ use crate::fs;
 use crate::keys::{EncryptionKey, KeyContext};
 use crate::log::{AppendError, Log};
 use crate::map::StateMap;
-use crate::overlay::Overlay;
 use crate::store::{Locked, lock, parent, sync_dir};
 use crate::{Disk, Error, ErrorKind, Result, Snapshot, Store};
 
@@ -79,7 +82,10 @@ struct Inner {
     /// It never shrinks.
     size: AtomicU64,
     base: Option<Snapshot>,
-    overlay: Overlay,
+    /// None, of a volume that gets them when it is first written.
+    files: OnceLock<Files>,
+    /// Held while they are made then.
+    told: Mutex<Told>,
     /// Of an encrypted volume.
     key: Option<EncryptionKey>,
     map: StateMap,
@@ -91,26 +97,10 @@ struct Inner {
     /// The last snapshot that was made of the volume, of which it differs in what the gate has.
     last: Mutex<Option<Last>>,
     pending: Mutex<Pending>,
-    log: Mutex<Log>,
     /// Something was written since the last flush began.
     dirty: AtomicBool,
-    /// How durable its names are. Asked under the log's lock.
-    names: Mutex<Names>,
     /// A synchronisation has failed.
     failed: AtomicBool,
-}
-
-/// How durable the names are by which a volume is found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Names {
-    /// All of them.
-    Durable,
-    /// Its [mark](mark) is, and its directory's name.
-    Marked,
-    /// Nobody has synchronised any. Whether the directory was made for it.
-    New { own_dir: bool },
-    /// It has none any more: what stands there by now is another volume's.
-    Gone,
 }
 
 /// What who passes the gate has to do.
@@ -168,7 +158,9 @@ impl Volume {
             .as_ref()
             .map(|key| store.0.unlock(&key.wrapped, &KeyContext::volume(&key.salt)))
             .transpose()?;
-        let volume = Self::new(dir, base, overlay, map, log, key);
+        let size = header.size;
+        let files = Files::new(overlay, log, key.as_ref(), Names::Durable);
+        let volume = Self::new(dir, base, size, key, map, Some(files));
         match closing {
             Some(closing) => volume.0.resume(closing, store),
             // Who had it before may have died with writes that no flush has covered, and they are read now.
@@ -180,27 +172,24 @@ impl Volume {
     fn new(
         dir: &Path,
         base: Option<Snapshot>,
-        overlay: Locked,
-        map: StateMap,
-        log: Log,
+        size: u64,
         key: Option<EncryptionKey>,
+        map: StateMap,
+        files: Option<Files>,
     ) -> Self {
-        let xts = log.header().key.as_ref().zip(key.as_ref()).map(|(stored, key)| key.overlay(&stored.salt));
-        let overlay = Overlay::new(overlay, xts);
         Self(Arc::new(Inner {
             dir: dir.to_owned(),
-            size: AtomicU64::new(log.header().size),
+            size: AtomicU64::new(size),
             base,
-            overlay,
+            files: files.map_or_else(OnceLock::new, OnceLock::from),
+            told: Mutex::default(),
             key,
             map,
             gate: RwLock::default(),
             freeze: Freeze::default(),
             last: Mutex::default(),
             pending: Mutex::default(),
-            log: Mutex::new(log),
             dirty: AtomicBool::new(false),
-            names: Mutex::new(Names::Durable),
             failed: AtomicBool::new(false),
         }))
     }
@@ -236,17 +225,18 @@ impl Volume {
     /// then, until the volume is opened again: if it was the last synchronisation that failed, it may then be the new one.
     pub fn grow(&self, size: u64) -> Result<()> {
         let inner = &*self.0;
-        let mut log = lock(&inner.log);
-        inner.check_durable()?;
         check_size(size)?;
+        let files = inner.files()?;
+        let mut log = lock(&files.log);
+        inner.check_durable()?;
         let old = inner.size();
         if size <= old {
             let less = || Error::invalid_size(size, "is less than that of the volume");
             return if size == old { Ok(()) } else { Err(less()) };
         }
-        inner.sync_new(&log)?;
-        inner.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
-        let logged = if inner.is_deleted() { Ok(()) } else { log.grow(size) };
+        inner.sync_new(files, &log)?;
+        files.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
+        let logged = if files.are_deleted() { Ok(()) } else { log.grow(size) };
         match logged {
             Ok(()) => {
                 inner.size.store(size, Ordering::Release);
@@ -254,7 +244,7 @@ impl Volume {
             }
             Err(AppendError::Write(error)) => {
                 // Nobody has written there, and opening would do it too.
-                let _ = inner.overlay.file().set_len(old);
+                let _ = files.overlay.file().set_len(old);
                 Err(error)
             }
             Err(AppendError::Sync(error)) => {
@@ -272,6 +262,12 @@ impl Volume {
     /// The snapshot that the volume began as. The store must keep it for as long as there is the volume.
     pub fn base(&self) -> Option<Digest> {
         self.0.base.as_ref().map(Snapshot::digest)
+    }
+
+    /// Whether there is anything of it on the disk: always, but for one that
+    /// [is made when it is written](crate::VolumeOptions::create_on_write) and has not been.
+    pub fn has_files(&self) -> bool {
+        self.0.files.get().is_some()
     }
 
     /// Whether it is encrypted at rest.
@@ -295,10 +291,15 @@ impl Volume {
     ///
     /// What the file system says.
     pub fn delete(self) -> Result<()> {
+        // There is nothing of it, nor anybody who could write to it.
+        if !self.has_files() && Arc::strong_count(&self.0) == 1 {
+            return Ok(());
+        }
+        let files = self.0.files()?;
         // Nobody flushes meanwhile, and from then on nobody names a file.
-        let _log = lock(&self.0.log);
+        let _log = lock(&files.log);
         remove_files(&self.0.dir)?;
-        *lock(&self.0.names) = Names::Gone;
+        *lock(&files.names) = Names::Gone;
         Ok(())
     }
 
@@ -320,11 +321,6 @@ impl Volume {
 impl Inner {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
-    }
-
-    /// Whether nobody is going to open it again. That does not change while the log is locked.
-    fn is_deleted(&self) -> bool {
-        *lock(&self.names) == Names::Gone
     }
 }
 

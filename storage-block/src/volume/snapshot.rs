@@ -220,10 +220,11 @@ impl Inner {
 
     /// Leaves word of what was written since the last snapshot, so that the next need not look for it.
     pub(super) fn close(&self) {
+        let Some(files) = self.files.get() else { return };
         let (gate, last) = (read(&self.gate), lock(&self.last));
         let (Some(changes), Some(last)) = (&gate.changes, &*last) else { return };
         let changed = changes.chunks().map(|chunk| (chunk, changes.of_chunk(chunk))).collect();
-        if let Err(error) = lock(&self.log).close(&Closing { last: last.digest, changed }) {
+        if let Err(error) = lock(&files.log).close(&Closing { last: last.digest, changed }) {
             tracing::debug!(volume = %self.dir.display(), %error, "the next snapshot will compare more");
         }
     }

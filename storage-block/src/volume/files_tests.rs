@@ -1,0 +1,232 @@
+//! Volumes that are made when they are written.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::Volume;
+use crate::keys::LocalKey;
+use crate::testing::compare;
+use crate::tests::Small;
+use crate::{ErrorKind, MemoryDisk, Snapshot, Store, StoreOptions, VolumeOptions};
+
+const SIZE: u64 = 1 << 20;
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    store: Store,
+    base: Snapshot,
+    told: Arc<AtomicUsize>,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Arc::new(LocalKey::from_bytes([1; 32]));
+        let store = Store::open_with(dir.path().join("store"), &StoreOptions::new().keys(keys)).unwrap();
+        let image = MemoryDisk::from_vec(vec![7; SIZE as usize]).unwrap().into_disk();
+        let (base, _) = store.import(&image, &mut |_| ()).unwrap();
+        Self { dir, store, base, told: Arc::default() }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("vol")
+    }
+
+    fn make_in(&self, path: &Path, base: Option<&Snapshot>) -> Volume {
+        let told = self.told.clone();
+        let made = move || drop(told.fetch_add(1, Ordering::SeqCst));
+        VolumeOptions::new().create_on_write(path, base, 2 * SIZE, made).unwrap()
+    }
+
+    fn make(&self) -> Volume {
+        self.make_in(&self.path(), Some(&self.base))
+    }
+
+    fn told(&self) -> usize {
+        self.told.load(Ordering::SeqCst)
+    }
+
+    /// As it is when it is new.
+    fn new_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![7; SIZE as usize];
+        bytes.resize(2 * SIZE as usize, 0);
+        bytes
+    }
+
+    fn reopen(&self, volume: Volume) -> Volume {
+        drop(volume);
+        Volume::open(&self.path(), &self.store).unwrap()
+    }
+}
+
+#[test]
+fn nothing_is_made_for_one_that_is_not_written() {
+    let fixture = Fixture::new();
+    let volume = fixture.make();
+    let disk = volume.disk();
+    compare(&disk, &fixture.new_bytes(), "a new one");
+    // Zeroes over zeroes change nothing, nor does a snapshot, which is of what it began as.
+    disk.discard(SIZE, SIZE).unwrap();
+    disk.write_zeroes(SIZE + 4096, 8192).unwrap();
+    let (snapshot, stats) = volume.snapshot(&fixture.store).unwrap();
+    compare(&snapshot.disk(), &fixture.new_bytes(), "a snapshot");
+    assert_eq!(stats.changed_bytes, 0);
+    assert!(!volume.has_files() && !fixture.path().exists());
+    drop((disk, volume));
+    assert!(!fixture.path().exists());
+    // One that is deleted needs no disk for it.
+    fixture.make().delete().unwrap();
+    assert_eq!((fixture.told(), fixture.path().exists()), (0, false));
+}
+
+#[test]
+fn whatever_has_to_be_on_the_disk_makes_it() {
+    let written = |at: usize, byte: u8| move |bytes: &mut Vec<u8>| bytes[at..at + 4096].fill(byte);
+    type Act = fn(&Volume) -> crate::Result<()>;
+    type Change = Box<dyn Fn(&mut Vec<u8>)>;
+    let acts: [(&str, Act, Change); 6] = [
+        ("a write", |v| v.disk().write_at(&[1; 4096], 8192), Box::new(written(8192, 1))),
+        ("zeroes over the snapshot", |v| v.disk().write_zeroes(0, 4096), Box::new(written(0, 0))),
+        ("a discard within a block", |v| v.disk().discard(512, 512), Box::new(|b| b[512..1024].fill(0))),
+        ("a flush", |v| v.disk().flush(), Box::new(|_| ())),
+        ("making it durable", Volume::sync_created, Box::new(|_| ())),
+        ("growth", |v| v.grow(3 * SIZE), Box::new(|b| b.resize(3 * SIZE as usize, 0))),
+    ];
+    for (what, act, change) in acts {
+        let fixture = Fixture::new();
+        let volume = fixture.make();
+        let mut expected = fixture.new_bytes();
+        act(&volume).unwrap();
+        change(&mut expected);
+        assert_eq!((volume.has_files(), fixture.told()), (true, 1), "{what}");
+        compare(&volume.disk(), &expected, what);
+        volume.disk().flush().unwrap();
+        let volume = fixture.reopen(volume);
+        compare(&volume.disk(), &expected, what);
+        assert_eq!(fixture.told(), 1);
+    }
+}
+
+/// What was written since a snapshot of it when there was nothing of it yet.
+#[test]
+fn a_snapshot_before_the_first_write_is_told_from_one_after() {
+    let fixture = Fixture::new();
+    let volume = fixture.make();
+    volume.snapshot(&fixture.store).unwrap();
+    volume.disk().write_at(&[1; 4096], 0).unwrap();
+    volume.disk().flush().unwrap();
+    let volume = fixture.reopen(volume);
+    let (after, stats) = volume.snapshot(&fixture.store).unwrap();
+    let mut expected = fixture.new_bytes();
+    expected[..4096].fill(1);
+    compare(&after.disk(), &expected, "after");
+    assert_eq!(stats.changed_bytes, 4096);
+}
+
+#[test]
+fn of_many_who_write_first_one_makes_it() {
+    for _ in 0..20 {
+        let fixture = Fixture::new();
+        let volume = fixture.make();
+        let barrier = std::sync::Barrier::new(8);
+        std::thread::scope(|scope| {
+            for n in 0..8_u8 {
+                let (disk, barrier) = (volume.disk(), &barrier);
+                scope.spawn(move || {
+                    barrier.wait();
+                    // Some are alone in a block, and some bring the rest of one along.
+                    disk.write_at(&[n + 1; 512], u64::from(n) * 2048).unwrap();
+                });
+            }
+        });
+        let mut expected = fixture.new_bytes();
+        (0..8).for_each(|n| expected[n * 2048..][..512].fill(n as u8 + 1));
+        compare(&volume.disk(), &expected, "written by eight");
+        volume.disk().flush().unwrap();
+        compare(&fixture.reopen(volume).disk(), &expected, "opened again");
+        assert_eq!(fixture.told(), 1);
+    }
+}
+
+/// A disk without room is an error of what needed it, which is done when it is tried again and there is room.
+#[test]
+fn one_that_cannot_be_made_is_made_later() {
+    let Some(small) = Small::mount(64) else { return };
+    let fixture = Fixture::new();
+    let filler = small.0.join("filler");
+    let path = small.0.join("vol");
+    let volume = fixture.make_in(&path, Some(&fixture.base));
+    let disk = volume.disk();
+    std::fs::write(&filler, vec![1; 60 << 10]).unwrap();
+    for _ in 0..2 {
+        for failed in
+            [disk.write_at(&[1; 4096], 0), disk.write_zeroes(0, 512), disk.flush(), volume.grow(4 * SIZE)]
+        {
+            assert_eq!(failed.map_err(|e| e.kind()), Err(ErrorKind::NoSpace));
+        }
+        assert!(!volume.has_files() && !path.exists());
+        compare(&disk, &fixture.new_bytes(), "on a full disk");
+    }
+    assert_eq!((volume.size(), fixture.told()), (2 * SIZE, 0));
+    std::fs::write(&filler, []).unwrap();
+    disk.write_at(&[1; 4096], 0).unwrap();
+    disk.flush().unwrap();
+    drop((disk, volume));
+    let mut expected = fixture.new_bytes();
+    expected[..4096].fill(1);
+    compare(&Volume::open(&path, &fixture.store).unwrap().disk(), &expected, "when there was room");
+    assert_eq!(fixture.told(), 1);
+}
+
+#[test]
+fn one_that_is_deleted_keeps_what_is_held_of_it() {
+    let fixture = Fixture::new();
+    let volume = fixture.make();
+    let held = volume.disk();
+    volume.delete().unwrap();
+    assert!(!fixture.path().exists());
+    held.write_at(&[1; 4096], 0).unwrap();
+    held.flush().unwrap();
+    let mut expected = fixture.new_bytes();
+    expected[..4096].fill(1);
+    compare(&held, &expected, "what is held");
+    assert!(!fixture.path().exists());
+}
+
+#[test]
+fn one_where_something_stands_is_refused() {
+    let fixture = Fixture::new();
+    std::fs::create_dir(fixture.path()).unwrap();
+    let options = VolumeOptions::new();
+    let made = |size| options.create_on_write(&fixture.path(), Some(&fixture.base), size, || ());
+    for (size, kind) in [
+        (2 * SIZE, ErrorKind::AlreadyExists),
+        (SIZE - 4096, ErrorKind::InvalidSize),
+        (1, ErrorKind::InvalidSize),
+    ] {
+        assert_eq!(made(size).map(drop).map_err(|e| e.kind()), Err(kind), "{size}");
+    }
+    // Or only by the time of its first write, which then is refused and leaves what is there.
+    std::fs::remove_dir(fixture.path()).unwrap();
+    let late = fixture.make();
+    let there = Volume::create(&fixture.path(), None, SIZE).unwrap();
+    let refused = late.disk().write_at(&[1; 512], 0);
+    assert_eq!(refused.map_err(|e| e.kind()), Err(ErrorKind::AlreadyExists));
+    drop(late);
+    there.disk().write_at(&[1; 512], 0).unwrap();
+    assert_eq!(fixture.told(), 0);
+}
+
+/// The key of one that is encrypted is in its files alone.
+#[test]
+fn one_that_is_encrypted_is_made_at_once() {
+    let fixture = Fixture::new();
+    let key = fixture.store.new_key(None).unwrap();
+    let options = VolumeOptions::new().encrypt(&key);
+    let volume = options.create_on_write(&fixture.path(), None, SIZE, || ()).unwrap();
+    assert!(volume.has_files() && volume.encrypted());
+    let (encrypted, _) = volume.snapshot(&fixture.store).unwrap();
+    let clone = fixture.make_in(&fixture.dir.path().join("clone"), Some(&encrypted));
+    assert!(clone.has_files() && clone.encrypted());
+}
