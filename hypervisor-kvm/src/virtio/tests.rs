@@ -1,5 +1,6 @@
 //! Drivers, good and bad, against the device's logic: no machine is needed for it.
 
+mod configuration;
 mod rules;
 
 use storage_block::{Disk, MemoryDisk};

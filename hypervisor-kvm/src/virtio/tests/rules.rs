@@ -8,7 +8,7 @@
 //! - Only features that were offered, and no feature without another that it requires (2.2.1):
 //!   [`features_that_were_not_offered_are_not_accepted`]; `net::tests`: `a_driver_that_breaks_the_rules_is_stopped`;
 //!   `net::tests_of_pairs`: `several_pairs_without_a_queue_of_commands`.
-//! - What of a configuration is written (2.5, 5.1.4.1, 5.5.6): [`a_configuration_is_not_the_drivers_to_write`].
+//! - What of a configuration is written (2.5, 5.1.4.1, 5.5.6): `tests::configuration`.
 //! - Size, place and alignment of a queue; not changed while in use (2.7.1, 4.2.2.2, 4.1.4.3.2):
 //!   [`a_queue_that_cannot_be_is_refused`], [`a_queue_in_use_is_not_moved`]; `pci_tests`:
 //!   `a_queue_is_described_before_it_is_enabled`.
@@ -40,15 +40,7 @@
 //! - Headers of packets, buffers for them, room (5.10.6): `vsock_tests`; `instance_core::vsock`:
 //!   `a_guest_that_breaks_the_rules_has_its_stream_broken_off`.
 
-use std::sync::Arc;
-
-use instance_core::console;
-use instance_core::machine::NetSpec;
-use instance_core::net::{MacAddress, link};
-use instance_core::vsock::{VsockSpec, cable};
-
 use super::*;
-use crate::virtio::{Balloon, Console, Net, Vsock, Wish};
 
 /// What a bad driver does, and what the device says of it.
 type BadDriver = (&'static str, fn(&mut Driver));
@@ -370,38 +362,4 @@ fn what_can_only_be_read_is_not_written() {
         }
     }
     assert_eq!(driver.request(FLUSH, 0, 0, 0), (OK, 1));
-}
-
-#[test]
-fn a_configuration_is_not_the_drivers_to_write() {
-    let disk = || MemoryDisk::new(MIB).unwrap().into_disk();
-    let (net, _network) = link();
-    let (vsock, _host) = cable();
-    let devices = [
-        Driver::new(disk()),
-        Driver::of(Rng, disk()),
-        Driver::of(Net::new(&NetSpec::new(net, MacAddress([2, 0, 0, 0, 0, 1])), 2), disk()),
-        Driver::of(Console::new(console::Console::new().port()), disk()),
-        Driver::of(Vsock::new(&VsockSpec::new(vsock)), disk()),
-        Driver::of(Balloon::new(Arc::new(Wish::new(1))), disk()),
-    ];
-    for mut driver in devices {
-        let kind = driver.get(reg::VIRTIO_MMIO_DEVICE_ID);
-        let config = |driver: &Driver| {
-            let mut bytes = vec![0xee; 0x100];
-            driver.device.read(reg::VIRTIO_MMIO_CONFIG.into(), &mut bytes, 0);
-            bytes
-        };
-        let before = config(&driver);
-        for offset in (0..0x100).chain([u64::MAX - 0x100]) {
-            for len in [1, 2, 4, 8] {
-                // A balloon's second word is the one there is that a driver writes.
-                if (kind, offset, len) != (5, 4, 4) {
-                    let at = u64::from(reg::VIRTIO_MMIO_CONFIG) + offset;
-                    assert_eq!(driver.device.write(&driver.memory, at, &[0xff; 8][..len]), Effect::None);
-                }
-            }
-        }
-        assert_eq!(config(&driver), before, "device {kind}");
-    }
 }
