@@ -35,7 +35,9 @@ impl Fixture {
 
     fn make_in(&self, path: &Path, base: Option<&Snapshot>) -> Volume {
         let told = self.told.clone();
-        let made = move || drop(told.fetch_add(1, Ordering::SeqCst));
+        let made = move || {
+            told.fetch_add(1, Ordering::SeqCst);
+        };
         VolumeOptions::new().create_on_write(path, base, 2 * SIZE, made).unwrap()
     }
 
