@@ -24,9 +24,12 @@ impl Inner {
             .filter(|record| record.saved.is_some())
             .map(|record| record.description.id.to_string())
             .collect();
+        let mut lost = Vec::new();
         for record in records {
-            self.recover_instance(record)?;
+            lost.extend(self.recover_instance(record)?);
         }
+        // In one, for there may be thousands.
+        self.store.commit(|c| lost.iter().try_for_each(|record| c.put(record)))?;
         self.recover_tasks()?;
         let volumes: HashSet<String> =
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
@@ -41,7 +44,8 @@ impl Inner {
         self.collect_garbage()
     }
 
-    fn recover_instance(&self, mut record: InstanceRecord) -> Result<()> {
+    /// Gives the record of an instance whose machine is lost, for it to be committed.
+    fn recover_instance(&self, mut record: InstanceRecord) -> Result<Option<InstanceRecord>> {
         let state = record.description.state;
         // Nothing is left of a root device that is instance store, and so nothing of its instance.
         let goes = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated)
@@ -58,21 +62,23 @@ impl Inner {
             }
         }
         if goes {
-            return self.forget(&record.description, |attachment| attachment.delete_on_termination);
+            self.forget(&record.description, |attachment| attachment.delete_on_termination)?;
+            return Ok(None);
         }
+        let mut lost = None;
         if let Some(next) = state.after(Transition::Lost) {
             record.description.state = next;
             record.description.state_reason = Some(StateReason::new(
                 "Server.InternalError",
                 format!("the process that owned the region ended while the instance was {state}"),
             ));
-            self.store.commit(|c| c.put(&record))?;
+            lost = Some(record.clone());
         }
         self.tokens.remember(&record);
         self.directory.set(record.description.clone());
         let cell = Arc::new(Cell::new(record));
         self.cells().insert(cell.id, cell);
-        Ok(())
+        Ok(lost)
     }
 
     /// Makes those volumes again, as they were made, that had not been written, or were not durable yet when a crash took
