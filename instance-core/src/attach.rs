@@ -175,15 +175,19 @@ impl Inner {
 
     /// Makes the volumes that an instance was launched with durable, unless they are known to be.
     pub(crate) fn settle_volumes(&self, live: &mut Live) -> Result<()> {
-        let stopped = live.record.description.state == InstanceState::Stopped && live.volumes.is_empty();
-        if !live.record.launched && stopped {
+        if live.record.launched {
+            return Ok(());
+        }
+        let closed = live.machine.is_none() && live.volumes.is_empty();
+        if closed {
             live.volumes = self.open_volumes(live)?;
         }
         let settled = live.settle();
-        if stopped {
+        if closed {
             live.volumes.clear();
         }
-        settled
+        // From here on one that is missing or damaged is not made again.
+        settled.and_then(|()| self.store.later(|c| c.put(&live.record)))
     }
 
     /// Takes a volume from a machine, with all on the disk that its guest has written.

@@ -1,6 +1,7 @@
 //! What a host holds: memory and vCPUs, counted for the instances that have a machine.
 
 use std::fs;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{Error, ErrorKind, InstanceType, Result};
@@ -103,21 +104,58 @@ impl Meter {
 
     /// Takes what an instance of this type needs.
     pub(crate) fn claim(&self, hardware: &InstanceType) -> Result<Claim> {
-        let part = (u64::from(hardware.vcpus().get()), u64::from(hardware.memory_mib().get()));
-        let mut used = lock(&self.used);
-        let next = (used.0.saturating_add(part.0), used.1.saturating_add(part.1));
-        if next.0 > self.limit.vcpus || next.1 > self.limit.memory_mib {
-            let left =
-                (self.limit.vcpus.saturating_sub(used.0), self.limit.memory_mib.saturating_sub(used.1));
-            let what = format!(
-                "the host cannot hold another {hardware}: it needs {} vCPUs and {} MiB, and {} vCPUs and {} MiB are left",
-                part.0, part.1, left.0, left.1
-            );
-            return Err(Error::new(ErrorKind::InsufficientCapacity, what));
-        }
-        *used = next;
-        Ok(Claim { used: self.used.clone(), part })
+        self.claim_several(hardware, 1..=1)?.pop().ok_or_else(|| self.is_full(hardware, self.used()))
     }
+
+    /// Takes what so many need, as many as there is room for, at once: who asks meanwhile does not get a part of it.
+    pub(crate) fn claim_several(
+        &self,
+        hardware: &InstanceType,
+        count: RangeInclusive<u32>,
+    ) -> Result<Vec<Claim>> {
+        let mut used = lock(&self.used);
+        let fit = self.room(hardware, &count, *used)?;
+        let part = part_of(hardware);
+        *used = plus(*used, part, fit);
+        Ok((0..fit).map(|_| Claim { used: self.used.clone(), part }).collect())
+    }
+
+    /// The same without taking it.
+    pub(crate) fn check(&self, hardware: &InstanceType, count: RangeInclusive<u32>) -> Result<()> {
+        self.room(hardware, &count, self.used()).map(|_| ())
+    }
+
+    /// How many of so many fit.
+    fn room(&self, hardware: &InstanceType, count: &RangeInclusive<u32>, used: (u64, u64)) -> Result<u32> {
+        let part = part_of(hardware);
+        let fits = |count: &u32| {
+            let then = plus(used, part, *count);
+            then.0 <= self.limit.vcpus && then.1 <= self.limit.memory_mib
+        };
+        let fit = (1..=*count.end()).take_while(fits).last().unwrap_or(0);
+        if fit < *count.start() { Err(self.is_full(hardware, plus(used, part, fit))) } else { Ok(fit) }
+    }
+
+    fn is_full(&self, hardware: &InstanceType, used: (u64, u64)) -> Error {
+        let part = part_of(hardware);
+        let left = (self.limit.vcpus.saturating_sub(used.0), self.limit.memory_mib.saturating_sub(used.1));
+        let what = format!(
+            "the host cannot hold another {hardware}: it needs {} vCPUs and {} MiB, and {} vCPUs and {} MiB are left",
+            part.0, part.1, left.0, left.1
+        );
+        Error::new(ErrorKind::InsufficientCapacity, what)
+    }
+}
+
+/// The vCPUs and the memory in MiB that an instance takes.
+fn part_of(hardware: &InstanceType) -> (u64, u64) {
+    (u64::from(hardware.vcpus().get()), u64::from(hardware.memory_mib().get()))
+}
+
+/// What is used when so many have taken their parts.
+fn plus(used: (u64, u64), part: (u64, u64), count: u32) -> (u64, u64) {
+    let more = |used: u64, part: u64| used.saturating_add(part.saturating_mul(count.into()));
+    (more(used.0, part.0), more(used.1, part.1))
 }
 
 impl Drop for Claim {
@@ -147,12 +185,18 @@ mod tests {
             (Capacity::new(0, 0), 0),
         ] {
             let meter = Meter::new(limit);
+            let asked = |count| (meter.check(&hardware, count).is_ok(), meter.used());
+            assert_eq!(asked(fit..=fit + 1), (true, (0, 0)));
+            assert_eq!(asked(fit + 1..=fit + 1), (false, (0, 0)));
+            assert!(meter.claim_several(&hardware, fit + 1..=fit + 9).is_err());
+            assert_eq!(meter.used(), (0, 0), "nothing of what does not fit is taken");
+            assert_eq!(meter.claim_several(&hardware, 0..=fit + 9).unwrap().len(), fit as usize);
             let mut claims = Vec::new();
             while let Ok(claim) = meter.claim(&hardware) {
                 claims.push(claim);
             }
-            assert_eq!(claims.len(), fit, "{limit:?}");
-            assert_eq!(meter.used(), (2 * fit as u64, (2 << 10) * fit as u64));
+            assert_eq!(claims.len(), fit as usize, "{limit:?}");
+            assert_eq!(meter.used(), (2 * u64::from(fit), (2 << 10) * u64::from(fit)));
             assert_eq!(claims.pop().is_some(), fit > 0);
             assert_eq!(meter.claim(&hardware).is_ok(), fit > 0, "{limit:?}");
         }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::{InstanceId, RootDeviceType, Timestamp};
-use storage_block::Volume;
 
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
 use crate::error::chain;
@@ -237,14 +236,14 @@ impl Inner {
         if live.record.launched || live.volumes.is_empty() {
             return;
         }
+        if let Err(e) = live.settle_written() {
+            return self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e)));
+        }
         let settled = live.settle().and_then(|()| self.store.later(|c| c.put(&live.record)));
-        match settled {
+        let waited = std::mem::replace(&mut live.waits_for_room, settled.is_err());
+        if let (Err(e), false) = (settled, waited) {
             // One that cannot be made is as whole as it was. It is tried again, by who tells of the instance again.
-            Err(e) if !live.volumes.iter().all(Volume::has_files) => {
-                tracing::warn!(instance = %id, error = chain(&e), "a volume cannot be made yet");
-            }
-            Err(e) => self.lose(&cell, &mut live, StateReason::new("Server.InternalError", chain(&e))),
-            Ok(()) => {}
+            tracing::warn!(instance = %id, error = chain(&e), "a volume cannot be made yet");
         }
     }
 

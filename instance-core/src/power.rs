@@ -67,7 +67,12 @@ impl Inner {
             }
             _ => self.open_volume(attachment.volume_id),
         };
-        description.attachments.iter().map(open).collect()
+        let volumes = description.attachments.iter().map(open).collect::<Result<Vec<_>>>()?;
+        if !launched && volumes.iter().any(Volume::has_files) {
+            // What is flushed to one takes its name for durable.
+            self.sync_volume_names()?;
+        }
+        Ok(volumes)
     }
 
     /// Makes a machine on the volumes that are open, and starts it.

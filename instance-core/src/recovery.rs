@@ -24,12 +24,12 @@ impl Inner {
             .filter(|record| record.saved.is_some())
             .map(|record| record.description.id.to_string())
             .collect();
-        let mut lost = Vec::new();
+        let mut changed = Vec::new();
         for record in records {
-            lost.extend(self.recover_instance(record)?);
+            changed.extend(self.recover_instance(record)?);
         }
         // In one, for there may be thousands.
-        self.store.commit(|c| lost.iter().try_for_each(|record| c.put(record)))?;
+        self.store.commit(|c| changed.iter().try_for_each(|record| c.put(record)))?;
         self.recover_tasks()?;
         let volumes: HashSet<String> =
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
@@ -44,17 +44,18 @@ impl Inner {
         self.collect_garbage()
     }
 
-    /// Gives the record of an instance whose machine is lost, for it to be committed.
+    /// Gives the record of an instance of which something has become different, for it to be committed.
     fn recover_instance(&self, mut record: InstanceRecord) -> Result<Option<InstanceRecord>> {
         let state = record.description.state;
         // Nothing is left of a root device that is instance store, and so nothing of its instance.
         let goes = matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated)
             || record.description.root_device_type == RootDeviceType::InstanceStore;
+        let mut changed = false;
         let mut attachments = record.description.attachments.iter();
         // As long as there is nothing of any of its volumes, that is as good as all of it.
         if !record.launched && !attachments.all(|attachment| self.is_unwritten(attachment)) {
             match self.make_lost_volumes(&record, goes) {
-                Ok(()) => record.launched = true,
+                Ok(()) => (record.launched, changed) = (true, true),
                 // They may come to be made when the region is opened again, with the keys that they take.
                 Err(e) => {
                     tracing::error!(instance = %record.description.id, error = chain(&e), "a volume is missing");
@@ -65,20 +66,20 @@ impl Inner {
             self.forget(&record.description, |attachment| attachment.delete_on_termination)?;
             return Ok(None);
         }
-        let mut lost = None;
         if let Some(next) = state.after(Transition::Lost) {
             record.description.state = next;
             record.description.state_reason = Some(StateReason::new(
                 "Server.InternalError",
                 format!("the process that owned the region ended while the instance was {state}"),
             ));
-            lost = Some(record.clone());
+            changed = true;
         }
         self.tokens.remember(&record);
         self.directory.set(record.description.clone());
+        let changed = changed.then(|| record.clone());
         let cell = Arc::new(Cell::new(record));
         self.cells().insert(cell.id, cell);
-        Ok(lost)
+        Ok(changed)
     }
 
     /// Makes those volumes again, as they were made, that had not been written, or were not durable yet when a crash took
@@ -106,12 +107,16 @@ impl Inner {
             let failed = |e| Error::storage(e, format!("cannot make the volume {id} again"));
             // It may be what the volume began as that is missing.
             volume.base.map(|base| self.content(&base)).transpose()?;
-            tracing::info!(volume = %id, "a volume is made again that was not durable yet when the process ended");
+            tracing::warn!(volume = %id, "a volume is made again that was not durable yet when the process ended");
             Volume::remove(&dir).map_err(failed)?;
             let made = self.make_volume(&volume, volume.kms_key_id.is_some(), When::Now)?;
             made.sync_created().map_err(failed)?;
         }
         // Nor are the names of those that are found.
+        self.sync_volume_names()
+    }
+
+    pub(crate) fn sync_volume_names(&self) -> Result<()> {
         File::open(self.paths.volumes())
             .and_then(|dir| dir.sync_all())
             .map_err(|e| Error::io(e, "cannot make the names of volumes durable"))

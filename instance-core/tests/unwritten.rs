@@ -143,9 +143,9 @@ fn a_region_that_was_closed_has_them_again() {
     ask(&instances[1], "write 0 0 word", "wrote");
     instances[0].stop(Duration::ZERO).unwrap();
     drop((instances, region));
-    assert_eq!(on_disk(dir.path()), 1);
-    let region = open(dir.path());
     // All that are of an instance of which one was written.
+    assert_eq!(on_disk(dir.path()), 2);
+    let region = open(dir.path());
     assert_eq!(on_disk(dir.path()), 2);
     let [first, second] = ids.map(|id| region.instance(id).unwrap());
     is_new(&first, "first");
@@ -159,6 +159,27 @@ fn a_region_that_was_closed_has_them_again() {
     let root = first.describe().attachments[0].volume_id;
     fs::remove_dir_all(dir.path().join("volumes").join(root.to_string())).unwrap();
     assert!(first.start().is_err());
+}
+
+/// However soon the instance is stopped: a guest's data is never taken for what can be made again.
+#[test]
+fn what_was_written_and_is_lost_is_not_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let instance = launch(&region, &register(&region));
+    ask(&instance, "write 0 0 word", "wrote");
+    instance.stop(Duration::ZERO).unwrap();
+    assert_eq!(on_disk(dir.path()), 2, "the other one, too");
+    let root = instance.describe().attachments[0].volume_id;
+    fs::remove_dir_all(dir.path().join("volumes").join(root.to_string())).unwrap();
+    assert!(instance.start().is_err());
+    let id = instance.id();
+    drop((instance, region));
+    for _ in 0..2 {
+        let region = open(dir.path());
+        assert!(region.instance(id).unwrap().start().is_err());
+    }
+    assert_eq!(on_disk(dir.path()), 1);
 }
 
 /// Tells of instances whose records say that their volumes are durable.

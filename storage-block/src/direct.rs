@@ -17,6 +17,8 @@ const PART: usize = if cfg!(test) { 128 << 10 } else { 4 << 20 };
 const PARTS: usize = 3;
 /// What places in memory and in files are multiples of, which is enough for most file systems.
 const ALIGN: usize = 4096;
+/// What file systems say that want larger multiples, or do no such writes.
+const REFUSED: [Errno; 2] = [Errno::INVAL, Errno::OPNOTSUPP];
 
 /// Writes what a session appends to packs, and lets it go on meanwhile.
 ///
@@ -190,8 +192,9 @@ impl Way {
         if let Some(file) = &self.direct {
             let (at, len) = (part.at, part.len);
             match file.write_all_at(&part.bytes()[..len], at) {
-                // It wants larger multiples.
-                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => self.direct = None,
+                Err(error) if Errno::from_io_error(&error).is_some_and(|errno| REFUSED.contains(&errno)) => {
+                    self.direct = None;
+                }
                 written => return written.map_err(|e| not_written(e, &part.pack)),
             }
         }

@@ -54,6 +54,8 @@ pub(crate) struct Live {
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
     pub(crate) generation: u64,
+    /// A volume of its launch cannot be made yet, which has been said.
+    pub(crate) waits_for_room: bool,
 }
 
 impl Cell {
@@ -75,6 +77,7 @@ impl Cell {
                 vsock: None,
                 claim: None,
                 generation: 0,
+                waits_for_room: false,
             }),
             boot: Mutex::new(None),
         }
@@ -138,11 +141,17 @@ impl Live {
     }
 
     /// Ends the machine and makes durable what its guest has written: a guest is told that a write
-    /// is done when the volume has it, and no end of its machine takes that back. A volume to which it has written nothing
-    /// takes no space for that.
+    /// is done when the volume has it, and no end of its machine takes that back. Where it has written to none of its volumes
+    /// they take no space for that.
     pub(crate) fn end_machine(&mut self) -> Result<()> {
         self.end_machine_of(|_| true)?;
-        self.note_durable();
+        if self.volumes.iter().any(Volume::has_files) {
+            // What was written is durable. Where there is no room for the others, the guest has lost nothing.
+            if let Err(e) = self.settle() {
+                let id = self.record.description.id;
+                tracing::warn!(instance = %id, error = chain(&e), "a volume cannot be made yet");
+            }
+        }
         Ok(())
     }
 
@@ -160,13 +169,23 @@ impl Live {
     /// Makes the volumes durable that its launch made, unless they are known to be. They are open.
     pub(crate) fn settle(&mut self) -> Result<()> {
         if !self.record.launched {
-            // All of them, also if one fails.
-            let synced: Vec<_> = self.volumes.iter().map(Volume::sync_created).collect();
-            let synced: Result<(), _> = synced.into_iter().collect();
-            synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))?;
+            self.sync_those(|_| true)?;
             self.note_durable();
         }
         Ok(())
+    }
+
+    /// The same for those that something has been written to.
+    pub(crate) fn settle_written(&self) -> Result<()> {
+        if self.record.launched { Ok(()) } else { self.sync_those(Volume::has_files) }
+    }
+
+    fn sync_those(&self, which: impl Fn(&Volume) -> bool) -> Result<()> {
+        // All of them, also if one fails.
+        let those = self.volumes.iter().filter(|volume| which(volume));
+        let synced: Vec<_> = those.map(Volume::sync_created).collect();
+        let synced: Result<(), _> = synced.into_iter().collect();
+        synced.map_err(|e| Error::storage(e, "cannot make a volume durable"))
     }
 
     /// All volumes that are open and have files are durable. Nothing is known of those that are not open.

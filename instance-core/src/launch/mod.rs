@@ -240,11 +240,13 @@ impl Inner {
         if spec.hibernation {
             self.can_save().map_err(|what| Error::new(ErrorKind::UnsupportedHibernation, what))?;
         }
-        let claims = self.claim(spec)?;
+        let count = spec.min_count..=spec.max_count;
         if launch.dry_run {
+            self.meter.check(&spec.instance_type, count)?;
             let what = "the launch would have been made, had it not been asked for as a dry run";
             return Err(Error::new(ErrorKind::DryRunOperation, what));
         }
+        let claims = self.meter.claim_several(&spec.instance_type, count)?;
         let direct = matches!(record.image.ami().manifest().boot().source(), BootSource::Direct { .. });
         let plan = record.boot.clone().ok_or_else(|| not_found_to_boot(image))?;
         let boot = self.boot.boot(&plan)?;
@@ -256,6 +258,9 @@ impl Inner {
             Some(_) => Some(launch.digest()?),
             None => None,
         };
+        // All of a launch's places, before others take theirs.
+        let _placing =
+            self.network.as_ref().map(|_| self.placing.lock().unwrap_or_else(PoisonError::into_inner));
         let mut places = self.places(spec);
         let mut records = Vec::new();
         for (index, claim) in (0..).zip(claims) {
@@ -353,19 +358,6 @@ impl Inner {
             },
             false => Ok(()),
         }
-    }
-
-    /// Takes of the host what the instances need: at least the minimum.
-    fn claim(&self, spec: &Parameters) -> Result<Vec<Claim>> {
-        let mut claims = Vec::new();
-        for number in 0..spec.max_count {
-            match self.meter.claim(&spec.instance_type) {
-                Ok(claim) => claims.push(claim),
-                Err(e) if number < spec.min_count => return Err(e),
-                Err(_) => break,
-            }
-        }
-        Ok(claims)
     }
 
     /// Finds what an image boots that was put into the catalogue as a record alone, and keeps it.

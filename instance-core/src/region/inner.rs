@@ -88,6 +88,8 @@ pub(crate) struct Inner {
     /// Held for reading for the moment in which a launch looks at its image and names what it needs of it, and for writing for
     /// that in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
     pub(crate) naming: RwLock<()>,
+    /// Held while a launch takes its instances' places in the network. Taken after `naming`.
+    pub(crate) placing: Mutex<()>,
     /// Held while the record of a volume or a snapshot is looked at and changed. Taken after an instance and
     /// after `naming`, where these are held too.
     pub(crate) resources: Mutex<()>,
@@ -147,6 +149,7 @@ impl Inner {
             making_images: RwLock::default(),
             half_made: AtomicBool::new(false),
             naming: RwLock::default(),
+            placing: Mutex::default(),
             resources: Mutex::default(),
             listeners: Mutex::default(),
             paths,
