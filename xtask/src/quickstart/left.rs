@@ -187,7 +187,7 @@ mod tests {
 
     use ami_core::{Ami, X86_64};
     use instance_core::testing::tiny_elf;
-    use instance_core::{DirectBoot, ImageSource, LaunchSpec};
+    use instance_core::{DirectBoot, ImageSource, LaunchSpec, VolumeSpec};
     use storage_block::MemoryDisk;
 
     use super::*;
@@ -244,24 +244,27 @@ mod tests {
         };
         // Dropped while they run: the next owner finds them stopped.
         launch(&region);
+        // No guest has written to that of the instance, which therefore has no files.
+        let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
         drop(region);
         let region = open();
         let before = Before::of(&region, dir.path()).unwrap();
         drop(region);
         assert_eq!(before.check(dir.path(), [].into_iter()).unwrap().images, 1);
         let error = empty.check(dir.path(), [].into_iter()).unwrap_err().to_string();
-        assert!(error.starts_with("something is left"), "{error}");
+        assert!(error.starts_with("something is left") && error.matches("vol-").count() == 1, "{error}");
 
         let region = open();
         launch(&region);
         drop(region);
         let error = before.check(dir.path(), [].into_iter()).unwrap_err().to_string();
-        assert!(error.starts_with("something is left") && error.matches("vol-").count() == 1, "{error}");
+        assert!(error.contains("still has the instances") && error.matches("i-").count() == 1, "{error}");
 
         let region = open();
         for instance in region.instances() {
             instance.terminate().unwrap();
         }
+        region.delete_volume(volume).unwrap();
         drop(region);
         let error = before.check(dir.path(), [].into_iter()).unwrap_err().to_string();
         assert!(error.contains("no longer holds"), "{error}");
