@@ -4,10 +4,11 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs}
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::cpuid::{self, Topology};
 use crate::error::{HostContext, Result};
 use crate::kernel::Entry;
+use crate::layout;
 use crate::memory::Memory;
-use crate::{cpuid, layout};
 
 /// CR0: protected mode, a coprocessor of today's kind, paging.
 const CR0_PE: u64 = 1 << 0;
@@ -34,17 +35,17 @@ const LAPIC_LVT_LINT1: usize = 0x360;
 const LAPIC_DELIVER_NMI: u32 = 0b100 << 8;
 const LAPIC_DELIVER_EXTINT: u32 = 0b111 << 8;
 
-/// Makes `vcpu` the processor with this number, of so many. The first one starts at `entry`; the others
+/// Makes `vcpu` the processor with this number. The first one starts at `entry`; the others
 /// wait for it to start them.
 pub(crate) fn set_up(
     vcpu: &VcpuFd,
     number: u32,
-    count: u32,
+    topology: Topology,
     supported: &CpuId,
     entry: Entry,
     memory: &Memory,
 ) -> Result<()> {
-    let cpuid = cpuid::of_processor(supported, number, count)?;
+    let cpuid = cpuid::of_processor(supported, number, topology)?;
     vcpu.set_cpuid2(&cpuid).host("KVM did not take the processor's CPUID")?;
     set_interrupt_pins(vcpu)?;
     set_msrs(vcpu)?;

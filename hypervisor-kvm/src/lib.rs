@@ -38,6 +38,9 @@
 //! - **What a kernel finds.** It is an ELF file, entered as PVH says or else by Linux's 64-bit or 32-bit protocol,
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.
+//! - **Processors** are threads of the cores of one package, as many of each as the specification says: 1, 2, 4 and so on.
+//!   They are told so by CPUID, and can do what KVM says that the host's can, less nested virtualisation and performance
+//!   counters. A saved machine keeps what it was told.
 //! - **Execution.** Some hosts have a `/dev/kvm` that emulates the guest's kernel, thousands of times
 //!   slower than a processor. [`Kvm`] runs a short loop in a guest when it is first asked for its
 //!   [`execution`](Hypervisor::execution), and says what it measured.

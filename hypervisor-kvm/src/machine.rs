@@ -20,6 +20,7 @@ use crate::VhostNet;
 use crate::boot::Plan;
 use crate::bus::Devices;
 use crate::confine::{self, Filter, Filters};
+use crate::cpuid::Topology;
 use crate::error::{HostContext, Result, unsupported};
 use crate::exits::Exits;
 use crate::gate::Gate;
@@ -78,23 +79,23 @@ struct Threads {
 impl KvmMachine {
     /// Makes the machine and its threads, which wait for [`start`](Machine::start).
     pub(crate) fn create(kvm: &Kvm, spec: &MachineSpec) -> Result<Self> {
+        let topology = Topology::new(spec.vcpus, spec.threads_per_core)?;
         let filters = kvm.confinement().map(Confinement::compile).transpose()?;
         let memory = memory::allocate(spec.memory_mib)?;
         let plan = Plan::new(&spec.boot, spec.architecture, &memory)?;
         let vm = make_vm(kvm, &memory)?;
-        let count = spec.vcpus.get();
         let transport = kvm.transport();
         let places = Places::of_new(spec);
-        acpi::write(&memory, count, transport, places.count())?;
+        acpi::write(&memory, topology.count(), transport, places.count())?;
         generation::write_new(&memory)?;
         if let Some(identity) = &spec.identity {
             smbios::write(&memory, identity)?;
         }
         let entry = plan.load(&memory)?;
-        let processors = (0..count)
+        let processors = (0..topology.count())
             .map(|number| {
                 let vcpu = vm.create_vcpu(number.into()).host("KVM did not make a processor")?;
-                cpu::set_up(&vcpu, number, count, kvm.cpuid(), entry, &memory)?;
+                cpu::set_up(&vcpu, number, topology, kvm.cpuid(), entry, &memory)?;
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>>>()?;

@@ -89,6 +89,7 @@ fn is_as_large_as_it_is_told(kvm: &Kvm) {
     let mut spec =
         MachineSpec::new("large", Architecture::X86_64, linux::boot("amd64", true), console.port());
     (spec.vcpus, spec.memory_mib) = (vcpus.try_into().unwrap(), mib.try_into().unwrap());
+    spec.threads_per_core = 2.try_into().unwrap();
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     let (soon, mut reader) = (Instant::now() + 5 * PATIENCE, console.reader());
@@ -97,6 +98,16 @@ fn is_as_large_as_it_is_told(kvm: &Kvm) {
     for (ask, answer) in [("cpus", vcpus), ("memory", mib - 1)] {
         console.write_all(format!("{ask}\n").as_bytes(), soon).unwrap();
         reader.wait_for(&format!("{ask} {answer}"), soon).unwrap();
+    }
+    let mut guest = Guest { machine, console, reader };
+    for (file, shown) in [
+        ("smt/active", "1"),
+        ("cpu1/topology/core_id", "0"),
+        ("cpu2/topology/core_id", "1"),
+        ("cpu7/topology/core_id", "3"),
+        ("cpu7/topology/physical_package_id", "0"),
+    ] {
+        assert_eq!(guest.show(&format!("devices/system/cpu/{file}")), shown, "{file}");
     }
 }
 

@@ -54,7 +54,8 @@ pub(crate) fn arguments(
             add("-cpu", "host");
         }
     }
-    add("-smp", &spec.vcpus.to_string());
+    let (vcpus, threads) = (spec.vcpus, spec.threads_per_core);
+    add("-smp", &format!("{vcpus},sockets=1,cores={},threads={threads}", vcpus.get() / threads));
     add("-m", &format!("{}M", spec.memory_mib));
     for option in ["-nodefaults", "-no-user-config", "-S"] {
         args.push(option.into());
@@ -184,4 +185,31 @@ fn smbios(identity: &Identity) -> [String; 4] {
         format!("type=2,manufacturer={vendor},asset={tag}"),
         format!("type=3,manufacturer={vendor},asset={vendor}"),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use ami_core::Architecture;
+    use instance_core::console::Console;
+    use instance_core::machine::{Boot, BootFile};
+
+    use super::*;
+
+    #[test]
+    fn processors_are_threads_of_the_cores_of_one_socket() {
+        let kernel = BootFile::new(tempfile::tempfile().unwrap()).unwrap();
+        let boot = Boot::new(kernel, None, "");
+        let mut spec = MachineSpec::new("test", Architecture::X86_64, boot, Console::new().port());
+        let [log, kernel] = ["log", "kernel"].map(str::to_owned);
+        let at =
+            Endpoints { qmp: 3, console: 4, log, kernel, initrd: None, disks: Vec::new(), nets: Vec::new() };
+        for (vcpus, threads, told) in
+            [(1, 1, "1,sockets=1,cores=1,threads=1"), (6, 2, "6,sockets=1,cores=3,threads=2")]
+        {
+            (spec.vcpus, spec.threads_per_core) = (vcpus.try_into().unwrap(), threads.try_into().unwrap());
+            let args = arguments(&spec, Accelerator::Tcg, false, &at);
+            let smp = args.iter().position(|arg| arg == "-smp").unwrap();
+            assert_eq!(args[smp + 1], told);
+        }
+    }
 }

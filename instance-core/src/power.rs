@@ -82,6 +82,7 @@ impl Inner {
         let mut spec =
             MachineSpec::new(cell.id.to_string(), description.architecture, boot, cell.console.port());
         spec.vcpus = description.instance_type.vcpus();
+        spec.threads_per_core = description.instance_type.threads_per_core();
         spec.memory_mib = description.instance_type.memory_mib();
         spec.identity = Some(identity(description));
         (spec.disks, spec.nets, spec.vsock) = (ground.disks, ground.nets, ground.vsock);

@@ -77,6 +77,17 @@ fn the_volumes_of_an_instance_are_held_to_the_bandwidth_of_its_type_together() {
 }
 
 #[test]
+fn machines_have_the_threads_of_their_type() {
+    let (dir, host) = (tempfile::tempdir().unwrap(), Noting::default());
+    let (region, ami) = open(dir.path(), RegionOptions::new(), &host);
+    for (hardware, threads) in [("t3.micro", 2), ("t2.medium", 1)] {
+        let _instance = region.launch(&ami, LaunchSpec::new(hardware.parse().unwrap())).unwrap();
+        let told = host.asked.lock().unwrap().last().map(|spec| spec.threads_per_core.get());
+        assert_eq!(told, Some(threads), "{hardware}");
+    }
+}
+
+#[test]
 fn machines_have_streams_where_the_region_was_opened_with_them() {
     let dir = tempfile::tempdir().unwrap();
     let nano = || LaunchSpec::new("t2.nano".parse().unwrap());

@@ -8,9 +8,18 @@ use super::InstanceStore;
 pub(super) struct Family {
     pub(super) name: &'static str,
     pub(super) architectures: &'static [Architecture],
+    /// How many threads a core has in sizes with more processors than one (EC2 User Guide, "CPU options").
+    threads_per_core: u32,
     pub(super) sizes: &'static [Size],
     /// What instance store each size has, in their order.
     pub(super) stores: &'static [InstanceStore],
+}
+
+impl Family {
+    /// How many threads a core of its size with so many processors has by default.
+    pub(super) fn threads_per_core(&self, vcpus: u32) -> u32 {
+        self.threads_per_core.min(vcpus)
+    }
 }
 
 /// Name, vCPUs, MiB of memory, network performance; network bandwidth in Mbps, baseline and most, if it is specified; and
@@ -167,9 +176,10 @@ const T2: &[Size] = &[
 const fn family(
     name: &'static str,
     architectures: &'static [Architecture],
+    threads_per_core: u32,
     sizes: &'static [Size],
 ) -> Family {
-    Family { name, architectures, sizes, stores: &[] }
+    Family { name, architectures, threads_per_core, sizes, stores: &[] }
 }
 
 const fn with_stores(family: Family, stores: &'static [InstanceStore]) -> Family {
@@ -177,18 +187,18 @@ const fn with_stores(family: Family, stores: &'static [InstanceStore]) -> Family
 }
 
 pub(super) const FAMILIES: &[Family] = &[
-    family("t2", BOTH_X86, T2),
-    family("t3", X86_64, BURSTABLE),
-    family("t4g", ARM64, BURSTABLE),
-    with_stores(family("m3", X86_64, M3), M3_STORES),
-    with_stores(family("m5d", X86_64, M5), M5D_STORES),
-    with_stores(family("c6id", X86_64, intel_6!(2)), INTEL_6_STORES),
-    with_stores(family("m6id", X86_64, intel_6!(4)), INTEL_6_STORES),
-    with_stores(family("r6id", X86_64, intel_6!(8)), INTEL_6_STORES),
-    family("c7i", X86_64, intel_7!(2)),
-    family("m7i", X86_64, intel_7!(4)),
-    family("r7i", X86_64, intel_7!(8)),
-    family("c7g", ARM64, graviton_3!(2)),
-    family("m7g", ARM64, graviton_3!(4)),
-    family("r7g", ARM64, graviton_3!(8)),
+    family("t2", BOTH_X86, 1, T2),
+    family("t3", X86_64, 2, BURSTABLE),
+    family("t4g", ARM64, 1, BURSTABLE),
+    with_stores(family("m3", X86_64, 2, M3), M3_STORES),
+    with_stores(family("m5d", X86_64, 2, M5), M5D_STORES),
+    with_stores(family("c6id", X86_64, 2, intel_6!(2)), INTEL_6_STORES),
+    with_stores(family("m6id", X86_64, 2, intel_6!(4)), INTEL_6_STORES),
+    with_stores(family("r6id", X86_64, 2, intel_6!(8)), INTEL_6_STORES),
+    family("c7i", X86_64, 2, intel_7!(2)),
+    family("m7i", X86_64, 2, intel_7!(4)),
+    family("r7i", X86_64, 2, intel_7!(8)),
+    family("c7g", ARM64, 1, graviton_3!(2)),
+    family("m7g", ARM64, 1, graviton_3!(4)),
+    family("r7g", ARM64, 1, graviton_3!(8)),
 ];

@@ -41,6 +41,9 @@ pub struct InstanceType {
     ebs_bandwidth: Option<EbsBandwidth>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     instance_store: Option<InstanceStore>,
+    /// Of a type of one's own that was told: those that are known by name have what their family has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    threads_per_core: Option<NonZeroU32>,
 }
 
 /// What an instance's volumes give together; [`InstanceType`] shows it in use. They are held to it unless the region
@@ -118,6 +121,7 @@ impl InstanceType {
             network_performance: None,
             ebs_bandwidth: None,
             instance_store: None,
+            threads_per_core: None,
         }
     }
 
@@ -131,6 +135,22 @@ impl InstanceType {
     #[must_use]
     pub fn with_instance_store(self, store: InstanceStore) -> Self {
         Self { instance_store: Some(store), ..self }
+    }
+
+    /// The same with processors that are threads of cores, so many of each. A launch is refused where that makes no whole
+    /// number of cores.
+    ///
+    /// ```
+    /// use instance_core::InstanceType;
+    ///
+    /// let lab = InstanceType::custom("lab.threads", 4.try_into()?, 256.try_into()?);
+    /// assert_eq!(lab.threads_per_core().get(), 1);
+    /// assert_eq!(lab.with_threads_per_core(2.try_into()?).threads_per_core().get(), 2);
+    /// # Ok::<(), std::num::TryFromIntError>(())
+    /// ```
+    #[must_use]
+    pub fn with_threads_per_core(self, threads: NonZeroU32) -> Self {
+        Self { threads_per_core: Some(threads), ..self }
     }
 
     /// The same for images of these architectures alone.
@@ -168,6 +188,7 @@ impl InstanceType {
             ebs_bandwidth: ebs
                 .map(|(baseline_mbps, maximum_mbps)| EbsBandwidth { baseline_mbps, maximum_mbps }),
             instance_store: family.stores.get(number).copied(),
+            threads_per_core: None,
         })
     }
 
@@ -184,6 +205,16 @@ impl InstanceType {
     /// How many virtual processors.
     pub fn vcpus(&self) -> NonZeroU32 {
         self.vcpus
+    }
+
+    /// How many of its processors are threads of one core (`DefaultThreadsPerCore`): its guest's scheduler gives each a core
+    /// before it gives any core two.
+    pub fn threads_per_core(&self) -> NonZeroU32 {
+        let known = || {
+            let (family, _) = self.known_size()?;
+            NonZeroU32::new(family.threads_per_core(self.vcpus.get()))
+        };
+        self.threads_per_core.or_else(known).unwrap_or(NonZeroU32::MIN)
     }
 
     /// How much memory, in MiB.
@@ -203,11 +234,16 @@ impl InstanceType {
 
     /// What the network gives in figures, where EC2 specifies them.
     pub fn network_bandwidth(&self) -> Option<NetworkBandwidth> {
-        // Those of one's own say nothing of their network, whatever their name.
-        self.network_performance.as_ref()?;
-        let (family, size) = known_as(&self.name)?;
+        let (family, size) = self.known_size()?;
         let (baseline_mbps, maximum_mbps) = family.sizes.get(size)?.4?;
         Some(NetworkBandwidth { baseline_mbps, maximum_mbps })
+    }
+
+    /// The family and the number of its size, if it is known by name.
+    fn known_size(&self) -> Option<(&'static Family, usize)> {
+        // Those of one's own say nothing of their network, whatever their name.
+        self.network_performance.as_ref()?;
+        known_as(&self.name)
     }
 
     /// What its volumes give, if it is optimised for EBS.
@@ -272,6 +308,8 @@ mod tests {
             assert_eq!(is_arm, hardware.family().ends_with('g'), "{hardware}");
             let has_store = hardware.family().ends_with('d') || hardware.family() == "m3";
             assert_eq!(hardware.instance_store().is_some(), has_store, "{hardware}");
+            let has_threads = hardware.vcpus().get() > 1 && hardware.family() != "t2" && !is_arm;
+            assert_eq!(hardware.threads_per_core().get(), 1 + u32::from(has_threads), "{hardware}");
             if let Some(ebs) = hardware.ebs_bandwidth() {
                 assert!(ebs.baseline_mbps <= ebs.maximum_mbps, "{hardware}");
             }
@@ -296,6 +334,17 @@ mod tests {
         let read: InstanceType = serde_json::from_str(stored).unwrap();
         assert_eq!((read.network_bandwidth(), &read), (known.network_bandwidth(), &known));
         assert!(known.network_bandwidth().is_some());
+        assert_eq!(read.threads_per_core().get(), 2);
+    }
+
+    #[test]
+    fn types_of_ones_own_keep_their_threads() {
+        let two = NonZeroU32::new(2).unwrap();
+        // What is known is known of EC2's, not of a name.
+        let own = InstanceType::custom("t3.micro", two, two);
+        assert_eq!(own.threads_per_core(), NonZeroU32::MIN);
+        let stored = serde_json::to_string(&own.with_threads_per_core(two)).unwrap();
+        assert_eq!(serde_json::from_str::<InstanceType>(&stored).unwrap().threads_per_core(), two);
     }
 
     #[test]

@@ -95,6 +95,10 @@ impl Capabilities {
             let (asked, most) = (spec.vcpus, self.max_vcpus);
             return unsupported(format!("{name} cannot give a machine {asked} vCPUs; the most is {most}"));
         }
+        if spec.vcpus.get() % spec.threads_per_core != 0 {
+            let (asked, threads) = (spec.vcpus, spec.threads_per_core);
+            return unsupported(format!("{asked} vCPUs are no cores of {threads} threads each"));
+        }
         if u64::from(spec.memory_mib.get()) > self.max_memory_mib {
             let (asked, most) = (spec.memory_mib, self.max_memory_mib);
             return unsupported(format!(

@@ -41,6 +41,8 @@ pub struct MachineSpec {
     pub architecture: Architecture,
     /// How many virtual processors.
     pub vcpus: NonZeroU32,
+    /// How many of them are threads of one core. The cores are those of one package.
+    pub threads_per_core: NonZeroU32,
     /// How much memory, in MiB.
     pub memory_mib: NonZeroU32,
     /// What it boots.
@@ -65,7 +67,7 @@ pub struct MachineSpec {
 }
 
 impl MachineSpec {
-    /// A machine with one vCPU and 128 MiB, without disks and identity, with the temporary directory as
+    /// A machine with one vCPU, one thread a core, and 128 MiB, without disks and identity, with the temporary directory as
     /// its runtime directory.
     pub fn new(
         name: impl Into<String>,
@@ -77,6 +79,7 @@ impl MachineSpec {
             name: name.into(),
             architecture,
             vcpus: NonZeroU32::MIN,
+            threads_per_core: NonZeroU32::MIN,
             memory_mib: NonZeroU32::MIN.saturating_add(127),
             boot,
             disks: Vec::new(),

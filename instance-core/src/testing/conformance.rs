@@ -309,11 +309,12 @@ fn says_how_it_runs_guest_code(bed: &TestBed<'_>) {
 
 fn refuses_what_it_cannot_do(bed: &TestBed<'_>) {
     let can = bed.hypervisor.capabilities();
-    for what in ["architecture", "vCPUs", "memory", "disks", "serial number", "identity"] {
+    for what in ["architecture", "vCPUs", "half a core", "memory", "disks", "serial number", "identity"] {
         let mut spec = bed.spec(&Console::new(), Vec::new(), &std::env::temp_dir());
         match what {
             "architecture" => spec.architecture = bed.foreign_architecture,
             "vCPUs" => spec.vcpus = NonZeroU32::new(can.max_vcpus + 1).expect("more than none"),
+            "half a core" => spec.threads_per_core = spec.vcpus.saturating_add(1),
             "memory" => spec.memory_mib = NonZeroU32::MAX,
             "disks" => spec.disks = vec![DiskSpec::new(disk(1), "many"); can.max_disks + 1],
             "serial number" => spec.disks = vec![DiskSpec::new(disk(1), "longer than 20 bytes.")],
