@@ -41,11 +41,11 @@ pub(crate) fn set_up(
     vcpu: &VcpuFd,
     number: u32,
     topology: Topology,
-    supported: &CpuId,
+    model: &CpuId,
     entry: Entry,
     memory: &Memory,
 ) -> Result<()> {
-    let cpuid = cpuid::of_processor(supported, number, topology)?;
+    let cpuid = cpuid::of_processor(model, number, topology)?;
     vcpu.set_cpuid2(&cpuid).host("KVM did not take the processor's CPUID")?;
     set_interrupt_pins(vcpu)?;
     set_msrs(vcpu)?;

@@ -39,8 +39,9 @@
 //!   with its command line as given, and ACPI tables for all there is. The addresses are those of the
 //!   table in `layout.rs`.
 //! - **Processors** are threads of the cores of one package, as many of each as the specification says: 1, 2, 4 and so on.
-//!   They are told so by CPUID, and can do what KVM says that the host's can, less nested virtualisation and performance
-//!   counters. A saved machine keeps what it was told.
+//!   What they can do is a [`CpuLevel`]'s: the highest of the host's or [the one asked for](Kvm::with_cpu_level), so that an
+//!   image sees equal processors on all hosts of the level and vendor. Guests are told all that by CPUID, which hides what
+//!   else the host can do and does not keep a guest from trying it. A saved machine keeps what it was told.
 //! - **Execution.** Some hosts have a `/dev/kvm` that emulates the guest's kernel, thousands of times
 //!   slower than a processor. [`Kvm`] runs a short loop in a guest when it is first asked for its
 //!   [`execution`](Hypervisor::execution), and says what it measured.
@@ -92,6 +93,7 @@ mod boot;
 mod bus;
 mod confine;
 mod cpu;
+mod cpu_model;
 mod cpuid;
 mod error;
 mod exits;
@@ -134,6 +136,7 @@ use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 
 pub use crate::confine::Confinement;
+pub use crate::cpu_model::CpuLevel;
 use crate::error::{HostContext, unsupported};
 use crate::machine::KvmMachine;
 use crate::thread::Stacks;
@@ -170,6 +173,9 @@ pub struct Kvm {
     transport: Transport,
     confinement: Option<Confinement>,
     vhost_net: VhostNet,
+    cpu_level: CpuLevel,
+    /// The processors of that level.
+    cpu_model: Arc<CpuId>,
 }
 
 /// How the guest finds virtio devices and reaches them.
@@ -215,6 +221,7 @@ struct Inner {
     device: kvm_ioctls::Kvm,
     stacks: Arc<Stacks>,
     spares: SharedSpares,
+    /// What processors KVM supports.
     cpuid: CpuId,
     /// The model-specific registers of a processor, where machines can be saved.
     msrs: Option<Arc<[u32]>>,
@@ -264,7 +271,10 @@ impl Kvm {
         let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
         let (stacks, spares, execution) = Default::default();
         let inner = Arc::new(Inner { device, stacks, spares, cpuid, msrs, capabilities, execution });
-        Ok(Self { inner, transport: Transport::default(), confinement: None, vhost_net: VhostNet::default() })
+        let cpu_level = CpuLevel::highest(&inner.cpuid);
+        let cpu_model = Arc::new(cpu_model::of_level(&inner.cpuid, cpu_level)?);
+        let (transport, vhost_net) = Default::default();
+        Ok(Self { inner, transport, confinement: None, vhost_net, cpu_level, cpu_model })
     }
 
     /// The same, with another transport for the machines made by it.
@@ -303,6 +313,27 @@ impl Kvm {
         Self { vhost_net, ..self }
     }
 
+    /// The same, with processors of this level for the machines made by it, so that they see the same on hosts that could do
+    /// more. Without it they are of the highest that this host has. Restored machines keep those that they had.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](MachineErrorKind::Unsupported) where the host lacks the level, [`Host`](MachineErrorKind::Host)
+    /// where memory does.
+    pub fn with_cpu_level(self, level: CpuLevel) -> Result<Self, MachineError> {
+        if !level.is_supported(&self.inner.cpuid) {
+            let most = CpuLevel::highest(&self.inner.cpuid);
+            return Err(unsupported(format!("this host's processors are {most}, not {level}")));
+        }
+        let cpu_model = Arc::new(cpu_model::of_level(&self.inner.cpuid, level)?);
+        Ok(Self { cpu_level: level, cpu_model, ..self })
+    }
+
+    /// The level of the processors of the machines made by it.
+    pub fn cpu_level(&self) -> CpuLevel {
+        self.cpu_level
+    }
+
     fn vhost_net(&self) -> VhostNet {
         self.vhost_net
     }
@@ -323,8 +354,8 @@ impl Kvm {
         self.inner.spares.get()
     }
 
-    fn cpuid(&self) -> &CpuId {
-        &self.inner.cpuid
+    fn cpu_model(&self) -> &CpuId {
+        &self.cpu_model
     }
 
     fn msrs(&self) -> Option<Arc<[u32]>> {

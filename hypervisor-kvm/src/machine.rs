@@ -95,7 +95,7 @@ impl KvmMachine {
         let processors = (0..topology.count())
             .map(|number| {
                 let vcpu = vm.create_vcpu(number.into()).host("KVM did not make a processor")?;
-                cpu::set_up(&vcpu, number, topology, kvm.cpuid(), entry, &memory)?;
+                cpu::set_up(&vcpu, number, topology, kvm.cpu_model(), entry, &memory)?;
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>>>()?;
