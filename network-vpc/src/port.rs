@@ -348,10 +348,48 @@ impl Port {
     }
 }
 
+/// The least that a frame's segments carry that is left to its receiver to cut: what the smallest packet that every host
+/// takes (RFC 9293, section 3.7.1) leaves beside TCP's longest options. Smaller ones are many times as long as the frame
+/// with their headers. They are cut where they come from, and find room in the cable one by one.
+const SMALLEST: u16 = 536 - 40;
+
 /// A frame, or what it is cut into, as an end takes it that takes these offloads and packets so long.
 fn fitting(frame: Frame, takes: Offloads, mtu: u16) -> Vec<Frame> {
-    let is_long = frame.segmentation.is_none() && frame.data.len() > ETHERNET_LEN + usize::from(mtu);
+    let longest = ETHERNET_LEN + usize::from(mtu);
+    let is_fit = match frame.segmentation {
+        Some(cut) => cut.size >= SMALLEST && usize::from(cut.header_len) + usize::from(cut.size) <= longest,
+        None => frame.data.len() <= longest,
+    };
     // A checksum goes over the whole of a packet.
-    let frames = frame.finish(if is_long { Offloads::NONE } else { takes });
+    let frames = frame.finish(if is_fit { takes } else { Offloads::NONE });
     frames.into_iter().flat_map(|frame| fragments::cut(frame, mtu)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_frame_stays_whole_where_its_segments_are_neither_too_long_nor_tiny() {
+        // With the longest options, and in packets that may be cut.
+        let mut data = vec![0; 94 + 60_000];
+        data[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0xea, 0xb0, 0, 0, 0, 0, 64, 6]);
+        data[46] = 0xf0;
+        for (size, mtu, is_whole) in [
+            (536, 1500, true),
+            (535, 1500, false),
+            (41, 1500, false),
+            (1460, 1500, true),
+            (1461, 1500, false),
+            (8960, 9000, true),
+            (8960, 1500, false),
+        ] {
+            let frame = Frame::unfinished_tcp4(data.clone(), size);
+            let fit = fitting(frame.clone(), Offloads::ALL, mtu);
+            assert_eq!(fit == [frame], is_whole, "{size} {mtu}");
+            let cut = fit.iter().filter(|frame| frame.segmentation.is_none());
+            assert!(cut.clone().all(|frame| frame.data.len() <= ETHERNET_LEN + usize::from(mtu)));
+            assert!(is_whole || cut.count() > 60_000 / usize::from(mtu), "{size} {mtu}");
+        }
+    }
 }

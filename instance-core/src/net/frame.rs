@@ -91,6 +91,24 @@ pub struct Segmentation {
     pub header_len: u16,
 }
 
+impl Segmentation {
+    /// That of a frame whose TCP header begins at `start`. How long its headers are is seen in them: who says so besides
+    /// gives a hint, or lies. Where there is no header the frame is not [sound](Frame::is_sound).
+    ///
+    /// ```
+    /// use instance_core::net::{Protocol, Segmentation};
+    ///
+    /// let mut frame = [0; 3000];
+    /// frame[34 + 12] = 0x80; // eight words
+    /// assert_eq!(Segmentation::of_tcp(&frame, 34, Protocol::Tcp4, 1448).header_len, 66);
+    /// ```
+    pub fn of_tcp(frame: &[u8], start: u16, protocol: Protocol, size: u16) -> Self {
+        const DATA_OFFSET: usize = 12;
+        let offset = frame.get(usize::from(start) + DATA_OFFSET).map_or(u8::MAX, |byte| byte >> 4);
+        Self { protocol, size, header_len: start.saturating_add(u16::from(offset) * 4) }
+    }
+}
+
 /// The protocols whose packets can be left to be cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

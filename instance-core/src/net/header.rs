@@ -31,31 +31,34 @@ pub(super) fn header_of(frame: &Frame) -> [u8; HEADER_LEN] {
     [flags, kind, h0, h1, g0, g1, s0, s1, o0, o1, 0, 0]
 }
 
-/// The frame behind a header. None where there is none, or it is to be cut in a way that no port knows.
+/// The frame behind a header. None where there is none, or it is to be cut in a way that no port knows, or without a
+/// checksum to be completed, as no device may have it (virtio 1.2, 5.1.6.4.1).
 pub(super) fn frame_of(bytes: &[u8]) -> Option<Frame> {
     let (header, data) = bytes.split_first_chunk::<HEADER_LEN>()?;
-    let [flags, kind, h0, h1, g0, g1, s0, s1, o0, o1, ..] = *header;
+    // How long the headers are is what the kernel has in one piece of memory, which may be more or less.
+    let [flags, kind, _, _, g0, g1, s0, s1, o0, o1, ..] = *header;
+    let (start, offset) = (u16::from_le_bytes([s0, s1]), u16::from_le_bytes([o0, o1]));
     let mut frame = Frame::new(data.to_vec());
     if flags & NEEDS_CHECKSUM != 0 {
-        let (start, offset) = (u16::from_le_bytes([s0, s1]), u16::from_le_bytes([o0, o1]));
         frame.checksum = Checksum::Partial { start, offset };
     } else if flags & DATA_VALID != 0 {
         frame.checksum = Checksum::Verified;
     }
     let protocol = match kind {
         NOT_CUT => return Some(frame),
-        TCP4 => Protocol::Tcp4,
-        TCP6 => Protocol::Tcp6,
+        TCP4 if flags & NEEDS_CHECKSUM != 0 => Protocol::Tcp4,
+        TCP6 if flags & NEEDS_CHECKSUM != 0 => Protocol::Tcp6,
         _ => return None,
     };
-    let (size, header_len) = (u16::from_le_bytes([g0, g1]), u16::from_le_bytes([h0, h1]));
-    frame.segmentation = Some(Segmentation { protocol, size, header_len });
+    let size = u16::from_le_bytes([g0, g1]);
+    frame.segmentation = Some(Segmentation::of_tcp(&frame.data, start, protocol, size));
     Some(frame)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::Offloads;
 
     #[test]
     fn a_frame_comes_back_as_it_went() {
@@ -68,9 +71,23 @@ mod tests {
             (partial, cut(Protocol::Tcp4)),
             (partial, cut(Protocol::Tcp6)),
         ] {
-            let frame = Frame { checksum, segmentation, ..Frame::new((0..100).collect()) };
+            let mut frame = Frame { checksum, segmentation, ..Frame::new((0..100).collect()) };
+            frame.data[46] = 0x80; // a TCP header of eight words
             let bytes = [&header_of(&frame)[..], &frame.data].concat();
             assert_eq!(frame_of(&bytes), Some(frame));
+        }
+    }
+
+    #[test]
+    fn how_long_the_headers_are_is_seen_in_them() {
+        let mut data = vec![0; 54 + 3000];
+        (data[14], data[46]) = (0x45, 0x50);
+        let frame = Frame::unfinished_tcp4(data, 1460);
+        for hint in [0u16, 34, 66, 3054, u16::MAX] {
+            let mut bytes = [&header_of(&frame)[..], &frame.data].concat();
+            bytes[2..4].copy_from_slice(&hint.to_le_bytes());
+            let came = frame_of(&bytes).unwrap_or_default();
+            assert!(came.is_sound() && came.finish(Offloads::NONE).len() == 3, "{hint}");
         }
     }
 
@@ -87,6 +104,7 @@ mod tests {
     fn what_is_no_frame_is_none() {
         assert_eq!(frame_of(&[0; HEADER_LEN - 1]), None);
         let udp = 3;
+        assert_eq!(frame_of(&[DATA_VALID, TCP4, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3]), None);
         assert_eq!(frame_of(&[0, udp, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3]), None);
         assert_eq!(frame_of(&[0; HEADER_LEN]), Some(Frame::default()));
     }

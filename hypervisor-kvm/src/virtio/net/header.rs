@@ -92,16 +92,8 @@ impl Header {
         if !needs_checksum || !accepted(feature) {
             return Err(Malformed("a frame is left to be cut that may not be"));
         }
-        let header_len = tcp_header_end(&frame.data, self.csum_start);
-        frame.segmentation = Some(Segmentation { protocol, size: self.gso_size, header_len });
+        frame.segmentation =
+            Some(Segmentation::of_tcp(&frame.data, self.csum_start, protocol, self.gso_size));
         Ok(())
     }
-}
-
-/// Where the TCP header ends that begins at `start`. The driver says that as well, and is not to be trusted with
-/// it. Beyond the frame where there is no header.
-fn tcp_header_end(frame: &[u8], start: u16) -> u16 {
-    const DATA_OFFSET: usize = 12;
-    let offset = frame.get(usize::from(start) + DATA_OFFSET).map_or(u8::MAX, |byte| byte >> 4);
-    start.saturating_add(u16::from(offset) * 4)
 }

@@ -19,6 +19,8 @@ pub(super) const PREFIX: usize = 4;
 const CHUNK: usize = 256 << 10;
 /// How many frames are taken before it is the turn of who does something with them.
 const TURN: usize = 256;
+/// How many times the machine is written to before it is the turn of others.
+const ROUNDS: usize = 4;
 
 /// What a machine is given that is not complete: it is completed, and cut, as it is written to the socket.
 const TAKES: Offloads = Offloads { checksum: true, tcp4: true, tcp6: false };
@@ -82,9 +84,9 @@ impl Carrier {
     }
 
     /// Gives the machine the frames that wait, as far as it takes them; says how long the next one has to wait for the
-    /// limits, if it has.
+    /// limits or for its turn, if it has.
     pub(super) fn send(&mut self) -> io::Result<Option<Duration>> {
-        loop {
+        for _ in 0..ROUNDS {
             let delay = if self.unsent.is_empty() { self.fill() } else { None };
             if self.unsent.is_empty() {
                 return Ok(delay);
@@ -96,20 +98,30 @@ impl Carrier {
                 Err(e) => return Err(e),
             }
             if self.sent == self.unsent.len() {
-                self.unsent.clear();
-                self.sent = 0;
+                self.forget_unsent();
             }
         }
+        Ok(Some(Duration::ZERO))
+    }
+
+    fn forget_unsent(&mut self) {
+        self.unsent.clear();
+        // Frames with tiny segments become a lot longer as they are cut.
+        self.unsent.shrink_to(2 * CHUNK);
+        self.sent = 0;
     }
 
     /// Makes frames ready that wait, about as many as go through the socket at a time.
     fn fill(&mut self) -> Option<Duration> {
-        while self.unsent.len() < CHUNK {
+        let mut taken = 0;
+        // Not all that is taken is made ready.
+        while self.unsent.len().max(taken) < CHUNK {
             let delay = self.to_machine.delay();
             if delay.is_some() {
                 return delay;
             }
             let frame = self.port.recv()?;
+            taken += PREFIX + frame.data.len();
             if !frame.is_taken_by(TAKES) {
                 continue;
             }
@@ -123,19 +135,19 @@ impl Carrier {
                 }
             });
         }
-        None
+        Some(Duration::ZERO)
     }
 
     /// Takes the machine's frames, as far as the network has room for them; says how long the next one has to wait for
     /// the limits or for its turn, if it has.
     pub(super) fn receive(&mut self) -> io::Result<Option<Duration>> {
-        let mut has_more = true;
+        let mut came = 0;
         loop {
             match self.deliver()? {
                 Delivery::NoRoom => return Ok(None),
                 Delivery::Limited(delay) => return Ok(Some(delay)),
                 Delivery::Turn => return Ok(Some(Duration::ZERO)),
-                Delivery::Done if !has_more => return Ok(None),
+                Delivery::Done if came >= CHUNK => return Ok(Some(Duration::ZERO)),
                 Delivery::Done => {}
             }
             // There is room behind the part of a frame that may be left.
@@ -143,13 +155,12 @@ impl Carrier {
             (self.begin, self.end) = (0, self.end - self.begin);
             match self.socket.read(&mut self.received[self.end..]) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(len) => self.end += len,
+                Ok(len) => (self.end, came) = (self.end + len, came + len),
+                // Not before that has all been read that the socket has told of: its end may be among it.
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
-            // What does not fill the room is all there was; of more the socket tells.
-            has_more = self.end == self.received.len();
         }
     }
 
@@ -203,5 +214,87 @@ fn first_frame(stream: &[u8]) -> io::Result<Option<&[u8]>> {
 impl Drop for Carrier {
     fn drop(&mut self) {
         self.port.set_waker(None);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::net::{self, FRAMES_KEPT, MacAddress};
+
+    fn carrier() -> (Carrier, NetPort, UnixStream) {
+        let (port, network) = net::link();
+        let (machine, socket) = UnixStream::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        machine.set_nonblocking(true).unwrap();
+        (Carrier::new(socket, &NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1]))), network, machine)
+    }
+
+    fn framed(len: usize) -> Vec<u8> {
+        [&(len as u32).to_be_bytes()[..], &vec![7; len]].concat()
+    }
+
+    #[test]
+    fn a_machine_that_never_stops_writing_has_its_turn_like_others() {
+        let (mut carrier, network, mut machine) = carrier();
+        let network = Arc::new(network);
+        machine.write_all(&framed(1500)).unwrap();
+        // Each frame that comes is followed by more, up to a lot.
+        let (came, weak) = (Arc::new(AtomicUsize::new(0)), Arc::downgrade(&network));
+        let so_far = came.clone();
+        network.set_waker(Some(Arc::new(move || {
+            while let Some(frame) = weak.upgrade().and_then(|network| network.recv()) {
+                if so_far.fetch_add(frame.data.len(), Ordering::Relaxed) < 16 * CHUNK {
+                    (&machine).write_all(&framed(1500).repeat(2)).unwrap_or_default();
+                }
+            }
+        })));
+        assert_eq!(carrier.receive().unwrap(), Some(Duration::ZERO));
+        let first = came.load(Ordering::Relaxed);
+        assert!((CHUNK / 2..2 * CHUNK).contains(&first), "{first} bytes");
+        assert_eq!(carrier.receive().unwrap(), Some(Duration::ZERO));
+        assert!(came.load(Ordering::Relaxed) > first);
+    }
+
+    #[test]
+    fn frames_that_come_to_nothing_count() {
+        let (mut carrier, network, machine) = carrier();
+        let too_long = || Frame::new(vec![1; 60_000]);
+        while network.send(too_long()).is_ok() {}
+        assert_eq!(carrier.send().unwrap(), Some(Duration::ZERO));
+        assert!(network.send(too_long()).is_ok());
+        (0..FRAMES_KEPT).for_each(|_| _ = carrier.send().unwrap());
+        assert_eq!(carrier.send().unwrap(), None);
+        drop(machine);
+    }
+
+    #[test]
+    fn an_end_that_came_with_the_last_frame_is_seen_with_it() {
+        let (mut carrier, network, mut machine) = carrier();
+        machine.write_all(&framed(60)).unwrap();
+        drop(machine);
+        assert!(carrier.receive().is_err());
+        assert!(network.recv().is_some());
+    }
+
+    #[test]
+    fn memory_for_a_frame_that_became_long_is_given_back() {
+        let (mut carrier, network, mut machine) = carrier();
+        let mut data = vec![0; 54 + 60_000];
+        data[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0xea, 0x88, 0, 0, 0x40, 0, 64, 6]);
+        data[46] = 0x50;
+        network.send(Frame::unfinished_tcp4(data, 1)).unwrap();
+        let mut read = vec![0; CHUNK];
+        carrier.send().unwrap();
+        assert!(carrier.is_behind() && carrier.unsent.capacity() > 8 * CHUNK);
+        while carrier.is_behind() {
+            while machine.read(&mut read).is_ok() {}
+            carrier.send().unwrap();
+        }
+        assert!(carrier.unsent.capacity() <= 2 * CHUNK);
     }
 }
