@@ -193,7 +193,7 @@ impl Stop {
             if self.over.load(Ordering::SeqCst) {
                 return Ok(());
             }
-            let (to_machine, from_machine) = (carrier.send()?, carrier.receive()?);
+            let (from_machine, to_machine) = (carrier.receive()?, carrier.send()?);
             // What waits for a limit is looked at again when it may pass.
             let due_in = [to_machine, from_machine].into_iter().flatten().min();
             let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
@@ -203,13 +203,13 @@ impl Stop {
             let mut wanted = PollFlags::empty();
             wanted.set(PollFlags::IN, from_machine.is_none() && !carrier.is_held_up());
             wanted.set(PollFlags::OUT, carrier.is_behind());
-            let mut fds = vec![PollFd::new(&carrier.socket, wanted), PollFd::new(&self.wake, PollFlags::IN)];
+            let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
             fds.extend(heard.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)));
+            // That the machine has closed it is told although nothing is wanted of it. What it had sent is received first.
+            if !wanted.is_empty() {
+                fds.push(PollFd::new(&carrier.socket, wanted));
+            }
             match poll(&mut fds, timeout.as_ref()) {
-                // Closed by the machine, which may be seen although nothing is wanted of it. What it had sent is read first.
-                Ok(_) if fds[0].revents() & (PollFlags::HUP | PollFlags::IN) == PollFlags::HUP => {
-                    return Ok(());
-                }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
             }

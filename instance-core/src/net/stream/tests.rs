@@ -188,6 +188,21 @@ fn a_machine_that_lies_about_a_length_or_goes_is_unplugged() {
 }
 
 #[test]
+fn what_a_machine_sent_before_it_went_waits_for_a_full_network() {
+    for mut rig in rigs(|_| ()) {
+        const COUNT: u32 = FRAMES_KEPT as u32 + 500;
+        let stream: Vec<u8> = (0..COUNT).flat_map(|n| framed(&n.to_be_bytes().repeat(10))).collect();
+        rig.machine.write_all(&stream).unwrap();
+        rig.machine.shutdown(Shutdown::Both).unwrap();
+        thread::sleep(Duration::from_millis(20));
+        for n in 0..COUNT {
+            assert_eq!(rig.recv().data[..4], n.to_be_bytes());
+        }
+        rig.wait(|network| !network.is_connected());
+    }
+}
+
+#[test]
 fn frames_wait_for_limits_and_go_on_by_themselves() {
     // Two at once, and then twenty in a second.
     let limits = IoLimits { ops: Some(Rate { per_second: 20, burst: 2 }), ..IoLimits::NONE };
@@ -272,6 +287,17 @@ fn segments_are_one_frame_for_a_network_that_takes_it() {
                 segments.iter().for_each(|segment| assert_eq!(rig.recv(), *segment));
             }
         }
+    }
+}
+
+#[test]
+fn segments_that_are_longer_than_a_packet_stay_apart() {
+    let segments = long_frame().finish(net::Offloads::NONE);
+    // The first are as long as a frame with a tag may be.
+    for mut rig in rigs(|spec| spec.mtu = 1496) {
+        rig.network.set_takes(net::Offloads::ALL);
+        segments.iter().for_each(|segment| rig.machine.write_all(&framed(&segment.data)).unwrap());
+        segments.iter().for_each(|segment| assert_eq!(rig.recv(), *segment));
     }
 }
 
