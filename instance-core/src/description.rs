@@ -59,6 +59,19 @@ impl StateReason {
     pub(crate) fn user_initiated() -> Self {
         Self::new("Client.UserInitiatedShutdown", "asked for by the user")
     }
+
+    /// What a state is reached by, now, in the words of `StateTransitionReason`.
+    fn transition(&self) -> String {
+        match self.code.starts_with("Client.UserInitiated") {
+            // 2026-01-31T12:00:00.250Z, without the T, the fraction and the Z.
+            true => {
+                let now = Timestamp::now().to_string();
+                let (date, time) = now.split_once('T').unwrap_or((&now, ""));
+                format!("User initiated ({date} {} GMT)", time.split('.').next().unwrap_or(time))
+            }
+            false => self.to_string(),
+        }
+    }
 }
 
 impl fmt::Display for StateReason {
@@ -101,6 +114,7 @@ pub struct Attachment {
 /// instance.stop(std::time::Duration::from_secs(60))?;
 /// let why = instance.describe().state_reason.ok_or("a stop has a reason")?;
 /// assert_eq!(why.code, "Client.UserInitiatedShutdown");
+/// assert!(instance.describe().state_transition_reason.starts_with("User initiated ("));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,6 +142,10 @@ pub struct InstanceDescription {
     pub state: InstanceState,
     /// Why it is in that state, where there is something to say.
     pub state_reason: Option<StateReason>,
+    /// The same as EC2 words it, with the time where a user asked for it (`StateTransitionReason`); empty where there is
+    /// nothing to say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub state_transition_reason: String,
     /// What happens when the guest powers itself off.
     pub shutdown_behavior: ShutdownBehavior,
     /// Whether it cannot be terminated (`DisableApiTermination`).
@@ -153,6 +171,15 @@ pub struct InstanceDescription {
     pub network: Option<NetworkPlacement>,
     /// Its tags.
     pub tags: BTreeMap<String, String>,
+}
+
+impl InstanceDescription {
+    /// Puts it into a state, which has a reason or not.
+    pub(crate) fn enter(&mut self, state: InstanceState, reason: Option<StateReason>) {
+        self.state = state;
+        self.state_transition_reason = reason.as_ref().map(StateReason::transition).unwrap_or_default();
+        self.state_reason = reason;
+    }
 }
 
 fn is_ebs(root: &RootDeviceType) -> bool {

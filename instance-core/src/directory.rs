@@ -230,6 +230,7 @@ impl Filterable for InstanceDescription {
         "owner-id",
         "private-dns-name",
         "private-ip-address",
+        "reason",
         "reservation-id",
         "root-device-name",
         "root-device-type",
@@ -271,6 +272,9 @@ impl Filterable for InstanceDescription {
             "owner-id" => vec![self.owner.to_string()],
             "private-dns-name" => place.map(|p| p.private_dns_name.clone()).collect(),
             "private-ip-address" => place.map(|p| p.private_ip.to_string()).collect(),
+            "reason" => {
+                Some(self.state_transition_reason.clone()).filter(|r| !r.is_empty()).into_iter().collect()
+            }
             "reservation-id" => vec![self.reservation_id.to_string()],
             "root-device-name" => vec![self.root_device_name.clone()],
             "root-device-type" => vec![self.root_device_type.to_string()],

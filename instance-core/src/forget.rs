@@ -5,8 +5,9 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ami_core::InstanceId;
+use ami_core::{InstanceId, Timestamp};
 
+use crate::InstanceState;
 use crate::error::chain;
 use crate::record::InstanceRecord;
 use crate::region::Inner;
@@ -25,10 +26,13 @@ impl Remembered {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in one that is terminated now.
-    pub(crate) fn add(&self, id: InstanceId) {
+    /// Takes in one that was terminated at that time, of which its record speaks.
+    pub(crate) fn add(&self, id: InstanceId, ended: Timestamp) {
+        let now = Instant::now();
+        let at = now.checked_sub(age(ended)).unwrap_or(now);
         let mut remembered = self.lock();
-        remembered.push_back((Instant::now(), id));
+        let place = remembered.partition_point(|(other, _)| *other <= at);
+        remembered.insert(place, (at, id));
     }
 
     /// Takes out those that were terminated long before `now`.
@@ -42,6 +46,19 @@ impl Remembered {
     fn put_back(&self, old: Vec<(Instant, InstanceId)>) {
         let mut remembered = self.lock();
         old.into_iter().rev().for_each(|one| remembered.push_front(one));
+    }
+}
+
+/// How long ago it was, by a clock that may have been set back.
+fn age(ended: Timestamp) -> Duration {
+    Duration::from_millis(Timestamp::now().as_unix_millis().saturating_sub(ended.as_unix_millis()))
+}
+
+impl InstanceRecord {
+    /// Whether it was terminated so long ago, or by a version that did not note when, that nobody is told of it.
+    pub(crate) fn is_forgotten(&self) -> bool {
+        let terminated = self.description.state == InstanceState::Terminated;
+        terminated && self.ended.is_none_or(|ended| age(ended) >= REMEMBERED)
     }
 }
 
@@ -77,7 +94,7 @@ impl Inner {
 mod tests {
     use super::*;
     use crate::testing::{FakeHypervisor, tiny_elf};
-    use crate::{DirectBoot, ErrorKind, ImageSource, InstanceState, LaunchSpec, Region};
+    use crate::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
     use ami_core::{Ami, X86_64};
 
     fn register(region: &Region<FakeHypervisor>) -> Ami<X86_64> {
@@ -112,6 +129,29 @@ mod tests {
         assert_eq!(gone.state(), InstanceState::Terminated);
         gone.terminate().unwrap();
         assert_eq!(gone.start().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+    }
+
+    #[test]
+    fn the_hour_goes_on_while_the_region_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let ami = register(&region);
+        let [old, new] = [(), ()].map(|()| {
+            let instance = region.launch(&ami, spec()).unwrap();
+            instance.terminate().unwrap();
+            instance.id()
+        });
+        let mut record = region.inner.store.get::<InstanceRecord>(&old.to_string()).unwrap().unwrap();
+        let hour = REMEMBERED.as_millis() as u64;
+        record.ended = Timestamp::from_unix_millis(record.ended.unwrap().as_unix_millis() - hour);
+        region.inner.store.commit(|c| c.put(&record)).unwrap();
+        drop((ami, region));
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let known: Vec<_> = region.instances().iter().map(|i| (i.id(), i.state())).collect();
+        assert_eq!(known, [(new, InstanceState::Terminated)]);
+        region.inner.forget_terminated(Instant::now() + REMEMBERED);
+        assert!(region.instances().is_empty());
+        assert_eq!(region.inner.store.all::<InstanceRecord>().unwrap().len(), 0);
     }
 
     #[test]

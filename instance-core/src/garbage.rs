@@ -7,7 +7,7 @@ use std::path::Path;
 use ami_core::{AmiId, Digest, VolumeId};
 use storage_block::Volume;
 
-use crate::description::{Attachment, InstanceDescription};
+use crate::description::InstanceDescription;
 use crate::launch::Needs;
 use crate::record::{FormerImage, ImageRecord, InstanceRecord, SnapshotRecord, VolumeRecord};
 use crate::region::Inner;
@@ -62,15 +62,10 @@ impl Inner {
         })
     }
 
-    /// Removes an instance's record and the volumes that go with it.
-    pub(crate) fn forget(
-        &self,
-        instance: &InstanceDescription,
-        goes_with_it: impl Fn(&Attachment) -> bool,
-    ) -> Result<()> {
-        let doomed = instance.attachments.iter().filter(|attachment| goes_with_it(attachment));
-        let doomed: Vec<VolumeId> = doomed.map(|a| a.volume_id).collect();
-        self.remove_volumes(&doomed)?;
+    /// Removes an instance's record and its volumes.
+    pub(crate) fn forget(&self, instance: &InstanceDescription) -> Result<()> {
+        let volumes: Vec<VolumeId> = instance.attachments.iter().map(|a| a.volume_id).collect();
+        self.remove_volumes(&volumes)?;
         self.store.commit(|c| {
             c.remove::<InstanceRecord>(instance.id);
             Ok(())

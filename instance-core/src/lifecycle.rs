@@ -198,7 +198,7 @@ impl Inner {
         self.remove_volumes(&doomed)?;
         self.release_place(&live.record.description);
         self.transition(cell, live, Transition::Terminated, Some(reason))?;
-        self.terminated.add(cell.id);
+        self.terminated.add(cell.id, live.record.ended.unwrap_or_else(Timestamp::now));
         Ok(())
     }
 

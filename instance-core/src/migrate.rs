@@ -15,7 +15,7 @@ pub(crate) fn migrate(store: &Store) -> Result<()> {
     let Some(region) = store.get_json(RegionRecord::TABLE, RegionRecord::KEY)? else { return Ok(()) };
     match region["format"].as_u64() {
         Some(1) => from_1(store, region),
-        Some(2) => from_2(store, region),
+        Some(2 | 3) => from_2(store, region),
         Some(found) if found == u64::from(RegionRecord::FORMAT) => Ok(()),
         found => {
             let found = found.map_or("no number".to_owned(), |n| n.to_string());
@@ -79,7 +79,8 @@ fn from_1(store: &Store, mut region: Value) -> Result<()> {
     })
 }
 
-/// Version 2 knew no journal, and has all of its records in the database; else they are the same.
+/// Version 2 knew no journal, and has all of its records in the database, and version 3 did not say in what words a state
+/// was reached, nor when one ended; else their records are the same.
 fn from_2(store: &Store, mut region: Value) -> Result<()> {
     add(object(RegionRecord::KEY, Some(&mut region))?, json!({ "format": RegionRecord::FORMAT }));
     store.commit(|c| c.put_json(RegionRecord::TABLE, RegionRecord::KEY.to_owned(), &region))

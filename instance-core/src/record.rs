@@ -8,11 +8,11 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 
-use crate::InstanceDescription;
 use crate::boot_cache::BootPlan;
+use crate::description::StateReason;
 use crate::network::Guest;
 use crate::store::Record;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, InstanceDescription, InstanceState, Result};
 
 /// The region itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ pub(crate) struct RegionRecord {
 }
 
 impl RegionRecord {
-    pub(crate) const FORMAT: u32 = 3;
+    pub(crate) const FORMAT: u32 = 4;
     pub(crate) const KEY: &'static str = "region";
 }
 
@@ -158,6 +158,9 @@ pub(crate) struct InstanceRecord {
     /// Its machine as it was saved, while it hibernates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) saved: Option<SavedRecord>,
+    /// When it was terminated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) ended: Option<Timestamp>,
 }
 
 /// A saved machine, in the place of its instance's.
@@ -171,6 +174,16 @@ pub(crate) struct SavedRecord {
 }
 
 impl InstanceRecord {
+    /// Puts the instance into a state, which has a reason or not.
+    pub(crate) fn enter(&mut self, state: InstanceState, reason: Option<StateReason>) {
+        self.description.enter(state, reason);
+        self.ended = (state == InstanceState::Terminated).then(Timestamp::now);
+        if matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated) {
+            // No guest is told it any more, and what is to give space back should take little.
+            self.user_data = None;
+        }
+    }
+
     /// What its guest is told by its metadata.
     pub(crate) fn user_data(&self) -> Result<Option<Vec<u8>>> {
         let decoded = self.user_data.as_ref().map(|text| BASE64.decode(text)).transpose();

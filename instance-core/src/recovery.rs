@@ -24,12 +24,16 @@ impl Inner {
             .filter(|record| record.saved.is_some())
             .map(|record| record.description.id.to_string())
             .collect();
+        let (old, records): (Vec<_>, Vec<_>) = records.into_iter().partition(InstanceRecord::is_forgotten);
         let mut changed = Vec::new();
         for record in records {
             changed.extend(self.recover_instance(record)?);
         }
         // In one, for there may be thousands.
-        self.store.commit(|c| changed.iter().try_for_each(|record| c.put(record)))?;
+        self.store.commit(|c| {
+            old.iter().for_each(|record| c.remove::<InstanceRecord>(record.description.id));
+            changed.iter().try_for_each(|record| c.put(record))
+        })?;
         self.recover_tasks()?;
         let volumes: HashSet<String> =
             self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
@@ -38,8 +42,11 @@ impl Inner {
         remove_others(&self.paths.hibernated(), &hibernated)?;
         if let Some(network) = &self.network {
             let cells = self.cells();
-            let places = cells.values().filter_map(|cell| Some(cell.description.get().network?.interface_id));
-            network.keep_only(&places.collect())?;
+            let descriptions = cells.values().map(|cell| cell.description.get());
+            let alive = descriptions.filter(|description| description.state != InstanceState::Terminated);
+            network.keep_only(
+                &alive.filter_map(|description| Some(description.network?.interface_id)).collect(),
+            )?;
         }
         self.collect_garbage()
     }
@@ -62,17 +69,25 @@ impl Inner {
                 }
             }
         }
-        if goes {
-            self.forget(&record.description, |attachment| attachment.delete_on_termination)?;
-            return Ok(None);
-        }
-        if let Some(next) = state.after(Transition::Lost) {
-            record.description.state = next;
-            record.description.state_reason = Some(StateReason::new(
-                "Server.InternalError",
-                format!("the process that owned the region ended while the instance was {state}"),
-            ));
+        let lost = || {
+            let what = format!("the process that owned the region ended while the instance was {state}");
+            StateReason::new("Server.InternalError", what)
+        };
+        if goes && state != InstanceState::Terminated {
+            let attachments = &record.description.attachments;
+            let doomed: Vec<_> =
+                attachments.iter().filter(|a| a.delete_on_termination).map(|a| a.volume_id).collect();
+            self.remove_volumes(&doomed)?;
+            let asked_for = record.description.state_reason.take();
+            let reason = asked_for.filter(|_| state == InstanceState::ShuttingDown).unwrap_or_else(lost);
+            record.enter(InstanceState::Terminated, Some(reason));
             changed = true;
+        } else if let Some(next) = state.after(Transition::Lost) {
+            record.enter(next, Some(lost()));
+            changed = true;
+        }
+        if let Some(ended) = record.ended {
+            self.terminated.add(record.description.id, ended);
         }
         self.tokens.remember(&record);
         self.directory.set(record.description.clone());

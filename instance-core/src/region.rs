@@ -160,7 +160,7 @@ impl<H> Region<H> {
     }
 
     /// The account's instances, in the order of their ids. Those that were terminated are among them for an
-    /// hour, or until the region is closed.
+    /// hour, also where the region is closed and opened meanwhile.
     pub fn instances(&self) -> Vec<Instance> {
         let theirs = self.inner.directory.all(self.account);
         let cells = self.inner.cells();

@@ -264,7 +264,8 @@ fn what_gives_space_back_needs_none() {
     one.terminate().unwrap();
     drop((one, two, region));
     let region = open(&dir);
-    assert!(region.instances().is_empty() && region.images().unwrap().is_empty());
+    assert!(region.instances().iter().all(|i| i.state() == InstanceState::Terminated));
+    assert!(region.images().unwrap().is_empty());
 }
 
 /// Nor do they when the journal is full of what the database does not have yet.
@@ -283,7 +284,8 @@ fn what_gives_space_back_needs_none_behind_a_full_journal() {
     region.deregister_image(ami.id()).unwrap();
     drop((instances, region));
     let region = open(&dir);
-    assert!(region.instances().is_empty() && region.images().unwrap().is_empty());
+    assert!(region.instances().iter().all(|i| i.state() == InstanceState::Terminated));
+    assert!(region.images().unwrap().is_empty());
 }
 
 /// A stop that could not make the volumes durable is finished by the next.

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use ami_core::{Ami, RootDeviceType, X86_64};
 use common::{TestRegion, ask};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{CopyImage, DescribeCopyImageTasks, DirectBoot, ImageSource, LaunchSpec, RegionOptions};
+use instance_core::{
+    CopyImage, DescribeCopyImageTasks, DirectBoot, ImageSource, InstanceState, LaunchSpec, RegionOptions,
+};
 use records::{counts, fields, make_small, old_region, records};
 use storage_block::MemoryDisk;
 
@@ -59,7 +61,8 @@ fn what_was_added_is_there() {
     let before = records(&path);
     assert_eq!((before["instances"].len(), before["copy-image-tasks"].len()), (1, 1));
     let region = open(&path);
-    assert!(region.instances().is_empty(), "its root device is gone");
+    let states: Vec<_> = region.instances().iter().map(|i| i.state()).collect();
+    assert_eq!(states, [InstanceState::Terminated], "its root device is gone");
     let images = region.images().unwrap();
     assert_eq!(images.len(), 2);
     for image in &images {

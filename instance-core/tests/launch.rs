@@ -220,6 +220,17 @@ fn a_token_is_good_for_one_launch() {
     let region = reopen(&dir, region);
     assert_eq!(ids(&region, asked()), all[0], "it is remembered with the instances");
     region.run_instances(&ami, asked().user_data("other")).unwrap_err();
+
+    // Also of those that are terminated, for as long as the region tells of them.
+    all[0].iter().for_each(|id| region.instance(id.parse().unwrap()).unwrap().terminate().unwrap());
+    let region = reopen(&dir, region);
+    assert_eq!(ids(&region, asked()), all[0]);
+    let gone = region.run_instances(&ami, asked()).unwrap().instances.remove(0).describe();
+    assert_eq!(gone.state, InstanceState::Terminated);
+    let why = gone.state_transition_reason.clone();
+    assert!(why.starts_with("User initiated (20") && why.ends_with(" GMT)"), "{why}");
+    let asked_for = DescribeInstances::new().filter("reason", ["User initiated*"]);
+    assert_eq!(region.describe_instances(&asked_for).unwrap().items.len(), 3);
 }
 
 #[test]

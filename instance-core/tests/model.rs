@@ -232,7 +232,6 @@ impl World {
             Action::Reopen => {
                 self.region = None;
                 self.region = Some(common::open(self.dir.path()));
-                self.instances.retain(|i| i.state != Terminated);
                 self.instances.iter_mut().for_each(|i| i.call("close").unwrap());
             }
         }

@@ -126,13 +126,13 @@ impl Live {
     /// The record in the next state.
     pub(crate) fn after(&self, by: Transition, reason: Option<StateReason>) -> Result<InstanceRecord> {
         let mut record = self.record.clone();
-        let description = &mut record.description;
+        let description = &record.description;
         let now = description.state;
-        description.state = now.after(by).ok_or_else(|| {
+        let next = now.after(by).ok_or_else(|| {
             let what = format!("{} is {now}, from which it cannot be {}", description.id, words(by));
             Error::new(ErrorKind::IncorrectInstanceState, what)
         })?;
-        description.state_reason = reason;
+        record.enter(next, reason);
         // Once its guest goes on, or it ends, what was saved is of no more use.
         if matches!(by, Transition::Started | Transition::Terminate) {
             record.saved = None;

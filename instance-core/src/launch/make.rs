@@ -125,12 +125,11 @@ impl Inner {
             let failed = |e| Error::storage(e, format!("cannot remove the volume {}", p.record.id));
             Volume::remove(&self.paths.volume(p.record.id)).map_err(failed)
         });
-        if let Err(e) = self.forget(&live.record.description, |_| true).and(left) {
+        if let Err(e) = self.forget(&live.record.description).and(left) {
             tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
         }
         let mut gone = live.record.description.clone();
-        gone.state = InstanceState::Terminated;
-        gone.state_reason = Some(StateReason::new(why.code(), chain(why)));
+        gone.enter(InstanceState::Terminated, Some(StateReason::new(why.code(), chain(why))));
         self.announce(&StateChange::of(&gone));
         self.directory.remove(cell.id);
         cell.description.set(gone);

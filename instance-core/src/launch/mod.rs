@@ -279,6 +279,7 @@ impl Inner {
                 instance_type: spec.instance_type.clone(),
                 state: InstanceState::Pending,
                 state_reason: None,
+                state_transition_reason: String::new(),
                 shutdown_behavior: plan::shutdown_behavior(ami.manifest(), spec),
                 termination_protection: spec.termination_protection,
                 stop_protection: spec.stop_protection,
@@ -299,6 +300,7 @@ impl Inner {
                 parameters,
                 instance_store: plan::instance_store(&disks),
                 saved: None,
+                ended: None,
             };
             records.push((record, planned, claim));
         }

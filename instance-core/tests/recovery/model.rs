@@ -45,6 +45,8 @@ struct Instance {
 pub(crate) struct Model {
     images: BTreeMap<String, Image>,
     instances: BTreeMap<String, Instance>,
+    /// Those that were terminated, of which the region tells for an hour.
+    terminated: BTreeSet<String>,
     /// Volumes that outlived their instances, with the snapshots that they need.
     kept: BTreeMap<String, Vec<String>>,
     /// Those of them that are attached to an instance, beside its own.
@@ -65,6 +67,11 @@ const BY_GUEST: &str = "Client.InstanceInitiatedShutdown";
 pub(crate) fn snapshots_of(ami: &AnyAmi) -> Vec<Digest> {
     let mappings = ami.manifest().block_device_mappings();
     mappings.iter().filter_map(|m| m.as_ebs()?.snapshot().copied()).collect()
+}
+
+/// The instances that are terminated, and the others.
+fn everyone(region: &TestRegion) -> (Vec<instance_core::Instance>, Vec<instance_core::Instance>) {
+    region.instances().into_iter().partition(|i| i.state() == InstanceState::Terminated)
 }
 
 impl Model {
@@ -163,6 +170,7 @@ impl Model {
     /// The root volume goes with its instance, the second is kept.
     fn remove_instance(&mut self, id: &str) {
         let gone = self.instances.remove(id).unwrap();
+        self.terminated.insert(id.to_owned());
         self.attached.retain(|_, holder| holder != id);
         self.kept.insert(gone.volumes[1].clone(), but_the_roots(&gone.snapshots));
     }
@@ -175,7 +183,9 @@ impl Model {
 
         let found: Vec<String> = region.images().unwrap().iter().map(|i| i.ami().id().to_string()).collect();
         assert_eq!(found, self.images.keys().cloned().collect::<Vec<_>>(), "images, {when}");
-        let instances = region.instances();
+        let (terminated, instances): (Vec<_>, Vec<_>) = everyone(region);
+        let found: BTreeSet<String> = terminated.iter().map(|i| i.id().to_string()).collect();
+        assert_eq!(found, self.terminated, "instances that were terminated, {when}");
         let found: Vec<String> = instances.iter().map(|i| i.id().to_string()).collect();
         assert_eq!(found, self.instances.keys().cloned().collect::<Vec<_>>(), "instances, {when}");
         self.check_files(dir, &when);
@@ -221,7 +231,7 @@ impl Model {
             let snapshots = snapshots_of(i.ami()).into_iter().map(|s| s.to_hex());
             [i.ami().id().to_string()].into_iter().chain(snapshots).collect::<Vec<_>>()
         });
-        let instances = region.instances();
+        let (_, instances) = everyone(region);
         let new: Vec<String> = (instances.iter())
             .filter(|i| !self.instances.contains_key(&i.id().to_string()))
             .flat_map(|i| {
@@ -317,6 +327,7 @@ impl Model {
             }
             let kept = instance.describe().attachments[1].volume_id.to_string();
             instance.terminate().unwrap();
+            self.terminated.insert(instance.id().to_string());
             self.kept.insert(kept, but_the_roots(&image.snapshots));
             image.seen = true;
         }
@@ -324,7 +335,7 @@ impl Model {
 
     /// Takes everything away but the volumes that were kept and the snapshots.
     pub(crate) fn take_down(&mut self, region: &TestRegion) {
-        for instance in region.instances() {
+        for instance in everyone(region).1 {
             instance.terminate().unwrap();
             self.remove_instance(&instance.id().to_string());
         }
