@@ -75,14 +75,20 @@ impl Step {
     fn run(self) -> Result<()> {
         match self {
             Self::Format => cargo(&["fmt", "--all", "--check"], &[]),
-            Self::Lints => cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[]),
+            // With all features everywhere: a test that asks for one is else left out in silence.
+            Self::Lints => {
+                let all =
+                    ["clippy", "--workspace", "--all-features", "--all-targets", "--", "-D", "warnings"];
+                cargo(&all, &[])
+            }
             Self::Documentation => {
-                cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
+                let all = ["doc", "--workspace", "--all-features", "--no-deps"];
+                cargo(&all, &[("RUSTDOCFLAGS", "-D warnings")])
             }
             Self::Tests => {
                 let kernel = guest::ensure()?.vmlinuz();
                 let kernel = kernel.to_str().context("the guest's kernel has a name that is not UTF-8")?;
-                cargo(&["test", "--workspace"], &[("BOOT_IMAGE_TEST_KERNEL", kernel)])
+                cargo(&["test", "--workspace", "--all-features"], &[("BOOT_IMAGE_TEST_KERNEL", kernel)])
             }
             Self::Package => package(),
             Self::Kvm => in_lab::run(),
