@@ -22,6 +22,7 @@
 //!   from these. [`AmiBuilder`] makes one. The type parameter is the architecture, so that the
 //!   compiler keeps an [`Ami<Arm64>`](Arm64) from where an [`Ami<X86_64>`](X86_64) is asked for; [`AnyAmi`]
 //!   holds either.
+//! - [`DeclaredAmi`]: an image as a program expects it, written down as a constant and compared with what there is.
 //! - [`Image`]: the record that a region keeps of an `Ami`, with what its owner can change: state,
 //!   launch permissions, tags, description, deprecation.
 //! - [`Catalog`]: where the records are kept; [`Query`] and [`Filter`] choose among them.
@@ -62,6 +63,7 @@ mod attribute;
 mod boot;
 mod builder;
 mod catalog;
+mod declared;
 mod describe;
 mod device;
 mod digest;
@@ -90,6 +92,7 @@ pub use attribute::{Grantee, ModifyImageAttribute};
 pub use boot::{Boot, BootMode, BootSource};
 pub use builder::AmiBuilder;
 pub use catalog::{Catalog, CatalogExt, MemoryCatalog};
+pub use declared::{DeclarationMismatch, DeclaredAmi, Difference};
 pub use describe::{DescribeImages, ExecutableUser, Owner};
 pub use device::{
     BlockDeviceKind, BlockDeviceMapping, DeviceName, Ebs, RootDeviceType, StoreRoot, VolumeType,
