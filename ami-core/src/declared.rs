@@ -132,7 +132,8 @@ impl<A: Arch> DeclaredAmi<A> {
         if let Some(mode) = self.boot_mode {
             builder = builder.boot(crate::Boot::root_volume().mode(mode));
         }
-        let software = self.software.iter().filter_map(|(name, version)| Some(Software::new(*name, (*version)?)));
+        let software =
+            self.software.iter().filter_map(|(name, version)| Some(Software::new(*name, (*version)?)));
         builder.software_list(software)
     }
 
