@@ -145,7 +145,34 @@ impl Instance {
     /// As [`start`](Self::start), but the instance must be running, whatever its root device is; it is stopped if no new
     /// machine can be made, or terminated where its root device is instance store.
     pub fn reboot(&self) -> Result<()> {
-        self.region.reboot(&self.cell)
+        self.region.reboot(&self.cell, Duration::ZERO)
+    }
+
+    /// Reboots it as EC2 does (`RebootInstances`): the guest is asked to power itself off, which a server does in order, and
+    /// what has not ended within `patience` is reset like by [`reboot`](Self::reboot). It is `running` all the while.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ImageSource, InstanceState, LaunchSpec, Region};
+    /// # use std::time::Duration;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+    /// server.reboot_within(Duration::from_secs(240))?; // as long as EC2 waits
+    /// assert_eq!(server.state(), InstanceState::Running);
+    /// server.terminate_within(Duration::from_secs(60))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`reboot`](Self::reboot), also if it is stopped or terminated meanwhile.
+    pub fn reboot_within(&self, patience: Duration) -> Result<()> {
+        self.region.reboot(&self.cell, patience)
     }
 
     /// Terminates it: its machine ends at once, and the volumes that go with it are removed. Does
@@ -156,7 +183,17 @@ impl Instance {
     /// [`OperationNotPermitted`](ErrorKind::OperationNotPermitted) if it is protected against being terminated
     /// or stopped, or what the host met.
     pub fn terminate(&self) -> Result<()> {
-        self.region.terminate(&self.cell)
+        self.region.terminate(&self.cell, Duration::ZERO)
+    }
+
+    /// The same, but its guest is asked to power itself off first, and has `patience` for that: a volume that is kept then
+    /// has all that the guest had in mind for it.
+    ///
+    /// # Errors
+    ///
+    /// As [`terminate`](Self::terminate).
+    pub fn terminate_within(&self, patience: Duration) -> Result<()> {
+        self.region.terminate(&self.cell, patience)
     }
 
     /// Makes an AMI of it, as it is at one instant: all its volumes, taken while its processors

@@ -95,19 +95,23 @@ impl Inner {
             InstanceState::Stopping => {}
             _ => self.transition(cell, &mut live, Transition::Stop, Some(reason.clone()))?,
         }
-        let asked = live.machine.as_deref().filter(|machine| asked_to_power_off(*machine, patience));
-        if let Some(state) = asked.map(Machine::state) {
-            let generation = live.generation;
-            // Not held meanwhile: others may terminate it, or stop it with less patience.
-            drop(live);
-            // Whether it obeyed or not, the machine is dropped next.
-            let _ = state.wait(Instant::now() + patience, |s| s.exit_cause().is_some());
-            live = cell.hold(self.supervisor.reports());
-            if live.generation != generation || live.record.description.state == InstanceState::Stopped {
-                return Ok(());
-            }
+        let generation = live.generation;
+        live = self.let_power_off(cell, live, patience);
+        if live.generation != generation || live.record.description.state == InstanceState::Stopped {
+            return Ok(());
         }
         self.finish_stop(cell, &mut live, reason)
+    }
+
+    /// Asks the guest to power itself off, if there is a machine and patience to wait for what comes of it, and waits. The
+    /// instance is not held meanwhile: others may terminate it, or stop it with less patience.
+    fn let_power_off<'a>(&self, cell: &'a Cell, live: Hold<'a>, patience: Duration) -> Hold<'a> {
+        let asked = live.machine.as_deref().filter(|machine| asked_to_power_off(*machine, patience));
+        let Some(state) = asked.map(Machine::state) else { return live };
+        drop(live);
+        // Whether it obeys or not, its machine is dropped next.
+        let _ = state.wait(Instant::now() + patience, |s| s.exit_cause().is_some());
+        cell.hold(self.supervisor.reports())
     }
 
     fn finish_stop(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
@@ -147,18 +151,21 @@ impl Inner {
         self.go_on(cell, &mut live)
     }
 
-    pub(crate) fn reboot(&self, cell: &Cell) -> Result<()> {
+    pub(crate) fn reboot(&self, cell: &Cell, patience: Duration) -> Result<()> {
         let mut live = cell.hold(self.supervisor.reports());
-        let state = live.record.description.state;
-        if state != InstanceState::Running {
-            let what = format!("{} is {state}, in which it cannot be rebooted", cell.id);
-            return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
-        }
-        self.reset(cell, &mut live)
+        let generation = live.generation;
+        check_running(&live.record.description)?;
+        live.reboots = true;
+        live = self.let_power_off(cell, live, patience);
+        live.reboots = false;
+        check_running(&live.record.description)?;
+        // Whoever saw its guest power itself off may have been faster.
+        if live.generation == generation { self.reset(cell, &mut live) } else { Ok(()) }
     }
 
     /// Gives a running instance a new machine, or stops it where that fails.
     fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
+        live.reboots = false;
         cell.begin_boot();
         let ended = live.end_machine();
         self.power_off_for_now(live);
@@ -169,7 +176,7 @@ impl Inner {
         })
     }
 
-    pub(crate) fn terminate(&self, cell: &Cell) -> Result<()> {
+    pub(crate) fn terminate(&self, cell: &Cell, patience: Duration) -> Result<()> {
         self.forget_terminated(Instant::now());
         let mut live = cell.hold(self.supervisor.reports());
         let description = &live.record.description;
@@ -178,7 +185,12 @@ impl Inner {
         if protection && description.state.after(Transition::Terminate).is_some() {
             return Err(protected(description, "terminated"));
         }
-        self.terminate_held(cell, &mut live, StateReason::user_initiated())
+        let reason = StateReason::user_initiated();
+        if live.machine.is_some() && !patience.is_zero() && description.state != InstanceState::ShuttingDown {
+            self.transition(cell, &mut live, Transition::Terminate, Some(reason.clone()))?;
+            live = self.let_power_off(cell, live, patience);
+        }
+        self.terminate_held(cell, &mut live, reason)
     }
 
     fn terminate_held(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
@@ -253,8 +265,13 @@ impl Inner {
             let reason = live.record.description.state_reason.clone();
             return self.finish_stop(cell, live, reason.unwrap_or_else(StateReason::user_initiated));
         }
+        if live.record.description.state == InstanceState::ShuttingDown {
+            let reason = live.record.description.state_reason.clone();
+            return self.terminate_held(cell, live, reason.unwrap_or_else(StateReason::user_initiated));
+        }
         match cause {
             ExitCause::Reset => self.reset(cell, live),
+            ExitCause::PowerOff if live.reboots => self.reset(cell, live),
             ExitCause::PowerOff => {
                 let reason = StateReason::new("Client.InstanceInitiatedShutdown", cause.to_string());
                 match live.record.description.shutdown_behavior {
@@ -319,6 +336,16 @@ fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> bool {
         Err(e) => tracing::warn!(error = chain(e), "cannot press the power button"),
     }
     pressed.is_ok()
+}
+
+fn check_running(description: &InstanceDescription) -> Result<()> {
+    match description.state {
+        InstanceState::Running => Ok(()),
+        state => {
+            let what = format!("{} is {state}, in which it cannot be rebooted", description.id);
+            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
+        }
+    }
 }
 
 /// That the instance is not protected against being stopped.

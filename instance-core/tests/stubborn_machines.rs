@@ -3,17 +3,18 @@
 
 mod common;
 
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ami_core::X86_64;
 use common::{ask, disk, open, register};
 use instance_core::machine::{
-    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
-    Runs,
+    Capabilities, Execution, ExitCause, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec,
+    MachineState, Runs,
 };
 use instance_core::testing::FakeHypervisor;
 use instance_core::watch::Watch;
-use instance_core::{ErrorKind, Instance, InstanceState, LaunchSpec, Region};
+use instance_core::{ErrorKind, Instance, InstanceState, LaunchSpec, Region, ShutdownBehavior};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
@@ -108,4 +109,78 @@ fn a_guest_that_is_waited_for_can_be_ended_meanwhile() {
     let terminated = (Err(ErrorKind::IncorrectInstanceState), InstanceState::Terminated);
     assert_eq!(interrupted(Instance::terminate), terminated);
     assert_eq!(interrupted(|i| i.stop(Duration::ZERO)), (Ok(()), InstanceState::Stopped));
+}
+
+/// Makes machines that do as they are told, and sees how each ends.
+#[derive(Debug, Clone)]
+struct Watching(FakeHypervisor, Arc<Mutex<Vec<Watch<MachineState>>>>);
+
+impl Watching {
+    fn end(&self, machine: usize) -> Option<ExitCause> {
+        self.1.lock().unwrap()[machine].get().exit_cause().cloned()
+    }
+}
+
+impl Hypervisor for Watching {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.0.execution()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        let machine = self.0.create(spec)?;
+        self.1.lock().unwrap().push(machine.state());
+        Ok(machine)
+    }
+}
+
+impl Runs<X86_64> for Watching {}
+
+#[test]
+fn a_guest_is_asked_before_it_is_rebooted_or_terminated() {
+    let dir = tempfile::tempdir().unwrap();
+    let hypervisor = Watching(FakeHypervisor::new(), Arc::default());
+    let ami = register(&open(dir.path()), "base", &disk(1, 1)).unwrap();
+    let region = Region::open(dir.path(), hypervisor.clone()).unwrap();
+    let changes = region.state_changes();
+    // Whoever follows a machine's end is not to take it for its guest's own.
+    let instance = region.launch(&ami, spec().shutdown_behavior(ShutdownBehavior::Terminate)).unwrap();
+    ask(&instance, "write 0 0 kept", "wrote");
+    for round in 0..20 {
+        instance.reboot_within(Duration::from_secs(20)).unwrap();
+        assert_eq!(
+            (hypervisor.end(round), instance.state()),
+            (Some(ExitCause::PowerOff), InstanceState::Running)
+        );
+        ask(&instance, "read 0 0", "data kept");
+    }
+    instance.terminate_within(Duration::from_secs(20)).unwrap();
+    assert_eq!(hypervisor.end(20), Some(ExitCause::PowerOff));
+    use InstanceState::{Pending, Running, ShuttingDown, Terminated};
+    let states: Vec<_> = changes.try_iter().map(|change| change.state).collect();
+    assert_eq!(states, [Pending, Running, ShuttingDown, Terminated]);
+
+    // Once it has been rebooted, its own end is its own again.
+    let instance = region.launch(&ami, spec()).unwrap();
+    instance.reboot_within(Duration::from_secs(20)).unwrap();
+    instance.console().write_all(b"poweroff\n", soon()).unwrap();
+    instance.wait_for(InstanceState::Stopped, soon()).unwrap();
+    instance.reboot_within(Duration::from_secs(20)).unwrap_err();
+}
+
+#[test]
+fn a_guest_that_does_not_heed_is_rebooted_and_terminated_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let ami = register(&open(dir.path()), "base", &disk(1, 1)).unwrap();
+    let region = Region::open(dir.path(), StubbornHypervisor(FakeHypervisor::new())).unwrap();
+    let instance = region.launch(&ami, spec()).unwrap();
+    let mut reader = instance.console().reader_from_now();
+    instance.reboot_within(Duration::from_millis(50)).unwrap();
+    reader.wait_for("GUEST READY", soon()).unwrap();
+    assert_eq!(instance.state(), InstanceState::Running);
+    instance.terminate_within(Duration::from_millis(50)).unwrap();
+    assert_eq!(instance.state(), InstanceState::Terminated);
 }

@@ -54,6 +54,8 @@ pub(crate) struct Live {
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
     pub(crate) generation: u64,
+    /// Its guest was asked to power itself off, so that it can boot anew.
+    pub(crate) reboots: bool,
     /// A volume of its launch cannot be made yet, which has been said.
     pub(crate) waits_for_room: bool,
 }
@@ -77,6 +79,7 @@ impl Cell {
                 vsock: None,
                 claim: None,
                 generation: 0,
+                reboots: false,
                 waits_for_room: false,
             }),
             boot: Mutex::new(None),
