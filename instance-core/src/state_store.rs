@@ -50,7 +50,8 @@ pub enum Durability {
 /// - The values come with their own digests: a store need not check them, and must not change them.
 /// - Any thread may call at any time. The region sends what many threads commit in one call.
 ///
-/// [`testing::state_store_conformance`](crate::testing::state_store_conformance) checks an implementation.
+/// [`testing::state_store_conformance`](crate::testing::state_store_conformance) checks an implementation, and
+/// [`durable_state_store_conformance`](crate::testing::durable_state_store_conformance) one that outlives its process.
 pub trait StateStore: fmt::Debug + Send + Sync + 'static {
     /// What the entry holds, if there is one.
     ///

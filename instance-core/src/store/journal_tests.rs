@@ -155,6 +155,10 @@ fn keeps_the_contract() {
                 (dir.path().join(format!("{number}.db")), dir.path().join(number.to_string()));
             JournaledStore::open(&database, journal.unwrap_or(&own)).unwrap()
         });
+        let (database, own) = (dir.path().join("db"), dir.path().join("own"));
+        crate::testing::durable_state_store_conformance(|| {
+            JournaledStore::open(&database, journal.unwrap_or(&own)).unwrap()
+        });
     }
 }
 

@@ -7,4 +7,4 @@ mod state_store;
 pub mod taps;
 
 pub use fake::{FakeHypervisor, fake_kernel, tiny_elf};
-pub use state_store::state_store_conformance;
+pub use state_store::{durable_state_store_conformance, state_store_conformance};

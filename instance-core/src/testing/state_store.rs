@@ -29,6 +29,34 @@ pub fn state_store_conformance<S: StateStore>(mut empty: impl FnMut() -> S) {
     nothing_is_lost_between_threads(&empty());
 }
 
+/// Checks that a store that outlives its process has, each time `open` gives it anew after it was closed, what was applied
+/// before. It begins without entries.
+///
+/// ```
+/// use std::sync::Arc;
+/// use instance_core::{state_store::MemoryStateStore, testing::durable_state_store_conformance};
+///
+/// // In memory it lives as long as somebody has it.
+/// let store = Arc::new(MemoryStateStore::new());
+/// durable_state_store_conformance(|| store.clone());
+/// ```
+///
+/// # Panics
+///
+/// Where it has lost something, or has something that was not applied.
+pub fn durable_state_store_conformance<S: StateStore>(mut open: impl FnMut() -> S) {
+    let mut expected = BTreeMap::new();
+    let mut random = Random(2);
+    for life in 0..40 {
+        let store = open();
+        let what = format!("opened for the time {life} after it was closed");
+        assert_eq!(must(store.scan("t")), expected.clone().into_iter().collect::<Vec<_>>(), "{what}");
+        for step in 0..random.below(4) {
+            change(&store, &mut expected, &mut random, (life * 4 + step) as u32, step % 2 == 0);
+        }
+    }
+}
+
 const BOTH: [Durability; 2] = [Durability::Immediate, Durability::Eventual];
 
 fn put(table: &'static str, key: &str, value: &[u8]) -> Change {
@@ -84,31 +112,47 @@ fn a_scan_is_in_the_order_of_the_keys(store: &impl StateStore) {
     assert_eq!(found, keys);
 }
 
-/// Against a map: numbers that depend on a seed alone (SplitMix64) choose what is done.
-fn any_sequence_of_changes_leaves_what_it_should(store: &impl StateStore) {
-    let mut state = 1_u64;
-    let mut below = |limit: u64| {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
+/// Numbers that depend on a seed alone (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         (z ^ (z >> 31)) % limit
-    };
-    let mut expected = BTreeMap::new();
-    for step in 0..200_u32 {
-        let mut changes = Vec::new();
-        for _ in 0..below(4) {
-            let key = below(8).to_string();
-            if below(3) == 0 {
-                expected.remove(&key);
-                changes.push(remove("t", &key));
-            } else {
-                let value = step.to_le_bytes().to_vec();
-                expected.insert(key.clone(), value.clone());
-                changes.push(put("t", &key, &value));
-            }
+    }
+}
+
+/// Makes a few changes to the store, and to what is expected of it.
+fn change(
+    store: &impl StateStore,
+    expected: &mut BTreeMap<String, Vec<u8>>,
+    random: &mut Random,
+    step: u32,
+    immediately: bool,
+) {
+    let mut changes = Vec::new();
+    for _ in 0..random.below(4) {
+        let key = random.below(8).to_string();
+        if random.below(3) == 0 {
+            expected.remove(&key);
+            changes.push(remove("t", &key));
+        } else {
+            let value = step.to_le_bytes().to_vec();
+            expected.insert(key.clone(), value.clone());
+            changes.push(put("t", &key, &value));
         }
-        must(store.apply(&changes, BOTH[usize::from(step % 16 != 0)]));
+    }
+    must(store.apply(&changes, BOTH[usize::from(!immediately)]));
+}
+
+/// Against a map.
+fn any_sequence_of_changes_leaves_what_it_should(store: &impl StateStore) {
+    let (mut expected, mut random) = (BTreeMap::new(), Random(1));
+    for step in 0..200_u32 {
+        change(store, &mut expected, &mut random, step, step % 16 == 0);
         assert_eq!(must(store.scan("t")), expected.clone().into_iter().collect::<Vec<_>>(), "step {step}");
     }
 }
@@ -146,4 +190,16 @@ fn nothing_is_lost_between_threads(store: &impl StateStore) {
         }
     });
     assert_eq!(must(store.scan("t")).len(), THREADS * EACH);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::durable_state_store_conformance;
+    use crate::state_store::MemoryStateStore;
+
+    #[test]
+    #[should_panic(expected = "after it was closed")]
+    fn a_store_that_keeps_nothing_is_found_out() {
+        durable_state_store_conformance(MemoryStateStore::new);
+    }
 }
