@@ -3,88 +3,17 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
+#[path = "common/crashes.rs"]
+mod crashes;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
-use common::{TestRegion, ask, disk, register};
-use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
-use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{
-    DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, RegionOptions, Result, TaskStatus,
-};
-
-/// A store that can be copied as it is at a moment, as a crash finds it.
-#[derive(Debug, Clone, Default)]
-struct Shared(Arc<MemoryStateStore>, Arc<Mutex<Option<Crashes>>>);
-
-/// What crashes before and after each commit leave of a region.
-#[derive(Debug)]
-struct Crashes {
-    dir: PathBuf,
-    left: Vec<(tempfile::TempDir, PathBuf, Shared)>,
-}
-
-impl StateStore for Shared {
-    fn get(&self, table: &str, key: &str) -> Result<Option<Vec<u8>>> {
-        self.0.get(table, key)
-    }
-
-    fn scan(&self, table: &str) -> Result<Vec<(String, Vec<u8>)>> {
-        self.0.scan(table)
-    }
-
-    fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
-        let crash = || {
-            if let Some(crashes) = &mut *self.1.lock().unwrap() {
-                let left = crash(&crashes.dir, self, "", &[]);
-                crashes.left.push(left);
-            }
-        };
-        crash();
-        self.0.apply(changes, durability)?;
-        crash();
-        Ok(())
-    }
-}
-
-impl Shared {
-    fn copy(&self) -> Self {
-        let copy = Self::default();
-        for table in ["region", "images", "instances", "volumes", "import-image-tasks"] {
-            for (key, value) in self.scan(table).unwrap() {
-                copy.apply(&[Change { table, key, value: Some(value) }], Durability::Immediate).unwrap();
-            }
-        }
-        copy
-    }
-}
-
-fn open(dir: &Path, store: Shared) -> TestRegion {
-    RegionOptions::new().state_store(store).open(dir, FakeHypervisor::new()).unwrap()
-}
-
-/// What a crash leaves of a region: a copy, in which some of the files of one volume are missing.
-fn crash(dir: &Path, store: &Shared, volume: &str, lost: &[&str]) -> (tempfile::TempDir, PathBuf, Shared) {
-    let after = tempfile::tempdir().unwrap();
-    let copy = after.path().join("region");
-    let copied = Command::new("cp").args(["-a", "--sparse=always"]).args([dir, &copy]).status().unwrap();
-    assert!(copied.success());
-    let files: Vec<PathBuf> = match lost {
-        [] => Vec::new(),
-        _ => fs::read_dir(copy.join("volumes").join(volume)).unwrap().map(|f| f.unwrap().path()).collect(),
-    };
-    let named =
-        |path: &&PathBuf, start: &&str| path.file_name().unwrap().to_str().unwrap().starts_with(start);
-    for file in files.iter().filter(|path| lost.iter().any(|start| named(path, start))) {
-        fs::remove_file(file).unwrap();
-    }
-    (after, copy, store.copy())
-}
+use common::{ask, disk, register};
+use crashes::{Shared, crash, open};
+use instance_core::testing::tiny_elf;
+use instance_core::{DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, TaskStatus};
 
 #[test]
 fn volumes_that_a_crash_took_after_their_launch_are_made_again_as_they_were() {
@@ -158,10 +87,10 @@ fn a_hibernation_that_is_cut_off_has_the_guest_go_on_once_or_boot() {
     ask(&instance, "write 0 0 flushed", "wrote");
     ask(&instance, "flush 0", "flushed");
     ask(&instance, "write 0 1 unflushed", "wrote");
-    *store.1.lock().unwrap() = Some(Crashes { dir: dir.path().to_owned(), left: Vec::new() });
+    store.watch(dir.path());
     instance.hibernate(Duration::ZERO).unwrap();
     instance.start().unwrap();
-    let crashes = store.1.lock().unwrap().take().unwrap().left;
+    let crashes = store.crashes();
     let found: Vec<(bool, bool)> = (crashes.into_iter())
         .map(|(_after, copy, kept)| {
             let region = open(&copy, kept);
@@ -196,12 +125,12 @@ fn an_import_that_is_cut_off_is_told_of_and_has_left_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = Shared::default();
     let region = open(dir.path(), store.clone());
-    *store.1.lock().unwrap() = Some(Crashes { dir: dir.path().to_owned(), left: Vec::new() });
+    store.watch(dir.path());
     let boot = DirectBoot::new(tiny_elf(), None, "");
     let task = region.import_image(Ami::<X86_64>::builder("imported"), disk(1, 7), Some(boot)).unwrap();
     task.wait(Instant::now() + Duration::from_secs(60)).unwrap();
     drop(region);
-    let crashes = store.1.lock().unwrap().take().unwrap().left;
+    let crashes = store.crashes();
     let mut found: Vec<Option<TaskStatus>> = Vec::new();
     for (_after, copy, kept) in crashes {
         let region = open(&copy, kept.clone());
