@@ -14,17 +14,18 @@ use ami_core::{AccountId, InstanceId, Page, VolumeId};
 use crate::describe::{Condition, DescribeInstances, Filterable, tag_values};
 use crate::{Error, ErrorKind, InstanceDescription, InstanceState, Result};
 
-/// The filters that have an index, with `tag:KEY`.
+/// The filters that have an index, with `tag:KEY`. [`is_found_alike`] compares what they look at.
 const INDEXED: &[&str] = &[
     "client-token",
     "image-id",
-    "instance-state-name",
+    STATE,
     "instance-type",
     "key-name",
     "owner-id",
     "reservation-id",
     "tag-key",
 ];
+const STATE: &str = "instance-state-name";
 
 type Ids = BTreeSet<InstanceId>;
 
@@ -52,8 +53,7 @@ impl Directory {
 
     /// Puts a description in the place of what there was.
     pub(crate) fn set(&self, description: InstanceDescription) {
-        let (values, description) = (indexed_values(&description), Arc::new(description));
-        self.write().set(description, values);
+        self.write().set(Arc::new(description));
     }
 
     pub(crate) fn remove(&self, id: InstanceId) {
@@ -100,15 +100,20 @@ impl Directory {
 }
 
 impl Shelves {
-    fn set(&mut self, description: Arc<InstanceDescription>, values: Vec<Indexed>) {
+    fn set(&mut self, description: Arc<InstanceDescription>) {
         let old = self.descriptions.get(&description.id).cloned();
-        let before = old.as_deref().map(indexed_values).unwrap_or_default();
-        // Most of it stays where it is.
+        // What happens most is that an instance moves on, and is found by all else as before.
+        let alike = old.as_deref().is_some_and(|old| is_found_alike(old, &description));
+        let values = |description: &InstanceDescription| match alike {
+            true => values_of(STATE, description).collect(),
+            false => indexed_values(description),
+        };
+        let (before, after) = (old.as_deref().map(values).unwrap_or_default(), values(&description));
         before
             .iter()
-            .filter(|value| !values.contains(value))
+            .filter(|value| !after.contains(value))
             .for_each(|value| self.unindex(description.id, value));
-        for (name, value) in values.into_iter().filter(|value| !before.contains(value)) {
+        for (name, value) in after.into_iter().filter(|value| !before.contains(value)) {
             self.index.entry(name).or_default().entry(value).or_default().insert(description.id);
         }
         if let Some(old) = old {
@@ -172,12 +177,23 @@ fn is_indexed(name: &str) -> bool {
 /// The name of a filter, and a value that it finds an instance by.
 type Indexed = (Cow<'static, str>, String);
 
+fn values_of(name: &'static str, description: &InstanceDescription) -> impl Iterator<Item = Indexed> + use<> {
+    description.values(name).into_iter().map(move |value| (Cow::Borrowed(name), value))
+}
+
 fn indexed_values(description: &InstanceDescription) -> Vec<Indexed> {
-    let of_field = |name: &'static str| {
-        description.values(name).into_iter().map(move |value| (Cow::Borrowed(name), value))
-    };
     let tags = description.tags.iter().map(|(key, value)| (format!("tag:{key}").into(), value.clone()));
-    INDEXED.iter().copied().flat_map(of_field).chain(tags).collect()
+    INDEXED.iter().flat_map(|name| values_of(name, description)).chain(tags).collect()
+}
+
+/// Whether two descriptions of an instance have the same values of all that is [`INDEXED`], but perhaps for the state.
+fn is_found_alike(one: &InstanceDescription, other: &InstanceDescription) -> bool {
+    let key = |d: &InstanceDescription| (d.image_id, d.owner, d.reservation_id);
+    key(one) == key(other)
+        && one.client_token == other.client_token
+        && one.key_name == other.key_name
+        && one.instance_type == other.instance_type
+        && one.tags == other.tags
 }
 
 /// The ids of several lists in order, each once.
