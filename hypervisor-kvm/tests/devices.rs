@@ -211,6 +211,7 @@ fn a_restored_machine_has_new_streams_and_an_empty_balloon() {
     let mut echo = [0; 3];
     stream.read_exact(&mut echo).unwrap();
     assert_eq!(&echo, b"new");
+    assert_eq!(restored.machine.balloon().unwrap(), 16, "its guest has not taken it back yet");
     assert_eq!(restored.number("target"), 0, "nobody has asked this one for memory");
     restored.machine.set_balloon(8).unwrap();
     assert_eq!(restored.number("target"), 2048);
