@@ -169,6 +169,14 @@ fn the_balloon_gives_memory_back_to_the_host() {
     assert_eq!(guest.machine.balloon().unwrap(), 32);
     // They are there again when they are used, and forgotten.
     assert_eq!(guest.number(&format!("touch {PAGES}")), 0);
+    // Those of which the guest says that they are free go back as well, and stay its own.
+    let full = private_bytes(u64::from(MEMORY) * MIB);
+    assert_eq!(guest.number(&format!("report {PAGES}")), 1);
+    let left = private_bytes(u64::from(MEMORY) * MIB);
+    assert!(full - left >= 31 * MIB, "{full} bytes before, {left} after");
+    assert_eq!(guest.machine.balloon().unwrap(), 32);
+    assert_eq!(guest.number(&format!("touch {PAGES}")), 0);
+    assert_eq!(guest.number(&format!("touch {PAGES}")), 8192);
     // A page that is none stops the balloon, and nothing else.
     guest.say("inflate 4294967295 1");
     assert_eq!(guest.machine.set_balloon(MEMORY).unwrap_err().kind(), MachineErrorKind::Unsupported);

@@ -67,9 +67,14 @@ int serve_console(void);
 /* balloon.c: in pages. */
 u32 balloon_target(void);
 void inflate(u32 first, u32 count);
+/* Says that pages are free, which they are until the device has answered. */
+void report(u32 first, u32 count);
 /* Puts a long list into it, again and again, once that is prepared. */
 void prepare_hoard(void);
 void hoard(void);
+
+/* time.c: nanoseconds by the clock that KVM gives its guests. */
+u64 kvm_clock(void);
 
 /* cpus.c */
 u32 count_cpus(const struct start_info *info);

@@ -369,6 +369,8 @@ static void obey(char *line)
         go_astray();
     } else if (is(command, "clock")) {
         answer_number("clock ", time());
+    } else if (is(command, "kvmclock")) {
+        answer_number("kvmclock ", kvm_clock());
     } else if (is(command, "cid")) {
         answer_number("cid ", vsock_up());
     } else if (is(command, "terminal")) {
@@ -389,6 +391,10 @@ static void obey(char *line)
         u32 first = number(&line);
         inflate(first, number(&line));
         say("inflate 1\n");
+    } else if (is(command, "report")) {
+        u32 first = number(&line);
+        report(first, number(&line));
+        say("report 1\n");
     } else if (is(command, "hoard")) {
         prepare_hoard();
         say("hoarding\n");
