@@ -39,8 +39,10 @@ impl Processor {
         // First: it has the processor take up what other processors have sent to it.
         let mp_state = vcpu.get_mp_state().host(CONTEXT)?;
         let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).host(CONTEXT)?;
+        let nothing = kvm_cpuid_entry2::default();
         Ok(Self {
-            cpuid: cpuid.as_slice().to_vec(),
+            // Some KVMs tell as many as they were asked for, of which the last are nothing.
+            cpuid: cpuid.as_slice().iter().filter(|leaf| **leaf != nothing).copied().collect(),
             mp_state,
             regs: vcpu.get_regs().host(CONTEXT)?,
             sregs: vcpu.get_sregs().host(CONTEXT)?,
