@@ -78,12 +78,12 @@ fn the_clock_of_kvm_stands_still_in_a_file_alone() {
     let (at_first, first) = read(&console);
     wait();
     let (at_second, second) = read(&console);
-    assert_within(second - first, at_first.until(at_second));
+    assert_within(second.saturating_sub(first), at_first.until(at_second));
     machine.pause().unwrap();
     wait();
     machine.resume().unwrap();
     let (at_third, third) = read(&console);
-    assert_within(third - second, at_second.until(at_third));
+    assert_within(third.saturating_sub(second), at_second.until(at_third));
     if !kvm.capabilities().save {
         return eprintln!("SKIPPED: this host's KVM does not tell all of a machine's state");
     }
@@ -97,5 +97,5 @@ fn the_clock_of_kvm_stands_still_in_a_file_alone() {
     machine.resume().unwrap();
     let (at_fourth, fourth) = read(&console);
     let (before, after) = (at_third.until(at_save), at_restore.until(at_fourth));
-    assert_within(fourth - third, (before.0 + after.0, before.1 + after.1));
+    assert_within(fourth.saturating_sub(third), (before.0 + after.0, before.1 + after.1));
 }
