@@ -1,19 +1,24 @@
 //! What processors a machine has, whatever the host's: the features of a level, under a name of ours.
 
+mod within;
+
 use std::fmt;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use self::Register::{Eax, Ebx, Ecx, Edx};
 use self::Whose::{All, Amd, Intel, Level};
+pub(crate) use self::within::check;
 use crate::cpuid::THREADS;
 use crate::error::{HostContext, Result};
 
 /// The features of a guest's processors: a level of the x86-64 psABI ("Micro-Architecture Levels"), and beside it what the
 /// oldest processors of that level have, of Intel's (Nehalem, Haswell, Skylake-SP) or of AMD's (Bulldozer, Zen, Zen 4).
 ///
-/// Guests of a level see equal processors on all hosts of that level and vendor, but for what protects them from their host's
-/// flaws (speculation control), for what a host lacks of its level, and for what the host's KVM offers by itself.
+/// Guests of a level see equal features, caches and threads on all hosts of that level and vendor, but for what a host lacks of its
+/// level, and for what the host's KVM offers by itself. What a guest protects itself by is as its host has it: speculation control,
+/// and family, model and stepping, from which kernels conclude which flaws there are. So equal images see equal processors on
+/// equal hosts, and programs find the same instructions on all of the level.
 ///
 /// ```
 /// use hypervisor_kvm::{CpuLevel, Kvm};
@@ -57,18 +62,6 @@ impl CpuLevel {
             let entry = supported.as_slice().iter().find(|e| (e.function, e.index) == (*function, *index));
             entry.is_some_and(|entry| registers(entry)[*register as usize] & bits == *bits)
         })
-    }
-
-    /// Family, model and stepping of its oldest processors.
-    fn signature(self, is_amd: bool) -> u32 {
-        match (self, is_amd) {
-            (Self::V1 | Self::V2, false) => 0x0001_06a5,
-            (Self::V3, false) => 0x0003_06f2,
-            (Self::V4, false) => 0x0005_0654,
-            (Self::V1 | Self::V2, true) => 0x0060_0f20,
-            (Self::V3, true) => 0x0080_0f12,
-            (Self::V4, true) => 0x00a1_0f11,
-        }
     }
 }
 
@@ -202,8 +195,9 @@ pub(crate) fn of_level(supported: &CpuId, level: CpuLevel) -> Result<CpuId> {
         let mut own = masked(entry, allowed(level, is_amd, entry.function, entry.index));
         match entry.function {
             0 => own = kvm_cpuid_entry2 { eax: entry.eax.min(0xd), ..*entry },
-            // A line of the cache has 8 times 8 bytes.
-            0x1 => (own.eax, own.ebx) = (level.signature(is_amd), 8 << 8),
+            // Family, model and stepping, by which a guest chooses how to protect itself: Zen 3 needs another way of returning
+            // than Zen, and Skylake does not return safely at all. A line of the cache has 8 times 8 bytes.
+            0x1 => (own.eax, own.ebx) = (entry.eax, 8 << 8),
             // Whoever asks what caches there are finds them by the leaf of caches.
             0x2 if !is_amd => own.eax = 0xff01,
             // Subleaves to the one of speculation control.

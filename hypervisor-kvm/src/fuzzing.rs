@@ -1,7 +1,9 @@
 //! What a guest and a kernel file can reach, as functions of bytes: the bodies of the fuzz targets in
 //! `fuzz/`. Each checks more than that nothing panics. Not part of the public interface.
 
+mod bus;
 mod devices;
+mod saved_machine;
 
 use std::io::Write;
 use std::num::NonZeroU32;
@@ -14,13 +16,14 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::kernel::Kernel;
-use crate::pci::Bus;
 use crate::power::Power;
 use crate::serial::SerialPort;
-use crate::virtio::{Block, DeviceState, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
-use crate::{layout, memory, saved, virtio};
+use crate::virtio::{Block, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
+use crate::{layout, memory};
 
-pub use devices::{clock, virtio_balloon, virtio_console, virtio_vsock, vsock_streams};
+pub use bus::bus;
+pub use devices::{clock, virtio_balloon, virtio_console, virtio_rng, virtio_vsock, vsock_streams};
+pub use saved_machine::saved_machine;
 
 const DISK: u64 = 64 << 10;
 
@@ -113,60 +116,6 @@ pub fn virtio_pci(bytes: &[u8]) {
     }
 }
 
-/// Anybody's bytes as a saved machine's state of any version, and what devices of it do. What can be decoded is encoded
-/// again as it was, and goes on where it was saved.
-pub fn saved_machine(bytes: &[u8]) {
-    (1..=saved::VERSION).for_each(|version| saved_machine_of(version, bytes));
-}
-
-fn saved_machine_of(version: u32, bytes: &[u8]) {
-    let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
-    let Ok(state) = saved::decode(version, bytes) else { return };
-    // Numbers may be encoded in more bytes than they need.
-    let again = saved::encode(&state).expect("what was decoded can be encoded");
-    for device in &state.virtio {
-        let Ok(disk) = MemoryDisk::new(DISK) else { return };
-        let (port, _network) = net::link();
-        let net = Net::new(
-            &NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])),
-            Net::pairs_of(device.state.queues()),
-        );
-        let block = Block::new(disk.into_disk(), "vol-fuzz", device.state.queues());
-        let console = virtio::Console::new(Console::new().port());
-        match &device.state {
-            DeviceState::Mmio(registers, _) => {
-                for mut device in [Mmio::new(block), Mmio::new(net), Mmio::new(console)] {
-                    if device.restore(&memory, registers).is_ok() {
-                        assert_eq!(device.save(), *registers);
-                        (0..device.queues()).for_each(|queue| _ = device.step(&memory, queue));
-                    }
-                }
-            }
-            DeviceState::Pci(registers) => {
-                let place = Some(layout::PCI_MEMORY);
-                for mut device in [Pci::new(block, place), Pci::new(net, place), Pci::new(console, place)] {
-                    if device.restore(&memory, registers).is_ok() {
-                        (0..device.queues()).for_each(|queue| {
-                            let _ = (device.step(&memory, queue), device.queue_message(queue));
-                        });
-                        assert!(
-                            device
-                                .range()
-                                .is_none_or(|range| range.end - range.start == u64::from(RANGE_LEN))
-                        );
-                    }
-                }
-            }
-        }
-    }
-    let fits = state.pci.as_ref().is_some_and(|state| Bus::new().restore(state));
-    let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
-    let serial = SerialPort::new(Console::new().port(), interrupt);
-    let _ = (fits, serial.restore(state.serial.clone()), serial.read(0), serial.write(0, 0));
-    let twice = saved::decode(saved::VERSION, &again).map(|state| saved::encode(&state));
-    assert!(matches!(twice, Ok(Ok(twice)) if twice == again), "it is encoded in two ways");
-}
-
 /// A guest and a network that do what they like with a network device. What comes out at the network's end is
 /// a sound frame that the network takes, and the bytes that were in the guest's memory.
 pub fn virtio_net(bytes: &[u8]) {
@@ -252,7 +201,8 @@ mod tests {
     type Body = fn(&[u8]);
 
     /// The bodies of devices that have seeds of their own.
-    const BODIES: [(&str, Body); 5] = [
+    const BODIES: [(&str, Body); 6] = [
+        ("kvm_virtio_rng", super::virtio_rng),
         ("kvm_virtio_console", super::virtio_console),
         ("kvm_virtio_balloon", super::virtio_balloon),
         ("kvm_virtio_vsock", super::virtio_vsock),
@@ -272,6 +222,35 @@ mod tests {
             }
             assert!(count > 0, "{target} has no seeds");
         }
+    }
+
+    /// A whole machine's devices are made for each, which takes a while.
+    #[test]
+    fn the_bus_holds_on_its_seeds() {
+        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds/kvm_bus");
+        let mut count = 0;
+        for seed in std::fs::read_dir(seeds).unwrap() {
+            let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+            for len in (0..=bytes.len()).step_by(397).chain([bytes.len()]) {
+                super::bus(&bytes[..len]);
+            }
+            count += 1;
+        }
+        assert!(count > 2, "{count} seeds");
+    }
+
+    /// These are long, and one that is cut short is mostly none.
+    #[test]
+    fn saved_machines_hold_on_their_seeds() {
+        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds/kvm_saved_machine");
+        let mut restored = 0;
+        for seed in std::fs::read_dir(seeds).unwrap() {
+            let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+            restored += super::saved_machine::restored(&bytes);
+            (0..bytes.len()).step_by(997).for_each(|len| super::saved_machine(&bytes[..len]));
+        }
+        // Disk, network port, entropy and balloon of each, on both transports, and a console in all but the oldest.
+        assert_eq!(restored, 6 * 4 + 4);
     }
 
     /// Every seed and what is left of it when it is cut short, through every body.

@@ -30,7 +30,7 @@
 //! - **Disks.** A disk's thread takes up requests from as many virtqueues as there are processors, 16 at most, and
 //!   answers them as they end, in any order. They are served by [`storage_block::Queue`], straight from and to the guest's memory: by
 //!   io_uring where the host's kernel allows it and the disk's bytes lie in a file, else by threads, which are made when
-//!   the guest first uses the disk. Which it is, is an event of `tracing`. A machine that is paused or saved has finished
+//!   the guest first uses the disk. Which it is, is chosen then and not again, and is an event of `tracing`. A machine that is paused or saved has finished
 //!   what it had begun, and what a disk's limits had not let begin goes back to its virtqueue.
 //! - **Network ports.** A port's thread moves frames between the guest's memory and a cable. Where the port is on a TAP device
 //!   ([`Tap`](instance_core::net::Tap)) the host's kernel does, if it has vhost-net and the port no limits: the thread then
@@ -40,8 +40,10 @@
 //!   table in `layout.rs`.
 //! - **Processors** are threads of the cores of one package, as many of each as the specification says: 1, 2, 4 and so on.
 //!   What they can do is a [`CpuLevel`]'s: the highest of the host's or [the one asked for](Kvm::with_cpu_level), so that an
-//!   image sees equal processors on all hosts of the level and vendor. Guests are told all that by CPUID, which hides what
-//!   else the host can do and does not keep a guest from trying it. A saved machine keeps what it was told.
+//!   image finds the same instructions on all hosts of the level and vendor. Family, model and stepping are the host's, since
+//!   kernels choose by them how to protect themselves. Guests are told all that by CPUID, which hides what
+//!   else the host can do and does not keep a guest from trying it. A saved machine keeps what it was told, and goes on where
+//!   new machines have as much, are of the same model, and time stamp counters run as fast or can be scaled.
 //! - **Execution.** Some hosts have a `/dev/kvm` that emulates the guest's kernel, thousands of times
 //!   slower than a processor. [`Kvm`] runs a short loop in a guest when it is first asked for its
 //!   [`execution`](Hypervisor::execution), and says what it measured.
@@ -70,8 +72,8 @@
 //! A machine that is paused can be saved into a file, and any number of machines go on from there: their memory is
 //! mapped from the file, so that a page is read when it is touched, and copied when it is written. Their guests
 //! find a new generation id, by which Linux renews its random numbers. The format is that of
-//! `docs/saved-machine-format.md`; a file is checked as far as it is anybody's, and KVM takes from it only what a guest could
-//! have brought about. Some hosts' KVM does not tell all of a processor: see
+//! `docs/saved-machine-format.md`; a file is checked as far as it is anybody's, and KVM takes from it only what the guest of a new
+//! machine could have brought about. Some hosts' KVM does not tell all of a processor: see
 //! [`Capabilities::save`](instance_core::machine::Capabilities::save).
 //!
 //! # What it leaves out
@@ -314,7 +316,8 @@ impl Kvm {
     }
 
     /// The same, with processors of this level for the machines made by it, so that they see the same on hosts that could do
-    /// more. Without it they are of the highest that this host has. Restored machines keep those that they had.
+    /// more. Without it they are of the highest that this host has. Restored machines keep those that
+    /// they had, if these are not of a higher level.
     ///
     /// # Errors
     ///

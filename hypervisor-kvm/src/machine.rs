@@ -26,7 +26,7 @@ use crate::exits::Exits;
 use crate::gate::Gate;
 use crate::memory::Memory;
 use crate::pci::Bus;
-use crate::saved::{self, Loaded, Platform, Processor};
+use crate::saved::{self, Loaded, Platform, Processor, Speed};
 use crate::slots::{Other, Placed, Role};
 use crate::thread::{Stacks, Thread, let_others_go_on};
 use crate::virtio::{Spares, Wish};
@@ -128,14 +128,15 @@ impl KvmMachine {
         state.check(spec, kvm.most_processors())?;
         let memory = loaded.memory(&spec.saved)?;
         let vm = make_vm(kvm, &memory)?;
-        let processors = (0..)
-            .zip(&state.processors)
-            .map(|(number, processor)| {
-                let vcpu = vm.create_vcpu(number).host("KVM did not make a processor")?;
-                processor.restore(&vcpu)?;
-                Ok(vcpu)
-            })
+        let processors = (0..state.processors.len())
+            .map(|number| vm.create_vcpu(number as u64).host("KVM did not make a processor"))
             .collect::<Result<Vec<_>>>()?;
+        state.check_processors(kvm.cpu_model(), loaded.version, &processors)?;
+        for (vcpu, processor) in processors.iter().zip(&state.processors) {
+            // Before its counter, which is what it is at this speed.
+            state.speed.restore(kvm.device(), vcpu)?;
+            processor.restore(vcpu)?;
+        }
         state.platform.restore(&vm)?;
         let RestoreSpec { name, disks, nets, console, .. } = spec;
         let (vsock, virtio_console) = (spec.vsock.as_ref(), spec.virtio_console.as_ref());
@@ -268,9 +269,7 @@ impl Shared {
 
     /// The machine, but for its memory, while all its threads stand still.
     fn save(&self, msrs: &[u32]) -> Result<saved::State> {
-        let processor = |vcpu: &Mutex<VcpuFd>| {
-            Processor::save(&vcpu.lock().unwrap_or_else(PoisonError::into_inner), msrs)
-        };
+        let processor = |vcpu: &Mutex<VcpuFd>| Processor::save(&lock(vcpu), msrs);
         let devices = &self.devices;
         let placed = devices.virtio.all();
         Ok(saved::State {
@@ -279,6 +278,7 @@ impl Shared {
             disks: placed.iter().filter_map(|placed| placed.disk().cloned()).collect(),
             nets: placed.iter().filter_map(|placed| placed.net().cloned()).collect(),
             gone: placed.iter().filter_map(|placed| placed.gone()).collect(),
+            speed: self.processors.first().map(|first| Speed::of(&lock(first))).unwrap_or_default(),
             serial: devices.serial.save(),
             power: devices.power.save(),
             rtc: devices.rtc.lock().unwrap_or_else(PoisonError::into_inner).clone(),
@@ -372,6 +372,10 @@ impl Drop for Leaving<'_> {
     }
 }
 
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Interrupt controllers, timer, and the pages that KVM needs on Intel processors.
 fn set_up_platform(vm: &VmFd) -> Result<()> {
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -384,7 +388,7 @@ fn set_up_platform(vm: &VmFd) -> Result<()> {
 }
 
 /// A virtual machine with this memory.
-fn make_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd> {
+pub(crate) fn make_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd> {
     let vm = kvm.device().create_vm().host("KVM did not make a virtual machine")?;
     // SAFETY: both go to one `Shared`, which keeps the memory for as long as the virtual machine and its
     // processors; until then, whoever calls does.

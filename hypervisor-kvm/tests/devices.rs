@@ -169,6 +169,14 @@ fn the_balloon_gives_memory_back_to_the_host() {
     assert_eq!(guest.machine.balloon().unwrap(), 32);
     // They are there again when they are used, and forgotten.
     assert_eq!(guest.number(&format!("touch {PAGES}")), 0);
+    // Those of which the guest says that they are free go back as well, and stay its own.
+    let full = private_bytes(u64::from(MEMORY) * MIB);
+    assert_eq!(guest.number(&format!("report {PAGES}")), 1);
+    let left = private_bytes(u64::from(MEMORY) * MIB);
+    assert!(full - left >= 31 * MIB, "{full} bytes before, {left} after");
+    assert_eq!(guest.machine.balloon().unwrap(), 32);
+    assert_eq!(guest.number(&format!("touch {PAGES}")), 0);
+    assert_eq!(guest.number(&format!("touch {PAGES}")), 8192);
     // A page that is none stops the balloon, and nothing else.
     guest.say("inflate 4294967295 1");
     assert_eq!(guest.machine.set_balloon(MEMORY).unwrap_err().kind(), MachineErrorKind::Unsupported);
@@ -211,6 +219,7 @@ fn a_restored_machine_has_new_streams_and_an_empty_balloon() {
     let mut echo = [0; 3];
     stream.read_exact(&mut echo).unwrap();
     assert_eq!(&echo, b"new");
+    assert_eq!(restored.machine.balloon().unwrap(), 16, "its guest has not taken it back yet");
     assert_eq!(restored.number("target"), 0, "nobody has asked this one for memory");
     restored.machine.set_balloon(8).unwrap();
     assert_eq!(restored.number("target"), 2048);

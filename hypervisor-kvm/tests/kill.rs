@@ -15,8 +15,10 @@ const SOON: Duration = Duration::from_secs(20);
 const AT_ONCE: Duration = Duration::from_millis(100);
 /// When it is done, from when the guest says that it begins.
 const IN_THE_MIDDLE: Duration = Duration::from_millis(20);
-/// How often it is tried. The middle one counts: on a busy host some thread may have to wait for its turn.
+/// How often it is done, each of which has to be at once.
 const KILLS: usize = 5;
+/// How often that is tried: on a busy host some thread may have to wait for its turn.
+const TRIES: usize = 4;
 
 /// A loop with interrupts off, which asks nothing of any device.
 #[test]
@@ -32,8 +34,8 @@ fn a_guest_that_keeps_a_device_busy_is_killed_at_once() {
 
 fn is_killed_at_once(command: &str, says: &str) {
     let Some(kvm) = common::kvm() else { return };
-    let mut took: Vec<_> = (0..KILLS)
-        .map(|_| {
+    let kills = || -> Vec<Duration> {
+        let kill = |_| {
             let console = Console::new();
             let boot = common::guest::boot().unwrap();
             let mut spec = MachineSpec::new("hangs", Architecture::X86_64, boot, console.port());
@@ -53,8 +55,16 @@ fn is_killed_at_once(command: &str, says: &str) {
             let took = begun.elapsed();
             assert_eq!(machine.state().get(), MachineState::Exited(ExitCause::Killed));
             took
-        })
-        .collect();
-    took.sort_unstable();
-    assert!(took[KILLS / 2] < AT_ONCE, "kills took {took:?}");
+        };
+        (0..KILLS).map(kill).collect()
+    };
+    let mut tried = Vec::new();
+    while tried.len() < TRIES {
+        let took = kills();
+        if took.iter().all(|took| *took < AT_ONCE) {
+            return;
+        }
+        tried.push(took);
+    }
+    panic!("kills took {tried:?}");
 }

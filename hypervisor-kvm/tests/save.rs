@@ -218,7 +218,7 @@ fn damaged_machines_are_refused_or_do_no_harm() {
 #[ignore = "writes golden files"]
 fn writes_golden_files() {
     let kvm = Kvm::open().unwrap();
-    for (transport, name) in [(Transport::Mmio, "saved-2-mmio"), (Transport::Pci, "saved-2-pci")] {
+    for (transport, name) in [(Transport::Mmio, "saved-3-mmio"), (Transport::Pci, "saved-3-pci")] {
         let file = saved(&kvm.clone().with_transport(transport), 4);
         let mut head = vec![0; head_len(&file)];
         file.read_exact_at(&mut head, 0).unwrap();

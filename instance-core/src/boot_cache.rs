@@ -2,8 +2,10 @@
 //!
 //! An image boots what its own root volume holds, as in EC2. Finding that and unpacking a compressed
 //! kernel takes longer than the launch itself, so it is done when the image is registered. The
-//! results are files named by their SHA-256: two images with one kernel share it.
+//! results are files named by their SHA-256: two images with one kernel share it. A symbolic link to what a kernel
+//! unpacks to is named by the digest of the packed one, which an instance that starts again finds on its volume.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -53,9 +55,13 @@ impl BootCache {
 
     /// Keeps what was found.
     pub(crate) fn keep(&self, found: &Found) -> Result<BootPlan> {
+        let kernel = self.keep_bytes(&found.kernel)?;
+        if let Some(packed) = found.packed {
+            self.link(packed, kernel)?;
+        }
         Ok(BootPlan {
             architecture: found.architecture,
-            kernel: self.keep_bytes(&found.kernel)?,
+            kernel,
             initrd: found.initrd.as_deref().map(|bytes| self.keep_bytes(bytes)).transpose()?,
             command_line: found.command_line.clone(),
         })
@@ -86,17 +92,30 @@ impl BootCache {
         Ok(Boot::new(open(plan.kernel)?, initrd, plan.command_line.clone()))
     }
 
-    /// Finds what `disk` boots and opens it.
+    /// Finds what `disk` boots and opens it: in the cache if an image has the same, else as files without names. No
+    /// record names it, and a guest that changes what it boots at each reboot must leave nothing behind.
     pub(crate) fn boot_from_disk(&self, disk: &Disk) -> Result<Boot> {
-        self.boot_found(&Found::on_disk(disk)?)
+        let refused = |e| refused(e, "the disk");
+        let entry = BootEntry::find(disk).map_err(refused)?;
+        let kernel =
+            self.open_kernel(&entry.kernel, || entry.unpack_kernel().map(|k| k.image).map_err(refused))?;
+        let initrd = entry.initrd.as_deref().map(|bytes| self.open_bytes(bytes)).transpose()?;
+        Ok(Boot::new(kernel, initrd, entry.command_line))
     }
 
-    /// Opens what was found: in the cache if an image has the same, else as files without names. No
-    /// record names it, and a guest that changes what it boots at each reboot must leave nothing behind.
-    fn boot_found(&self, found: &Found) -> Result<Boot> {
-        let kernel = self.open_bytes(&found.kernel)?;
-        let initrd = found.initrd.as_deref().map(|bytes| self.open_bytes(bytes)).transpose()?;
-        Ok(Boot::new(kernel, initrd, found.command_line.clone()))
+    /// Opens what a kernel unpacks to, and unpacks it only if no image has the same.
+    fn open_kernel<'k>(
+        &self,
+        packed: &'k [u8],
+        unpack: impl FnOnce() -> Result<Cow<'k, [u8]>>,
+    ) -> Result<BootFile> {
+        let path = self.link_path(Digest::of(packed));
+        match File::open(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => self.open_bytes(&unpack()?),
+            opened => opened
+                .and_then(BootFile::new)
+                .map_err(|e| Error::io(e, format!("cannot open the boot file {}", path.display()))),
+        }
     }
 
     fn open_bytes(&self, bytes: &[u8]) -> Result<BootFile> {
@@ -117,7 +136,9 @@ impl BootCache {
         let failed = |e| Error::io(e, format!("cannot clear {}", self.dir.display()));
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            if !keep.contains(&path) {
+            // A link stays with what it leads to.
+            let is_link_to_kept = || fs::read_link(&path).is_ok_and(|to| keep.contains(&self.dir.join(to)));
+            if !keep.contains(&path) && !is_link_to_kept() {
                 remove_any(&path).map_err(failed)?;
             }
         }
@@ -126,6 +147,21 @@ impl BootCache {
 
     fn path(&self, digest: Digest) -> PathBuf {
         self.dir.join(digest.to_hex())
+    }
+
+    fn link_path(&self, packed: Digest) -> PathBuf {
+        self.dir.join(format!("{}.unpacked", packed.to_hex()))
+    }
+
+    /// Has a packed kernel lead to what it unpacks to. A crash may lose that, which costs no more than to unpack it again.
+    fn link(&self, packed: Digest, unpacked: Digest) -> Result<()> {
+        let path = self.link_path(packed);
+        match std::os::unix::fs::symlink(unpacked.to_hex(), &path) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                Err(Error::io(e, format!("cannot make the link {}", path.display())))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn keep_bytes(&self, bytes: &[u8]) -> Result<Digest> {
@@ -152,6 +188,8 @@ fn write_durably(dir: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 pub(crate) struct Found {
     pub(crate) architecture: Architecture,
     pub(crate) kernel: Vec<u8>,
+    /// The digest of what a disk has and this was unpacked from, if it was.
+    packed: Option<Digest>,
     pub(crate) initrd: Option<Vec<u8>>,
     pub(crate) command_line: String,
 }
@@ -161,18 +199,25 @@ impl Found {
     pub(crate) fn on_disk(disk: &Disk) -> Result<Self> {
         let refused = |e| refused(e, "the disk");
         let entry = BootEntry::find(disk).map_err(refused)?;
-        let kernel = entry.unpack_kernel().map_err(refused)?.into_owned();
-        Ok(Self::new(kernel, entry.initrd, entry.command_line))
+        let kernel = entry.unpack_kernel().map_err(refused)?;
+        let (packed, kernel) = (packed_digest(&entry.kernel, &kernel), kernel.into_owned());
+        Ok(Self::new(kernel, packed, entry.initrd, entry.command_line))
     }
 
     /// A kernel as distributions ship it, unpacked.
     pub(crate) fn with_kernel(kernel: &[u8], initrd: Option<Vec<u8>>, command_line: String) -> Result<Self> {
         let kernel = boot_image::unpack_kernel(kernel).map_err(|e| refused(e, "the kernel"))?;
-        Ok(Self::new(kernel, initrd, command_line))
+        Ok(Self::new(kernel, None, initrd, command_line))
     }
 
-    fn new(kernel: Kernel<'_>, initrd: Option<Vec<u8>>, command_line: String) -> Self {
-        Self { architecture: kernel.architecture, kernel: kernel.image.into_owned(), initrd, command_line }
+    fn new(
+        kernel: Kernel<'_>,
+        packed: Option<Digest>,
+        initrd: Option<Vec<u8>>,
+        command_line: String,
+    ) -> Self {
+        let Kernel { architecture, image, .. } = kernel;
+        Self { architecture, kernel: image.into_owned(), packed, initrd, command_line }
     }
 
     /// Refuses a kernel of another architecture than the image's.
@@ -185,6 +230,11 @@ impl Found {
             format!("the image is for {image}, but its kernel is for {kernel}; register it as {kernel}");
         Err(Error::new(ErrorKind::ArchitectureMismatch, what))
     }
+}
+
+/// The digest of a kernel file, if it had to be unpacked.
+fn packed_digest(bytes: &[u8], kernel: &Kernel<'_>) -> Option<Digest> {
+    matches!(kernel.image, Cow::Owned(_)).then(|| Digest::of(bytes))
 }
 
 /// Why `what` cannot be booted, with what can be done about it.
@@ -206,6 +256,8 @@ fn refused(e: boot_image::Error, what: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::testing::tiny_elf;
 
@@ -222,18 +274,63 @@ mod tests {
                 }
             });
             while !clearing.is_finished() {
-                let boot = cache.boot_found(&found).unwrap();
-                assert_eq!(boot.kernel.read().unwrap(), tiny_elf());
+                let opened = cache.open_bytes(&found.kernel).unwrap();
+                assert_eq!(opened.read().unwrap(), tiny_elf());
             }
         });
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "what only a guest has is not kept");
 
         // What an image has is not written again.
         let kept = cache.keep(&found).unwrap();
-        let boot = cache.boot_found(&found).unwrap();
-        assert_eq!(boot.kernel.read().unwrap(), tiny_elf());
-        let (inode, named) = (|file: &File| file.metadata().unwrap(), cache.boot(&kept).unwrap());
+        let opened = cache.open_bytes(&found.kernel).unwrap();
+        assert_eq!(opened.read().unwrap(), tiny_elf());
+        assert_eq!(inode(&opened), inode(&cache.boot(&kept).unwrap().kernel));
+    }
+
+    fn inode(file: &BootFile) -> u64 {
         use std::os::unix::fs::MetadataExt as _;
-        assert_eq!(inode(boot.kernel.file()).ino(), inode(named.kernel.file()).ino());
+        file.file().metadata().unwrap().ino()
+    }
+
+    /// An instance that starts finds its image's kernel packed, each time.
+    #[test]
+    fn a_kernel_is_unpacked_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = BootCache::open(dir.path().to_owned()).unwrap();
+        let (packed, unpacks) = (b"packed", Cell::new(0));
+        let open = |packed| {
+            let unpack = || {
+                unpacks.set(unpacks.get() + 1);
+                Ok(Cow::Owned(tiny_elf()))
+            };
+            let opened = cache.open_kernel(packed, unpack).unwrap();
+            assert_eq!(opened.read().unwrap(), tiny_elf());
+            inode(&opened)
+        };
+        open(packed);
+        assert_eq!(unpacks.get(), 1, "no image has it");
+        let kernel = boot_image::unpack_kernel(&tiny_elf()).unwrap().into_owned();
+        let found = Found::new(kernel, Some(Digest::of(packed)), None, String::new());
+        let kept = [cache.keep(&found).unwrap(), cache.keep(&found).unwrap()];
+        assert_eq!(open(packed), inode(&cache.boot(&kept[0]).unwrap().kernel));
+        assert_eq!(unpacks.get(), 1);
+        open(b"another");
+        assert_eq!(unpacks.get(), 2);
+        cache.remove_unreferenced(kept.iter()).unwrap();
+        open(packed);
+        assert_eq!(unpacks.get(), 2, "it is kept with what it leads to");
+        cache.remove_unreferenced(std::iter::empty()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "and goes with it");
+        open(packed);
+        assert_eq!(unpacks.get(), 3);
+    }
+
+    /// What the link is named by is what an image's disk has.
+    #[test]
+    fn only_what_was_packed_has_another_digest() {
+        let elf = tiny_elf();
+        let as_it_is = boot_image::unpack_kernel(&elf).unwrap();
+        assert_eq!(packed_digest(&elf, &as_it_is), None);
+        assert_eq!(packed_digest(b"packed", &as_it_is.into_owned()), Some(Digest::of(b"packed")));
     }
 }

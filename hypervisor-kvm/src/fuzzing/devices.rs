@@ -15,7 +15,7 @@ use super::Input;
 use crate::layout;
 use crate::memory::{self, Memory};
 use crate::rtc::Rtc;
-use crate::virtio::{self, Balloon, Mmio, Step, Vsock, Wish};
+use crate::virtio::{self, Balloon, Mmio, Rng, Step, Vsock, Wish};
 
 /// Where the memory begins that the driver of this fuzzer has no use for.
 const UNUSED: u64 = 64 << 10;
@@ -63,6 +63,12 @@ pub fn virtio_balloon(bytes: &[u8]) {
     // Compared as wholes: byte by byte it takes far longer than all else.
     let whole = after.chunks(PAGE).all(|page| page == [WRITTEN; PAGE] || page == [0; PAGE]);
     assert!(whole, "a page is partly given back");
+}
+
+/// A guest that does what it likes with an entropy device.
+pub fn virtio_rng(bytes: &[u8]) {
+    let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
+    drive(&mut Input(bytes), &memory, &mut Mmio::new(Rng), |_| ());
 }
 
 /// A guest that does what it likes with a console, and a terminal that does the same. What is typed comes to the guest or

@@ -14,7 +14,7 @@ use crate::virtio::Own;
 
 const MAGIC: [u8; 8] = *b"AMI-KVM\n";
 /// Counts up with every change of what a state is encoded as. All earlier ones are read.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 /// Magic, version, checksum of the state (CRC-32C), length of the state; 8 bytes are spare.
 pub(super) const HEADER_LEN: usize = 32;
 /// More than any machine's.
@@ -90,6 +90,8 @@ fn memory_start(head: u64) -> u64 {
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) state: State,
+    /// Of its format.
+    pub(crate) version: u32,
     /// Where the memory begins in the file.
     memory_at: u64,
 }
@@ -110,7 +112,7 @@ impl Loaded {
             return Err(saved("the saved machine is damaged: the checksum of its state is another"));
         }
         let state = decode(version, &body)?;
-        let loaded = Self { state, memory_at: memory_start(HEADER_LEN as u64 + len) };
+        let loaded = Self { state, version, memory_at: memory_start(HEADER_LEN as u64 + len) };
         if from.len() != loaded.memory_at + (u64::from(loaded.state.memory_mib) << 20) {
             return Err(saved("the saved machine is not complete: its file has another length"));
         }
@@ -145,7 +147,7 @@ pub(crate) fn encode(state: &State) -> Result<Vec<u8>> {
     const CONTEXT: &str = "the machine's state cannot be encoded";
     let own: Vec<&Own> = state.virtio.iter().map(|device| device.state.own()).collect();
     let bytes = postcard::to_stdvec(state).host(CONTEXT)?;
-    postcard::to_extend(&(own, &state.gone), bytes).host(CONTEXT)
+    postcard::to_extend(&(own, &state.gone, state.speed), bytes).host(CONTEXT)
 }
 
 /// The state of bytes of a version, which may be anybody's.
@@ -159,6 +161,9 @@ pub(crate) fn decode(version: u32, body: &[u8]) -> Result<State> {
             return Err(saved("the saved machine's devices do not remember one thing each"));
         }
         state.virtio.iter_mut().zip(own).for_each(|(device, own)| device.state.set_own(own));
+    }
+    if version >= 3 {
+        (state.speed, rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
     }
     if rest.is_empty() { Ok(state) } else { Err(saved("the saved machine's state is longer than it says")) }
 }

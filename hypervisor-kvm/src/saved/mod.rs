@@ -3,11 +3,15 @@
 mod file;
 mod platform;
 mod processor;
+mod speed;
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroU32;
+
 use instance_core::machine::{DiskSpec, NetSpec, RestoreSpec};
-use kvm_ioctls::Cap;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::file::{Loaded, write};
@@ -15,8 +19,10 @@ pub(crate) use self::file::{Loaded, write};
 pub(crate) use self::file::{VERSION, decode, encode};
 pub(crate) use self::platform::Platform;
 pub(crate) use self::processor::Processor;
+pub(crate) use self::speed::Speed;
 use crate::Transport;
-use crate::error::{Result, saved, unsupported};
+use crate::cpuid::{self, Topology};
+use crate::error::{HostContext, Result, saved, unsupported};
 use crate::gone::Gone;
 use crate::pci::BusState;
 use crate::power;
@@ -58,6 +64,9 @@ pub(crate) struct State {
     /// They are neither among the disks nor among the ports.
     #[serde(skip)]
     pub(crate) gone: Vec<(u8, Gone)>,
+    /// Since version 3, behind them: how fast the processors' time stamp counters run.
+    #[serde(skip)]
+    pub(crate) speed: Speed,
 }
 
 /// A virtio device in its place.
@@ -124,6 +133,26 @@ impl State {
     /// How many of them there are.
     fn count(&self, other: Other) -> usize {
         self.others().filter(|one| *one == Some(other)).count()
+    }
+
+    /// That its processors are such as a new machine would have, of this model. Of `new`, which nobody has used, KVM is asked
+    /// what it makes of that, if it has to be.
+    pub(crate) fn check_processors(&self, model: &CpuId, version: u32, new: &[VcpuFd]) -> Result<()> {
+        let first = new.first().ok_or_else(|| saved("the saved machine has no processors"))?;
+        let count = NonZeroU32::MIN.saturating_add(new.len() as u32 - 1);
+        // Which of them it is, and which are threads of a core, is nothing that matters.
+        let own = cpuid::of_processor(model, 0, Topology::new(count, NonZeroU32::MIN)?)?;
+        // Before version 3, processors had the signature of their level's oldest.
+        let check = |own: &CpuId| {
+            self.processors.iter().try_for_each(|processor| processor.check(own.as_slice(), version >= 3))
+        };
+        check(&own).or_else(|_| {
+            // A KVM in software may tell of the host's processor whatever it is told, also when a machine is saved.
+            first.set_cpuid2(&own).host("KVM did not take a processor's CPUID")?;
+            let told =
+                first.get_cpuid2(KVM_MAX_CPUID_ENTRIES).host("KVM did not tell a processor's CPUID")?;
+            check(&told)
+        })
     }
 
     /// That the machine had the disks and ports that it is to go on with.

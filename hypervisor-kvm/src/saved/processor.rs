@@ -7,11 +7,15 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use crate::cpu_model;
 use crate::error::{HostContext, Result, saved};
 
 /// `IA32_TSC_DEADLINE`: when the local APIC's timer ends. It is lost where it is written before the APIC is told
 /// that it works so, and before the time stamp counter that it is compared with.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// `EFER`, and AMD's nested virtualisation in it: KVM looks whether CPUID has that only where the guest sets it.
+const MSR_EFER: u32 = 0xc000_0080;
+const EFER_SVME: u64 = 1 << 12;
 
 /// All that KVM tells of a processor that stands still between two instructions.
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,8 +39,10 @@ impl Processor {
         // First: it has the processor take up what other processors have sent to it.
         let mp_state = vcpu.get_mp_state().host(CONTEXT)?;
         let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).host(CONTEXT)?;
+        let nothing = kvm_cpuid_entry2::default();
         Ok(Self {
-            cpuid: cpuid.as_slice().to_vec(),
+            // Some KVMs tell as many as they were asked for, of which the last are nothing.
+            cpuid: cpuid.as_slice().iter().filter(|leaf| **leaf != nothing).copied().collect(),
             mp_state,
             regs: vcpu.get_regs().host(CONTEXT)?,
             sregs: vcpu.get_sregs().host(CONTEXT)?,
@@ -47,6 +53,20 @@ impl Processor {
             msrs: get_msrs(vcpu, msrs)?,
             events: vcpu.get_vcpu_events().host(CONTEXT)?,
         })
+    }
+
+    /// Refuses what a new machine's processor, whose leaves of CPUID are `own`, could not have become by its guest's doing.
+    /// KVM would take it, since who sets a processor's state may do more than its guest.
+    pub(crate) fn check(&self, own: &[kvm_cpuid_entry2], with_signature: bool) -> Result<()> {
+        cpu_model::check(&self.cpuid, own, with_signature)?;
+        let in_msr =
+            self.msrs.iter().filter(|msr| msr.index == MSR_EFER).fold(0, |efer, msr| efer | msr.data);
+        if (self.sregs.efer | in_msr) & EFER_SVME != 0 {
+            return Err(saved(
+                "the saved machine's processors have nested virtualisation (EFER.SVME), here none has",
+            ));
+        }
+        Ok(())
     }
 
     /// Makes a new processor this one.
@@ -73,6 +93,12 @@ impl Processor {
     #[cfg(test)]
     pub(crate) fn instruction_pointer(&self) -> u64 {
         self.regs.rip
+    }
+
+    /// For what nobody saves.
+    #[cfg(test)]
+    pub(crate) fn change(&mut self) -> (&mut Vec<kvm_cpuid_entry2>, &mut kvm_sregs, &mut Vec<kvm_msr_entry>) {
+        (&mut self.cpuid, &mut self.sregs, &mut self.msrs)
     }
 }
 

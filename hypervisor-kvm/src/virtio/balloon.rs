@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::chain::{Buffers, Chain, Malformed};
-use super::device::Device;
+use super::device::{Device, Own};
 use super::ring::Running;
 use crate::error::{Result, unsupported};
 use crate::memory;
@@ -215,6 +215,24 @@ impl Device for Balloon {
         self.reported[queue] = 0;
         if queue == INFLATE {
             self.state.done = 0;
+        }
+    }
+
+    fn save(&self) -> Own {
+        Own::Balloon(self.state.clone())
+    }
+
+    /// What is wanted of it now is another matter.
+    fn restore(&mut self, own: &Own) -> Result<(), Malformed> {
+        match own {
+            Own::Balloon(state) => {
+                self.state = state.clone();
+                self.set_actual(state.actual);
+                Ok(())
+            }
+            // Machines of earlier versions do not tell.
+            Own::None => Ok(()),
+            _ => Err(Malformed("the device is of another type")),
         }
     }
 

@@ -2,6 +2,7 @@
 //! said that they are not to be any more.
 
 mod ended_early;
+mod engine;
 
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::chain::Malformed;
 use super::ring::Running;
-use super::{console, net};
+use super::{balloon, console, net};
 
 /// What a device has to remember beside its queues when it is saved. Most have nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +18,8 @@ pub(crate) enum Own {
     None,
     Console(console::State),
     Net(net::State),
+    /// Since version 3.
+    Balloon(balloon::State),
 }
 
 /// The logic of a device: a function of what the driver puts into its queues, without threads,

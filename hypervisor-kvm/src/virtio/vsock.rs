@@ -4,7 +4,6 @@
 //! speak with whom.
 
 use instance_core::vsock::{Op, Packet, VsockPort, VsockSpec};
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::chain::{Chain, Malformed};
@@ -51,9 +50,10 @@ pub(crate) struct Vsock {
     state: State,
 }
 
-/// What is the device's own to remember.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct State {
+/// What is the device's own to remember until the machine is saved: one that goes on has another address and no streams, and so
+/// nothing that is to be answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct State {
     cid: u32,
     /// The answer to a packet that no stream can have sent.
     refusal: Option<Header>,
@@ -237,7 +237,7 @@ impl Device for Vsock {
 }
 
 /// `struct virtio_vsock_hdr` (virtio 1.2, 5.10.6).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Header {
     src_cid: u64,
     dst_cid: u64,

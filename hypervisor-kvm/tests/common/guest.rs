@@ -37,6 +37,7 @@ const SOURCES: &[&str] = &[
     "storm64.S",
     "main.c",
     "cpus.c",
+    "time.c",
     "disk.c",
     "net.c",
     "smbios.c",

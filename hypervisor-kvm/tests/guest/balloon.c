@@ -2,7 +2,7 @@
 #include "guest.h"
 #include "queue.h"
 
-enum { TYPE = 5, INFLATE = 0, QUEUES = 2, TARGET = 0, ACTUAL = 4, LIST = 256 };
+enum { TYPE = 5, FEATURE_REPORTING = 1 << 5, INFLATE = 0, REPORT = 2, QUEUES = 3, TARGET = 0, ACTUAL = 4, LIST = 256 };
 
 static struct queue queues[QUEUES];
 static u32 device, actual, list[LIST];
@@ -13,7 +13,7 @@ enum { LONG = 16 << 20, LENGTH = 1 << 18, FAR = 32 << 8, SPREAD = 4096 };
 u32 balloon_target(void)
 {
     if (!device)
-        device = bring_up(TYPE, queues, QUEUES);
+        device = bring_up(TYPE, FEATURE_REPORTING, queues, QUEUES);
     return device ? load(device + CONFIG + TARGET) : 0;
 }
 
@@ -31,6 +31,15 @@ void inflate(u32 first, u32 count)
         actual += now;
         store(device + CONFIG + ACTUAL, actual);
     }
+}
+
+void report(u32 first, u32 count)
+{
+    u32 ignored;
+    balloon_target();
+    give(device, REPORT, &queues[REPORT], 0, (void *)(first << 12), count << 12, DEVICE_WRITES);
+    while (!take(&queues[REPORT], &ignored, &ignored))
+        ;
 }
 
 void prepare_hoard(void)

@@ -24,7 +24,7 @@ int serve_console(void)
 
 u32 console_size(void)
 {
-    if (!device && (device = bring_up(TYPE, queues, QUEUES)))
+    if (!device && (device = bring_up(TYPE, 0, queues, QUEUES)))
         for (u32 n = 0; n < QUEUE; n++)
             give(device, RECEIVE, &queues[RECEIVE], n, typed[n], ROOM, DEVICE_WRITES);
     return device ? load(device + CONFIG) : 0;

@@ -50,13 +50,15 @@ static u32 start_all(u32 madt)
     return started;
 }
 
-/* Port 0x61 toggles a bit every 15 us: waits until `expected` have answered, for a second at most. */
+/* Port 0x61 toggles a bit every 15 us: waits until `expected` have answered, for a second at most after each. */
 static u32 await(volatile u16 *answered, u32 expected)
 {
     u8 last = inb(0x61) & 0x10;
+    u32 seen = 0;
     for (u32 ticks = 0; ticks < 66000 && *answered < expected;) {
         u8 now = inb(0x61) & 0x10;
-        ticks += now != last;
+        ticks = *answered == seen ? ticks + (now != last) : 0;
+        seen = *answered;
         last = now;
     }
     return *answered;

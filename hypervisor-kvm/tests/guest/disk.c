@@ -110,3 +110,35 @@ int disk_request(u32 disk, enum request type, u32 sector, void *data, u32 length
     barrier();
     return status == 0;
 }
+
+/* Asks for what no driver may ask for, and says whether the device waits for a reset then. */
+int break_disk(u32 disk, enum broken rule)
+{
+    if (!ready(disk))
+        return 0;
+    struct queue *queue = &queues[disk];
+    u32 header[4] = { READ, 0, 0, 0 };
+    u16 ahead = 1;
+    describe(queue, 0, header, sizeof header, NEXT);
+    describe(queue, 1, header, 16, NEXT);
+    describe(queue, 2, header, 1, DEVICE_WRITES);
+    if (rule == LOOP)
+        queue->descriptors[1].next = 0;
+    else if (rule == OUTSIDE)
+        queue->descriptors[0].address = 0xf0000000;
+    else if (rule == INDEX)
+        ahead = QUEUE + 1;
+    else if (rule == SHORT)
+        describe(queue, 0, header, 4, 0);
+    else if (rule == LIVE)
+        set_address(base(disk) + DESCRIPTORS, header);
+    queue->available.ring[queue->available.index % QUEUE] = 0;
+    barrier();
+    queue->available.index += ahead;
+    barrier();
+    store(base(disk) + NOTIFY, 0);
+    for (u32 tries = 0; tries < 1000000; tries++)
+        if (load(base(disk) + STATUS) & NEEDS_RESET)
+            return 1;
+    return 0;
+}

@@ -67,9 +67,14 @@ int serve_console(void);
 /* balloon.c: in pages. */
 u32 balloon_target(void);
 void inflate(u32 first, u32 count);
+/* Says that pages are free, which they are until the device has answered. */
+void report(u32 first, u32 count);
 /* Puts a long list into it, again and again, once that is prepared. */
 void prepare_hoard(void);
 void hoard(void);
+
+/* time.c: nanoseconds by the clock that KVM gives its guests. */
+u64 kvm_clock(void);
 
 /* cpus.c */
 u32 count_cpus(const struct start_info *info);
@@ -81,6 +86,12 @@ u32 count_disks(void);
 u64 disk_size(u32 disk);
 /* False if the disk refuses. */
 int disk_request(u32 disk, enum request type, u32 sector, void *data, u32 length);
+/* A chain without an end, one outside of the memory, more requests than there are, one that is shorter than its header, and a
+   queue that is moved while it is in use. */
+enum broken { LOOP, OUTSIDE, INDEX, SHORT, LIVE, RULES };
+int break_disk(u32 disk, enum broken rule);
+/* Its next request starts it anew: it has had another driver, or waits for a reset. */
+void forget_disk(u32 disk);
 
 /* storm.c: as many requests of 4 KiB at random places, many at once, from a driver in ring 3. False if one
    failed. */

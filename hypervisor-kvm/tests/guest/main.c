@@ -245,6 +245,14 @@ static void do_write(u32 disk, u32 at, const char *text)
     say(disk_request(disk, WRITE, at, sector, SECTOR) ? "wrote\n" : "error\n");
 }
 
+static void do_break(u32 disk, const char *rule)
+{
+    static const char *const rules[RULES] = { "loop", "outside", "index", "short", "live" };
+    for (u32 n = 0; n < RULES; n++)
+        if (is(rule, rules[n]))
+            say(break_disk(disk, n) ? "broken\n" : "whole\n");
+}
+
 static char remembered[64];
 
 static void remember(const char *text)
@@ -330,6 +338,12 @@ static void obey(char *line)
         do_write(disk, at, word(&line));
     } else if (is(command, "flush")) {
         say(disk_request(number(&line), FLUSH, 0, 0, 0) ? "flushed\n" : "error\n");
+    } else if (is(command, "break")) {
+        u32 disk = number(&line);
+        do_break(disk, word(&line));
+    } else if (is(command, "forget")) {
+        forget_disk(number(&line));
+        say("forgot\n");
     } else if (is(command, "storm")) {
         u32 disk = number(&line);
         enum request type = is(word(&line), "write") ? WRITE : READ;
@@ -355,6 +369,8 @@ static void obey(char *line)
         go_astray();
     } else if (is(command, "clock")) {
         answer_number("clock ", time());
+    } else if (is(command, "kvmclock")) {
+        answer_number("kvmclock ", kvm_clock());
     } else if (is(command, "cid")) {
         answer_number("cid ", vsock_up());
     } else if (is(command, "terminal")) {
@@ -375,6 +391,10 @@ static void obey(char *line)
         u32 first = number(&line);
         inflate(first, number(&line));
         say("inflate 1\n");
+    } else if (is(command, "report")) {
+        u32 first = number(&line);
+        report(first, number(&line));
+        say("report 1\n");
     } else if (is(command, "hoard")) {
         prepare_hoard();
         say("hoarding\n");

@@ -18,7 +18,7 @@ static void set_address(u32 at, const void *address)
     store(at + 4, 0);
 }
 
-u32 bring_up(u32 type, struct queue *queues, u32 count)
+u32 bring_up(u32 type, u32 features, struct queue *queues, u32 count)
 {
     u32 at = find(type), status = ACKNOWLEDGE | DRIVER;
     if (!at)
@@ -26,7 +26,7 @@ u32 bring_up(u32 type, struct queue *queues, u32 count)
     store(at + STATUS, 0);
     store(at + STATUS, status);
     store(at + DRIVER_SELECT, 0);
-    store(at + DRIVER_FEATURES, 0);
+    store(at + DRIVER_FEATURES, features);
     store(at + DRIVER_SELECT, 1);
     store(at + DRIVER_FEATURES, FEATURE_VERSION_1);
     store(at + STATUS, status |= FEATURES_OK);

@@ -23,8 +23,8 @@ struct queue {
     u16 seen;
 } __attribute__((aligned(16)));
 
-/* queue.c: the registers of a device of this type with its queues set up, or nothing. */
-u32 bring_up(u32 type, struct queue *queues, u32 count);
+/* queue.c: the registers of a device of this type with its queues set up, or nothing. The features are of the low half. */
+u32 bring_up(u32 type, u32 features, struct queue *queues, u32 count);
 /* Puts a buffer of one descriptor into a queue and tells the device. */
 void give(u32 device, u32 number, struct queue *queue, u32 n, const void *address, u32 length, u16 flags);
 /* Whether the device has used a buffer, and which. */

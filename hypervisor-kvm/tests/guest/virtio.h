@@ -27,5 +27,3 @@ static inline int is_disk(u32 at)
 
 /* disk.c: resets a disk and gives it a queue of this size. */
 int start_disk(u32 at, u32 features, u32 size, const void *descriptors, const void *available, const void *used);
-/* disk.c: the disk has another driver, so its next request by this one starts it anew. */
-void forget_disk(u32 disk);

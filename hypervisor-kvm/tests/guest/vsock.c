@@ -69,7 +69,7 @@ int serve_vsock(void)
 
 u32 vsock_up(void)
 {
-    if (!device && (device = bring_up(TYPE, queues, QUEUES)))
+    if (!device && (device = bring_up(TYPE, 0, queues, QUEUES)))
         for (u32 n = 0; n < BUFFERS; n++)
             give(device, RECEIVE, &queues[RECEIVE], n, &buffers[n], ROOM, DEVICE_WRITES);
     return device ? *(volatile u32 *)(device + CONFIG) : 0;

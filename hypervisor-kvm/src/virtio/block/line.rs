@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use instance_core::machine::DiskSpec;
 use smallvec::SmallVec;
-use storage_block::{Disk, Error, IoBuf, IoBufMut, Queue, Result};
+use storage_block::{Disk, Engine, Error, IoBuf, IoBufMut, Queue, QueueOptions, Result};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::chain::{Buffers, Malformed};
@@ -51,9 +51,20 @@ pub(super) struct Line {
 type Pieces<T> = SmallVec<[T; 4]>;
 
 impl Line {
-    pub(super) fn new(disk: &Disk, memory: &Memory) -> Result<Self> {
-        let mut queue = disk.queue(DEPTH)?;
-        tracing::debug!(engine = ?queue.engine(), "a guest's disk is served");
+    /// Served by the engine that was chosen before, or else by the best that is to be had, which is told.
+    pub(super) fn new(
+        disk: &Disk,
+        memory: &Memory,
+        chosen: &mut Option<Engine>,
+        serial: &[u8],
+    ) -> Result<Self> {
+        let options = chosen.iter().copied().fold(QueueOptions::new(DEPTH), QueueOptions::engine);
+        let mut queue = disk.queue_with(&options)?;
+        if chosen.is_none() {
+            let serial = serial.split(|byte| *byte == 0).next().unwrap_or_default().escape_ascii();
+            tracing::info!(%serial, engine = ?queue.engine(), "a guest's disk is served");
+            *chosen = Some(queue.engine());
+        }
         let ended = queue.fd().try_clone_to_owned();
         let ended = ended.map_err(|e| Error::io(e, "cannot duplicate the descriptor of a disk's queue"))?;
         queue.unwatch();

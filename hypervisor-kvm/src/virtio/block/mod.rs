@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use slab::Slab;
-use storage_block::{Completion, Disk, Error, ErrorKind, SECTOR};
+use storage_block::{Completion, Disk, Engine, Error, ErrorKind, SECTOR};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
@@ -44,6 +44,8 @@ pub(crate) struct Block {
     disk: Option<Disk>,
     /// What is under way on the disk. None while that is not in use.
     line: Option<Line>,
+    /// What serves it: chosen when it is first used, and not again when the driver has reset the device.
+    engine: Option<Engine>,
     /// It was said that the disk cannot be served.
     unserved: bool,
     /// The requests that are, by their tokens.
@@ -122,6 +124,7 @@ impl Block {
             sectors: disk.size() / SECTOR,
             disk: Some(disk),
             line: None,
+            engine: None,
             unserved: false,
             pending: Slab::new(),
             lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
@@ -189,14 +192,16 @@ impl Block {
         let disk = self.disk.as_ref().ok_or(Refusal::Io)?;
         let line = match &mut self.line {
             Some(line) => line,
-            none => none.insert(Line::new(disk, memory).map_err(|error| {
-                // A guest asks as often as it likes.
-                match mem::replace(&mut self.unserved, true) {
-                    false => tracing::warn!(%error, "a guest's disk cannot be served"),
-                    true => tracing::debug!(%error, "a guest's disk cannot be served"),
-                }
-                Refusal::Io
-            })?),
+            none => {
+                none.insert(Line::new(disk, memory, &mut self.engine, &self.serial).map_err(|error| {
+                    // A guest asks as often as it likes.
+                    match mem::replace(&mut self.unserved, true) {
+                        false => tracing::warn!(%error, "a guest's disk cannot be served"),
+                        true => tracing::debug!(%error, "a guest's disk cannot be served"),
+                    }
+                    Refusal::Io
+                })?)
+            }
         };
         let start = |sector: u64, len| {
             let start = sector.checked_mul(SECTOR).ok_or(Refusal::Io)?;

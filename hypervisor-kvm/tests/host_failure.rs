@@ -1,0 +1,103 @@
+//! What fails outside of a guest ends its machine, and is told as that.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use ami_core::Architecture;
+use instance_core::console::Console;
+use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, MachineSpec};
+use storage_block::{BlockBackend, Disk, Result};
+
+/// A disk whose second sector takes as long as the thread is there that has asked for it.
+#[derive(Debug)]
+struct Slow {
+    thread: Mutex<mpsc::Receiver<File>>,
+}
+
+impl BlockBackend for Slow {
+    fn size(&self) -> u64 {
+        4096
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        buf.fill(0);
+        if offset == 512 {
+            let thread = self.thread.lock().unwrap().recv().unwrap();
+            let until = soon();
+            // It cannot be read of a thread that has ended.
+            while thread.read_at(&mut [0], 0).is_ok() && Instant::now() < until {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// Sets how many descriptors the process may have, and says how many it might.
+#[allow(unsafe_code, reason = "a limit of the process")]
+fn limit_descriptors(to: libc::rlim_t) -> libc::rlim_t {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structure is this function's.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+        let before = limit.rlim_cur;
+        limit.rlim_cur = to;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
+        before
+    }
+}
+
+/// The status of a thread of this process, by its name.
+fn thread(name: &str) -> File {
+    let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let is_named = |task: &std::path::PathBuf| fs::read_to_string(task.join("comm")).unwrap().trim() == name;
+    File::open(tasks.into_iter().find(is_named).unwrap().join("stat")).unwrap()
+}
+
+/// A device's thread that may wait for no descriptors any more. Alone in its file: the limit is the process's.
+#[test]
+fn a_device_that_cannot_be_served_ends_its_machine() {
+    let Some(kvm) = common::kvm() else { return };
+    let (tell, told) = mpsc::channel();
+    let disk = Disk::new(Slow { thread: Mutex::new(told) }).unwrap();
+    let console = Console::new();
+    let boot = common::guest::boot().unwrap();
+    let mut spec = MachineSpec::new("fails", Architecture::X86_64, boot, console.port());
+    spec.disks = vec![DiskSpec::new(disk, "vol-1")];
+    let machine = kvm.create(spec).unwrap();
+    machine.start().unwrap();
+    let mut reader = console.reader();
+    reader.wait_for("GUEST READY\n", soon()).unwrap();
+    // It has what it needs to read.
+    console.write_all(b"read 0 0\n", soon()).unwrap();
+    reader.wait_for("data \n", soon()).unwrap();
+    tell.send(thread("fails/disk0")).unwrap();
+    let before = limit_descriptors(0);
+    console.write_all(b"read 0 1\n", soon()).unwrap();
+    let end = machine.state().wait(soon(), |state| state.exit_cause().is_some());
+    limit_descriptors(before);
+    let end = end.unwrap();
+    let Some(ExitCause::HostFailure(why)) = end.exit_cause() else { panic!("{end:?}") };
+    assert!(why.contains("device 0 cannot be served"), "{why}");
+}
