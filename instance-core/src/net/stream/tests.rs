@@ -44,7 +44,8 @@ fn serve(stream: ServedStream) {
         socket = Some(fd.as_raw_fd());
         Ok(())
     };
-    stream.begin(waker, watch).unwrap();
+    stream.watch(watch).unwrap();
+    stream.begin(waker).unwrap();
     assert!(socket.is_some());
     loop {
         let _ = rustix::io::read(&*wake, &mut [0; 8]);
