@@ -9,14 +9,13 @@ use rustix::io::Errno;
 
 use crate::fs::File;
 use crate::pack::Pack;
+use crate::room::Room;
 use crate::{Error, Result};
 
 /// Bytes that are written at once: enough that what a write costs beside them is little.
 const PART: usize = if cfg!(test) { 128 << 10 } else { 4 << 20 };
-/// Parts there are: one is written while another is filled, and one waits so that the disk does not.
+/// Parts there are when there is much: one is written while another is filled, and one waits so that the disk does not.
 const PARTS: usize = 3;
-/// What places in memory and in files are multiples of, which is enough for most file systems.
-const ALIGN: usize = 4096;
 /// What file systems say that want larger multiples, or do no such writes.
 const REFUSED: [Errno; 2] = [Errno::INVAL, Errno::OPNOTSUPP];
 
@@ -38,7 +37,7 @@ pub(crate) struct Direct {
 struct Thread {
     parts: Sender<Part>,
     /// Memory of parts that are written.
-    free: Receiver<Vec<u8>>,
+    free: Receiver<Room>,
     handle: JoinHandle<Result<()>>,
 }
 
@@ -48,24 +47,22 @@ struct Part {
     pack: Arc<Pack>,
     at: u64,
     len: usize,
-    /// Room for [`PART`] bytes from the first aligned place on.
-    room: Vec<u8>,
+    /// Of [`PART`] bytes.
+    room: Room,
 }
 
 impl Part {
-    fn bytes(&mut self) -> &mut [u8] {
-        let begin = self.room.as_ptr().align_offset(ALIGN);
-        &mut self.room[begin..begin + PART]
-    }
-
     /// Whether bytes at this place come right behind it.
     fn goes_on(&self, pack: &Arc<Pack>, at: u64) -> bool {
         self.len < PART && self.at + self.len as u64 == at && Arc::ptr_eq(&self.pack, pack)
     }
 
-    fn write_cached(&mut self) -> Result<()> {
-        let (pack, at, len) = (Arc::clone(&self.pack), self.at, self.len);
-        pack.file()?.write_all_at(&self.bytes()[..len], at).map_err(|e| not_written(e, &pack))
+    fn bytes(&self) -> &[u8] {
+        &self.room[..self.len]
+    }
+
+    fn write_cached(&self) -> Result<()> {
+        self.pack.file()?.write_all_at(self.bytes(), self.at).map_err(|e| not_written(e, &self.pack))
     }
 }
 
@@ -87,17 +84,17 @@ impl Direct {
             };
             let begin = part.len;
             let (now, rest) = bytes.split_at(bytes.len().min(PART - begin));
-            part.bytes()[begin..begin + now.len()].copy_from_slice(now);
+            part.room[begin..begin + now.len()].copy_from_slice(now);
             part.len += now.len();
             (at, bytes) = (at + now.len() as u64, rest);
         }
         Ok(())
     }
 
-    /// Memory for a part.
-    fn room(&mut self) -> Result<Vec<u8>> {
+    /// Memory for a part: of ordinary pages for the first, as most snapshots have little to write.
+    fn room(&mut self) -> Result<Room> {
         match self.thread.as_ref().map(|thread| thread.free.recv()) {
-            None => Ok(vec![0; PART + ALIGN]),
+            None => Room::new(PART).map_err(|e| Error::io(e, NO_MEMORY)),
             Some(Ok(room)) => Ok(room),
             Some(Err(_)) => Err(self.stopped()),
         }
@@ -105,7 +102,7 @@ impl Direct {
 
     /// Gives a part to the thread.
     fn send(&mut self) -> Result<()> {
-        let Some(mut part) = self.part.take() else { return Ok(()) };
+        let Some(part) = self.part.take() else { return Ok(()) };
         if self.thread.is_none() {
             self.thread = Thread::start();
         }
@@ -129,7 +126,7 @@ impl Direct {
     pub(crate) fn finish(&mut self) -> Result<()> {
         let part = self.part.take();
         let Some(Thread { parts, handle, free: _free }) = self.thread.take() else {
-            return part.map_or(Ok(()), |mut part| part.write_cached());
+            return part.map_or(Ok(()), |part| part.write_cached());
         };
         // If it cannot take it, it says why.
         let _ = part.map(|part| parts.send(part));
@@ -151,9 +148,8 @@ impl Drop for Direct {
 impl Thread {
     fn start() -> Option<Self> {
         let (give_back, free) = mpsc::channel();
-        // The first part is there already.
-        for _ in 1..PARTS {
-            let _ = give_back.send(vec![0; PART + ALIGN]);
+        for _ in 0..PARTS {
+            let _ = give_back.send(Room::of_large_pages(PART).ok()?);
         }
         let (parts, waiting) = mpsc::channel();
         let thread = std::thread::Builder::new().name("storage-write".to_owned());
@@ -162,15 +158,17 @@ impl Thread {
     }
 }
 
-fn write_parts(parts: Receiver<Part>, give_back: &Sender<Vec<u8>>) -> Result<()> {
+fn write_parts(parts: Receiver<Part>, give_back: &Sender<Room>) -> Result<()> {
     let mut way: Option<Way> = None;
-    for mut part in parts {
+    for part in parts {
         let known = way.take().filter(|way| way.pack == part.pack.number);
         let mut now = known.unwrap_or_else(|| Way::to(&part.pack));
-        now.write(&mut part)?;
+        now.write(&part)?;
         way = Some(now);
-        // Nobody takes it when there are no more.
-        let _ = give_back.send(part.room);
+        // The first part's is not used again. Nobody takes the others' when there are no more parts.
+        if part.room.has_large_pages() {
+            let _ = give_back.send(part.room);
+        }
     }
     Ok(())
 }
@@ -188,10 +186,9 @@ impl Way {
         Self { pack: pack.number, direct: File::open_direct(&pack.path).ok() }
     }
 
-    fn write(&mut self, part: &mut Part) -> Result<()> {
+    fn write(&mut self, part: &Part) -> Result<()> {
         if let Some(file) = &self.direct {
-            let (at, len) = (part.at, part.len);
-            match file.write_all_at(&part.bytes()[..len], at) {
+            match file.write_all_at(part.bytes(), part.at) {
                 Err(error) if Errno::from_io_error(&error).is_some_and(|errno| REFUSED.contains(&errno)) => {
                     self.direct = None;
                 }
@@ -203,6 +200,8 @@ impl Way {
         part.pack.sync()
     }
 }
+
+const NO_MEMORY: &str = "there is no memory to write from";
 
 fn not_written(error: std::io::Error, pack: &Pack) -> Error {
     Error::io(error, format!("cannot write {}", pack.path.display()))
@@ -236,12 +235,11 @@ mod tests {
     /// Whether this file system has a disk that what is written past the page cache can be told by.
     fn has_disk(dir: &Path) -> bool {
         let path = dir.join("any");
-        let room = vec![1; 2 * ALIGN];
-        let begin = room.as_ptr().align_offset(ALIGN);
+        let room = Room::new(4096).unwrap();
         File::create_new(&path).unwrap();
         let direct = rustix::fs::OFlags::DIRECT.bits() as i32;
         let file = std::fs::OpenOptions::new().write(true).custom_flags(direct).open(&path);
-        let written = file.and_then(|file| file.write_all_at(&room[begin..][..ALIGN], 0));
+        let written = file.and_then(|file| file.write_all_at(&room, 0));
         written.is_ok() && !is_cached(&path, 0)
     }
 
@@ -290,6 +288,20 @@ mod tests {
             assert_eq!(found, [cached; 2], "{len} bytes");
             assert!(std::fs::read(&path).unwrap() == bytes(len, 1), "{len} bytes");
         }
+    }
+
+    /// All parts but the first, which is all of most snapshots.
+    #[test]
+    fn much_is_written_from_large_pages() {
+        let dir = tempfile::tempdir().unwrap();
+        let pack = pack(1, &dir.path().join("pack"));
+        let mut direct = Direct::default();
+        for number in 0..5 * PARTS {
+            direct.write(&pack, (number * PART) as u64, &bytes(PART, 1)).unwrap();
+            let large = direct.part.as_ref().map(|part| part.room.has_large_pages());
+            assert_eq!(large, Some(number > 0), "part {number}");
+        }
+        direct.finish().unwrap();
     }
 
     /// A file that cannot be opened so, and places that are no multiples of what the file system wants.

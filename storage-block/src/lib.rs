@@ -106,6 +106,7 @@ mod places;
 mod progress;
 mod queue;
 mod raw;
+mod room;
 mod scrub;
 mod session;
 mod snapshot;
