@@ -6,7 +6,7 @@ mod common;
 use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 
-use common::{KIB, MIB, check, content, data, disk, go_on, have_qemu_img, qemu_img, raw_file};
+use common::{KIB, MIB, Small, check, content, data, disk, go_on, have_qemu_img, qemu_img, raw_file};
 use image_formats::{Compression, ErrorKind, ExportOptions, Format, export, open};
 use storage_block::{Disk, MemoryDisk, RawFile, Store};
 
@@ -48,6 +48,33 @@ fn reads_back_equal_here_and_with_qemu() {
                 }
             }
             std::fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+/// Wherever the room ends, in the data or in the tables behind it.
+#[test]
+fn an_image_that_does_not_fit_leaves_nothing() {
+    let bytes = content(3 * MIB + 3 * 512);
+    for (options, format) in kinds() {
+        let Some(large) = Small::mount(16 << 20) else { return };
+        let whole = large.0.path().join("image");
+        let stats = export(&disk(&bytes), &whole, &options, &mut go_on).unwrap();
+        let pages = stats.file_bytes.div_ceil(4096);
+        for room in [1, pages / 2, pages - 2, pages - 1, pages + 16] {
+            let what = format!("{options:?} with {room} of {pages} pages");
+            let Some(small) = Small::mount(room * 4096) else { return };
+            let path = small.0.path().join("image");
+            let exported = export(&disk(&bytes), &path, &options, &mut go_on);
+            assert_eq!(exported.is_ok(), room > pages, "{what}");
+            if room > pages {
+                exported.unwrap();
+                check(&open(&path, format).unwrap(), &bytes, &what);
+            } else {
+                let error = exported.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::NoSpace, "{what}: {error}");
+                assert_eq!(std::fs::read_dir(small.0.path()).unwrap().count(), 0, "{what}");
+            }
         }
     }
 }

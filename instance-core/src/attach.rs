@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use ami_core::{AccountId, DeviceName, InstanceId, Timestamp, VolumeId};
-use storage_block::Volume;
+use storage_block::{Disk, Volume};
 
 use crate::description::{Attachment, InstanceDescription};
 use crate::error::chain;
@@ -76,6 +76,41 @@ impl<H> Region<H> {
     /// As [`detach_volume`](Self::detach_volume).
     pub fn force_detach_volume(&self, volume: VolumeId) -> Result<()> {
         self.inner.detach_volume(*self.account(), volume, Detach::Force)
+    }
+
+    /// The bytes of a volume of the account's that is attached to nothing, to read and to write, by a file system's tools
+    /// over [NBD](storage_block::nbd), say. As long as there is a handle of the disk the volume is this
+    /// process's: it is neither attached nor changed nor deleted, and no snapshot is made of it. What is written is
+    /// durable when the disk has been flushed.
+    ///
+    /// Those of a volume that an instance has are read by a [snapshot](Self::create_snapshot) of it.
+    ///
+    /// ```
+    /// # use instance_core::{Region, testing::FakeHypervisor};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path().join("region"), FakeHypervisor::new())?;
+    /// use instance_core::{ErrorKind, VolumeSpec};
+    /// use storage_block::nbd;
+    ///
+    /// let volume = region.create_volume(VolumeSpec::new(1))?;
+    /// let server = nbd::Server::bind(dir.path().join("volume.sock"), region.volume_disk(volume.id)?)?;
+    /// // qemu-nbd, nbd-client or guestfish have it now.
+    /// let refused = region.delete_volume(volume.id).unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::VolumeInUse);
+    /// drop(server);
+    /// region.delete_volume(volume.id)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`VolumeInUse`](ErrorKind::VolumeInUse), or what the host met.
+    pub fn volume_disk(&self, id: VolumeId) -> Result<Disk> {
+        let inner = &self.inner;
+        let _resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.volume(*self.account(), id)?;
+        inner.check_detached(id)?;
+        Ok(inner.open_volume(id)?.disk())
     }
 
     /// Makes a volume larger, also while an instance that runs has it, whose guest is told (`ModifyVolume`). What
@@ -273,8 +308,13 @@ impl Inner {
     }
 
     pub(crate) fn open_volume(&self, id: VolumeId) -> Result<Volume> {
-        Volume::open(&self.paths.volume(id), &self.blocks)
-            .map_err(|e| Error::storage(e, format!("cannot open the volume {id}")))
+        Volume::open(&self.paths.volume(id), &self.blocks).map_err(|e| match e.kind() {
+            storage_block::ErrorKind::InUse => {
+                let what = format!("the disk of the volume {id} is in use");
+                Error::new(ErrorKind::VolumeInUse, what).with_source(e)
+            }
+            _ => Error::storage(e, format!("cannot open the volume {id}")),
+        })
     }
 }
 

@@ -95,7 +95,7 @@ fn is_needed(image: AmiId, launches: &[Needs], instances: &[InstanceRecord]) -> 
         || instances.iter().any(|i| i.description.image_id == image)
 }
 
-fn snapshots_of(record: &ImageRecord) -> Vec<Digest> {
+pub(crate) fn snapshots_of(record: &ImageRecord) -> Vec<Digest> {
     let mappings = record.image.ami().manifest().block_device_mappings();
     mappings.iter().filter_map(|m| m.content().copied()).collect()
 }

@@ -90,6 +90,7 @@ mod recovery;
 mod region;
 #[cfg(feature = "sbom")]
 mod sbom;
+mod scrub;
 pub mod shell;
 mod snapshots;
 mod state;
@@ -125,6 +126,7 @@ pub use options::RegionOptions;
 pub use region::{Region, StateChange};
 #[cfg(feature = "sbom")]
 pub use sbom::{InstalledPackage, SoftwareBill};
+pub use scrub::RegionScrub;
 pub use snapshots::{SnapshotDescription, SnapshotState};
 pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};

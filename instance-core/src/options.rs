@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use ami_core::{AccountId, RegionName};
 use storage_block::keys::KeyProvider;
+use storage_block::{Compression, StoreOptions, Verify};
 
 use crate::machine::Hypervisor;
 use crate::network::Network;
@@ -35,12 +36,13 @@ pub struct RegionOptions {
     pub(crate) ebs_limits: bool,
     pub(crate) vsock: bool,
     pub(crate) network_limits: bool,
-    pub(crate) keys: Option<Arc<dyn KeyProvider>>,
+    /// How the content of images, snapshots and volumes is stored and read.
+    pub(crate) blocks: StoreOptions,
 }
 
 impl fmt::Debug for RegionOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, account, capacity, state_store, network, ebs_limits, network_limits, vsock, keys } =
+        let Self { name, account, capacity, state_store, network, ebs_limits, network_limits, vsock, blocks } =
             self;
         f.debug_struct("RegionOptions")
             .field("name", name)
@@ -51,7 +53,7 @@ impl fmt::Debug for RegionOptions {
             .field("ebs_limits", ebs_limits)
             .field("vsock", vsock)
             .field("network_limits", network_limits)
-            .field("keys", &keys.as_ref().map(|keys| keys.default_key_id()))
+            .field("blocks", blocks)
             .finish()
     }
 }
@@ -67,7 +69,7 @@ impl Default for RegionOptions {
             ebs_limits: true,
             vsock: false,
             network_limits: true,
-            keys: None,
+            blocks: StoreOptions::new(),
         }
     }
 }
@@ -178,7 +180,44 @@ impl RegionOptions {
     /// ```
     #[must_use]
     pub fn keys(mut self, provider: Arc<dyn KeyProvider>) -> Self {
-        self.keys = Some(provider);
+        self.blocks = self.blocks.keys(provider);
+        self
+    }
+
+    /// How what is stored from now on is compressed: not at all, unless this says otherwise. It may be another each time
+    /// the region is opened.
+    ///
+    /// ```
+    /// use instance_core::RegionOptions;
+    /// use instance_core::testing::FakeHypervisor;
+    /// use storage_block::{Compression, Verify};
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let options = RegionOptions::new()
+    ///     .compression(Compression::WherePays { percent: 20 })
+    ///     .cache_bytes(64 << 20) // of what is unpacked
+    ///     .verify(Verify::Digest);
+    /// let region = options.open(dir.path(), FakeHypervisor::new())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn compression(mut self, compression: Compression) -> Self {
+        self.blocks = self.blocks.compression(compression);
+        self
+    }
+
+    /// What content is compared with when it is first read after the region was opened: its checksum, unless this says
+    /// otherwise.
+    #[must_use]
+    pub fn verify(mut self, verify: Verify) -> Self {
+        self.blocks = self.blocks.verify(verify);
+        self
+    }
+
+    /// How many bytes of what was compressed are kept in memory as they are read: 16 MiB unless this says otherwise.
+    #[must_use]
+    pub fn cache_bytes(mut self, bytes: usize) -> Self {
+        self.blocks = self.blocks.cache_bytes(bytes);
         self
     }
 

@@ -94,7 +94,9 @@ impl<H: Hypervisor> Region<H> {
     ///
     /// What an earlier process left is put in order: instances whose machines died with it are
     /// `stopped`, terminations are finished, launches that were never acknowledged are undone, and
-    /// files that nothing names are removed.
+    /// files that nothing names are removed. Content that is damaged keeps nobody from opening it: what uses it is told
+    /// ([`Corrupt`](crate::ErrorKind::Corrupt)), and a [`scrub`](Self::scrub) names all of it. Until it is mended or
+    /// deregistered, the bytes of other content that goes are not given back, as they may be its own.
     ///
     /// # Errors
     ///

@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 
 use ami_core::{AccountId, Digest, Page, SnapshotId, Tags, Timestamp, VolumeId};
 use serde::{Deserialize, Serialize};
-use storage_block::{Disk, Snapshot, Volume};
+use storage_block::{Disk, Snapshot};
 
 use crate::describe::{DescribeSnapshots, Filterable, tag_values};
 use crate::record::{ImageRecord, SnapshotRecord, VolumeRecord};
@@ -99,8 +99,8 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InvalidParameter`](ErrorKind::InvalidParameter) for a
-    /// description of more than 255 characters, [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or
+    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`VolumeInUse`](ErrorKind::VolumeInUse) while somebody has its
+    /// [disk](Self::volume_disk), [`InvalidParameter`](ErrorKind::InvalidParameter) for a description of more than 255 characters, [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or
     /// what the host met.
     pub fn create_snapshot(&self, volume: VolumeId, description: &str) -> Result<SnapshotDescription> {
         if description.chars().count() > 255 {
@@ -216,8 +216,7 @@ impl Inner {
 
     fn snapshot_closed(&self, volume: &VolumeRecord) -> Result<Snapshot> {
         let failed = |e| Error::storage(e, format!("cannot take a snapshot of {}", volume.id));
-        let open = Volume::open(&self.paths.volume(volume.id), &self.blocks).map_err(failed)?;
-        Ok(open.snapshot(&self.blocks).map_err(failed)?.0)
+        Ok(self.open_volume(volume.id)?.snapshot(&self.blocks).map_err(failed)?.0)
     }
 }
 

@@ -231,7 +231,17 @@ impl Inner {
         record.filter(|record| record.owner == owner).ok_or_else(|| volume_not_found(id))
     }
 
+    /// That nobody has a volume, neither an instance nor who was given its disk.
     pub(crate) fn check_free_to_go(&self, id: VolumeId) -> Result<()> {
+        self.check_detached(id)?;
+        match self.open_volume(id) {
+            Err(e) if e.kind() == ErrorKind::VolumeInUse => Err(e),
+            // What else is wrong with it is met by whoever reads it.
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn check_detached(&self, id: VolumeId) -> Result<()> {
         match self.directory.attached(id) {
             Some(holder) => {
                 let what = format!("the volume {id} is attached to {}", holder.id);

@@ -4,10 +4,12 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use ami_core::{Ami, X86_64};
 use common::{ask, check, disk, everything, files, launch, open, register, told, try_open};
 use instance_core::{Error, ErrorKind};
 
@@ -160,6 +162,93 @@ fn a_volume_or_snapshot_that_was_damaged_is_named() {
         assert_eq!(files(&path), before, "{what}");
         instance.terminate().unwrap();
     }
+}
+
+/// An image whose content is damaged closes nothing but itself: the region opens, with others all goes on, and registering
+/// the same bytes once more mends it.
+#[test]
+fn a_damaged_image_is_alone_in_it() {
+    for damaged in ["root", "leaf", "pack"] {
+        let (_dir, path) = region();
+        let region = open(&path);
+        let (base, bytes) = (region.images().unwrap().remove(0).ami().typed::<X86_64>().unwrap(), disk(1, 1));
+        let [kept, gone] =
+            [2, 3].map(|seed| register(&region, &format!("image-{seed}"), &disk(1, seed)).unwrap());
+        let content = |ami: &Ami<X86_64>| {
+            let mappings = ami.manifest().block_device_mappings();
+            *mappings.iter().find_map(|mapping| mapping.content()).unwrap()
+        };
+        let root = |ami: &Ami<X86_64>| path.join("blocks/snapshots").join(content(ami).to_hex());
+        let (base_root, gone_root) = (root(&base), root(&gone));
+        drop(region);
+        let (file, at) = match damaged {
+            "root" => (base_root.clone(), 70),
+            // Behind sixteen chunks.
+            "leaf" => (path.join("blocks/packs/00000000.pack"), 4096 + (1 << 20) + 9),
+            _ => (path.join("blocks/packs/00000000.pack"), 3),
+        };
+        let mut altered = std::fs::read(&file).unwrap();
+        altered[at] ^= 1;
+        std::fs::write(&file, altered).unwrap();
+
+        let region = open(&path);
+        if damaged != "pack" {
+            ask(&launch(&region, &kept).unwrap(), "read 0 0", "data");
+        }
+        let concerned = |region: &common::TestRegion| {
+            let found = region.scrub(&mut |_| ()).unwrap();
+            let mut images = found.damaged_images;
+            images.retain(|id| *id != gone.id());
+            (
+                images.into_iter().collect::<BTreeSet<_>>(),
+                found.damaged_volumes.len(),
+                found.content.damages.len(),
+            )
+        };
+        let (images, volumes, damages) = concerned(&region);
+        let with_it = (damaged == "pack").then_some(kept.id());
+        assert_eq!(images, [base.id()].into_iter().chain(with_it).collect());
+        assert!(volumes > 0 && damages > 0, "{damaged}: {volumes} volumes, {damages} damages");
+        region.deregister_image(gone.id()).unwrap();
+        assert!(!gone_root.exists() && base_root.exists(), "{damaged}");
+        match launch(&region, &base) {
+            Err(error) => check(&error, ErrorKind::Corrupt, "InternalError", &[&content(&base).to_hex()]),
+            Ok(instance) => {
+                assert_ne!(damaged, "root");
+                ask(&instance, "read 0 0", "error");
+                let root = region.image_disk(base.id(), "/dev/xvda").unwrap();
+                let error = root.read_at(&mut [0; 512], 0).unwrap_err();
+                assert_eq!(error.kind(), storage_block::ErrorKind::Corrupt, "{damaged}");
+            }
+        }
+
+        register(&region, "the same again", &bytes).unwrap();
+        ask(&launch(&region, &base).unwrap(), "read 0 0", "data");
+        assert_eq!(concerned(&region).0, with_it.into_iter().collect());
+        drop(region);
+        ask(&launch(&open(&path), &base).unwrap(), "read 0 0", "data");
+    }
+}
+
+/// A record whose content is not there, as one is that was put into the catalogue alone.
+#[test]
+fn what_is_lost_is_named_as_what_is_damaged() {
+    let (_dir, path) = region();
+    let region = open(&path);
+    let cancelled = region.scrub(&mut |progress| progress.cancel()).unwrap_err();
+    assert_eq!(cancelled.kind(), ErrorKind::Cancelled);
+    let image = region.images().unwrap().remove(0);
+    let volume = region.instances()[0].describe().attachments[0].volume_id;
+    let snapshot = region.create_snapshot(volume, "").unwrap();
+    let whole = region.scrub(&mut |_| ()).unwrap();
+    assert!(whole.damaged_images.is_empty() && whole.damaged_snapshots.is_empty(), "{whole:?}");
+    assert!(whole.content.objects > 16 && whole.damaged_volumes.is_empty(), "{whole:?}");
+    for root in std::fs::read_dir(path.join("blocks/snapshots")).unwrap() {
+        std::fs::remove_file(root.unwrap().path()).unwrap();
+    }
+    let found = region.scrub(&mut |_| ()).unwrap();
+    assert_eq!((found.damaged_images, found.damaged_snapshots), (vec![image.id()], vec![snapshot.id]));
+    assert_eq!(found.damaged_volumes, [volume]);
 }
 
 /// Not a test of its own: another process that has a region open until it is told to go.

@@ -254,6 +254,8 @@ fn what_gives_space_back_needs_none() {
     let dir = small.region();
     let region = open(&dir);
     let ami = register(&region, "base", &disk(1, 1)).unwrap();
+    // What is kept of the file that holds both takes room to be written anew.
+    let kept = register(&region, "kept", &disk(1, 2)).unwrap();
     let (one, two) = (launch(&region, &ami).unwrap(), launch(&region, &ami).unwrap());
     ask(&one, "write 0 0 kept", "wrote");
     small.leave(0);
@@ -265,7 +267,14 @@ fn what_gives_space_back_needs_none() {
     drop((one, two, region));
     let region = open(&dir);
     assert!(region.instances().iter().all(|i| i.state() == InstanceState::Terminated));
-    assert!(region.images().unwrap().is_empty());
+    assert_eq!(region.images().unwrap().iter().map(|image| image.id()).collect::<Vec<_>>(), [kept.id()]);
+    drop(region);
+    small.relieve();
+    let packs = || files(&dir.join("blocks/packs")).into_keys().collect::<Vec<_>>();
+    let before = packs();
+    let region = open(&dir);
+    assert_ne!(packs(), before, "there is room to write it anew");
+    ask(&launch(&region, &kept).unwrap(), "read 0 0", "data");
 }
 
 /// Nor do they when the journal is full of what the database does not have yet.

@@ -10,8 +10,10 @@ use std::time::Duration;
 use ami_core::{Ami, AnyAmi, Arm64, BlockDeviceMapping, Digest, X86_64};
 use common::{ask, disk, files, open, register, soon, spec, try_register};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{DirectBoot, ErrorKind, ImageSource, InstanceState, LaunchSpec, Region, Result};
-use storage_block::RawFile;
+use instance_core::{
+    DirectBoot, ErrorKind, ImageSource, InstanceState, LaunchSpec, Region, RegionOptions, Result,
+};
+use storage_block::{Compression, MemoryDisk, RawFile, Verify};
 
 #[test]
 fn a_region_that_is_opened_again_has_lost_its_machines_and_nothing_else() {
@@ -284,5 +286,36 @@ fn a_name_is_given_once_whoever_asks() {
         assert_eq!(refused, [ErrorKind::ImageNameDuplicate; 3], "round {round}");
         let ami = registered.into_iter().find_map(Result::ok).unwrap();
         region.launch(&ami, spec()).unwrap().terminate().unwrap();
+    }
+}
+
+/// What is chosen for the content of images reaches it.
+#[test]
+fn content_is_stored_and_read_as_the_options_say() {
+    let disk = MemoryDisk::from_vec(vec![7; 1 << 20]).unwrap().into_disk();
+    let make = |options: RegionOptions| {
+        let dir = tempfile::tempdir().unwrap();
+        let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
+        let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+        let ami = region.register_image(Ami::<X86_64>::builder("plain"), source).unwrap();
+        (dir, ami.id())
+    };
+    let pack = |dir: &tempfile::TempDir| dir.path().join("blocks/packs/00000000.pack");
+    let (dir, id) = make(RegionOptions::new());
+    let (small, _) = make(RegionOptions::new().compression(Compression::WherePays { percent: 20 }));
+    let [plain, packed] = [&dir, &small].map(|dir| std::fs::metadata(pack(dir)).unwrap().len());
+    assert!(packed + (48 << 10) < plain, "{packed} and {plain} bytes");
+
+    let mut bytes = std::fs::read(pack(&dir)).unwrap();
+    bytes[4096] ^= 1;
+    std::fs::write(pack(&dir), bytes).unwrap();
+    for (verify, found) in [(Verify::Never, Ok(6)), (Verify::Digest, Err(storage_block::ErrorKind::Corrupt))]
+    {
+        let options = RegionOptions::new().verify(verify).cache_bytes(4 << 20);
+        assert!(format!("{options:?}").contains("cache: 4194304"), "{options:?}");
+        let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
+        let mut first = [0];
+        let read = region.image_disk(id, "/dev/xvda").unwrap().read_at(&mut first, 0);
+        assert_eq!(read.map(|()| first[0]).map_err(|e| e.kind()), found, "{verify:?}");
     }
 }

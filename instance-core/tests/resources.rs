@@ -20,6 +20,41 @@ fn spec() -> LaunchSpec {
 const VOLUME_GONE: (ErrorKind, &str) = (ErrorKind::VolumeNotFound, "InvalidVolume.NotFound");
 const SNAPSHOT_GONE: (ErrorKind, &str) = (ErrorKind::SnapshotNotFound, "InvalidSnapshot.NotFound");
 
+/// Whoever has the disk of a volume has it alone.
+#[test]
+fn the_disk_of_a_volume_is_one_holders() {
+    let (_dir, region, ami) = world();
+    let server = region.launch(&ami, spec()).unwrap();
+    let in_use = |result: Result<()>| refused(result, ErrorKind::VolumeInUse, "VolumeInUse");
+    let id = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+    let friend = region.as_account(FRIEND.parse().unwrap());
+    refused(friend.volume_disk(id), VOLUME_GONE.0, VOLUME_GONE.1);
+    in_use(region.volume_disk(server.describe().attachments[0].volume_id).map(drop));
+
+    let disk = region.volume_disk(id).unwrap();
+    disk.write_at(b"hello", 0).unwrap();
+    let also = disk.clone();
+    drop(disk);
+    let none_can = || {
+        in_use(region.volume_disk(id).map(drop));
+        in_use(region.attach_volume(id, server.id(), "/dev/sdh"));
+        in_use(region.create_snapshot(id, "").map(drop));
+        in_use(region.grow_volume(id, 2).map(drop));
+        in_use(region.delete_volume(id));
+    };
+    none_can();
+    server.stop(Duration::ZERO).unwrap();
+    none_can();
+    also.flush().unwrap();
+    drop(also);
+    region.attach_volume(id, server.id(), "/dev/sdh").unwrap();
+    in_use(region.volume_disk(id).map(drop));
+    server.start().unwrap();
+    ask(&server, "read 2 0", "data hello");
+    server.terminate().unwrap();
+    region.delete_volume(id).unwrap();
+}
+
 #[test]
 fn a_volume_that_was_kept_goes_on_to_another_instance() {
     let (_dir, region, ami) = world();

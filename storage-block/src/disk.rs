@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::buffer::{Buffer, take_first, total};
-use crate::limit::Cost;
+use crate::limit::{Cost, Stop};
 use crate::{
     BlockBackend, Capabilities, Error, IoBuf, IoBufMut, Limiter, Queue, QueueOptions, Result, SECTOR,
 };
@@ -35,6 +35,8 @@ pub struct Disk {
     max_request: u64,
     /// What its requests wait for, all of them.
     pub(crate) limiters: Option<Arc<[Limiter]>>,
+    /// When they wait for that no longer.
+    stop: Option<Arc<Stop>>,
 }
 
 impl Disk {
@@ -55,7 +57,7 @@ impl Disk {
     /// For the backends of this crate, whose constructors have checked the size.
     pub(crate) fn from_backend(backend: impl BlockBackend) -> Self {
         let max_request = backend.capabilities().max_request.clamp(SECTOR, 1 << 40);
-        Self { backend: Arc::new(backend), max_request, limiters: None }
+        Self { backend: Arc::new(backend), max_request, limiters: None, stop: None }
     }
 
     /// The size in bytes. A disk may grow while it is in use ([`Volume::grow`](crate::Volume::grow)); it never
@@ -90,12 +92,18 @@ impl Disk {
     pub fn limited(&self, limiter: &Limiter) -> Self {
         let had = self.limiters.iter().flat_map(|limiters| limiters.iter());
         let limiters = had.chain([limiter]).cloned().collect();
-        Self { limiters: Some(limiters), ..self.unlimited() }
+        Self { limiters: Some(limiters), stop: self.stop.clone(), ..self.unlimited() }
     }
 
     /// The same disk, whose requests wait for nothing.
     pub(crate) fn unlimited(&self) -> Self {
-        Self { backend: Arc::clone(&self.backend), max_request: self.max_request, limiters: None }
+        let (backend, max_request) = (Arc::clone(&self.backend), self.max_request);
+        Self { backend, max_request, limiters: None, stop: None }
+    }
+
+    /// The same disk, whose requests end that wait for their limits when `stop` says so.
+    pub(crate) fn until(self, stop: &Arc<Stop>) -> Self {
+        Self { stop: Some(Arc::clone(stop)), ..self }
     }
 
     /// Fills `buf` with the bytes at `offset`.
@@ -105,7 +113,7 @@ impl Disk {
     /// [`OutOfBounds`](crate::ErrorKind::OutOfBounds), or what the backend met.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.check(Op::Read, offset, Some(buf.len() as u64))?;
-        let max = self.admit(buf.len() as u64, Op::Read);
+        let max = self.admit(buf.len() as u64, Op::Read)?;
         match buf.len() as u64 {
             0 => Ok(()),
             len if len <= max => self.backend.read_at(buf, offset),
@@ -121,7 +129,7 @@ impl Disk {
     /// what the backend met.
     pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.check(Op::Write, offset, Some(buf.len() as u64))?;
-        let max = self.admit(buf.len() as u64, Op::Write);
+        let max = self.admit(buf.len() as u64, Op::Write)?;
         match buf.len() as u64 {
             0 => Ok(()),
             len if len <= max => self.backend.write_at(buf, offset),
@@ -137,7 +145,7 @@ impl Disk {
     /// As [`read_at`](Self::read_at).
     pub fn read_vectored_at(&self, bufs: &mut [IoBufMut<'_>], offset: u64) -> Result<()> {
         let len = self.check(Op::Read, offset, total(bufs))?;
-        let max = self.admit(len, Op::Read);
+        let max = self.admit(len, Op::Read)?;
         pieces(bufs, offset, len, max, |part, at| self.backend.read_vectored_at(part, at))
     }
 
@@ -149,7 +157,7 @@ impl Disk {
     /// As [`write_at`](Self::write_at).
     pub fn write_vectored_at(&self, bufs: &mut [IoBuf<'_>], offset: u64) -> Result<()> {
         let len = self.check(Op::Write, offset, total(bufs))?;
-        let max = self.admit(len, Op::Write);
+        let max = self.admit(len, Op::Write)?;
         pieces(bufs, offset, len, max, |part, at| self.backend.write_vectored_at(part, at))
     }
 
@@ -159,7 +167,7 @@ impl Disk {
     ///
     /// What the backend met; the writes may then be lost.
     pub fn flush(&self) -> Result<()> {
-        self.admit(0, Op::Flush);
+        self.admit(0, Op::Flush)?;
         self.backend.flush()
     }
 
@@ -170,7 +178,7 @@ impl Disk {
     /// As [`write_at`](Self::write_at).
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check(Op::Discard, offset, Some(len))?;
-        self.admit(len, Op::Discard);
+        self.admit(len, Op::Discard)?;
         if len == 0 { Ok(()) } else { self.backend.discard(offset, len) }
     }
 
@@ -181,7 +189,7 @@ impl Disk {
     /// As [`write_at`](Self::write_at).
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.check(Op::WriteZeroes, offset, Some(len))?;
-        self.admit(len, Op::WriteZeroes);
+        self.admit(len, Op::WriteZeroes)?;
         if len == 0 { Ok(()) } else { self.backend.write_zeroes(offset, len) }
     }
 
@@ -267,11 +275,16 @@ impl Disk {
     }
 
     /// Waits until the limits let a request pass, and says how long one may be for the backend.
-    fn admit(&self, len: u64, op: Op) -> u64 {
+    fn admit(&self, len: u64, op: Op) -> Result<u64> {
         if let Some(limiters) = &self.limiters {
-            limiters.iter().for_each(|limiter| limiter.wait(op.cost(len)));
+            let cost = op.cost(len);
+            for (passed, limiter) in limiters.iter().enumerate() {
+                limiter.wait(cost, self.stop.as_deref()).inspect_err(|_| {
+                    limiters[..passed].iter().for_each(|limiter| limiter.give_back(cost));
+                })?;
+            }
         }
-        self.max_request
+        Ok(self.max_request)
     }
 }
 

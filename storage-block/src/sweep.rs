@@ -8,7 +8,7 @@ use ami_core::Digest;
 
 use crate::format::{HOLE, Id, PACK_HEADER, Slot, UNIT};
 use crate::fs;
-use crate::pack::{self, Index, Pack};
+use crate::pack::{self, Index, Pack, Taken};
 use crate::places::Place;
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
@@ -42,6 +42,12 @@ pub struct Reclaimed {
     /// Bytes of packs given back, less those written anew. Files that a reader still has open give theirs back when
     /// it closes them.
     pub bytes: u64,
+    /// Packs at most half alive that stay, as there was no room to write anew what is alive in them. A later sweep does it
+    /// when there is.
+    pub packs_left: u64,
+    /// Snapshots to be kept whose manifests cannot be read. Anything may be theirs, so that as long as there are some no
+    /// pack goes: importing what they held [mends](Store::import) them, and whoever does not keep them gives them up.
+    pub unreadable: u64,
 }
 
 /// The turn of one who removes what nobody needs, by [`Store::sweep`], which shows it in use.
@@ -81,23 +87,27 @@ impl Sweep {
     /// Removes every snapshot that is not in `keep` and not open, and the chunks that no other has.
     ///
     /// A volume's snapshot counts as open while the volume is; `keep` has to name those of all volumes that are
-    /// not. Packs without a live object are deleted, and those at most half alive are rewritten; what is
-    /// alive is durable in its new place before its old one goes, so that a crash at any moment loses nothing.
-    /// A snapshot that is opened meanwhile is kept if it is still there.
+    /// not. Packs without a live object are deleted, and then those at most half alive are rewritten, one after the other as
+    /// far as there is room; what is alive is durable in its new place before its old one goes, so that a crash at any moment
+    /// loses nothing. A snapshot that is opened meanwhile is kept if it is still there.
+    ///
+    /// A full disk and damage are no errors but in [what it gives back](Reclaimed): what can be removed goes.
     ///
     /// # Errors
     ///
-    /// [`Corrupt`](ErrorKind::Corrupt) if the manifest of a snapshot to be kept cannot be read: nothing is
-    /// deleted then. What the file system says, and then a later call finishes the work.
+    /// What the file system says, and then a later call finishes the work.
     pub fn remove_unreferenced(self, keep: &HashSet<Digest>) -> Result<Reclaimed> {
         let inner = &*self.store.0;
         let all = self.store.snapshots()?;
         let (mut kept, mut dropped): (Vec<Digest>, Vec<Digest>) =
             all.into_iter().partition(|digest| keep.contains(digest));
-        let mut live = HashSet::new();
+        let (mut live, mut reclaimed) = (HashSet::new(), Reclaimed::default());
         loop {
             for digest in kept.drain(..) {
-                mark(&Snapshot::new(Arc::clone(&self.store.0), inner.open_root(&digest)?), &mut live)?;
+                if let Err(error) = mark(&self.store, &digest, &mut live) {
+                    tracing::warn!(%digest, %error, "all packs are kept for a snapshot that cannot be read");
+                    reclaimed.unreadable += 1;
+                }
             }
             // Nobody opens one from here until it is gone; who has meanwhile keeps it, and it is marked, too.
             let roots = lock(&inner.roots);
@@ -112,27 +122,33 @@ impl Sweep {
                 break;
             }
         }
+        reclaimed.snapshots = dropped.len() as u64;
+        // A root that a crash brings back must find its chunks.
+        sync_dir(&inner.snapshots_dir())?;
+        if reclaimed.unreadable > 0 {
+            return Ok(reclaimed);
+        }
         {
             let index = read(&inner.index);
             mark_bases(&index, &mut live);
             // What is lost already cannot be kept.
             live.retain(|id| index.places.contains_key(id));
         }
-        // A root that a crash brings back must find its chunks.
-        sync_dir(&inner.snapshots_dir())?;
-        let mut reclaimed = Reclaimed { snapshots: dropped.len() as u64, ..Reclaimed::default() };
         sweep(inner, &live, &mut reclaimed)?;
         Ok(reclaimed)
     }
 }
 
-fn mark(snapshot: &Snapshot, live: &mut HashSet<Id>) -> Result<()> {
+/// Marks all that a snapshot consists of.
+fn mark(store: &Store, digest: &Digest, live: &mut HashSet<Id>) -> Result<()> {
+    let snapshot = Snapshot::new(Arc::clone(&store.0), store.0.open_root(digest)?);
     for (leaf, id) in snapshot.root.leaves.iter().enumerate() {
         // A leaf that another snapshot shares has been walked already.
-        if *id == HOLE || !live.insert(*id) {
+        if *id == HOLE || live.contains(id) {
             continue;
         }
         let chunks = snapshot.leaf_ids(leaf)?;
+        live.insert(*id);
         live.extend(chunks.into_iter().filter(|id| *id != HOLE));
     }
     Ok(())
@@ -145,68 +161,93 @@ fn mark_bases(index: &Index, live: &mut HashSet<Id>) {
     live.extend(bases);
 }
 
-/// The live objects of a pack, and their places.
-type Objects = Vec<(Id, Place)>;
+/// A pack that is to go, and where its live objects lie.
+struct Victim {
+    pack: Arc<Pack>,
+    objects: Vec<(Id, Place)>,
+    /// What the objects take up.
+    alive: u64,
+    /// What is taken of the pack, if it would be appended to.
+    open: Option<Taken>,
+}
 
+/// Removes the packs that have little alive in them: first those that have nothing, which needs no room, and then those of
+/// which the least has to be carried, so that each makes room for the next.
 fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result<()> {
-    let mut victims: BTreeMap<u32, (Arc<Pack>, Objects)> = BTreeMap::new();
-    {
-        let mut index = write(&inner.index);
-        for (number, pack) in &index.packs {
-            victims.insert(*number, (Arc::clone(pack), Vec::new()));
-        }
-        for (id, place) in index.places.iter() {
-            if let (true, Some((_, objects))) = (live.contains(id), victims.get_mut(&place.pack)) {
-                objects.push((*id, place));
+    let mut half_alive = victims(inner, live)?;
+    let dead = half_alive.iter().take_while(|victim| victim.alive == 0).count();
+    let dead: Vec<Arc<Pack>> = half_alive.drain(..dead).map(|victim| victim.pack).collect();
+    let freed = dead.iter().map(|pack| file_len(&pack.path)).sum::<Result<u64>>()?;
+    reclaimed.packs = dead.len() as u64;
+    drop_packs(inner, dead)?;
+    reclaimed.bytes = freed;
+    let mut left = half_alive.into_iter();
+    for victim in left.by_ref() {
+        let carried = carry(inner, &victim);
+        match carried {
+            Ok(written) => {
+                let len = file_len(&victim.pack.path)?;
+                drop_packs(inner, vec![victim.pack])?;
+                reclaimed.packs += 1;
+                reclaimed.bytes += len.saturating_sub(written);
             }
-        }
-        let mut sized = Vec::new();
-        for (number, (pack, objects)) in &victims {
-            let len = file_len(&pack.path)?.saturating_sub(PACK_HEADER);
-            let alive: u64 = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum();
-            if alive * 2 > len {
-                sized.push(*number);
+            // Its pack stays as it is, for whoever can mend it.
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                tracing::warn!(%error, "a damaged pack is kept");
             }
+            // What there was to be had without room has been had, and nothing is lost.
+            Err(error) if error.kind() == ErrorKind::NoSpace => {
+                tracing::warn!(%error, "there is no room to rewrite what is half alive");
+                reclaimed.packs_left = 1 + left.len() as u64;
+                reopen(inner, std::iter::once(victim).chain(left));
+                break;
+            }
+            Err(error) => return Err(error),
         }
-        for number in sized {
-            victims.remove(&number);
-        }
-        // What is about to go is not appended to.
-        index.open.retain(|number, _| !victims.contains_key(number));
     }
+    debug_assert!(live.iter().all(|id| read(&inner.index).places.contains_key(id)));
+    Ok(())
+}
 
-    let mut session = Session::of_sweep(inner);
-    let mut rotten = Vec::new();
-    for (number, (pack, objects)) in &mut victims {
+/// The packs that are at most half alive, those with the least alive first. Nobody appends to them from here on.
+fn victims(inner: &Inner, live: &HashSet<Id>) -> Result<Vec<Victim>> {
+    let mut index = write(&inner.index);
+    let mut objects: BTreeMap<u32, Vec<(Id, Place)>> = BTreeMap::new();
+    for (id, place) in index.places.iter().filter(|(id, _)| live.contains(*id)) {
+        objects.entry(place.pack).or_default().push((*id, place));
+    }
+    let mut victims = Vec::new();
+    for (number, pack) in &index.packs {
+        let mut objects = objects.remove(number).unwrap_or_default();
         objects.sort_unstable_by_key(|(_, place)| place.slot.start);
-        for (id, Place { slot, patch, .. }) in objects {
-            match read_to_carry(inner, pack, slot, id) {
-                Ok(stored) => session.carry(id, slot, *patch, &stored)?,
-                // Its pack stays as it is, for whoever can mend it.
-                Err(error) if error.kind() == ErrorKind::Corrupt => {
-                    tracing::warn!(%error, "a damaged pack is kept");
-                    rotten.push(*number);
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
+        let alive = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum::<u64>();
+        if alive * 2 <= file_len(&pack.path)?.saturating_sub(PACK_HEADER) {
+            victims.push(Victim { pack: Arc::clone(pack), objects, alive, open: None });
         }
     }
-    for number in rotten {
-        victims.remove(&number);
+    for victim in &mut victims {
+        victim.open = index.open.remove(&victim.pack.number);
+    }
+    victims.sort_by_key(|victim| victim.alive);
+    Ok(victims)
+}
+
+/// Stores what is alive in a pack elsewhere; how many bytes that has taken.
+fn carry(inner: &Inner, victim: &Victim) -> Result<u64> {
+    let mut session = Session::of_sweep(inner);
+    for (id, Place { slot, patch, .. }) in &victim.objects {
+        let stored = read_to_carry(inner, &victim.pack, slot, id)?;
+        session.carry(id, slot, *patch, &stored)?;
     }
     let written = session.appended();
     session.finish(|_| Ok(()))?;
+    Ok(written)
+}
 
-    let mut freed = 0;
-    for (pack, _) in victims.values() {
-        freed += file_len(&pack.path)?;
-    }
-    reclaimed.packs = victims.len() as u64;
-    reclaimed.bytes = freed.saturating_sub(written);
-    drop_packs(inner, victims.into_values().map(|(pack, _)| pack).collect())?;
-    debug_assert!(live.iter().all(|id| read(&inner.index).places.contains_key(id)));
-    Ok(())
+/// Lets packs that stay be appended to again.
+fn reopen(inner: &Inner, victims: impl Iterator<Item = Victim>) {
+    let open = victims.filter_map(|Victim { pack, open, .. }| Some((pack.number, open?)));
+    write(&inner.index).open.extend(open);
 }
 
 /// An object as it is stored. Damage is not carried on: what can be is compared with its name, and what is
@@ -219,8 +260,8 @@ fn read_to_carry(inner: &Inner, pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec
     Ok(stored)
 }
 
-/// Forgets what is in packs and deletes them. First they lose their names, so that a crash leaves
-/// lone indices, which opening clears away, and never a pack without one.
+/// Forgets what is in packs and deletes them. Their names go before those of their indices, so that a crash leaves lone
+/// indices, which opening clears away, and never a pack without one. None of it takes room.
 fn drop_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
     if packs.is_empty() {
         return Ok(());
@@ -230,19 +271,17 @@ fn drop_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
     write(&inner.index).forget(&numbers);
     let dir = &inner.packs_dir();
     let failed = |e, number| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
-    let doomed = |number| dir.join(format!("{number:08x}.pack.tmp"));
-    for (at, &number) in numbers.iter().enumerate() {
-        if let Err(e) = fs::rename(&pack::pack_path(dir, number), &doomed(number)) {
+    for (at, pack) in packs.iter().enumerate() {
+        if let Err(e) = fs::remove_file(&pack.path) {
             // They are there still, with nothing alive in them, and the next sweep tries again.
             let left = packs[at..].iter().map(|pack| (pack.number, Arc::clone(pack)));
             write(&inner.index).packs.extend(left);
-            return Err(failed(e, number));
+            return Err(failed(e, pack.number));
         }
     }
     sync_dir(dir)?;
     for &number in &numbers {
         fs::remove_file(&pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
-        fs::remove_file(&doomed(number)).map_err(|e| failed(e, number))?;
     }
     Ok(())
 }

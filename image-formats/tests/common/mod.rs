@@ -22,6 +22,31 @@ pub(crate) fn have_qemu_img() -> bool {
     found
 }
 
+/// A file system of a fixed size, unmounted at the end.
+pub(crate) struct Small(pub(crate) tempfile::TempDir);
+
+impl Small {
+    pub(crate) fn mount(bytes: u64) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let option = format!("size={bytes}");
+        let mount =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &option, "tmpfs"]).arg(dir.path()).status();
+        if mount.is_ok_and(|status| status.success()) {
+            return Some(Self(dir));
+        }
+        let why = "a small file system cannot be mounted; full disks are not tested";
+        assert!(std::env::var_os("CI").is_none(), "{why}, and CI needs it");
+        eprintln!("SKIPPED: {why}");
+        None
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
 pub(crate) fn qemu_img(args: &[&str]) -> String {
     let output = Command::new("qemu-img").args(args).output().unwrap();
     let text = [output.stdout, output.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).join("");

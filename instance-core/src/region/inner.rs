@@ -9,7 +9,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use ami_core::{AccountId, AmiId, Digest, InstanceId, RegionName};
-use storage_block::{Snapshot, Store as BlockStore, StoreOptions};
+use storage_block::{Snapshot, Store as BlockStore};
 
 use super::StateChange;
 use super::paths::Paths;
@@ -121,9 +121,7 @@ impl Inner {
             Some(region) => check_identity(region, &options)?,
             None => new_identity(&store, &options, &paths)?,
         };
-        let keys = options.keys.take();
-        let of_store = keys.map_or_else(StoreOptions::new, |keys| StoreOptions::new().keys(keys));
-        let blocks = BlockStore::open_with(paths.blocks(), &of_store)
+        let blocks = BlockStore::open_with(paths.blocks(), &options.blocks)
             .map_err(|e| Error::storage(e, "cannot open the region's snapshots"))?;
         let boot = BootCache::open(paths.root.join("boot"))?;
         let (supervisor, messages) = Supervisor::new();

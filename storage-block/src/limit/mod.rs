@@ -1,13 +1,16 @@
 //! How much of a disk's speed, or a network's, somebody may use.
 
 mod bucket;
+mod stop;
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bucket::Bucket;
 
+pub(crate) use self::stop::Stop;
 use crate::store::lock;
+use crate::{Error, ErrorKind};
 
 /// So much in a second, and what may be used at once by whoever has used less before.
 ///
@@ -94,10 +97,11 @@ pub struct Limiter(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     start: Instant,
-    /// Held by the one blocking call that is next.
-    turn: Mutex<()>,
     state: Mutex<State>,
+    /// For the one blocking call that is next.
     changed: Condvar,
+    /// For those that come after it.
+    next: Condvar,
 }
 
 #[derive(Debug)]
@@ -105,6 +109,8 @@ struct State {
     limits: IoLimits,
     ops: Option<Bucket>,
     bytes: Option<Bucket>,
+    /// A blocking call is next, and others wait until it has passed.
+    taken: bool,
 }
 
 /// What a request takes.
@@ -118,12 +124,12 @@ impl Limiter {
     /// One with these limits and its bursts saved up.
     pub fn new(limits: IoLimits) -> Self {
         let new = |rate: Rate| Bucket::new(rate.at_least_one(), Duration::ZERO);
-        let state = State { limits, ops: limits.ops.map(new), bytes: limits.bytes.map(new) };
+        let state = State { limits, ops: limits.ops.map(new), bytes: limits.bytes.map(new), taken: false };
         Self(Arc::new(Inner {
             start: Instant::now(),
-            turn: Mutex::default(),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            next: Condvar::new(),
         }))
     }
 
@@ -183,14 +189,47 @@ impl Limiter {
         self.0.changed.notify_all();
     }
 
-    /// Returns when a request may pass.
-    pub(crate) fn wait(&self, cost: Cost) {
-        let _turn = lock(&self.0.turn);
+    /// Returns when a request may pass, or when it is to end and would have to wait.
+    pub(crate) fn wait(&self, cost: Cost, stop: Option<&Stop>) -> Result<(), Error> {
         let mut state = lock(&self.0.state);
-        while let Err(delay) = state.try_take(self.now(), cost) {
-            let waited = self.0.changed.wait_timeout(state, delay);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if !state.taken && state.try_take(self.now(), cost).is_ok() {
+            return Ok(());
         }
+        drop(state);
+        let _waiting = stop.map(|stop| stop.wait_at(self));
+        let ended = || stop.is_some_and(Stop::is_set);
+        state = lock(&self.0.state);
+        while state.taken && !ended() {
+            state = self.0.next.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let mut passed = Err(Error::new(ErrorKind::Cancelled, "it ended before its limits let it pass"));
+        if !state.taken {
+            state.taken = true;
+            while !ended() {
+                let Err(delay) = state.try_take(self.now(), cost) else {
+                    passed = Ok(());
+                    break;
+                };
+                let waited = self.0.changed.wait_timeout(state, delay);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+            state.taken = false;
+        }
+        // Also by who does not wait any more, who may have been told instead of another.
+        self.0.next.notify_one();
+        passed
+    }
+
+    /// Has all who wait look again.
+    fn wake(&self) {
+        // Who has looked before it waits by now.
+        drop(lock(&self.0.state));
+        self.0.changed.notify_all();
+        self.0.next.notify_all();
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     fn now(&self) -> Duration {
@@ -279,22 +318,60 @@ mod tests {
             limits: IoLimits::NONE,
             ops: new(Rate { per_second: 1, burst: 10 }),
             bytes: new(Rate { per_second: 1000, burst: 1000 }),
+            taken: false,
         };
         state.charge(at(100), Cost { ops: 1, bytes: 5000 });
         assert_eq!(state.delay(at(100), OP), Some(Duration::from_millis(4001)));
     }
 
+    const LONG: Cost = Cost { ops: 10_000, bytes: 0 };
+
     /// A waiting call notices that the limits are gone.
     #[test]
     fn a_change_wakes_who_waits() {
         let limiter = Limiter::new(limits(Rate { per_second: 1, burst: 1 }));
-        limiter.wait(Cost { ops: 10_000, bytes: 0 });
+        limiter.wait(LONG, None).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| limiter.wait(OP));
+            let waiting = scope.spawn(|| limiter.wait(OP, None));
             limiter.set(limits(Rate { per_second: 1, burst: 2 }));
             assert!(!waiting.is_finished(), "it has hours to wait");
             limiter.set(IoLimits::NONE);
         });
         assert_eq!(limiter.limits(), IoLimits::NONE);
+    }
+
+    /// Whoever is to end waits no longer, the one that is next as well as those behind it, and the others go on waiting.
+    #[test]
+    fn a_stop_ends_who_waits() {
+        for [first, second] in [[true, false], [false, true], [true, true]] {
+            let limiter = Limiter::new(limits(Rate { per_second: 1, burst: 1 }));
+            limiter.wait(LONG, None).unwrap();
+            let stop = Stop::default();
+            let wait = |stops: bool| limiter.wait(OP, stops.then_some(&stop)).map_err(|e| e.kind());
+            let waiting = || lock(&stop.waited_for).len();
+            std::thread::scope(|scope| {
+                let begin = |stops, begun: &dyn Fn() -> bool| {
+                    let wait = &wait;
+                    let thread = scope.spawn(move || wait(stops));
+                    while !begun() {
+                        std::thread::yield_now();
+                    }
+                    (stops, thread)
+                };
+                let next = begin(first, &|| lock(&limiter.0.state).taken);
+                let behind = begin(second, &|| waiting() == usize::from(first) + usize::from(second));
+                stop.set();
+                let (end, go_on): (Vec<_>, Vec<_>) =
+                    [next, behind].into_iter().partition(|(stops, _)| *stops);
+                let ended = Err(ErrorKind::Cancelled);
+                end.into_iter().for_each(|(_, thread)| assert_eq!(thread.join().unwrap(), ended));
+                assert_eq!(wait(true), ended, "none waits from here on");
+                assert!(go_on.iter().all(|(_, thread)| !thread.is_finished()));
+                limiter.set(IoLimits::NONE);
+                go_on.into_iter().for_each(|(_, thread)| assert_eq!(thread.join().unwrap(), Ok(())));
+            });
+            assert_eq!((waiting(), lock(&limiter.0.state).taken), (0, false));
+            assert_eq!(wait(true), Ok(()), "which has not to wait");
+        }
     }
 }

@@ -4,7 +4,6 @@
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -67,7 +66,7 @@ fn sparse() -> Disk {
 
 /// Serves a disk by the empty name and by `x`.
 fn serve(disk: &Disk, stream: UnixStream) -> io::Result<()> {
-    Connection::new(&exports(disk), Arc::new(stream.into()), &AtomicBool::default()).serve()
+    Connection::new(&exports(disk), Arc::new(stream.into()), &Arc::default()).serve()
 }
 
 fn exports(disk: &Disk) -> Exports {

@@ -353,7 +353,7 @@ fn limits_delay_and_do_not_block() {
         assert_eq!(std::iter::from_fn(|| queue.wait()).count(), 20);
         assert!(start.elapsed() >= Duration::from_millis(140), "fifteen at a hundred in a second");
         // Hours to go, until the limits are lifted.
-        limiter.wait(crate::limit::Cost { ops: 1, bytes: 0 });
+        limiter.wait(crate::limit::Cost { ops: 1, bytes: 0 }, None).unwrap();
         limiter.set(IoLimits { ops: Some(Rate { per_second: 1, burst: 1 }), ..IoLimits::NONE });
         for token in 0..10_000 {
             queue.read(token, 0, vec![0; 512]);

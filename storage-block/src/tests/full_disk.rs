@@ -1,5 +1,6 @@
 //! File systems that are full: nothing half-made stays, and nothing that was there goes.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,7 +12,7 @@ use super::{image, memory, scratch};
 use crate::format::{Run, State};
 use crate::log::Log;
 use crate::testing::compare;
-use crate::{ErrorKind, Store, Volume};
+use crate::{ErrorKind, Store, Volume, nbd};
 
 /// A file system of a fixed size, unmounted at the end.
 pub(crate) struct Small(
@@ -28,9 +29,7 @@ impl Small {
         if mount.is_ok_and(|status| status.success()) {
             return Some(Self(dir.path().to_owned(), dir));
         }
-        assert!(std::env::var_os("CI").is_none(), "a small file system cannot be mounted, and CI needs it");
-        eprintln!("SKIPPED: a file system of {kib} KiB cannot be mounted; full disks are not tested");
-        None
+        skip(&format!("a file system of {kib} KiB cannot be mounted; full disks are not tested"))
     }
 
     /// One that has a disk, past whose page cache can be written. Not all machines have devices for it.
@@ -41,13 +40,19 @@ impl Small {
         std::fs::File::create_new(&image).unwrap().set_len(kib << 10).unwrap();
         std::fs::create_dir(&mounted).unwrap();
         let succeeds = |command: &mut Command| command.status().is_ok_and(|status| status.success());
-        let made = succeeds(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image));
+        let made = succeeds(Command::new("mke2fs").args(["-q", "-t", "ext4", "-m", "0"]).arg(&image));
         if made && succeeds(Command::new("mount").args(["-o", "loop"]).args([&image, &mounted])) {
             return Some(Self(mounted, dir));
         }
-        eprintln!("SKIPPED: no image can be mounted; full disks are not tested past the page cache");
-        None
+        skip("no image can be mounted; full disks are not tested past the page cache")
     }
+}
+
+/// Says so, and that no machine that has to test everything may.
+fn skip(what: &str) -> Option<Small> {
+    assert!(std::env::var_os("CI").is_none(), "{what}, and CI needs it");
+    eprintln!("SKIPPED: {what}");
+    None
 }
 
 impl Drop for Small {
@@ -100,6 +105,86 @@ fn check_import(small: &Small, chunks: usize, what: &str) {
     assert_eq!(store.snapshots().unwrap().len(), 1, "{what}");
 }
 
+/// What has nothing alive goes first, and what cannot be rewritten yet stays as good as it is.
+#[test]
+fn a_sweep_of_a_full_disk_gives_back_what_it_can() {
+    /// Images of so many chunks, whose packs have 32 chunks at most; the ones that stay, and the room that there is for a sweep.
+    /// Of a pack's 31 chunks and a half, 32 with its header and index, that is what has to be carried, or not quite.
+    struct Case {
+        images: &'static [(usize, bool)],
+        room_kib: u64,
+        packs: u64,
+        left: u64,
+    }
+    const TWO: &[(usize, bool)] = &[(20, false), (20, true)];
+    let cases = [
+        Case { images: TWO, room_kib: 0, packs: 0, left: 1 },
+        Case { images: TWO, room_kib: 15 << 6, packs: 0, left: 1 },
+        Case { images: TWO, room_kib: 17 << 6, packs: 1, left: 0 },
+        // Another pack that has nothing alive, and less than it takes.
+        Case { images: &[(20, false), (20, true), (4, false)], room_kib: 0, packs: 1, left: 1 },
+        // What the one gives back the other needs.
+        Case { images: &[(20, false), (20, true), (20, false), (20, false)], room_kib: 0, packs: 2, left: 0 },
+        // And the one that takes less comes first.
+        Case {
+            images: &[(20, false), (20, true), (4, true), (36, false)],
+            room_kib: 5 << 6,
+            packs: 2,
+            left: 0,
+        },
+    ];
+    for (number, Case { images, room_kib, packs, left }) in cases.into_iter().enumerate() {
+        let Some(small) = Small::mount(16 << 10) else { return };
+        let store = Store::with_pack_slots(small.0.join("store"), 31).unwrap();
+        let bytes: Vec<_> =
+            images.iter().zip(1..).map(|((chunks, _), seed)| image(*chunks, 0, seed)).collect();
+        let digests: Vec<_> =
+            bytes.iter().map(|b| store.import(&memory(b), &mut |_| ()).unwrap().0.digest()).collect();
+        let kept = || images.iter().zip(digests.iter().zip(&bytes)).filter(|((_, kept), _)| *kept);
+        let keep = kept().map(|(_, (digest, _))| *digest).collect();
+        let gone = images.iter().filter(|(_, kept)| !kept).count() as u64;
+
+        let filler = small.0.join("filler");
+        std::fs::write(&filler, vec![1; (free(&small.0) - (room_kib << 10)) as usize]).unwrap();
+        let swept = store.sweep().remove_unreferenced(&keep).unwrap();
+        assert_eq!((swept.snapshots, swept.packs, swept.packs_left), (gone, packs, left), "case {number}");
+        assert_eq!(swept.bytes > 0, packs > 0, "case {number}");
+        assert!(free(&small.0) >= swept.bytes, "case {number}: {swept:?}");
+        let check = |store: &Store, what: &str| {
+            for (_, (digest, bytes)) in kept() {
+                let snapshot = store.snapshot(digest).unwrap();
+                snapshot.verify().unwrap();
+                compare(&snapshot.disk(), bytes, &format!("case {number}, {what}"));
+            }
+        };
+        check(&store, "swept");
+        std::fs::remove_file(&filler).unwrap();
+        let again = store.sweep().remove_unreferenced(&keep).unwrap();
+        assert_eq!((again.snapshots, again.packs, again.packs_left), (0, left, 0), "case {number}");
+        check(&store, "swept with room");
+        drop(store);
+        check(&Store::open(small.0.join("store")).unwrap(), "opened again");
+    }
+}
+
+/// A pack for which there was no room is appended to all the same.
+#[test]
+fn what_could_not_be_rewritten_is_appended_to() {
+    let Some(small) = Small::mount(4 << 10) else { return };
+    let store = Store::open(small.0.join("store")).unwrap();
+    let import = |seed| store.import(&memory(&image(20, 0, seed)), &mut |_| ()).unwrap().0.digest();
+    let (_, kept) = (import(1), import(2));
+    let filler = small.0.join("filler");
+    std::fs::write(&filler, vec![1; free(&small.0) as usize]).unwrap();
+    let swept = store.sweep().remove_unreferenced(&HashSet::from([kept])).unwrap();
+    assert_eq!((swept.packs, swept.packs_left), (0, 1));
+    std::fs::remove_file(&filler).unwrap();
+    let next = import(3);
+    let packs = std::fs::read_dir(small.0.join("store/packs")).unwrap().count();
+    assert_eq!(packs, 2, "one pack and its index");
+    [kept, next].iter().for_each(|digest| store.snapshot(digest).unwrap().verify().unwrap());
+}
+
 #[test]
 fn volumes_on_full_disks_keep_what_they_have() {
     for kib in [20, 40, 44, 100, 300] {
@@ -137,6 +222,32 @@ fn volumes_on_full_disks_keep_what_they_have() {
         volume.disk().discard(0, 1 << 20).unwrap();
         volume.disk().flush().unwrap();
     }
+}
+
+/// Who writes over NBD is told what is wrong, and may go on when it is not any more.
+#[test]
+fn a_full_disk_is_one_over_nbd() {
+    let Some(small) = Small::mount(2 << 10) else { return };
+    let store = Store::open(small.0.join("store")).unwrap();
+    let volume = Volume::create(&small.0.join("volume"), None, 1 << 30).unwrap();
+    let server = nbd::Server::bind(small.0.join("socket"), volume.disk()).unwrap();
+    let client = nbd::Client::connect(server.address().clone(), "").unwrap().into_disk();
+    client.write_at(&[1; 4096], 0).unwrap();
+    client.flush().unwrap();
+    let filler = small.0.join("filler");
+    std::fs::write(&filler, vec![1; free(&small.0) as usize]).unwrap();
+    let full = client.write_at(&[2; 1 << 20], 1 << 20).unwrap_err();
+    assert_eq!(full.kind(), ErrorKind::NoSpace, "{full}");
+    let mut found = [0; 4096];
+    client.read_at(&mut found, 0).unwrap();
+    assert_eq!(found, [1; 4096]);
+    std::fs::remove_file(&filler).unwrap();
+    client.write_at(&[2; 1 << 20], 1 << 20).unwrap();
+    client.flush().unwrap();
+    drop((client, server, volume));
+    let volume = Volume::open(&small.0.join("volume"), &store).unwrap();
+    volume.disk().read_at(&mut found, (2 << 20) - 4096).unwrap();
+    assert_eq!(found, [2; 4096]);
 }
 
 /// A log that cannot be rewritten stays as it is, and leaves no half of another.

@@ -2,9 +2,11 @@
 
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{image, memory};
+use ami_core::Digest;
+
+use super::{contents, image, memory};
 use crate::testing::compare;
 use crate::{ErrorKind, Store, Volume};
 
@@ -158,10 +160,11 @@ fn a_damaged_pack_is_alone_in_it() {
         let report = store.scrub(&mut |_| ()).unwrap();
         assert_eq!(report.damaged_snapshots, [digests[0]]);
         assert!(report.damages.iter().any(|damage| damage.to_string().contains(named)), "{report:?}");
-        // A sweep that has to keep what nobody can read removes nothing.
-        let kept = store.sweep().remove_unreferenced(&HashSet::from([digests[0]]));
-        assert_eq!(kept.unwrap_err().kind(), ErrorKind::Corrupt);
-        assert_eq!(store.snapshots().unwrap().len(), 2);
+        // A sweep that has to keep what nobody can read removes no more than what nobody names.
+        let swept = store.sweep().remove_unreferenced(&HashSet::from([digests[0]])).unwrap();
+        assert_eq!((swept.snapshots, swept.packs, swept.unreadable), (1, 0, 1), "{file}");
+        assert_eq!(store.snapshots().unwrap(), [digests[0]]);
+        assert_eq!(store.import(&memory(&images[1]), &mut |_| ()).unwrap().1.stored_bytes, 0);
 
         // Whoever has what was in it makes good for it.
         let (again, stats) = store.import(&memory(&images[0]), &mut |_| ()).unwrap();
@@ -174,5 +177,52 @@ fn a_damaged_pack_is_alone_in_it() {
         }
         store.sweep().remove_unreferenced(&digests.into()).unwrap();
         store.snapshot(&digests[0]).unwrap().verify().unwrap();
+    }
+}
+
+/// Of what nobody can say whose it is nothing is removed: who undoes the damage finds all there, and so does who stores it
+/// again. Who does not need it any more gives it up.
+#[test]
+fn what_a_damaged_manifest_may_need_is_kept() {
+    let root_of = |digest: Digest| PathBuf::from("snapshots").join(digest.to_hex());
+    // Two that have one leaf, as the second goes on with zeroes, and one that nobody names.
+    let kept = image(2, 0, 1);
+    let longer = [&kept[..], &[0; CHUNK]].concat();
+    for damage in ["root", "leaf"] {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Store::with_pack_slots(dir.path().to_owned(), 3).unwrap();
+        let import = |bytes: &[u8]| open().import(&memory(bytes), &mut |_| ()).unwrap().0.digest();
+        let (keep, _) = (HashSet::from([import(&kept), import(&longer)]), import(&image(2, 0, 2)));
+        let (path, at, unreadable) = match damage {
+            "root" => (root_of(import(&kept)), 70, 1),
+            _ => ("packs/00000000.pack".into(), 4096 + 2 * CHUNK as u64 + 9, 2),
+        };
+        flip(&dir.path().join(&path), at);
+        for _ in 0..2 {
+            let store = open();
+            let before = contents(&dir.path().join("packs"));
+            let first = store.snapshots().unwrap().len() as u64 - 2;
+            let swept = store.sweep().remove_unreferenced(&keep).unwrap();
+            assert_eq!((swept.snapshots, swept.packs, swept.unreadable), (first, 0, unreadable), "{damage}");
+            assert!(contents(&dir.path().join("packs")) == before, "{damage}: a pack has changed");
+        }
+
+        flip(&dir.path().join(&path), at);
+        keep.iter().for_each(|digest| open().snapshot(digest).unwrap().verify().unwrap());
+        flip(&dir.path().join(&path), at);
+
+        let store = open();
+        // Which finds it.
+        store.sweep().remove_unreferenced(&keep).unwrap();
+        store.import(&memory(&kept), &mut |_| ()).unwrap();
+        let swept = store.sweep().remove_unreferenced(&keep).unwrap();
+        assert_eq!((swept.packs > 0, swept.unreadable), (true, 0), "{damage}");
+        keep.iter().for_each(|digest| store.snapshot(digest).unwrap().verify().unwrap());
+        drop(store);
+
+        flip(&dir.path().join(&path), at);
+        let swept = open().sweep().remove_unreferenced(&HashSet::new()).unwrap();
+        assert_eq!((swept.snapshots, swept.unreadable), (2, 0), "{damage}");
+        assert!(contents(&dir.path().join("packs")).is_empty(), "{damage}");
     }
 }

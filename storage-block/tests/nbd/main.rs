@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use storage_block::{ErrorKind, MemoryDisk, nbd};
+use storage_block::{ErrorKind, IoLimits, Limiter, MemoryDisk, Rate, nbd};
 
 use wire::*;
 
@@ -117,6 +117,36 @@ fn dropping_the_server_ends_everything() {
     assert!(hung_up(&mut handshake) && hung_up(&mut silent));
     // Nobody else holds the disk's backend any more, so the socket can be served again.
     nbd::Server::bind(path, disk).unwrap();
+}
+
+/// Also where its requests have months to wait for what their disk is limited to.
+#[test]
+fn dropping_the_server_ends_what_waits_for_limits() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = MemoryDisk::new(32 << 20).unwrap().into_disk();
+    let limiter = Limiter::new(IoLimits { bytes: Some(Rate { per_second: 1, burst: 1 }), ..IoLimits::NONE });
+    let server = nbd::Server::bind(dir.path().join("s"), disk.limited(&limiter)).unwrap();
+    let mut client = connect(&server);
+    client.write_all(&request(0, 0, 0, 32 << 20)).unwrap();
+    assert_eq!(reply(&mut client), 0);
+    client.read_exact(&mut vec![0; 32 << 20]).unwrap();
+    // Whoever takes the bytes of the last has let others take the first two.
+    client.write_all(&[request(0, 0, 0, 32 << 20), request(0, 0, 0, 32 << 20)].concat()).unwrap();
+    client.write_all(&request(0, 1, 0, 32 << 20)).unwrap();
+    client.write_all(&vec![7; 32 << 20]).unwrap();
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(server);
+        ended.send(())
+    });
+    end.recv_timeout(Duration::from_secs(30)).expect("it waits for the limits");
+    // What waited may be told why it ends.
+    let mut rest = Vec::new();
+    let _ = client.read_to_end(&mut rest);
+    assert!(rest.chunks(16).all(|reply| reply[4..8] == 108u32.to_be_bytes()), "{rest:x?}");
+    let mut found = [9; 512];
+    disk.read_at(&mut found, 0).unwrap();
+    assert_eq!(found, [0; 512], "what has not passed is not written");
 }
 
 #[test]

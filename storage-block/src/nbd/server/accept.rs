@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ pub(super) fn accept(shared: &Arc<Shared>, listener: &Listener) {
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     for number in 0.. {
         let accepted = listener.accept();
-        if shared.stopping.load(Ordering::Acquire) {
+        if shared.stopping.is_set() {
             break;
         }
         threads.retain(|thread| !thread.is_finished());

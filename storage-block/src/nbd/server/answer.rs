@@ -1,10 +1,10 @@
 //! A request and the disk it is for: what comes back.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::negotiation::{Agreed, CONTEXT_ID};
 use super::replies::Replies;
+use crate::limit::Stop;
 use crate::nbd::proto::{self, Command, PAYLOAD_MAX, Request, ask, chunk};
 use crate::{Disk, Error, ErrorKind, Result};
 
@@ -20,7 +20,7 @@ pub(super) fn answer(
     agreed: &Agreed,
     request: &Request,
     data: &[u8],
-    stopping: &AtomicBool,
+    stopping: &Stop,
     replies: &mut Replies,
 ) {
     let before = replies.len();
@@ -66,7 +66,7 @@ fn check(agreed: &Agreed, request: &Request) -> Result<(), u32> {
     }
 }
 
-fn change(disk: &Disk, request: &Request, data: &[u8], stopping: &AtomicBool) -> Result<(), u32> {
+fn change(disk: &Disk, request: &Request, data: &[u8], stopping: &Stop) -> Result<(), u32> {
     let (offset, len) = (request.offset, u64::from(request.len));
     match request.command {
         Command::Write => disk.write_at(data, offset),
@@ -90,10 +90,10 @@ fn is_fast(disk: &Disk, request: &Request) -> bool {
 }
 
 /// Writes zeroes, in pieces, for as long as the server is there.
-fn provision(disk: &Disk, offset: u64, len: u64, flags: u16, stopping: &AtomicBool) -> Result<(), u32> {
+fn provision(disk: &Disk, offset: u64, len: u64, flags: u16, stopping: &Stop) -> Result<(), u32> {
     let mut done = 0;
     while done < len {
-        if stopping.load(Ordering::Acquire) {
+        if stopping.is_set() {
             return Err(proto::ESHUTDOWN);
         }
         let part = (len - done).min(ZEROES.len() as u64);
@@ -208,6 +208,7 @@ fn errno(error: Error) -> u32 {
         ErrorKind::NoSpace => proto::ENOSPC,
         ErrorKind::ReadOnly => proto::EPERM,
         ErrorKind::OutOfBounds => proto::EINVAL,
+        ErrorKind::Cancelled => proto::ESHUTDOWN,
         _ => {
             tracing::warn!(%error, "a request over NBD has failed");
             proto::EIO

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use super::exports::Exports;
 use super::input::{Input, SMALL};
 use super::negotiation::{Agreed, Negotiation, Then, Tls};
 use super::replies::Replies;
+use crate::limit::Stop;
 use crate::nbd::channel::Channel;
 use crate::nbd::proto::{self, Command, Request, ask};
 use crate::store::lock;
@@ -28,14 +29,14 @@ const QUICK: Duration = Duration::from_micros(50);
 pub(in crate::nbd) struct Connection<'s> {
     exports: &'s Exports,
     channel: Channel,
-    stopping: &'s AtomicBool,
+    stopping: &'s Arc<Stop>,
     pub(in crate::nbd) handshake_timeout: Duration,
     #[cfg(feature = "tls")]
     pub(in crate::nbd) tls: Option<&'s crate::nbd::TlsServer>,
 }
 
 impl<'s> Connection<'s> {
-    pub(in crate::nbd) fn new(exports: &'s Exports, socket: Arc<OwnedFd>, stopping: &'s AtomicBool) -> Self {
+    pub(in crate::nbd) fn new(exports: &'s Exports, socket: Arc<OwnedFd>, stopping: &'s Arc<Stop>) -> Self {
         Self {
             exports,
             channel: Channel::new(socket),
@@ -49,8 +50,9 @@ impl<'s> Connection<'s> {
     /// Serves the client until it goes, or does what no client may.
     pub(in crate::nbd) fn serve(mut self) -> io::Result<()> {
         self.channel.limit(Instant::now() + self.handshake_timeout);
-        let agreed = self.handshake();
-        if let Ok(Some(agreed)) = &agreed {
+        let mut agreed = self.handshake();
+        if let Ok(Some(agreed)) = &mut agreed {
+            agreed.disk = agreed.disk.clone().until(self.stopping);
             self.channel.unlimit(None, None)?;
             let service = Service {
                 connection: &self,

@@ -15,7 +15,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -26,6 +25,7 @@ use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketTy
 use self::exports::Exports;
 use super::Address;
 use super::address::{stale, tune_tcp, tune_unix, with_short};
+use crate::limit::Stop;
 use crate::{Disk, Error, ErrorKind, Result};
 
 /// Connections served at the same time; further ones are closed at once.
@@ -69,7 +69,7 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     exports: Exports,
-    stopping: AtomicBool,
+    stopping: Arc<Stop>,
     /// The sockets of the connections.
     sockets: Mutex<HashMap<u64, Arc<OwnedFd>>>,
     handshake: Duration,
@@ -145,7 +145,7 @@ impl ServerBuilder {
         let listener = Arc::new(listener);
         let shared = Arc::new(Shared {
             exports,
-            stopping: AtomicBool::new(false),
+            stopping: Arc::default(),
             sockets: Mutex::default(),
             handshake: self.handshake,
             #[cfg(feature = "tls")]
@@ -236,7 +236,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.stopping.set();
         // Wakes the thread that accepts, which shuts the connections and waits for theirs.
         let _ = rustix::net::shutdown(&*self.listener, Shutdown::Both);
         if let Some(accepting) = self.accepting.take() {
