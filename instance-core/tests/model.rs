@@ -261,11 +261,19 @@ impl World {
     }
 }
 
+/// Actions of one life, at most.
+const LIFE: u32 = 40;
+
+/// `REGION_MODEL_STEPS` says how many actions, in lives of which each has about half of the most.
+fn lives() -> u32 {
+    std::env::var("REGION_MODEL_STEPS").map_or(24, |steps| steps.parse::<u32>().unwrap() / (LIFE / 2))
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: lives(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_life_is_as_the_reference_says(actions in proptest::collection::vec(action(), 1..40)) {
+    fn any_life_is_as_the_reference_says(actions in proptest::collection::vec(action(), 1..LIFE as usize)) {
         let mut world = World::new();
         for action in &actions {
             world.act(action);

@@ -1,6 +1,7 @@
 //! What the fuzz targets run, and the tests over the corpus. No part of the interface.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use ami_core::Digest;
@@ -9,10 +10,12 @@ use crate::Compression;
 use crate::codec;
 use crate::format::{
     self, BLOCK, Closing, Encoding, INDEX_HEADER, INDEX_RECORD, INDEX_RECORD_1, Kind, Patch, Record,
-    RootParts, Run, Slot, State,
+    RootParts, Run, Slot, State, VolumeHeader,
 };
 use crate::keys::{EncryptionKey, KeyProvider, LocalKey};
+use crate::log::Log;
 use crate::map::StateMap;
+use crate::{ErrorKind, Result};
 
 /// A snapshot's root, and a leaf: what is read is what is written.
 pub fn snapshot(bytes: &[u8]) {
@@ -138,7 +141,7 @@ pub fn stored_object(bytes: &[u8]) {
 /// Blocks of the volume whose log is fuzzed: three leaves of the map and a part of one.
 const BLOCKS: u64 = 3 * 16384 + 777;
 
-/// A volume's log: what it ends with and batches of any runs are read as they were written, and batches leave the map as
+/// A volume's log: as a file it is opened or refused; what it ends with and batches of any runs are read as they were written, and batches leave the map as
 /// they leave a plain list of states.
 pub fn volume_log(bytes: &[u8]) {
     if let Some((size, base)) =
@@ -156,6 +159,7 @@ pub fn volume_log(bytes: &[u8]) {
         assert_eq!(format::encode_batch(1, sequence, &runs)[..28], bytes[..28]);
     }
     let _ = format::parse_closing(1, 0, BLOCKS * BLOCK, bytes);
+    any_log(bytes);
     let chunks: BTreeMap<u64, u16> = bytes
         .chunks_exact(4)
         .map(|word| (u64::from(word[0]) << 8 | u64::from(word[1]), u16::from_le_bytes([word[2], word[3]])))
@@ -164,7 +168,7 @@ pub fn volume_log(bytes: &[u8]) {
     let closing = Closing { last: Digest::of(bytes), changed: chunks.into_iter().collect() };
     let written = format::encode_closing(9, 3, &closing);
     let read = written.and_then(|written| format::parse_closing(9, 3, BLOCKS * BLOCK, &written));
-    assert_eq!(read, sound.then_some(closing));
+    assert_eq!(read, sound.then(|| closing.clone()));
     let runs: Vec<Run> = bytes
         .chunks_exact(7)
         .filter_map(|word| {
@@ -183,6 +187,7 @@ pub fn volume_log(bytes: &[u8]) {
     if !fits {
         return;
     }
+    whole_and_damaged_log(&runs, &closing, sound, bytes.first().copied().unwrap_or(0));
     let (map, mut plain) = (StateMap::default(), vec![State::Base; BLOCKS as usize]);
     for run in &runs {
         map.set(*run);
@@ -208,12 +213,85 @@ pub fn volume_log(bytes: &[u8]) {
     assert_eq!(found, changed);
 }
 
+/// Opens a volume's log of these bytes, or of zeroes behind them where they are too few to be one.
+fn open_log(dir: &Path, bytes: &[u8]) -> Result<(Log, StateMap)> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(bytes.len().max(LOG_LEAST), 0);
+    std::fs::write(dir.join("log"), bytes).unwrap();
+    Log::open(dir)
+}
+
+/// The length of the shortest log that says anything.
+const LOG_LEAST: usize = 32 << 10;
+
+/// A directory in memory, where there is one.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+/// Any bytes are refused as a log, or are one that says the same when it is opened once more, but for what stood at its
+/// end: that holds until it is opened.
+fn any_log(bytes: &[u8]) {
+    // What a volume of many terabytes says takes gigabytes.
+    if format::parse_volume(bytes).is_ok_and(|header| header.size > 1 << 40) {
+        return;
+    }
+    let dir = scratch();
+    match open_log(dir.path(), bytes) {
+        Ok((log, map)) => {
+            let blocks = log.header().size / BLOCK;
+            drop(log);
+            let (mut again, same) = Log::open(dir.path()).unwrap();
+            assert_eq!((same.runs(0, blocks), again.take_closing()), (map.runs(0, blocks), None));
+        }
+        Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}"),
+    }
+}
+
+/// A log of batches of these runs, of which one is damaged, or none: it says what it said before, and goes on from
+/// there, if it is the last one, as a crash may have left that; else it is refused.
+fn whole_and_damaged_log(runs: &[Run], closing: &Closing, sound: bool, noise: u8) {
+    let dir = scratch();
+    let header = VolumeHeader { size: BLOCKS * BLOCK, base: None, log: 9, key: None };
+    let mut bytes = format::encode_volume(&header);
+    let batches: Vec<&[Run]> = runs.chunks(20).collect();
+    let damaged = usize::from(noise) % (batches.len() + 1);
+    for (batch, sequence) in batches.iter().zip(0..) {
+        let start = bytes.len();
+        bytes.extend(format::encode_batch(9, sequence, batch));
+        if sequence as usize == damaged {
+            bytes[start + usize::from(noise) % 28] ^= noise | 1;
+        }
+    }
+    bytes.extend(format::encode_closing(9, batches.len() as u64, closing).unwrap_or_default());
+    let opened = open_log(dir.path(), &bytes);
+    if damaged + 1 < batches.len() {
+        assert_eq!(opened.map(drop).map_err(|error| error.kind()), Err(ErrorKind::Corrupt));
+        return;
+    }
+    let map = |batches: &[&[Run]]| {
+        let map = StateMap::default();
+        batches.concat().iter().for_each(|run| map.set(*run));
+        map.runs(0, BLOCKS)
+    };
+    let (mut log, found) = opened.unwrap();
+    assert_eq!(found.runs(0, BLOCKS), map(&batches[..damaged]));
+    let whole = damaged == batches.len();
+    assert_eq!(log.take_closing(), (whole && sound).then(|| closing.clone()));
+    for batch in &batches[damaged..] {
+        assert!(log.append(batch).is_ok());
+    }
+    drop(log);
+    let (mut log, found) = Log::open(dir.path()).unwrap();
+    assert_eq!((found.runs(0, BLOCKS), log.take_closing()), (map(&batches), None));
+}
+
 /// What the fuzz targets of the NBD server and client run.
 pub use crate::nbd::fuzzing::{nbd_client, nbd_negotiation, nbd_replies, nbd_requests, nbd_server};
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use super::Path;
 
     fn run_all(dir: &Path, run: &mut usize) {
         for entry in std::fs::read_dir(dir).unwrap() {

@@ -6,6 +6,7 @@
 //! | `employee-directory` | launches a web application on a stock Debian into a network, logs in, makes an image |
 //! | `guest` | makes the Linux guests that examples, tests and benchmarks boot |
 //! | `figures` | measures what has a bar, and says what falls short of it |
+//! | `proofs` | runs the random tests with their large numbers, which takes hours |
 //! | `test`  | checks format, lints, documentation and tests, KVM in the lab among them |
 //! | `lab`   | runs a command in a virtual machine that has a true `/dev/kvm`, on any host |
 //!
@@ -27,6 +28,7 @@ mod lab;
 mod prerequisites;
 mod process;
 mod progress;
+mod proofs;
 mod quickstart;
 mod test;
 mod workspace;
@@ -52,6 +54,8 @@ enum Command {
     Guest(guest::GuestArgs),
     /// Run a command in a virtual machine that has a true /dev/kvm
     Lab(lab::LabArgs),
+    /// Run the random tests with their large numbers, which takes hours
+    Proofs(proofs::ProofsArgs),
     /// Do the whole of it: from packages to two equal live servers
     Quickstart(quickstart::QuickstartArgs),
     /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
@@ -64,6 +68,7 @@ fn main() -> ExitCode {
         Command::Figures(args) => figures::run(&args),
         Command::Guest(args) => guest::run(&args),
         Command::Lab(args) => lab::run(args),
+        Command::Proofs(args) => proofs::run(&args),
         Command::Quickstart(args) => quickstart::run(&args),
         Command::Test(args) => test::run(&args),
     };

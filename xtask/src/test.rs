@@ -2,6 +2,7 @@
 
 mod in_lab;
 
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use crate::lab;
 use crate::prerequisites::{
     self, BZIP2, FIO, IP, LZ4, LZOP, MKE2FS, NBDCOPY, NBDINFO, NBDKIT, QEMU_IMG, QEMU_IO, Tool, XZ, ZSTD,
 };
-use crate::{guest, process};
+use crate::{guest, process, workspace};
 
 /// Check all that has to hold: format, lints, documentation, tests, and KVM in the lab
 #[derive(clap::Args)]
@@ -25,7 +26,7 @@ pub(crate) struct TestArgs {
 enum Step {
     /// The code is formatted
     Format,
-    /// Clippy has nothing to say
+    /// Clippy has nothing to say, of the fuzz targets neither
     Lints,
     /// The documentation builds without warnings
     Documentation,
@@ -75,12 +76,16 @@ impl Step {
 
     fn run(self) -> Result<()> {
         match self {
-            Self::Format => cargo(&["fmt", "--all", "--check"], &[]),
+            Self::Format => {
+                cargo(&["fmt", "--all", "--check"], &[])?;
+                cargo(&["fmt", "--manifest-path", &fuzz("Cargo.toml")?, "--check"], &[])
+            }
             // With all features everywhere: a test that asks for one is else left out in silence.
             Self::Lints => {
                 let all =
                     ["clippy", "--workspace", "--all-features", "--all-targets", "--", "-D", "warnings"];
-                cargo(&all, &[])
+                cargo(&all, &[])?;
+                lint_fuzz_targets()
             }
             Self::Documentation => {
                 let all = ["doc", "--workspace", "--all-features", "--no-deps"];
@@ -105,6 +110,29 @@ fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let status = status.context("cannot run cargo")?;
     ensure!(status.success(), "cargo {} failed ({status})", arguments[0]);
     Ok(())
+}
+
+/// Checks the fuzz targets on this compiler, without what links them: neither a nightly one nor C++ is needed for that.
+/// What they depend on was checked with the workspace, as far as its versions and features are the same.
+fn lint_fuzz_targets() -> Result<()> {
+    let environment = [
+        ("AMI_WORKSPACE", path(workspace::root().to_owned())?),
+        ("RUSTC_WRAPPER", fuzz("rustc")?),
+        ("CUSTOM_LIBFUZZER_PATH", "/not/linked/libfuzzer.a".to_owned()),
+    ];
+    let environment = environment.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let (manifest, target) = (fuzz("Cargo.toml")?, path(workspace::root().join("target"))?);
+    let of_targets = ["clippy", "--manifest-path", &manifest, "--target-dir", &target];
+    cargo(&[&of_targets[..], &["--", "-D", "warnings"]].concat(), &environment)
+}
+
+/// A file in the workspace of the fuzz targets.
+fn fuzz(name: &str) -> Result<String> {
+    path(workspace::root().join("fuzz").join(name))
+}
+
+fn path(path: PathBuf) -> Result<String> {
+    path.into_os_string().into_string().ok().context("the repository's path is not UTF-8")
 }
 
 /// Makes the archives that would be published, without a look at whether they build.

@@ -12,6 +12,7 @@ const IMAGE: u64 = 1 << 30;
 
 pub(crate) struct Overlays<'b> {
     image: PathBuf,
+    store: PathBuf,
     snapshot: Snapshot,
     made: Cell<usize>,
     bench: &'b Bench,
@@ -25,9 +26,19 @@ impl<'b> Overlays<'b> {
     pub(crate) fn new(bench: &'b Bench) -> anyhow::Result<Self> {
         let dir = bench.temp_dir()?;
         let image = bench.image(IMAGE)?;
-        let store = Store::open(dir.path().join("store"))?;
-        let snapshot = import(&store, &image)?;
-        Ok(Self { image, snapshot, made: Cell::new(0), bench, dir })
+        let store = dir.path().join("store");
+        let snapshot = import(&Store::open(&store)?, &image)?;
+        Ok(Self { image, store, snapshot, made: Cell::new(0), bench, dir })
+    }
+
+    /// The raw image.
+    pub(crate) fn image(&self) -> &Path {
+        &self.image
+    }
+
+    /// The store that holds it as a snapshot.
+    pub(crate) fn store(&self) -> &Path {
+        &self.store
     }
 
     pub(crate) fn size(&self) -> u64 {
@@ -48,10 +59,7 @@ impl<'b> Overlays<'b> {
     /// A new qcow2 overlay of the raw image.
     pub(crate) fn qcow2(&self) -> anyhow::Result<PathBuf> {
         let path = self.path("overlay.qcow2");
-        let mut create = Command::new("qemu-img");
-        create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&self.image).arg(&path);
-        let output = create.stdin(Stdio::null()).output().context("cannot run qemu-img")?;
-        ensure!(output.status.success(), "qemu-img: {}", String::from_utf8_lossy(&output.stderr).trim());
+        overlay_of(&self.image, "raw", &path, self.size())?;
         Ok(path)
     }
 
@@ -61,4 +69,18 @@ impl<'b> Overlays<'b> {
         all.into_iter().try_for_each(evict)?;
         all.into_iter().try_for_each(warm)
     }
+}
+
+/// Makes a qcow2 overlay of an image.
+pub(crate) fn overlay_of(base: &Path, format: &str, path: &Path, size: u64) -> anyhow::Result<()> {
+    let of = ["-q", "-f", "qcow2", "-F", format, "-b"];
+    qemu_img("create", |create| create.args(of).arg(base).arg(path).arg(size.to_string()))
+}
+
+/// Runs `qemu-img` with a command of its own.
+pub(crate) fn qemu_img(command: &str, with: impl FnOnce(&mut Command) -> &mut Command) -> anyhow::Result<()> {
+    let mut program = Command::new("qemu-img");
+    let output = with(program.arg(command)).stdin(Stdio::null()).output().context("cannot run qemu-img")?;
+    ensure!(output.status.success(), "qemu-img: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
 }

@@ -55,7 +55,12 @@ impl Side {
         Ok(())
     }
 
-    fn write_at(&self, buf: &[u8], at: u64) -> anyhow::Result<()> {
+    /// Writes `buf` there.
+    ///
+    /// # Errors
+    ///
+    /// What writing met.
+    pub fn write_at(&self, buf: &[u8], at: u64) -> anyhow::Result<()> {
         match self {
             Self::Disk(disk) => disk.write_at(buf, at)?,
             Self::File(file, _) => file.write_all_at(buf, at)?,
@@ -63,7 +68,12 @@ impl Side {
         Ok(())
     }
 
-    fn flush(&self) -> anyhow::Result<()> {
+    /// Makes durable what was written.
+    ///
+    /// # Errors
+    ///
+    /// What the disk or the file says.
+    pub fn flush(&self) -> anyhow::Result<()> {
         match self {
             Self::Disk(disk) => disk.flush()?,
             Self::File(file, _) => file.sync_data()?,

@@ -7,20 +7,25 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::thread::CpuSet;
-use storage_block::{Digest, Store, Volume};
+use storage_block::{Digest, Disk, Store, Volume};
 
 use super::blocks::Random;
 use super::{BLOCK, Bench, GIB, MIB, corpus, import};
 use crate::samples::{Measurement, ProcessorTime, median_ratio, median_speed};
 
 /// What is imported.
-const IMAGE: u64 = 4 * GIB;
+pub const IMAGE: u64 = 4 * GIB;
 /// The volume of which a hundredth changes.
-const VOLUME: u64 = 8 * GIB;
+pub const VOLUME: u64 = 8 * GIB;
 /// What is hashed and stored at once.
 const CHUNK: u64 = 64 << 10;
 
-fn timed_import(bench: &Bench, image: &Path) -> anyhow::Result<Duration> {
+/// How long it takes to import an image into a new store.
+///
+/// # Errors
+///
+/// Those of the store.
+pub fn timed_import(bench: &Bench, image: &Path) -> anyhow::Result<Duration> {
     let dir = bench.temp_dir()?;
     let store = Store::open(dir.path())?;
     let begun = Instant::now();
@@ -95,25 +100,31 @@ pub(super) fn two_processors(bench: &Bench) -> anyhow::Result<Measurement> {
     median_speed(bench.rounds(5), ("all processors", &mut two), ("one", &mut one), ("one again", &mut again))
 }
 
-/// A hundredth of a volume changes, in pieces of a chunk's size that lie as they like.
+/// Changes a hundredth of a disk, in pieces of a chunk's size that lie as they like, and makes it durable.
+///
+/// # Errors
+///
+/// Those of the disk.
+pub fn change_a_hundredth(disk: &Disk, seed: u64) -> anyhow::Result<()> {
+    let (mut random, mut piece) = (Random::new(seed), vec![0; CHUNK as usize]);
+    for _ in 0..disk.size() / 100 / CHUNK {
+        piece.fill_with(|| random.below(256) as u8);
+        disk.write_at(&piece, random.below((disk.size() - CHUNK) / BLOCK) * BLOCK)?;
+    }
+    Ok(disk.flush()?)
+}
+
 pub(super) fn snapshot(bench: &Bench) -> anyhow::Result<Measurement> {
     let dir = bench.temp_dir()?;
     let store = Store::open(dir.path().join("store"))?;
     let base = import(&store, &bench.image(IMAGE)?)?;
     let size = bench.bytes(VOLUME);
-    let pieces = size / 100 / CHUNK;
     let changed = std::cell::Cell::new(0);
     let mut round = 0;
     let mut snapshot = || {
         round += 1;
         let volume = Volume::create(&dir.path().join("volume"), Some(&base), size)?;
-        let (disk, mut random) = (volume.disk(), Random::new(round));
-        let mut piece = vec![0; CHUNK as usize];
-        for _ in 0..pieces {
-            piece.fill_with(|| random.below(256) as u8);
-            disk.write_at(&piece, random.below((size - CHUNK) / BLOCK) * BLOCK)?;
-        }
-        disk.flush()?;
+        change_a_hundredth(&volume.disk(), round)?;
         let begun = Instant::now();
         let (_, stats) = volume.snapshot(&store)?;
         let took = begun.elapsed();

@@ -6,9 +6,9 @@
 pub mod blocks;
 mod clones;
 pub mod corpus;
-mod imports;
+pub mod imports;
 pub mod nbd;
-mod space;
+pub mod space;
 
 use std::fs::File;
 use std::io::Read as _;

@@ -76,6 +76,9 @@ fn nothing_acknowledged_is_lost_and_nothing_else_is_left() {
         let region = Region::open(dir.path(), FakeHypervisor::new())
             .unwrap_or_else(|e| panic!("kill {kill}: {e}: {:?}", std::error::Error::source(&e)));
         model.check(&region, dir.path(), kill);
+        if kill % 100 == 99 {
+            eprintln!("{} of {kills} processes were killed", kill + 1);
+        }
     }
     assert!(acknowledged > kills, "only {acknowledged} actions were acknowledged in {kills} lives");
     eprintln!("{acknowledged} actions were acknowledged");

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ami_core::Digest;
 
 use super::{copy_dir, image, memory};
+use crate::format::{self, BLOCK, Closing, LOG_HEADER};
 use crate::keys::LocalKey;
 use crate::testing::compare;
 use crate::{Compression, Store, StoreOptions, Volume};
@@ -185,4 +186,116 @@ fn files_load(version: &str, encrypted: &str) {
     let index = crate::store::read(&store.0.index);
     let encodings: BTreeSet<u8> = index.places.iter().map(|(_, place)| place.slot.encoding.0).collect();
     assert_eq!(encodings, BTreeSet::from([0, 1, 3, 4, 6]));
+}
+
+/// Has golden files written if they are to be and are not there, and returns a copy of them.
+fn copy_of(name: &str, write: impl FnOnce(&Path)) -> tempfile::TempDir {
+    let there = golden().join(name);
+    if std::env::var_os("STORAGE_BLOCK_WRITE_GOLDEN").is_some() && !there.exists() {
+        std::fs::create_dir_all(&there).unwrap();
+        write(&there);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&there, dir.path());
+    dir
+}
+
+/// The last snapshot that was made of the volume that was closed.
+const LAST: &str = "sha256:4a4ff8da048593ec1ae49fa8edf998c69e34b10db7bea4c26196a8aea62afb0c";
+
+/// A volume that a snapshot was made of, after which two blocks were written and one was zeroed, and that was then closed.
+fn write_closed(dir: &Path) {
+    let store = open(dir);
+    let (base, _) = store.import(&memory(&snapshot_bytes()), &mut |_| ()).unwrap();
+    let volume = Volume::create(&dir.join("volume"), Some(&base), 64 << 12).unwrap();
+    let disk = volume.disk();
+    disk.write_at(&[b'v'; 3 * 4096], 4096).unwrap();
+    let (last, _) = volume.snapshot(&store).unwrap();
+    disk.write_at(&[b'w'; 8192], (1 << 16) + 4096).unwrap();
+    disk.discard((3 << 16) - 4096, 4096).unwrap();
+    disk.flush().unwrap();
+    eprintln!("written: {}", last.digest());
+}
+
+#[test]
+fn what_stands_behind_the_log_of_a_closed_volume_is_read() {
+    let dir = copy_of("closed", write_closed);
+    // A log keeps the name of its volume's first one.
+    let bytes = std::fs::read(dir.path().join("volume").join(NEW)).unwrap();
+    let header = format::parse_volume(&bytes).unwrap();
+    let (mut end, mut batches) = (LOG_HEADER as usize, 0);
+    while let Some((_, _, len)) = format::parse_batch(header.log, header.size / BLOCK, &bytes[end..]) {
+        (end, batches) = (end + len, batches + 1);
+    }
+    let said = Closing { last: LAST.parse().unwrap(), changed: vec![(1, 0b110), (2, 0x8000)] };
+    assert_eq!(format::parse_closing(header.log, batches, header.size, &bytes[end..]), Some(said.clone()));
+    // It is written the same way today, for those who read it then.
+    let written = format::encode_closing(header.log, batches, &said).unwrap();
+    assert_eq!(bytes[end..][..written.len()], written);
+
+    let store = open(dir.path());
+    let volume = Volume::open(&dir.path().join("volume"), &store).unwrap();
+    let mut expected = snapshot_bytes();
+    expected.resize(64 << 12, 0);
+    expected[4096..][..3 * 4096].fill(b'v');
+    expected[(1 << 16) + 4096..][..8192].fill(b'w');
+    expected[(3 << 16) - 4096..3 << 16].fill(0);
+    compare(&volume.disk(), &expected, "the golden volume that was closed");
+    let (snapshot, stats) = volume.snapshot(&store).unwrap();
+    assert_eq!(stats.changed_bytes, 3 * 4096, "what was written before the last snapshot is not looked at");
+    compare(&snapshot.disk(), &expected, "a snapshot of it");
+}
+
+/// The name of the log of a volume of this size and snapshot, which was not encrypted, and what the mark of a new one says.
+const NEW: &str = "log-1-40000-c25b21c1008314eb78142cd9f4131008a50a6b95a105b1986983ac4c48b4b438-fcc67664";
+
+/// Where the mark is of the volume that is as it was made.
+fn mark(dir: &Path) -> PathBuf {
+    dir.join(".volume.new")
+}
+
+/// The mark is kept as a file that says where it leads, since archives do not keep links that lead nowhere.
+fn write_new(dir: &Path) {
+    let store = open(dir);
+    let (base, _) = store.import(&memory(&snapshot_bytes()), &mut |_| ()).unwrap();
+    drop(Volume::create(&dir.join("volume"), Some(&base), 64 << 12).unwrap());
+    let target = std::fs::read_link(mark(dir)).unwrap();
+    std::fs::remove_file(mark(dir)).unwrap();
+    std::fs::write(dir.join("mark"), target.to_str().unwrap()).unwrap();
+}
+
+fn names(dir: &Path) -> BTreeSet<String> {
+    std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn a_volume_that_nothing_was_written_to_is_read() {
+    let mut expected = snapshot_bytes();
+    expected.resize(64 << 12, 0);
+    // All that was written, what a crash leaves of a volume whose mark is durable, and one that was made unsynced.
+    for (files, marked) in [(true, true), (false, true), (true, false)] {
+        let dir = copy_of("new", write_new);
+        let path = dir.path().join("volume");
+        assert_eq!(std::fs::read_to_string(dir.path().join("mark")).unwrap(), NEW);
+        assert_eq!(names(&path), ["log.tmp", "overlay", NEW].map(str::to_owned).into());
+        assert!([NEW, "log.tmp"].iter().all(|name| path.join(name).metadata().unwrap().len() == 0));
+        if marked {
+            std::os::unix::fs::symlink(NEW, mark(dir.path())).unwrap();
+        }
+        if !files {
+            std::fs::remove_dir_all(&path).unwrap();
+            std::fs::create_dir(&path).unwrap();
+        }
+        let store = open(dir.path());
+        let volume = Volume::open(&path, &store).unwrap();
+        compare(&volume.disk(), &expected, "the golden volume that is new");
+        assert_eq!(volume.base(), Some(DIGEST.parse().unwrap()));
+        drop(volume);
+        // One that is made today is called the same, and leaves the same.
+        Volume::remove(&path).unwrap();
+        let base = store.snapshot(&DIGEST.parse().unwrap()).unwrap();
+        drop(Volume::create(&path, Some(&base), 64 << 12).unwrap());
+        assert_eq!(std::fs::read_link(mark(dir.path())).unwrap(), Path::new(NEW));
+        assert_eq!(names(&path), ["log.tmp", "overlay", NEW].map(str::to_owned).into());
+    }
 }

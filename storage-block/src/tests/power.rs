@@ -62,16 +62,25 @@ fn retried(seed: u64) -> Vec<Recorded> {
     all
 }
 
+/// Of so few pending operations every part is tried, or of as many as `STORAGE_BLOCK_POWER_FEW` says.
+fn few() -> usize {
+    number("STORAGE_BLOCK_POWER_FEW", 4)
+}
+
 /// The power cuts tried after a step, when so many operations on names and on content are pending.
 fn cuts(names: usize, content: usize) -> Vec<Cut> {
     let cut = |names, keep_names, keep_content| Cut { names, keep_names, keep_content };
-    let mut cuts = vec![
+    let parts = if names + content <= few() { 1_u32 << (names + content) } else { 0 };
+    let all_parts = (0..parts)
+        .map(|bits| cut(Names::Any, Keep::These(bits & ((1 << names) - 1)), Keep::These(bits >> names)));
+    let mut cuts: Vec<Cut> = all_parts.collect();
+    cuts.extend([
         cut(Names::Any, Keep::All, Keep::All),
         cut(Names::Any, Keep::Nothing, Keep::Nothing),
         cut(Names::Any, Keep::All, Keep::Nothing),
         cut(Names::Any, Keep::Nothing, Keep::All),
         cut(Names::Ordered, Keep::Nothing, Keep::Nothing),
-    ];
+    ]);
     for _ in 0..2 {
         cuts.push(cut(Names::Ordered, Keep::Some, Keep::Some));
         cuts.push(cut(Names::Any, Keep::Some, Keep::Some));
@@ -168,18 +177,19 @@ fn brief(step: &Step) -> String {
     text
 }
 
-/// `STORAGE_BLOCK_POWER_SEEDS` says how many histories.
+/// `STORAGE_BLOCK_POWER_SEEDS` says how many histories, `STORAGE_BLOCK_POWER_ACTS` how much is done in each.
 #[test]
 fn power_cuts_lose_nothing_that_was_promised() {
     let mut states = 0;
     let seeds = number("STORAGE_BLOCK_POWER_SEEDS", 2) as u64;
     for seed in 1..=seeds {
-        let recorded = random(seed, 60, 20);
+        let recorded = random(seed, number("STORAGE_BLOCK_POWER_ACTS", 60), 20);
         assert!(!recorded.taken_over.is_empty(), "seed {seed}: no process has died");
         match power_cuts(&recorded, &recorded.steps, 0..usize::MAX, 1, seed) {
             Ok(count) => states += count,
             Err(why) => panic!("seed {seed}: {why}"),
         }
+        println!("history {seed} of {seeds}: {states} disks after power cuts so far");
     }
     println!("{states} disks after power cuts in {seeds} histories");
 }
@@ -256,6 +266,9 @@ fn what_the_dead_left_is_durable_before_it_is_relied_on() {
         match power_cuts(recorded, &recorded.steps, 0..usize::MAX, stride, operations) {
             Ok(count) => states += count,
             Err(why) => panic!("the process died after {operations} operations: {why}"),
+        }
+        if operations % 50 == 49 {
+            println!("process {operations} of {}: {states} disks after power cuts so far", retried.len());
         }
     }
     println!("{states} disks after power cuts, {} processes having died", retried.len() - 1);

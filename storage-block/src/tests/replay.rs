@@ -66,6 +66,8 @@ pub(crate) enum Keep {
     But(usize),
     /// The one so far from the end alone.
     Only(usize),
+    /// Those whose bits are set.
+    These(u32),
     /// A random part, of writes single sectors.
     Some,
 }
@@ -77,6 +79,7 @@ impl Keep {
             Self::Nothing => false,
             Self::But(last) => number + last + 1 != count,
             Self::Only(last) => number + last + 1 == count,
+            Self::These(bits) => bits >> number & 1 == 1,
             Self::Some => random.below(2) == 0,
         }
     }

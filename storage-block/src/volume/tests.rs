@@ -4,9 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Volume;
-use crate::format::{Run, State};
+use crate::format::{BLOCK, Run, State};
 use crate::store::{lock, read};
 use crate::testing::compare;
+use crate::tests::scratch;
 use crate::{ErrorKind, Store};
 
 /// A terabyte with four million changed chunks is frozen as fast as one with none.
@@ -39,6 +40,62 @@ fn the_pause_is_that_of_an_instant() {
     });
     eprintln!("counting them took {:?}", begun.elapsed());
     assert_eq!((ended.unwrap_err().kind(), total), (ErrorKind::Cancelled, CHUNKS << 16));
+}
+
+/// A snapshot that is to begin comes in between the parts of what one call writes or zeroes, and waits for none but the
+/// part under way: it is counted how many come while one call lasts, and how far that was when they did.
+#[test]
+fn the_pause_is_no_longer_than_a_part_of_a_write() {
+    let dir = scratch();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    const SIZE: u64 = 128 << 20;
+    let volume = Volume::create(&dir.path().join("volume"), None, SIZE).unwrap();
+    let (disk, bytes) = (volume.disk(), vec![7; SIZE as usize]);
+    // How much of the volume is in a state from its beginning on: that of a call goes on.
+    let done = |state: State| {
+        let (found, blocks) = volume.0.map.run(0, SIZE / BLOCK);
+        if found == state { blocks * BLOCK } else { 0 }
+    };
+    let in_one_call = |state: State, call: &(dyn Fn() + Sync)| {
+        let mut paused = Vec::new();
+        std::thread::scope(|scope| {
+            let call = scope.spawn(call);
+            while !call.is_finished() {
+                let frozen = Volume::freeze([&volume], &store);
+                let so_far = done(state);
+                if (1..SIZE).contains(&so_far) {
+                    paused.push(frozen.paused());
+                }
+                drop(frozen);
+                // One freeze after the other would leave the call no moment to go on.
+                while done(state) == so_far && !call.is_finished() {
+                    std::thread::yield_now();
+                }
+            }
+            call.join().unwrap();
+        });
+        assert_eq!(done(state), SIZE);
+        paused.sort_unstable();
+        paused
+    };
+    let (mut writing, mut zeroing) = (Vec::new(), Vec::new());
+    // Where the machine has other things to do, the whole call may have run before anybody came.
+    for _ in 0..20 {
+        writing.extend(in_one_call(State::Overlay, &|| disk.write_at(&bytes, 0).unwrap()));
+        zeroing.extend(in_one_call(State::Zero, &|| disk.discard(0, SIZE).unwrap()));
+        if writing.len() >= 60 && zeroing.len() >= 12 {
+            break;
+        }
+    }
+    for (what, paused, calls) in [("writes", &writing, 60), ("zeroes", &zeroing, 12)] {
+        eprintln!(
+            "while one call {what}: {} freezes, {:?} in the middle",
+            paused.len(),
+            paused.get(paused.len() / 2)
+        );
+        assert!(paused.len() >= calls, "a freeze waits for all that one call {what}");
+        assert!(paused[0] < Duration::from_millis(5), "{what}: {:?}", paused[0]);
+    }
 }
 
 /// No volume is frozen, and let go on, before all stand still.

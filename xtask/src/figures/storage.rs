@@ -60,9 +60,18 @@ const FIGURES: &[Figure] = &[
     // A volume's speed in units of that of a qcow2 overlay: made by qemu-img, open in imago, served by qemu-nbd.
     reported("clone_beside_qemu_img", Place::Rivals),
     reported("random_read_beside_imago", Place::Rivals),
+    reported("random_read_depth_32_beside_imago", Place::Rivals),
     reported("random_overwrite_beside_imago", Place::Rivals),
     reported("random_overwrite_first_beside_imago", Place::Rivals),
     reported("sequential_read_beside_imago", Place::Rivals),
+    reported("sequential_write_beside_imago", Place::Rivals),
     reported("nbd_read_4k_beside_qcow2", Place::Rivals),
     reported("nbd_write_4k_beside_qcow2", Place::Rivals),
+    reported("nbd_read_1m_beside_qcow2", Place::Rivals),
+    reported("nbd_write_1m_beside_qcow2", Place::Rivals),
+    // The same of whole images: made of a raw file, and kept while a clone goes on of which a hundredth has changed.
+    reported("import_beside_qemu_img", Place::Rivals),
+    reported("snapshot_beside_qemu_img", Place::Rivals),
+    // The space of the raw file and twenty overlays of it, a hundredth of each written, over that of a store and volumes.
+    reported("space_of_20_clones_beside_qcow2", Place::Rivals),
 ];
