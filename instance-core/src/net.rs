@@ -24,7 +24,7 @@ use std::sync::Arc;
 use self::cable::End;
 pub use self::frame::{Checksum, Frame, InvalidMacAddress, MacAddress, Offloads, Protocol, Segmentation};
 pub use self::limits::FrameLimits;
-pub use self::stream::{Again, FrameStream, ServedStream, StreamServer};
+pub use self::stream::{FrameStream, ServedStream, StreamServer};
 pub use self::tap::Tap;
 
 /// How many frames wait each way at most.

@@ -179,31 +179,6 @@ fn a_machine_that_sends_what_is_no_frame_loses_its_port() {
 }
 
 #[test]
-fn an_end_that_came_with_the_last_frame_is_seen_although_nothing_tells_of_it_again() {
-    let network = opened(options());
-    let interface = open_interface(&network);
-    for _ in 0..20 {
-        let spec = network.plug(interface.id).unwrap();
-        let (mut machine, socket) = UnixStream::pair().unwrap();
-        machine.set_read_timeout(Some(PATIENCE)).unwrap();
-        let _stream = FrameStream::plug(socket, &spec, "stream").unwrap();
-        let asks = syn((interface.mac, interface.private_ip), Ipv4Addr::new(169, 254, 169, 254), 1000, 80);
-        let framed = [&(asks.data.len() as u32).to_be_bytes()[..], &asks.data].concat();
-        machine.write_all(&framed).unwrap();
-        // It is served by now.
-        machine.read_exact(&mut [0; 4]).unwrap();
-        machine.write_all(&framed).unwrap();
-        machine.shutdown(Shutdown::Write).unwrap();
-        let ended =
-            std::iter::repeat_with(|| machine.read(&mut [0; 4096])).find(|read| !matches!(read, Ok(1..)));
-        // What it has not read itself may be said to be lost.
-        let is_over = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
-        assert!(ended.unwrap().map_or_else(is_over, |len| len == 0));
-        network.unplug(interface.id);
-    }
-}
-
-#[test]
 fn a_guest_that_takes_long_frames_gets_them_whole() {
     if let Some(long_frames) = much_is_said(Offloads::ALL, 20, false) {
         assert!(long_frames > 60, "{long_frames} were long");

@@ -114,33 +114,6 @@ impl Drop for FrameStream {
     }
 }
 
-/// When a stream has to be served again, one way. Whatever is told before that, too soon does no harm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Again {
-    /// At once: there was more than is good at a time.
-    Now,
-    /// After so long, which the next frame has to wait for the port's limits.
-    After(Duration),
-    /// When the waker is called.
-    WhenWoken,
-    /// When the socket is readable. Who is told of that only once (`EPOLLET`) and was told as well that the machine has
-    /// closed its end comes again at once: there may be nothing left to be read but that.
-    WhenReadable,
-    /// When the socket is writable.
-    WhenWritable,
-}
-
-impl Again {
-    /// After how long, if that does not depend on others.
-    pub fn after(self) -> Option<Duration> {
-        match self {
-            Self::Now => Some(Duration::ZERO),
-            Self::After(delay) => Some(delay),
-            Self::WhenWoken | Self::WhenReadable | Self::WhenWritable => None,
-        }
-    }
-}
-
 /// The stream of a machine's, for who serves it. It is over with this or with its [`FrameStream`], whichever is dropped
 /// first.
 #[derive(Debug)]
@@ -148,43 +121,36 @@ pub struct ServedStream(Arc<Line>);
 
 impl ServedStream {
     /// Begins to serve: `wake` is called when there may be something to [send](Self::send) or room for what is
-    /// [received](Self::receive), as a [waker of a port](super::NetPort::set_waker) is. There may be something of either
-    /// now.
+    /// [received](Self::receive), as a [waker of a port](super::NetPort::set_waker) is. `watch` is given the socket, whose
+    /// being readable and writable are two more reasons.
     ///
     /// # Errors
     ///
-    /// That the stream is over.
-    pub fn begin(&self, wake: Waker) -> io::Result<()> {
+    /// That of `watch`, or that the stream is over.
+    pub fn begin(&self, wake: Waker, watch: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<()> {
         self.with(|carrier| {
+            watch(carrier.socket.as_fd())?;
             carrier.port.set_waker(Some(wake));
             Ok(())
         })
     }
 
-    /// Gives `watch` the socket, for whoever serves it to be told when it is readable or writable.
-    ///
-    /// # Errors
-    ///
-    /// That of `watch`, or that the stream is over.
-    pub fn watch(&self, watch: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<()> {
-        self.with(|carrier| watch(carrier.socket.as_fd()))
-    }
-
-    /// Takes what has come from the machine, as much as is good at a time, and sends it to the network.
+    /// Takes what has come from the machine, as much as is good at a time, and sends it to the network. Says after how
+    /// long there may be more although nothing tells of it, if there may.
     ///
     /// # Errors
     ///
     /// That the stream is over, and why.
-    pub fn receive(&self) -> io::Result<Again> {
+    pub fn receive(&self) -> io::Result<Option<Duration>> {
         self.with(Carrier::receive)
     }
 
-    /// Gives the machine what waits for it, as far as it takes it.
+    /// Gives the machine what waits for it, as far as it takes it. Says the same.
     ///
     /// # Errors
     ///
     /// That the stream is over, and why.
-    pub fn send(&self) -> io::Result<Again> {
+    pub fn send(&self) -> io::Result<Option<Duration>> {
         self.with(Carrier::send)
     }
 
@@ -229,14 +195,14 @@ impl Stop {
             }
             let (from_machine, to_machine) = (carrier.receive()?, carrier.send()?);
             // What waits for a limit is looked at again when it may pass.
-            let due_in = [to_machine.after(), from_machine.after()].into_iter().flatten().min();
+            let due_in = [to_machine, from_machine].into_iter().flatten().min();
             let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
             // A TAP device calls no waker; it is heard as long as the machine takes frames.
-            let hears = to_machine == Again::WhenWoken && carrier.port.is_connected();
+            let hears = !carrier.is_behind() && to_machine.is_none() && carrier.port.is_connected();
             let heard = carrier.port.descriptor().filter(|_| hears);
             let mut wanted = PollFlags::empty();
-            wanted.set(PollFlags::IN, from_machine == Again::WhenReadable);
-            wanted.set(PollFlags::OUT, to_machine == Again::WhenWritable);
+            wanted.set(PollFlags::IN, from_machine.is_none() && !carrier.is_held_up());
+            wanted.set(PollFlags::OUT, carrier.is_behind());
             let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
             fds.extend(heard.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)));
             // That the machine has closed it is told although nothing is wanted of it. What it had sent is received first.

@@ -35,8 +35,7 @@ const SET_OFFLOADS: Opcode = libc::TUNSETOFFLOAD as Opcode;
 /// A machine whose port it is sends to the host's kernel and receives from it, with nothing of this library's in between:
 /// no switch, no firewall, no address or metadata service. Who makes the device has it part of a bridge or of the host's
 /// routing, and brings it up. A hypervisor that can has the host's kernel move the frames (vhost-net). That somebody has
-/// deleted the device is noticed when a frame is sent or received, and not where the host's kernel moves them. Long frames
-/// that have a VLAN tag are lost where they have to be cut, which is for a machine behind a [stream](super::FrameStream).
+/// deleted the device is noticed when a frame is sent or received, and not where the host's kernel moves them.
 ///
 /// ```
 /// use instance_core::machine::NetSpec;

@@ -8,7 +8,6 @@ pub(crate) mod budget;
 mod datagram;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod machine;
 mod names;
 mod pipe;
 mod stack;
@@ -18,6 +17,7 @@ mod wire;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -25,11 +25,11 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use instance_core::net::{ServedStream, StreamServer};
-use mio::{Events, Poll, Registry, Token};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
 
 use self::budget::Share;
 use self::datagram::Datagrams;
-use self::machine::{MACHINE, Machine};
 use self::stream::Streams;
 use self::visitors::Visitors;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
@@ -38,6 +38,9 @@ use crate::switch::{LOCAL_CLIENT, View};
 
 /// The token of the waker. Sockets have others.
 pub(crate) const WAKE: Token = Token(0);
+
+/// That of the machine's stream, if it is plugged in by one.
+const MACHINE: Token = Token(1);
 
 /// How long the thread sleeps at most, so that what is over is noticed.
 const SLEEP: Duration = Duration::from_secs(5);
@@ -178,7 +181,7 @@ struct Worker {
     over: Arc<AtomicBool>,
     orders: Arc<std::sync::Mutex<Vec<Order>>>,
     poll: Poll,
-    machine: Option<Machine>,
+    machine: Option<ServedStream>,
     streams: Streams,
     datagrams: Datagrams,
     visitors: Visitors,
@@ -189,7 +192,7 @@ impl Worker {
         let mut events = Events::with_capacity(256);
         while !self.over.load(Ordering::Acquire) && self.port.is_plugged() {
             self.take_orders();
-            let received = self.serve(|machine, _| machine.receive());
+            let received = self.serve(ServedStream::receive);
             // What this thread brings about from here on is looked at in the next turn.
             self.port.has_woken_itself();
             let registry = self.poll.registry();
@@ -205,7 +208,7 @@ impl Worker {
             }
             self.streams.work(registry, &self.port);
             let more = self.datagrams.work(&self.port) | self.visitors.work(&self.port);
-            let sent = self.serve(Machine::send);
+            let sent = self.serve(ServedStream::send);
             let sleep = match more | self.port.has_woken_itself() {
                 true => Duration::ZERO,
                 false => {
@@ -213,10 +216,7 @@ impl Worker {
                 }
             };
             match self.poll.poll(&mut events, Some(sleep)) {
-                Ok(()) => events.iter().for_each(|event| match (event.token(), &mut self.machine) {
-                    (MACHINE, machine) => machine.iter_mut().for_each(|machine| machine.notice(event)),
-                    _ => self.streams.notice(event),
-                }),
+                Ok(()) => events.iter().for_each(|event| self.streams.notice(event)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -225,11 +225,8 @@ impl Worker {
     }
 
     /// Serves the machine, where it is behind a stream.
-    fn serve(
-        &mut self,
-        work: fn(&mut Machine, &Registry) -> io::Result<Option<Duration>>,
-    ) -> Option<Duration> {
-        work(self.machine.as_mut()?, self.poll.registry()).unwrap_or_else(|error| {
+    fn serve(&mut self, work: fn(&ServedStream) -> io::Result<Option<Duration>>) -> Option<Duration> {
+        work(self.machine.as_ref()?).unwrap_or_else(|error| {
             tracing::debug!(%error, "a machine's stream is over");
             self.machine = None;
             Some(Duration::ZERO)
@@ -238,14 +235,18 @@ impl Worker {
 
     /// Begins to serve a machine that is behind a stream.
     fn begin(&mut self, stream: ServedStream) {
-        let port = Arc::downgrade(&self.port);
+        let (port, registry) = (Arc::downgrade(&self.port), self.poll.registry());
         // What this thread sends the machine it writes to the socket before it sleeps.
         let wake = move || {
             let port = port.upgrade().filter(|port| !port.is_edge_thread());
             port.into_iter().for_each(|port| port.wake_edge());
         };
-        match Machine::begin(stream, self.poll.registry(), Arc::new(wake)) {
-            Ok(machine) => self.machine = Some(machine),
+        let both = Interest::READABLE | Interest::WRITABLE;
+        let begun = stream.begin(Arc::new(wake), |socket| {
+            registry.register(&mut SourceFd(&socket.as_raw_fd()), MACHINE, both)
+        });
+        match begun {
+            Ok(()) => self.machine = Some(stream),
             Err(error) => tracing::warn!(%error, "a machine's stream is not served"),
         }
     }

@@ -11,7 +11,7 @@ use super::wire::{Key, Wire};
 use crate::switch::View;
 
 /// The room of a conversation each way. Its memory is taken as it is used.
-const TO_GUEST: usize = 512 << 10;
+const TO_GUEST: usize = 256 << 10;
 const FROM_GUEST: usize = 256 << 10;
 
 /// How often a guest that does not answer is asked whether it is there; and a guest that has no room for what waits for

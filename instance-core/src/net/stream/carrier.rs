@@ -5,9 +5,6 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::net::sockopt;
-
-use super::Again;
 use super::run::Run;
 use crate::machine::NetSpec;
 use crate::net::{Frame, FrameLimits, NetPort, Offloads};
@@ -20,8 +17,6 @@ const ETHERNET_MAX: usize = ETHERNET_MIN + 4;
 pub(super) const PREFIX: usize = 4;
 /// How much goes through the socket at a time.
 const CHUNK: usize = 256 << 10;
-/// What the machine may have left unread in the socket.
-const ROOM: usize = 1 << 20;
 /// How many frames are taken before it is the turn of who does something with them.
 const TURN: usize = 256;
 /// How many times the machine is written to before it is the turn of others.
@@ -63,8 +58,6 @@ enum Delivery {
 impl Carrier {
     pub(super) fn new(socket: UnixStream, spec: &NetSpec) -> Self {
         spec.port.set_takes(TAKES);
-        // What the host gives by default is less than goes through it at a time. It may allow no more.
-        let _ = sockopt::set_socket_send_buffer_size(&socket, ROOM);
         Self {
             socket,
             port: spec.port.clone(),
@@ -80,23 +73,32 @@ impl Carrier {
         }
     }
 
-    /// Gives the machine the frames that wait, as far as it takes them.
-    pub(super) fn send(&mut self) -> io::Result<Again> {
+    /// Whether the machine has not taken all that was written to it.
+    pub(super) fn is_behind(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+
+    /// Whether the network has no room for what the machine has sent.
+    pub(super) fn is_held_up(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Gives the machine the frames that wait, as far as it takes them; says how long the next one has to wait for the
+    /// limits or for its turn, if it has.
+    pub(super) fn send(&mut self) -> io::Result<Option<Duration>> {
         for _ in 0..ROUNDS {
+            let delay = if self.unsent.is_empty() { self.fill() } else { None };
             if self.unsent.is_empty() {
-                let why = self.fill();
-                if self.unsent.is_empty() {
-                    return Ok(why);
-                }
+                return Ok(delay);
             }
             match self.socket.write(&self.unsent[self.sent..]) {
                 Ok(sent) => self.sent += sent,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(Again::WhenWritable),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 // It takes no more, and most likely is gone. What it has sent is received first, and then its end.
                 Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
                     self.forget_unsent();
-                    return Ok(Again::WhenWoken);
+                    return Ok(None);
                 }
                 Err(e) => return Err(e),
             }
@@ -104,7 +106,7 @@ impl Carrier {
                 self.forget_unsent();
             }
         }
-        Ok(Again::Now)
+        Ok(Some(Duration::ZERO))
     }
 
     fn forget_unsent(&mut self) {
@@ -114,15 +116,16 @@ impl Carrier {
         self.sent = 0;
     }
 
-    /// Makes frames ready that wait, about as many as go through the socket at a time. Says when there are more.
-    fn fill(&mut self) -> Again {
+    /// Makes frames ready that wait, about as many as go through the socket at a time.
+    fn fill(&mut self) -> Option<Duration> {
         let mut taken = 0;
         // Not all that is taken is made ready.
         while self.unsent.len().max(taken) < CHUNK {
-            if let Some(delay) = self.to_machine.delay() {
-                return Again::After(delay);
+            let delay = self.to_machine.delay();
+            if delay.is_some() {
+                return delay;
             }
-            let Some(frame) = self.port.recv() else { return Again::WhenWoken };
+            let frame = self.port.recv()?;
             taken += PREFIX + frame.data.len();
             if !frame.is_taken_by(TAKES) {
                 continue;
@@ -137,19 +140,19 @@ impl Carrier {
                 }
             });
         }
-        Again::Now
+        Some(Duration::ZERO)
     }
 
-    /// Takes the machine's frames, as far as the network has room for them.
-    pub(super) fn receive(&mut self) -> io::Result<Again> {
-        let (mut came, mut is_drained) = (0, false);
+    /// Takes the machine's frames, as far as the network has room for them; says how long the next one has to wait for
+    /// the limits or for its turn, if it has.
+    pub(super) fn receive(&mut self) -> io::Result<Option<Duration>> {
+        let mut came = 0;
         loop {
             match self.deliver()? {
-                Delivery::NoRoom => return Ok(Again::WhenWoken),
-                Delivery::Limited(delay) => return Ok(Again::After(delay)),
-                Delivery::Turn => return Ok(Again::Now),
-                Delivery::Done if is_drained => return Ok(Again::WhenReadable),
-                Delivery::Done if came >= CHUNK => return Ok(Again::Now),
+                Delivery::NoRoom => return Ok(None),
+                Delivery::Limited(delay) => return Ok(Some(delay)),
+                Delivery::Turn => return Ok(Some(Duration::ZERO)),
+                Delivery::Done if came >= CHUNK => return Ok(Some(Duration::ZERO)),
                 Delivery::Done => {}
             }
             // There is room behind the part of a frame that may be left.
@@ -158,12 +161,11 @@ impl Carrier {
             match self.socket.read(&mut self.received[self.end..]) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(len) => (self.end, came) = (self.end + len, came + len),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(Again::WhenReadable),
+                // Not before that has all been read that the socket has told of: its end may be among it.
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
-            // What does not fill the room is all there was, but for the socket's end.
-            is_drained = self.end < self.received.len();
         }
     }
 
@@ -258,10 +260,10 @@ mod tests {
                 }
             }
         })));
-        assert_eq!(carrier.receive().unwrap(), Again::Now);
+        assert_eq!(carrier.receive().unwrap(), Some(Duration::ZERO));
         let first = came.load(Ordering::Relaxed);
         assert!((CHUNK / 2..2 * CHUNK).contains(&first), "{first} bytes");
-        assert_eq!(carrier.receive().unwrap(), Again::Now);
+        assert_eq!(carrier.receive().unwrap(), Some(Duration::ZERO));
         assert!(came.load(Ordering::Relaxed) > first);
     }
 
@@ -270,19 +272,18 @@ mod tests {
         let (mut carrier, network, machine) = carrier();
         let too_long = || Frame::new(vec![1; 60_000]);
         while network.send(too_long()).is_ok() {}
-        assert_eq!(carrier.send().unwrap(), Again::Now);
+        assert_eq!(carrier.send().unwrap(), Some(Duration::ZERO));
         assert!(network.send(too_long()).is_ok());
         (0..FRAMES_KEPT).for_each(|_| _ = carrier.send().unwrap());
-        assert_eq!(carrier.send().unwrap(), Again::WhenWoken);
+        assert_eq!(carrier.send().unwrap(), None);
         drop(machine);
     }
 
     #[test]
-    fn an_end_that_came_with_the_last_frame_is_seen_next() {
+    fn an_end_that_came_with_the_last_frame_is_seen_with_it() {
         let (mut carrier, network, mut machine) = carrier();
         machine.write_all(&framed(60)).unwrap();
         drop(machine);
-        assert_eq!(carrier.receive().unwrap(), Again::WhenReadable);
         assert!(carrier.receive().is_err());
         assert!(network.recv().is_some());
     }
@@ -293,18 +294,10 @@ mod tests {
         machine.write_all(&framed(60)).unwrap();
         network.send(Frame::new(vec![1; 60])).unwrap();
         drop(machine);
-        assert_eq!(carrier.send().unwrap(), Again::WhenWoken);
-        assert!(carrier.unsent.is_empty());
-        assert_eq!(carrier.receive().unwrap(), Again::WhenReadable);
+        assert_eq!(carrier.send().unwrap(), None);
+        assert!(!carrier.is_behind());
         assert!(carrier.receive().is_err());
         assert!(network.recv().is_some());
-    }
-
-    #[test]
-    fn a_socket_has_more_room_for_the_machine_than_it_has_by_default() {
-        let (carrier, _network, machine) = carrier();
-        let room = |socket: &UnixStream| sockopt::socket_send_buffer_size(socket).unwrap();
-        assert!(room(&carrier.socket) > room(&machine), "{}", room(&machine));
     }
 
     #[test]
@@ -316,8 +309,8 @@ mod tests {
         network.send(Frame::unfinished_tcp4(data, 1)).unwrap();
         let mut read = vec![0; CHUNK];
         carrier.send().unwrap();
-        assert!(!carrier.unsent.is_empty() && carrier.unsent.capacity() > 8 * CHUNK);
-        while !carrier.unsent.is_empty() {
+        assert!(carrier.is_behind() && carrier.unsent.capacity() > 8 * CHUNK);
+        while carrier.is_behind() {
             while machine.read(&mut read).is_ok() {}
             carrier.send().unwrap();
         }

@@ -44,8 +44,7 @@ fn serve(stream: ServedStream) {
         socket = Some(fd.as_raw_fd());
         Ok(())
     };
-    stream.watch(watch).unwrap();
-    stream.begin(waker).unwrap();
+    stream.begin(waker, watch).unwrap();
     assert!(socket.is_some());
     loop {
         let _ = rustix::io::read(&*wake, &mut [0; 8]);
