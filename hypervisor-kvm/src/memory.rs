@@ -111,10 +111,11 @@ fn read_into(slice: &VolatileSlice<'_, ()>, file: &File, mut offset: u64) -> io:
 }
 
 fn keep_to_this_process(ram: &Ram) -> io::Result<()> {
+    let (start, len) = ram.mapping();
     // What the guest keeps there is nobody else's: no child process gets a copy, no core dump.
     for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
-        // SAFETY: the region is mapped, and the advice changes nothing for this process.
-        if unsafe { libc::madvise(ram.as_ptr().cast(), ram.len() as usize, advice) } != 0 {
+        // SAFETY: the mapping is the region's own, and the advice changes nothing for this process.
+        if unsafe { libc::madvise(start.cast(), len, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }
     }
@@ -286,6 +287,23 @@ mod tests {
             let ram = memory.iter().next().unwrap();
             assert_eq!((ram.as_ptr() as usize % (2 << 20), ram.len()), (0, 3 << 20));
             memory.write_slice(&[7; 16], GuestAddress((3 << 20) - 16)).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_aligns_memory_is_no_mapping_of_its_own() {
+        let memories: Vec<_> = (0..4).map(|_| allocate(NonZeroU32::new(4).unwrap()).unwrap()).collect();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let address = |text| usize::from_str_radix(text, 16).unwrap();
+        let mapped: Vec<Range<usize>> = (maps.lines())
+            .filter_map(|line| line.split_once(' ')?.0.split_once('-'))
+            .map(|(start, end)| address(start)..address(end))
+            .collect();
+        for memory in &memories {
+            let (start, len) = memory.iter().next().unwrap().mapping();
+            let (start, last) = (start as usize, start as usize + len - 1);
+            let one = mapped.iter().any(|range| range.contains(&start) && range.contains(&last));
+            assert!(one, "{start:x} to {last:x} is several mappings:\n{maps}");
         }
     }
 

@@ -50,6 +50,13 @@ impl Ram {
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.mapping.start
     }
+
+    /// Start and length of the mapping that it lies in, with what aligns it. What is advised of the one is advised of the
+    /// other, or the kernel makes two or three mappings of it and has more to lock for every machine of the process; so
+    /// machines' memories that lie side by side are even one.
+    pub(super) fn mapping(&self) -> (*mut u8, usize) {
+        (self.mapping.whole, self.mapping.whole_len)
+    }
 }
 
 impl GuestMemoryRegion for Ram {
