@@ -19,7 +19,7 @@ use storage_block::{Disk, MemoryDisk, RawFile};
 
 /// How many machines are dropped, unless `KVM_DROPS` says how many: in the lab fewer, where it takes ten times as long.
 const MACHINES: u32 = 1000;
-const IN_LAB: u32 = 200;
+const IN_LAB: u32 = 100;
 
 /// What a machine has of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
