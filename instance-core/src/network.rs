@@ -75,6 +75,9 @@ pub struct Guest<'a> {
     pub placement: &'a NetworkPlacement,
     /// What it was given to do.
     pub user_data: Option<&'a [u8]>,
+    /// The public key that its user logs in with: that of its key pair when it was launched. None of an instance that
+    /// was launched when that was not kept yet.
+    pub public_key: Option<&'a str>,
     /// The mappings by which it has instance store. None are of NVMe disks, which it has whatever is mapped.
     pub instance_store: &'a [BlockDeviceMapping],
 }
@@ -89,12 +92,13 @@ pub struct Guest<'a> {
 ///   [`keep_only`](Self::keep_only), which the region calls when it is opened, releases them.
 /// - A port ends with its machine: an instance that is started again is plugged in again.
 pub trait Network: fmt::Debug + Send + Sync + 'static {
-    /// That a key pair of this name is there for a new instance's user.
+    /// The public key, as OpenSSH writes it, of the key pair of this name: what a new instance keeps, whatever becomes of
+    /// the key pair.
     ///
     /// # Errors
     ///
     /// [`KeyPairNotFound`](crate::ErrorKind::KeyPairNotFound).
-    fn check_key_pair(&self, name: &str) -> Result<()>;
+    fn public_key(&self, name: &str) -> Result<String>;
 
     /// Reserves a place for an instance.
     ///

@@ -149,6 +149,9 @@ pub(crate) struct InstanceRecord {
     pub(crate) direct_boot: Option<BootPlan>,
     /// What its guest is told by its metadata, in base64.
     pub(crate) user_data: Option<String>,
+    /// The public key of its key pair, as its launch found it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) public_key: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
     /// What is mapped to instance store, of which its type may have less; its root device with it, if that is instance
@@ -196,7 +199,8 @@ impl InstanceRecord {
         let store = instance.instance_type.instance_store();
         let served = store.map(|store| store.served(&self.instance_store)).unwrap_or_default();
         let (user_data, instance_store) = (user_data.as_deref(), served.as_slice());
-        tell(Guest { instance, placement, user_data, instance_store }).map(Some)
+        let public_key = self.public_key.as_deref();
+        tell(Guest { instance, placement, user_data, public_key, instance_store }).map(Some)
     }
 }
 

@@ -26,7 +26,7 @@ use instance_core::{
 struct Refusing;
 
 impl Network for Refusing {
-    fn check_key_pair(&self, name: &str) -> Result<()> {
+    fn public_key(&self, name: &str) -> Result<String> {
         Err(Error::new(ErrorKind::KeyPairNotFound, format!("no key pair {name}")))
     }
 

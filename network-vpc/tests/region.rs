@@ -1,31 +1,15 @@
 //! Instances of a region that has a network.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use std::path::Path;
+mod common;
 
-use ami_core::{Ami, X86_64};
-use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{
-    DescribeInstances, DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region, RegionOptions,
-};
-use network_vpc::{Network, NetworkOptions};
-use storage_block::MemoryDisk;
+use common::region::{image, spec};
+use instance_core::testing::FakeHypervisor;
+use instance_core::{DescribeInstances, ErrorKind, Region};
+use network_vpc::Network;
 
-fn open(dir: &Path) -> (Region<FakeHypervisor>, Network) {
-    let name = "eu-west-1".parse().unwrap();
-    let network = NetworkOptions::new().resolver(None).open(&dir.join("network"), &name).unwrap();
-    let options = RegionOptions::new().name(name).network(network.clone());
-    (options.open(dir, FakeHypervisor::new()).unwrap(), network)
-}
-
-fn image(region: &Region<FakeHypervisor>) -> Ami<X86_64> {
-    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
-    let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
-    region.register_image(Ami::<X86_64>::builder("web"), source).unwrap()
-}
-
-fn spec() -> LaunchSpec {
-    LaunchSpec::new("t2.nano".parse().unwrap())
+fn open(dir: &std::path::Path) -> (Region<FakeHypervisor>, Network) {
+    common::region::open(dir, FakeHypervisor::new())
 }
 
 #[test]

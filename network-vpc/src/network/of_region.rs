@@ -31,8 +31,8 @@ impl From<Error> for instance_core::Error {
 }
 
 impl instance_core::network::Network for Network {
-    fn check_key_pair(&self, name: &str) -> Result<()> {
-        Ok(self.key_pair(name).map(drop)?)
+    fn public_key(&self, name: &str) -> Result<String> {
+        Ok(self.key_pair(name)?.public_key)
     }
 
     fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement> {
@@ -90,8 +90,12 @@ impl instance_core::network::Network for Network {
 impl Network {
     fn metadata_of(&self, guest: Guest<'_>) -> Metadata {
         let instance = guest.instance;
-        // Of a key pair that was deleted since, the instance has nothing.
-        let key = instance.key_name.as_deref().and_then(|name| self.key_pair(name).ok());
+        let key = instance.key_name.clone().and_then(|name| {
+            let given = guest.public_key.map(str::to_owned);
+            // Of one that has not been kept there is what its key pair says today.
+            let key = given.or_else(|| Some(self.key_pair(&name).ok()?.public_key))?;
+            Some((name, key))
+        });
         Metadata {
             image_id: Some(instance.image_id),
             instance_type: instance.instance_type.to_string(),
@@ -102,7 +106,7 @@ impl Network {
             architecture: instance.architecture,
             root_device: Some(instance.root_device_name.clone()),
             instance_store: guest.instance_store.iter().filter_map(named_store).collect(),
-            public_keys: key.into_iter().map(|key| (key.name, key.public_key)).collect(),
+            public_keys: key.into_iter().collect(),
             user_data: guest.user_data.map(<[u8]>::to_vec),
             tags: Tags::try_from(instance.tags.clone()).unwrap_or_default(),
             options: instance.metadata_options.clone(),

@@ -1,6 +1,7 @@
 //! A guest without a machine: a TCP/IP stack at the machine's end of a cable.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub(crate) mod region;
 pub(crate) mod setup;
 
 use std::collections::VecDeque;
@@ -16,6 +17,8 @@ use smoltcp::socket::{dhcpv4, tcp, udp};
 use smoltcp::time::Instant as StackInstant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
 
+/// Where a packet's time to live is in a frame.
+const TIME_TO_LIVE: usize = 14 + 8;
 /// The longest packet of a guest's.
 const MTU: usize = 1500;
 /// What a guest has room for each way in a conversation. Where windows are scaled, smoltcp 0.12 to 0.14 ends its thread if
@@ -37,6 +40,8 @@ pub(crate) struct Guest {
     pub(crate) bite: usize,
     /// Frames that were longer than its packets may be.
     pub(crate) long_frames: usize,
+    /// How many hops it is away: packets that are not for so many do not come.
+    pub(crate) hops: u8,
     woken: Receiver<()>,
     began: Instant,
     /// What DHCP gave.
@@ -83,6 +88,7 @@ impl Guest {
             cable,
             bite: usize::MAX,
             long_frames: 0,
+            hops: 1,
             woken,
             began: Instant::now(),
             address: Ipv4Addr::UNSPECIFIED,
@@ -127,7 +133,10 @@ impl Guest {
             let Some(frame) = self.port.recv() else { break };
             assert!(frame.is_taken_by(self.cable.takes), "too much is left to be done to {frame:?}");
             self.long_frames += usize::from(frame.data.len() > MTU + 14);
-            self.cable.inbox.push_back(frame.data);
+            let is_ip = frame.data[12..14] == [8, 0];
+            if !is_ip || frame.data[TIME_TO_LIVE] >= self.hops {
+                self.cable.inbox.push_back(frame.data);
+            }
         }
         self.interface.poll(now, &mut self.cable, &mut self.sockets);
     }
