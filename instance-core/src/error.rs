@@ -66,6 +66,8 @@ pub enum ErrorKind {
     IncorrectInstanceState,
     /// No instance type of that name.
     InvalidInstanceType,
+    /// The instance has not shown the keys of its SSH server.
+    HostKeysUnknown,
     /// The account has no such volume.
     VolumeNotFound,
     /// The volume is attached to an instance.
@@ -209,7 +211,7 @@ impl Error {
             ErrorKind::InvalidInstanceType | ErrorKind::ArchitectureMismatch => "InvalidParameterValue",
             ErrorKind::NotBootable => "ImportFailed.UnsupportedDisk",
             ErrorKind::InstanceNotFound => "InvalidInstanceID.NotFound",
-            ErrorKind::IncorrectInstanceState => "IncorrectInstanceState",
+            ErrorKind::IncorrectInstanceState | ErrorKind::HostKeysUnknown => "IncorrectInstanceState",
             ErrorKind::VolumeNotFound => "InvalidVolume.NotFound",
             ErrorKind::VolumeInUse => "VolumeInUse",
             ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",

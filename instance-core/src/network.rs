@@ -4,14 +4,14 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::{BlockDeviceMapping, InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId, VpcId};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::NetSpec;
 use crate::net::MacAddress;
-use crate::{InstanceDescription, Result};
+use crate::{Error, ErrorKind, InstanceDescription, Result};
 
 /// Where an instance is to be in a network: what [`LaunchSpec`](crate::LaunchSpec) says of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +116,16 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     ///
     /// What the host refused.
     fn plug(&self, guest: Guest<'_>) -> Result<NetSpec>;
+
+    /// Has a port of TCP of an instance reached at an address of the host's, if it is not yet, and says at which.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](crate::ErrorKind::Unsupported), of a network without a way in, or what the host refused.
+    fn reach(&self, placement: &NetworkPlacement, port: u16) -> Result<SocketAddr> {
+        let what = format!("nothing leads to port {port} of {} in this network", placement.private_ip);
+        Err(Error::new(ErrorKind::Unsupported, what))
+    }
 
     /// What is known of a running instance has changed, which its guest may be told.
     fn update(&self, guest: Guest<'_>);

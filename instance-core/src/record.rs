@@ -12,7 +12,7 @@ use crate::InstanceDescription;
 use crate::boot_cache::BootPlan;
 use crate::network::Guest;
 use crate::store::Record;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, NoCloudSeed, Result};
 
 /// The region itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,6 +158,12 @@ pub(crate) struct InstanceRecord {
     /// store.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) instance_store: Vec<BlockDeviceMapping>,
+    /// What it is told by a disk of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) nocloud_seed: Option<NoCloudSeed>,
+    /// The keys by which its SSH server is known, as its console has shown them last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) host_keys: Vec<String>,
     /// Its machine as it was saved, while it hibernates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) saved: Option<SavedRecord>,

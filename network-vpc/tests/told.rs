@@ -6,9 +6,10 @@ mod common;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use ami_core::BlockDeviceMapping;
 use common::Guest;
 use common::region::{Idle, image, open, spec};
-use instance_core::{HttpTokens, MetadataOptions};
+use instance_core::{HttpTokens, LaunchSpec, MetadataOptions};
 
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
@@ -35,8 +36,10 @@ fn a_guest_is_told_what_its_instance_was_launched_with_and_what_became_of_it() {
     let ami = image(&region);
     let key = network.create_key_pair("mine").unwrap().key_pair.public_key;
     let group = network.create_security_group(network.default_vpc().unwrap(), "web", "").unwrap().id;
+    let more = [BlockDeviceMapping::blank("/dev/sdf", 1), BlockDeviceMapping::blank("/dev/sdg", 1)];
     let launch = spec().key_name("mine").security_group(group).user_data("#!/bin/sh\n").tag("Name", "one");
-    let server = region.launch(&ami, launch.metadata_options(options())).unwrap();
+    let launch = more.into_iter().fold(launch.metadata_options(options()), LaunchSpec::block_device);
+    let server = region.launch(&ami, launch).unwrap();
     let now = server.describe();
     let place = now.network.unwrap();
     let (mut guest, _) = machines.guest();
@@ -51,6 +54,8 @@ fn a_guest_is_told_what_its_instance_was_launched_with_and_what_became_of_it() {
         ("meta-data/security-groups", "web".to_owned()),
         ("meta-data/placement/region", "eu-west-1".to_owned()),
         ("meta-data/block-device-mapping/root", "/dev/xvda".to_owned()),
+        ("meta-data/block-device-mapping/", "ami\nebs1\nebs2\nroot".to_owned()),
+        ("meta-data/block-device-mapping/ebs2", "sdg".to_owned()),
         ("meta-data/public-keys/", "0=mine".to_owned()),
         ("meta-data/public-keys/0/openssh-key", key),
         ("meta-data/tags/instance/Name", "one".to_owned()),

@@ -299,6 +299,8 @@ impl Inner {
                 public_key: public_key.clone(),
                 parameters,
                 instance_store: plan::instance_store(&disks),
+                nocloud_seed: spec.nocloud_seed.clone(),
+                host_keys: Vec::new(),
                 saved: None,
             };
             records.push((record, planned, claim));

@@ -44,6 +44,7 @@ fn metadata() -> Metadata {
     for (name, device) in [("ephemeral0", "/dev/sdb"), ("ephemeral1", "xvdc")] {
         metadata.instance_store.push((name.to_owned(), device.to_owned()));
     }
+    metadata.volumes = vec!["/dev/sdf".to_owned(), "xvdg".to_owned()];
     metadata.options.http_tokens = HttpTokens::Optional;
     metadata
 }
@@ -72,7 +73,9 @@ fn get(told: &Told, path: &str) -> Option<String> {
 /// As cloud-init writes a name in a path.
 fn quoted(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-~/:".contains(&byte);
-    name.bytes().map(|byte| if plain(byte) { char::from(byte).into() } else { format!("%{byte:02X}") }).collect()
+    name.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).into() } else { format!("%{byte:02X}") })
+        .collect()
 }
 
 /// Reads a directory and all that is below it as cloud-init does, which goes without all of it if one leaf is refused.
@@ -130,7 +133,9 @@ fn says_what_clients_look_for() {
         ("/latest/meta-data/network/interfaces/macs/06:00:00:00:00:09/vpc-id", "vpc-0123456789abcdef0"),
         ("/latest/meta-data/placement/availability-zone", "us-east-1a"),
         ("/latest/meta-data/hostname", "ip-10-0-0-12.ec2.internal"),
-        ("/latest/meta-data/block-device-mapping/", "ami\nephemeral0\nephemeral1\nroot"),
+        ("/latest/meta-data/block-device-mapping/", "ami\nebs1\nebs2\nephemeral0\nephemeral1\nroot"),
+        ("/latest/meta-data/block-device-mapping/ebs1", "sdf"),
+        ("/latest/meta-data/block-device-mapping/ebs2", "xvdg"),
         ("/latest/meta-data/block-device-mapping/ephemeral0", "sdb"),
         ("/latest/meta-data/block-device-mapping/ephemeral1", "xvdc"),
         ("/latest/meta-data/block-device-mapping/root", "/dev/xvda"),

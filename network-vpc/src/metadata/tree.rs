@@ -123,7 +123,9 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
         put("block-device-mapping/ami", root.clone());
         put("block-device-mapping/root", root.clone());
     }
-    for (name, device) in &metadata.instance_store {
+    let numbered = (1..).zip(&metadata.volumes).map(|(n, device)| (format!("ebs{n}"), device));
+    let named = metadata.instance_store.iter().map(|(name, device)| (name.clone(), device));
+    for (name, device) in numbered.chain(named) {
         // Not the path, unlike that of the root device.
         let device = device.strip_prefix("/dev/").unwrap_or(device);
         put(&format!("block-device-mapping/{name}"), device.to_owned());

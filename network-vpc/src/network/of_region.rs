@@ -1,6 +1,7 @@
 //! The network of a region: a place for each of its instances.
 
 use std::collections::HashSet;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::{BlockDeviceKind, BlockDeviceMapping, InstanceId, NetworkInterfaceId, Tags};
 use instance_core::machine::NetSpec;
@@ -59,6 +60,14 @@ impl instance_core::network::Network for Network {
         Ok(port)
     }
 
+    fn reach(&self, placement: &NetworkPlacement, port: u16) -> Result<SocketAddr> {
+        let id = placement.interface_id;
+        match self.interface(id)?.forwards.get(&port) {
+            Some(at) => Ok(*at),
+            None => Ok(self.forward(id, port, (Ipv4Addr::LOCALHOST, 0).into())?),
+        }
+    }
+
     fn update(&self, guest: Guest<'_>) {
         // It may be about to be unplugged.
         let _ = self.set_metadata(guest.placement.interface_id, Some(self.metadata_of(guest)));
@@ -96,6 +105,7 @@ impl Network {
             let key = given.or_else(|| Some(self.key_pair(&name).ok()?.public_key))?;
             Some((name, key))
         });
+        let volumes = instance.attachments.iter().filter(|a| a.device_name != instance.root_device_name);
         Metadata {
             image_id: Some(instance.image_id),
             instance_type: instance.instance_type.to_string(),
@@ -105,6 +115,7 @@ impl Network {
             owner: Some(instance.owner),
             architecture: instance.architecture,
             root_device: Some(instance.root_device_name.clone()),
+            volumes: volumes.map(|a| a.device_name.clone()).collect(),
             instance_store: guest.instance_store.iter().filter_map(named_store).collect(),
             public_keys: key.into_iter().collect(),
             user_data: guest.user_data.map(<[u8]>::to_vec),

@@ -1,10 +1,11 @@
 //! A guest without a machine: a TCP/IP stack at the machine's end of a cable.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub(crate) mod packets;
 pub(crate) mod region;
 pub(crate) mod setup;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::Ipv4Addr;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -48,6 +49,8 @@ pub(crate) struct Guest {
     pub(crate) address: Ipv4Addr,
     pub(crate) router: Ipv4Addr,
     pub(crate) resolvers: Vec<Ipv4Addr>,
+    /// The options that DHCP told, by their numbers.
+    pub(crate) told: BTreeMap<u8, Vec<u8>>,
     next_port: u16,
 }
 
@@ -94,6 +97,7 @@ impl Guest {
             address: Ipv4Addr::UNSPECIFIED,
             router: Ipv4Addr::UNSPECIFIED,
             resolvers: Vec::new(),
+            told: BTreeMap::new(),
             next_port: 40_000,
         }
     }
@@ -104,17 +108,21 @@ impl Guest {
     }
 
     pub(crate) fn ask_for_address(&mut self) {
-        let handle = self.sockets.add(dhcpv4::Socket::new());
+        let mut socket = dhcpv4::Socket::new();
+        socket.set_receive_packet_buffer(Box::leak(vec![0; MTU].into_boxed_slice()));
+        let handle = self.sockets.add(socket);
         let given = self.until(|guest| match guest.sockets.get_mut::<dhcpv4::Socket<'_>>(handle).poll() {
             Some(dhcpv4::Event::Configured(config)) => {
-                Some((config.address, config.router, config.dns_servers.to_vec()))
+                let packet = config.packet.expect("there is room for it");
+                let told = packet.options().map(|option| (option.kind, option.data.to_vec())).collect();
+                Some((config.address, config.router, config.dns_servers.to_vec(), told))
             }
             _ => None,
         });
-        let (address, router, resolvers) = given.expect("DHCP gives an address");
+        let (address, router, resolvers, told) = given.expect("DHCP gives an address");
         self.sockets.remove(handle);
         self.set_address(address, router.expect("DHCP names a router"));
-        self.resolvers = resolvers;
+        (self.resolvers, self.told) = (resolvers, told);
     }
 
     pub(crate) fn set_address(&mut self, address: Ipv4Cidr, router: Ipv4Addr) {
