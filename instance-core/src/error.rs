@@ -96,6 +96,10 @@ pub enum ErrorKind {
     SubnetFull,
     /// There is no such security group.
     SecurityGroupNotFound,
+    /// There is no such network interface.
+    NetworkInterfaceNotFound,
+    /// Another instance has the network interface.
+    NetworkInterfaceInUse,
     /// Another interface has the address.
     AddressInUse,
     /// An image needs the snapshot.
@@ -226,6 +230,8 @@ impl Error {
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::SubnetFull => "InsufficientFreeAddressesInSubnet",
             ErrorKind::SecurityGroupNotFound => "InvalidGroup.NotFound",
+            ErrorKind::NetworkInterfaceNotFound => "InvalidNetworkInterfaceID.NotFound",
+            ErrorKind::NetworkInterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
             ErrorKind::IncorrectState => "IncorrectState",

@@ -23,6 +23,9 @@ pub struct PlacementRequest {
     pub security_groups: Vec<SecurityGroupId>,
     /// The address; one that is free, if none is named.
     pub private_ip: Option<Ipv4Addr>,
+    /// An interface that is there, in the place of all that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface_id: Option<NetworkInterfaceId>,
 }
 
 impl PlacementRequest {
@@ -100,10 +103,13 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     /// [`KeyPairNotFound`](crate::ErrorKind::KeyPairNotFound).
     fn public_key(&self, name: &str) -> Result<String>;
 
-    /// Reserves a place for an instance.
+    /// Reserves a place for an instance. One at an interface that was there is given back by [`release`](Self::release), and
+    /// stays.
     ///
     /// # Errors
     ///
+    /// [`NetworkInterfaceNotFound`](crate::ErrorKind::NetworkInterfaceNotFound),
+    /// [`NetworkInterfaceInUse`](crate::ErrorKind::NetworkInterfaceInUse),
     /// [`SubnetNotFound`](crate::ErrorKind::SubnetNotFound),
     /// [`SecurityGroupNotFound`](crate::ErrorKind::SecurityGroupNotFound),
     /// [`AddressInUse`](crate::ErrorKind::AddressInUse), [`SubnetFull`](crate::ErrorKind::SubnetFull),

@@ -130,7 +130,7 @@ fn it_is_told_by_a_disk_what_metadata_would_tell() {
     assert!(bytes(&machines.seed().unwrap()) == bytes(&seed));
     server.stop(Duration::ZERO).unwrap();
     server.set_user_data(None).unwrap();
-    drop((server, region));
+    drop((plain, server, region));
     let region = open(dir.path(), &machines);
     let server = region.instances().into_iter().find(|i| i.state().to_string() == "stopped").unwrap();
     server.start().unwrap();

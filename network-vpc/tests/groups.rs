@@ -52,6 +52,21 @@ fn nobody_speaks_for_another() {
     }
 }
 
+/// Where it is switched off, an instance may pass on what others send.
+#[test]
+fn what_passes_on_for_others_is_let_to() {
+    let network = network();
+    let all = Rule::all(Peer::Cidr(anywhere()));
+    let [a, b] = ["a", "b"].map(|name| interface(&network, name, std::slice::from_ref(&all)));
+    let [of_a, of_b] = [&a, &b].map(|i| network.plug(i.id).unwrap().port);
+    let way = Way { macs: [a.mac, ROUTER], addresses: [Ipv4Addr::new(198, 51, 100, 7), b.private_ip] };
+    for (checked, expect) in [(true, 0), (false, 1), (true, 0)] {
+        network.set_source_dest_check(a.id, checked).unwrap();
+        of_a.send(Frame::new(datagram(way, [4000, 9], b"hello"))).unwrap();
+        assert_eq!(came(&of_b), expect, "{checked}");
+    }
+}
+
 #[test]
 fn members_of_the_default_group_talk_to_each_other_and_nobody_else_to_them() {
     let network = network();

@@ -39,6 +39,44 @@ fn an_instance_has_a_place_for_as_long_as_it_is() {
 }
 
 #[test]
+fn an_interface_that_was_there_outlives_its_instances() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let own = network.create_interface(network.interface_spec().unwrap()).unwrap();
+    let server = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    let place = server.describe().network.unwrap();
+    assert_eq!((place.interface_id, place.private_ip, place.mac), (own.id, own.private_ip, own.mac));
+    let taken = network.interface(own.id).unwrap();
+    assert_eq!(taken.instance_id, Some(server.id()));
+    let launch = |spec| region.run_instances(&ami, spec).unwrap_err().code();
+    for (spec, code) in [
+        (spec().network_interface(own.id), "InvalidNetworkInterface.InUse"),
+        (
+            spec().network_interface("eni-0123456789abcdef0".parse().unwrap()),
+            "InvalidNetworkInterfaceID.NotFound",
+        ),
+        (spec().network_interface(own.id).subnet(own.subnet_id), "InvalidParameterCombination"),
+        (spec().network_interface(own.id).security_group(own.groups[0]), "InvalidParameterCombination"),
+        (spec().network_interface(own.id).count(1, 2), "InvalidParameterCombination"),
+    ] {
+        assert_eq!(launch(spec), code);
+    }
+    assert_eq!(network.interfaces(), [taken], "and it is its instance's still");
+    server.stop(std::time::Duration::ZERO).unwrap();
+    server.start().unwrap();
+    server.terminate().unwrap();
+    assert_eq!(network.interfaces(), [own.clone()], "as it was");
+    let next = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    assert_eq!(next.describe().network.unwrap().private_ip, own.private_ip);
+    drop((region, next));
+    // What a crash leaves of one whose instance never came to be.
+    use instance_core::network::Network as _;
+    network.keep_only(&Default::default()).unwrap();
+    assert_eq!(network.interfaces(), [own]);
+}
+
+#[test]
 fn a_launch_into_nothing_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (region, network) = open(dir.path());

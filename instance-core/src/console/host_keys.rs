@@ -34,10 +34,12 @@ impl HostKeys {
     pub(super) fn hear(&mut self, bytes: &[u8]) -> bool {
         let mut changed = false;
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let room = LONGEST_LINE - self.line.len();
+            let (room, before) = (LONGEST_LINE - self.line.len(), self.line.len());
             self.line.extend(&piece[..piece.len().min(room)]);
-            // Who waits for the end of the list finds it, whether or not its line has ended.
-            changed |= self.listed.is_some() && find(&self.line, END).is_some() && self.end_list();
+            // Who waits for the end of the list finds it, whether or not its line has ended. What was there is not searched
+            // again for each character of a long line.
+            let new = &self.line[before.saturating_sub(END.len())..];
+            changed |= self.listed.is_some() && find(new, END).is_some() && self.end_list();
             if piece.ends_with(b"\n") {
                 self.end_line();
             }

@@ -144,6 +144,13 @@ impl Parameters {
             let what = "several instances cannot have one address";
             return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
         }
+        if let Some(interface) = self.placement.interface_id {
+            let alone = PlacementRequest { interface_id: Some(interface), ..PlacementRequest::default() };
+            if max > 1 || self.placement != alone {
+                let what = format!("{interface} is for one instance, and has its subnet, groups and address");
+                return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
+            }
+        }
         LaunchSpec::check_user_data(self.user_data.as_deref())?;
         check_ascii("key name", self.key_name.as_deref(), LaunchSpec::MAX_KEY_NAME)?;
         let tags = Tags::try_from(self.tags.clone())?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use ami_core::{AmiId, BlockDeviceMapping, SecurityGroupId, SubnetId};
+use ami_core::{AmiId, BlockDeviceMapping, NetworkInterfaceId, SecurityGroupId, SubnetId};
 use serde::{Deserialize, Serialize};
 
 use crate::network::PlacementRequest;
@@ -218,6 +218,14 @@ impl LaunchSpec {
         self
     }
 
+    /// The interface of the region's network that it has, of one instance, instead of a new one: with its subnet, groups and
+    /// addresses. It stays when the instance is terminated.
+    #[must_use]
+    pub fn network_interface(mut self, id: NetworkInterfaceId) -> Self {
+        self.placement.interface_id = Some(id);
+        self
+    }
+
     /// A name for this launch: whoever launches again with the same token and parameters gets the instances
     /// of the first time, for as long as one of them is remembered.
     #[must_use]
@@ -261,6 +269,7 @@ impl LaunchSpec {
                 subnet_id: place.subnet_id.or(other_place.subnet_id),
                 security_groups: given(place.security_groups, other_place.security_groups),
                 private_ip: place.private_ip.or(other_place.private_ip),
+                interface_id: place.interface_id.or(other_place.interface_id),
             },
             count: self.count.or(other.count),
             client_token: self.client_token.or(other.client_token),

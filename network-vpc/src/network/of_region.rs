@@ -22,6 +22,8 @@ impl From<Error> for instance_core::Error {
             ErrorKind::SubnetFull => Region::SubnetFull,
             ErrorKind::GroupNotFound => Region::SecurityGroupNotFound,
             ErrorKind::AddressInUse => Region::AddressInUse,
+            ErrorKind::InterfaceNotFound => Region::NetworkInterfaceNotFound,
+            ErrorKind::InterfaceInUse => Region::NetworkInterfaceInUse,
             ErrorKind::KeyPairNotFound => Region::KeyPairNotFound,
             ErrorKind::InvalidAddress | ErrorKind::InvalidParameter => Region::InvalidParameter,
             ErrorKind::Corrupt => Region::Corrupt,
@@ -37,15 +39,20 @@ impl instance_core::network::Network for Network {
     }
 
     fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement> {
-        let mut spec = match request.subnet_id {
-            Some(subnet) => InterfaceSpec::new(subnet),
-            None => self.interface_spec()?,
+        let made = match request.interface_id {
+            Some(id) => self.take_interface(instance, id)?,
+            None => {
+                let spec = match request.subnet_id {
+                    Some(subnet) => InterfaceSpec::new(subnet),
+                    None => self.interface_spec()?,
+                };
+                let mut spec = spec.groups(request.security_groups.iter().copied());
+                if let Some(address) = request.private_ip {
+                    spec = spec.private_ip(address);
+                }
+                self.create_interface_for(Some(instance), spec)?
+            }
         };
-        spec = spec.groups(request.security_groups.iter().copied());
-        if let Some(address) = request.private_ip {
-            spec = spec.private_ip(address);
-        }
-        let made = self.create_interface_for(Some(instance), spec)?;
         let whole = (made.vpc_id, made.subnet_id);
         let mut placement = NetworkPlacement::new(made.id, whole, made.private_ip, made.mac);
         let view = self.model().view(&made, &mut Memberships::default())?;
@@ -74,8 +81,14 @@ impl instance_core::network::Network for Network {
     }
 
     fn release(&self, placement: &NetworkPlacement) -> Result<()> {
-        self.unplug(placement.interface_id);
-        match self.delete_interface(placement.interface_id) {
+        let id = placement.interface_id;
+        self.unplug(id);
+        let released = self.change(|model| {
+            model.interface(id)?;
+            model.give_up(id);
+            Ok(())
+        });
+        match released {
             Err(error) if error.kind() == ErrorKind::InterfaceNotFound => Ok(()),
             released => Ok(released?),
         }
@@ -88,7 +101,7 @@ impl instance_core::network::Network for Network {
             self.change(|model| {
                 let gone: Vec<_> =
                     model.interfaces.values().filter(|there| left(there)).map(|i| i.id).collect();
-                gone.into_iter().for_each(|id| model.remove_interface(id));
+                gone.into_iter().for_each(|id| model.give_up(id));
                 Ok(())
             })?;
         }
