@@ -66,7 +66,7 @@ fn an_interface_that_was_there_outlives_its_instances() {
     server.stop(std::time::Duration::ZERO).unwrap();
     server.start().unwrap();
     server.terminate().unwrap();
-    assert_eq!(network.interfaces(), [own.clone()], "as it was");
+    assert_eq!(network.interfaces(), std::slice::from_ref(&own), "as it was");
     let next = region.launch(&ami, spec().network_interface(own.id)).unwrap();
     assert_eq!(next.describe().network.unwrap().private_ip, own.private_ip);
     drop((region, next));

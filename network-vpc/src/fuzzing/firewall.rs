@@ -107,7 +107,7 @@ impl World {
         }
     }
 
-    fn of<'w>(&'w self, who: usize, way: Direction) -> impl Iterator<Item = &'w Rule> {
+    fn of(&self, who: usize, way: Direction) -> impl Iterator<Item = &Rule> {
         let is_in = self.stations[who].is_in;
         self.rules.iter().filter(move |(group, of, _)| is_in[*group] && *of == way).map(|(_, _, rule)| rule)
     }
