@@ -5,7 +5,10 @@
 //! [virtio console](crate::machine::MachineSpec::virtio_console), which is faster and knows the terminal's size. Output is kept as EC2 keeps it, the last 64 KiB
 //! (`GetConsoleOutput`).
 
+mod host_keys;
 mod reader;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,6 +18,7 @@ use std::time::Instant;
 
 use event_listener::{Event, EventListener, Listener};
 
+use self::host_keys::HostKeys;
 pub use self::reader::ConsoleReader;
 use self::reader::{find, timed_out};
 
@@ -91,6 +95,8 @@ struct State {
     notifier: Option<Notifier>,
     size: ConsoleSize,
     resize_notifier: Option<Notifier>,
+    host_keys: HostKeys,
+    host_keys_notifier: Option<Notifier>,
 }
 
 #[derive(Default)]
@@ -136,6 +142,35 @@ impl Console {
     /// The last 64 KiB that the guest wrote.
     pub fn output(&self) -> Vec<u8> {
         self.0.lock().output.iter().copied().collect()
+    }
+
+    /// The keys by which the guest's SSH server is known, as OpenSSH writes them, without comments: those that the guest
+    /// has shown last, as cloud-init does when it has made them. They are kept however much it writes after them.
+    ///
+    /// ```
+    /// use instance_core::console::Console;
+    ///
+    /// const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl";
+    /// let console = Console::new();
+    /// let shown =
+    ///     format!("-----BEGIN SSH HOST KEY KEYS-----\n{KEY} root@web\n-----END SSH HOST KEY KEYS-----\n");
+    /// console.port().write_output(shown.as_bytes());
+    /// assert_eq!(console.host_keys(), [KEY]);
+    /// ```
+    pub fn host_keys(&self) -> Vec<String> {
+        self.0.lock().host_keys.shown().to_vec()
+    }
+
+    /// Whether the guest has shown others than these.
+    pub(crate) fn has_other_host_keys(&self, than: &[String]) -> bool {
+        let state = self.0.lock();
+        let shown = state.host_keys.shown();
+        !shown.is_empty() && shown != than
+    }
+
+    /// Has `notify` called when the guest has shown other host keys than before, in the thread that writes them.
+    pub(crate) fn set_host_keys_notifier(&self, notify: Notifier) {
+        self.0.lock().host_keys_notifier = Some(notify);
     }
 
     /// How many bytes the guest has ever written.
@@ -256,14 +291,19 @@ impl ConsolePort {
         if bytes.is_empty() {
             return;
         }
-        {
+        let shown = {
             let mut state = self.0.lock();
             state.written += bytes.len() as u64;
             state.output.extend(bytes);
             let surplus = state.output.len().saturating_sub(OUTPUT_KEPT);
             state.output.drain(..surplus);
-        }
+            let has_shown = state.host_keys.hear(bytes);
+            state.host_keys_notifier.clone().filter(|_| has_shown)
+        };
         self.0.output_grew.notify(usize::MAX);
+        if let Some(notify) = shown {
+            notify();
+        }
     }
 
     /// Takes up to `buf.len()` bytes of waiting input without blocking; returns how many.
@@ -308,88 +348,5 @@ impl ConsolePort {
 impl fmt::Debug for ConsolePort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ConsolePort").finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::time::Duration;
-
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_millis(20)
-    }
-
-    #[test]
-    fn output_is_kept_to_the_last_64_kib() {
-        let console = Console::new();
-        console.port().write_output(&vec![b'a'; OUTPUT_KEPT]);
-        console.port().write_output(b"tail");
-        let kept = console.output();
-        assert_eq!(kept.len(), OUTPUT_KEPT);
-        assert!(kept.ends_with(b"atail"));
-        assert_eq!(console.written(), OUTPUT_KEPT as u64 + 4);
-    }
-
-    #[test]
-    fn a_text_is_found_across_two_writes_and_what_follows_is_left() {
-        let console = Console::new();
-        let port = console.port();
-        let mut reader = console.reader();
-        let thread = std::thread::spawn(move || {
-            port.write_output(b"booting... rea");
-            port.write_output(b"dy# more");
-        });
-        let deadline = Instant::now() + Duration::from_secs(10);
-        assert_eq!(reader.wait_for("ready#", deadline).unwrap(), b"booting... ready#");
-        thread.join().unwrap();
-        assert_eq!(reader.read_new(), b" more");
-    }
-
-    #[test]
-    fn waiting_in_vain_names_the_last_line() {
-        let console = Console::new();
-        console.port().write_output(b"Linux\nKernel panic\n\n");
-        let err = console.reader().wait_for("ready", soon()).unwrap_err();
-        assert_eq!(err.kind(), io::ErrorKind::TimedOut);
-        assert!(err.to_string().contains("Kernel panic"), "{err}");
-    }
-
-    #[test]
-    fn input_that_nobody_reads_is_bounded() {
-        let console = Console::new();
-        console.write_all(&vec![0; INPUT_KEPT], soon()).unwrap();
-        assert_eq!(console.write_all(b"x", soon()).unwrap_err().kind(), io::ErrorKind::TimedOut);
-        let mut buf = [0; 100];
-        assert_eq!(console.port().read_input(&mut buf), 100);
-        console.write_all(b"x", soon()).unwrap();
-        assert_eq!(console.port().input_waiting(), INPUT_KEPT - 99);
-    }
-
-    #[test]
-    fn a_resize_is_told_once_to_whoever_wants_to_know() {
-        let console = Console::new();
-        let port = console.port();
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let (seen, reads) = (told.clone(), port.clone());
-        port.set_resize_notifier(Some(Arc::new(move || seen.lock().unwrap().push(reads.size().rows))));
-        for rows in [25, 50, 50, 25] {
-            console.resize(ConsoleSize { columns: 80, rows });
-        }
-        assert_eq!(*told.lock().unwrap(), [50, 25]);
-        port.set_resize_notifier(None);
-        console.resize(ConsoleSize { columns: 1, rows: 1 });
-        assert_eq!((told.lock().unwrap().len(), port.size().columns), (2, 1));
-    }
-
-    #[test]
-    fn readers_do_not_disturb_each_other() {
-        let console = Console::new();
-        let (mut one, mut two) = (console.reader(), console.reader());
-        console.port().write_output(b"ab");
-        assert_eq!(one.read_new(), b"ab");
-        assert_eq!(one.read_new(), b"");
-        assert_eq!(two.read_new(), b"ab");
-        assert_eq!(console.reader_from_now().read_new(), b"");
     }
 }

@@ -66,6 +66,8 @@ pub enum ErrorKind {
     IncorrectInstanceState,
     /// No instance type of that name.
     InvalidInstanceType,
+    /// The instance has not shown the keys of its SSH server.
+    HostKeysUnknown,
     /// The account has no such volume.
     VolumeNotFound,
     /// The volume is attached to an instance.
@@ -94,6 +96,10 @@ pub enum ErrorKind {
     SubnetFull,
     /// There is no such security group.
     SecurityGroupNotFound,
+    /// There is no such network interface.
+    NetworkInterfaceNotFound,
+    /// Another instance has the network interface.
+    NetworkInterfaceInUse,
     /// Another interface has the address.
     AddressInUse,
     /// An image needs the snapshot.
@@ -209,7 +215,7 @@ impl Error {
             ErrorKind::InvalidInstanceType | ErrorKind::ArchitectureMismatch => "InvalidParameterValue",
             ErrorKind::NotBootable => "ImportFailed.UnsupportedDisk",
             ErrorKind::InstanceNotFound => "InvalidInstanceID.NotFound",
-            ErrorKind::IncorrectInstanceState => "IncorrectInstanceState",
+            ErrorKind::IncorrectInstanceState | ErrorKind::HostKeysUnknown => "IncorrectInstanceState",
             ErrorKind::VolumeNotFound => "InvalidVolume.NotFound",
             ErrorKind::VolumeInUse => "VolumeInUse",
             ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",
@@ -224,6 +230,8 @@ impl Error {
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::SubnetFull => "InsufficientFreeAddressesInSubnet",
             ErrorKind::SecurityGroupNotFound => "InvalidGroup.NotFound",
+            ErrorKind::NetworkInterfaceNotFound => "InvalidNetworkInterfaceID.NotFound",
+            ErrorKind::NetworkInterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
             ErrorKind::IncorrectState => "IncorrectState",

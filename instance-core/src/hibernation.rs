@@ -16,7 +16,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use ami_core::InstanceId;
-use rustix::fs::MemfdFlags;
 use storage_block::keys::EncryptionKey;
 use storage_block::{Disk, ErrorKind as BlockErrorKind, RawFile, Volume, VolumeOptions};
 
@@ -26,6 +25,7 @@ use crate::garbage::remove_any;
 use crate::instance::{Cell, Live};
 use crate::lifecycle::{check_ebs_root, check_stoppable};
 use crate::machine::{Machine, MachineErrorKind, MachineState, RestoreSpec, SavedMachine};
+use crate::power::memory_file;
 use crate::record::SavedRecord;
 use crate::region::Inner;
 use crate::{Error, ErrorKind, Instance, InstanceState, Result, Transition};
@@ -247,11 +247,6 @@ fn save_encrypted(machine: &dyn Machine, path: &Path, key: &EncryptionKey) -> Re
     };
     write().map_err(|e| Error::storage(e, format!("cannot write {}", path.display())))?;
     Ok(len)
-}
-
-/// A file that is in memory alone.
-fn memory_file() -> io::Result<File> {
-    Ok(rustix::fs::memfd_create("saved-machine", MemfdFlags::CLOEXEC)?.into())
 }
 
 /// Copies all but the holes to a disk that is empty.

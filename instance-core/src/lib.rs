@@ -83,6 +83,7 @@ mod migrate;
 mod modify;
 pub mod net;
 pub mod network;
+mod nocloud;
 mod options;
 mod power;
 mod record;
@@ -93,6 +94,7 @@ mod sbom;
 mod scrub;
 pub mod shell;
 mod snapshots;
+mod ssh;
 mod state;
 pub mod state_store;
 mod status;
@@ -122,12 +124,14 @@ pub use launch_template::{
     LaunchTemplateVersion, LaunchTemplateVersionSpec, TemplateVersion,
 };
 pub use metadata_options::{HttpTokens, MetadataOptions};
+pub use nocloud::NoCloudSeed;
 pub use options::RegionOptions;
 pub use region::{Region, StateChange};
 #[cfg(feature = "sbom")]
 pub use sbom::{InstalledPackage, SoftwareBill};
 pub use scrub::RegionScrub;
 pub use snapshots::{SnapshotDescription, SnapshotState};
+pub use ssh::SshAccess;
 pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};

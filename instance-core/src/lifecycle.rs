@@ -230,14 +230,15 @@ impl Inner {
         }
     }
 
-    /// Guests have begun to write to their volumes, which are to become durable, and all others of their instances too.
+    /// Guests have begun to write to their volumes, which are to become durable, and all others of their instances too; or
+    /// they have shown their host keys.
     pub(crate) fn settle(&self, ids: &BTreeSet<InstanceId>) {
         for id in ids {
             self.settle_one(*id);
         }
         // From here on a volume that is missing or damaged is not made again.
         if let Err(e) = self.store.commit_later() {
-            tracing::warn!(error = chain(&e), "cannot note that launches are whole");
+            tracing::warn!(error = chain(&e), "cannot note what became of instances");
         }
     }
 
@@ -245,6 +246,13 @@ impl Inner {
         let Some(cell) = self.cells().get(&id).cloned() else { return };
         // Whoever holds the instance tells of it again when done.
         let Some(mut live) = cell.try_hold(self.supervisor.reports()) else { return };
+        if let Some(host_keys) = cell.shown_host_keys(&live.record) {
+            let record = InstanceRecord { host_keys, ..live.record.clone() };
+            match self.store.later(|c| c.put(&record)) {
+                Ok(()) => live.record = record,
+                Err(e) => tracing::warn!(instance = %id, error = chain(&e), "cannot keep host keys"),
+            }
+        }
         if live.record.launched || live.volumes.is_empty() {
             return;
         }

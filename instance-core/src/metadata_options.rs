@@ -72,9 +72,7 @@ impl MetadataOptions {
             let what = format!("a hop limit of {} is not 1 to 64", self.http_put_response_hop_limit);
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
-        // They are paths in the metadata.
-        let odd = |key: &str| key.contains(['/', ' ']) || [".", "..", "_index"].contains(&key);
-        match tags.iter().find(|(key, _)| self.instance_metadata_tags && odd(key)) {
+        match tags.iter().find(|(key, _)| self.instance_metadata_tags && !Self::can_offer(key)) {
             Some((key, _)) => {
                 let what =
                     format!("the tag key {key:?} cannot be offered as metadata: it is no name in a path");
@@ -82,5 +80,25 @@ impl MetadataOptions {
             }
             None => Ok(()),
         }
+    }
+
+    /// Whether a tag of this key can be offered as metadata, where it is a name in a path: of letters and digits of ASCII
+    /// and `+-=.,_:@`, as in EC2; and unlike there no number with a `=` behind it, which cloud-init takes for the name of
+    /// an SSH key, and then finds nothing.
+    ///
+    /// ```
+    /// use instance_core::MetadataOptions;
+    ///
+    /// assert!(MetadataOptions::can_offer("team@example.com"));
+    /// assert!(!MetadataOptions::can_offer("cost center"));
+    /// ```
+    pub fn can_offer(key: &str) -> bool {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "+-=.,_:@".contains(c);
+        let is_number = |text: &str| {
+            text.contains(|c: char| c.is_ascii_digit())
+                && text.chars().all(|c| c.is_ascii_digit() || "+-_".contains(c))
+        };
+        let numbered = key.split_once('=').is_some_and(|(before, _)| is_number(before));
+        !key.is_empty() && key.chars().all(is_plain) && !numbered && ![".", "..", "_index"].contains(&key)
     }
 }

@@ -4,14 +4,14 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::{BlockDeviceMapping, InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId, VpcId};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::NetSpec;
 use crate::net::MacAddress;
-use crate::{InstanceDescription, Result};
+use crate::{Error, ErrorKind, InstanceDescription, Result};
 
 /// Where an instance is to be in a network: what [`LaunchSpec`](crate::LaunchSpec) says of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +23,9 @@ pub struct PlacementRequest {
     pub security_groups: Vec<SecurityGroupId>,
     /// The address; one that is free, if none is named.
     pub private_ip: Option<Ipv4Addr>,
+    /// An interface that is there, in the place of all that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface_id: Option<NetworkInterfaceId>,
 }
 
 impl PlacementRequest {
@@ -75,6 +78,9 @@ pub struct Guest<'a> {
     pub placement: &'a NetworkPlacement,
     /// What it was given to do.
     pub user_data: Option<&'a [u8]>,
+    /// The public key that its user logs in with: that of its key pair when it was launched. None of an instance that
+    /// was launched when that was not kept yet.
+    pub public_key: Option<&'a str>,
     /// The mappings by which it has instance store. None are of NVMe disks, which it has whatever is mapped.
     pub instance_store: &'a [BlockDeviceMapping],
 }
@@ -89,17 +95,21 @@ pub struct Guest<'a> {
 ///   [`keep_only`](Self::keep_only), which the region calls when it is opened, releases them.
 /// - A port ends with its machine: an instance that is started again is plugged in again.
 pub trait Network: fmt::Debug + Send + Sync + 'static {
-    /// That a key pair of this name is there for a new instance's user.
+    /// The public key, as OpenSSH writes it, of the key pair of this name: what a new instance keeps, whatever becomes of
+    /// the key pair.
     ///
     /// # Errors
     ///
     /// [`KeyPairNotFound`](crate::ErrorKind::KeyPairNotFound).
-    fn check_key_pair(&self, name: &str) -> Result<()>;
+    fn public_key(&self, name: &str) -> Result<String>;
 
-    /// Reserves a place for an instance.
+    /// Reserves a place for an instance. One at an interface that was there is given back by [`release`](Self::release), and
+    /// stays.
     ///
     /// # Errors
     ///
+    /// [`NetworkInterfaceNotFound`](crate::ErrorKind::NetworkInterfaceNotFound),
+    /// [`NetworkInterfaceInUse`](crate::ErrorKind::NetworkInterfaceInUse),
     /// [`SubnetNotFound`](crate::ErrorKind::SubnetNotFound),
     /// [`SecurityGroupNotFound`](crate::ErrorKind::SecurityGroupNotFound),
     /// [`AddressInUse`](crate::ErrorKind::AddressInUse), [`SubnetFull`](crate::ErrorKind::SubnetFull),
@@ -112,6 +122,16 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     ///
     /// What the host refused.
     fn plug(&self, guest: Guest<'_>) -> Result<NetSpec>;
+
+    /// Has a port of TCP of an instance reached at an address of the host's, if it is not yet, and says at which.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](crate::ErrorKind::Unsupported), of a network without a way in, or what the host refused.
+    fn reach(&self, placement: &NetworkPlacement, port: u16) -> Result<SocketAddr> {
+        let what = format!("nothing leads to port {port} of {} in this network", placement.private_ip);
+        Err(Error::new(ErrorKind::Unsupported, what))
+    }
 
     /// What is known of a running instance has changed, which its guest may be told.
     fn update(&self, guest: Guest<'_>);

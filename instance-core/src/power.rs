@@ -1,9 +1,12 @@
 //! The machine of an instance: made of its record and its volumes, and ended.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ami_core::{Digest, RootDeviceType};
+use rustix::fs::MemfdFlags;
 use storage_block::{RawFile, Volume};
 
 use crate::attach::disk_of;
@@ -133,7 +136,9 @@ impl Inner {
         let root = live.root.as_ref().map(|root| DiskSpec::new(root.disk(), ROOT_SERIAL));
         let volumes = live.record.description.attachments.iter().zip(&live.volumes);
         let volumes = volumes.map(|(a, v)| disk_of(live, a.volume_id, v));
-        let disks = root.into_iter().chain(volumes).chain(live.instance_store.iter().cloned()).collect();
+        let seed = live.record.nocloud_seed.as_ref().map(|seed| seed.disk(&live.record)).transpose()?;
+        let disks = root.into_iter().chain(volumes).chain(live.instance_store.iter().cloned()).chain(seed);
+        let disks = disks.collect();
         let mut nets: Vec<NetSpec> = self.plug(&live.record)?.into_iter().collect();
         self.limit(&mut nets, live);
         let (port, vsock) = with_vsock.then(vsock::cable).unzip();
@@ -186,10 +191,12 @@ impl Inner {
         made.map(Some).map_err(|e| Error::storage(e, "cannot make the root device"))
     }
 
-    /// Has the supervisor told when the machine ends.
+    /// Has the supervisor told when the machine ends, and when it shows its host keys.
     fn follow_end(&self, cell: &Cell, live: &mut Live, machine: &dyn Machine) {
         live.generation += 1;
-        let (reports, id, generation) = (self.supervisor.reports(), cell.id, live.generation);
+        let (settling, id) = (self.supervisor.reports(), cell.id);
+        cell.console.set_host_keys_notifier(Arc::new(move || settling.unsettled(id)));
+        let (reports, generation) = (self.supervisor.reports(), live.generation);
         machine.state().subscribe(move |state| {
             if state.exit_cause().is_some() {
                 reports.ended(id, generation);
@@ -255,6 +262,11 @@ fn identity(description: &InstanceDescription) -> Identity {
     }
     identity.asset_tag = id;
     identity
+}
+
+/// A file that is in memory alone.
+pub(crate) fn memory_file() -> io::Result<File> {
+    Ok(rustix::fs::memfd_create("instance", MemfdFlags::CLOEXEC)?.into())
 }
 
 pub(crate) fn no_root_volume() -> Error {

@@ -12,7 +12,7 @@ use crate::boot_cache::BootPlan;
 use crate::description::StateReason;
 use crate::network::Guest;
 use crate::store::Record;
-use crate::{Error, ErrorKind, InstanceDescription, InstanceState, Result};
+use crate::{Error, ErrorKind, InstanceDescription, InstanceState, NoCloudSeed, Result};
 
 /// The region itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,12 +149,21 @@ pub(crate) struct InstanceRecord {
     pub(crate) direct_boot: Option<BootPlan>,
     /// What its guest is told by its metadata, in base64.
     pub(crate) user_data: Option<String>,
+    /// The public key of its key pair, as its launch found it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) public_key: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
     /// What is mapped to instance store, of which its type may have less; its root device with it, if that is instance
     /// store.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) instance_store: Vec<BlockDeviceMapping>,
+    /// What it is told by a disk of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) nocloud_seed: Option<NoCloudSeed>,
+    /// The keys by which its SSH server is known, as its console has shown them last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) host_keys: Vec<String>,
     /// Its machine as it was saved, while it hibernates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) saved: Option<SavedRecord>,
@@ -209,7 +218,8 @@ impl InstanceRecord {
         let store = instance.instance_type.instance_store();
         let served = store.map(|store| store.served(&self.instance_store)).unwrap_or_default();
         let (user_data, instance_store) = (user_data.as_deref(), served.as_slice());
-        tell(Guest { instance, placement, user_data, instance_store }).map(Some)
+        let public_key = self.public_key.as_deref();
+        tell(Guest { instance, placement, user_data, public_key, instance_store }).map(Some)
     }
 }
 

@@ -3,7 +3,7 @@
 //! A machine tells of its end in one of its own threads, where nothing may wait; so the message goes
 //! to a thread, which moves the instance on: a guest that powered off is stopped or terminated, one
 //! that rebooted gets a new machine. Another makes the volumes of launches durable once their guests write to them, so
-//! that no end of a machine waits for the disk.
+//! that no end of a machine waits for the disk, and keeps the host keys that consoles show.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,7 +16,7 @@ use ami_core::InstanceId;
 
 use crate::region::Inner;
 
-/// For how long instances are gathered whose volumes are made durable together.
+/// For how long instances are gathered of which something is made durable together.
 const GATHER: Duration = Duration::from_secs(1);
 
 /// What the first thread is told.
@@ -32,7 +32,7 @@ pub(crate) enum Message {
 #[derive(Debug, Clone)]
 pub(crate) struct Reports {
     ended: Sender<Message>,
-    written: Arc<Written>,
+    unsettled: Arc<Unsettled>,
 }
 
 impl Reports {
@@ -42,9 +42,10 @@ impl Reports {
         let _ = self.ended.send(Message::Ended(id, generation));
     }
 
-    /// A volume of an instance is on the disk now, and none is known to be durable.
-    pub(crate) fn written(&self, id: InstanceId) {
-        self.written.add(id);
+    /// Something of an instance is to become durable: a volume of its launch is on the disk now, or its console has shown
+    /// its host keys.
+    pub(crate) fn unsettled(&self, id: InstanceId) {
+        self.unsettled.add(id);
     }
 }
 
@@ -57,13 +58,13 @@ pub(crate) struct Supervisor {
 impl Supervisor {
     pub(crate) fn new() -> (Self, Receiver<Message>) {
         let (ended, receiver) = mpsc::channel();
-        (Self { reports: Reports { ended, written: Arc::default() }, threads: Mutex::default() }, receiver)
+        (Self { reports: Reports { ended, unsettled: Arc::default() }, threads: Mutex::default() }, receiver)
     }
 
     pub(crate) fn start(&self, receiver: Receiver<Message>, region: Weak<Inner>) -> io::Result<()> {
-        let (written, of_volumes) = (self.reports.written.clone(), region.clone());
+        let (unsettled, of_volumes) = (self.reports.unsettled.clone(), region.clone());
         let settle = move || {
-            while let Some(ids) = written.gather() {
+            while let Some(ids) = unsettled.gather() {
                 match of_volumes.upgrade() {
                     Some(region) => region.settle(&ids),
                     None => return,
@@ -94,7 +95,7 @@ impl Supervisor {
     pub(crate) fn stop(&self) {
         // A thread that has ended already listens no more.
         let _ = self.reports.ended.send(Message::Close);
-        self.reports.written.close();
+        self.reports.unsettled.close();
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         // A watcher that is told in such a thread may drop the last handle of a region.
         if threads.iter().any(|t| t.thread().id() == thread::current().id()) {
@@ -106,9 +107,9 @@ impl Supervisor {
     }
 }
 
-/// The instances whose volumes were written since their launch, and are not known to be durable.
+/// The instances of which something is not known to be durable.
 #[derive(Debug, Default)]
-struct Written {
+struct Unsettled {
     state: Mutex<Gathered>,
     changed: Condvar,
 }
@@ -119,7 +120,7 @@ struct Gathered {
     closed: bool,
 }
 
-impl Written {
+impl Unsettled {
     // Nothing that is done under the lock panics half way.
     fn lock(&self) -> MutexGuard<'_, Gathered> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -26,12 +26,16 @@ use instance_core::{
 struct Refusing;
 
 impl Network for Refusing {
-    fn check_key_pair(&self, name: &str) -> Result<()> {
+    fn public_key(&self, name: &str) -> Result<String> {
         Err(Error::new(ErrorKind::KeyPairNotFound, format!("no key pair {name}")))
     }
 
     fn place(&self, _: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement> {
         let kind = match request {
+            PlacementRequest { interface_id: Some(id), .. } if *id == gone("eni") => {
+                ErrorKind::NetworkInterfaceNotFound
+            }
+            PlacementRequest { interface_id: Some(_), .. } => ErrorKind::NetworkInterfaceInUse,
             PlacementRequest { subnet_id: Some(_), .. } => ErrorKind::SubnetNotFound,
             PlacementRequest { private_ip: Some(_), .. } => ErrorKind::AddressInUse,
             PlacementRequest { security_groups, .. } if !security_groups.is_empty() => {
@@ -209,6 +213,9 @@ fn of_networks(raised: &mut Raised, dir: &std::path::Path) {
     raised.by("InvalidGroup.NotFound", launch(nano().security_group(gone::<SecurityGroupId>("sg"))));
     raised.by("InvalidIPAddress.InUse", launch(nano().private_ip([10, 0, 0, 9].into())));
     raised.by("InsufficientFreeAddressesInSubnet", launch(nano()));
+    let interface = |id| launch(nano().network_interface(id));
+    raised.by("InvalidNetworkInterfaceID.NotFound", interface(gone("eni")));
+    raised.by("InvalidNetworkInterface.InUse", interface("eni-00000000000000001".parse().unwrap()));
     assert!(region.instances().is_empty());
 }
 

@@ -87,8 +87,6 @@ pub enum ErrorKind {
     KeyPairDuplicate,
     /// A text is no public key of a kind that can be used.
     InvalidKeyFormat,
-    /// An instance has not shown its host keys.
-    HostKeysUnknown,
     /// The state on disk cannot be read.
     Corrupt,
     /// The host refused or failed.
@@ -167,7 +165,6 @@ impl Error {
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::KeyPairDuplicate => "InvalidKeyPair.Duplicate",
             ErrorKind::InvalidKeyFormat => "InvalidKey.Format",
-            ErrorKind::HostKeysUnknown => "IncorrectInstanceState",
             ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
         }
     }

@@ -38,7 +38,8 @@
 //!   it a subnet reaches its [route table](Network::create_route) says; the VPC that is there from the beginning has a
 //!   gateway and a route to it. [Elastic IP addresses](Network::allocate_address) are addresses of the host's, at which
 //!   the ports of TCP and UDP are reached that rules name. How many sockets all guests have open together is
-//!   [bounded](NetworkOptions::sockets).
+//!   [bounded](NetworkOptions::sockets). Pings go out where the host lets its users send them, which on Linux is for those
+//!   whose group is within `net.ipv4.ping_group_range`; where it does not, no answer comes.
 //! - **Services**: DHCP, a resolver at the VPC's second address and at 169.254.169.253, and metadata at
 //!   169.254.169.254, each guest's own.
 //!
@@ -89,7 +90,6 @@ mod network;
 mod packet;
 mod port;
 mod routing;
-mod ssh;
 mod switch;
 
 pub use elastic::{Association, ElasticAddress};
@@ -100,4 +100,3 @@ pub use metadata::Metadata;
 pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
 pub use network::{DhcpOptions, DhcpSettings, InterfaceSpec, Network, NetworkOptions};
 pub use routing::{InternetGateway, Route, RouteState, RouteTable};
-pub use ssh::SshAccess;

@@ -91,9 +91,12 @@ pub struct NetworkInterface {
     pub groups: Vec<SecurityGroupId>,
     /// Whether it may send and receive only what is from and to its own address.
     pub source_dest_check: bool,
-    /// The instance that it was made for, with which it goes.
+    /// The instance that has it. It goes with one that it was made for, and not with one that was launched with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance_id: Option<InstanceId>,
+    /// Whether it was there before that instance, and stays.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) stays: bool,
     /// Where on the host its ports are reached.
     pub forwards: BTreeMap<u16, SocketAddr>,
     /// For which of its ports the host's was chosen and not asked for.
@@ -209,6 +212,14 @@ impl Model {
     /// The addresses that interfaces have.
     pub(crate) fn all_addresses(&self) -> impl Iterator<Item = (VpcId, Ipv4Addr)> + '_ {
         self.interfaces.values().flat_map(|there| there.addresses().map(|address| (there.vpc_id, address)))
+    }
+
+    /// Takes an interface from its instance, with which it goes unless it stays.
+    pub(crate) fn give_up(&mut self, id: NetworkInterfaceId) {
+        match self.interfaces.get_mut(&id) {
+            Some(there) if there.stays => (there.instance_id, there.stays) = (None, false),
+            _ => self.remove_interface(id),
+        }
     }
 
     /// Removes an interface, with what leads to it.

@@ -172,10 +172,6 @@ fn of_options_and_keys(raised: &mut Raised) {
     let malformed = network.import_key_pair("other", "ssh-ed25519 AAAA");
     raised.by(ErrorKind::InvalidKeyFormat, "InvalidKey.Format", malformed);
     raised.by(ErrorKind::InvalidParameter, "InvalidParameterValue", network.create_key_pair(""));
-
-    let interface = network.create_interface(network.interface_spec().unwrap()).unwrap();
-    let not_shown = network.ssh(interface.id, "debian", b"Debian GNU/Linux 12 ip-172-31-0-4 ttyS0");
-    raised.by(ErrorKind::HostKeysUnknown, "IncorrectInstanceState", not_shown);
 }
 
 fn of_the_host(raised: &mut Raised) {

@@ -12,7 +12,6 @@ use common::setup::{anywhere, boot, interface, network, own_address};
 use common::{Guest, PATIENCE, SILENCE, assert_reaches, reaches, together};
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
-use instance_core::net::Frame;
 use network_vpc::{Direction, InterfaceSpec, Metadata, Network, NetworkOptions, Peer, Rule};
 use smoltcp::socket::tcp;
 
@@ -86,26 +85,6 @@ fn subnets_are_routed_and_vpcs_are_apart() {
     let mut c = Guest::boot(network.plug(stranger.id).unwrap());
     assert_eq!(c.address, b.address);
     assert_cut_off(&mut c, &mut a, 80);
-}
-
-#[test]
-fn nobody_speaks_for_another() {
-    let network = network();
-    let (_, mut a) = boot(&network, "a", &[]);
-    let (_, mut b) = boot(&network, "b", &[Rule::all(Peer::Cidr(anywhere()))]);
-    let own = (a.address, a.router);
-    // With another's address; and, below, with another's hardware address.
-    a.set_address(smoltcp::wire::Ipv4Cidr::new(Ipv4Addr::new(172, 31, 0, 99), 20), own.1);
-    assert_cut_off(&mut a, &mut b, 80);
-    a.set_address(smoltcp::wire::Ipv4Cidr::new(own.0, 20), own.1);
-    assert_reaches(&mut a, &mut b, 80);
-    let mut frame = vec![0; 60];
-    frame[..6].copy_from_slice(&b.mac.0);
-    frame[6..12].copy_from_slice(&[2, 9, 9, 9, 9, 9]);
-    frame[12..14].copy_from_slice(&[8, 0]);
-    while b.port.recv().is_some() {}
-    a.port.send(Frame::new(frame)).unwrap();
-    assert_eq!(b.port.recv(), None);
 }
 
 #[test]

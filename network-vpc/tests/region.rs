@@ -1,31 +1,15 @@
 //! Instances of a region that has a network.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use std::path::Path;
+mod common;
 
-use ami_core::{Ami, X86_64};
-use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{
-    DescribeInstances, DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region, RegionOptions,
-};
-use network_vpc::{Network, NetworkOptions};
-use storage_block::MemoryDisk;
+use common::region::{image, spec};
+use instance_core::testing::FakeHypervisor;
+use instance_core::{DescribeInstances, ErrorKind, Region};
+use network_vpc::Network;
 
-fn open(dir: &Path) -> (Region<FakeHypervisor>, Network) {
-    let name = "eu-west-1".parse().unwrap();
-    let network = NetworkOptions::new().resolver(None).open(&dir.join("network"), &name).unwrap();
-    let options = RegionOptions::new().name(name).network(network.clone());
-    (options.open(dir, FakeHypervisor::new()).unwrap(), network)
-}
-
-fn image(region: &Region<FakeHypervisor>) -> Ami<X86_64> {
-    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
-    let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
-    region.register_image(Ami::<X86_64>::builder("web"), source).unwrap()
-}
-
-fn spec() -> LaunchSpec {
-    LaunchSpec::new("t2.nano".parse().unwrap())
+fn open(dir: &std::path::Path) -> (Region<FakeHypervisor>, Network) {
+    common::region::open(dir, FakeHypervisor::new())
 }
 
 #[test]
@@ -52,6 +36,44 @@ fn an_instance_has_a_place_for_as_long_as_it_is() {
     assert_eq!(server.describe().network.as_ref(), Some(&place));
     server.terminate().unwrap();
     assert!(network.interfaces().is_empty());
+}
+
+#[test]
+fn an_interface_that_was_there_outlives_its_instances() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let own = network.create_interface(network.interface_spec().unwrap()).unwrap();
+    let server = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    let place = server.describe().network.unwrap();
+    assert_eq!((place.interface_id, place.private_ip, place.mac), (own.id, own.private_ip, own.mac));
+    let taken = network.interface(own.id).unwrap();
+    assert_eq!(taken.instance_id, Some(server.id()));
+    let launch = |spec| region.run_instances(&ami, spec).unwrap_err().code();
+    for (spec, code) in [
+        (spec().network_interface(own.id), "InvalidNetworkInterface.InUse"),
+        (
+            spec().network_interface("eni-0123456789abcdef0".parse().unwrap()),
+            "InvalidNetworkInterfaceID.NotFound",
+        ),
+        (spec().network_interface(own.id).subnet(own.subnet_id), "InvalidParameterCombination"),
+        (spec().network_interface(own.id).security_group(own.groups[0]), "InvalidParameterCombination"),
+        (spec().network_interface(own.id).count(1, 2), "InvalidParameterCombination"),
+    ] {
+        assert_eq!(launch(spec), code);
+    }
+    assert_eq!(network.interfaces(), [taken], "and it is its instance's still");
+    server.stop(std::time::Duration::ZERO).unwrap();
+    server.start().unwrap();
+    server.terminate().unwrap();
+    assert_eq!(network.interfaces(), std::slice::from_ref(&own), "as it was");
+    let next = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    assert_eq!(next.describe().network.unwrap().private_ip, own.private_ip);
+    drop((region, next));
+    // What a crash leaves of one whose instance never came to be.
+    use instance_core::network::Network as _;
+    network.keep_only(&Default::default()).unwrap();
+    assert_eq!(network.interfaces(), [own]);
 }
 
 #[test]

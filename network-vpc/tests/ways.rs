@@ -107,17 +107,42 @@ fn dhcp_says_what_the_vpcs_options_say() {
     let network = network();
     let vpc = network.default_vpc().unwrap();
     let servers = [Ipv4Addr::new(10, 0, 0, 53), Ipv4Addr::new(10, 0, 0, 54)];
-    let settings = DhcpSettings::default().domain_name("corp.example.com").domain_name_servers(servers);
+    let of_time = [Ipv4Addr::new(169, 254, 169, 123)];
+    let settings = DhcpSettings::default()
+        .domain_name("corp.example.com")
+        .domain_name_servers(servers)
+        .ntp_servers(of_time);
     let made = network.create_dhcp_options(settings).unwrap();
     network.associate_dhcp_options(vpc, Some(made.id)).unwrap();
     assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "DependencyViolation");
-    let guest = Guest::boot(network.plug(open_interface(&network).id).unwrap());
+    // The numbers are IANA's, "BOOTP Vendor Extensions and DHCP Options".
+    let check = |interface: &NetworkInterface, guest: &Guest, expect: &[(u8, &[u8])]| {
+        let name = interface.private_host_name();
+        let always: [(u8, &[u8]); 6] = [
+            (1, &[255, 255, 240, 0]),
+            (3, &[172, 31, 0, 1]),
+            (12, name.as_bytes()),
+            (26, &1500u16.to_be_bytes()),
+            (51, &3600u32.to_be_bytes()),
+            (54, &[172, 31, 0, 1]),
+        ];
+        for (number, expect) in always.iter().chain(expect) {
+            assert_eq!(guest.told.get(number).map(Vec::as_slice), Some(*expect), "option {number}");
+        }
+    };
+    let interface = open_interface(&network);
+    let guest = Guest::boot(network.plug(interface.id).unwrap());
     assert_eq!(guest.resolvers, servers);
+    let names = [10, 0, 0, 53, 10, 0, 0, 54];
+    check(&interface, &guest, &[(6, &names), (15, b"corp.example.com"), (42, &[169, 254, 169, 123])]);
     network.associate_dhcp_options(vpc, None).unwrap();
     network.delete_dhcp_options(made.id).unwrap();
     assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "InvalidDhcpOptionID.NotFound");
-    let guest = Guest::boot(network.plug(open_interface(&network).id).unwrap());
+    let interface = open_interface(&network);
+    let guest = Guest::boot(network.plug(interface.id).unwrap());
     assert_eq!(guest.resolvers, [Ipv4Addr::new(172, 31, 0, 2)]);
+    check(&interface, &guest, &[(6, &[172, 31, 0, 2]), (15, b"eu-west-1.compute.internal")]);
+    assert_eq!(guest.told.get(&42), None, "nobody is named whom to ask for the time");
     let five = DhcpSettings::default().ntp_servers([servers[0]; 5]);
     assert_eq!(network.create_dhcp_options(five).unwrap_err().code(), "InvalidParameterValue");
 }

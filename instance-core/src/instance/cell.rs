@@ -18,7 +18,7 @@ use crate::status::Boot;
 use crate::supervisor::Reports;
 use crate::vsock::Vsock;
 use crate::watch::Publisher;
-use crate::{Error, ErrorKind, Result, Transition};
+use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
 /// What all handles of an instance share.
 #[derive(Debug)]
@@ -93,7 +93,7 @@ impl Cell {
     /// Waits for whatever else is done to the instance, then holds it.
     pub(crate) fn hold(&self, reports: Reports) -> Hold<'_> {
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        Hold { id: self.id, live: Some(live), reports }
+        Hold { cell: self, live: Some(live), reports }
     }
 
     /// Holds the instance if nothing else is done to it.
@@ -103,14 +103,24 @@ impl Cell {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
-        Some(Hold { id: self.id, live: Some(live), reports })
+        Some(Hold { cell: self, live: Some(live), reports })
+    }
+
+    /// The host keys that its console has shown and that its record is to say, if it does not.
+    pub(crate) fn shown_host_keys(&self, record: &InstanceRecord) -> Option<Vec<String>> {
+        // What never ran, and what is gone, has no record that stays.
+        let stays = [InstanceState::Running, InstanceState::Stopping, InstanceState::Stopped];
+        let state = record.description.state;
+        let others = stays.contains(&state) && self.console.has_other_host_keys(&record.host_keys);
+        others.then(|| self.console.host_keys())
     }
 
     /// Lets go of machine and volumes, and of a root device that ends with the machine, when the region is closed. Gives the
-    /// record if that says now that the volumes of its launch are durable.
+    /// record if that says more now: that the volumes of its launch are durable, or its host keys.
     pub(crate) fn release(&self, paths: &Paths) -> Option<InstanceRecord> {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         let launched = live.record.launched;
+        let shown = self.shown_host_keys(&live.record);
         if let Err(e) = live.end_machine() {
             tracing::error!(instance = %self.id, error = chain(&e), "what an instance had written is lost");
         }
@@ -121,7 +131,9 @@ impl Cell {
                 tracing::warn!(instance = %self.id, error = chain(&e), "cannot remove a root device");
             }
         }
-        (live.record.launched != launched).then(|| live.record.clone())
+        let changed = live.record.launched != launched || shown.is_some();
+        live.record.host_keys = shown.unwrap_or_else(|| std::mem::take(&mut live.record.host_keys));
+        changed.then(|| live.record.clone())
     }
 }
 
@@ -212,9 +224,9 @@ fn words(by: Transition) -> &'static str {
 /// The right to act on an instance.
 ///
 /// While it is held the supervisor leaves the instance alone, so a machine that ends meanwhile is
-/// reported again when the hold is given up, as is one whose volumes were written and are not known to be durable.
+/// reported again when the hold is given up, as is one of which something is not known to be durable.
 pub(crate) struct Hold<'a> {
-    id: InstanceId,
+    cell: &'a Cell,
     live: Option<MutexGuard<'a, Live>>,
     reports: Reports,
 }
@@ -242,16 +254,17 @@ impl std::ops::DerefMut for Hold<'_> {
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
         let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
-        let unsettled = !self.record.launched && self.volumes.iter().any(Volume::has_files);
+        let unsettled = !self.record.launched && self.volumes.iter().any(Volume::has_files)
+            || self.cell.shown_host_keys(&self.record).is_some();
         self.live = None;
         if unsettled {
-            self.reports.written(self.id);
+            self.reports.unsettled(self.cell.id);
         }
         // Looked at only after the lock is free: an end after this look finds the supervisor able
         // to act on it.
         if let Some((state, generation)) = watched {
             if state.get().exit_cause().is_some() {
-                self.reports.ended(self.id, generation);
+                self.reports.ended(self.cell.id, generation);
             }
         }
     }

@@ -89,7 +89,7 @@ impl Inner {
             When::Now => options.create_unsynced(&dir, base.as_ref(), record.size),
             When::Written(instance) => {
                 let reports = self.supervisor.reports();
-                let told = move || reports.written(instance);
+                let told = move || reports.unsettled(instance);
                 options.create_on_write(&dir, base.as_ref(), record.size, told)
             }
         };

@@ -236,7 +236,7 @@ impl Inner {
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
         self.check_contents(owner, &disks, spec)?;
         self.check_keys(&disks)?;
-        self.check_network(spec)?;
+        let public_key = self.check_network(spec)?;
         if spec.hibernation {
             self.can_save().map_err(|what| Error::new(ErrorKind::UnsupportedHibernation, what))?;
         }
@@ -297,8 +297,11 @@ impl Inner {
                 launched: planned.is_empty(),
                 direct_boot: direct_boot.clone(),
                 user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
+                public_key: public_key.clone(),
                 parameters,
                 instance_store: plan::instance_store(&disks),
+                nocloud_seed: spec.nocloud_seed.clone(),
+                host_keys: Vec::new(),
                 saved: None,
                 ended: None,
             };

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::LaunchSpec;
 use crate::network::PlacementRequest;
-use crate::{Error, ErrorKind, InstanceType, MetadataOptions, Result, ShutdownBehavior};
+use crate::{Error, ErrorKind, InstanceType, MetadataOptions, NoCloudSeed, Result, ShutdownBehavior};
 
 /// What is launched, and with what.
 #[derive(Debug, Clone)]
@@ -38,6 +38,8 @@ pub(super) struct Parameters {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(super) hibernation: bool,
     pub(super) metadata_options: MetadataOptions,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) nocloud_seed: Option<NoCloudSeed>,
     #[serde(skip_serializing_if = "PlacementRequest::is_default")]
     pub(super) placement: PlacementRequest,
 }
@@ -72,6 +74,7 @@ impl Launch {
             stop_protection: spec.stop_protection.unwrap_or_default(),
             hibernation: spec.hibernation.unwrap_or_default(),
             metadata_options: spec.metadata_options.unwrap_or_default(),
+            nocloud_seed: spec.nocloud_seed,
             placement: spec.placement,
         };
         let image = spec.image_id.ok_or_else(|| missing("image"))?;
@@ -110,6 +113,7 @@ impl LaunchSpec {
         if let Some(options) = &self.metadata_options {
             options.check(&tags)?;
         }
+        self.nocloud_seed.as_ref().map_or(Ok(()), NoCloudSeed::check)?;
         check_devices(&self.block_devices)
     }
 
@@ -140,10 +144,18 @@ impl Parameters {
             let what = "several instances cannot have one address";
             return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
         }
+        if let Some(interface) = self.placement.interface_id {
+            let alone = PlacementRequest { interface_id: Some(interface), ..PlacementRequest::default() };
+            if max > 1 || self.placement != alone {
+                let what = format!("{interface} is for one instance, and has its subnet, groups and address");
+                return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
+            }
+        }
         LaunchSpec::check_user_data(self.user_data.as_deref())?;
         check_ascii("key name", self.key_name.as_deref(), LaunchSpec::MAX_KEY_NAME)?;
         let tags = Tags::try_from(self.tags.clone())?;
         self.metadata_options.check(&tags)?;
+        self.nocloud_seed.as_ref().map_or(Ok(()), NoCloudSeed::check)?;
         check_devices(&self.block_devices)?;
         Ok(Checked { volume_tags: Tags::try_from(self.volume_tags.clone())? })
     }

@@ -17,15 +17,15 @@ pub(super) struct Places<'a> {
 }
 
 impl Inner {
-    /// Checks what a launch asks of the network.
-    pub(super) fn check_network(&self, spec: &Parameters) -> Result<()> {
+    /// Checks what a launch asks of the network. Gives the public key of its key pair, if the network has one.
+    pub(super) fn check_network(&self, spec: &Parameters) -> Result<Option<String>> {
         match (&self.network, &spec.key_name) {
             (None, _) if !spec.placement.is_default() => {
                 let what = "the region has no network, and so no subnets, groups and addresses";
                 Err(Error::new(ErrorKind::Unsupported, what))
             }
-            (Some(network), Some(key)) => network.check_key_pair(key),
-            _ => Ok(()),
+            (Some(network), Some(key)) => network.public_key(key).map(Some),
+            _ => Ok(None),
         }
     }
 

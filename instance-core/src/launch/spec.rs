@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use ami_core::{AmiId, BlockDeviceMapping, SecurityGroupId, SubnetId};
+use ami_core::{AmiId, BlockDeviceMapping, NetworkInterfaceId, SecurityGroupId, SubnetId};
 use serde::{Deserialize, Serialize};
 
 use crate::network::PlacementRequest;
-use crate::{InstanceType, MetadataOptions, ShutdownBehavior};
+use crate::{InstanceType, MetadataOptions, NoCloudSeed, ShutdownBehavior};
 
 /// What to launch an image with, or a part of it: what a [launch template](crate::LaunchTemplateVersion) keeps, and
 /// what a launch says beside one.
@@ -63,6 +63,9 @@ pub struct LaunchSpec {
     pub hibernation: Option<bool>,
     /// How the metadata is offered.
     pub metadata_options: Option<MetadataOptions>,
+    /// What it is told by a disk of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nocloud_seed: Option<NoCloudSeed>,
     /// Where it is to be in the region's network.
     pub placement: PlacementRequest,
     /// How many at least and at most; of a launch alone, as is what follows.
@@ -187,6 +190,13 @@ impl LaunchSpec {
         self
     }
 
+    /// Tells it by a small disk beside its own what metadata tells where there is a network.
+    #[must_use]
+    pub fn nocloud_seed(mut self, seed: NoCloudSeed) -> Self {
+        self.nocloud_seed = Some(seed);
+        self
+    }
+
     /// The subnet of the region's network; the default one, unless this says otherwise.
     #[must_use]
     pub fn subnet(mut self, id: SubnetId) -> Self {
@@ -205,6 +215,14 @@ impl LaunchSpec {
     #[must_use]
     pub fn private_ip(mut self, address: Ipv4Addr) -> Self {
         self.placement.private_ip = Some(address);
+        self
+    }
+
+    /// The interface of the region's network that it has, of one instance, instead of a new one: with its subnet, groups and
+    /// addresses. It stays when the instance is terminated.
+    #[must_use]
+    pub fn network_interface(mut self, id: NetworkInterfaceId) -> Self {
+        self.placement.interface_id = Some(id);
         self
     }
 
@@ -246,10 +264,12 @@ impl LaunchSpec {
             stop_protection: self.stop_protection.or(other.stop_protection),
             hibernation: self.hibernation.or(other.hibernation),
             metadata_options: self.metadata_options.or(other.metadata_options),
+            nocloud_seed: self.nocloud_seed.or(other.nocloud_seed),
             placement: PlacementRequest {
                 subnet_id: place.subnet_id.or(other_place.subnet_id),
                 security_groups: given(place.security_groups, other_place.security_groups),
                 private_ip: place.private_ip.or(other_place.private_ip),
+                interface_id: place.interface_id.or(other_place.interface_id),
             },
             count: self.count.or(other.count),
             client_token: self.client_token.or(other.client_token),

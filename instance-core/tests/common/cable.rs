@@ -26,8 +26,8 @@ impl Cable {
 }
 
 impl Network for Cable {
-    fn check_key_pair(&self, _: &str) -> Result<()> {
-        Ok(())
+    fn public_key(&self, _: &str) -> Result<String> {
+        Ok("ssh-ed25519 AAAA".to_owned())
     }
 
     fn place(&self, _: InstanceId, _: &PlacementRequest) -> Result<NetworkPlacement> {

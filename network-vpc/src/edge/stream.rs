@@ -359,9 +359,7 @@ fn serve(session: &mut Session, guest: &mut tcp::Socket<'_>, port: &Port) -> boo
         if heard == 0 {
             session.hear(&[], || port.told());
         }
-        if let Some(hops) = session.hops() {
-            guest.set_hop_limit(Some(hops));
-        }
+        guest.set_hop_limit(session.hops());
         let mut said = 0;
         while guest.can_send() && !session.answer().is_empty() {
             match guest.send_slice(session.answer()) {

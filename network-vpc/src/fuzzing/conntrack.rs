@@ -303,7 +303,7 @@ fn with_port(number: u8, destination: u16) -> Transport {
     }
 }
 
-fn covers(rule: &Rule, transport: &Transport) -> bool {
+pub(super) fn covers(rule: &Rule, transport: &Transport) -> bool {
     let protocol = match rule.protocol {
         Protocol::Any => true,
         Protocol::Tcp => transport.number() == 6,

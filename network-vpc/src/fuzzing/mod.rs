@@ -2,23 +2,26 @@
 //! Each checks more than that nothing panics. Not part of the public interface.
 
 mod conntrack;
+mod firewall;
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use hickory_proto::op::Message;
 use instance_core::HttpTokens;
+use instance_core::console::Console;
 use instance_core::net::{Checksum, Frame, MacAddress, Offloads, Protocol, Segmentation};
 
 use smoltcp::wire::{EthernetProtocol, Ipv4Packet};
 
 pub use self::conntrack::conntrack;
+pub use self::firewall::firewall;
 use crate::firewall::{Conntrack, Members, Peer, Policy, Rule};
 use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Session, Told};
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::switch::{self, ROUTER_MAC, Verdict, View};
-use crate::{answer, dns, ssh};
+use crate::{answer, dns};
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
 const MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 9]);
@@ -204,10 +207,17 @@ pub fn fragments(bytes: &[u8]) {
     }
 }
 
-/// A guest that writes to its console. What is taken for its host keys are keys, one a line and few.
+/// A guest that writes to its console. What is taken for its host keys are keys, one a line and few, and the same however
+/// it comes.
 pub fn host_keys(bytes: &[u8]) {
-    let keys = ssh::host_keys(bytes);
+    let heard = |size| {
+        let console = Console::new();
+        bytes.chunks(size).for_each(|piece| console.port().write_output(piece));
+        console.host_keys()
+    };
+    let keys = heard(bytes.len().max(1));
     assert!(keys.len() <= 16);
+    assert!(keys == heard(1) && keys == heard(7), "{keys:?}");
     for key in keys {
         assert!(!key.contains(['\n', '\r']) && ssh_key::PublicKey::from_openssh(&key).is_ok(), "{key:?}");
     }
@@ -221,6 +231,7 @@ mod tests {
         let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
         for target in [
             "vpc_conntrack",
+            "vpc_firewall",
             "vpc_switch",
             "vpc_dhcp",
             "vpc_dns",
@@ -234,6 +245,7 @@ mod tests {
                 let bytes = std::fs::read(seed.unwrap().path()).unwrap();
                 for len in (0..=bytes.len()).step_by(8).chain([bytes.len()]) {
                     super::conntrack(&bytes[..len]);
+                    super::firewall(&bytes[..len]);
                     super::switch(&bytes[..len]);
                     super::dhcp(&bytes[..len]);
                     super::dns(&bytes[..len]);

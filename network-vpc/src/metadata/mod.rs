@@ -45,6 +45,8 @@ pub struct Metadata {
     pub architecture: Architecture,
     /// The name of its root device, such as `/dev/xvda`.
     pub root_device: Option<String>,
+    /// The names of the devices that its volumes are, but for the root device.
+    pub volumes: Vec<String>,
     /// The names of its disks of instance store, such as `ephemeral0`, with the names of the devices that they are.
     pub instance_store: Vec<(String, String)>,
     /// The names and the texts of the keys that may log in, as OpenSSH writes them.
@@ -70,6 +72,7 @@ impl Metadata {
             owner: None,
             architecture: Architecture::X86_64,
             root_device: None,
+            volumes: Vec::new(),
             instance_store: Vec::new(),
             public_keys: Vec::new(),
             user_data: None,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use instance_core::HttpTokens;
+use percent_encoding::percent_decode_str;
 
 use super::tree::{self, Found};
 use super::{Metadata, Secret};
@@ -11,9 +12,6 @@ use crate::switch::View;
 /// The most bytes of a request, and of its headers the most lines.
 const LONGEST: usize = 16 << 10;
 const HEADERS: usize = 64;
-
-/// Over how many hops an answer goes that is no token.
-const HOPS: u8 = 64;
 
 const TTL_HEADER: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN_HEADER: &str = "x-aws-ec2-metadata-token";
@@ -32,7 +30,7 @@ pub(crate) struct Told {
 pub(crate) struct Session {
     heard: Vec<u8>,
     answer: Vec<u8>,
-    /// Over how many hops the answer goes, if that has changed.
+    /// Over how many hops answers go at most, once there was one that may be a token.
     hops: Option<u8>,
     over: bool,
 }
@@ -86,15 +84,25 @@ impl Session {
                 Ok(Some((request, len))) => {
                     self.heard.drain(..len);
                     self.over = request.close;
-                    self.write(respond(&request, &told()), request.close);
-                    let hops = told().metadata.map_or(HOPS, |m| m.options.http_put_response_hop_limit);
-                    self.hops = Some(if request.method == "PUT" { hops } else { HOPS });
+                    let told = told();
+                    if let ("PUT", Some(metadata)) = (&*request.method, &told.metadata) {
+                        self.limit(metadata.options.http_put_response_hop_limit);
+                    }
+                    self.write(respond(&request, &told), request.close);
                 }
                 Ok(None) if self.heard.len() <= LONGEST => return,
                 Ok(None) => self.refuse("431 Request Header Fields Too Large"),
                 Err(()) => self.refuse("400 Bad Request"),
             }
         }
+    }
+
+    /// From here on nothing goes further. Never again more than once: what was not acknowledged is sent again by what holds
+    /// then, and who is out of a token's reach gets nothing of what follows it in the stream either.
+    fn limit(&mut self, hops: u8) {
+        // A packet for nobody would be of no use.
+        let hops = hops.max(1);
+        self.hops = Some(self.hops.map_or(hops, |before| before.min(hops)));
     }
 
     fn refuse(&mut self, status: &'static str) {
@@ -126,9 +134,9 @@ impl Session {
         self.answer.drain(..len.min(self.answer.len()));
     }
 
-    /// Over how many hops the answers go from now on, if that changes.
-    pub(crate) fn hops(&mut self) -> Option<u8> {
-        self.hops.take()
+    /// Over how many hops the answers go at most; over as many as packets do, unless it says otherwise.
+    pub(crate) fn hops(&self) -> Option<u8> {
+        self.hops
     }
 
     /// Whether nothing follows the answer.
@@ -191,7 +199,9 @@ fn respond(request: &Request, told: &Told) -> Answer {
                 }
                 None => {}
             }
-            let mut answer = match tree::find(path, metadata, &told.view) {
+            // Clients write what has a meaning in paths as its number, and some of what has none.
+            let found = percent_decode_str(path).decode_utf8().ok();
+            let mut answer = match found.and_then(|path| tree::find(&path, metadata, &told.view)) {
                 Some(Found::Text(text)) => Answer::new("200 OK", "text/plain", text),
                 Some(Found::Bytes(bytes)) => Answer::new("200 OK", "application/octet-stream", bytes),
                 None => Answer::refusal("404 Not Found"),

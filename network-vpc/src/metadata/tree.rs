@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+use instance_core::MetadataOptions;
 use serde_json::json;
 
 use super::Metadata;
@@ -58,7 +59,9 @@ pub(crate) fn find(path: &str, metadata: &Metadata, view: &View) -> Option<Found
 
 /// The keys' numbers and names, which is not how other directories are listed.
 fn keys(metadata: &Metadata) -> Option<String> {
-    let names = metadata.public_keys.iter().enumerate().map(|(n, (name, _))| format!("{n}={name}"));
+    // What ends in a slash would be taken for a directory.
+    let name = |name: &str| name.trim_end_matches('/').to_owned();
+    let names = metadata.public_keys.iter().enumerate().map(|(n, (key, _))| format!("{n}={}", name(key)));
     let names: Vec<_> = names.collect();
     (!names.is_empty()).then(|| names.join("\n"))
 }
@@ -120,7 +123,9 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
         put("block-device-mapping/ami", root.clone());
         put("block-device-mapping/root", root.clone());
     }
-    for (name, device) in &metadata.instance_store {
+    let numbered = (1..).zip(&metadata.volumes).map(|(n, device)| (format!("ebs{n}"), device));
+    let named = metadata.instance_store.iter().map(|(name, device)| (name.clone(), device));
+    for (name, device) in numbered.chain(named) {
         // Not the path, unlike that of the root device.
         let device = device.strip_prefix("/dev/").unwrap_or(device);
         put(&format!("block-device-mapping/{name}"), device.to_owned());
@@ -129,7 +134,7 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
         put(&format!("public-keys/{n}/openssh-key"), key.clone());
     }
     if metadata.options.instance_metadata_tags {
-        for (key, value) in metadata.tags.iter() {
+        for (key, value) in metadata.tags.iter().filter(|(key, _)| MetadataOptions::can_offer(key)) {
             put(&format!("tags/instance/{key}"), value.to_owned());
         }
     }

@@ -8,14 +8,14 @@ use ami_core::NetworkInterfaceId;
 
 use super::{Network, Plugged};
 use crate::edge::{Carrier, Entrance, Forward, Listener};
-use crate::{Error, NetworkInterface, Result, SshAccess};
+use crate::{Error, NetworkInterface, Result};
 
 /// Where an interface's Elastic IP addresses are listened at, and the address of the interface that each leads to.
 pub(crate) type ElasticOffers = BTreeMap<(Carrier, SocketAddr), Ipv4Addr>;
 
 impl Network {
-    /// Has a port of an interface reached at an address of the host's, and says which: with port 0, a free one is
-    /// taken. It stays so when the network is opened again, but for one that was not asked for: if that is taken by
+    /// Has a port of TCP of an interface reached at an address of the host's, and says which: with port 0, a free one is
+    /// taken. What comes in by UDP comes to an [Elastic IP address](Self::allocate_address). It stays so when the network is opened again, but for one that was not asked for: if that is taken by
     /// then, the instance is plugged in with another, which [`interface`](Self::interface) says.
     ///
     /// Clients get in whom the interface's groups let in, by their own addresses. The guest sees those of
@@ -53,35 +53,6 @@ impl Network {
             plugged.edge.listen(forwarded(listener, Entrance { at, port, to: None }));
         }
         Ok(at)
-    }
-
-    /// What a user has to know to log in to an instance, of which the interface and the console's output are given: its
-    /// SSH server is reached where port 22 is [forwarded](Self::forward), which it is at a free port of 127.0.0.1 if it
-    /// was not before. Who gets in is up to the interface's groups.
-    ///
-    /// ```no_run
-    /// # fn log_in(network: network_vpc::Network, instance: instance_core::Instance) -> Result<(), Box<dyn std::error::Error>> {
-    /// let place = instance.describe().network.ok_or("it is in no network")?;
-    /// let access = network.ssh(place.interface_id, "debian", &instance.console().output())?;
-    /// println!("ssh {}", access.destination().join(" "));
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`HostKeysUnknown`](crate::ErrorKind::HostKeysUnknown) until the console has shown them, as cloud-init does,
-    /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound),
-    /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter) for what is no user's name, or what the host refused.
-    pub fn ssh(&self, id: NetworkInterfaceId, user: &str, console: &[u8]) -> Result<SshAccess> {
-        let free = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut access = SshAccess::new(free, user, console)?;
-        let there = self.interface(id)?.forwards.get(&22).copied();
-        access.at = match there {
-            Some(at) => at,
-            None => self.forward(id, 22, free)?,
-        };
-        Ok(access)
     }
 
     /// Takes that back. Conversations go on.

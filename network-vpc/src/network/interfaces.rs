@@ -99,11 +99,41 @@ impl Network {
                 groups,
                 source_dest_check,
                 instance_id,
+                stays: false,
                 forwards,
                 chosen_forwards,
             };
             model.interfaces.insert(id, made.clone());
             Ok(made)
+        })
+    }
+
+    /// Gives an interface that is there to an instance.
+    pub(super) fn take_interface(
+        &self,
+        instance: InstanceId,
+        id: NetworkInterfaceId,
+    ) -> Result<NetworkInterface> {
+        self.change(|model| {
+            let interface = model.interface_mut(id)?;
+            if let Some(other) = interface.instance_id {
+                return Err(Error::new(ErrorKind::InterfaceInUse, format!("{other} has {id}")));
+            }
+            (interface.instance_id, interface.stays) = (Some(instance), true);
+            Ok(interface.clone())
+        })
+    }
+
+    /// Whether an interface may send only what is from its own addresses: not so one of an instance that passes on what
+    /// others send. In force when this returns.
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), or what the host refused.
+    pub fn set_source_dest_check(&self, id: NetworkInterfaceId, on: bool) -> Result<()> {
+        self.change(|model| {
+            model.interface_mut(id)?.source_dest_check = on;
+            Ok(())
         })
     }
 

@@ -1,6 +1,7 @@
 //! The network of a region: a place for each of its instances.
 
 use std::collections::HashSet;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::{BlockDeviceKind, BlockDeviceMapping, InstanceId, NetworkInterfaceId, Tags};
 use instance_core::machine::NetSpec;
@@ -21,6 +22,8 @@ impl From<Error> for instance_core::Error {
             ErrorKind::SubnetFull => Region::SubnetFull,
             ErrorKind::GroupNotFound => Region::SecurityGroupNotFound,
             ErrorKind::AddressInUse => Region::AddressInUse,
+            ErrorKind::InterfaceNotFound => Region::NetworkInterfaceNotFound,
+            ErrorKind::InterfaceInUse => Region::NetworkInterfaceInUse,
             ErrorKind::KeyPairNotFound => Region::KeyPairNotFound,
             ErrorKind::InvalidAddress | ErrorKind::InvalidParameter => Region::InvalidParameter,
             ErrorKind::Corrupt => Region::Corrupt,
@@ -31,20 +34,25 @@ impl From<Error> for instance_core::Error {
 }
 
 impl instance_core::network::Network for Network {
-    fn check_key_pair(&self, name: &str) -> Result<()> {
-        Ok(self.key_pair(name).map(drop)?)
+    fn public_key(&self, name: &str) -> Result<String> {
+        Ok(self.key_pair(name)?.public_key)
     }
 
     fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement> {
-        let mut spec = match request.subnet_id {
-            Some(subnet) => InterfaceSpec::new(subnet),
-            None => self.interface_spec()?,
+        let made = match request.interface_id {
+            Some(id) => self.take_interface(instance, id)?,
+            None => {
+                let spec = match request.subnet_id {
+                    Some(subnet) => InterfaceSpec::new(subnet),
+                    None => self.interface_spec()?,
+                };
+                let mut spec = spec.groups(request.security_groups.iter().copied());
+                if let Some(address) = request.private_ip {
+                    spec = spec.private_ip(address);
+                }
+                self.create_interface_for(Some(instance), spec)?
+            }
         };
-        spec = spec.groups(request.security_groups.iter().copied());
-        if let Some(address) = request.private_ip {
-            spec = spec.private_ip(address);
-        }
-        let made = self.create_interface_for(Some(instance), spec)?;
         let whole = (made.vpc_id, made.subnet_id);
         let mut placement = NetworkPlacement::new(made.id, whole, made.private_ip, made.mac);
         let view = self.model().view(&made, &mut Memberships::default())?;
@@ -59,14 +67,28 @@ impl instance_core::network::Network for Network {
         Ok(port)
     }
 
+    fn reach(&self, placement: &NetworkPlacement, port: u16) -> Result<SocketAddr> {
+        let id = placement.interface_id;
+        match self.interface(id)?.forwards.get(&port) {
+            Some(at) => Ok(*at),
+            None => Ok(self.forward(id, port, (Ipv4Addr::LOCALHOST, 0).into())?),
+        }
+    }
+
     fn update(&self, guest: Guest<'_>) {
         // It may be about to be unplugged.
         let _ = self.set_metadata(guest.placement.interface_id, Some(self.metadata_of(guest)));
     }
 
     fn release(&self, placement: &NetworkPlacement) -> Result<()> {
-        self.unplug(placement.interface_id);
-        match self.delete_interface(placement.interface_id) {
+        let id = placement.interface_id;
+        self.unplug(id);
+        let released = self.change(|model| {
+            model.interface(id)?;
+            model.give_up(id);
+            Ok(())
+        });
+        match released {
             Err(error) if error.kind() == ErrorKind::InterfaceNotFound => Ok(()),
             released => Ok(released?),
         }
@@ -79,7 +101,7 @@ impl instance_core::network::Network for Network {
             self.change(|model| {
                 let gone: Vec<_> =
                     model.interfaces.values().filter(|there| left(there)).map(|i| i.id).collect();
-                gone.into_iter().for_each(|id| model.remove_interface(id));
+                gone.into_iter().for_each(|id| model.give_up(id));
                 Ok(())
             })?;
         }
@@ -90,8 +112,13 @@ impl instance_core::network::Network for Network {
 impl Network {
     fn metadata_of(&self, guest: Guest<'_>) -> Metadata {
         let instance = guest.instance;
-        // Of a key pair that was deleted since, the instance has nothing.
-        let key = instance.key_name.as_deref().and_then(|name| self.key_pair(name).ok());
+        let key = instance.key_name.clone().and_then(|name| {
+            let given = guest.public_key.map(str::to_owned);
+            // Of one that has not been kept there is what its key pair says today.
+            let key = given.or_else(|| Some(self.key_pair(&name).ok()?.public_key))?;
+            Some((name, key))
+        });
+        let volumes = instance.attachments.iter().filter(|a| a.device_name != instance.root_device_name);
         Metadata {
             image_id: Some(instance.image_id),
             instance_type: instance.instance_type.to_string(),
@@ -101,8 +128,9 @@ impl Network {
             owner: Some(instance.owner),
             architecture: instance.architecture,
             root_device: Some(instance.root_device_name.clone()),
+            volumes: volumes.map(|a| a.device_name.clone()).collect(),
             instance_store: guest.instance_store.iter().filter_map(named_store).collect(),
-            public_keys: key.into_iter().map(|key| (key.name, key.public_key)).collect(),
+            public_keys: key.into_iter().collect(),
             user_data: guest.user_data.map(<[u8]>::to_vec),
             tags: Tags::try_from(instance.tags.clone()).unwrap_or_default(),
             options: instance.metadata_options.clone(),

@@ -1,9 +1,11 @@
 //! A guest without a machine: a TCP/IP stack at the machine's end of a cable.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub(crate) mod packets;
+pub(crate) mod region;
 pub(crate) mod setup;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::Ipv4Addr;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -16,6 +18,8 @@ use smoltcp::socket::{dhcpv4, tcp, udp};
 use smoltcp::time::Instant as StackInstant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
 
+/// Where a packet's time to live is in a frame.
+const TIME_TO_LIVE: usize = 14 + 8;
 /// The longest packet of a guest's.
 const MTU: usize = 1500;
 /// What a guest has room for each way in a conversation. Where windows are scaled, smoltcp 0.12 to 0.14 ends its thread if
@@ -37,12 +41,16 @@ pub(crate) struct Guest {
     pub(crate) bite: usize,
     /// Frames that were longer than its packets may be.
     pub(crate) long_frames: usize,
+    /// How many hops it is away: packets that are not for so many do not come.
+    pub(crate) hops: u8,
     woken: Receiver<()>,
     began: Instant,
     /// What DHCP gave.
     pub(crate) address: Ipv4Addr,
     pub(crate) router: Ipv4Addr,
     pub(crate) resolvers: Vec<Ipv4Addr>,
+    /// The options that DHCP told, by their numbers.
+    pub(crate) told: BTreeMap<u8, Vec<u8>>,
     next_port: u16,
 }
 
@@ -83,11 +91,13 @@ impl Guest {
             cable,
             bite: usize::MAX,
             long_frames: 0,
+            hops: 1,
             woken,
             began: Instant::now(),
             address: Ipv4Addr::UNSPECIFIED,
             router: Ipv4Addr::UNSPECIFIED,
             resolvers: Vec::new(),
+            told: BTreeMap::new(),
             next_port: 40_000,
         }
     }
@@ -98,17 +108,21 @@ impl Guest {
     }
 
     pub(crate) fn ask_for_address(&mut self) {
-        let handle = self.sockets.add(dhcpv4::Socket::new());
+        let mut socket = dhcpv4::Socket::new();
+        socket.set_receive_packet_buffer(Box::leak(vec![0; MTU].into_boxed_slice()));
+        let handle = self.sockets.add(socket);
         let given = self.until(|guest| match guest.sockets.get_mut::<dhcpv4::Socket<'_>>(handle).poll() {
             Some(dhcpv4::Event::Configured(config)) => {
-                Some((config.address, config.router, config.dns_servers.to_vec()))
+                let packet = config.packet.expect("there is room for it");
+                let told = packet.options().map(|option| (option.kind, option.data.to_vec())).collect();
+                Some((config.address, config.router, config.dns_servers.to_vec(), told))
             }
             _ => None,
         });
-        let (address, router, resolvers) = given.expect("DHCP gives an address");
+        let (address, router, resolvers, told) = given.expect("DHCP gives an address");
         self.sockets.remove(handle);
         self.set_address(address, router.expect("DHCP names a router"));
-        self.resolvers = resolvers;
+        (self.resolvers, self.told) = (resolvers, told);
     }
 
     pub(crate) fn set_address(&mut self, address: Ipv4Cidr, router: Ipv4Addr) {
@@ -127,7 +141,10 @@ impl Guest {
             let Some(frame) = self.port.recv() else { break };
             assert!(frame.is_taken_by(self.cable.takes), "too much is left to be done to {frame:?}");
             self.long_frames += usize::from(frame.data.len() > MTU + 14);
-            self.cable.inbox.push_back(frame.data);
+            let is_ip = frame.data[12..14] == [8, 0];
+            if !is_ip || frame.data[TIME_TO_LIVE] >= self.hops {
+                self.cable.inbox.push_back(frame.data);
+            }
         }
         self.interface.poll(now, &mut self.cable, &mut self.sockets);
     }

@@ -3,6 +3,7 @@
 //! A stock Debian with cloud-init is launched into a network with a key pair, a security group and user data; what
 //! is checked is what its users see: the page over a forwarded port, the session of the system's `ssh`.
 
+mod offline;
 mod ssh;
 mod user_data;
 
@@ -46,7 +47,8 @@ pub(crate) fn run(args: &EmployeeDirectoryArgs) -> Result<ExitCode> {
     let disk = cloud::ensure(false)?;
     let dir = tempfile::tempdir().context("cannot make a directory for the region")?;
     whole(dir.path(), hypervisor, &disk)?;
-    println!("three servers served the directory, and nobody else got in");
+    offline::run(&dir.path().join("offline"), choose(args.hypervisor, |_| {})?, &disk)?;
+    println!("three servers served the directory; with another key and from another address nobody got in");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -74,34 +76,51 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path) -> Result<()>
 
     let spec = || Ok::<_, anyhow::Error>(hardware()?.security_group(group).key_name("operator"));
     let data = BlockDeviceMapping::blank("/dev/xvdb", 1);
-    let with_data = spec()?.block_device(data).user_data(user_data::cloud_config());
+    let with_data = spec()?.block_device(data).user_data(user_data::of_first());
     let first = step("launching the first instance", || launch(&region, &network, &ami, with_data))?;
     step("waiting for its page", || wait_for_page(&first))?;
     step("adding an employee with a photo", || add_employee(dir, &first))?;
-    let shell = step("reading its host keys off the console", || {
-        let console = first.instance.console();
-        console.reader().wait_for(ssh::KEYS_END, Instant::now() + PATIENCE)?;
-        let place = first.instance.describe().network.context("the instance has no place in the network")?;
-        Ssh::new(dir, &network, place.interface_id, &key.private_key, &console.output())
-    })?;
+    let identity = ssh::keep_identity(dir.join("identity"), &key.private_key)?;
+    let shell = step("reading its host keys off the console", || log_in(dir, &first, &identity))?;
     step("logging in and installing a package", || {
         ensure!(shell.run("cloud-id")?.trim() == "aws", "cloud-init does not take this for EC2");
         shell.run("sudo apt-get install -y --no-install-recommends hello >&2 && hello").map(drop)
     })?;
+    step("trying another key, and another address", || {
+        let stranger = network.create_key_pair("stranger")?;
+        let with_key = shell.refusal_of(&ssh::keep_identity(dir.join("stranger"), &stranger.private_key)?)?;
+        ensure!(with_key.contains("Permission denied"), "another key is refused otherwise: {with_key}");
+        // Where no rule lets them in they do not come as far as that.
+        let from_there = shell.refusal_from("127.0.0.2")?;
+        let is_shut_out = from_there.contains("Connection closed") || from_there.contains("Connection reset");
+        ensure!(is_shut_out, "another address is refused otherwise: {from_there}");
+        Ok(())
+    })?;
+    step("stopping and starting it", || {
+        first_boots(&shell, "first\n").context("at its first boot")?;
+        first.instance.stop(PATIENCE)?;
+        Ok(first.instance.start()?)
+    })?;
+    step("waiting for its page", || wait_for_page(&first))?;
+    let shell = log_in(dir, &first, &identity)?;
+    first_boots(&shell, "first\n").context("at its second boot")?;
     let mut session = shell.echo()?;
 
     let created = step("making an image of it", || Ok(first.instance.create_image("employee-directory")?))?;
     let image = created.ami.typed::<X86_64>()?;
     let more = step("launching two more", || {
-        let launched = [0, 1].map(|_| launch(&region, &network, &image, spec()?));
-        let [one, other] = launched;
-        Ok([one?, other?])
+        let with_script = spec()?.user_data(user_data::first_boot("twin"));
+        let one = launch(&region, &network, &image, with_script)?;
+        Ok([one, launch(&region, &network, &image, spec()?)?])
     })?;
     for server in &more {
         step("waiting for its page", || wait_for_page(server))?;
         let page = curl(&[&format!("http://{}/", server.web)])?;
         ensure!(page.contains("Ada Lovelace"), "{} has other employees: {page}", server.instance.id());
     }
+    step("seeing what the script of one of them did", || {
+        first_boots(&log_in(dir, &more[0], &identity)?, "first\ntwin\n")
+    })?;
     step("closing port 80", || {
         network.revoke(group, web)?;
         for server in more.iter().chain([&first]) {
@@ -134,6 +153,31 @@ fn launch(
     let web = network.forward(place.interface_id, 80, free)?;
     eprintln!("    {} is {}: http://{web}/", instance.id(), place.private_ip);
     Ok(Server { instance, web })
+}
+
+/// A way into a server, once it has shown its host keys.
+fn log_in(dir: &Path, server: &Server, identity: &Path) -> Result<Ssh> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut console = server.instance.console().reader();
+    loop {
+        match Ssh::new(dir, &server.instance, identity) {
+            Err(e) if is_unknown(&e) => console.read(deadline).map(drop)?,
+            known => return known,
+        }
+    }
+}
+
+/// Whether an instance has not shown its host keys yet.
+fn is_unknown(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<instance_core::Error>();
+    error.is_some_and(|e| e.kind() == instance_core::ErrorKind::HostKeysUnknown)
+}
+
+/// That the scripts that an instance was given have left these lines, when it has done all that it was given to do.
+fn first_boots(shell: &Ssh, expect: &str) -> Result<()> {
+    let lines = shell.run(&format!("cloud-init status --wait >&2; cat {}", user_data::FIRST_BOOTS))?;
+    ensure!(lines == expect, "its scripts have left {lines:?}, not {expect:?}");
+    Ok(())
 }
 
 fn wait_for_page(server: &Server) -> Result<()> {

@@ -6,8 +6,29 @@ use serde_json::{Value, json};
 /// Where the data is mounted.
 pub(super) const DATA: &str = "/srv/employee-directory";
 
+/// To which file the scripts of [`first_boot`] add a line.
+pub(super) const FIRST_BOOTS: &str = "/var/log/first-boots";
+
+/// Between the parts.
+const BOUNDARY: &str = "a-part-of-the-user-data";
+
+/// A script that leaves a line at each of its runs.
+pub(super) fn first_boot(line: &str) -> String {
+    format!("#!/bin/sh\necho {line} >> {FIRST_BOOTS}\n")
+}
+
+/// All that the first instance is given: the configuration and a script, as parts of one message (RFC 2046).
+pub(super) fn of_first() -> String {
+    let part = |kind: &str, content: &str| {
+        format!("--{BOUNDARY}\r\nContent-Type: text/{kind}; charset=\"utf-8\"\r\n\r\n{content}\r\n")
+    };
+    let head = format!("MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=\"{BOUNDARY}\"\r\n\r\n");
+    let parts = part("cloud-config", &cloud_config()) + &part("x-shellscript", &first_boot("first"));
+    head + &parts + &format!("--{BOUNDARY}--\r\n")
+}
+
 /// The cloud-config, which is YAML, and so may be JSON.
-pub(super) fn cloud_config() -> String {
+fn cloud_config() -> String {
     let file = |path: &str, content: &str| json!({ "path": path, "content": content });
     let config: Value = json!({
         "fs_setup": [{ "device": "/dev/vdb", "filesystem": "ext4", "label": "data", "overwrite": false }],
