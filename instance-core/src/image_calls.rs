@@ -167,12 +167,12 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) without the permission
-    /// to copy it, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
+    /// to copy it, and for an image with a product code, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping) for a device at which the image has no
     /// content, or what the host met.
     pub fn image_disk(&self, id: AmiId, device: &str) -> Result<Disk> {
         let image = self.inner.image(id)?.image;
-        image.authorize(self.account(), Action::Copy)?;
+        image.authorize(self.account(), Action::Export)?;
         let manifest = image.ami().manifest();
         let named = device.parse::<DeviceName>().ok();
         let same = |mapping: &&BlockDeviceMapping| {
@@ -188,7 +188,8 @@ impl<H> Region<H> {
         Ok(self.inner.content(&content)?.disk())
     }
 
-    /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else names go.
+    /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else
+    /// names go. Its id is not used again, also if the same is registered anew.
     ///
     /// ```
     /// # use ami_core::{Ami, X86_64};
@@ -279,6 +280,7 @@ impl Inner {
         let needed = self.has_instances(id)?;
         self.store.commit(|c| {
             c.remove::<ImageRecord>(id);
+            self.put_used(c, &image)?;
             if needed { c.put(&FormerImage(image.clone())) } else { Ok(()) }
         })?;
         drop(naming);

@@ -61,6 +61,7 @@ mod boot_cache;
 mod capacity;
 pub mod console;
 mod copy_image;
+mod create_image;
 mod describe;
 mod description;
 mod directory;
@@ -69,6 +70,7 @@ mod forget;
 mod garbage;
 mod hibernation;
 mod image_calls;
+mod image_ids;
 mod image_source;
 mod images;
 mod instance;
@@ -85,6 +87,7 @@ pub mod net;
 pub mod network;
 mod options;
 mod power;
+mod products;
 mod record;
 mod recovery;
 mod region;
@@ -96,6 +99,7 @@ mod state;
 pub mod state_store;
 mod status;
 mod store;
+mod storing;
 mod supervisor;
 mod tags;
 mod tasks;
@@ -107,12 +111,12 @@ pub mod watch;
 
 pub use capacity::Capacity;
 pub use copy_image::CopyImage;
+pub use create_image::{CreateImage, CreatedImage, ImageConsistency};
 pub use describe::{Describe, DescribeInstances, DescribeSnapshots, DescribeVolumes};
 pub use description::{Attachment, InstanceDescription, ShutdownBehavior, StateReason};
 pub use error::{Error, ErrorKind, Result};
 pub use image_calls::RegionCatalog;
 pub use image_source::{DirectBoot, ImageSource};
-pub use images::CreatedImage;
 pub use instance::Instance;
 pub use instance_type::{EbsBandwidth, InstanceStore, InstanceType, NetworkBandwidth};
 pub use launch::{LaunchSpec, Reservation};
@@ -130,8 +134,9 @@ pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};
 pub use tasks::{
-    CopyImageTask, DescribeCopyImageTasks, DescribeExportImageTasks, DescribeImportImageTasks,
-    ExportImageTask, Exported, ImportImageTask, Task, TaskDescription, TaskStatus, Tell,
+    CopyImageTask, CreateImageTask, DescribeCopyImageTasks, DescribeCreateImageTasks,
+    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
+    TaskDescription, TaskStatus, Tell,
 };
 pub use volume_modification::{ModifyVolume, VolumeModification, VolumeModificationState};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

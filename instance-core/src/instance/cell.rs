@@ -54,6 +54,8 @@ pub(crate) struct Live {
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
     pub(crate) generation: u64,
+    /// The generation of the machine whose guest shuts down for an image, after which it is started again.
+    pub(crate) shuts_down: Option<u64>,
     /// A volume of its launch cannot be made yet, which has been said.
     pub(crate) waits_for_room: bool,
 }
@@ -77,6 +79,7 @@ impl Cell {
                 vsock: None,
                 claim: None,
                 generation: 0,
+                shuts_down: None,
                 waits_for_room: false,
             }),
             boot: Mutex::new(None),
@@ -136,6 +139,9 @@ impl Live {
         // Once its guest goes on, or it ends, what was saved is of no more use.
         if matches!(by, Transition::Started | Transition::Terminate) {
             record.saved = None;
+        }
+        if by != Transition::Stopped {
+            record.shut_down = false;
         }
         Ok(record)
     }
@@ -238,7 +244,9 @@ impl std::ops::DerefMut for Hold<'_> {
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
+        // Who waits for a guest to shut down for an image sees it.
+        let awaited = self.shuts_down == Some(self.generation);
+        let watched = self.machine.as_ref().filter(|_| !awaited).map(|m| (m.state(), self.generation));
         let unsettled = !self.record.launched && self.volumes.iter().any(Volume::has_files);
         self.live = None;
         if unsettled {

@@ -4,10 +4,11 @@ mod in_flight;
 mod make;
 mod parameters;
 mod places;
-mod plan;
+pub(crate) mod plan;
 mod spec;
 mod tokens;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -32,7 +33,8 @@ use crate::capacity::Claim;
 use crate::description::InstanceDescription;
 use crate::instance::{Cell, Hold, Instance};
 use crate::machine::{Boot, Runs};
-use crate::record::{ImageRecord, InstanceRecord, SnapshotRecord};
+use crate::products::ProductCodes;
+use crate::record::{ImageRecord, InstanceRecord};
 use crate::region::{Inner, Region, StateChange};
 use crate::{Error, ErrorKind, InstanceState, InstanceType, Result};
 
@@ -105,7 +107,8 @@ impl<H> Region<H> {
     ///
     /// Before anything is made: [`ImageNotFound`](ErrorKind::ImageNotFound),
     /// [`AuthFailure`](ErrorKind::AuthFailure), [`ImageUnavailable`](ErrorKind::ImageUnavailable),
-    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
+    /// [`OptInRequired`](ErrorKind::OptInRequired) for another's image with a product code whose terms the account has not
+    /// [accepted](Self::accept_terms), [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
     /// [`InvalidParameter`](ErrorKind::InvalidParameter),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
@@ -234,7 +237,16 @@ impl Inner {
         self.check_architecture(&record, &spec.instance_type)?;
         plan::check_root(record.image.ami().manifest(), spec)?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
-        self.check_contents(owner, &disks, spec)?;
+        let named = self.check_contents(owner, &disks, spec)?;
+        let codes: ProductCodes = record.image.product_codes().cloned().collect();
+        // Those of its own that the launch names, or of the image.
+        let codes_of = |digest: &Digest| named.get(digest).unwrap_or(&codes).clone();
+        let of_named: ProductCodes = named.values().flatten().cloned().collect();
+        if !codes.is_empty() {
+            let accepted = self.accepted(&owner, &codes)?;
+            record.image.check_terms(&owner, |code| accepted.contains(code))?;
+        }
+        self.check_accepted(&owner, &of_named)?;
         self.check_keys(&disks)?;
         self.check_network(spec)?;
         if spec.hibernation {
@@ -264,7 +276,7 @@ impl Inner {
         let mut places = self.places(spec);
         let mut records = Vec::new();
         for (index, claim) in (0..).zip(claims) {
-            let planned = plan::volumes(&disks, owner, now, &checked.volume_tags)?;
+            let planned = plan::volumes(&disks, owner, now, &checked.volume_tags, codes_of)?;
             let ami = record.image.ami();
             let id = InstanceId::random().map_err(no_random)?;
             let description = InstanceDescription {
@@ -288,6 +300,7 @@ impl Inner {
                 root_device_name: ami.manifest().root_device_name().to_string(),
                 root_device_type: ami.manifest().root_device_type(),
                 attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
+                product_codes: codes.union(&of_named).cloned().collect(),
                 network: places.next(id)?,
                 tags: spec.tags.clone(),
             };
@@ -298,6 +311,7 @@ impl Inner {
                 user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
                 parameters,
                 instance_store: plan::instance_store(&disks),
+                shut_down: false,
                 saved: None,
             };
             records.push((record, planned, claim));
@@ -324,29 +338,24 @@ impl Inner {
         Ok(())
     }
 
-    /// A launch may name the content of snapshots of its own account, beside that of the image.
+    /// A launch may name content that its account has, beside that of the image. Gives what it names, with its product codes.
     fn check_contents(
         &self,
         owner: AccountId,
         disks: &[BlockDeviceMapping],
         spec: &Parameters,
-    ) -> Result<()> {
+    ) -> Result<BTreeMap<Digest, ProductCodes>> {
+        let mut named = BTreeMap::new();
         if spec.block_devices.is_empty() {
-            return Ok(());
+            return Ok(named);
         }
-        let named: Vec<Digest> = plan::contents(&spec.block_devices).map(|(_, digest)| digest).collect();
-        if !named.is_empty() {
-            let snapshots = self.store.all::<SnapshotRecord>()?;
-            let has = |digest: &Digest| snapshots.iter().any(|s| s.owner == owner && s.digest == *digest);
-            if let Some(missing) = named.iter().find(|digest| !has(digest)) {
-                let what = format!("the account has no snapshot whose content is {missing}");
-                return Err(Error::new(ErrorKind::SnapshotNotFound, what));
-            }
+        for (_, digest) in plan::contents(&spec.block_devices) {
+            named.insert(digest, self.codes_of_content(&owner, &digest)?);
         }
         for (disk, digest) in plan::contents(disks) {
             disk.check_snapshot_size(self.content(&digest)?.size())?;
         }
-        Ok(())
+        Ok(named)
     }
 
     /// That there is a key for what is to be encrypted.

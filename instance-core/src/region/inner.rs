@@ -26,6 +26,7 @@ use crate::network::Network;
 use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
 use crate::store::{JournaledStore, Known, Store};
+use crate::storing::Storing;
 use crate::supervisor::Supervisor;
 use crate::tasks::Tasks;
 use crate::{Error, ErrorKind, Result};
@@ -69,6 +70,7 @@ pub(crate) struct Inner {
     pub(crate) tokens: Tokens,
     pub(crate) in_flight: InFlight,
     pub(crate) tasks: Tasks,
+    pub(crate) storing: Storing,
     pub(crate) meter: Meter,
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) network: Option<Box<dyn Network>>,
@@ -135,6 +137,7 @@ impl Inner {
             tokens: Tokens::default(),
             in_flight: InFlight::default(),
             tasks: Tasks::default(),
+            storing: Storing::default(),
             meter: Meter::new(options.capacity),
             hypervisor,
             network: options.network.take(),

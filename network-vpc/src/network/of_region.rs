@@ -94,6 +94,7 @@ impl Network {
         let key = instance.key_name.as_deref().and_then(|name| self.key_pair(name).ok());
         Metadata {
             image_id: Some(instance.image_id),
+            product_codes: instance.product_codes.clone(),
             instance_type: instance.instance_type.to_string(),
             launch_index: instance.launch_index,
             reservation_id: Some(instance.reservation_id),
