@@ -86,7 +86,7 @@ impl<H> Region<H> {
     /// gone (`DisableImage`).
     ///
     /// ```
-    /// # use ami_core::{Ami, DescribeImages, ImageState, X86_64};
+    /// # use ami_core::{Ami, DescribeImages, X86_64};
     /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
     /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
     /// # let dir = tempfile::tempdir()?;
@@ -185,7 +185,8 @@ impl<H> Region<H> {
             let what = format!("{id} has no content at {device:?}");
             Error::new(ErrorKind::InvalidBlockDeviceMapping, what)
         })?;
-        Ok(self.inner.content(&content)?.disk())
+        let content = self.inner.content(&content);
+        Ok(content.inspect_err(|e| self.inner.look_for_damage(id, e))?.disk())
     }
 
     /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else
@@ -244,14 +245,18 @@ impl Catalog for RegionCatalog {
     }
 
     fn update(&self, current: &Image, next: Image) -> Result<(), ami_core::Error> {
-        let _naming = self.0.naming.write().unwrap_or_else(PoisonError::into_inner);
+        let naming = self.0.naming.write().unwrap_or_else(PoisonError::into_inner);
         let kept = self.0.image(current.id()).map_err(outwards)?;
         current.check_update(&kept.image, &next)?;
         let takes_a_name = |image: &Image| image.state() != ami_core::ImageState::Deregistered;
         if takes_a_name(&next) && !takes_a_name(&kept.image) {
             self.0.check_name(next.ami()).map_err(outwards)?;
         }
-        self.0.store.commit(|c| c.put(&ImageRecord { image: next, ..kept })).map_err(outwards)
+        let id = next.id();
+        self.0.store.commit(|c| c.put(&ImageRecord { image: next, ..kept })).map_err(outwards)?;
+        drop(naming);
+        self.0.tell_image(id);
+        Ok(())
     }
 
     /// The bytes that nothing else names go with it.
@@ -274,7 +279,7 @@ impl Inner {
     }
 
     fn remove_image(&self, id: AmiId) -> Result<Image> {
-        let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
+        let alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         let naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let image = self.image(id)?.image;
         let needed = self.has_instances(id)?;
@@ -284,8 +289,10 @@ impl Inner {
             if needed { c.put(&FormerImage(image.clone())) } else { Ok(()) }
         })?;
         drop(naming);
-        self.collect_garbage()?;
-        Ok(image)
+        let collected = self.collect_garbage();
+        drop(alone);
+        self.tell_image(id);
+        collected.map(|()| image)
     }
 }
 

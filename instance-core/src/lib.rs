@@ -72,6 +72,7 @@ mod hibernation;
 mod image_calls;
 mod image_ids;
 mod image_source;
+mod image_states;
 mod images;
 mod instance;
 mod instance_type;

@@ -13,8 +13,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use ami_core::{
-    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, Ebs, InstanceId,
-    ReservationId, Timestamp,
+    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
+    Timestamp,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -190,7 +190,8 @@ impl Inner {
 
     pub(crate) fn run(&self, owner: AccountId, launch: &Launch) -> Result<Vec<Arc<Cell>>> {
         self.forget_terminated(Instant::now());
-        let Prepared { boot, records, _flight } = self.prepare(owner, launch)?;
+        let damaged = |e: &Error| self.look_for_damage(launch.image, e);
+        let Prepared { boot, records, _flight } = self.prepare(owner, launch).inspect_err(damaged)?;
         let (mut cells, mut planned, mut claims) = (Vec::new(), Vec::new(), Vec::new());
         for (record, volumes, claim) in records {
             cells.push(Arc::new(Cell::new(record)));
@@ -217,7 +218,7 @@ impl Inner {
                 (Err(why), _) | (Ok(()), Err(why)) => self.undo_launch(one.cell, one.hold, one.planned, why),
             }
         }
-        outcome.map(|()| running)
+        outcome.map(|()| running).inspect_err(damaged)
     }
 
     /// Checks everything that can be checked beforehand.
@@ -356,17 +357,6 @@ impl Inner {
             disk.check_snapshot_size(self.content(&digest)?.size())?;
         }
         Ok(named)
-    }
-
-    /// That there is a key for what is to be encrypted.
-    fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
-        match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {
-            true => match self.blocks.new_key(None) {
-                Ok(_) => Ok(()),
-                Err(e) => Err(Error::storage(e, "cannot encrypt a volume")),
-            },
-            false => Ok(()),
-        }
     }
 
     /// Finds what an image boots that was put into the catalogue as a record alone, and keeps it.

@@ -11,6 +11,7 @@ use super::Parameters;
 use crate::description::Attachment;
 use crate::products::ProductCodes;
 use crate::record::VolumeRecord;
+use crate::region::Inner;
 use crate::{Error, ErrorKind, Result, ShutdownBehavior};
 
 /// A volume to be made for a launch.
@@ -172,4 +173,17 @@ pub(super) fn volumes(
         })
     };
     disks.iter().filter_map(|disk| disk.as_ebs().map(|ebs| volume(disk, ebs))).collect()
+}
+
+impl Inner {
+    /// That there is a key for what is to be encrypted.
+    pub(super) fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
+        match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {
+            true => match self.blocks.new_key(None) {
+                Ok(_) => Ok(()),
+                Err(e) => Err(Error::storage(e, "cannot encrypt a volume")),
+            },
+            false => Ok(()),
+        }
+    }
 }

@@ -17,6 +17,7 @@ use crate::boot_cache::BootCache;
 use crate::capacity::Meter;
 use crate::directory::{Directory, not_found};
 use crate::forget::Remembered;
+use crate::image_states::Watched;
 use crate::instance::Cell;
 use crate::launch::{InFlight, Tokens};
 use crate::lock::Lock;
@@ -80,6 +81,7 @@ pub(crate) struct Inner {
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
     images: Known<ImageRecord>,
+    pub(crate) watched_images: Watched,
     pub(crate) blocks: BlockStore,
     pub(crate) boot: BootCache,
     /// Held for reading while an image is made, and for writing while what nothing names is collected, which
@@ -147,6 +149,7 @@ impl Inner {
             region,
             store,
             images: Known::default(),
+            watched_images: Watched::default(),
             blocks,
             boot,
             making_images: RwLock::default(),
