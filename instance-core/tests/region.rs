@@ -276,7 +276,7 @@ fn a_launch_that_races_a_deregistration_fails_cleanly_or_leaves_a_whole_instance
         match instance {
             Ok(instance) => {
                 launched += 1;
-                instance.create_image(&format!("child-{round}")).unwrap();
+                instance.create_image(format!("child-{round}")).unwrap();
                 instance.terminate().unwrap();
             }
             Err(e) => {
