@@ -87,11 +87,11 @@ impl<A: Arch> AmiBuilder<A> {
     /// Where the kernel comes from, through the firmware that [`boot`](Self::boot) says.
     ///
     /// ```
-    /// # use ami_core::{BlockDeviceMapping, X86_64};
+    /// # use ami_core::{BlockDeviceMapping, Digest, X86_64};
     /// use ami_core::{Ami, Boot, BootMode, BootSource};
     ///
     /// # let builder = Ami::<X86_64>::builder("web").root_device("/dev/xvda");
-    /// # let builder = builder.block_device(BlockDeviceMapping::blank("/dev/xvda", 8));
+    /// # let builder = builder.block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8));
     /// let builder = builder.boot(Boot::root_volume().mode(BootMode::Uefi));
     /// let manifest = builder.boot_source(BootSource::RootVolume).build_manifest()?;
     /// assert_eq!(manifest.boot().boot_mode(), Some(BootMode::Uefi));
