@@ -1,11 +1,11 @@
 //! The image: a manifest in a region, under a name, with an owner.
 
+mod json;
+
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::marker::PhantomData;
 use std::sync::Arc;
-
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, quote};
 use crate::{
@@ -16,8 +16,8 @@ use crate::{
 /// An Amazon Machine Image: the class of which instances are the objects.
 ///
 /// An `Ami` never changes. Its [`digest`](Self::digest) is that of its [`Manifest`] and says what it
-/// is; its [`id`](Self::id) is derived from region, owner, name and digest and says which it is.
-/// Two are equal if these are. Cloning is cheap.
+/// is; its [`id`](Self::id) is derived from region, owner, name and digest and says which it is: with its
+/// [incarnation](Self::incarnation), where there was such an image before. Two are equal if these are. Cloning is cheap.
 ///
 /// ```
 /// use ami_core::{Ami, Architecture, BlockDeviceMapping, Digest, Timestamp, X86_64};
@@ -94,6 +94,7 @@ struct Inner {
     owner: AccountId,
     name: String,
     created: Timestamp,
+    incarnation: u64,
     manifest: Manifest,
 }
 
@@ -113,8 +114,8 @@ impl<A: Arch> Ami<A> {
         manifest: Manifest,
     ) -> Result<Self, Error> {
         check_name(&name)?;
-        let id = derive_id(&region, &owner, &name, &manifest.digest());
-        Ok(Self::share(Arc::new(Inner { id, region, owner, name, created, manifest })))
+        let id = derive_id(&region, &owner, &name, &manifest.digest(), 0);
+        Ok(Self::share(Arc::new(Inner { id, region, owner, name, created, incarnation: 0, manifest })))
     }
 
     fn share(inner: Arc<Inner>) -> Self {
@@ -145,6 +146,34 @@ impl<A: Arch> Ami<A> {
     /// equality look at it, and a copy keeps it.
     pub fn created(&self) -> Timestamp {
         self.inner.created
+    }
+
+    /// How many images there were before it of the same region, owner, name and digest: none, for most. The id of one that
+    /// is gone is not used again, so that who kept it does not find another image by it.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, X86_64};
+    /// # let ami = Ami::<X86_64>::builder("web")
+    /// #     .root_device("/dev/xvda")
+    /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+    /// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+    /// let again = ami.with_incarnation(1);
+    /// assert_ne!(again.id(), ami.id());
+    /// assert_eq!((again.digest(), again.incarnation()), (ami.digest(), 1));
+    /// assert_eq!(again.with_incarnation(0), ami);
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    pub fn incarnation(&self) -> u64 {
+        self.inner.incarnation
+    }
+
+    /// The same image, after so many others that were alike: for those who keep images and know which were there.
+    #[must_use]
+    pub fn with_incarnation(&self, incarnation: u64) -> Self {
+        let Inner { region, owner, name, created, manifest, .. } = &*self.inner;
+        let (region, owner, name, manifest) = (region.clone(), *owner, name.clone(), manifest.clone());
+        let id = derive_id(&region, &owner, &name, &manifest.digest(), incarnation);
+        Self::share(Arc::new(Inner { id, region, owner, name, created: *created, incarnation, manifest }))
     }
 
     /// The architecture.
@@ -266,16 +295,13 @@ fn check_name(name: &str) -> Result<(), Error> {
 }
 
 /// The id of an image: the first 68 bits of the SHA-256 digest of all that makes it this one, each
-/// part after its length, so that no two lists of parts give the same bytes.
-fn derive_id(region: &RegionName, owner: &AccountId, name: &str, digest: &Digest) -> AmiId {
-    let owner = owner.to_string();
-    let parts = [
-        b"ami-core image id 1",
-        region.as_str().as_bytes(),
-        owner.as_bytes(),
-        name.as_bytes(),
-        digest.as_bytes(),
-    ];
+/// part after its length, so that no two lists of parts give the same bytes. The first of its kind is told from later ones
+/// by the first part and the last.
+fn derive_id(region: &RegionName, owner: &AccountId, name: &str, digest: &Digest, incarnation: u64) -> AmiId {
+    let (owner, incarnation) = (owner.to_string(), (incarnation > 0).then(|| incarnation.to_be_bytes()));
+    let scheme: &[u8] = if incarnation.is_some() { b"ami-core image id 2" } else { b"ami-core image id 1" };
+    let parts = [scheme, region.as_str().as_bytes(), owner.as_bytes(), name.as_bytes(), digest.as_bytes()];
+    let parts = parts.into_iter().chain(incarnation.as_ref().map(|bytes| bytes.as_slice()));
     let mut writer = DigestWriter::new();
     for part in parts {
         writer.update(&(part.len() as u64).to_be_bytes());
@@ -342,54 +368,3 @@ macro_rules! conversions {
 }
 
 conversions!(X86, X86_64, Arm64);
-
-#[derive(Serialize)]
-struct Written<'a> {
-    id: AmiId,
-    region: &'a RegionName,
-    owner: &'a AccountId,
-    name: &'a str,
-    created: Timestamp,
-    digest: Digest,
-    manifest: &'a Manifest,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Read {
-    id: AmiId,
-    region: RegionName,
-    owner: AccountId,
-    name: String,
-    created: Timestamp,
-    digest: Digest,
-    manifest: Manifest,
-}
-
-impl<A: Arch> Serialize for Ami<A> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Inner { id, region, owner, name, created, manifest } = &*self.inner;
-        Written { id: *id, region, owner, name, created: *created, digest: self.digest(), manifest }
-            .serialize(serializer)
-    }
-}
-
-/// Checks everything: the manifest's rules, its digest, the name's rule, the id, the architecture.
-impl<'de, A: Arch> Deserialize<'de> for Ami<A> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Read { id, region, owner, name, created, digest, manifest } = Read::deserialize(deserializer)?;
-        let check = || {
-            let ami = AnyAmi::assemble(region, owner, name, created, manifest)?;
-            if ami.digest() != digest {
-                let message = format!("the manifest of {id} is {}, not {digest}", ami.digest());
-                return Err(Error::new(ErrorKind::DigestMismatch, message));
-            }
-            if ami.id() != id {
-                let message = format!("the image is {}, not {id}", ami.id());
-                return Err(Error::new(ErrorKind::DigestMismatch, message));
-            }
-            Ok(ami.typed()?)
-        };
-        check().map_err(serde::de::Error::custom)
-    }
-}

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind};
-use crate::{AccountId, Image, ImageState, LaunchPermissions};
+use crate::{AccountId, Image, ImageState, LaunchPermissions, ProductCode};
 
 /// Who is given a permission: everybody, or an account.
 ///
@@ -62,6 +62,7 @@ pub struct ModifyImageAttribute {
     reset: bool,
     add: Vec<Grantee>,
     remove: Vec<Grantee>,
+    product_codes: Vec<ProductCode>,
 }
 
 impl ModifyImageAttribute {
@@ -94,12 +95,34 @@ impl ModifyImageAttribute {
         self
     }
 
+    /// Adds a product code, which cannot be taken away again: who launches the image accepts the terms of the product
+    /// first, and nobody copies it or reads its bytes.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, Image, X86_64};
+    /// use ami_core::{ModifyImageAttribute, ProductCode, ProductCodeKind};
+    ///
+    /// # let ami = Ami::<X86_64>::builder("web")
+    /// #     .root_device("/dev/xvda")
+    /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+    /// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
+    /// # let mut image = Image::new(ami);
+    /// let code = ProductCode { id: "8vk2x".to_owned(), kind: ProductCodeKind::Marketplace };
+    /// ModifyImageAttribute::new().add_product_code(code.clone()).apply(&mut image)?;
+    /// assert!(image.product_codes().eq([&code]));
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    pub fn add_product_code(mut self, code: ProductCode) -> Self {
+        self.product_codes.push(code);
+        self
+    }
+
     /// Makes the change. Who may is the caller's to decide, by [`Image::authorize`].
     ///
     /// # Errors
     ///
     /// [`MissingParameter`](ErrorKind::MissingParameter) if it changes nothing,
-    /// [`InvalidParameterValue`](ErrorKind::InvalidParameterValue) for a long description,
+    /// [`InvalidParameterValue`](ErrorKind::InvalidParameterValue) for a long description or a product code that is none,
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a permission that is given
     /// and taken in one, and [`Unavailable`](ErrorKind::Unavailable) for one that is given to a disabled image.
     pub fn apply(&self, image: &mut Image) -> Result<(), Error> {
@@ -114,8 +137,12 @@ impl ModifyImageAttribute {
             let message = format!("the image {} is disabled and cannot be shared", image.id());
             return Err(Error::new(ErrorKind::Unavailable, message));
         }
+        self.product_codes.iter().try_for_each(ProductCode::validate)?;
         if let Some(description) = &self.description {
             image.set_description(description.clone())?;
+        }
+        for code in &self.product_codes {
+            image.add_product_code(code.clone())?;
         }
         if self.reset {
             *image.launch_permissions_mut() = LaunchPermissions::private();

@@ -97,6 +97,13 @@ impl Boot {
         self
     }
 
+    /// The same with a kernel from elsewhere.
+    #[must_use]
+    pub fn with_source(mut self, source: BootSource) -> Self {
+        self.source = source;
+        self
+    }
+
     /// Where the kernel comes from.
     pub fn source(&self) -> &BootSource {
         &self.source

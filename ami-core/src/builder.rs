@@ -5,8 +5,8 @@ use std::marker::PhantomData;
 use crate::error::{Error, ErrorKind};
 use crate::manifest::Content;
 use crate::{
-    AccountId, Ami, Arch, Architecture, BlockDeviceMapping, Boot, Digest, Manifest, OperatingSystem,
-    RegionName, Software, Timestamp, VirtualizationType,
+    AccountId, Ami, Arch, Architecture, BlockDeviceMapping, Boot, BootSource, Digest, Manifest,
+    OperatingSystem, RegionName, Software, Timestamp, VirtualizationType,
 };
 
 /// Describes an image step by step. No step fails; [`build`](Self::build) checks everything.
@@ -81,6 +81,24 @@ impl<A: Arch> AmiBuilder<A> {
     /// How the image boots; from its root volume unless this says otherwise.
     pub fn boot(mut self, boot: impl Into<Boot>) -> Self {
         self.boot = boot.into();
+        self
+    }
+
+    /// Where the kernel comes from, through the firmware that [`boot`](Self::boot) says.
+    ///
+    /// ```
+    /// # use ami_core::{BlockDeviceMapping, Digest, X86_64};
+    /// use ami_core::{Ami, Boot, BootMode, BootSource};
+    ///
+    /// # let builder = Ami::<X86_64>::builder("web").root_device("/dev/xvda");
+    /// # let builder = builder.block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8));
+    /// let builder = builder.boot(Boot::root_volume().mode(BootMode::Uefi));
+    /// let manifest = builder.boot_source(BootSource::RootVolume).build_manifest()?;
+    /// assert_eq!(manifest.boot().boot_mode(), Some(BootMode::Uefi));
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    pub fn boot_source(mut self, source: BootSource) -> Self {
+        self.boot = self.boot.with_source(source);
         self
     }
 

@@ -34,6 +34,8 @@ pub enum ErrorKind {
     Unavailable,
     /// The account may not do this.
     AuthFailure,
+    /// The account has not accepted the terms of a product.
+    OptInRequired,
     /// A block device mapping cannot be.
     InvalidBlockDeviceMapping,
     /// A value is outside what its parameter takes.
@@ -75,6 +77,7 @@ impl ErrorKind {
             Self::NotFound => "InvalidAMIID.NotFound",
             Self::Unavailable => "InvalidAMIID.Unavailable",
             Self::AuthFailure => "AuthFailure",
+            Self::OptInRequired => "OptInRequired",
             Self::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
             Self::InvalidParameterValue | Self::ArchitectureMismatch => "InvalidParameterValue",
             Self::InvalidParameterCombination => "InvalidParameterCombination",

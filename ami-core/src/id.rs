@@ -49,7 +49,9 @@ impl MalformedId {
             AssociationId::PREFIX => "InvalidAssociationID.Malformed",
             DhcpOptionsId::PREFIX => "InvalidDhcpOptionsId.Malformed",
             LaunchTemplateId::PREFIX => "InvalidLaunchTemplateId.Malformed",
-            ImportImageTaskId::PREFIX | CopyImageTaskId::PREFIX => "InvalidConversionTaskId.Malformed",
+            ImportImageTaskId::PREFIX | CopyImageTaskId::PREFIX | CreateImageTaskId::PREFIX => {
+                "InvalidConversionTaskId.Malformed"
+            }
             ExportImageTaskId::PREFIX => "InvalidExportTaskID.Malformed",
             _ => "InvalidParameterValue",
         }
@@ -211,4 +213,6 @@ ids! {
     ExportImageTaskId = "export-ami";
     /// The id of a task that copies an image; EC2 has none.
     CopyImageTaskId = "copy-ami";
+    /// The id of a task that makes an image of an instance; EC2 has none.
+    CreateImageTaskId = "create-ami";
 }

@@ -147,7 +147,12 @@ pub struct ProductCode {
 }
 
 impl ProductCode {
-    fn validate(&self) -> Result<(), Error> {
+    /// Whether the code is one: 1 to 255 printable characters.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameterValue`].
+    pub fn validate(&self) -> Result<(), Error> {
         check_text("product code", &self.id, 255)
     }
 }
@@ -258,7 +263,7 @@ pub struct Image {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     owner_alias: Option<OwnerAlias>,
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty", deserialize_with = "read_product_codes")]
-    product_codes: BTreeSet<ProductCode>,
+    pub(crate) product_codes: BTreeSet<ProductCode>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     source_image: Option<SourceImage>,
 }
@@ -360,6 +365,12 @@ impl Image {
             return Err(Error::conflict(&id));
         }
         Ok(())
+    }
+
+    /// The record of the same image [after so many others](crate::Ami::with_incarnation) that were alike.
+    #[must_use]
+    pub fn with_incarnation(self, incarnation: u64) -> Self {
+        Self { ami: self.ami.with_incarnation(incarnation), ..self }
     }
 
     /// The image itself.

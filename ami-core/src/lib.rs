@@ -84,7 +84,7 @@ mod tags;
 pub mod testing;
 mod time;
 
-pub use access::Action;
+pub use access::{Action, check_terms, may_export};
 pub use account::AccountImages;
 pub use ami::{Ami, AnyAmi, ArchitectureMismatch};
 pub use arch::{AnyArch, Arch, Architecture, Arm64, UnknownArchitecture, X86, X86_64};

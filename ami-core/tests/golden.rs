@@ -14,6 +14,8 @@ const STORE: &[u8] = include_bytes!("golden/store.manifest.json");
 const STORE_DIGEST: &str = "sha256:9c02dd46a5c495144713ce4ac5d80f93f1e005383e70cf8863b3a2edb02540b0";
 const IMAGE: &[u8] = include_bytes!("golden/image.json");
 const COPY: &[u8] = include_bytes!("golden/copy.json");
+const AGAIN: &[u8] = include_bytes!("golden/again.json");
+const AGAIN_ID: &str = "ami-5983270533b32483c";
 const COPY_ID: &str = "ami-294517ac247000e61";
 const IMAGE_ID: &str = "ami-56bcde7a68bbd0b45";
 
@@ -77,6 +79,19 @@ fn an_image_keeps_its_id() {
     assert_eq!(again.id().to_string(), IMAGE_ID, "the id is derived from what it always was");
     let rewritten = serde_json::to_value(&image).unwrap();
     assert_eq!(rewritten, serde_json::from_slice::<serde_json::Value>(IMAGE).unwrap());
+}
+
+#[test]
+fn an_image_that_comes_after_others_keeps_its_id() {
+    let (image, again): (Image, Image) =
+        (serde_json::from_slice(IMAGE).unwrap(), serde_json::from_slice(AGAIN).unwrap());
+    assert_eq!((again.id().to_string().as_str(), again.ami().incarnation()), (AGAIN_ID, 2));
+    assert_eq!((again.ami().digest(), &again.with_incarnation(0)), (image.ami().digest(), &image));
+    let rewritten = serde_json::to_value(image.with_incarnation(2)).unwrap();
+    assert_eq!(rewritten, serde_json::from_slice::<serde_json::Value>(AGAIN).unwrap());
+    let mut other = rewritten.clone();
+    other["ami"]["incarnation"] = 1.into();
+    assert!(serde_json::from_value::<Image>(other).is_err(), "it is a part of the id");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::machine::{Detach, DiskSpec, Machine, MachineError, MachineErrorKind};
 use crate::record::{InstanceRecord, ModificationRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::volume_modification::ModifyVolume;
-use crate::volumes::{GIB, VolumeDescription};
+use crate::volumes::{GIB, VolumeDescription, check_stopped};
 use crate::{Error, ErrorKind, InstanceState, Result};
 
 /// How long a guest is asked to let go of a volume.
@@ -48,7 +48,10 @@ impl<H> Region<H> {
     ///
     /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InstanceNotFound`](ErrorKind::InstanceNotFound),
     /// [`VolumeInUse`](ErrorKind::VolumeInUse), [`InvalidParameter`](ErrorKind::InvalidParameter) for a device
-    /// name that is none or taken, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
+    /// name that is none or taken, by a volume or by instance store,
+    /// [`OptInRequired`](ErrorKind::OptInRequired) for a volume with a product code whose terms the account has not
+    /// [accepted](Self::accept_terms), and [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the instance
+    /// is stopped for such a one, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
     /// instance is running or stopped, or if it hibernates, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a machine that
     /// takes no disks meanwhile or has as many as it can, or what the host met.
     pub fn attach_volume(&self, volume: VolumeId, instance: InstanceId, device: &str) -> Result<()> {
@@ -142,15 +145,13 @@ impl Inner {
         let cell = self.cell(owner, instance)?;
         let mut live = cell.hold(self.supervisor.reports());
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
-        self.volume(owner, id)?;
+        let volume = self.volume(owner, id)?;
         self.check_free_to_go(id)?;
         check_settled(&live)?;
-        let attachments = &live.record.description.attachments;
-        let taken = |a: &Attachment| a.device_name.parse().is_ok_and(|other| name.same_disk(&other));
-        let root = live.record.store_root().and(live.record.description.root_device_name.parse().ok());
-        if attachments.iter().any(taken) || root.is_some_and(|root: DeviceName| root.same_disk(&name)) {
-            let what = format!("{instance} has a volume at {name} already");
-            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        check_free_device(&live.record, &name)?;
+        if !volume.product_codes.is_empty() {
+            self.check_accepted(&owner, &volume.product_codes)?;
+            check_stopped(&live)?;
         }
         // From here on it has a volume that is not of its launch, and may not be made again.
         self.settle_volumes(&mut live)?;
@@ -162,6 +163,7 @@ impl Inner {
         let place =
             if name.as_str() == description.root_device_name { 0 } else { description.attachments.len() };
         description.attachments.insert(place, attachment);
+        description.product_codes.extend(volume.product_codes);
         if live.machine.is_none() {
             return self.change(&cell, &mut live, record);
         }
@@ -308,6 +310,9 @@ impl Inner {
     }
 
     pub(crate) fn open_volume(&self, id: VolumeId) -> Result<Volume> {
+        if let Some(open) = self.storing.open(id) {
+            return Ok(open);
+        }
         Volume::open(&self.paths.volume(id), &self.blocks).map_err(|e| match e.kind() {
             storage_block::ErrorKind::InUse => {
                 let what = format!("the disk of the volume {id} is in use");
@@ -316,6 +321,24 @@ impl Inner {
             _ => Error::storage(e, format!("cannot open the volume {id}")),
         })
     }
+}
+
+/// That an instance has no disk of this name: neither a volume, nor instance store.
+fn check_free_device(record: &InstanceRecord, name: &DeviceName) -> Result<()> {
+    let InstanceDescription { id, attachments, instance_type, .. } = &record.description;
+    let is_there = |other: &str| other.parse().is_ok_and(|other| name.same_disk(&other));
+    let what = if attachments.iter().any(|attachment| is_there(&attachment.device_name)) {
+        "a volume"
+    } else if record.store_root().is_some() && is_there(&record.description.root_device_name)
+        || instance_type.instance_store().is_some_and(|store| {
+            store.served(&record.instance_store).iter().any(|mapping| is_there(mapping.device_name()))
+        })
+    {
+        "instance store"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::InvalidParameter, format!("{id} has {what} at {name} already")))
 }
 
 /// The serial number that a guest finds a volume by: its id without the dash, as EC2's guests do.

@@ -9,6 +9,7 @@ use ami_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::network::NetworkPlacement;
+use crate::products::ProductCodes;
 use crate::{InstanceState, InstanceType, MetadataOptions};
 
 /// What happens when the guest powers itself off (`InstanceInitiatedShutdownBehavior`).
@@ -166,6 +167,9 @@ pub struct InstanceDescription {
     pub root_device_type: RootDeviceType,
     /// Its volumes, the root volume first.
     pub attachments: Vec<Attachment>,
+    /// The products that it runs: those of its image, and of volumes that were attached to it.
+    #[serde(default, skip_serializing_if = "ProductCodes::is_empty")]
+    pub product_codes: ProductCodes,
     /// Where it is in the region's network, if that has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkPlacement>,

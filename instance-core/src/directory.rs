@@ -246,6 +246,8 @@ impl Filterable for InstanceDescription {
         "owner-id",
         "private-dns-name",
         "private-ip-address",
+        "product-code",
+        "product-code.type",
         "reason",
         "reservation-id",
         "root-device-name",
@@ -288,6 +290,8 @@ impl Filterable for InstanceDescription {
             "owner-id" => vec![self.owner.to_string()],
             "private-dns-name" => place.map(|p| p.private_dns_name.clone()).collect(),
             "private-ip-address" => place.map(|p| p.private_ip.to_string()).collect(),
+            "product-code" => self.product_codes.iter().map(|code| code.id.clone()).collect(),
+            "product-code.type" => self.product_codes.iter().map(|code| code.kind.to_string()).collect(),
             "reason" => {
                 Some(self.state_transition_reason.clone()).filter(|r| !r.is_empty()).into_iter().collect()
             }

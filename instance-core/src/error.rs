@@ -1,5 +1,7 @@
 //! What can go wrong in a region, under EC2's codes.
 
+mod convert;
+
 use std::error::Error as StdError;
 use std::fmt;
 
@@ -46,16 +48,36 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A text is no id of its kind.
+    /// A text is no id of its kind, which is none of those that follow.
     MalformedId,
+    /// A text is no id of an image.
+    MalformedImageId,
+    /// A text is no id of an instance.
+    MalformedInstanceId,
+    /// A text is no id of a reservation.
+    MalformedReservationId,
+    /// A text is no id of a volume.
+    MalformedVolumeId,
+    /// A text is no id of a snapshot.
+    MalformedSnapshotId,
+    /// A text is no id of a launch template.
+    MalformedLaunchTemplateId,
+    /// A text is no id of a task that makes an image: by import, by a copy, or of an instance.
+    MalformedConversionTaskId,
+    /// A text is no id of a task that exports an image.
+    MalformedExportTaskId,
+    /// A text is no id of an account.
+    MalformedAccountId,
     /// There is no such image, or none that the account sees.
     ImageNotFound,
     /// The image is there but not `available`.
     ImageUnavailable,
     /// The account has an image of that name already.
     ImageNameDuplicate,
-    /// An image description breaks a rule.
-    InvalidImage,
+    /// A text is no name of an image.
+    MalformedImageName,
+    /// What is written of an image is none, or not what its digest says.
+    InvalidManifest,
     /// The disk holds nothing that this library can boot.
     NotBootable,
     /// Image, instance type and hypervisor are not of one architecture.
@@ -82,8 +104,10 @@ pub enum ErrorKind {
     LaunchTemplateVersionNotFound,
     /// The account has a launch template of that name already.
     LaunchTemplateNameDuplicate,
-    /// The account has no such task.
+    /// The account has no such task that makes an image.
     TaskNotFound,
+    /// The account has no such task that exports an image.
+    ExportTaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
     /// There is no such key for encryption, or nobody who has any.
@@ -130,6 +154,8 @@ pub enum ErrorKind {
     OperationNotPermitted,
     /// The account may not do this.
     AuthFailure,
+    /// The account has not accepted the terms of a product.
+    OptInRequired,
     /// Only asked whether it would be done: it would.
     DryRunOperation,
     /// Only asked whether it would be done: the account may not do this.
@@ -208,10 +234,21 @@ impl Error {
         }
         match self.kind {
             ErrorKind::MalformedId => "InvalidParameterValue",
+            ErrorKind::MalformedImageId => "InvalidAMIID.Malformed",
+            ErrorKind::MalformedInstanceId => "InvalidInstanceID.Malformed",
+            ErrorKind::MalformedReservationId => "InvalidReservationID.Malformed",
+            ErrorKind::MalformedVolumeId => "InvalidVolumeID.Malformed",
+            ErrorKind::MalformedSnapshotId => "InvalidSnapshotID.Malformed",
+            ErrorKind::MalformedLaunchTemplateId => "InvalidLaunchTemplateId.Malformed",
+            ErrorKind::MalformedConversionTaskId => "InvalidConversionTaskId.Malformed",
+            ErrorKind::MalformedExportTaskId => "InvalidExportTaskID.Malformed",
+            ErrorKind::MalformedAccountId => "InvalidUserID.Malformed",
             ErrorKind::ImageNotFound => "InvalidAMIID.NotFound",
             ErrorKind::ImageUnavailable => "InvalidAMIID.Unavailable",
             ErrorKind::ImageNameDuplicate => "InvalidAMIName.Duplicate",
-            ErrorKind::InvalidImage | ErrorKind::InvalidParameter => "InvalidParameterValue",
+            ErrorKind::MalformedImageName => "InvalidAMIName.Malformed",
+            ErrorKind::InvalidManifest => "InvalidManifest",
+            ErrorKind::InvalidParameter => "InvalidParameterValue",
             ErrorKind::InvalidInstanceType | ErrorKind::ArchitectureMismatch => "InvalidParameterValue",
             ErrorKind::NotBootable => "ImportFailed.UnsupportedDisk",
             ErrorKind::InstanceNotFound => "InvalidInstanceID.NotFound",
@@ -223,6 +260,7 @@ impl Error {
             ErrorKind::LaunchTemplateVersionNotFound => "InvalidLaunchTemplateId.VersionNotFound",
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
+            ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
             ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
             ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
@@ -246,6 +284,7 @@ impl Error {
             ErrorKind::IdempotentParameterMismatch => "IdempotentParameterMismatch",
             ErrorKind::OperationNotPermitted => "OperationNotPermitted",
             ErrorKind::AuthFailure => "AuthFailure",
+            ErrorKind::OptInRequired => "OptInRequired",
             ErrorKind::DryRunOperation => "DryRunOperation",
             ErrorKind::UnauthorizedOperation => "UnauthorizedOperation",
             ErrorKind::Unsupported => "UnsupportedOperation",
@@ -310,44 +349,5 @@ impl fmt::Display for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_deref().map(|e| e as _)
-    }
-}
-
-/// What `ami-core` says of an image, a tag, a filter or a page, under this crate's kinds.
-impl From<ami_core::Error> for Error {
-    fn from(e: ami_core::Error) -> Self {
-        use ami_core::ErrorKind as Ami;
-        let kind = match e.kind() {
-            Ami::MalformedId => ErrorKind::MalformedId,
-            Ami::NotFound => ErrorKind::ImageNotFound,
-            Ami::Unavailable => ErrorKind::ImageUnavailable,
-            Ami::DuplicateName => ErrorKind::ImageNameDuplicate,
-            Ami::AuthFailure => ErrorKind::AuthFailure,
-            Ami::InvalidBlockDeviceMapping => ErrorKind::InvalidBlockDeviceMapping,
-            Ami::InvalidParameterCombination => ErrorKind::InvalidParameterCombination,
-            Ami::MissingParameter => ErrorKind::MissingParameter,
-            Ami::ArchitectureMismatch => ErrorKind::ArchitectureMismatch,
-            Ami::MalformedTagKey => ErrorKind::MalformedTagKey,
-            Ami::TagLimitExceeded => ErrorKind::TagLimitExceeded,
-            Ami::IncorrectState | Ami::Conflict => ErrorKind::IncorrectState,
-            Ami::InvalidNextToken => ErrorKind::InvalidNextToken,
-            Ami::InvalidResourceId => ErrorKind::InvalidResourceId,
-            Ami::MalformedName | Ami::InvalidManifest | Ami::DigestMismatch => ErrorKind::InvalidImage,
-            Ami::Internal => ErrorKind::Internal,
-            _ => ErrorKind::InvalidParameter,
-        };
-        let same = Self::new(kind, e.to_string()).with_code(e.code());
-        match e.into_source().map(|source| source.downcast::<Self>()) {
-            // An error of this crate's that went through a catalogue of `ami-core`.
-            Some(Ok(ours)) => *ours,
-            Some(Err(source)) => same.with_source(source),
-            None => same,
-        }
-    }
-}
-
-impl From<ami_core::MalformedId> for Error {
-    fn from(e: ami_core::MalformedId) -> Self {
-        ami_core::Error::from(e).into()
     }
 }

@@ -5,7 +5,6 @@ use std::fs;
 use std::path::Path;
 
 use ami_core::{AmiId, Digest, VolumeId};
-use storage_block::Volume;
 
 use crate::description::InstanceDescription;
 use crate::launch::Needs;
@@ -82,11 +81,7 @@ impl Inner {
             ids.iter().for_each(|id| c.remove::<VolumeRecord>(id));
             Ok(())
         })?;
-        for id in ids {
-            Volume::remove(&self.paths.volume(*id))
-                .map_err(|e| Error::storage(e, format!("cannot remove the volume {id}")))?;
-        }
-        Ok(())
+        ids.iter().try_for_each(|id| self.remove_volume_files(*id))
     }
 }
 

@@ -86,7 +86,7 @@ impl<H> Region<H> {
     /// gone (`DisableImage`).
     ///
     /// ```
-    /// # use ami_core::{Ami, DescribeImages, ImageState, X86_64};
+    /// # use ami_core::{Ami, DescribeImages, X86_64};
     /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
     /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
     /// # let dir = tempfile::tempdir()?;
@@ -167,12 +167,12 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) without the permission
-    /// to copy it, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
+    /// to copy it, and for an image with a product code, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping) for a device at which the image has no
     /// content, or what the host met.
     pub fn image_disk(&self, id: AmiId, device: &str) -> Result<Disk> {
         let image = self.inner.image(id)?.image;
-        image.authorize(self.account(), Action::Copy)?;
+        image.authorize(self.account(), Action::Export)?;
         let manifest = image.ami().manifest();
         let named = device.parse::<DeviceName>().ok();
         let same = |mapping: &&BlockDeviceMapping| {
@@ -185,10 +185,12 @@ impl<H> Region<H> {
             let what = format!("{id} has no content at {device:?}");
             Error::new(ErrorKind::InvalidBlockDeviceMapping, what)
         })?;
-        Ok(self.inner.content(&content)?.disk())
+        let content = self.inner.content(&content);
+        Ok(content.inspect_err(|e| self.inner.look_for_damage(id, e))?.disk())
     }
 
-    /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else names go.
+    /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else
+    /// names go. Its id is not used again, also if the same is registered anew.
     ///
     /// ```
     /// # use ami_core::{Ami, X86_64};
@@ -243,14 +245,18 @@ impl Catalog for RegionCatalog {
     }
 
     fn update(&self, current: &Image, next: Image) -> Result<(), ami_core::Error> {
-        let _naming = self.0.naming.write().unwrap_or_else(PoisonError::into_inner);
+        let naming = self.0.naming.write().unwrap_or_else(PoisonError::into_inner);
         let kept = self.0.image(current.id()).map_err(outwards)?;
         current.check_update(&kept.image, &next)?;
         let takes_a_name = |image: &Image| image.state() != ami_core::ImageState::Deregistered;
         if takes_a_name(&next) && !takes_a_name(&kept.image) {
             self.0.check_name(next.ami()).map_err(outwards)?;
         }
-        self.0.store.commit(|c| c.put(&ImageRecord { image: next, ..kept })).map_err(outwards)
+        let id = next.id();
+        self.0.store.commit(|c| c.put(&ImageRecord { image: next, ..kept })).map_err(outwards)?;
+        drop(naming);
+        self.0.tell_image(id);
+        Ok(())
     }
 
     /// The bytes that nothing else names go with it.
@@ -273,17 +279,20 @@ impl Inner {
     }
 
     fn remove_image(&self, id: AmiId) -> Result<Image> {
-        let _alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
+        let alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         let naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let image = self.image(id)?.image;
         let needed = self.has_instances(id)?;
         self.store.commit(|c| {
             c.remove::<ImageRecord>(id);
+            self.put_used(c, &image)?;
             if needed { c.put(&FormerImage(image.clone())) } else { Ok(()) }
         })?;
         drop(naming);
-        self.collect_garbage()?;
-        Ok(image)
+        let collected = self.collect_garbage();
+        drop(alone);
+        self.tell_image(id);
+        collected.map(|()| image)
     }
 }
 

@@ -11,7 +11,6 @@ use ami_core::{AnyAmi, InstanceId};
 pub(crate) use self::cell::{Cell, Hold, Live};
 use crate::console::Console;
 use crate::description::InstanceDescription;
-use crate::images::CreatedImage;
 use crate::region::Owner;
 use crate::vsock::Vsock;
 use crate::watch::Watch;
@@ -64,6 +63,11 @@ impl Instance {
 
     pub(crate) fn parts(&self) -> (&Owner, &Cell) {
         (&self.region, &self.cell)
+    }
+
+    /// For who goes on with it in another thread.
+    pub(crate) fn shared_cell(&self) -> Arc<Cell> {
+        self.cell.clone()
     }
 
     /// Its id.
@@ -194,23 +198,6 @@ impl Instance {
     /// As [`terminate`](Self::terminate).
     pub fn terminate_within(&self, patience: Duration) -> Result<()> {
         self.region.terminate(&self.cell, patience)
-    }
-
-    /// Makes an AMI of it, as it is at one instant: all its volumes, taken while its processors
-    /// stand still (`CreateImage` with `NoReboot`). What the guest holds in its page cache is not on
-    /// its volumes; have it `sync` first. The AMI that it was made from need not be registered any more.
-    ///
-    /// # Errors
-    ///
-    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is running or
-    /// stopped; [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store;
-    /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), or
-    /// [`InvalidImage`](ErrorKind::InvalidImage) for a name that breaks the rule for names;
-    /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel; or what
-    /// the host met. Nothing is then left of the image, and the instance goes on; only one whose
-    /// machine cannot be [resumed](crate::machine::Machine::resume) is stopped.
-    pub fn create_image(&self, name: &str) -> Result<CreatedImage> {
-        self.region.create_image(&self.cell, name)
     }
 
     /// The host's end of the streams of its machine, by which this process and a program in the guest talk without a

@@ -61,6 +61,7 @@ mod boot_cache;
 mod capacity;
 pub mod console;
 mod copy_image;
+mod create_image;
 mod describe;
 mod description;
 mod directory;
@@ -69,7 +70,9 @@ mod forget;
 mod garbage;
 mod hibernation;
 mod image_calls;
+mod image_ids;
 mod image_source;
+mod image_states;
 mod images;
 mod instance;
 mod instance_type;
@@ -86,6 +89,7 @@ pub mod network;
 mod nocloud;
 mod options;
 mod power;
+mod products;
 mod record;
 mod recovery;
 mod region;
@@ -99,6 +103,7 @@ mod state;
 pub mod state_store;
 mod status;
 mod store;
+mod storing;
 mod supervisor;
 mod tags;
 mod tasks;
@@ -110,12 +115,12 @@ pub mod watch;
 
 pub use capacity::Capacity;
 pub use copy_image::CopyImage;
+pub use create_image::{CreateImage, CreatedImage, ImageConsistency};
 pub use describe::{Describe, DescribeInstances, DescribeSnapshots, DescribeVolumes};
 pub use description::{Attachment, InstanceDescription, ShutdownBehavior, StateReason};
 pub use error::{Error, ErrorKind, Result};
 pub use image_calls::RegionCatalog;
 pub use image_source::{DirectBoot, ImageSource};
-pub use images::CreatedImage;
 pub use instance::Instance;
 pub use instance_type::{EbsBandwidth, InstanceStore, InstanceType, NetworkBandwidth};
 pub use launch::{LaunchSpec, Reservation};
@@ -136,8 +141,9 @@ pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};
 pub use tasks::{
-    CopyImageTask, DescribeCopyImageTasks, DescribeExportImageTasks, DescribeImportImageTasks,
-    ExportImageTask, Exported, ImportImageTask, Task, TaskDescription, TaskStatus, Tell,
+    CopyImageTask, CreateImageTask, DescribeCopyImageTasks, DescribeCreateImageTasks,
+    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
+    TaskDescription, TaskStatus, Tell,
 };
 pub use volume_modification::{ModifyVolume, VolumeModification, VolumeModificationState};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

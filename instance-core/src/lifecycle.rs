@@ -115,6 +115,8 @@ impl Inner {
     }
 
     fn finish_stop(&self, cell: &Cell, live: &mut Live, reason: StateReason) -> Result<()> {
+        let ended = live.machine.as_ref().and_then(|machine| machine.state().get().exit_cause().cloned());
+        live.record.shut_down |= ended == Some(ExitCause::PowerOff);
         live.end_machine()?;
         self.power_off(live);
         self.transition(cell, live, Transition::Stopped, Some(reason))?;
@@ -164,7 +166,7 @@ impl Inner {
     }
 
     /// Gives a running instance a new machine, or stops it where that fails.
-    fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
+    pub(crate) fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
         live.reboots = false;
         cell.begin_boot();
         let ended = live.end_machine();
@@ -219,7 +221,8 @@ impl Inner {
         let Some(cell) = self.cells().get(&id).cloned() else { return };
         // Whoever holds the instance reports the end again when done.
         let Some(mut live) = cell.try_hold(self.supervisor.reports()) else { return };
-        if live.generation != generation {
+        // One whose guest shuts down for an image is started again by who makes that.
+        if live.generation != generation || live.shuts_down == Some(generation) {
             return;
         }
         let Some(cause) = live.machine.as_ref().and_then(|m| m.state().get().exit_cause().cloned()) else {
@@ -331,7 +334,7 @@ impl Inner {
 }
 
 /// Presses the power button, if there is one and patience to wait for what comes of it; says whether.
-fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> bool {
+pub(crate) fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> bool {
     if patience.is_zero() {
         return false;
     }

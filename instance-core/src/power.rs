@@ -65,7 +65,7 @@ impl Inner {
     pub(crate) fn open_volumes(&self, live: &Live) -> Result<Vec<Volume>> {
         let InstanceRecord { description, launched, .. } = &live.record;
         let open = |attachment: &Attachment| match launched {
-            false if self.is_unwritten(attachment) => {
+            false if self.is_unwritten(attachment) && self.storing.open(attachment.volume_id).is_none() => {
                 self.make_unwritten(description.id, attachment.volume_id)
             }
             _ => self.open_volume(attachment.volume_id),

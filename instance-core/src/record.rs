@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::boot_cache::BootPlan;
 use crate::description::StateReason;
 use crate::network::Guest;
+use crate::products::ProductCodes;
 use crate::store::Record;
 use crate::{Error, ErrorKind, InstanceDescription, InstanceState, NoCloudSeed, Result};
 
@@ -87,6 +88,9 @@ pub(crate) struct VolumeRecord {
     /// The key that wraps its data key, if it is encrypted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) kms_key_id: Option<String>,
+    /// The products whose content it has.
+    #[serde(default, skip_serializing_if = "ProductCodes::is_empty")]
+    pub(crate) product_codes: ProductCodes,
     /// What was last changed of it, if anything was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) modification: Option<ModificationRecord>,
@@ -127,6 +131,9 @@ pub(crate) struct SnapshotRecord {
     /// The key that wraps its data key, if it is encrypted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) kms_key_id: Option<String>,
+    /// The products whose content it has.
+    #[serde(default, skip_serializing_if = "ProductCodes::is_empty")]
+    pub(crate) product_codes: ProductCodes,
 }
 
 impl Record for SnapshotRecord {
@@ -164,6 +171,9 @@ pub(crate) struct InstanceRecord {
     /// The keys by which its SSH server is known, as its console has shown them last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) host_keys: Vec<String>,
+    /// Whether its guest had shut itself down when it was stopped, so that its file systems are whole.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) shut_down: bool,
     /// Its machine as it was saved, while it hibernates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) saved: Option<SavedRecord>,

@@ -176,7 +176,7 @@ impl<H> Region<H> {
     /// `client-token`, `hibernation-options.configured`, `image-id`, `instance-id`, `instance-state-code`, `instance-state-name`,
     /// `instance-type`, `instance.group-id`, `key-name`, `launch-index`, `launch-time`,
     /// `metadata-options.http-endpoint` and `.http-tokens`, `network-interface.network-interface-id`, `owner-id`,
-    /// `private-dns-name`, `private-ip-address`, `reservation-id`, `root-device-name`, `root-device-type`,
+    /// `private-dns-name`, `private-ip-address`, `product-code`, `product-code.type`, `reservation-id`, `root-device-name`, `root-device-type`,
     /// `state-reason-code` and `-message`, `subnet-id`, `tag:KEY`, `tag-key`, `virtualization-type`, `vpc-id`. A page of one of
     /// `client-token`, `image-id`, `instance-state-name`, `instance-type`, `key-name`, `owner-id`,
     /// `reservation-id` or a tag, without wildcards, takes as long in a large region as in a small one.

@@ -71,7 +71,9 @@ impl Inner {
         let there =
             self.blocks.snapshots().map_err(|e| Error::storage(e, "cannot list the region's content"))?;
         let mut whole: HashSet<Digest> = there.into_iter().collect();
-        content.damaged_snapshots.iter().for_each(|digest| drop(whole.remove(digest)));
+        for digest in &content.damaged_snapshots {
+            whole.remove(digest);
+        }
         let damaged = |digest: &Digest| !whole.contains(digest);
         let of_images = images.iter().filter(|image| snapshots_of(image).iter().any(damaged));
         Ok(RegionScrub {

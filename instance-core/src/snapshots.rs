@@ -4,13 +4,16 @@
 
 use std::sync::PoisonError;
 
-use ami_core::{AccountId, Digest, Page, SnapshotId, Tags, Timestamp, VolumeId};
+use ami_core::{AccountId, Digest, Page, SnapshotId, Tags, Timestamp, VolumeId, may_export};
 use serde::{Deserialize, Serialize};
-use storage_block::{Disk, Snapshot};
+use storage_block::Disk;
 
 use crate::describe::{DescribeSnapshots, Filterable, tag_values};
+use crate::products::ProductCodes;
 use crate::record::{ImageRecord, SnapshotRecord, VolumeRecord};
 use crate::region::{Inner, Region};
+use crate::storing::Instant;
+use crate::volumes::volume_not_found;
 use crate::{Error, ErrorKind, Result};
 
 const GIB: u64 = 1 << 30;
@@ -70,6 +73,8 @@ pub struct SnapshotDescription {
     pub description: String,
     /// The key that wraps its data key, if it is encrypted, as it is if the volume was.
     pub kms_key_id: Option<String>,
+    /// The products whose content it has: its bytes are not read by who does not sell them.
+    pub product_codes: ProductCodes,
     /// When it was made.
     pub start_time: Timestamp,
     /// Its tags.
@@ -87,6 +92,7 @@ impl From<SnapshotRecord> for SnapshotDescription {
             state: SnapshotState::Completed,
             description: record.description,
             kms_key_id: record.kms_key_id,
+            product_codes: record.product_codes,
             start_time: record.created,
             tags: record.tags,
         }
@@ -116,10 +122,12 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), or what the host met.
+    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`AuthFailure`](ErrorKind::AuthFailure) for one with a product
+    /// code, or what the host met.
     pub fn snapshot_disk(&self, id: SnapshotId) -> Result<Disk> {
-        let digest = self.inner.snapshot(*self.account(), id)?.digest;
-        Ok(self.inner.content(&digest)?.disk())
+        let record = self.inner.snapshot(*self.account(), id)?;
+        may_export(&record.product_codes, &format!("the snapshot {id}"))?;
+        Ok(self.inner.content(&record.digest)?.disk())
     }
 
     /// Deletes a snapshot of the account's (`DeleteSnapshot`). Volumes that were made of it stay.
@@ -174,8 +182,8 @@ impl Inner {
     }
 
     fn create_snapshot(&self, owner: AccountId, id: VolumeId, description: &str) -> Result<SnapshotRecord> {
-        let volume = self.volume(owner, id)?;
-        let snapshot = self.snapshot_of(owner, &volume)?;
+        let (volume, instant) = self.take_volume(owner, id)?;
+        let (snapshot, _) = instant.store(&mut |_| ())?.pop().ok_or_else(|| volume_not_found(id))?;
         let record = SnapshotRecord {
             id: SnapshotId::random().map_err(|e| Error::io(e, "cannot make an id"))?,
             owner,
@@ -186,37 +194,43 @@ impl Inner {
             created: Timestamp::now(),
             tags: Tags::new(),
             kms_key_id: snapshot.key_id().map(str::to_owned),
+            product_codes: volume.product_codes,
         };
         self.store.commit(|c| c.put(&record))?;
         Ok(record)
     }
 
-    fn snapshot_of(&self, owner: AccountId, volume: &VolumeRecord) -> Result<Snapshot> {
-        let failed = |e| Error::storage(e, format!("cannot take a snapshot of {}", volume.id));
-        let Some(holder) = self.directory.attached(volume.id) else {
-            // Attaching and deleting wait.
-            let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
-            self.volume(owner, volume.id)?;
-            return self.snapshot_closed(volume);
-        };
-        let cell = self.cell(owner, holder.id)?;
-        let mut live = cell.hold(self.supervisor.reports());
-        let attachments = &live.record.description.attachments;
-        let open = attachments.iter().zip(&live.volumes).find(|(a, _)| a.volume_id == volume.id);
-        match open {
-            Some((_, open)) => Ok(open.snapshot(&self.blocks).map_err(failed)?.0),
-            // It may have been detached, or deleted with its instance, meanwhile.
-            None => {
-                self.volume(owner, volume.id)?;
-                self.settle_volumes(&mut live)?;
-                self.snapshot_closed(volume)
+    /// A volume as it is now, wherever it is. Nothing is held while it is stored.
+    fn take_volume(&self, owner: AccountId, id: VolumeId) -> Result<(VolumeRecord, Instant<'_>)> {
+        loop {
+            let holder = self.directory.attached(id);
+            if let Some(holder) = holder {
+                let cell = self.cell(owner, holder.id)?;
+                let mut live = self.hold_to_freeze(&cell);
+                let attachments = &live.record.description.attachments;
+                let open = attachments.iter().zip(&live.volumes).find(|(a, _)| a.volume_id == id);
+                if let Some((_, open)) = open {
+                    return Ok((self.volume(owner, id)?, self.freeze(vec![(id, open.clone())])));
+                }
+                if attachments.iter().any(|a| a.volume_id == id) {
+                    let volume = self.volume(owner, id)?;
+                    self.settle_volumes(&mut live)?;
+                    return Ok((volume, self.freeze(vec![(id, self.open_volume(id)?)])));
+                }
             }
+            // Attaching and deleting wait.
+            let resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
+            let volume = self.volume(owner, id)?;
+            // It may have been attached or detached since it was looked for.
+            if self.directory.attached(id).is_some() {
+                continue;
+            }
+            if self.storing.open(id).is_none() {
+                return Ok((volume, self.freeze(vec![(id, self.open_volume(id)?)])));
+            }
+            drop(resources);
+            self.storing.wait(id);
         }
-    }
-
-    fn snapshot_closed(&self, volume: &VolumeRecord) -> Result<Snapshot> {
-        let failed = |e| Error::storage(e, format!("cannot take a snapshot of {}", volume.id));
-        Ok(self.open_volume(volume.id)?.snapshot(&self.blocks).map_err(failed)?.0)
     }
 }
 

@@ -9,6 +9,7 @@ use storage_block::VolumeOptions;
 use crate::describe::{DescribeVolumes, Filterable, tag_values};
 use crate::description::InstanceDescription;
 use crate::instance::Live;
+use crate::products::ProductCodes;
 use crate::record::{InstanceRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, InstanceState, Result};
@@ -83,6 +84,8 @@ pub struct VolumeDescription {
     pub snapshot_id: Option<SnapshotId>,
     /// The key that wraps its data key, if it is encrypted.
     pub kms_key_id: Option<String>,
+    /// The products whose content it has.
+    pub product_codes: ProductCodes,
     /// When it was made.
     pub create_time: Timestamp,
     /// Its tags.
@@ -108,6 +111,7 @@ impl VolumeDescription {
             attachment,
             snapshot_id: record.snapshot_id,
             kms_key_id: record.kms_key_id,
+            product_codes: record.product_codes,
             create_time: record.created,
             tags: record.tags,
         }
@@ -277,6 +281,7 @@ impl Inner {
             created: Timestamp::now(),
             tags,
             kms_key_id: None,
+            product_codes: snapshot.map(|s| s.product_codes).unwrap_or_default(),
             modification: None,
         };
         let base = record.base.map(|digest| self.content(&digest)).transpose()?;

@@ -4,10 +4,10 @@
 
 mod common;
 
-use ami_core::{Ami, AmiBuilder, Arm64, X86_64};
+use ami_core::{Ami, AmiBuilder, Arm64, Boot, BootMode, X86_64};
 use common::{check, disk, everything, ext4, open, register};
 use instance_core::testing::tiny_elf;
-use instance_core::{DirectBoot, Error, ErrorKind, ImageSource, Result};
+use instance_core::{DirectBoot, Error, ErrorKind, ImageSource, LaunchSpec, Result};
 use storage_block::{BlockBackend, Disk, MemoryDisk};
 
 const UNBOOTABLE: &str = "ImportFailed.UnsupportedDisk";
@@ -115,17 +115,22 @@ fn a_parameter_that_no_image_can_have_is_refused() {
     let device = |name| try_with(builder(), name, &tiny_elf(), "").unwrap_err();
     let long = "x".repeat(5000);
     let table: Vec<(Error, ErrorKind, &str, &str)> = vec![
-        (device("/dev/floppy"), ErrorKind::InvalidImage, "InvalidBlockDeviceMapping", "is no device name"),
-        (device(""), ErrorKind::InvalidImage, "MissingParameter", "no root device name"),
+        (
+            device("/dev/floppy"),
+            ErrorKind::InvalidBlockDeviceMapping,
+            "InvalidBlockDeviceMapping",
+            "is no device name",
+        ),
+        (device(""), ErrorKind::MissingParameter, "MissingParameter", "no root device name"),
         (
             try_with(Ami::<X86_64>::builder("n"), "/dev/xvda", &tiny_elf(), "").unwrap_err(),
-            ErrorKind::InvalidImage,
+            ErrorKind::MalformedImageName,
             "InvalidAMIName.Malformed",
             "name",
         ),
         (
             try_with(builder(), "/dev/xvda", &tiny_elf(), &long).unwrap_err(),
-            ErrorKind::InvalidImage,
+            ErrorKind::InvalidParameter,
             "InvalidParameterValue",
             "at most 2048",
         ),
@@ -177,4 +182,24 @@ fn a_disk_that_fails_half_way_leaves_nothing() {
     let error = register(&region, "bad", &failing).unwrap_err();
     check(&error, ErrorKind::Internal, "InternalError", &["cannot copy the disk", "a bad sector"]);
     assert_eq!(everything(&region, dir.path()), before);
+}
+
+#[test]
+fn an_image_boots_through_the_firmware_that_its_builder_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let uefi = || Ami::<X86_64>::builder("uefi").boot(Boot::root_volume().mode(BootMode::Uefi));
+    // A kernel beside the disk passes none.
+    let root = disk(1, 7);
+    let direct = ImageSource::new(&root).boot(DirectBoot::new(tiny_elf(), None, ""));
+    let refused = region.register_image(uefi(), direct).unwrap_err();
+    let combination = "InvalidParameterCombination";
+    check(&refused, ErrorKind::InvalidParameterCombination, combination, &["passes no firmware"]);
+    let Some(bytes) = ext4(&[("boot/vmlinuz-6", &tiny_elf())]) else { return };
+    let bootable = MemoryDisk::from_vec(bytes).unwrap().into_disk();
+    let ami = region.register_image(uefi(), ImageSource::new(&bootable)).unwrap();
+    assert_eq!(ami.manifest().boot().boot_mode(), Some(BootMode::Uefi));
+    let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
+    let child = server.create_image("child").unwrap().ami;
+    assert_eq!(child.manifest().boot(), ami.manifest().boot());
 }

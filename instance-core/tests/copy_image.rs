@@ -123,7 +123,7 @@ fn what_cannot_be_copied_leaves_nothing() {
     let named = copy(&to, ami.id(), "taken").unwrap_err();
     check(&named, ErrorKind::ImageNameDuplicate, "InvalidAMIName.Duplicate", &[]);
     let named = copy(&to, ami.id(), "x").unwrap_err();
-    check(&named, ErrorKind::InvalidImage, "InvalidAMIName.Malformed", &[]);
+    check(&named, ErrorKind::MalformedImageName, "InvalidAMIName.Malformed", &[]);
     let gone = copy(&to, "ami-0123456789abcdef0".parse().unwrap(), "new").unwrap_err();
     check(&gone, ErrorKind::ImageNotFound, "InvalidAMIID.NotFound", &[]);
     let long = "x".repeat(256);

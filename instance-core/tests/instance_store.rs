@@ -143,6 +143,23 @@ fn mappings_decide_which_disks_an_instance_has_unless_they_are_nvme() {
     check(&refused, ErrorKind::InvalidBlockDeviceMapping, code, &["the root device, is an EBS volume"]);
 }
 
+#[test]
+fn a_volume_is_not_attached_where_instance_store_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let scratch = BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0");
+    let none = BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral9");
+    let instance =
+        region.launch(&register(&region, &[scratch, none]), LaunchSpec::new(hardware(false))).unwrap();
+    let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+    for taken in ["/dev/sdb", "/dev/xvdb"] {
+        let refused = region.attach_volume(volume, instance.id(), taken).unwrap_err();
+        check(&refused, ErrorKind::InvalidParameter, "InvalidParameterValue", &["instance store", "already"]);
+    }
+    // Of this the type has none.
+    region.attach_volume(volume, instance.id(), "/dev/sdf").unwrap();
+}
+
 /// A type may come from anywhere, as a part of what somebody asks for.
 #[test]
 fn more_disks_than_there_are_names_for_are_refused() {

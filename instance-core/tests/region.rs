@@ -58,6 +58,57 @@ fn a_launch_that_fails_leaves_nothing() {
     region.launch(&ami, spec()).unwrap();
 }
 
+/// What nobody has an error of is told to who listens, in EC2's words.
+#[test]
+fn a_launch_that_fails_says_in_ec2s_words_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let hypervisor = FakeHypervisor::new();
+    let region = Region::open(dir.path(), hypervisor.clone()).unwrap();
+    let ami = register(&region);
+    let events = region.state_changes();
+    hypervisor.fail_next_create();
+    region.launch(&ami, spec()).unwrap_err();
+    let reasons: Vec<_> =
+        events.try_iter().filter_map(|change| Some((change.state, change.reason?.code))).collect();
+    assert_eq!(reasons, [(InstanceState::Terminated, "Server.InternalError".to_owned())]);
+}
+
+/// Whoever kept the id of an image that is gone must not find another by it.
+#[test]
+fn an_id_is_never_used_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut ids = Vec::new();
+    let mut digests = Vec::new();
+    for round in 0..3 {
+        let region = RegionOptions::new().name("eu-central-1".parse().unwrap());
+        let region = region.open(dir.path(), FakeHypervisor::new()).unwrap();
+        for _ in 0..2 {
+            let ami = register(&region);
+            digests.push(ami.digest());
+            let instance = (round == 1).then(|| region.launch(&ami, spec()).unwrap());
+            let copy = region.copy_image(ami.id(), "copy").unwrap();
+            let known = region.image(ami.id()).unwrap();
+            assert_eq!(known.ami(), &ami);
+            ids.extend([ami.id(), copy.id()]);
+            region.deregister_image(ami.id()).unwrap();
+            region.deregister_image(copy.id()).unwrap();
+            let child = instance.map(|instance| instance.create_image("child").unwrap().ami);
+            if let Some(child) = child {
+                assert_eq!(child.manifest().parent(), Some(&ami.digest()));
+                ids.push(child.id());
+                region.deregister_image(child.id()).unwrap();
+            }
+            assert!(ids.iter().all(|id| region.image(*id).is_err()));
+        }
+    }
+    let count = ids.len();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), count, "{ids:?}");
+    digests.dedup();
+    assert_eq!(digests.len(), 1, "what is the same has the same digest");
+}
+
 #[test]
 fn a_bad_image_is_refused_with_a_reason_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -82,7 +133,7 @@ fn a_bad_image_is_refused_with_a_reason_and_leaves_nothing() {
         (no_kernel, ErrorKind::NotBootable, "ImportFailed.UnsupportedDisk"),
         (garbage, ErrorKind::NotBootable, "ImportFailed.UnsupportedDisk"),
         (wrong, ErrorKind::ArchitectureMismatch, "InvalidParameterValue"),
-        (device, ErrorKind::InvalidImage, "InvalidBlockDeviceMapping"),
+        (device, ErrorKind::InvalidBlockDeviceMapping, "InvalidBlockDeviceMapping"),
     ];
     for (error, kind, code) in table {
         assert_eq!((error.kind(), error.code()), (kind, code), "{error}");
@@ -173,10 +224,10 @@ fn what_no_instance_could_have_is_refused_before_anything_is_made() {
     };
     let unknown = BlockDeviceMapping::ebs("/dev/sdf", Digest::of(b"unknown"), 8);
     let table = [
-        (try_device(unknown), ErrorKind::InvalidImage, "InvalidSnapshot.NotFound"),
+        (try_device(unknown), ErrorKind::SnapshotNotFound, "InvalidSnapshot.NotFound"),
         (
             try_device(BlockDeviceMapping::ebs("/dev/sdf", snapshot, 1)),
-            ErrorKind::InvalidImage,
+            ErrorKind::InvalidBlockDeviceMapping,
             "InvalidBlockDeviceMapping",
         ),
     ];
@@ -225,7 +276,7 @@ fn a_launch_that_races_a_deregistration_fails_cleanly_or_leaves_a_whole_instance
         match instance {
             Ok(instance) => {
                 launched += 1;
-                instance.create_image(&format!("child-{round}")).unwrap();
+                instance.create_image(format!("child-{round}")).unwrap();
                 instance.terminate().unwrap();
             }
             Err(e) => {

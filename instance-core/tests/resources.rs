@@ -234,9 +234,9 @@ fn what_is_no_volume_or_snapshot_of_the_account_is_refused() {
     assert_eq!(region.describe_volumes(&DescribeVolumes::new()).unwrap().items.len(), 3);
     // A text that is no id has its own kind and code.
     let parsed = |text: &str| -> Result<VolumeId> { Ok(text.parse::<VolumeId>()?) };
-    refused(parsed("vol-1"), ErrorKind::MalformedId, "InvalidVolumeID.Malformed");
+    refused(parsed("vol-1"), ErrorKind::MalformedVolumeId, "InvalidVolumeID.Malformed");
     let parsed = |text: &str| -> Result<ami_core::AmiId> { Ok(text.parse::<ami_core::AmiId>()?) };
-    refused(parsed("ami-x"), ErrorKind::MalformedId, "InvalidAMIID.Malformed");
+    refused(parsed("ami-x"), ErrorKind::MalformedImageId, "InvalidAMIID.Malformed");
     let parsed = |text: &str| -> Result<ResourceId> { Ok(text.parse::<ResourceId>()?) };
     refused(parsed("x-1"), ErrorKind::InvalidResourceId, "InvalidID");
 }

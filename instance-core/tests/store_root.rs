@@ -274,7 +274,12 @@ fn what_cannot_have_it_is_refused() {
     let large = tempfile::tempfile().unwrap();
     large.set_len((10 << 30) + 4096).unwrap();
     let large = RawFile::from_file(large, true).unwrap().into_disk();
-    check(&try_register(source(&large)), ErrorKind::InvalidImage, mapping, &["have 1 to 10 GiB"]);
+    check(
+        &try_register(source(&large)),
+        ErrorKind::InvalidBlockDeviceMapping,
+        mapping,
+        &["have 1 to 10 GiB"],
+    );
     let secret = region.create_volume(VolumeSpec::new(1).encrypted(true)).unwrap();
     let secret = region.create_snapshot(secret.id, "secret").unwrap();
     let of_secret = ImageSource::of_snapshot(secret.id)

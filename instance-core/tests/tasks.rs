@@ -109,7 +109,7 @@ fn an_import_that_is_cancelled_or_fails_leaves_nothing_and_says_why() {
 
     for (name, content, boot, kind, code) in [
         ("taken", disk(1, 7), boot(), ErrorKind::ImageNameDuplicate, "InvalidAMIName.Duplicate"),
-        ("x", disk(1, 7), boot(), ErrorKind::InvalidImage, "InvalidAMIName.Malformed"),
+        ("x", disk(1, 7), boot(), ErrorKind::MalformedImageName, "InvalidAMIName.Malformed"),
         ("new", disk(1, 7), None, ErrorKind::NotBootable, "ImportFailed.UnsupportedDisk"),
     ] {
         let task = region.import_image(builder(name), content, boot).unwrap();
@@ -208,7 +208,7 @@ fn an_export_gives_the_bytes_and_can_be_ended() {
     check(&none, ErrorKind::InvalidBlockDeviceMapping, "InvalidBlockDeviceMapping", &[]);
     let gone = "export-ami-0123456789abcdef0".parse().unwrap();
     let missing = region.describe_export_image_tasks(&DescribeExportImageTasks::new().id(gone)).unwrap_err();
-    check(&missing, ErrorKind::TaskNotFound, "InvalidExportTaskID.NotFound", &[]);
+    check(&missing, ErrorKind::ExportTaskNotFound, "InvalidExportTaskID.NotFound", &[]);
 
     // Twenty at once, and no more.
     let tasks: Vec<_> =

@@ -158,7 +158,7 @@ fn steps(region: &Region, artifacts: &Artifacts, report: &mut Report) -> Result<
     })?;
 
     let created = report.step("make an image of the running instance", || {
-        Ok(first.create_image(&format!("employee-directory-{suffix}"))?)
+        Ok(first.create_image(format!("employee-directory-{suffix}"))?)
     })?;
     report.image_of(&first, &created);
 

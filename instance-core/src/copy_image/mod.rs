@@ -15,7 +15,7 @@ use crate::machine::Boot;
 use crate::record::ImageRecord;
 use crate::region::{Inner, Region};
 use crate::store::Changes;
-use crate::tasks::{CopyImageTask, put_completed};
+use crate::tasks::{CopyImageTask, Done, put_completed};
 use crate::{Error, ErrorKind, Result};
 
 /// What becomes of a copy of an image (`CopyImage`).
@@ -107,14 +107,15 @@ impl<H> Region<H> {
     ///
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) without
     /// permission, [`ImageUnavailable`](ErrorKind::ImageUnavailable),
-    /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate), [`InvalidImage`](ErrorKind::InvalidImage) for a
-    /// name that breaks the rule, or what the host met.
+    /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
+    /// [`MalformedImageName`](ErrorKind::MalformedImageName), or what the host met.
     pub fn copy_image(&self, id: AmiId, name: &str) -> Result<AnyAmi> {
         let inner = &self.inner;
         let _naming = inner.naming.write().unwrap_or_else(PoisonError::into_inner);
         let ImageRecord { image, boot, .. } = inner.image(id)?;
         let mut copy = image.copy_to(self.account(), &inner.region.name, name)?;
         copy.set_state(ImageState::Available)?;
+        let copy = inner.under_new_id(copy)?;
         inner.check_name(copy.ami())?;
         let ami = copy.ami().clone();
         inner.store.commit(|c| c.put(&ImageRecord { image: copy, boot, snapshots: Vec::new() }))?;
@@ -209,9 +210,9 @@ impl<H> Region<H> {
                     at.cancel();
                 }
             };
-            let put = |c: &mut Changes, image| put_completed(task, c, image);
+            let put = |c: &mut Changes, image| put_completed(task, c, &Done::new(image));
             let made = region.making(|| region.copy_from(original, account, &copy, &mut tell, put));
-            made.map(|ami| ami.id())
+            made.map(|ami| Done::new(ami.id()))
         })
     }
 }
@@ -275,7 +276,7 @@ impl Inner {
         }
         let boot = boot.map(|(plan, files)| self.boot.copy_of(plan, &files)).transpose()?;
         let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
-        let copy = copy_of(manifest.with_block_devices(disks)?)?;
+        let copy = self.under_new_id(copy_of(manifest.with_block_devices(disks)?)?)?;
         let ami = copy.ami().clone();
         self.store.commit(|c| {
             also(c, ami.id())?;

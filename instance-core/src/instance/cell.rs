@@ -56,6 +56,8 @@ pub(crate) struct Live {
     pub(crate) generation: u64,
     /// Its guest was asked to power itself off, so that it can boot anew.
     pub(crate) reboots: bool,
+    /// The generation of the machine whose guest shuts down for an image, after which it is started again.
+    pub(crate) shuts_down: Option<u64>,
     /// A volume of its launch cannot be made yet, which has been said.
     pub(crate) waits_for_room: bool,
 }
@@ -80,6 +82,7 @@ impl Cell {
                 claim: None,
                 generation: 0,
                 reboots: false,
+                shuts_down: None,
                 waits_for_room: false,
             }),
             boot: Mutex::new(None),
@@ -151,6 +154,9 @@ impl Live {
         // Once its guest goes on, or it ends, what was saved is of no more use.
         if matches!(by, Transition::Started | Transition::Terminate) {
             record.saved = None;
+        }
+        if by != Transition::Stopped {
+            record.shut_down = false;
         }
         Ok(record)
     }
@@ -253,7 +259,9 @@ impl std::ops::DerefMut for Hold<'_> {
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        let watched = self.machine.as_ref().map(|m| (m.state(), self.generation));
+        // Who waits for a guest to shut down for an image sees it.
+        let awaited = self.shuts_down == Some(self.generation);
+        let watched = self.machine.as_ref().filter(|_| !awaited).map(|m| (m.state(), self.generation));
         let unsettled = !self.record.launched && self.volumes.iter().any(Volume::has_files)
             || self.cell.shown_host_keys(&self.record).is_some();
         self.live = None;

@@ -129,11 +129,23 @@ impl Inner {
             tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
         }
         let mut gone = live.record.description.clone();
-        gone.enter(InstanceState::Terminated, Some(StateReason::new(why.code(), chain(why))));
+        gone.enter(InstanceState::Terminated, Some(reason_of(why)));
         self.announce(&StateChange::of(&gone));
         self.directory.remove(cell.id);
         cell.description.set(gone);
     }
+}
+
+/// Why a launch has failed, in EC2's words: they say whose fault it was.
+fn reason_of(why: &Error) -> StateReason {
+    let code = match why.kind() {
+        ErrorKind::InsufficientCapacity => "Server.InsufficientInstanceCapacity",
+        ErrorKind::KeyUnavailable => "Client.InvalidKMSKey.InvalidState",
+        ErrorKind::SnapshotNotFound => "Client.InvalidSnapshot.NotFound",
+        ErrorKind::NotBootable | ErrorKind::Unsupported => "Client.InternalError",
+        _ => "Server.InternalError",
+    };
+    StateReason::new(code, chain(why))
 }
 
 /// The first failure, if fewer than `min` are without one.

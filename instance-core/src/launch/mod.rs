@@ -4,16 +4,17 @@ mod in_flight;
 mod make;
 mod parameters;
 mod places;
-mod plan;
+pub(crate) mod plan;
 mod spec;
 mod tokens;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use ami_core::{
-    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, Ebs, InstanceId,
-    ReservationId, Timestamp,
+    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
+    Timestamp,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -32,7 +33,8 @@ use crate::capacity::Claim;
 use crate::description::InstanceDescription;
 use crate::instance::{Cell, Hold, Instance};
 use crate::machine::{Boot, Runs};
-use crate::record::{ImageRecord, InstanceRecord, SnapshotRecord};
+use crate::products::ProductCodes;
+use crate::record::{ImageRecord, InstanceRecord};
 use crate::region::{Inner, Region, StateChange};
 use crate::{Error, ErrorKind, InstanceState, InstanceType, Result};
 
@@ -105,7 +107,8 @@ impl<H> Region<H> {
     ///
     /// Before anything is made: [`ImageNotFound`](ErrorKind::ImageNotFound),
     /// [`AuthFailure`](ErrorKind::AuthFailure), [`ImageUnavailable`](ErrorKind::ImageUnavailable),
-    /// [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
+    /// [`OptInRequired`](ErrorKind::OptInRequired) for another's image with a product code whose terms the account has not
+    /// [accepted](Self::accept_terms), [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
     /// [`InvalidParameter`](ErrorKind::InvalidParameter),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
@@ -187,7 +190,8 @@ impl Inner {
 
     pub(crate) fn run(&self, owner: AccountId, launch: &Launch) -> Result<Vec<Arc<Cell>>> {
         self.forget_terminated(Instant::now());
-        let Prepared { boot, records, _flight } = self.prepare(owner, launch)?;
+        let damaged = |e: &Error| self.look_for_damage(launch.image, e);
+        let Prepared { boot, records, _flight } = self.prepare(owner, launch).inspect_err(damaged)?;
         let (mut cells, mut planned, mut claims) = (Vec::new(), Vec::new(), Vec::new());
         for (record, volumes, claim) in records {
             cells.push(Arc::new(Cell::new(record)));
@@ -214,7 +218,7 @@ impl Inner {
                 (Err(why), _) | (Ok(()), Err(why)) => self.undo_launch(one.cell, one.hold, one.planned, why),
             }
         }
-        outcome.map(|()| running)
+        outcome.map(|()| running).inspect_err(damaged)
     }
 
     /// Checks everything that can be checked beforehand.
@@ -234,7 +238,16 @@ impl Inner {
         self.check_architecture(&record, &spec.instance_type)?;
         plan::check_root(record.image.ami().manifest(), spec)?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
-        self.check_contents(owner, &disks, spec)?;
+        let named = self.check_contents(owner, &disks, spec)?;
+        let codes: ProductCodes = record.image.product_codes().cloned().collect();
+        // Those of its own that the launch names, or of the image.
+        let codes_of = |digest: &Digest| named.get(digest).unwrap_or(&codes).clone();
+        let of_named: ProductCodes = named.values().flatten().cloned().collect();
+        if !codes.is_empty() {
+            let accepted = self.accepted(&owner, &codes)?;
+            record.image.check_terms(&owner, |code| accepted.contains(code))?;
+        }
+        self.check_accepted(&owner, &of_named)?;
         self.check_keys(&disks)?;
         let public_key = self.check_network(spec)?;
         if spec.hibernation {
@@ -264,7 +277,7 @@ impl Inner {
         let mut places = self.places(spec);
         let mut records = Vec::new();
         for (index, claim) in (0..).zip(claims) {
-            let planned = plan::volumes(&disks, owner, now, &checked.volume_tags)?;
+            let planned = plan::volumes(&disks, owner, now, &checked.volume_tags, codes_of)?;
             let ami = record.image.ami();
             let id = InstanceId::random().map_err(no_random)?;
             let description = InstanceDescription {
@@ -289,6 +302,7 @@ impl Inner {
                 root_device_name: ami.manifest().root_device_name().to_string(),
                 root_device_type: ami.manifest().root_device_type(),
                 attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
+                product_codes: codes.union(&of_named).cloned().collect(),
                 network: places.next(id)?,
                 tags: spec.tags.clone(),
             };
@@ -302,6 +316,7 @@ impl Inner {
                 instance_store: plan::instance_store(&disks),
                 nocloud_seed: spec.nocloud_seed.clone(),
                 host_keys: Vec::new(),
+                shut_down: false,
                 saved: None,
                 ended: None,
             };
@@ -329,40 +344,24 @@ impl Inner {
         Ok(())
     }
 
-    /// A launch may name the content of snapshots of its own account, beside that of the image.
+    /// A launch may name content that its account has, beside that of the image. Gives what it names, with its product codes.
     fn check_contents(
         &self,
         owner: AccountId,
         disks: &[BlockDeviceMapping],
         spec: &Parameters,
-    ) -> Result<()> {
+    ) -> Result<BTreeMap<Digest, ProductCodes>> {
+        let mut named = BTreeMap::new();
         if spec.block_devices.is_empty() {
-            return Ok(());
+            return Ok(named);
         }
-        let named: Vec<Digest> = plan::contents(&spec.block_devices).map(|(_, digest)| digest).collect();
-        if !named.is_empty() {
-            let snapshots = self.store.all::<SnapshotRecord>()?;
-            let has = |digest: &Digest| snapshots.iter().any(|s| s.owner == owner && s.digest == *digest);
-            if let Some(missing) = named.iter().find(|digest| !has(digest)) {
-                let what = format!("the account has no snapshot whose content is {missing}");
-                return Err(Error::new(ErrorKind::SnapshotNotFound, what));
-            }
+        for (_, digest) in plan::contents(&spec.block_devices) {
+            named.insert(digest, self.codes_of_content(&owner, &digest)?);
         }
         for (disk, digest) in plan::contents(disks) {
             disk.check_snapshot_size(self.content(&digest)?.size())?;
         }
-        Ok(())
-    }
-
-    /// That there is a key for what is to be encrypted.
-    fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
-        match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {
-            true => match self.blocks.new_key(None) {
-                Ok(_) => Ok(()),
-                Err(e) => Err(Error::storage(e, "cannot encrypt a volume")),
-            },
-            false => Ok(()),
-        }
+        Ok(named)
     }
 
     /// Finds what an image boots that was put into the catalogue as a record alone, and keeps it.

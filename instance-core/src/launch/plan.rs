@@ -1,15 +1,17 @@
 //! Which volumes an instance gets: the image's disks, and what the launch changes of them.
 
 use ami_core::{
-    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Ebs, Manifest, RootDeviceType, Tags, Timestamp,
-    VolumeId,
+    AccountId, BlockDeviceKind, BlockDeviceMapping, DeviceName, Digest, Ebs, Manifest, RootDeviceType, Tags,
+    Timestamp, VolumeId,
 };
 
 use storage_block::Volume;
 
 use super::Parameters;
 use crate::description::Attachment;
+use crate::products::ProductCodes;
 use crate::record::VolumeRecord;
+use crate::region::Inner;
 use crate::{Error, ErrorKind, Result, ShutdownBehavior};
 
 /// A volume to be made for a launch.
@@ -30,13 +32,22 @@ impl Planned {
 
 /// The disks of an image's instance, EBS volumes and instance store, the root volume first, with `changes` made.
 pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Result<Vec<BlockDeviceMapping>> {
-    let root = manifest.root_device_name();
-    let mut disks: Vec<BlockDeviceMapping> = manifest.block_device_mappings().to_vec();
+    let root = (manifest.root_device_name(), manifest.root_device_type());
+    let mut disks = changed(root, manifest.block_device_mappings().to_vec(), changes)?;
+    disks.retain(|disk| *disk.kind() != BlockDeviceKind::NoDevice);
+    Ok(disks)
+}
+
+/// Disks with `changes` made, of whatever has this root device, which comes first.
+pub(crate) fn changed(
+    (root, root_type): (&DeviceName, RootDeviceType),
+    mut disks: Vec<BlockDeviceMapping>,
+    changes: &[BlockDeviceMapping],
+) -> Result<Vec<BlockDeviceMapping>> {
     for change in changes {
         let name = change.validate()?;
         let same = |disk: &BlockDeviceMapping| disk.validate().is_ok_and(|n| n.same_disk(&name));
         let place = disks.iter().position(same);
-        let root_type = manifest.root_device_type();
         match (place, change.kind()) {
             (_, BlockDeviceKind::NoDevice) if root.same_disk(&name) => {
                 return invalid(format!("{name} is the root device, which cannot be left out"));
@@ -59,7 +70,6 @@ pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Resu
             (None, _) => disks.push(change.clone()),
         }
     }
-    disks.retain(|disk| *disk.kind() != BlockDeviceKind::NoDevice);
     disks.sort_by_key(|disk| disk.device_name() != root.as_str());
     for disk in &disks {
         let name = disk.device_name();
@@ -136,6 +146,7 @@ pub(super) fn volumes(
     owner: AccountId,
     created: Timestamp,
     tags: &Tags,
+    codes_of: impl Fn(&Digest) -> ProductCodes,
 ) -> Result<Vec<Planned>> {
     let volume = |disk: &BlockDeviceMapping, ebs: &Ebs| -> Result<Planned> {
         let id = VolumeId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
@@ -155,10 +166,24 @@ pub(super) fn volumes(
                 created,
                 tags: tags.clone(),
                 kms_key_id: None,
+                product_codes: ebs.snapshot().map(&codes_of).unwrap_or_default(),
                 modification: None,
             },
             encrypted: ebs.encrypted(),
         })
     };
     disks.iter().filter_map(|disk| disk.as_ebs().map(|ebs| volume(disk, ebs))).collect()
+}
+
+impl Inner {
+    /// That there is a key for what is to be encrypted.
+    pub(super) fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
+        match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {
+            true => match self.blocks.new_key(None) {
+                Ok(_) => Ok(()),
+                Err(e) => Err(Error::storage(e, "cannot encrypt a volume")),
+            },
+            false => Ok(()),
+        }
+    }
 }

@@ -17,6 +17,7 @@ use crate::boot_cache::BootCache;
 use crate::capacity::Meter;
 use crate::directory::{Directory, not_found};
 use crate::forget::Remembered;
+use crate::image_states::Watched;
 use crate::instance::Cell;
 use crate::launch::{InFlight, Tokens};
 use crate::lock::Lock;
@@ -26,6 +27,7 @@ use crate::network::Network;
 use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
 use crate::store::{JournaledStore, Known, Store};
+use crate::storing::Storing;
 use crate::supervisor::Supervisor;
 use crate::tasks::Tasks;
 use crate::{Error, ErrorKind, Result};
@@ -69,6 +71,7 @@ pub(crate) struct Inner {
     pub(crate) tokens: Tokens,
     pub(crate) in_flight: InFlight,
     pub(crate) tasks: Tasks,
+    pub(crate) storing: Storing,
     pub(crate) meter: Meter,
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) network: Option<Box<dyn Network>>,
@@ -78,6 +81,7 @@ pub(crate) struct Inner {
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
     images: Known<ImageRecord>,
+    pub(crate) watched_images: Watched,
     pub(crate) blocks: BlockStore,
     pub(crate) boot: BootCache,
     /// Held for reading while an image is made, and for writing while what nothing names is collected, which
@@ -133,6 +137,7 @@ impl Inner {
             tokens: Tokens::default(),
             in_flight: InFlight::default(),
             tasks: Tasks::default(),
+            storing: Storing::default(),
             meter: Meter::new(options.capacity),
             hypervisor,
             network: options.network.take(),
@@ -142,6 +147,7 @@ impl Inner {
             region,
             store,
             images: Known::default(),
+            watched_images: Watched::default(),
             blocks,
             boot,
             making_images: RwLock::default(),

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::thread;
 
 use ami_core::{
-    AccountId, AmiBuilder, AmiId, Arch, CopyImageTaskId, ExportImageTaskId, ImportImageTaskId, Page,
-    Timestamp,
+    AccountId, AmiBuilder, AmiId, Arch, CopyImageTaskId, CreateImageTaskId, ExportImageTaskId,
+    ImportImageTaskId, Page, Timestamp,
 };
 use storage_block::{Disk, Progress};
 
 use super::record::put_completed;
 use super::{
-    CopyImageTask, DescribeCopyImageTasks, DescribeExportImageTasks, DescribeImportImageTasks,
-    ExportImageTask, ImportImageTask, Shelf, Task, TaskDescription, TaskId, TaskRecord,
+    CopyImageTask, CreateImageTask, DescribeCopyImageTasks, DescribeCreateImageTasks,
+    DescribeExportImageTasks, DescribeImportImageTasks, Done, ExportImageTask, ImportImageTask, Shelf, Task,
+    TaskDescription, TaskId, TaskRecord,
 };
 use crate::describe::{Describe, Filterable};
 use crate::error::chain;
@@ -55,8 +56,8 @@ impl<H> Region<H> {
             };
             let mut source = ImageSource::new(&disk).progress(&mut progress);
             source.boot = boot;
-            let put = |c: &mut Changes, image| put_completed(task, c, image);
-            region.making(|| region.import(owner, builder, source, put)).map(|ami| ami.id())
+            let put = |c: &mut Changes, image| put_completed(task, c, &Done::new(image));
+            region.making(|| region.import(owner, builder, source, put)).map(|ami| Done::new(ami.id()))
         })
     }
 
@@ -90,7 +91,7 @@ impl<H> Region<H> {
                 task.reach(done, total);
                 if task.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
-            to(&disk, &mut tell).map(|()| image).map_err(|e| {
+            to(&disk, &mut tell).map(|()| Done::new(image)).map_err(|e| {
                 let kind = if task.is_cancelled() { ErrorKind::Cancelled } else { ErrorKind::Internal };
                 Error::new(kind, format!("cannot export {image}")).with_source(e)
             })
@@ -116,7 +117,8 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// As [`describe_import_image_tasks`](Self::describe_import_image_tasks).
+    /// As [`describe_import_image_tasks`](Self::describe_import_image_tasks), but
+    /// [`ExportTaskNotFound`](ErrorKind::ExportTaskNotFound).
     pub fn describe_export_image_tasks(
         &self,
         request: &DescribeExportImageTasks,
@@ -136,6 +138,18 @@ impl<H> Region<H> {
         describe(self.inner.tasks.copies.of(*self.account()), request)
     }
 
+    /// The account's tasks that make images of instances, or some of them. Filter: `task-state`.
+    ///
+    /// # Errors
+    ///
+    /// As [`describe_import_image_tasks`](Self::describe_import_image_tasks).
+    pub fn describe_create_image_tasks(
+        &self,
+        request: &DescribeCreateImageTasks,
+    ) -> Result<Page<TaskDescription<CreateImageTaskId>>> {
+        describe(self.inner.tasks.creations.of(*self.account()), request)
+    }
+
     /// The account's task with this id.
     ///
     /// # Errors
@@ -149,7 +163,7 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`TaskNotFound`](ErrorKind::TaskNotFound).
+    /// [`ExportTaskNotFound`](ErrorKind::ExportTaskNotFound).
     pub fn export_image_task(&self, id: ExportImageTaskId) -> Result<ExportImageTask> {
         self.inner.tasks.exports.one(*self.account(), id)
     }
@@ -161,6 +175,15 @@ impl<H> Region<H> {
     /// [`TaskNotFound`](ErrorKind::TaskNotFound).
     pub fn copy_image_task(&self, id: CopyImageTaskId) -> Result<CopyImageTask> {
         self.inner.tasks.copies.one(*self.account(), id)
+    }
+
+    /// The account's task with this id.
+    ///
+    /// # Errors
+    ///
+    /// [`TaskNotFound`](ErrorKind::TaskNotFound).
+    pub fn create_image_task(&self, id: CreateImageTaskId) -> Result<CreateImageTask> {
+        self.inner.tasks.creations.one(*self.account(), id)
     }
 }
 
@@ -176,7 +199,7 @@ impl Inner {
         self: &Arc<Self>,
         task: &Task<Id>,
         shelf: &Shelf<Id>,
-        work: impl FnOnce(&Self, &Task<Id>) -> Result<AmiId> + Send + 'static,
+        work: impl FnOnce(&Self, &Task<Id>) -> Result<Done> + Send + 'static,
     ) -> Result<Task<Id>> {
         let forgotten = shelf.add(task)?;
         let written = self.store.commit(|c| {
@@ -199,7 +222,7 @@ impl Inner {
     fn spawn<Id: TaskId>(
         self: &Arc<Self>,
         task: &Task<Id>,
-        work: impl FnOnce(&Self, &Task<Id>) -> Result<AmiId> + Send + 'static,
+        work: impl FnOnce(&Self, &Task<Id>) -> Result<Done> + Send + 'static,
     ) -> Result<()> {
         // The region outlives its tasks: whoever closes it waits for them.
         let (region, own) = (self.clone(), task.clone());
@@ -222,7 +245,7 @@ impl Inner {
     }
 
     /// Writes down what a task has come to. If it cannot be, the task is taken for one that was cut off.
-    fn write_end<Id: TaskId>(&self, task: &Task<Id>, done: &Result<AmiId>) {
+    fn write_end<Id: TaskId>(&self, task: &Task<Id>, done: &Result<Done>) {
         let record = TaskRecord { description: task.describe().after(done), ended: Some(Timestamp::now()) };
         if let Err(e) = self.store.commit(|c| c.put(&record)) {
             tracing::warn!(task = %task.id(), error = chain(&e), "cannot write down what a task has come to");

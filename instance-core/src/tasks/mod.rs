@@ -1,4 +1,4 @@
-//! Tasks that import, export and copy images, in threads of their own.
+//! Tasks that import, export, copy and create images, in threads of their own.
 
 mod calls;
 mod record;
@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use ami_core::{AccountId, AmiId, CopyImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp};
+use ami_core::{
+    AccountId, AmiId, CopyImageTaskId, CreateImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 
 pub use self::calls::{Exported, Tell};
@@ -66,17 +68,18 @@ pub struct TaskDescription<Id> {
     pub owner: AccountId,
     /// How it is.
     pub status: TaskStatus,
-    /// What it is at, or why it has failed.
+    /// What it is at, or why it has failed; of one that has made an image of an instance, how
+    /// [consistent](crate::ImageConsistency) that is.
     pub status_message: String,
     /// How much of it is done, in percent.
     pub progress: u8,
-    /// The image: that which is exported, or that which an import or a copy has made.
+    /// The image: that which is exported, or that which the task has made.
     pub image_id: Option<AmiId>,
     /// When it was begun.
     pub create_time: Timestamp,
 }
 
-/// A task that imports, exports or copies an image. Cheap to clone; all clones are the same task, which goes on without them.
+/// A task that imports, exports, copies or creates an image. Cheap to clone; all clones are the same task, which goes on without them.
 ///
 /// A task ends with its region, which cancels it when it is closed and waits for it, or with its process: what it had done
 /// until then is removed. It is told of for an hour after it has ended, also when the region is opened again meanwhile.
@@ -120,12 +123,34 @@ pub type ImportImageTask = Task<ImportImageTaskId>;
 pub type ExportImageTask = Task<ExportImageTaskId>;
 /// A task that copies an image of another region.
 pub type CopyImageTask = Task<CopyImageTaskId>;
+/// A task that makes an image of an instance.
+pub type CreateImageTask = Task<CreateImageTaskId>;
 /// A request for tasks that import images.
 pub type DescribeImportImageTasks = Describe<ImportImageTaskId>;
 /// A request for tasks that export images.
 pub type DescribeExportImageTasks = Describe<ExportImageTaskId>;
 /// A request for tasks that copy images.
 pub type DescribeCopyImageTasks = Describe<CopyImageTaskId>;
+/// A request for tasks that make images of instances.
+pub type DescribeCreateImageTasks = Describe<CreateImageTaskId>;
+
+/// What a task has come to.
+#[derive(Debug, Clone)]
+pub(crate) struct Done {
+    image: AmiId,
+    message: &'static str,
+}
+
+impl Done {
+    pub(crate) fn new(image: AmiId) -> Self {
+        Self { image, message: "" }
+    }
+
+    /// With something to say of it.
+    pub(crate) fn saying(self, message: &'static str) -> Self {
+        Self { message, ..self }
+    }
+}
 
 struct State<Id> {
     told: Publisher<TaskDescription<Id>>,
@@ -241,7 +266,7 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
     }
 
     /// Tells how far it is, where that is news.
-    fn reach(&self, done: u64, total: u64) {
+    pub(crate) fn reach(&self, done: u64, total: u64) {
         self.reach_part(done, total, 0, 1);
     }
 
@@ -259,7 +284,7 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
         });
     }
 
-    fn end(&self, with: &Result<AmiId>) {
+    fn end(&self, with: &Result<Done>) {
         let failure = with.as_ref().err().map(|e| Failure { kind: e.kind(), code: e.code(), text: chain(e) });
         // Before it is told: whoever is told finds it.
         *self.ended() = Some((Timestamp::now(), failure));
@@ -272,13 +297,13 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
 
 impl<Id> TaskDescription<Id> {
     /// The same of a task that has come to this end.
-    fn after(self, end: &Result<AmiId>) -> Self {
+    fn after(self, end: &Result<Done>) -> Self {
         match end {
-            Ok(image) => Self {
+            Ok(done) => Self {
                 status: TaskStatus::Completed,
-                status_message: String::new(),
+                status_message: done.message.to_owned(),
                 progress: 100,
-                image_id: Some(*image),
+                image_id: Some(done.image),
                 ..self
             },
             Err(e) => Self { status: TaskStatus::Deleted, status_message: chain(e), ..self },
@@ -292,6 +317,7 @@ pub(crate) struct Tasks {
     imports: Shelf<ImportImageTaskId>,
     exports: Shelf<ExportImageTaskId>,
     pub(crate) copies: Shelf<CopyImageTaskId>,
+    pub(crate) creations: Shelf<CreateImageTaskId>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -353,6 +379,7 @@ impl Tasks {
         self.imports.cancel_all();
         self.exports.cancel_all();
         self.copies.cancel_all();
+        self.creations.cancel_all();
         let threads = std::mem::take(&mut *self.threads());
         for thread in threads {
             if thread.thread().id() != std::thread::current().id() {

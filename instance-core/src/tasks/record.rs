@@ -3,11 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ami_core::{AmiId, CopyImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp};
+use ami_core::{CopyImageTaskId, CreateImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{Shelf, Task, TaskDescription, TaskStatus};
+use super::{Done, Shelf, Task, TaskDescription, TaskStatus};
 use crate::region::Inner;
 use crate::store::{Changes, Record};
 use crate::{Error, ErrorKind, Result};
@@ -36,13 +36,16 @@ impl TaskId for ExportImageTaskId {
     const TABLE: &'static str = "export-image-tasks";
 
     fn not_found(self) -> Error {
-        let what = format!("the task {self} does not exist");
-        Error::new(ErrorKind::TaskNotFound, what).with_code("InvalidExportTaskID.NotFound")
+        Error::new(ErrorKind::ExportTaskNotFound, format!("the task {self} does not exist"))
     }
 }
 
 impl TaskId for CopyImageTaskId {
     const TABLE: &'static str = "copy-image-tasks";
+}
+
+impl TaskId for CreateImageTaskId {
+    const TABLE: &'static str = "create-image-tasks";
 }
 
 /// A task as it is stored: when it begins, and when it has ended.
@@ -66,8 +69,8 @@ pub(super) fn is_long_gone(ended: Timestamp, now: Timestamp) -> bool {
 }
 
 /// Writes down that a task has made an image, in the commit of the image itself.
-pub(crate) fn put_completed<Id: TaskId>(task: &Task<Id>, changes: &mut Changes, image: AmiId) -> Result<()> {
-    let description = task.describe().after(&Ok(image));
+pub(crate) fn put_completed<Id: TaskId>(task: &Task<Id>, changes: &mut Changes, done: &Done) -> Result<()> {
+    let description = task.describe().after(&Ok(done.clone()));
     changes.put(&TaskRecord { description, ended: Some(Timestamp::now()) })
 }
 
@@ -77,7 +80,8 @@ impl Inner {
     pub(crate) fn recover_tasks(&self) -> Result<()> {
         self.recover_tasks_of(&self.tasks.imports)?;
         self.recover_tasks_of(&self.tasks.exports)?;
-        self.recover_tasks_of(&self.tasks.copies)
+        self.recover_tasks_of(&self.tasks.copies)?;
+        self.recover_tasks_of(&self.tasks.creations)
     }
 
     fn recover_tasks_of<Id: TaskId>(&self, shelf: &Shelf<Id>) -> Result<()> {

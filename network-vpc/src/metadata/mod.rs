@@ -7,7 +7,9 @@ mod tests;
 mod token;
 mod tree;
 
-use ami_core::{AccountId, AmiId, Architecture, InstanceId, ReservationId, Tags, Timestamp};
+use std::collections::BTreeSet;
+
+use ami_core::{AccountId, AmiId, Architecture, InstanceId, ProductCode, ReservationId, Tags, Timestamp};
 use instance_core::MetadataOptions;
 
 pub(crate) use self::session::{Session, Told};
@@ -31,6 +33,8 @@ pub struct Metadata {
     pub instance_id: InstanceId,
     /// What it was launched of.
     pub image_id: Option<AmiId>,
+    /// The products that it runs.
+    pub product_codes: BTreeSet<ProductCode>,
     /// The name of its type.
     pub instance_type: String,
     /// Which of the instances of its launch it is.
@@ -65,6 +69,7 @@ impl Metadata {
         Self {
             instance_id,
             image_id: None,
+            product_codes: BTreeSet::new(),
             instance_type: String::new(),
             launch_index: 0,
             reservation_id: None,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use instance_core::HttpTokens;
 use instance_core::net::MacAddress;
 
+use ami_core::ProductCodeKind;
+
 use super::*;
 use crate::firewall::Policy;
 use crate::switch::View;
@@ -36,6 +38,8 @@ fn view() -> View {
 fn metadata() -> Metadata {
     let mut metadata = Metadata::new("i-0123456789abcdef0".parse().unwrap());
     metadata.image_id = Some("ami-0123456789abcdef0".parse().unwrap());
+    let code = ProductCode { id: "8vk2x".to_owned(), kind: ProductCodeKind::Marketplace };
+    metadata.product_codes.insert(code);
     metadata.instance_type = "t3.micro".to_owned();
     metadata.owner = Some("123456789012".parse().unwrap());
     metadata.public_keys.push(("mine".to_owned(), "ssh-ed25519 AAAA mine".to_owned()));
@@ -127,6 +131,7 @@ fn says_what_clients_look_for() {
     for (path, expect) in [
         ("/latest/meta-data/instance-id", "i-0123456789abcdef0"),
         ("/2009-04-04/meta-data/ami-id", "ami-0123456789abcdef0"),
+        ("/latest/meta-data/product-codes", "8vk2x"),
         ("/latest/meta-data/public-keys/", "0=mine"),
         ("/latest/meta-data/public-keys/0/openssh-key", "ssh-ed25519 AAAA mine"),
         ("/latest/meta-data/network/interfaces/macs", "06:00:00:00:00:09/"),
@@ -148,6 +153,8 @@ fn says_what_clients_look_for() {
     let document = get(&told, "/latest/dynamic/instance-identity/document").unwrap();
     let document: serde_json::Value = serde_json::from_str(&document).unwrap();
     assert_eq!((&document["region"], &document["accountId"]), (&"us-east-1".into(), &"123456789012".into()));
+    assert_eq!(document["marketplaceProductCodes"], serde_json::json!(["8vk2x"]));
+    assert!(document["devpayProductCodes"].is_null());
     for path in
         ["/latest/meta-data/tags/", "/1999-01-01/meta-data/", "/latest/meta-data/none", "/latest/x", "/x"]
     {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+use ami_core::ProductCodeKind;
 use instance_core::MetadataOptions;
 use serde_json::json;
 
@@ -116,6 +117,10 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
     if let Some(image) = metadata.image_id {
         put("ami-id", image.to_string());
     }
+    let codes: Vec<&str> = metadata.product_codes.iter().map(|code| code.id.as_str()).collect();
+    if !codes.is_empty() {
+        put("product-codes", codes.join("\n"));
+    }
     if let Some(reservation) = metadata.reservation_id {
         put("reservation-id", reservation.to_string());
     }
@@ -171,13 +176,18 @@ fn lines(addresses: impl Iterator<Item = Ipv4Addr>) -> String {
 }
 
 fn dynamic(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
+    let codes_of = |kind: ProductCodeKind| -> Option<Vec<&str>> {
+        let codes = metadata.product_codes.iter().filter(|code| code.kind == kind);
+        let codes: Vec<&str> = codes.map(|code| code.id.as_str()).collect();
+        (!codes.is_empty()).then_some(codes)
+    };
     let document = json!({
         "accountId": metadata.owner.map(|owner| owner.to_string()),
         "architecture": metadata.architecture.to_string(),
         "availabilityZone": view.zone,
         "billingProducts": null,
-        "devpayProductCodes": null,
-        "marketplaceProductCodes": null,
+        "devpayProductCodes": codes_of(ProductCodeKind::Devpay),
+        "marketplaceProductCodes": codes_of(ProductCodeKind::Marketplace),
         "imageId": metadata.image_id.map(|image| image.to_string()),
         "instanceId": metadata.instance_id.to_string(),
         "instanceType": metadata.instance_type,

@@ -121,6 +121,7 @@ impl Network {
         let volumes = instance.attachments.iter().filter(|a| a.device_name != instance.root_device_name);
         Metadata {
             image_id: Some(instance.image_id),
+            product_codes: instance.product_codes.clone(),
             instance_type: instance.instance_type.to_string(),
             launch_index: instance.launch_index,
             reservation_id: Some(instance.reservation_id),

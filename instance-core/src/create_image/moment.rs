@@ -1,0 +1,259 @@
+//! The instant of which an image is: an instance's volumes taken, and all that is said of them then.
+
+use std::time::{Duration, Instant as Clock};
+
+use ami_core::{
+    AmiId, AnyAmi, BlockDeviceKind, BlockDeviceMapping, Digest, Image, RootDeviceType, Tags, VolumeId,
+};
+use storage_block::{Snapshot, Volume};
+
+use super::spec::{CreateImage, ImageConsistency};
+use crate::boot_cache::BootPlan;
+use crate::description::{Attachment, InstanceDescription, StateReason};
+use crate::error::chain;
+use crate::images::gib;
+use crate::instance::{Cell, Hold, Live};
+use crate::launch::plan;
+use crate::lifecycle::{asked_to_power_off, check_ebs_root};
+use crate::machine::{ExitCause, Machine, MachineError};
+use crate::products::ProductCodes;
+use crate::record::{FormerImage, VolumeRecord};
+use crate::region::Inner;
+use crate::storing::Instant;
+use crate::volumes::volume_not_found;
+use crate::{Error, ErrorKind, InstanceState, Result};
+
+/// How long a guest is asked to shut down.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An instance at the instant of an image.
+pub(super) struct Moment<'r> {
+    pub(super) draft: Draft,
+    pub(super) instant: Instant<'r>,
+    pub(super) consistency: ImageConsistency,
+    /// How long it stood still.
+    pub(super) paused: Duration,
+}
+
+/// All that is said of an instance then, whatever becomes of it.
+pub(super) struct Draft {
+    parent: AnyAmi,
+    instance: InstanceDescription,
+    pub(super) direct_boot: Option<BootPlan>,
+    /// The volumes that are taken.
+    disks: Vec<(Attachment, VolumeRecord)>,
+}
+
+/// What a disk of an image begins with.
+pub(super) struct Content {
+    digest: Digest,
+    size: u64,
+    encrypted: bool,
+}
+
+impl Content {
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
+        Self { digest: snapshot.digest(), size: snapshot.size(), encrypted: snapshot.encrypted() }
+    }
+
+    /// What a volume may become, to see what is wrong with an image before anything is stored.
+    fn expected((_, volume): &(Attachment, VolumeRecord)) -> Self {
+        Self { digest: Digest::of(b""), size: volume.size, encrypted: volume.kms_key_id.is_some() }
+    }
+}
+
+impl Inner {
+    pub(super) fn take_moment(&self, cell: &Cell, image: &CreateImage) -> Result<Moment<'_>> {
+        let mut live = self.hold_to_freeze(cell);
+        let state = live.record.description.state;
+        let begun = Clock::now();
+        if matches!(state, InstanceState::Running | InstanceState::Stopped) {
+            // What cannot be is refused before anything is done.
+            self.draft(&live, image)?;
+        }
+        let (taken, consistency) = match (&live.machine, state) {
+            (Some(_), InstanceState::Running) if !image.no_reboot => {
+                let (held, consistency) = self.shut_down(cell, live)?;
+                live = held;
+                let ended = live.end_machine();
+                let taken = ended.and_then(|()| self.take(&live, &live.volumes, image));
+                // Whatever has become of the image.
+                self.reset(cell, &mut live)?;
+                (taken, consistency)
+            }
+            (Some(machine), InstanceState::Running) => {
+                machine.pause().map_err(|e| Error::machine(e, format!("cannot pause {}", cell.id)))?;
+                let taken = self.take(&live, &live.volumes, image);
+                if let Err(e) = machine.resume() {
+                    drop(taken);
+                    return Err(self.not_resumed(cell, &mut live, e));
+                }
+                (taken, ImageConsistency::CrashConsistent)
+            }
+            (None, InstanceState::Stopped) => {
+                let consistency = match live.record.shut_down {
+                    true => ImageConsistency::FileSystemConsistent,
+                    false => ImageConsistency::CrashConsistent,
+                };
+                (self.take(&live, &self.open_volumes(&live)?, image), consistency)
+            }
+            _ => {
+                let what = format!("{} is {state}, in which no image can be made of it", cell.id);
+                return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
+            }
+        };
+        let paused = begun.elapsed();
+        let (draft, instant) = taken?;
+        Ok(Moment { draft, instant, consistency, paused })
+    }
+
+    /// Takes those of the volumes, which are open, that are to be in the image.
+    fn take(&self, live: &Live, volumes: &[Volume], image: &CreateImage) -> Result<(Draft, Instant<'_>)> {
+        let draft = self.draft(live, image)?;
+        let open = live.record.description.attachments.iter().zip(volumes);
+        let wanted = |id: VolumeId| draft.disks.iter().any(|(_, volume)| volume.id == id);
+        let volumes = open.filter(|(a, _)| wanted(a.volume_id)).map(|(a, v)| (a.volume_id, v.clone()));
+        let instant = self.freeze(volumes.collect());
+        Ok((draft, instant))
+    }
+
+    /// Has the guest of a running instance shut down, which nobody takes for the end of its run meanwhile.
+    fn shut_down<'c>(&self, cell: &'c Cell, mut live: Hold<'c>) -> Result<(Hold<'c>, ImageConsistency)> {
+        if live.shuts_down == Some(live.generation) {
+            let what = format!("the guest of {} is shutting down for another image", cell.id);
+            return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
+        }
+        let asked = live.machine.as_deref().filter(|machine| asked_to_power_off(*machine, PATIENCE));
+        if let Some(state) = asked.map(Machine::state) {
+            let generation = live.generation;
+            live.shuts_down = Some(generation);
+            // Not held meanwhile: others may stop or terminate it.
+            drop(live);
+            let _ = state.wait(Clock::now() + PATIENCE, |s| s.exit_cause().is_some());
+            live = self.hold_to_freeze(cell);
+            let now = live.record.description.state;
+            if live.generation != generation || now != InstanceState::Running {
+                let what = format!("{} is {now} now, and was not left to shut down", cell.id);
+                return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
+            }
+        }
+        let ended = live.machine.as_ref().and_then(|machine| machine.state().get().exit_cause().cloned());
+        let consistency = match ended {
+            Some(ExitCause::PowerOff) => ImageConsistency::FileSystemConsistent,
+            _ => ImageConsistency::CrashConsistent,
+        };
+        Ok((live, consistency))
+    }
+
+    /// Nobody would resume it later: a machine that stands still is no running instance.
+    pub(crate) fn not_resumed(&self, cell: &Cell, live: &mut Live, e: MachineError) -> Error {
+        let stands = |machine: &dyn Machine| machine.state().get().exit_cause().is_none();
+        let failed = Error::machine(e, format!("cannot resume {}", cell.id));
+        // The end of one that has ended is followed up with its own reason.
+        if live.machine.as_deref().is_some_and(stands) {
+            self.lose(cell, live, StateReason::new("Server.InternalError", chain(&failed)));
+        }
+        failed
+    }
+
+    /// What is said of an instance now, if an image can be made of it.
+    fn draft(&self, live: &Live, image: &CreateImage) -> Result<Draft> {
+        let instance = live.record.description.clone();
+        check_ebs_root(&instance, "made an image of")?;
+        self.check_free(&image.name, &instance.owner, &self.region.name)?;
+        let left_out = |attachment: &Attachment| {
+            let out = |change: &&BlockDeviceMapping| *change.kind() == BlockDeviceKind::NoDevice;
+            image.block_devices.iter().filter(out).any(|change| is_at(change, attachment))
+                && attachment.device_name != instance.root_device_name
+        };
+        let mut disks = Vec::new();
+        for attachment in instance.attachments.iter().filter(|a| !left_out(a)) {
+            let id = attachment.volume_id;
+            let volume =
+                self.store.get::<VolumeRecord>(&id.to_string())?.ok_or_else(|| volume_not_found(id))?;
+            disks.push((attachment.clone(), volume));
+        }
+        let parent = self.parent(instance.image_id)?;
+        let draft = Draft { parent, instance, direct_boot: live.record.direct_boot.clone(), disks };
+        let expected: Vec<Content> = draft.disks.iter().map(Content::expected).collect();
+        self.image_of(&draft, image, &expected)?;
+        Ok(draft)
+    }
+
+    /// The image that an instance was made from, whether or not it is still registered.
+    fn parent(&self, id: AmiId) -> Result<AnyAmi> {
+        match self.store.get::<FormerImage>(&id.to_string())? {
+            Some(former) => Ok(former.0.ami().clone()),
+            None => Ok(self.image(id)?.image.ami().clone()),
+        }
+    }
+
+    /// The image of an instance: what its parent says of it, with the instance's volumes as they were, and what is asked for.
+    pub(super) fn image_of(&self, draft: &Draft, image: &CreateImage, contents: &[Content]) -> Result<Image> {
+        let Draft { parent, instance, disks, .. } = draft;
+        let manifest = parent.manifest();
+        let mut codes: ProductCodes = instance.product_codes.clone();
+        let mut mappings = Vec::new();
+        for ((attachment, volume), content) in disks.iter().zip(contents) {
+            codes.extend(volume.product_codes.iter().cloned());
+            let size = gib(content.size)?;
+            let mapping = BlockDeviceMapping::ebs(&attachment.device_name, content.digest, size);
+            mappings.push(
+                mapping
+                    .delete_on_termination(attachment.delete_on_termination)
+                    .volume_type(volume.volume_type)
+                    .encrypted(content.encrypted),
+            );
+        }
+        // What is no volume the image has as its parent had it.
+        let others = manifest.block_device_mappings().iter().filter(|m| m.as_ebs().is_none());
+        let taken: Vec<String> = mappings.iter().map(|m| m.device_name().to_owned()).collect();
+        mappings.extend(others.filter(|m| !taken.iter().any(|name| name == m.device_name())).cloned());
+        let mut changes = Vec::new();
+        for change in &image.block_devices {
+            let at = disks.iter().zip(contents).find(|((attachment, _), _)| is_at(change, attachment));
+            match (at, change.content()) {
+                (Some(_), Some(_)) => {
+                    let what = format!("the content of {} is the instance's", change.device_name());
+                    return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
+                }
+                (None, Some(named)) => codes.extend(self.codes_of_content(&instance.owner, named)?),
+                _ => {}
+            }
+            let stays_encrypted = at.is_some_and(|(_, content)| content.encrypted);
+            changes.push(if stays_encrypted { change.clone().encrypted(true) } else { change.clone() });
+        }
+        let root = (manifest.root_device_name(), RootDeviceType::Ebs);
+        let mappings = plan::changed(root, mappings, &changes)?;
+        for (mapping, content) in mappings.iter().filter_map(|m| Some((m, m.content()?))) {
+            let known = disks.iter().zip(contents).find(|((attachment, _), _)| is_at(mapping, attachment));
+            let size = match known {
+                Some((_, content)) => content.size,
+                None => self.content(content)?.size(),
+            };
+            mapping.check_snapshot_size(size)?;
+        }
+        let mut builder = AnyAmi::builder_for(parent.architecture(), &image.name)
+            .root_device(&instance.root_device_name)
+            .block_devices(mappings)
+            .software_list(manifest.software().iter().cloned())
+            .boot(manifest.boot().clone())
+            .parent(parent.digest());
+        if let Some(os) = manifest.operating_system() {
+            builder = builder.operating_system(os.clone());
+        }
+        let mut made = Image::new(builder.build(&self.region.name, &instance.owner)?);
+        made.set_description(image.description.clone())?;
+        let mut tags = Tags::new();
+        image.tags.iter().try_for_each(|(key, value)| tags.insert(key.clone(), value.clone()).map(drop))?;
+        *made.tags_mut() = tags;
+        codes.into_iter().try_for_each(|code| made.add_product_code(code))?;
+        Ok(made)
+    }
+}
+
+/// Whether a mapping is of the device at which a volume is attached.
+fn is_at(mapping: &BlockDeviceMapping, attachment: &Attachment) -> bool {
+    let named = mapping.validate().ok().zip(attachment.device_name.parse().ok());
+    named.is_some_and(|(one, other)| one.same_disk(&other))
+}

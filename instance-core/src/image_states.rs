@@ -1,0 +1,133 @@
+//! States of images: who waits for them, and images whose content turns out to be damaged.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use ami_core::{Action, AmiId, Image, ImageState};
+
+use crate::error::chain;
+use crate::record::ImageRecord;
+use crate::region::{Inner, Region};
+use crate::watch::{Publisher, Watch};
+use crate::{Error, ErrorKind, Result};
+
+/// The states of images that somebody has asked to watch.
+#[derive(Debug, Default)]
+pub(crate) struct Watched(Mutex<BTreeMap<AmiId, Arc<Publisher<ImageState>>>>);
+
+impl Watched {
+    // Nothing that is done under the lock panics half way.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<AmiId, Arc<Publisher<ImageState>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<H> Region<H> {
+    /// The state of an image that the account sees, to wait for: by blocking with a deadline or as a future. It goes on when
+    /// the image is deregistered, whose state is that then.
+    ///
+    /// An image of this region is [`available`](ImageState::Available) as soon as it is there: what is `pending` or has
+    /// `failed` is the [task](crate::Task) that makes it. It becomes [`invalid`](ImageState::Invalid) when somebody meets
+    /// content of it that is damaged, and then is only to be deregistered.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ImageSource, Region};
+    /// use std::time::{Duration, Instant};
+    /// use ami_core::ImageState;
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// let deadline = Instant::now() + Duration::from_secs(60);
+    /// region.wait_for_image(ami.id(), ImageState::Available, deadline)?;
+    /// let state = region.watch_image(ami.id())?;
+    /// region.deregister_image(ami.id())?;
+    /// assert!(state.wait(deadline, |state| *state == ImageState::Deregistered).is_ok());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what reading the state store met.
+    pub fn watch_image(&self, id: AmiId) -> Result<Watch<ImageState>> {
+        let inner = &self.inner;
+        // Nothing is told between the look at it and the watch.
+        let _naming = inner.naming.read().unwrap_or_else(PoisonError::into_inner);
+        let image = inner.image(id)?.image;
+        image.authorize(self.account(), Action::See)?;
+        let mut watched = inner.watched_images.lock();
+        Ok(watched.entry(id).or_insert_with(|| Arc::new(Publisher::new(image.state()))).watch())
+    }
+
+    /// Blocks until an image that the account sees is in `state`.
+    ///
+    /// # Errors
+    ///
+    /// As [`watch_image`](Self::watch_image), and [`IncorrectState`](ErrorKind::IncorrectState) if it is in another state at
+    /// the deadline.
+    pub fn wait_for_image(&self, id: AmiId, state: ImageState, deadline: Instant) -> Result<()> {
+        match self.watch_image(id)?.wait(deadline, |now| *now == state) {
+            Ok(_) => Ok(()),
+            Err(now) => {
+                let what = format!("the image {id} is {now}, not {state}, at the deadline");
+                Err(Error::new(ErrorKind::IncorrectState, what))
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// Tells those who watch an image of the state that it has come to. Nothing is held that they could want.
+    pub(crate) fn tell_image(&self, id: AmiId) {
+        let Some(publisher) = self.watched_images.lock().get(&id).cloned() else { return };
+        // Looked at there, so that of two who tell the later one tells the later state.
+        publisher.update(|told| {
+            let now = match self.image(id) {
+                Ok(record) => record.image.state(),
+                Err(e) if e.kind() == ErrorKind::ImageNotFound => ImageState::Deregistered,
+                Err(_) => *told,
+            };
+            now != std::mem::replace(told, now)
+        });
+        if publisher.get() == ImageState::Deregistered {
+            self.watched_images.lock().remove(&id);
+        }
+    }
+
+    /// Looks at an image with which something has failed: one whose content is damaged is invalid.
+    pub(crate) fn look_for_damage(&self, id: AmiId, failed: &Error) {
+        if failed.kind() != ErrorKind::Corrupt {
+            return;
+        }
+        if let Err(e) = self.set_invalid(id) {
+            tracing::warn!(image = %id, error = chain(&e), "cannot note that an image is damaged");
+        }
+    }
+
+    fn set_invalid(&self, id: AmiId) -> Result<()> {
+        let naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
+        let record = self.image(id)?;
+        if !self.is_damaged(&record.image) || !record.image.state().can_become(ImageState::Invalid) {
+            return Ok(());
+        }
+        let mut image = record.image.clone();
+        image.set_state(ImageState::Invalid)?;
+        self.store.commit(|c| c.put(&ImageRecord { image, ..record }))?;
+        drop(naming);
+        self.tell_image(id);
+        Ok(())
+    }
+
+    /// Whether content of an image's is there and is not what its digest says.
+    fn is_damaged(&self, image: &Image) -> bool {
+        let mappings = image.ami().manifest().block_device_mappings();
+        let opened = mappings.iter().filter_map(|m| m.content()).map(|digest| self.content(digest));
+        let damaged = |opened: Result<_>| opened.is_err_and(|e| e.kind() == ErrorKind::Corrupt);
+        opened.map(|opened| opened.map(drop)).any(damaged)
+    }
+}
