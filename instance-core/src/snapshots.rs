@@ -203,6 +203,7 @@ impl Inner {
     /// A volume as it is now, wherever it is. Nothing is held while it is stored.
     fn take_volume(&self, owner: AccountId, id: VolumeId) -> Result<(VolumeRecord, Instant<'_>)> {
         loop {
+            self.volume(owner, id)?;
             let holder = self.directory.attached(id);
             if let Some(holder) = holder {
                 let cell = self.cell(owner, holder.id)?;

@@ -53,8 +53,15 @@ fn the_pause_is_no_longer_than_a_part_of_a_write() {
     let (disk, bytes) = (volume.disk(), vec![7; SIZE as usize]);
     // How much of the volume is in a state from its beginning on: that of a call goes on.
     let done = |state: State| {
-        let (found, blocks) = volume.0.map.run(0, SIZE / BLOCK);
-        if found == state { blocks * BLOCK } else { 0 }
+        let mut end = 0;
+        while end < SIZE / BLOCK {
+            let (found, blocks) = volume.0.map.run(end, SIZE / BLOCK - end);
+            if found != state {
+                break;
+            }
+            end += blocks;
+        }
+        end * BLOCK
     };
     let in_one_call = |state: State, call: &(dyn Fn() + Sync)| {
         let mut paused = Vec::new();

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use ami_core::Image;
 use anyhow::{Context as _, Result, ensure};
-use instance_core::Region;
 use instance_core::machine::Hypervisor;
 use instance_core::testing::FakeHypervisor;
+use instance_core::{InstanceState, Region};
 
 use super::report::Left;
 
@@ -137,8 +137,11 @@ impl Before {
     }
 }
 
+/// Those that are terminated are told of for an hour, and have nothing any more.
 fn instances(region: &Region<impl Hypervisor>) -> BTreeSet<String> {
-    region.instances().iter().map(|instance| instance.id().to_string()).collect()
+    let all = region.instances().into_iter();
+    let alive = all.filter(|instance| instance.state() != InstanceState::Terminated);
+    alive.map(|instance| instance.id().to_string()).collect()
 }
 
 /// The volumes, snapshots and directories of instances in the region's directory.
