@@ -198,7 +198,10 @@ impl World {
             (11, Some(id), ..) => {
                 let found = region.grow_volume(id, gib as u32).map(drop).map_err(kind);
                 let expected = model.volume(who, id).and_then(|volume| match volume.gib <= gib {
-                    true => Ok(volume.gib = gib),
+                    true => {
+                        volume.gib = gib;
+                        Ok(())
+                    }
                     false => Err(ErrorKind::InvalidParameter),
                 });
                 check(format!("grow {id} to {gib} GiB"), found, expected)
