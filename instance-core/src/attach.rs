@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use ami_core::{AccountId, DeviceName, InstanceId, Timestamp, VolumeId};
+use ami_core::{AccountId, DeviceName, InstanceId, Timestamp, VolumeId, may_export};
 use storage_block::{Disk, Volume};
 
 use crate::description::{Attachment, InstanceDescription};
@@ -107,13 +107,22 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`VolumeInUse`](ErrorKind::VolumeInUse), or what the host met.
+    /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`VolumeInUse`](ErrorKind::VolumeInUse),
+    /// [`AuthFailure`](ErrorKind::AuthFailure) for one with a product code, or what the host met.
     pub fn volume_disk(&self, id: VolumeId) -> Result<Disk> {
         let inner = &self.inner;
-        let _resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.volume(*self.account(), id)?;
-        inner.check_detached(id)?;
-        Ok(inner.open_volume(id)?.disk())
+        loop {
+            let resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
+            let record = inner.volume(*self.account(), id)?;
+            may_export(&record.product_codes, &format!("the volume {id}"))?;
+            inner.check_detached(id)?;
+            // One that is being stored is open, and would be so for more than one.
+            if inner.storing.open(id).is_none() {
+                return Ok(inner.open_volume(id)?.disk());
+            }
+            drop(resources);
+            inner.storing.wait(id);
+        }
     }
 
     /// Makes a volume larger, also while an instance that runs has it, whose guest is told (`ModifyVolume`). What
@@ -156,6 +165,8 @@ impl Inner {
         // From here on it has a volume that is not of its launch, and may not be made again.
         self.settle_volumes(&mut live)?;
         let mut record = live.record.clone();
+        // What is on it need not be whole.
+        record.shut_down = false;
         let description = &mut record.description;
         let attachment =
             Attachment { device_name: name.to_string(), volume_id: id, delete_on_termination: false };

@@ -100,6 +100,8 @@ impl Inner {
         if live.generation != generation || live.record.description.state == InstanceState::Stopped {
             return Ok(());
         }
+        // Whoever terminates it meanwhile may have more patience.
+        live.after(Transition::Stopped, None)?;
         self.finish_stop(cell, &mut live, reason)
     }
 
@@ -110,7 +112,7 @@ impl Inner {
         let Some(state) = asked.map(Machine::state) else { return live };
         drop(live);
         // Whether it obeys or not, its machine is dropped next.
-        let _ = state.wait(Instant::now() + patience, |s| s.exit_cause().is_some());
+        let _ = state.wait(after(patience), |s| s.exit_cause().is_some());
         cell.hold(self.supervisor.reports())
     }
 
@@ -157,9 +159,10 @@ impl Inner {
         let mut live = cell.hold(self.supervisor.reports());
         let generation = live.generation;
         check_running(&live.record.description)?;
-        live.reboots = true;
+        live.reboots = Some(generation);
         live = self.let_power_off(cell, live, patience);
-        live.reboots = false;
+        // Of the machine that is there by now another may have asked it.
+        live.reboots = live.reboots.filter(|of| *of != generation);
         check_running(&live.record.description)?;
         // Whoever saw its guest power itself off may have been faster.
         if live.generation == generation { self.reset(cell, &mut live) } else { Ok(()) }
@@ -167,7 +170,6 @@ impl Inner {
 
     /// Gives a running instance a new machine, or stops it where that fails.
     pub(crate) fn reset(&self, cell: &Cell, live: &mut Live) -> Result<()> {
-        live.reboots = false;
         cell.begin_boot();
         let ended = live.end_machine();
         self.power_off_for_now(live);
@@ -188,8 +190,10 @@ impl Inner {
             return Err(protected(description, "terminated"));
         }
         let reason = StateReason::user_initiated();
-        if live.machine.is_some() && !patience.is_zero() && description.state != InstanceState::ShuttingDown {
-            self.transition(cell, &mut live, Transition::Terminate, Some(reason.clone()))?;
+        if live.machine.is_some() && !patience.is_zero() {
+            if description.state != InstanceState::ShuttingDown {
+                self.transition(cell, &mut live, Transition::Terminate, Some(reason.clone()))?;
+            }
             live = self.let_power_off(cell, live, patience);
         }
         self.terminate_held(cell, &mut live, reason)
@@ -210,8 +214,9 @@ impl Inner {
         let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
         let doomed: Vec<_> = doomed.map(|a| a.volume_id).collect();
         self.remove_volumes(&doomed)?;
-        self.release_place(&live.record.description);
         self.transition(cell, live, Transition::Terminated, Some(reason))?;
+        // Once only: by another time it may be another's.
+        self.release_place(&live.record.description);
         self.terminated.add(cell.id, live.record.ended.unwrap_or_else(Timestamp::now));
         Ok(())
     }
@@ -282,7 +287,7 @@ impl Inner {
         }
         match cause {
             ExitCause::Reset => self.reset(cell, live),
-            ExitCause::PowerOff if live.reboots => self.reset(cell, live),
+            ExitCause::PowerOff if live.reboots == Some(live.generation) => self.reset(cell, live),
             ExitCause::PowerOff => {
                 let reason = StateReason::new("Client.InstanceInitiatedShutdown", cause.to_string());
                 match live.record.description.shutdown_behavior {
@@ -331,6 +336,12 @@ impl Inner {
             }
         }
     }
+}
+
+/// The moment so long from now, or one that nobody lives to see.
+fn after(patience: Duration) -> Instant {
+    const LONG: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    Instant::now() + patience.min(LONG)
 }
 
 /// Presses the power button, if there is one and patience to wait for what comes of it; says whether.

@@ -26,7 +26,11 @@ impl SshAccess {
     pub fn known_hosts(&self) -> String {
         self.host_keys.iter().fold(String::new(), |mut text, key| {
             // Into a string nothing fails.
-            let _ = writeln!(text, "[{}]:{} {key}", self.at.ip(), self.at.port());
+            let _ = match (self.at.ip(), self.at.port()) {
+                // The one port that is not said.
+                (ip, 22) => writeln!(text, "{ip} {key}"),
+                (ip, port) => writeln!(text, "[{ip}]:{port} {key}"),
+            };
             text
         })
     }

@@ -184,3 +184,30 @@ fn a_guest_that_does_not_heed_is_rebooted_and_terminated_all_the_same() {
     instance.terminate_within(Duration::from_millis(50)).unwrap();
     assert_eq!(instance.state(), InstanceState::Terminated);
 }
+
+/// Who asks a second time, with more patience or while a stop has less, does not cut the guest short.
+#[test]
+fn a_guest_that_is_waited_for_longer_is_not_ended_sooner() {
+    let dir = tempfile::tempdir().unwrap();
+    let ami = register(&open(dir.path()), "base", &disk(1, 1)).unwrap();
+    let region = Region::open(dir.path(), StubbornHypervisor(FakeHypervisor::new())).unwrap();
+    let instance = region.launch(&ami, spec()).unwrap();
+    std::thread::scope(|scope| {
+        let short = scope.spawn(|| instance.stop(Duration::from_millis(300)));
+        instance.wait_for(InstanceState::Stopping, soon()).unwrap();
+        let begun = Instant::now();
+        let long = scope.spawn(|| instance.terminate_within(Duration::from_secs(2)));
+        assert_eq!(short.join().unwrap().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+        assert_eq!(instance.state(), InstanceState::ShuttingDown);
+        instance.terminate_within(Duration::from_millis(1500)).unwrap();
+        assert!(begun.elapsed() >= Duration::from_millis(1500), "{:?}", begun.elapsed());
+        long.join().unwrap().unwrap();
+    });
+    // Patience without end is no reason to panic.
+    let instance = region.launch(&ami, spec()).unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| instance.reboot_within(Duration::MAX));
+        while instance.stop(Duration::ZERO).is_err() {}
+        assert!(waiting.join().unwrap().is_err());
+    });
+}

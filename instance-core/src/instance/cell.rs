@@ -54,8 +54,8 @@ pub(crate) struct Live {
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
     pub(crate) generation: u64,
-    /// Its guest was asked to power itself off, so that it can boot anew.
-    pub(crate) reboots: bool,
+    /// The generation of the machine whose guest was asked to power itself off, so that it can boot anew.
+    pub(crate) reboots: Option<u64>,
     /// The generation of the machine whose guest shuts down for an image, after which it is started again.
     pub(crate) shuts_down: Option<u64>,
     /// A volume of its launch cannot be made yet, which has been said.
@@ -81,7 +81,7 @@ impl Cell {
                 vsock: None,
                 claim: None,
                 generation: 0,
-                reboots: false,
+                reboots: None,
                 shuts_down: None,
                 waits_for_room: false,
             }),

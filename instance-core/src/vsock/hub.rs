@@ -1,6 +1,7 @@
 //! All streams of a machine: which packet belongs to which, and which stream may send next.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Condvar};
 
 use super::connection::{Connection, State, Ways};
@@ -26,9 +27,19 @@ pub(super) struct Hub {
     /// Answers to packets that belong to no stream.
     replies: VecDeque<Packet>,
     next_id: Id,
-    next_port: u32,
+    next_port: AnyPort,
     /// How many streams wait to be rid of what was written to them.
     lingering: usize,
+}
+
+/// Begins anywhere: what a guest that was saved still says to a stream that it had is not to meet one of now.
+#[derive(Debug)]
+struct AnyPort(u32);
+
+impl Default for AnyPort {
+    fn default() -> Self {
+        Self(RandomState::new().hash_one(()) as u32)
+    }
 }
 
 #[derive(Debug)]
@@ -80,8 +91,8 @@ impl Hub {
         }
         // There are more ports than streams and listeners.
         let host_port = loop {
-            let port = FIRST_PORT + self.next_port % FIRST_PORT;
-            self.next_port = self.next_port.wrapping_add(1);
+            let port = FIRST_PORT + self.next_port.0 % FIRST_PORT;
+            self.next_port.0 = self.next_port.0.wrapping_add(1);
             if !self.by_ports.contains_key(&(port, guest_port)) && !self.listeners.contains_key(&port) {
                 break port;
             }

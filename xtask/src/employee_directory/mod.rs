@@ -99,6 +99,9 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path) -> Result<()>
     step("stopping and starting it", || {
         first_boots(&shell, "first\n").context("at its first boot")?;
         first.instance.stop(PATIENCE)?;
+        let console = first.instance.console().output();
+        let in_order = String::from_utf8_lossy(&console).contains("reboot: Power down");
+        ensure!(in_order, "its systemd did not heed the power button");
         Ok(first.instance.start()?)
     })?;
     step("waiting for its page", || wait_for_page(&first))?;

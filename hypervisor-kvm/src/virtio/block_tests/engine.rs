@@ -40,6 +40,8 @@ impl Subscriber for Events {
 
 #[test]
 fn a_disk_is_served_by_one_engine_whatever_its_driver_does() {
+    // While there is one dispatcher alone, a place that another thread has told of first is silent for ever.
+    let _other = tracing::Dispatch::new(Events::default());
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&[ON_DISK; 1 << 20], 0).unwrap();
     let in_file = RawFile::from_file(file, false).unwrap().into_disk();
