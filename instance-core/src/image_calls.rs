@@ -86,7 +86,7 @@ impl<H> Region<H> {
     /// gone (`DisableImage`).
     ///
     /// ```
-    /// # use ami_core::{Ami, DescribeImages, X86_64};
+    /// # use ami_core::{Ami, ImageState, X86_64};
     /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
     /// # use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
     /// # let dir = tempfile::tempdir()?;
