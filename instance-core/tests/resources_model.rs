@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
+#[path = "common/random.rs"]
+mod random;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,30 +18,13 @@ use instance_core::{
     DescribeSnapshots, DescribeTags, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, InstanceState,
     LaunchSpec, Result, VolumeSpec,
 };
+use random::{Random, number};
 
 const DEVICES: [&str; 3] = ["/dev/sdf", "/dev/sdg", "/dev/xvda"];
 const ACCOUNTS: [&str; 2] = ["111111111111", "222222222222"];
 const MOST: usize = 8;
 
 type Tags = BTreeMap<String, String>;
-
-/// Numbers that depend on a seed alone (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ z >> 31) % limit as u64) as usize
-    }
-
-    /// One of those that there are.
-    fn key<K: Copy, V>(&mut self, of: &BTreeMap<K, V>) -> Option<K> {
-        if of.is_empty() { None } else { of.keys().nth(self.below(of.len())).copied() }
-    }
-}
 
 #[derive(Debug, Clone, PartialEq)]
 struct Volume {
@@ -300,10 +285,6 @@ impl World {
 
 fn plain(tags: &ami_core::Tags) -> Tags {
     tags.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
-}
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |n| n.parse().unwrap())
 }
 
 #[test]

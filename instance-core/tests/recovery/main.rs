@@ -10,6 +10,8 @@
 
 mod child;
 mod model;
+#[path = "../common/random.rs"]
+mod random;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{Instance, Region};
 use model::Model;
+use random::{Random, number};
 
 type TestRegion = Region<FakeHypervisor>;
 
@@ -29,29 +32,8 @@ const PLACES: [(usize, u64); 7] = [(0, 0), (0, 1), (0, 9), (0, 2000), (0, 99_999
 /// The environment variable that makes this program the child; it holds the directory and the seed.
 const CHILD: &str = "REGION_CHILD";
 
-/// Numbers that depend on a seed alone (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ z >> 31) % limit as u64) as usize
-    }
-
-    fn one<'a, T>(&mut self, of: &'a [T]) -> Option<&'a T> {
-        if of.is_empty() { None } else { Some(&of[self.below(of.len())]) }
-    }
-}
-
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
-}
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |n| n.parse().unwrap())
 }
 
 /// What the guest answers to a line, after `prefix`.
