@@ -82,7 +82,6 @@ fn the_pause_is_no_longer_than_a_part_of_a_write() {
             call.join().unwrap();
         });
         assert_eq!(done(state), SIZE);
-        paused.sort_unstable();
         paused
     };
     let (mut writing, mut zeroing) = (Vec::new(), Vec::new());
@@ -94,7 +93,8 @@ fn the_pause_is_no_longer_than_a_part_of_a_write() {
             break;
         }
     }
-    for (what, paused, calls) in [("writes", &writing, 60), ("zeroes", &zeroing, 12)] {
+    for (what, mut paused, calls) in [("writes", writing, 60), ("zeroes", zeroing, 12)] {
+        paused.sort_unstable();
         eprintln!(
             "while one call {what}: {} freezes, {:?} in the middle",
             paused.len(),
