@@ -96,34 +96,10 @@ pub(crate) fn raw_file(path: &Path, bytes: &[u8]) {
     }
 }
 
-/// Checks what the contract of a backend says of one that can only be read: sizes, bounds, bytes wherever they are
-/// asked for, and holes.
+/// Checks what the contract of a backend says of one that can only be read; `what` it is of is said where it is not so.
 pub(crate) fn check(disk: &Disk, expected: &[u8], what: &str) {
-    let size = expected.len() as u64;
-    assert_eq!(disk.size(), size, "{what}: the size is another");
-    assert!(disk.read_only() && disk.write_at(&[1], 0).is_err() && disk.discard(0, 1).is_err(), "{what}");
-    disk.flush().unwrap();
-    let read = |at: usize, len: usize| {
-        let mut buf = vec![0xee; len];
-        disk.read_at(&mut buf, at as u64).map(|()| buf)
-    };
-    assert!(read(0, expected.len()).unwrap() == expected, "{what}: the bytes are others");
-    for at in [0, 1, 511, 4095, 65_535, 65_536, expected.len() / 3, expected.len() - 1] {
-        for len in [1, 512, 4097, 70_000] {
-            let at = at.min(expected.len());
-            let len = len.min(expected.len() - at);
-            let found = read(at, len).unwrap();
-            assert!(found == expected[at..at + len], "{what}: {len} bytes at {at} are others");
-        }
-    }
-    assert!(read(expected.len(), 1).is_err() && read(expected.len() - 1, 2).is_err(), "{what}: bounds");
-    let mut at = 0;
-    while at < size {
-        let data = disk.next_data(at).unwrap().unwrap_or(size..size);
-        let hole = &expected[at as usize..data.start as usize];
-        assert!(hole.iter().all(|byte| *byte == 0), "{what}: the hole at {at} is none");
-        at = data.end;
-    }
+    eprintln!("the disk of {what}");
+    storage_block::testing::read_only(disk, expected);
 }
 
 /// How much of the disk is not known to be a hole.

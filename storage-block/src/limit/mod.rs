@@ -374,4 +374,27 @@ mod tests {
             assert_eq!(wait(true), Ok(()), "which has not to wait");
         }
     }
+
+    /// What a request took of one limit before it was ended at another is there for the next.
+    #[test]
+    fn who_is_ended_at_one_limit_gives_back_what_others_let_pass() {
+        // What a request takes comes again in more than a day.
+        let limiter = |burst| {
+            let rate = Rate { per_second: 1, burst };
+            Limiter::new(IoLimits { bytes: Some(rate), ..IoLimits::NONE })
+        };
+        let (plenty, little) = (limiter(200_000), limiter(1));
+        let stop = Arc::new(Stop::default());
+        stop.set();
+        let disk = crate::MemoryDisk::new(1 << 20).unwrap().into_disk();
+        let read = |limiters: &[&Limiter]| {
+            let limited = limiters.iter().fold(disk.clone(), |disk, limiter| disk.limited(limiter));
+            limited.until(&stop).read_at(&mut [0; 100_000], 0).map_err(|e| e.kind())
+        };
+        assert_eq!(read(&[&little]), Ok(()), "it takes more than there is once");
+        for _ in 0..3 {
+            assert_eq!(read(&[&plenty, &little]), Err(ErrorKind::Cancelled));
+        }
+        assert_eq!([read(&[&plenty]), read(&[&plenty])], [Ok(()), Ok(())]);
+    }
 }

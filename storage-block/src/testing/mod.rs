@@ -56,6 +56,7 @@ pub fn read_only(disk: &Disk, contents: &[u8]) {
     disk.flush().expect("a flush of what cannot change");
     vectored::capabilities(disk);
     compare(disk, contents, "of what can only be read");
+    read_edges(disk, contents);
     let mut random = Random(7);
     let mut queue = disk.queue(8).expect("a queue");
     for _ in 0..200 {
@@ -72,6 +73,22 @@ pub fn read_only(disk: &Disk, contents: &[u8]) {
         done.result.expect("a read");
         let found = done.buffer.expect("its buffer");
         assert!(found == contents[done.token as usize..][..found.len()], "a queue finds other bytes");
+    }
+}
+
+/// Reads that begin and end anywhere find what they cover, and those that leave the disk are refused.
+fn read_edges(disk: &Disk, contents: &[u8]) {
+    let size = contents.len();
+    for at in [0, 1, 511, 4095, 65_535, 65_536, size / 3, size.saturating_sub(1)].map(|at| at.min(size)) {
+        for len in [1, 512, 4097, 70_000].map(|len| len.min(size - at)) {
+            let mut buf = vec![0xee; len];
+            disk.read_at(&mut buf, at as u64).expect("a read");
+            assert!(buf == contents[at..at + len], "a read of {len} bytes at {at} finds other bytes");
+        }
+    }
+    for (at, len) in [(size as u64, 1), (size as u64 - 1, 2), (u64::MAX, 1)] {
+        let refused = disk.read_at(&mut vec![0; len], at).map_err(|error| error.kind());
+        assert_eq!(refused, Err(ErrorKind::OutOfBounds), "a read of {len} bytes at {at}");
     }
 }
 

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use storage_block::{ErrorKind, IoLimits, Limiter, MemoryDisk, Rate, nbd};
+use storage_block::{BlockBackend, Disk, Error, ErrorKind, IoLimits, Limiter, MemoryDisk, Rate, Result, nbd};
 
 use wire::*;
 
@@ -45,6 +45,61 @@ fn requests_that_cannot_be_are_errors() {
     let mut bytes = [1; 3];
     stream.read_exact(&mut bytes).unwrap();
     assert_eq!(bytes, [0; 3]);
+}
+
+/// A disk that fails at all that changes it.
+#[derive(Debug)]
+struct Failing(ErrorKind);
+
+impl Failing {
+    fn fail(&self) -> Result<()> {
+        Err(Error::new(self.0, "as it should"))
+    }
+}
+
+impl BlockBackend for Failing {
+    fn size(&self) -> u64 {
+        1 << 20
+    }
+
+    fn read_at(&self, _: &mut [u8], _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
+        self.fail()
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64) -> Result<()> {
+        self.fail()
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.fail()
+    }
+}
+
+/// A client is told what has gone wrong as far as the protocol has a number for it.
+#[test]
+fn failures_have_the_numbers_of_the_protocol() {
+    for (kind, errno, told) in [
+        (ErrorKind::NoSpace, 28, ErrorKind::NoSpace),
+        (ErrorKind::Cancelled, 108, ErrorKind::Io),
+        (ErrorKind::Corrupt, 5, ErrorKind::Io),
+        (ErrorKind::Io, 5, ErrorKind::Io),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = nbd::Server::bind(dir.path().join("s"), Disk::new(Failing(kind)).unwrap()).unwrap();
+        let mut stream = connect(&server);
+        for (command, bytes) in [(1, &[7; 512][..]), (3, &[]), (4, &[]), (6, &[])] {
+            let len = if command == 3 { 0 } else { 512 };
+            stream.write_all(&[&request(0, command, 0, len)[..], bytes].concat()).unwrap();
+            assert_eq!(reply(&mut stream), errno, "{kind:?} at {command}");
+        }
+        let client = nbd::Client::connect(server.address().clone(), "").unwrap().into_disk();
+        let results = [client.write_at(&[7; 512], 0), client.flush(), client.write_zeroes(0, 512)];
+        assert!(results.iter().all(|result| result.as_ref().is_err_and(|e| e.kind() == told)), "{results:?}");
+    }
 }
 
 #[test]
