@@ -272,10 +272,13 @@ impl Inner {
             let what = format!("the image {} is there already", image.id());
             return Err(Error::new(ErrorKind::ImageNameDuplicate, what));
         }
+        if self.was_used(image.ami())? {
+            return Err(ami_core::Error::used_id(&image.id()).into());
+        }
         if image.state() != ami_core::ImageState::Deregistered {
             self.check_name(image.ami())?;
         }
-        self.store.commit(|c| c.put(&ImageRecord { image, boot: None, snapshots: Vec::new() }))
+        self.store.commit(|c| c.put(&ImageRecord { image, boot: None }))
     }
 
     fn remove_image(&self, id: AmiId) -> Result<Image> {
@@ -286,7 +289,7 @@ impl Inner {
         self.store.commit(|c| {
             c.remove::<ImageRecord>(id);
             self.put_used(c, &image)?;
-            if needed { c.put(&FormerImage(image.clone())) } else { Ok(()) }
+            if needed { c.put(&FormerImage::of(image.clone())) } else { Ok(()) }
         })?;
         drop(naming);
         let collected = self.collect_garbage();

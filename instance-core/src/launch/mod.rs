@@ -109,6 +109,7 @@ impl<H> Region<H> {
     /// [`AuthFailure`](ErrorKind::AuthFailure), [`ImageUnavailable`](ErrorKind::ImageUnavailable),
     /// [`OptInRequired`](ErrorKind::OptInRequired) for another's image with a product code whose terms the account has not
     /// [accepted](Self::accept_terms), [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
+    /// [`Unsupported`](ErrorKind::Unsupported) for an image that is made for a [TPM](ami_core::TpmSupport),
     /// [`InvalidParameter`](ErrorKind::InvalidParameter),
     /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
@@ -237,6 +238,7 @@ impl Inner {
         })?;
         self.check_architecture(&record, &spec.instance_type)?;
         plan::check_root(record.image.ami().manifest(), spec)?;
+        plan::check_tpm(record.image.ami().manifest())?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
         let named = self.check_contents(owner, &disks, spec)?;
         let codes: ProductCodes = record.image.product_codes().cloned().collect();

@@ -132,6 +132,18 @@ pub(super) fn check_root(manifest: &Manifest, spec: &Parameters) -> Result<()> {
     }
 }
 
+/// No machine here has a TPM: an image that is made for one finds no keys in it, and what it has sealed stays shut.
+pub(super) fn check_tpm(manifest: &Manifest) -> Result<()> {
+    match manifest.boot().tpm_support() {
+        Some(tpm) => {
+            let what =
+                format!("the image is made for a machine with a TPM {tpm}, which no instance here has");
+            Err(Error::new(ErrorKind::Unsupported, what))
+        }
+        None => Ok(()),
+    }
+}
+
 /// What the guest's own power-off does: nothing is left to stop where the root device is instance store.
 pub(super) fn shutdown_behavior(manifest: &Manifest, spec: &Parameters) -> ShutdownBehavior {
     match manifest.root_device_type() {

@@ -2,6 +2,7 @@
 
 mod calls;
 mod record;
+mod unfinished;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,13 +12,15 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use ami_core::{
-    AccountId, AmiId, CopyImageTaskId, CreateImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp,
+    AccountId, AmiId, CopyImageTaskId, CreateImageTaskId, ExportImageTaskId, ImportImageTaskId, StateReason,
+    Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
 pub use self::calls::{Exported, Tell};
 pub(crate) use self::record::{TaskId, put_completed};
 use self::record::{TaskRecord, is_long_gone};
+pub use self::unfinished::UnfinishedImage;
 use crate::describe::Describe;
 use crate::error::chain;
 use crate::watch::{Publisher, Watch};
@@ -75,6 +78,12 @@ pub struct TaskDescription<Id> {
     pub progress: u8,
     /// The image: that which is exported, or that which the task has made.
     pub image_id: Option<AmiId>,
+    /// The name of the image that it makes, if it makes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_name: Option<String>,
+    /// Why it has been given up or has failed, in EC2's words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_reason: Option<StateReason>,
     /// When it was begun.
     pub create_time: Timestamp,
 }
@@ -187,9 +196,21 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
             status_message: at.to_owned(),
             progress: 0,
             image_id,
+            image_name: None,
+            state_reason: None,
             create_time: Timestamp::now(),
         };
         Self::recovered(TaskRecord { description: told, ended: None })
+    }
+
+    /// One that makes an image of this name.
+    pub(crate) fn making(id: Id, owner: AccountId, name: &str, at: &str) -> Self {
+        let task = Self::new(id, owner, None, at);
+        let image_name = Some(name.to_owned());
+        Self::recovered(TaskRecord {
+            description: TaskDescription { image_name, ..task.describe() },
+            ended: None,
+        })
     }
 
     /// One that was under way in an earlier process, or has ended there: why, only its message says.
@@ -306,7 +327,10 @@ impl<Id> TaskDescription<Id> {
                 image_id: Some(done.image),
                 ..self
             },
-            Err(e) => Self { status: TaskStatus::Deleted, status_message: chain(e), ..self },
+            Err(e) => {
+                let (status_message, state_reason) = (chain(e), Some(unfinished::reason_of(e)));
+                Self { status: TaskStatus::Deleted, status_message, state_reason, ..self }
+            }
         }
     }
 }

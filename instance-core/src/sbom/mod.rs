@@ -1,5 +1,7 @@
 //! What is installed on an image, read from the image itself, as a bill of materials.
 
+mod kept;
+
 use std::io;
 
 use ami_core::{AmiId, OperatingSystem, Software};
@@ -32,6 +34,12 @@ pub struct InstalledPackage {
 }
 
 /// What is installed on an image, by its package manager's own records.
+///
+/// It is read when the image is registered or imported, and kept by the digest of its root volume's content: a copy has the
+/// same, and the two go together. It is no part of the image's digest, for equal content is an equal image whether or not
+/// somebody read it. Of an image of an instance it is read when it is first asked for, since such an image costs what changed
+/// and no more, and so it is where it could not be read before; of encrypted content it is read each time and not kept, for
+/// it would lie beside in plain.
 ///
 /// ```no_run
 /// # fn demo(region: &instance_core::Region) -> Result<(), Box<dyn std::error::Error>> {
@@ -113,23 +121,21 @@ fn component(kind: Classification, name: &str, version: &str) -> Component {
 }
 
 impl<H> Region<H> {
-    /// What is installed on an image that the account may copy, read from its root volume when it is asked for: of
-    /// Debian and what comes of it.
+    /// What is installed on an image that the account sees: of Debian and what comes of it.
     ///
     /// # Errors
     ///
-    /// As [`image_disk`](Self::image_disk), [`Unsupported`](ErrorKind::Unsupported) for an image that has no such record,
-    /// or none that can be read, or what the host met.
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`Unsupported`](ErrorKind::Unsupported) for an image that has no such
+    /// record, or none that can be read, or what the host met.
     pub fn software_bill(&self, id: AmiId) -> Result<SoftwareBill> {
         let image = self.image(id)?;
         let ami = image.ami();
-        let disk = self.image_disk(id, ami.manifest().root_device_name().as_str())?;
         Ok(SoftwareBill {
             image_id: id,
             image_name: ami.name().to_owned(),
             image_digest: ami.digest(),
             operating_system: ami.manifest().operating_system().cloned(),
-            packages: installed(&disk)?,
+            packages: self.inner.software_of(&image)?,
         })
     }
 }
