@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, Image, ImageState, ImdsSupport, X86_64};
-use common::{TestRegion, disk};
+use common::TestRegion;
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, RegionOptions};
 use records::{counts, fields, make_small, old_region, records};
+use storage_block::{Disk, MemoryDisk};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v4-images")
@@ -27,27 +28,33 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
+fn disk(word: &str) -> Disk {
+    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    disk.write_at(word.as_bytes(), 0).unwrap();
+    disk
+}
+
 /// Makes an image that is made for the second version of the metadata service, one of an instance of it, one whose content is
 /// damaged, which is put right again, and tasks that have made an image and have not.
 fn make(dir: &Path) {
     let region = open(dir);
     let boot = || DirectBoot::new(tiny_elf(), None, "console=ttyS0");
-    let register = |name: &str, seed: u64| {
-        let root = disk(1, seed);
+    let register = |name: &str| {
+        let root = disk(name);
         let source = ImageSource::new(&root).boot(boot()).imds_support(ImdsSupport::V2_0);
         region.register_image(Ami::<X86_64>::builder(name), source).unwrap()
     };
     let spec = || LaunchSpec::new("t2.nano".parse().unwrap());
-    let server = region.launch(&register("web", 1), spec()).unwrap();
+    let server = region.launch(&register("web"), spec()).unwrap();
     server.stop(Duration::ZERO).unwrap();
     server.begin_create_image("web-2").unwrap().wait(soon()).unwrap();
     region
-        .import_image(Ami::<X86_64>::builder("refused"), disk(1, 2), None)
+        .import_image(Ami::<X86_64>::builder("refused"), disk("refused"), None)
         .unwrap()
         .wait(soon())
         .unwrap_err();
 
-    let damaged = register("damaged", 3);
+    let damaged = register("damaged");
     let digest = damaged.manifest().root_volume().unwrap().snapshot().unwrap().to_hex();
     let snapshots = std::fs::read_dir(dir.join("blocks/snapshots")).unwrap();
     let path = snapshots.map(|entry| entry.unwrap().path());

@@ -1,4 +1,5 @@
 //! The records of a region's directory, read as `docs/region-format.md` says, and directories to keep.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
