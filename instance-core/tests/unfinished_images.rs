@@ -138,7 +138,7 @@ fn an_image_that_could_not_be_made_has_failed_and_says_why() {
 #[test]
 fn what_is_cancelled_is_nowhere_and_what_a_crash_cuts_off_has_failed() {
     let dir = tempfile::tempdir().unwrap();
-    let region = open(dir.path());
+    let region = open(&dir.path().join("region"));
     let (task, go) = held(&region, "given-up");
     task.cancel().unwrap();
     assert_eq!(states(&region), [("given-up".to_owned(), ImageState::Pending)], "it has not ended yet");
@@ -147,4 +147,19 @@ fn what_is_cancelled_is_nowhere_and_what_a_crash_cuts_off_has_failed() {
     assert_eq!(cancelled.kind(), ErrorKind::Cancelled);
     assert!(states(&region).is_empty());
     assert_eq!(task.describe().state_reason.unwrap().code, "Client.UserInitiatedCancel");
+
+    // What the disk has while one is under way is what a crash would leave.
+    let (task, go) = held(&region, "cut-off");
+    let crashed = dir.path().join("crashed");
+    let mut copied = std::process::Command::new("cp");
+    copied.args(["-a", "--"]).arg(dir.path().join("region")).arg(&crashed);
+    assert!(copied.status().unwrap().success());
+    drop(go);
+    task.wait(soon()).unwrap();
+    let crashed = open(&crashed);
+    assert_eq!(states(&crashed), [("cut-off".to_owned(), ImageState::Failed)]);
+    let reason = crashed.unfinished_images().remove(0).state_reason.unwrap();
+    assert_eq!(reason.code, "Server.InternalError");
+    assert!(reason.message.contains("the process that owned the region ended"), "{reason}");
+    assert!(crashed.wait_for_image_named("cut-off", soon()).is_err());
 }
