@@ -27,7 +27,8 @@ words! {
 
 words! {
     /// The Trusted Platform Module that an image is made for (`TpmSupport`). It is found by UEFI, so that this is the boot mode
-    /// of such an image.
+    /// of such an image. EC2 launches it on instance types with NitroTPM and on no others; the machines of `instance-core` have
+    /// no TPM, so that a launch of it is refused there.
     ///
     /// ```
     /// # use ami_core::{Ami, BlockDeviceMapping, Digest, ErrorKind, X86_64};

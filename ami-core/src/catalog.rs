@@ -34,7 +34,8 @@ use crate::{AccountId, AccountImages, AmiId, ErrorKind, Image, ImageState, Query
 /// - Within one region and owner, no two images have the same name. Images that are deregistered do not
 ///   count.
 /// - No id is used twice. One that was removed is not put back, for whoever kept its id would find another record by it; the
-///   same [after it](Image::with_incarnation) is another.
+///   same [after it](Image::with_incarnation) is another. A catalog may know of each image only the last incarnation that was
+///   removed, and take all before it for used.
 /// - It asks for no permission: [`CatalogExt::as_account`] does, by [`Image::authorize`].
 /// - Any thread may call at any time.
 ///

@@ -33,7 +33,8 @@ impl<H> Region<H> {
     }
 
     /// The records of all images of all accounts, without permissions: for who runs the region. With it an
-    /// image gets a record that was not made here; its content has to be in the region when it is launched.
+    /// image gets a record that was not made here; its content has to be in the region when it is launched. One that was
+    /// deregistered does not come back under the id that it had.
     ///
     /// ```
     /// # use instance_core::{Region, testing::FakeHypervisor};
@@ -48,7 +49,8 @@ impl<H> Region<H> {
         RegionCatalog(self.inner.clone())
     }
 
-    /// The images that the request asks for (`DescribeImages`).
+    /// The images that the request asks for (`DescribeImages`): those that are there. Those that are being made, or could not
+    /// be, are known [by name](Self::unfinished_images).
     ///
     /// ```
     /// # use instance_core::{Region, testing::FakeHypervisor};
