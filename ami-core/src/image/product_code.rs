@@ -49,7 +49,7 @@ impl ProductCode {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidParameterValue`].
+    /// [`InvalidParameterValue`](crate::ErrorKind::InvalidParameterValue).
     pub fn validate(&self) -> Result<(), Error> {
         check_text("product code", &self.id, 255)
     }
