@@ -9,7 +9,7 @@ use cyclonedx_bom::models::bom::{Bom, SpecVersion};
 use cyclonedx_bom::models::component::{Classification, Component, Components};
 use cyclonedx_bom::models::metadata::Metadata;
 use cyclonedx_bom::prelude::Purl;
-use deb822_fast::borrowed::BorrowedParser;
+use deb822_fast::borrowed::{BorrowedParagraph, iter_paragraphs_borrowed};
 use purl::GenericPurlBuilder;
 use storage_block::Disk;
 
@@ -18,8 +18,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// Where Debian and what comes of it keep what is installed.
 const STATUS: &str = "/var/lib/dpkg/status";
-/// A large Debian system has some 5 MiB.
-const MAX_STATUS: u64 = 64 << 20;
+/// A large Debian system has some 5 MiB. Whatever an image has there is read when it is registered, so this bounds what that
+/// takes.
+const MAX_STATUS: u64 = 16 << 20;
 
 /// A package that is installed on an image; [`SoftwareBill`] shows it in use.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -155,22 +156,26 @@ fn installed(disk: &Disk) -> Result<Vec<InstalledPackage>> {
 
 /// What the text of such a record calls installed, by name and architecture.
 pub(crate) fn parse(status: &str) -> Result<Vec<InstalledPackage>, deb822_fast::Error> {
-    let paragraphs = BorrowedParser::new(status).parse_all()?;
-    let mut packages: Vec<InstalledPackage> = (paragraphs.iter())
-        .filter_map(|paragraph| {
-            let field = |name| paragraph.get_single(name).map(str::to_owned);
-            // The last of three words: a package that was removed may have left its configuration.
-            let state = field("Status")?;
-            let is_there = state.split_ascii_whitespace().nth(2) == Some("installed");
-            let package = InstalledPackage {
-                name: field("Package")?,
-                version: field("Version")?,
-                architecture: field("Architecture")?,
-            };
-            is_there.then_some(package)
-        })
-        .collect();
+    let mut packages = Vec::new();
+    // One after the other: a hostile record has millions.
+    for paragraph in iter_paragraphs_borrowed(status) {
+        packages.extend(package(&paragraph?));
+    }
     packages.sort_unstable();
     packages.dedup();
     Ok(packages)
+}
+
+/// The package that a paragraph calls installed, if it does.
+fn package(paragraph: &BorrowedParagraph<'_>) -> Option<InstalledPackage> {
+    let field = |name| paragraph.get_single(name).map(str::to_owned);
+    // The last of three words: a package that was removed may have left its configuration.
+    if paragraph.get_single("Status")?.split_ascii_whitespace().nth(2) != Some("installed") {
+        return None;
+    }
+    Some(InstalledPackage {
+        name: field("Package")?,
+        version: field("Version")?,
+        architecture: field("Architecture")?,
+    })
 }
