@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind};
-use crate::{AccountId, Image, ImageState, LaunchPermissions, ProductCode};
+use crate::{AccountId, Image, ImageState, ImdsSupport, LaunchPermissions, ProductCode};
 
 /// Who is given a permission: everybody, or an account.
 ///
@@ -63,6 +63,7 @@ pub struct ModifyImageAttribute {
     add: Vec<Grantee>,
     remove: Vec<Grantee>,
     product_codes: Vec<ProductCode>,
+    imds_support: Option<ImdsSupport>,
 }
 
 impl ModifyImageAttribute {
@@ -117,6 +118,13 @@ impl ModifyImageAttribute {
         self
     }
 
+    /// Says which version of the metadata service the image is made for, which cannot be taken back. [`ImdsSupport`] shows
+    /// it in use.
+    pub fn imds_support(mut self, support: ImdsSupport) -> Self {
+        self.imds_support = Some(support);
+        self
+    }
+
     /// Makes the change. Who may is the caller's to decide, by [`Image::authorize`].
     ///
     /// # Errors
@@ -143,6 +151,9 @@ impl ModifyImageAttribute {
         }
         for code in &self.product_codes {
             image.add_product_code(code.clone())?;
+        }
+        if let Some(support) = self.imds_support {
+            image.set_imds_support(support);
         }
         if self.reset {
             *image.launch_permissions_mut() = LaunchPermissions::private();

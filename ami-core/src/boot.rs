@@ -25,6 +25,32 @@ words! {
     }
 }
 
+words! {
+    /// The Trusted Platform Module that an image is made for (`TpmSupport`). It is found by UEFI, so that this is the boot mode
+    /// of such an image. EC2 launches it on instance types with NitroTPM and on no others; the machines of `instance-core` have
+    /// no TPM, so that a launch of it is refused there.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, ErrorKind, X86_64};
+    /// use ami_core::{Boot, BootMode, TpmSupport};
+    ///
+    /// # let builder = Ami::<X86_64>::builder("web")
+    /// #     .root_device("/dev/xvda")
+    /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8));
+    /// let boot = Boot::root_volume().mode(BootMode::Uefi).tpm(TpmSupport::V2_0);
+    /// let manifest = builder.clone().boot(boot).build_manifest()?;
+    /// assert_eq!(manifest.boot().tpm_support(), Some(TpmSupport::V2_0));
+    ///
+    /// let alone = builder.boot(Boot::root_volume().tpm(TpmSupport::V2_0)).build_manifest();
+    /// assert_eq!(alone.unwrap_err().kind(), ErrorKind::InvalidParameterCombination);
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    TpmSupport, "support for a TPM" {
+        /// TPM 2.0.
+        V2_0 = "v2.0",
+    }
+}
+
 /// Where the kernel comes from.
 ///
 /// ```
@@ -74,6 +100,8 @@ pub struct Boot {
     source: BootSource,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mode: Option<BootMode>,
+    #[serde(rename = "tpmSupport", default, skip_serializing_if = "Option::is_none")]
+    tpm: Option<TpmSupport>,
 }
 
 impl Boot {
@@ -97,6 +125,13 @@ impl Boot {
         self
     }
 
+    /// The same for a machine with a Trusted Platform Module.
+    #[must_use]
+    pub fn tpm(mut self, tpm: TpmSupport) -> Self {
+        self.tpm = Some(tpm);
+        self
+    }
+
     /// The same with a kernel from elsewhere.
     #[must_use]
     pub fn with_source(mut self, source: BootSource) -> Self {
@@ -114,7 +149,16 @@ impl Boot {
         self.mode
     }
 
+    /// The Trusted Platform Module that the image is made for, if it is for one.
+    pub fn tpm_support(&self) -> Option<TpmSupport> {
+        self.tpm
+    }
+
     pub(crate) fn validate(&self) -> Result<(), Error> {
+        if self.tpm.is_some() && self.mode != Some(BootMode::Uefi) {
+            let message = "an image with support for a TPM has the boot mode uefi, and says so";
+            return Err(Error::new(ErrorKind::InvalidParameterCombination, message));
+        }
         let BootSource::Direct { command_line, .. } = &self.source else { return Ok(()) };
         if let Some(mode) = self.mode {
             let message =
@@ -136,7 +180,7 @@ impl Boot {
 
 impl From<BootSource> for Boot {
     fn from(source: BootSource) -> Self {
-        Self { source, mode: None }
+        Self { source, mode: None, tpm: None }
     }
 }
 

@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind};
 use crate::manifest::Content;
 use crate::{
     AccountId, Ami, Arch, Architecture, BlockDeviceMapping, Boot, BootSource, Digest, Manifest,
-    OperatingSystem, RegionName, Software, Timestamp, VirtualizationType,
+    OperatingSystem, RegionName, Software, Timestamp, TpmSupport, VirtualizationType,
 };
 
 /// Describes an image step by step. No step fails; [`build`](Self::build) checks everything.
@@ -54,6 +54,11 @@ impl<A: Arch> AmiBuilder<A> {
         }
     }
 
+    /// The name of the image that is being described.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The operating system on the image.
     pub fn operating_system(mut self, os: OperatingSystem) -> Self {
         self.operating_system = Some(os);
@@ -99,6 +104,24 @@ impl<A: Arch> AmiBuilder<A> {
     /// ```
     pub fn boot_source(mut self, source: BootSource) -> Self {
         self.boot = self.boot.with_source(source);
+        self
+    }
+
+    /// Which Trusted Platform Module the image is made for. It is no image for machines without one, and has the boot mode
+    /// `uefi`.
+    ///
+    /// ```
+    /// # use ami_core::{BlockDeviceMapping, Digest, X86_64};
+    /// use ami_core::{Ami, Boot, BootMode, TpmSupport};
+    ///
+    /// # let builder = Ami::<X86_64>::builder("vault").root_device("/dev/xvda");
+    /// # let builder = builder.block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8));
+    /// let builder = builder.boot(Boot::root_volume().mode(BootMode::Uefi)).tpm_support(TpmSupport::V2_0);
+    /// assert_eq!(builder.build_manifest()?.boot().tpm_support(), Some(TpmSupport::V2_0));
+    /// # Ok::<(), ami_core::Error>(())
+    /// ```
+    pub fn tpm_support(mut self, tpm: TpmSupport) -> Self {
+        self.boot = self.boot.tpm(tpm);
         self
     }
 

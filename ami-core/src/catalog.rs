@@ -1,6 +1,6 @@
 //! The catalog: where a region keeps the records of its images.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::error::Error;
@@ -33,6 +33,9 @@ use crate::{AccountId, AccountImages, AmiId, ErrorKind, Image, ImageState, Query
 ///   concerns several records: ids and names.
 /// - Within one region and owner, no two images have the same name. Images that are deregistered do not
 ///   count.
+/// - No id is used twice. One that was removed is not put back, for whoever kept its id would find another record by it; the
+///   same [after it](Image::with_incarnation) is another. A catalog may know of each image only the last incarnation that was
+///   removed, and take all before it for used.
 /// - It asks for no permission: [`CatalogExt::as_account`] does, by [`Image::authorize`].
 /// - Any thread may call at any time.
 ///
@@ -57,7 +60,7 @@ pub trait Catalog: Send + Sync {
     /// # Errors
     ///
     /// [`DuplicateName`](ErrorKind::DuplicateName) if the owner has an image of that name in that
-    /// region, or if the very image is there already.
+    /// region, or if the very image is there already, or was there and is removed.
     fn put(&self, image: Image) -> Result<(), Error>;
 
     /// Replaces the record `current` by `next`, if it is still the one that is kept.
@@ -144,7 +147,13 @@ impl<C: Catalog + ?Sized> CatalogExt for C {}
 /// ```
 #[derive(Debug, Default)]
 pub struct MemoryCatalog {
-    images: RwLock<BTreeMap<AmiId, Image>>,
+    kept: RwLock<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    images: BTreeMap<AmiId, Image>,
+    removed: BTreeSet<AmiId>,
 }
 
 impl MemoryCatalog {
@@ -153,49 +162,54 @@ impl MemoryCatalog {
         Self::default()
     }
 
-    // Every change under the lock is a single call to the map, so that a panicking thread leaves it
-    // whole and its poison means nothing.
-    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<AmiId, Image>> {
-        self.images.read().unwrap_or_else(PoisonError::into_inner)
+    // Nothing that is done under the lock panics half way, so that its poison means nothing.
+    fn read(&self) -> RwLockReadGuard<'_, Kept> {
+        self.kept.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<AmiId, Image>> {
-        self.images.write().unwrap_or_else(PoisonError::into_inner)
+    fn write(&self) -> RwLockWriteGuard<'_, Kept> {
+        self.kept.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Catalog for MemoryCatalog {
     fn get(&self, id: &AmiId) -> Result<Image, Error> {
-        self.read().get(id).cloned().ok_or_else(|| Error::not_found(id))
+        self.read().images.get(id).cloned().ok_or_else(|| Error::not_found(id))
     }
 
     fn list(&self, query: &Query) -> Result<Vec<Image>, Error> {
-        Ok(query.select(self.read().values()))
+        Ok(query.select(self.read().images.values()))
     }
 
     fn put(&self, image: Image) -> Result<(), Error> {
-        let mut images = self.write();
+        let Kept { images, removed } = &mut *self.write();
         if images.contains_key(&image.id()) {
             let ami = image.ami();
             return Err(Error::duplicate_name(ami.name(), ami.owner(), &ami.id()));
         }
-        check_name_is_free(&images, &image)?;
+        if removed.contains(&image.id()) {
+            return Err(Error::used_id(&image.id()));
+        }
+        check_name_is_free(images, &image)?;
         images.insert(image.id(), image);
         Ok(())
     }
 
     fn update(&self, current: &Image, next: Image) -> Result<(), Error> {
-        let mut images = self.write();
+        let Kept { images, .. } = &mut *self.write();
         let id = current.id();
         let Some(kept) = images.get(&id) else { return Err(Error::not_found(&id)) };
         current.check_update(kept, &next)?;
-        check_name_is_free(&images, &next)?;
+        check_name_is_free(images, &next)?;
         images.insert(id, next);
         Ok(())
     }
 
     fn remove(&self, id: &AmiId) -> Result<Image, Error> {
-        self.write().remove(id).ok_or_else(|| Error::not_found(id))
+        let Kept { images, removed } = &mut *self.write();
+        let image = images.remove(id).ok_or_else(|| Error::not_found(id))?;
+        removed.insert(*id);
+        Ok(image)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use crate::{Ami, AmiBuilder, AmiId, Arch, BootMode, OperatingSystem, OsFamily, Software};
+use crate::{Ami, AmiBuilder, AmiId, Arch, BootMode, OperatingSystem, OsFamily, Software, TpmSupport};
 
 /// What a program expects of an image: a class written down in code, also as a constant.
 ///
@@ -41,6 +41,7 @@ pub struct DeclaredAmi<A: Arch> {
     root_device: Option<&'static str>,
     root_size_gib: Option<u32>,
     boot_mode: Option<BootMode>,
+    tpm_support: Option<TpmSupport>,
     software: &'static [(&'static str, Option<&'static str>)],
     digest: Option<&'static str>,
     arch: PhantomData<A>,
@@ -55,6 +56,7 @@ impl<A: Arch> DeclaredAmi<A> {
             root_device: None,
             root_size_gib: None,
             boot_mode: None,
+            tpm_support: None,
             software: &[],
             digest: None,
             arch: PhantomData,
@@ -87,6 +89,12 @@ impl<A: Arch> DeclaredAmi<A> {
     /// It boots in this mode.
     pub const fn boot_mode(mut self, mode: BootMode) -> Self {
         self.boot_mode = Some(mode);
+        self
+    }
+
+    /// It is made for this Trusted Platform Module.
+    pub const fn tpm_support(mut self, tpm: TpmSupport) -> Self {
+        self.tpm_support = Some(tpm);
         self
     }
 
@@ -131,6 +139,9 @@ impl<A: Arch> DeclaredAmi<A> {
         }
         if let Some(mode) = self.boot_mode {
             builder = builder.boot(crate::Boot::root_volume().mode(mode));
+        }
+        if let Some(tpm) = self.tpm_support {
+            builder = builder.tpm_support(tpm);
         }
         let software =
             self.software.iter().filter_map(|(name, version)| Some(Software::new(*name, (*version)?)));
@@ -178,6 +189,8 @@ impl<A: Arch> DeclaredAmi<A> {
         );
         let mode = |mode: BootMode| mode.to_string();
         compare("boot-mode", self.boot_mode.map(mode), manifest.boot().boot_mode().map(mode));
+        let tpm = |tpm: TpmSupport| tpm.to_string();
+        compare("tpm-support", self.tpm_support.map(tpm), manifest.boot().tpm_support().map(tpm));
         compare("digest", self.digest.map(str::to_owned), Some(ami.digest().to_hex()));
         for (name, version) in self.software {
             let listed = manifest.software().iter().filter(|software| software.name() == *name);
@@ -281,6 +294,7 @@ mod tests {
         other(DECLARED.root_device("/dev/sda1"), "root-device-name is /dev/xvda, not /dev/sda1");
         other(DECLARED.root_size_gib(9), "root-device-size is 8 GiB, not 9 GiB");
         other(DECLARED.boot_mode(BootMode::LegacyBios), "boot-mode is uefi, not legacy-bios");
+        other(DECLARED.tpm_support(TpmSupport::V2_0), "tpm-support is nothing, not v2.0");
         other(DECLARED.digest("00"), &format!("digest is {}, not 00", ami.digest().to_hex()));
         other(DECLARED.software(&[("nginx", Some("2"))]), "software is nginx 1.22, not nginx 2");
         other(DECLARED.software(&[("vim", None)]), "software is nothing, not vim in any version");
@@ -292,9 +306,10 @@ mod tests {
 
     #[test]
     fn what_is_built_as_declared_is_as_declared() {
+        let declared = DECLARED.tpm_support(TpmSupport::V2_0);
         let root = BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8);
-        let built = DECLARED.builder().software(Software::new("curl", "8")).block_device(root);
+        let built = declared.builder().software(Software::new("curl", "8")).block_device(root);
         let built = built.build(&"us-east-1".parse().unwrap(), &"123456789012".parse().unwrap()).unwrap();
-        assert_eq!(DECLARED.check(&built).unwrap(), image(Architecture::X86_64));
+        assert_eq!(declared.check(&built).unwrap(), built);
     }
 }

@@ -26,7 +26,7 @@ pub enum ErrorKind {
     MalformedAccount,
     /// A name breaks EC2's rule for the names of images.
     MalformedName,
-    /// The owner has another image of that name in the region.
+    /// The owner has another image of that name in the region, or the very image is or was there.
     DuplicateName,
     /// There is no image with that id.
     NotFound,
@@ -127,7 +127,7 @@ impl Error {
     /// assert_eq!(Error::not_found(&id).kind(), ErrorKind::NotFound);
     /// assert_eq!(Error::conflict(&id).kind(), ErrorKind::Conflict);
     /// let taken = Error::duplicate_name("web", &"123456789012".parse()?, &id);
-    /// assert_eq!(taken.code(), "InvalidAMIName.Duplicate");
+    /// assert_eq!((taken.code(), Error::used_id(&id).kind()), ("InvalidAMIName.Duplicate", taken.kind()));
     /// # Ok::<(), Error>(())
     /// ```
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
@@ -149,6 +149,12 @@ impl Error {
     /// The account has an image of that name already, the image `holder`.
     pub fn duplicate_name(name: &str, owner: &AccountId, holder: &AmiId) -> Self {
         let message = format!("the name {} of account {owner} is taken by {holder}", quote(name));
+        Self::new(ErrorKind::DuplicateName, message)
+    }
+
+    /// There was an image `id`, and an id is used once.
+    pub fn used_id(id: &AmiId) -> Self {
+        let message = format!("there was an image {id}, which was removed; its id is not used again");
         Self::new(ErrorKind::DuplicateName, message)
     }
 

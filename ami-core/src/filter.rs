@@ -12,19 +12,30 @@ use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerA
 /// | Name | Compared with |
 /// |---|---|
 /// | `architecture` | `i386`, `x86_64`, `arm64` |
-/// | `block-device-mapping.delete-on-termination`, `.device-name`, `.encrypted`, `.snapshot-digest`, `.volume-size`, `.volume-type` | each mapping, sizes in GiB |
+/// | `block-device-mapping.delete-on-termination`, `.device-name`, `.encrypted`, `.volume-size`, `.volume-type` | each mapping, sizes in GiB |
+/// | `block-device-mapping.snapshot-digest` | the content of each mapping; not in EC2 |
+/// | `block-device-mapping.snapshot-id` | each snapshot of a user's that it was registered of |
 /// | `boot-mode` | `legacy-bios`, `uefi`, `uefi-preferred` |
 /// | `creation-date` | the time, such as `2026-01-31T12:00:00.000Z` |
 /// | `description`, `image-id`, `name`, `state` | |
 /// | `digest` | `sha256:` and digits; not in EC2 |
+/// | `image-type` | `machine` |
+/// | `imds-support`, `tpm-support` | `v2.0`; not in EC2 |
 /// | `is-public` | `true`, `false` |
+/// | `manifest-location` | [where it is](Image::location), such as `123456789012/web` |
 /// | `owner-alias`, `owner-id` | |
 /// | `platform` | `windows`, for nothing else has one |
 /// | `product-code`, `product-code.type` | each product code |
 /// | `root-device-name`, `root-device-type` | the type is `ebs` |
-/// | `source-image-id`, `source-image-region` | what it is a copy of |
+/// | `source-image-id`, `source-image-region` | what it is a copy of, or its instance was made from |
+/// | `source-instance-id` | the instance that it is an image of |
+/// | `state-reason-code`, `state-reason-message` | |
 /// | `tag:KEY`, `tag-key` | the value of that tag; each key |
 /// | `virtualization-type` | `hvm` |
+///
+/// An image that has no value there fits no pattern. Of EC2's names, those are errors that ask for what no image here has or
+/// could have: `ena-support`, `free-tier-eligible`, `hypervisor`, `image-allowed`, `kernel-id`, `ramdisk-id` and
+/// `sriov-net-support`.
 ///
 /// ```
 /// use ami_core::Filter;
@@ -33,6 +44,8 @@ use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerA
 /// assert!(Filter::new("image-id", vec!["*"; Filter::MAX_VALUES + 1]).is_err());
 /// let err = Filter::new("colour", ["red"]).unwrap_err();
 /// assert_eq!(err.to_string(), r#""colour" is no name of a filter for images"#);
+/// let err = Filter::new("kernel-id", ["aki-*"]).unwrap_err();
+/// assert_eq!(err.to_string(), r#"images have no "kernel-id" here to filter by: they are not paravirtual"#);
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Filter {
@@ -48,7 +61,7 @@ impl Filter {
     ///
     /// # Errors
     ///
-    /// [`InvalidParameterValue`](crate::ErrorKind::InvalidParameterValue) if EC2 has no filter of that
+    /// [`InvalidParameterValue`](crate::ErrorKind::InvalidParameterValue) if there is no filter of that
     /// name for images, or if there is no value or too many.
     pub fn new<V: Into<String>>(name: &str, values: impl IntoIterator<Item = V>) -> Result<Self, Error> {
         let field = name.parse()?;
@@ -78,7 +91,10 @@ enum Field {
     Digest,
     Encrypted,
     ImageId,
+    ImageType,
+    ImdsSupport,
     IsPublic,
+    Location,
     Name,
     OwnerAlias,
     OwnerId,
@@ -88,11 +104,16 @@ enum Field {
     RootDeviceName,
     RootDeviceType,
     SnapshotDigest,
+    SnapshotId,
     SourceImageId,
     SourceImageRegion,
+    SourceInstanceId,
     State,
+    StateReasonCode,
+    StateReasonMessage,
     Tag(String),
     TagKey,
+    TpmSupport,
     VirtualizationType,
     VolumeSize,
     VolumeType,
@@ -108,6 +129,7 @@ impl FromStr for Field {
             "block-device-mapping.device-name" => Self::DeviceName,
             "block-device-mapping.encrypted" => Self::Encrypted,
             "block-device-mapping.snapshot-digest" => Self::SnapshotDigest,
+            "block-device-mapping.snapshot-id" => Self::SnapshotId,
             "block-device-mapping.volume-size" => Self::VolumeSize,
             "block-device-mapping.volume-type" => Self::VolumeType,
             "boot-mode" => Self::BootMode,
@@ -115,7 +137,10 @@ impl FromStr for Field {
             "description" => Self::Description,
             "digest" => Self::Digest,
             "image-id" => Self::ImageId,
+            "image-type" => Self::ImageType,
+            "imds-support" => Self::ImdsSupport,
             "is-public" => Self::IsPublic,
+            "manifest-location" => Self::Location,
             "name" => Self::Name,
             "owner-alias" => Self::OwnerAlias,
             "owner-id" => Self::OwnerId,
@@ -126,15 +151,32 @@ impl FromStr for Field {
             "root-device-type" => Self::RootDeviceType,
             "source-image-id" => Self::SourceImageId,
             "source-image-region" => Self::SourceImageRegion,
+            "source-instance-id" => Self::SourceInstanceId,
             "state" => Self::State,
+            "state-reason-code" => Self::StateReasonCode,
+            "state-reason-message" => Self::StateReasonMessage,
             "tag-key" => Self::TagKey,
+            "tpm-support" => Self::TpmSupport,
             "virtualization-type" => Self::VirtualizationType,
             _ => match name.strip_prefix("tag:") {
                 Some(key) if !key.is_empty() => Self::Tag(key.to_owned()),
-                _ => return Err(invalid_value(format!("{} is no name of a filter for images", quote(name)))),
+                _ => return Err(invalid_value(why_not(name))),
             },
         })
     }
+}
+
+/// Why images are not filtered by what has this name.
+fn why_not(name: &str) -> String {
+    let why = match name {
+        "ena-support" | "sriov-net-support" => "their network devices are virtio's",
+        "free-tier-eligible" => "nothing is billed",
+        "hypervisor" => "any that runs their architecture runs them",
+        "image-allowed" => "an account may use all that it sees",
+        "kernel-id" | "ramdisk-id" => "they are not paravirtual",
+        _ => return format!("{} is no name of a filter for images", quote(name)),
+    };
+    format!("images have no {} here to filter by: {why}", quote(name))
 }
 
 impl Field {
@@ -156,7 +198,10 @@ impl Field {
             Self::Digest => vec![ami.digest().to_string()],
             Self::Encrypted => volumes().map(|v| v.encrypted().to_string()).collect(),
             Self::ImageId => vec![ami.id().to_string()],
+            Self::ImageType => vec!["machine".to_owned()],
+            Self::ImdsSupport => image.imds_support().iter().map(ToString::to_string).collect(),
             Self::IsPublic => vec![image.launch_permissions().is_public().to_string()],
+            Self::Location => vec![image.location()],
             Self::Name => vec![ami.name().to_owned()],
             Self::OwnerAlias => image.owner_alias().iter().map(ToString::to_string).collect(),
             Self::OwnerId => vec![ami.owner().to_string()],
@@ -171,13 +216,18 @@ impl Field {
             Self::RootDeviceName => vec![manifest.root_device_name().to_string()],
             Self::RootDeviceType => vec![manifest.root_device_type().to_string()],
             Self::SnapshotDigest => volumes().filter_map(|v| v.snapshot()).map(ToString::to_string).collect(),
+            Self::SnapshotId => image.snapshots().map(|id| id.to_string()).collect(),
             Self::SourceImageId => image.source_image().map(|s| s.id.to_string()).into_iter().collect(),
             Self::SourceImageRegion => {
                 image.source_image().map(|s| s.region.to_string()).into_iter().collect()
             }
+            Self::SourceInstanceId => image.source_instance().iter().map(ToString::to_string).collect(),
             Self::State => vec![image.state().to_string()],
+            Self::StateReasonCode => image.state_reason().map(|r| r.code.clone()).into_iter().collect(),
+            Self::StateReasonMessage => image.state_reason().map(|r| r.message.clone()).into_iter().collect(),
             Self::Tag(key) => image.tags().get(key).map(str::to_owned).into_iter().collect(),
             Self::TagKey => image.tags().iter().map(|(key, _)| key.to_owned()).collect(),
+            Self::TpmSupport => manifest.boot().tpm_support().iter().map(ToString::to_string).collect(),
             Self::VirtualizationType => vec![manifest.virtualization_type().to_string()],
             Self::VolumeSize => volumes().map(|v| v.volume_size_gib().to_string()).collect(),
             Self::VolumeType => volumes().map(|v| v.volume_type().to_string()).collect(),

@@ -1,235 +1,26 @@
 //! The record of an image: the immutable [`AnyAmi`], and the attributes that its owner can change.
 
+mod category;
+mod imds;
+mod permissions;
+mod product_code;
+mod source;
+mod state;
+
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::error::{Error, ErrorKind, check_text, invalid_value, words};
-use crate::{AccountId, Action, AmiId, AnyAmi, Manifest, RegionName, Tags, Timestamp};
-
-words! {
-    /// The state of an image.
-    ///
-    /// | From | To |
-    /// |---|---|
-    /// | pending | available, transient, failed, error, invalid, deregistered |
-    /// | transient | pending, available, failed, error, invalid, deregistered |
-    /// | available | disabled, invalid, deregistered |
-    /// | disabled | available, deregistered |
-    /// | invalid, failed, error | deregistered |
-    /// | deregistered | nothing |
-    ///
-    /// ```
-    /// use ami_core::ImageState;
-    ///
-    /// assert!(ImageState::Pending.can_become(ImageState::Available));
-    /// let leads_nowhere = |from: ImageState| ImageState::ALL.iter().all(|to| !from.can_become(*to));
-    /// let ends: Vec<_> = ImageState::ALL.iter().filter(|state| leads_nowhere(**state)).collect();
-    /// assert_eq!(ends, [&ImageState::Deregistered]);
-    /// ```
-    ImageState, "state of an image" {
-        /// Being made.
-        Pending = "pending",
-        /// Ready to be launched.
-        Available = "available",
-        /// Its content is no longer whole.
-        Invalid = "invalid",
-        /// Given up: no instance can be launched any more, those that run are untouched.
-        Deregistered = "deregistered",
-        /// Its making has met an obstacle that may pass.
-        Transient = "transient",
-        /// It could not be made.
-        Failed = "failed",
-        /// It could not be made because of an error of the service.
-        Error = "error",
-        /// Set aside by its owner: hidden from everybody else, and not to be launched.
-        Disabled = "disabled",
-    }
-}
-
-impl ImageState {
-    /// Whether an image in this state can come into the state `next`.
-    pub const fn can_become(self, next: Self) -> bool {
-        use ImageState::{Available, Deregistered, Disabled, Error, Failed, Invalid, Pending, Transient};
-        match self {
-            Pending => matches!(next, Available | Transient | Failed | Error | Invalid | Deregistered),
-            Transient => matches!(next, Pending | Available | Failed | Error | Invalid | Deregistered),
-            Available => matches!(next, Disabled | Invalid | Deregistered),
-            Disabled => matches!(next, Available | Deregistered),
-            Invalid | Failed | Error => matches!(next, Deregistered),
-            Deregistered => false,
-        }
-    }
-}
-
-words! {
-    /// A name that EC2 gives to a group of accounts that publish images.
-    ///
-    /// ```
-    /// use ami_core::{OwnerAlias, Query};
-    ///
-    /// let published = Query::all().owner_alias("amazon".parse()?);
-    /// assert_eq!(OwnerAlias::ALL.len(), 3);
-    /// # Ok::<(), ami_core::Error>(())
-    /// ```
-    OwnerAlias, "owner alias" {
-        /// Amazon itself.
-        Amazon = "amazon",
-        /// AWS Backup.
-        AwsBackupVault = "aws-backup-vault",
-        /// The sellers of the AWS Marketplace.
-        AwsMarketplace = "aws-marketplace",
-    }
-}
-
-words! {
-    /// Where an image stands in the view of an account, as EC2's console sorts them.
-    ///
-    /// ```
-    /// use ami_core::{Category, Query};
-    ///
-    /// let mine = Query::all().in_category("123456789012".parse()?, Category::MyAmis);
-    /// assert_eq!(Category::MyAmis.as_str(), "my-amis");
-    /// # Ok::<(), ami_core::Error>(())
-    /// ```
-    Category, "category of images" {
-        /// Published by Amazon.
-        QuickStart = "quick-start",
-        /// Offered on the AWS Marketplace.
-        Marketplace = "marketplace",
-        /// The account's own.
-        MyAmis = "my-amis",
-        /// Another account's, shared with this one by name.
-        Shared = "shared",
-        /// Another account's, shared with everybody.
-        Community = "community",
-    }
-}
-
-words! {
-    /// The kind of a [`ProductCode`], which shows it in use.
-    ProductCodeKind, "kind of product code" {
-        /// DevPay.
-        Devpay = "devpay",
-        /// AWS Marketplace.
-        Marketplace = "marketplace",
-    }
-}
-
-/// The code of a product whose use is billed with the image.
-///
-/// ```
-/// # use ami_core::{Ami, BlockDeviceMapping, Digest, ErrorKind, Image, X86_64};
-/// use ami_core::{ProductCode, ProductCodeKind};
-///
-/// # let ami = Ami::<X86_64>::builder("web")
-/// #     .root_device("/dev/xvda")
-/// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
-/// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
-/// let mut image = Image::new(ami);
-/// image.launch_permissions_mut().set_public(true);
-/// image.add_product_code(ProductCode { id: "8vk2x".to_owned(), kind: ProductCodeKind::Marketplace })?;
-/// assert_eq!(image.product_codes().len(), 1);
-/// // Others may launch it now, but not carry it away.
-/// let other = "210987654321".parse()?;
-/// assert!(image.may_launch(&other));
-/// let copied = image.copy_to(&other, &"eu-west-1".parse()?, "mine");
-/// assert_eq!(copied.err().map(|e| e.kind()), Some(ErrorKind::AuthFailure));
-/// # Ok::<(), ami_core::Error>(())
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ProductCode {
-    /// The code.
-    pub id: String,
-    /// Its kind.
-    pub kind: ProductCodeKind,
-}
-
-impl ProductCode {
-    /// Whether the code is one: 1 to 255 printable characters.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::InvalidParameterValue`].
-    pub fn validate(&self) -> Result<(), Error> {
-        check_text("product code", &self.id, 255)
-    }
-}
-
-/// Who beside the owner may launch an image.
-///
-/// ```
-/// use ami_core::{AccountId, LaunchPermissions};
-///
-/// let friend: AccountId = "210987654321".parse()?;
-/// let mut permissions = LaunchPermissions::private();
-/// permissions.add(friend);
-/// assert!(permissions.allows(&friend) && !permissions.is_public());
-/// assert_eq!(permissions.accounts().collect::<Vec<_>>(), [&friend]);
-/// permissions.remove(&friend);
-/// permissions.set_public(true);
-/// assert_eq!(permissions, LaunchPermissions::public());
-/// # Ok::<(), ami_core::Error>(())
-/// ```
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LaunchPermissions {
-    public: bool,
-    accounts: BTreeSet<AccountId>,
-}
-
-impl LaunchPermissions {
-    /// Nobody.
-    pub fn private() -> Self {
-        Self::default()
-    }
-
-    /// Everybody.
-    pub fn public() -> Self {
-        Self { public: true, accounts: BTreeSet::new() }
-    }
-
-    /// Lets everybody launch, or only the accounts that were added.
-    pub fn set_public(&mut self, public: bool) {
-        self.public = public;
-    }
-
-    /// Lets an account launch; gives whether that is new.
-    pub fn add(&mut self, account: AccountId) -> bool {
-        self.accounts.insert(account)
-    }
-
-    /// Takes an account's permission back; gives whether it had one.
-    pub fn remove(&mut self, account: &AccountId) -> bool {
-        self.accounts.remove(account)
-    }
-
-    /// Whether everybody may launch.
-    pub fn is_public(&self) -> bool {
-        self.public
-    }
-
-    /// The accounts that were added.
-    pub fn accounts(&self) -> impl ExactSizeIterator<Item = &AccountId> {
-        self.accounts.iter()
-    }
-
-    /// Whether `account` may launch, be it as one of everybody.
-    pub fn allows(&self, account: &AccountId) -> bool {
-        self.public || self.accounts.contains(account)
-    }
-}
-
-/// The image that another is a copy of, which may be gone; [`Image::source_image`] shows it in use.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SourceImage {
-    /// Its region.
-    pub region: RegionName,
-    /// Its id there.
-    pub id: AmiId,
-}
+pub use self::category::{Category, OwnerAlias};
+pub use self::imds::ImdsSupport;
+pub use self::permissions::LaunchPermissions;
+pub use self::product_code::{ProductCode, ProductCodeKind};
+pub use self::source::SourceImage;
+pub use self::state::{ImageState, StateReason};
+use crate::error::{Error, ErrorKind, invalid_value};
+use crate::{
+    AccountId, Action, AmiId, AnyAmi, InstanceId, Manifest, RegionName, SnapshotId, Tags, Timestamp,
+};
 
 /// An image as its region describes it: what never changes, and the attributes that do.
 ///
@@ -266,6 +57,14 @@ pub struct Image {
     pub(crate) product_codes: BTreeSet<ProductCode>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     source_image: Option<SourceImage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    source_instance: Option<InstanceId>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    snapshots: BTreeSet<SnapshotId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    imds_support: Option<ImdsSupport>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    state_reason: Option<StateReason>,
 }
 
 impl Image {
@@ -284,6 +83,10 @@ impl Image {
             owner_alias: None,
             product_codes: BTreeSet::new(),
             source_image: None,
+            source_instance: None,
+            snapshots: BTreeSet::new(),
+            imds_support: None,
+            state_reason: None,
         }
     }
 
@@ -317,7 +120,7 @@ impl Image {
     }
 
     /// The record of a copy of this image, made by the account `caller` for itself. Neither
-    /// permissions nor tags are copied; the description is.
+    /// permissions nor tags are copied; the description is, and for which metadata service it is made.
     ///
     /// # Errors
     ///
@@ -343,7 +146,8 @@ impl Image {
         let ami = AnyAmi::assemble(region.clone(), *caller, name.to_owned(), self.ami.created(), manifest)?;
         let product_codes = self.product_codes.clone();
         let source_image = Some(SourceImage { region: self.ami.region().clone(), id: self.id() });
-        Ok(Self { description: self.description.clone(), product_codes, source_image, ..Self::pending(ami) })
+        let (description, imds_support) = (self.description.clone(), self.imds_support);
+        Ok(Self { description, product_codes, source_image, imds_support, ..Self::pending(ami) })
     }
 
     /// Checks that `next` can take the place of this record while `kept` is the one that is kept: for those who
@@ -388,7 +192,7 @@ impl Image {
         self.state
     }
 
-    /// Brings the image into another state.
+    /// Brings the image into another state, for which no reason is said yet.
     ///
     /// # Errors
     ///
@@ -399,7 +203,18 @@ impl Image {
             return Err(Error::new(ErrorKind::IncorrectState, message));
         }
         self.state = next;
+        self.state_reason = None;
         Ok(())
+    }
+
+    /// Why it is in its state, where there is something to say.
+    pub fn state_reason(&self) -> Option<&StateReason> {
+        self.state_reason.as_ref()
+    }
+
+    /// Says why it is in its state: until it comes into another.
+    pub fn set_state_reason(&mut self, reason: Option<StateReason>) {
+        self.state_reason = reason;
     }
 
     /// Who beside the owner may launch the image.
@@ -468,23 +283,35 @@ impl Image {
         self.product_codes.iter()
     }
 
-    /// The image that this one is a copy of, if it is one (`SourceImageRegion`, `SourceImageId`).
+    /// Which version of the metadata service it is made for, if it says so.
+    pub fn imds_support(&self) -> Option<ImdsSupport> {
+        self.imds_support
+    }
+
+    /// Says which version of the metadata service it is made for. It cannot be taken back.
+    pub fn set_imds_support(&mut self, support: ImdsSupport) {
+        self.imds_support = Some(support);
+    }
+
+    /// Where EC2 says that an image is (`ImageLocation`): the alias of its owner, or the account, and its name.
     ///
     /// ```
-    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, Image, X86_64};
+    /// # use ami_core::{Ami, BlockDeviceMapping, Digest, Image, OwnerAlias, X86_64};
     /// # let ami = Ami::<X86_64>::builder("web")
     /// #     .root_device("/dev/xvda")
     /// #     .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
     /// #     .build(&"us-east-1".parse()?, &"123456789012".parse()?)?;
-    /// let image = Image::new(ami);
-    /// let copy = image.copy_to(image.ami().owner(), &"eu-west-1".parse()?, "web")?;
-    /// let source = copy.source_image().ok_or("it is a copy")?;
-    /// assert_eq!((source.region.as_str(), source.id), ("us-east-1", image.id()));
-    /// assert_eq!(image.source_image(), None);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// let mut image = Image::new(ami);
+    /// assert_eq!(image.location(), "123456789012/web");
+    /// image.set_owner_alias(Some(OwnerAlias::Amazon));
+    /// assert_eq!(image.location(), "amazon/web");
+    /// # Ok::<(), ami_core::Error>(())
     /// ```
-    pub fn source_image(&self) -> Option<&SourceImage> {
-        self.source_image.as_ref()
+    pub fn location(&self) -> String {
+        match self.owner_alias {
+            Some(alias) => format!("{alias}/{}", self.ami.name()),
+            None => format!("{}/{}", self.ami.owner(), self.ami.name()),
+        }
     }
 
     /// Adds a product code. It cannot be taken away again.

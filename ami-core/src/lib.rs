@@ -52,8 +52,8 @@
 //!
 //! Content: a manifest names snapshots, kernels and initial RAM disks by digest, and `storage-block`
 //! holds them. Launching: `instance-core` does that. Of EC2's attributes of images: paravirtual
-//! images, ENA, SR-IOV, TPM, UEFI and IMDS settings, IOPS and throughput of volumes, and
-//! protection against deregistration.
+//! images, ENA, SR-IOV and UEFI settings, IOPS and throughput of volumes, and protection against
+//! deregistration.
 
 mod access;
 mod account;
@@ -89,7 +89,7 @@ pub use account::AccountImages;
 pub use ami::{Ami, AnyAmi, ArchitectureMismatch};
 pub use arch::{AnyArch, Arch, Architecture, Arm64, UnknownArchitecture, X86, X86_64};
 pub use attribute::{Grantee, ModifyImageAttribute};
-pub use boot::{Boot, BootMode, BootSource};
+pub use boot::{Boot, BootMode, BootSource, TpmSupport};
 pub use builder::AmiBuilder;
 pub use catalog::{Catalog, CatalogExt, MemoryCatalog};
 pub use declared::{DeclarationMismatch, DeclaredAmi, Difference};
@@ -102,7 +102,8 @@ pub use error::{Error, ErrorKind};
 pub use filter::{Filter, Query};
 pub use id::*;
 pub use image::{
-    Category, Image, ImageState, LaunchPermissions, OwnerAlias, ProductCode, ProductCodeKind, SourceImage,
+    Category, Image, ImageState, ImdsSupport, LaunchPermissions, OwnerAlias, ProductCode, ProductCodeKind,
+    SourceImage, StateReason,
 };
 pub use manifest::{Manifest, VirtualizationType};
 pub use page::{Page, PageRequest};

@@ -1,10 +1,11 @@
 //! For tests: the conformance suite of [`Catalog`].
 
+use std::collections::BTreeMap;
 use std::thread;
 
 use crate::{
-    AccountId, Ami, AnyAmi, Arm64, BlockDeviceMapping, Catalog, CatalogExt, Digest, Error, ErrorKind, Filter,
-    Image, ImageState, Query, RegionName, Timestamp, X86_64,
+    AccountId, Ami, AmiId, AnyAmi, Arm64, BlockDeviceMapping, Catalog, CatalogExt, Digest, Error, ErrorKind,
+    Filter, Image, ImageState, ImdsSupport, Query, RegionName, SourceImage, StateReason, Timestamp, X86_64,
 };
 
 /// Checks that the catalogs that `empty` makes keep the contract of [`Catalog`].
@@ -38,13 +39,22 @@ fn an_image_comes_back_as_it_was_put(catalog: &impl Catalog) {
     must(image.set_description("with every attribute"));
     image.set_deprecation(Some(Timestamp::MAX));
     image.launch_permissions_mut().add(account(2));
+    image.set_imds_support(ImdsSupport::V2_0);
+    let source = SourceImage { region: must("eu-west-1".parse()), id: image.id() };
+    image.set_source(Some(source), "i-0123456789abcdef0".parse().ok());
+    image.set_snapshots("snap-0123456789abcdef0".parse());
+    image.set_state_reason(Some(StateReason::new("Server.InternalError", "not yet")));
     must(catalog.put(image.clone()));
     let kept = must(catalog.get(&image.id()));
     assert_eq!(kept, image);
     assert_eq!(kept.ami().created(), image.ami().created(), "the time of creation is kept");
     assert_eq!(must(catalog.remove(&image.id())), image, "remove gives the last record");
     expect(catalog.get(&image.id()), ErrorKind::NotFound, "get after remove");
-    must(catalog.put(image));
+    expect(catalog.put(image.clone()), ErrorKind::DuplicateName, "put after remove");
+    expect(catalog.get(&image.id()), ErrorKind::NotFound, "the put that failed has changed nothing");
+    let next = image.with_incarnation(1);
+    must(catalog.put(next.clone()));
+    assert_eq!(must(catalog.get(&next.id())), next);
 }
 
 fn what_is_not_there_is_not_found(catalog: &impl Catalog) {
@@ -133,6 +143,8 @@ fn a_list_is_what_the_query_selects(catalog: &impl Catalog) {
 /// Some hundred calls in a fixed order that looks random, each compared with a list kept beside.
 fn any_sequence_of_calls_does_what_the_contract_says(catalog: &impl Catalog) {
     let mut model: Vec<Image> = Vec::new();
+    // How many there were of each that are gone.
+    let mut gone: BTreeMap<AmiId, u64> = BTreeMap::new();
     let mut seed = 1_u32;
     let mut random = |below: u32| {
         seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -141,13 +153,16 @@ fn any_sequence_of_calls_does_what_the_contract_says(catalog: &impl Catalog) {
     for step in 0..400 {
         let name = ["alpha", "beta", "gamma"][random(3) as usize];
         let image = Image::new(sample("us-east-1", 1, name, random(3) as u8));
+        let used = gone.get(&image.id()).copied().unwrap_or(0);
+        // The next of its kind, or now and then one that was there.
+        let image = image.with_incarnation(if random(4) == 0 { used / 2 } else { used });
         let place = model.iter().position(|kept| kept.id() == image.id());
         let not_found = if place.is_some() { None } else { Some(ErrorKind::NotFound) };
         match random(5) {
             0 | 1 => {
                 let holds =
                     |kept: &Image| kept.ami().name() == name && kept.state() != ImageState::Deregistered;
-                let taken = place.is_some() || model.iter().any(holds);
+                let taken = place.is_some() || image.ami().incarnation() < used || model.iter().any(holds);
                 let failure = taken.then_some(ErrorKind::DuplicateName);
                 assert_eq!(kind(&catalog.put(image.clone())), failure, "put in step {step}");
                 if !taken {
@@ -158,6 +173,7 @@ fn any_sequence_of_calls_does_what_the_contract_says(catalog: &impl Catalog) {
                 assert_eq!(kind(&catalog.remove(&image.id())), not_found, "remove in step {step}");
                 if let Some(place) = place {
                     model.remove(place);
+                    gone.insert(image.ami().with_incarnation(0).id(), used + 1);
                 }
             }
             3 => {

@@ -2,13 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
-    AccountId, Ami, Arm64, BlockDeviceMapping, Boot, BootMode, Category, Digest, Filter, Image,
-    MemoryCatalog, OperatingSystem, OsFamily, OwnerAlias, ProductCode, ProductCodeKind, Query, Timestamp,
-    VolumeType,
+    AccountId, Ami, Arm64, BlockDeviceMapping, Boot, BootMode, Category, DescribeImages, Digest, Filter,
+    Image, ImdsSupport, MemoryCatalog, OperatingSystem, OsFamily, OwnerAlias, ProductCode, ProductCodeKind,
+    Query, SourceImage, StateReason, Timestamp, TpmSupport, VolumeType,
 };
 
 const OWNER: &str = "111111111111";
 const VIEWER: &str = "222222222222";
+const SNAPSHOT: &str = "snap-0123456789abcdef0";
+const PARENT: &str = "ami-0123456789abcdef0";
+const INSTANCE: &str = "i-0123456789abcdef0";
 
 fn account(text: &str) -> AccountId {
     text.parse().unwrap()
@@ -29,7 +32,7 @@ fn image() -> Image {
         )
         .block_device(BlockDeviceMapping::blank("/dev/sdb", 125).volume_type(VolumeType::St1))
         .block_device(BlockDeviceMapping::no_device("/dev/sdc"))
-        .boot(Boot::root_volume().mode(BootMode::Uefi))
+        .boot(Boot::root_volume().mode(BootMode::Uefi).tpm(TpmSupport::V2_0))
         .created("2026-01-31T12:00:00.250Z".parse().unwrap())
         .build(&"us-east-1".parse().unwrap(), &account(OWNER))
         .unwrap();
@@ -40,6 +43,11 @@ fn image() -> Image {
     image.tags_mut().insert("stage", "production").unwrap();
     image.tags_mut().insert("Name", "").unwrap();
     image.add_product_code(ProductCode { id: "abc".into(), kind: ProductCodeKind::Devpay }).unwrap();
+    image.set_imds_support(ImdsSupport::V2_0);
+    image.set_snapshots([SNAPSHOT.parse().unwrap()]);
+    let source = SourceImage { region: "eu-west-1".parse().unwrap(), id: PARENT.parse().unwrap() };
+    image.set_source(Some(source), INSTANCE.parse().ok());
+    image.set_state_reason(Some(StateReason::new("Server.InternalError", "the disk is full")));
     image
 }
 
@@ -55,6 +63,7 @@ fn filters_compare_what_their_names_say() {
         ("block-device-mapping.device-name", &["/dev/sda1", "/dev/sdb"], &["/dev/sdc", "/dev/sda"]),
         ("block-device-mapping.encrypted", &["false"], &["true"]),
         ("block-device-mapping.snapshot-digest", &[&root, "sha256:*"], &["snap-*", ""]),
+        ("block-device-mapping.snapshot-id", &[SNAPSHOT, "snap-*"], &["snap-", "sha256:*"]),
         ("block-device-mapping.volume-size", &["30", "125"], &["0", "3"]),
         ("block-device-mapping.volume-type", &["gp3", "st1"], &["gp2"]),
         ("boot-mode", &["uefi"], &["uefi-preferred", ""]),
@@ -62,7 +71,10 @@ fn filters_compare_what_their_names_say() {
         ("description", &["a * in it", r"a \* in it", "*"], &[r"a \? in it", ""]),
         ("digest", &[&digest], &["sha256:"]),
         ("image-id", &[&id, "ami-*"], &["ami-", "i-*"]),
+        ("image-type", &["machine", "m*"], &["kernel", "ramdisk"]),
+        ("imds-support", &["v2.0", "v?.0"], &["v1.0", ""]),
         ("is-public", &["true"], &["false", "True"]),
+        ("manifest-location", &["amazon/windows [1]", "amazon/*", "*/windows*"], &["windows*", "1111*"]),
         ("name", &["windows [1]", "windows*", "?indows ???"], &["windows", "windows [0-9]", "Windows*"]),
         ("owner-alias", &["amazon"], &["aws-marketplace"]),
         ("owner-id", &[OWNER], &[VIEWER]),
@@ -71,11 +83,17 @@ fn filters_compare_what_their_names_say() {
         ("product-code.type", &["devpay"], &["marketplace"]),
         ("root-device-name", &["/dev/sda1"], &["/dev/sdb"]),
         ("root-device-type", &["ebs"], &["instance-store"]),
+        ("source-image-id", &[PARENT, "ami-*"], &[&id, ""]),
+        ("source-image-region", &["eu-west-1", "eu-*"], &["us-east-1"]),
+        ("source-instance-id", &[INSTANCE, "i-*f0"], &["i-", "ami-*"]),
         ("state", &["available"], &["pending"]),
+        ("state-reason-code", &["Server.InternalError", "Server.*"], &["Client.*", ""]),
+        ("state-reason-message", &["the disk is full", "*full"], &["full", ""]),
         ("tag:stage", &["production", "prod*"], &["test", ""]),
         ("tag:Name", &["", "*"], &["?"]),
         ("tag:absent", &[], &["", "*"]),
         ("tag-key", &["stage", "Name"], &["production", "stag"]),
+        ("tpm-support", &["v2.0", "v2*"], &["v1.2", ""]),
         ("virtualization-type", &["hvm"], &["paravirtual"]),
     ];
     for (name, good, bad) in cases {
@@ -86,6 +104,86 @@ fn filters_compare_what_their_names_say() {
         for value in *bad {
             assert!(!Filter::new(name, [*value]).unwrap().matches(&image), "{name} {value:?}");
         }
+    }
+}
+
+/// No pattern fits what an image does not say.
+#[test]
+fn an_image_that_says_nothing_more_fits_none_of_those() {
+    let root = BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8);
+    let ami = Ami::<Arm64>::builder("bare").root_device("/dev/xvda").block_device(root);
+    let bare = Image::new(ami.build(&"us-east-1".parse().unwrap(), &account(OWNER)).unwrap());
+    for name in [
+        "block-device-mapping.snapshot-id",
+        "boot-mode",
+        "imds-support",
+        "owner-alias",
+        "platform",
+        "product-code",
+        "product-code.type",
+        "source-image-id",
+        "source-image-region",
+        "source-instance-id",
+        "state-reason-code",
+        "state-reason-message",
+        "tag-key",
+        "tpm-support",
+    ] {
+        assert!(!Filter::new(name, ["*", ""]).unwrap().matches(&bare), "{name}");
+        assert!(Filter::new(name, ["*", ""]).unwrap().matches(&image()), "{name}");
+    }
+    let location = Filter::new("manifest-location", [format!("{OWNER}/bare")]).unwrap();
+    assert!(location.matches(&bare), "who has no alias is known by number");
+}
+
+/// A page ends and goes on in the same way whatever is filtered by.
+#[test]
+fn pages_of_what_fits_a_filter() {
+    let made = |number: usize| {
+        let root = BlockDeviceMapping::ebs("/dev/xvda", Digest::of(&number.to_be_bytes()), 8);
+        let ami = Ami::<Arm64>::builder(format!("web-{number}")).root_device("/dev/xvda").block_device(root);
+        let mut image = Image::new(ami.build(&"us-east-1".parse().unwrap(), &account(OWNER)).unwrap());
+        if number % 3 != 0 {
+            let parent = SourceImage { region: "us-east-1".parse().unwrap(), id: PARENT.parse().unwrap() };
+            image.set_source(Some(parent), format!("i-{:017x}", number % 3).parse().ok());
+        }
+        image
+    };
+    let images: Vec<Image> = (0..30).map(made).collect();
+    let wanted = || Filter::new("source-instance-id", ["i-*1", "i-*2"]).unwrap();
+    let (mut found, mut token, mut pages) = (Vec::new(), None::<String>, 0);
+    loop {
+        let mut request = DescribeImages::new().filter(wanted()).max_results(7);
+        if let Some(token) = token {
+            request = request.next_token(token);
+        }
+        let page = request.answer(&account(OWNER), Timestamp::now(), &images).unwrap();
+        pages += 1;
+        found.extend(page.items);
+        token = page.next_token;
+        if token.is_none() {
+            break;
+        }
+    }
+    assert_eq!(found, Query::all().filter(wanted()).select(&images));
+    assert_eq!((found.len(), pages), (20, 3));
+}
+
+/// EC2 has them, and images here do not: that is said, and not answered with nothing.
+#[test]
+fn filters_of_ec2_that_have_no_meaning_here_say_so() {
+    for name in [
+        "ena-support",
+        "free-tier-eligible",
+        "hypervisor",
+        "image-allowed",
+        "kernel-id",
+        "ramdisk-id",
+        "sriov-net-support",
+    ] {
+        let refused = Filter::new(name, ["*"]).unwrap_err();
+        assert_eq!(refused.code(), "InvalidParameterValue", "{name}");
+        assert!(refused.to_string().starts_with(&format!("images have no {name:?} here")), "{refused}");
     }
 }
 

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use ami_core::{
-    Ami, Arm64, BlockDeviceMapping, Boot, Digest, Image, ImageState, Manifest, OperatingSystem, Software,
-    VolumeType, X86_64,
+    Ami, Arm64, BlockDeviceMapping, Boot, BootMode, Digest, Image, ImageState, ImdsSupport, Manifest,
+    OperatingSystem, Software, SourceImage, StateReason, TpmSupport, VolumeType, X86_64,
 };
 
 const SMALL: &[u8] = include_bytes!("golden/small.manifest.json");
@@ -12,6 +12,9 @@ const FULL: &[u8] = include_bytes!("golden/full.manifest.json");
 const FULL_DIGEST: &str = "sha256:3ae96a5de4bff4de348d66c13f80906be4e80126486e8a26bf99f057e3391dad";
 const STORE: &[u8] = include_bytes!("golden/store.manifest.json");
 const STORE_DIGEST: &str = "sha256:9c02dd46a5c495144713ce4ac5d80f93f1e005383e70cf8863b3a2edb02540b0";
+const TPM: &[u8] = include_bytes!("golden/tpm.manifest.json");
+const TPM_DIGEST: &str = "sha256:ee8e4e6f5ce18eac4aa7b53a7d82789882bcde1a1107b92b11290219da582edc";
+const MADE: &[u8] = include_bytes!("golden/made.json");
 const IMAGE: &[u8] = include_bytes!("golden/image.json");
 const COPY: &[u8] = include_bytes!("golden/copy.json");
 const AGAIN: &[u8] = include_bytes!("golden/again.json");
@@ -32,6 +35,17 @@ fn store() -> Manifest {
     Ami::<X86_64>::builder("store")
         .root_device("/dev/xvda")
         .block_device(BlockDeviceMapping::instance_store_root("/dev/xvda", Digest::of(b"root"), 8))
+        .build_manifest()
+        .unwrap()
+}
+
+/// What came later: a TPM, with the boot mode that it is found by.
+fn tpm() -> Manifest {
+    Ami::<X86_64>::builder("tpm")
+        .root_device("/dev/xvda")
+        .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+        .boot(Boot::root_volume().mode(BootMode::Uefi))
+        .tpm_support(TpmSupport::V2_0)
         .build_manifest()
         .unwrap()
 }
@@ -59,9 +73,12 @@ fn full() -> Manifest {
 
 #[test]
 fn manifests_keep_their_bytes_and_digests() {
-    for (golden, digest, built) in
-        [(SMALL, SMALL_DIGEST, small()), (FULL, FULL_DIGEST, full()), (STORE, STORE_DIGEST, store())]
-    {
+    for (golden, digest, built) in [
+        (SMALL, SMALL_DIGEST, small()),
+        (FULL, FULL_DIGEST, full()),
+        (STORE, STORE_DIGEST, store()),
+        (TPM, TPM_DIGEST, tpm()),
+    ] {
         let read = Manifest::from_canonical_json(golden).unwrap();
         assert_eq!(read, built);
         assert_eq!(String::from_utf8(built.to_canonical_json()).unwrap(), String::from_utf8_lossy(golden));
@@ -105,4 +122,21 @@ fn a_copy_says_what_it_is_a_copy_of() {
     assert_eq!((source.id.to_string().as_str(), &source.region), (IMAGE_ID, image.ami().region()));
     let rewritten = serde_json::to_value(&copy).unwrap();
     assert_eq!(rewritten, serde_json::from_slice::<serde_json::Value>(COPY).unwrap());
+}
+
+/// What came later of what is known of an image: of what it was made, which metadata it is made for, and why it is in its
+/// state.
+#[test]
+fn an_image_of_an_instance_says_of_which() {
+    let (made, mut image): (Image, Image) =
+        (serde_json::from_slice(MADE).unwrap(), serde_json::from_slice(IMAGE).unwrap());
+    let source =
+        SourceImage { region: "us-east-1".parse().unwrap(), id: "ami-0123456789abcdef0".parse().unwrap() };
+    image.set_source(Some(source), "i-0123456789abcdef0".parse().ok());
+    image.set_snapshots(["snap-0123456789abcdef0".parse().unwrap()]);
+    image.set_imds_support(ImdsSupport::V2_0);
+    image.set_state_reason(Some(StateReason::new("Client.UserInitiated", "set aside")));
+    assert_eq!(made, image);
+    let rewritten = serde_json::to_value(&made).unwrap();
+    assert_eq!(rewritten, serde_json::from_slice::<serde_json::Value>(MADE).unwrap());
 }

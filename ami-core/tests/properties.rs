@@ -49,7 +49,8 @@ fn devices() -> impl Strategy<Value = Vec<BlockDeviceMapping>> {
 
 fn boot() -> impl Strategy<Value = Boot> {
     prop_oneof![
-        option::of(select(BootMode::ALL)).prop_map(|mode| match mode {
+        (option::of(select(BootMode::ALL)), any::<bool>()).prop_map(|(mode, tpm)| match mode {
+            Some(BootMode::Uefi) if tpm => Boot::root_volume().mode(BootMode::Uefi).tpm(TpmSupport::V2_0),
             Some(mode) => Boot::root_volume().mode(mode),
             None => Boot::root_volume(),
         }),

@@ -1,8 +1,8 @@
 //! What is told of an instance: data, which does not change with it.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
+pub(crate) use ami_core::StateReason;
 use ami_core::{
     AccountId, AmiId, Architecture, InstanceId, ReservationId, RootDeviceType, Timestamp, VolumeId,
 };
@@ -42,42 +42,21 @@ impl ShutdownBehavior {
     }
 }
 
-/// Why an instance is in its state (`StateReason`); [`InstanceDescription`] shows it in use.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct StateReason {
-    /// EC2's code, such as `Client.UserInitiatedShutdown`.
-    pub code: String,
-    /// The same in words.
-    pub message: String,
+/// The reason of what a user asked for.
+pub(crate) fn user_initiated() -> StateReason {
+    StateReason::new("Client.UserInitiatedShutdown", "asked for by the user")
 }
 
-impl StateReason {
-    pub(crate) fn new(code: &str, message: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), message: message.into() }
-    }
-
-    pub(crate) fn user_initiated() -> Self {
-        Self::new("Client.UserInitiatedShutdown", "asked for by the user")
-    }
-
-    /// What a state is reached by, now, in the words of `StateTransitionReason`.
-    fn transition(&self) -> String {
-        match self.code.starts_with("Client.UserInitiated") {
-            // 2026-01-31T12:00:00.250Z, without the T, the fraction and the Z.
-            true => {
-                let now = Timestamp::now().to_string();
-                let (date, time) = now.split_once('T').unwrap_or((&now, ""));
-                format!("User initiated ({date} {} GMT)", time.split('.').next().unwrap_or(time))
-            }
-            false => self.to_string(),
+/// What a state is reached by, now, in the words of `StateTransitionReason`.
+fn transition(reason: &StateReason) -> String {
+    match reason.code.starts_with("Client.UserInitiated") {
+        // 2026-01-31T12:00:00.250Z, without the T, the fraction and the Z.
+        true => {
+            let now = Timestamp::now().to_string();
+            let (date, time) = now.split_once('T').unwrap_or((&now, ""));
+            format!("User initiated ({date} {} GMT)", time.split('.').next().unwrap_or(time))
         }
-    }
-}
-
-impl fmt::Display for StateReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code, self.message)
+        false => reason.to_string(),
     }
 }
 
@@ -181,7 +160,7 @@ impl InstanceDescription {
     /// Puts it into a state, which has a reason or not.
     pub(crate) fn enter(&mut self, state: InstanceState, reason: Option<StateReason>) {
         self.state = state;
-        self.state_transition_reason = reason.as_ref().map(StateReason::transition).unwrap_or_default();
+        self.state_transition_reason = reason.as_ref().map(transition).unwrap_or_default();
         self.state_reason = reason;
     }
 }

@@ -34,7 +34,18 @@ impl Inner {
         let plans = (images.iter().filter_map(|i| i.boot.as_ref()))
             .chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()))
             .chain(launches.iter().filter_map(|launch| launch.direct_boot.as_ref()));
-        self.boot.remove_unreferenced(plans)
+        self.boot.remove_unreferenced(plans)?;
+        self.remove_software_bills(&images)
+    }
+
+    /// Removes the bills of software of what is no image's root device any more.
+    fn remove_software_bills(&self, images: &[ImageRecord]) -> Result<()> {
+        let bills = self.paths.software_bills();
+        if !bills.is_dir() {
+            return Ok(());
+        }
+        let roots = images.iter().filter_map(|record| record.image.ami().manifest().root_device()?.content());
+        remove_others(&bills, &roots.map(Digest::to_hex).collect())
     }
 
     /// The records of instances that need what they were made from.

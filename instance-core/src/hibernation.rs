@@ -19,7 +19,7 @@ use ami_core::InstanceId;
 use storage_block::keys::EncryptionKey;
 use storage_block::{Disk, ErrorKind as BlockErrorKind, RawFile, Volume, VolumeOptions};
 
-use crate::description::StateReason;
+use crate::description::{StateReason, user_initiated};
 use crate::error::chain;
 use crate::garbage::remove_any;
 use crate::instance::{Cell, Live};
@@ -89,7 +89,7 @@ impl Inner {
         self.can_save().map_err(|what| Error::new(ErrorKind::Unsupported, what))?;
         let state = live.record.description.state;
         if matches!(state, InstanceState::Stopped | InstanceState::Stopping) {
-            return self.stop_held(cell, live, patience, StateReason::user_initiated());
+            return self.stop_held(cell, live, patience, user_initiated());
         }
         let reason = StateReason::new("Client.UserInitiatedHibernate", "asked for by the user");
         self.transition(cell, &mut live, Transition::Stop, Some(reason.clone()))?;
@@ -107,7 +107,7 @@ impl Inner {
                 tracing::warn!(instance = %cell.id, error = chain(&e), "an instance that cannot hibernate is stopped");
                 // One that does not go on is ended without being asked.
                 let _ = live.machine.as_deref().map(Machine::resume);
-                let mut reason = StateReason::user_initiated();
+                let mut reason = user_initiated();
                 reason.message = format!("it could not hibernate: {}", chain(&e));
                 let mut record = live.record.clone();
                 record.description.state_reason = Some(reason.clone());

@@ -33,7 +33,8 @@ impl<H> Region<H> {
     }
 
     /// The records of all images of all accounts, without permissions: for who runs the region. With it an
-    /// image gets a record that was not made here; its content has to be in the region when it is launched.
+    /// image gets a record that was not made here; its content has to be in the region when it is launched. One that was
+    /// deregistered does not come back under the id that it had.
     ///
     /// ```
     /// # use instance_core::{Region, testing::FakeHypervisor};
@@ -48,7 +49,8 @@ impl<H> Region<H> {
         RegionCatalog(self.inner.clone())
     }
 
-    /// The images that the request asks for (`DescribeImages`).
+    /// The images that the request asks for (`DescribeImages`): those that are there. Those that are being made, or could not
+    /// be, are known [by name](Self::unfinished_images).
     ///
     /// ```
     /// # use instance_core::{Region, testing::FakeHypervisor};
@@ -272,10 +274,13 @@ impl Inner {
             let what = format!("the image {} is there already", image.id());
             return Err(Error::new(ErrorKind::ImageNameDuplicate, what));
         }
+        if self.was_used(image.ami())? {
+            return Err(ami_core::Error::used_id(&image.id()).into());
+        }
         if image.state() != ami_core::ImageState::Deregistered {
             self.check_name(image.ami())?;
         }
-        self.store.commit(|c| c.put(&ImageRecord { image, boot: None, snapshots: Vec::new() }))
+        self.store.commit(|c| c.put(&ImageRecord { image, boot: None }))
     }
 
     fn remove_image(&self, id: AmiId) -> Result<Image> {
@@ -286,7 +291,7 @@ impl Inner {
         self.store.commit(|c| {
             c.remove::<ImageRecord>(id);
             self.put_used(c, &image)?;
-            if needed { c.put(&FormerImage(image.clone())) } else { Ok(()) }
+            if needed { c.put(&FormerImage::of(image.clone())) } else { Ok(()) }
         })?;
         drop(naming);
         let collected = self.collect_garbage();

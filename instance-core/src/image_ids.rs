@@ -3,7 +3,7 @@
 //! An id is a digest of region, owner, name and content, so that two images that are alike in these would have the same: how
 //! many there were before is a part of it, where there were any.
 
-use ami_core::{AmiId, Image};
+use ami_core::{AmiId, AnyAmi, Image};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
@@ -38,6 +38,13 @@ impl Inner {
             image = image.with_incarnation(next);
         }
         Ok(image)
+    }
+
+    /// Whether an image that is gone had the id of this one.
+    pub(crate) fn was_used(&self, ami: &AnyAmi) -> Result<bool> {
+        let first = ami.with_incarnation(0).id().to_string();
+        let used = self.store.get::<UsedIds>(&first)?.map_or(0, |used| used.count);
+        Ok(ami.incarnation() < used || self.store.get::<FormerImage>(&ami.id().to_string())?.is_some())
     }
 
     fn is_used(&self, id: AmiId) -> Result<bool> {

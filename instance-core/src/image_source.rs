@@ -1,6 +1,6 @@
 //! What an image is made of.
 
-use ami_core::{RootDeviceType, SnapshotId};
+use ami_core::{ImdsSupport, RootDeviceType, SnapshotId};
 use storage_block::{Disk, Progress};
 
 /// The device name of an image's root volume unless another is given.
@@ -34,6 +34,7 @@ pub struct ImageSource<'a> {
     pub(crate) root_device_type: RootDeviceType,
     pub(crate) boot: Option<DirectBoot>,
     pub(crate) encrypted: bool,
+    pub(crate) imds_support: Option<ImdsSupport>,
     pub(crate) progress: Option<&'a mut dyn FnMut(Progress)>,
 }
 
@@ -61,6 +62,7 @@ impl<'a> ImageSource<'a> {
             root_device_type,
             boot: None,
             encrypted: false,
+            imds_support: None,
             progress: None,
         }
     }
@@ -136,6 +138,15 @@ impl<'a> ImageSource<'a> {
     #[must_use]
     pub fn encrypted(mut self, encrypted: bool) -> Self {
         self.encrypted = encrypted;
+        self
+    }
+
+    /// Which version of the metadata service the image is made for, as
+    /// [a change of it](ami_core::ModifyImageAttribute::imds_support) says it later. An image of `v2.0` is launched with
+    /// [`HttpTokens::Required`](crate::HttpTokens::Required) unless the launch says otherwise, and so is any other here.
+    #[must_use]
+    pub fn imds_support(mut self, support: ImdsSupport) -> Self {
+        self.imds_support = Some(support);
         self
     }
 

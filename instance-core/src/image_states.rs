@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use ami_core::{Action, AmiId, Image, ImageState};
+use ami_core::{Action, AmiId, Image, ImageState, StateReason};
 
 use crate::error::chain;
 use crate::record::ImageRecord;
@@ -27,9 +27,9 @@ impl<H> Region<H> {
     /// The state of an image that the account sees, to wait for: by blocking with a deadline or as a future. It goes on when
     /// the image is deregistered, whose state is that then.
     ///
-    /// An image of this region is [`available`](ImageState::Available) as soon as it is there: what is `pending` or has
-    /// `failed` is the [task](crate::Task) that makes it. It becomes [`invalid`](ImageState::Invalid) when somebody meets
-    /// content of it that is damaged, and then is only to be deregistered.
+    /// An image of this region is [`available`](ImageState::Available) as soon as it is there: one that is `pending` or has
+    /// `failed` has no id yet, and is known [by its name](Self::unfinished_images). It becomes [`invalid`](ImageState::Invalid) when somebody meets
+    /// content of it that is damaged, for that [reason](ami_core::Image::state_reason), and then is only to be deregistered.
     ///
     /// ```
     /// # use ami_core::{Ami, X86_64};
@@ -112,22 +112,23 @@ impl Inner {
     fn set_invalid(&self, id: AmiId) -> Result<()> {
         let naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let record = self.image(id)?;
-        if !self.is_damaged(&record.image) || !record.image.state().can_become(ImageState::Invalid) {
+        let Some(damage) = self.damage_of(&record.image) else { return Ok(()) };
+        if !record.image.state().can_become(ImageState::Invalid) {
             return Ok(());
         }
         let mut image = record.image.clone();
         image.set_state(ImageState::Invalid)?;
+        image.set_state_reason(Some(StateReason::new("Server.InternalError", chain(&damage))));
         self.store.commit(|c| c.put(&ImageRecord { image, ..record }))?;
         drop(naming);
         self.tell_image(id);
         Ok(())
     }
 
-    /// Whether content of an image's is there and is not what its digest says.
-    fn is_damaged(&self, image: &Image) -> bool {
+    /// What says that content of an image's is there and is not what its digest says, if it is so.
+    fn damage_of(&self, image: &Image) -> Option<Error> {
         let mappings = image.ami().manifest().block_device_mappings();
         let opened = mappings.iter().filter_map(|m| m.content()).map(|digest| self.content(digest));
-        let damaged = |opened: Result<_>| opened.is_err_and(|e| e.kind() == ErrorKind::Corrupt);
-        opened.map(|opened| opened.map(drop)).any(damaged)
+        opened.filter_map(Result::err).find(|e| e.kind() == ErrorKind::Corrupt)
     }
 }

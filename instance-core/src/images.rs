@@ -5,7 +5,7 @@ use std::sync::{PoisonError, TryLockError};
 
 use ami_core::{
     AccountId, Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, BootSource, Ebs, Image,
-    ImageState, Manifest, RegionName, RootDeviceType, SnapshotId,
+    ImageState, Manifest, RegionName, RootDeviceType,
 };
 use storage_block::Snapshot;
 
@@ -78,7 +78,7 @@ impl Inner {
             (None, _, Some((_, snapshot))) => Found::on_disk(&snapshot.disk())?,
             (None, Root::Snapshot(_), None) => return Err(no_root_volume()),
         };
-        let (snapshots, snapshot) = match (source.root, stored) {
+        let (of, snapshot) = match (source.root, stored) {
             (Root::Disk(disk), _) => {
                 let mut nobody = |_| ();
                 let progress = source.progress.unwrap_or(&mut nobody);
@@ -91,9 +91,9 @@ impl Inner {
                     false => self.blocks.import(disk, progress),
                 };
                 let (snapshot, _) = imported.map_err(failed)?;
-                (Vec::new(), snapshot)
+                (None, snapshot)
             }
-            (_, Some((id, snapshot))) => (vec![id], snapshot),
+            (_, Some((id, snapshot))) => (Some(id), snapshot),
             (Root::Snapshot(_), None) => return Err(no_root_volume()),
         };
         let plan = self.boot.keep(&found)?;
@@ -110,7 +110,12 @@ impl Inner {
         codes.extend(self.check_mappings(&owner, ami.manifest())?);
         let mut image = Image::new(ami.into_any());
         codes.into_iter().try_for_each(|code| image.add_product_code(code))?;
-        Ok(self.register(image, plan, snapshots, also)?.typed().map_err(ami_core::Error::from)?)
+        image.set_snapshots(of);
+        source.imds_support.into_iter().for_each(|support| image.set_imds_support(support));
+        let ami = self.register(image, plan, also)?;
+        #[cfg(feature = "sbom")]
+        self.keep_software(&snapshot);
+        Ok(ami.typed().map_err(ami_core::Error::from)?)
     }
 
     /// Refuses volumes that no instance could have, and content that is not the owner's to name, whose product codes it
@@ -138,19 +143,18 @@ impl Inner {
         &self,
         image: Image,
         boot: BootPlan,
-        snapshots: Vec<SnapshotId>,
         also: impl FnOnce(&mut Changes, AmiId) -> Result<()>,
     ) -> Result<AnyAmi> {
         let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let image = self.under_new_id(image)?;
         self.check_name(image.ami())?;
         let ami = image.ami().clone();
-        for id in &snapshots {
-            self.snapshot(*ami.owner(), *id)?;
+        for id in image.snapshots() {
+            self.snapshot(*ami.owner(), id)?;
         }
         self.store.commit(|c| {
             also(c, ami.id())?;
-            c.put(&ImageRecord { image, boot: Some(boot), snapshots })
+            c.put(&ImageRecord { image, boot: Some(boot) })
         })?;
         Ok(ami)
     }

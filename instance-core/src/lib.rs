@@ -71,6 +71,7 @@ mod garbage;
 mod hibernation;
 mod image_calls;
 mod image_ids;
+mod image_record;
 mod image_source;
 mod image_states;
 mod images;
@@ -113,11 +114,12 @@ mod volumes;
 pub mod vsock;
 pub mod watch;
 
+pub use ami_core::StateReason;
 pub use capacity::Capacity;
 pub use copy_image::CopyImage;
 pub use create_image::{CreateImage, CreatedImage, ImageConsistency};
 pub use describe::{Describe, DescribeInstances, DescribeSnapshots, DescribeVolumes};
-pub use description::{Attachment, InstanceDescription, ShutdownBehavior, StateReason};
+pub use description::{Attachment, InstanceDescription, ShutdownBehavior};
 pub use error::{Error, ErrorKind, Result};
 pub use image_calls::RegionCatalog;
 pub use image_source::{DirectBoot, ImageSource};
@@ -143,7 +145,7 @@ pub use tags::{DescribeTags, TagDescription};
 pub use tasks::{
     CopyImageTask, CreateImageTask, DescribeCopyImageTasks, DescribeCreateImageTasks,
     DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
-    TaskDescription, TaskStatus, Tell,
+    TaskDescription, TaskStatus, Tell, UnfinishedImage,
 };
 pub use volume_modification::{ModifyVolume, VolumeModification, VolumeModificationState};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

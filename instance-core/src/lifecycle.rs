@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::{InstanceId, RootDeviceType, Timestamp};
 
-use crate::description::{InstanceDescription, ShutdownBehavior, StateReason};
+use crate::description::{InstanceDescription, ShutdownBehavior, StateReason, user_initiated};
 use crate::error::chain;
 use crate::instance::{Cell, Hold, Live};
 use crate::machine::{ExitCause, Machine, MachineErrorKind};
@@ -79,7 +79,7 @@ impl Inner {
         let live = cell.hold(self.supervisor.reports());
         check_ebs_root(&live.record.description, "stopped")?;
         check_stoppable(&live.record.description)?;
-        self.stop_held(cell, live, patience, StateReason::user_initiated())
+        self.stop_held(cell, live, patience, user_initiated())
     }
 
     pub(crate) fn stop_held<'a>(
@@ -189,7 +189,7 @@ impl Inner {
         if protection && description.state.after(Transition::Terminate).is_some() {
             return Err(protected(description, "terminated"));
         }
-        let reason = StateReason::user_initiated();
+        let reason = user_initiated();
         if live.machine.is_some() && !patience.is_zero() {
             if description.state != InstanceState::ShuttingDown {
                 self.transition(cell, &mut live, Transition::Terminate, Some(reason.clone()))?;
@@ -279,11 +279,11 @@ impl Inner {
         if live.record.description.state == InstanceState::Stopping {
             // It was asked to, for the reason that it has; whoever did need not be the first to see it.
             let reason = live.record.description.state_reason.clone();
-            return self.finish_stop(cell, live, reason.unwrap_or_else(StateReason::user_initiated));
+            return self.finish_stop(cell, live, reason.unwrap_or_else(user_initiated));
         }
         if live.record.description.state == InstanceState::ShuttingDown {
             let reason = live.record.description.state_reason.clone();
-            return self.terminate_held(cell, live, reason.unwrap_or_else(StateReason::user_initiated));
+            return self.terminate_held(cell, live, reason.unwrap_or_else(user_initiated));
         }
         match cause {
             ExitCause::Reset => self.reset(cell, live),

@@ -114,11 +114,26 @@ impl Instance {
     /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a hop limit that is not 1 to 64, or if its tags
     /// are to be offered and one has a key that is no name in a path.
     pub fn set_metadata_options(&self, options: MetadataOptions) -> Result<()> {
-        options.check(&self.describe().tags.try_into()?)?;
-        self.modify(false, |description| description.metadata_options = options)
+        self.try_modify(false, |description| {
+            // Nobody gives it a tag meanwhile that cannot be offered.
+            options.check(&description.tags.clone().try_into()?)?;
+            description.metadata_options = options;
+            Ok(())
+        })
     }
 
     fn modify(&self, stopped: bool, change: impl FnOnce(&mut InstanceDescription)) -> Result<()> {
+        self.try_modify(stopped, |description| {
+            change(description);
+            Ok(())
+        })
+    }
+
+    fn try_modify(
+        &self,
+        stopped: bool,
+        change: impl FnOnce(&mut InstanceDescription) -> Result<()>,
+    ) -> Result<()> {
         let (region, cell) = self.parts();
         let mut live = cell.hold(region.supervisor.reports());
         if stopped {
@@ -126,7 +141,7 @@ impl Instance {
         }
         let mut record = live.record.clone();
         check_alive(&record.description)?;
-        change(&mut record.description);
+        change(&mut record.description)?;
         region.change(cell, &mut live, record)
     }
 }

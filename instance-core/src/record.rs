@@ -1,7 +1,7 @@
 //! What a region keeps of its images, instances and volumes.
 
 use ami_core::{
-    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, Image, RegionName, SnapshotId, StoreRoot, Tags,
+    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, RegionName, SnapshotId, StoreRoot, Tags,
     Timestamp, VolumeId, VolumeType,
 };
 use base64::Engine;
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::boot_cache::BootPlan;
 use crate::description::StateReason;
+pub(crate) use crate::image_record::{FormerImage, ImageRecord};
 use crate::network::Guest;
 use crate::products::ProductCodes;
 use crate::store::Record;
@@ -35,39 +36,6 @@ impl Record for RegionRecord {
 
     fn key(&self) -> String {
         Self::KEY.to_owned()
-    }
-}
-
-/// An image and what it boots.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct ImageRecord {
-    pub(crate) image: Image,
-    /// What it boots; of an image that was put into the catalogue as a record alone, that is found out when it
-    /// is launched.
-    pub(crate) boot: Option<BootPlan>,
-    /// The snapshots of a user's that it was registered of, which stay for as long as it does.
-    pub(crate) snapshots: Vec<SnapshotId>,
-}
-
-impl Record for ImageRecord {
-    const TABLE: &'static str = "images";
-
-    fn key(&self) -> String {
-        self.image.ami().id().to_string()
-    }
-}
-
-/// An image that was deregistered while there were instances of it: what an image of one of them is
-/// described after.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(transparent)]
-pub(crate) struct FormerImage(pub(crate) Image);
-
-impl Record for FormerImage {
-    const TABLE: &'static str = "former-images";
-
-    fn key(&self) -> String {
-        self.0.ami().id().to_string()
     }
 }
 

@@ -143,7 +143,7 @@ impl<H> Region<H> {
         let resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
         inner.snapshot(owner, id)?;
         let images = inner.store.all::<ImageRecord>()?;
-        if let Some(image) = images.iter().find(|image| image.snapshots.contains(&id)) {
+        if let Some(image) = images.iter().find(|record| record.image.snapshots().any(|of| of == id)) {
             let what = format!("the image {} was registered of the snapshot {id}", image.image.id());
             return Err(Error::new(ErrorKind::SnapshotInUse, what));
         }

@@ -57,7 +57,7 @@ fn a_copy_is_the_same_class_of_another_region_and_says_of_what() {
     for (name, value, found) in [
         ("source-image-id", ami.id().to_string(), 1),
         ("source-image-region", source, 1),
-        ("source-image-id", id.to_string(), 0),
+        ("source-image-id", id.to_string(), 1), // that of its instance
     ] {
         let request = DescribeImages::new().filter(Filter::new(name, [value]).unwrap());
         assert_eq!(to.describe_images(&request).unwrap().items.len(), found, "{name}");

@@ -30,8 +30,17 @@ fn an_image_whose_content_is_damaged_becomes_invalid() {
     drop(region);
 
     let region = open(dir.path());
-    let invalid = DescribeImages::new().filter(Filter::new("state", ["invalid"]).unwrap());
-    assert_eq!(region.describe_images(&invalid).unwrap().items.len(), 1);
+    for (name, value) in [
+        ("state", "invalid"),
+        ("state-reason-code", "Server.InternalError"),
+        ("state-reason-message", "cannot open the content sha256:*"),
+    ] {
+        let invalid = DescribeImages::new().filter(Filter::new(name, [value]).unwrap());
+        assert_eq!(region.describe_images(&invalid).unwrap().items.len(), 1, "{name}");
+    }
+    // A reason is that of the state that it is in, whatever else is changed.
+    region.create_tags(&[ami.id().into()], &[("stage", "test")]).unwrap();
+    assert!(region.image(ami.id()).unwrap().state_reason().is_some());
     let refused = region.launch(&ami, spec()).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ImageUnavailable, "{refused:?}");
     region.deregister_image(ami.id()).unwrap();

@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::{ask, files, open, register, soon, spec};
-use instance_core::{ErrorKind, InstanceState, InstanceType, LaunchSpec, ShutdownBehavior};
+use instance_core::{ErrorKind, InstanceState, InstanceType, LaunchSpec, MetadataOptions, ShutdownBehavior};
 
 #[test]
 fn an_object_is_its_own_and_the_class_never_changes() {
@@ -170,4 +170,36 @@ fn a_guest_that_powers_off_because_it_was_asked_to_is_stopped() {
         }
         instance.terminate().unwrap();
     }
+}
+
+/// Tags that cannot be offered as metadata, and an offer of the tags, exclude each other, whoever is first.
+#[test]
+fn an_offer_of_tags_never_meets_one_that_cannot_be_offered() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let server = region.launch(&register(&region), spec()).unwrap();
+    let id = [server.id().into()];
+    let mut offer = MetadataOptions::default();
+    offer.instance_metadata_tags = true;
+    let check = || {
+        let told = server.describe();
+        let offers = told.metadata_options.instance_metadata_tags;
+        assert!(!(offers && told.tags.contains_key("cost center")), "{told:?}");
+    };
+    let refused = |result: instance_core::Result<()>| match result {
+        Ok(()) => check(),
+        Err(e) => assert_eq!(e.kind(), ErrorKind::InvalidParameter),
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..300 {
+                refused(region.create_tags(&id, &[("cost center", "7")]));
+                region.delete_tags(&id, &[("cost center", None)]).unwrap();
+            }
+        });
+        for _ in 0..300 {
+            refused(server.set_metadata_options(offer.clone()));
+            server.set_metadata_options(MetadataOptions::default()).unwrap();
+        }
+    });
 }

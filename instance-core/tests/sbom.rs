@@ -3,12 +3,16 @@
 
 mod common;
 
-use ami_core::{Ami, OperatingSystem, X86_64};
-use common::{TestRegion, check, disk, ext4, open, register};
-use instance_core::testing::tiny_elf;
-use instance_core::{DirectBoot, ErrorKind, ImageSource};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ami_core::{Ami, Grantee, ModifyImageAttribute, OperatingSystem, ProductCode, ProductCodeKind, X86_64};
+use common::{TestRegion, check, disk, ext4, launch, open, register};
+use instance_core::testing::{FakeHypervisor, tiny_elf};
+use instance_core::{DirectBoot, ErrorKind, ImageSource, RegionOptions};
 use serde_json::Value;
 use storage_block::MemoryDisk;
+use storage_block::keys::LocalKey;
 
 /// Two packages that are installed, one of them for two architectures, and what is none.
 const STATUS: &str = "\
@@ -42,6 +46,12 @@ Status: install ok half-configured
 Architecture: all
 Version: 1
 ";
+
+/// The bills that are kept.
+fn kept(dir: &Path) -> Vec<PathBuf> {
+    let Ok(bills) = std::fs::read_dir(dir.join("software")) else { return Vec::new() };
+    bills.map(|entry| entry.unwrap().path()).collect()
+}
 
 fn image(region: &TestRegion, name: &str, status: &[u8], os: bool) -> Option<Ami<X86_64>> {
     let bytes = ext4(&[("var/lib/dpkg/status", status)])?;
@@ -113,7 +123,110 @@ fn an_image_without_such_a_record_says_so() {
     if let Some(ami) = image(&region, "empty", b"", true) {
         assert!(region.software_bill(ami.id()).unwrap().packages.is_empty());
     }
+    assert_eq!(
+        kept(dir.path()).len(),
+        usize::from(region.images().unwrap().len() > 3),
+        "what is none is not kept"
+    );
     let friend = region.as_account("222222222222".parse().unwrap());
     let ami = region.images().unwrap()[0].ami().id();
     check(&friend.software_bill(ami).unwrap_err(), ErrorKind::ImageNotFound, "InvalidAMIID.NotFound", &[]);
+}
+
+/// Overwrites what is kept, so that whoever reads it is known.
+fn change(path: &Path, package: &str) {
+    let json = format!(r#"{{"packages":[["{package}","1","all"]]}}"#);
+    let digest = ami_core::Digest::of(json.as_bytes());
+    std::fs::write(path, [digest.as_bytes(), json.as_bytes()].concat()).unwrap();
+}
+
+#[test]
+fn a_bill_is_read_when_the_image_is_registered_and_goes_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let Some(ami) = image(&region, "web", STATUS.as_bytes(), true) else { return };
+    let names = |region: &TestRegion, id| -> Vec<String> {
+        region.software_bill(id).unwrap().packages.into_iter().map(|p| p.name).collect()
+    };
+    // It is there without being asked for, by the digest of the content.
+    let [bill] = &kept(dir.path())[..] else { panic!("none is kept") };
+    let content = ami.manifest().root_volume().unwrap().snapshot().unwrap();
+    assert_eq!(bill.file_name().unwrap().to_str().unwrap(), content.to_hex());
+    assert_eq!(names(&region, ami.id()), ["libc6", "libc6", "nginx"]);
+    // And is what is read from then on, also of a copy and when the region is opened again.
+    change(bill, "kept");
+    assert_eq!(names(&region, ami.id()), ["kept"]);
+    let copy = region.copy_image(ami.id(), "copy").unwrap();
+    assert_eq!(names(&region, copy.id()), ["kept"]);
+    drop(region);
+    let region = open(dir.path());
+    assert_eq!(names(&region, ami.id()), ["kept"]);
+    // What a crash has left of one is none: it is read and kept again.
+    for damage in [&b""[..], b"short", &[7; 100]] {
+        std::fs::write(bill, damage).unwrap();
+        assert_eq!(names(&region, ami.id()), ["libc6", "libc6", "nginx"]);
+        change(bill, "kept");
+        assert_eq!(names(&region, ami.id()), ["kept"]);
+    }
+    // Who may see the image may read it, also where nobody may have the bytes.
+    let code = ProductCode { id: "8vk2x".to_owned(), kind: ProductCodeKind::Marketplace };
+    let sell = ModifyImageAttribute::new().add_product_code(code).add_launch_permission(Grantee::All);
+    region.modify_image_attribute(ami.id(), &sell).unwrap();
+    let friend = region.as_account("222222222222".parse().unwrap());
+    assert_eq!(names(&friend, ami.id()), ["kept"]);
+    assert_eq!(friend.image_disk(ami.id(), "/dev/xvda").unwrap_err().kind(), ErrorKind::AuthFailure);
+
+    region.deregister_image(ami.id()).unwrap();
+    assert_eq!(kept(dir.path()), std::slice::from_ref(bill), "the copy has the same content");
+    region.deregister_image(copy.id()).unwrap();
+    assert!(kept(dir.path()).is_empty());
+    std::fs::write(bill, b"left").unwrap();
+    drop((region, friend));
+    drop(open(dir.path()));
+    assert!(kept(dir.path()).is_empty(), "what no image has goes when the region is opened");
+}
+
+#[test]
+fn an_image_of_an_instance_is_read_when_it_is_asked_about() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let Some(ami) = image(&region, "web", STATUS.as_bytes(), true) else { return };
+    let server = launch(&region, &ami).unwrap();
+    // Something is written at the end of its volume, where no file is.
+    common::ask(&server, "write 0 100000 x", "wrote");
+    let made = server.create_image("made").unwrap().ami;
+    assert_ne!(
+        made.manifest().root_volume().unwrap().snapshot(),
+        ami.manifest().root_volume().unwrap().snapshot()
+    );
+    assert_eq!(kept(dir.path()).len(), 1, "making it has read nothing");
+    assert_eq!(region.software_bill(made.id()).unwrap().packages.len(), 3);
+    assert_eq!(kept(dir.path()).len(), 2);
+}
+
+/// A bill says what is in the content.
+#[test]
+fn nothing_is_kept_of_what_is_encrypted() {
+    let Some(bytes) = ext4(&[("var/lib/dpkg/status", STATUS.as_bytes())]) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let options = RegionOptions::new().keys(Arc::new(LocalKey::from_bytes([7; 32])));
+    let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
+    let content = MemoryDisk::from_vec(bytes).unwrap().into_disk();
+    let source = ImageSource::new(&content).boot(DirectBoot::new(tiny_elf(), None, "")).encrypted(true);
+    let ami = region.register_image(Ami::<X86_64>::builder("secret"), source).unwrap();
+    assert_eq!(region.software_bill(ami.id()).unwrap().packages.len(), 3);
+    assert!(kept(dir.path()).is_empty());
+}
+
+/// The bill is not worth an image.
+#[test]
+fn an_image_is_registered_also_where_no_bill_can_be_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    // A file in the place of the directory.
+    std::fs::write(dir.path().join("software"), b"in the way").unwrap();
+    let Some(ami) = image(&region, "web", STATUS.as_bytes(), true) else { return };
+    assert_eq!(region.software_bill(ami.id()).unwrap().packages.len(), 3);
+    std::fs::remove_file(dir.path().join("software")).unwrap();
+    region.deregister_image(ami.id()).unwrap();
 }

@@ -112,13 +112,13 @@ impl<H> Region<H> {
     pub fn copy_image(&self, id: AmiId, name: &str) -> Result<AnyAmi> {
         let inner = &self.inner;
         let _naming = inner.naming.write().unwrap_or_else(PoisonError::into_inner);
-        let ImageRecord { image, boot, .. } = inner.image(id)?;
+        let ImageRecord { image, boot } = inner.image(id)?;
         let mut copy = image.copy_to(self.account(), &inner.region.name, name)?;
         copy.set_state(ImageState::Available)?;
         let copy = inner.under_new_id(copy)?;
         inner.check_name(copy.ami())?;
         let ami = copy.ami().clone();
-        inner.store.commit(|c| c.put(&ImageRecord { image: copy, boot, snapshots: Vec::new() }))?;
+        inner.store.commit(|c| c.put(&ImageRecord { image: copy, boot }))?;
         Ok(ami)
     }
 
@@ -202,7 +202,7 @@ impl<H> Region<H> {
         let (inner, account) = (&self.inner, *self.account());
         let original = source.inner.original(&account, id)?;
         let task = CopyImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
-        let task = CopyImageTask::new(task, account, None, "copying");
+        let task = CopyImageTask::making(task, account, &copy.name, "copying");
         inner.begin(&task, &inner.tasks.copies, move |region, task| {
             let mut tell = |at: Progress, nth, of| {
                 task.reach_part(at.done, at.total, nth, of);
@@ -222,7 +222,7 @@ impl Inner {
     fn original(&self, account: &AccountId, id: AmiId) -> Result<Original> {
         // Content stays for as long as it is open here, whatever becomes of the image.
         let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let ImageRecord { image, boot, .. } = self.image(id)?;
+        let ImageRecord { image, boot } = self.image(id)?;
         image.authorize(account, Action::Copy)?;
         let open = |plan: BootPlan| self.boot.boot(&plan).map(|boot| (plan, boot));
         let boot = boot.map(open).transpose()?;
@@ -280,7 +280,7 @@ impl Inner {
         let ami = copy.ami().clone();
         self.store.commit(|c| {
             also(c, ami.id())?;
-            c.put(&ImageRecord { image: copy, boot, snapshots: Vec::new() })
+            c.put(&ImageRecord { image: copy, boot })
         })?;
         Ok(ami)
     }

@@ -48,7 +48,8 @@ impl Instance {
     /// are stored in a thread of its own.
     ///
     /// EC2 has no such task: there the image is there at once, and is `pending`. Here the id of an image is a digest of what
-    /// is in it, so that it has none before it is whole. Once it is, the task's message says how consistent it is.
+    /// is in it, so that it has none before it is whole: until then it is known [by its name](crate::Region::unfinished_images).
+    /// Once it is, the task's message says how consistent it is.
     ///
     /// ```
     /// # use ami_core::{Ami, X86_64};
@@ -77,7 +78,7 @@ impl Instance {
     pub fn begin_create_image(&self, image: impl Into<CreateImage>) -> Result<CreateImageTask> {
         let (region, image, cell) = (self.parts().0, image.into(), self.shared_cell());
         let id = CreateImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
-        let task = CreateImageTask::new(id, cell.owner, None, "creating");
+        let task = CreateImageTask::making(id, cell.owner, &image.name, "creating");
         let (taking, taken) = mpsc::channel::<()>();
         let task = region.begin(&task, &region.tasks.creations, move |region, task| {
             let mut progress = |at: Progress| {
@@ -123,7 +124,7 @@ impl Inner {
                 (None, None) => return Err(no_root_volume()),
             };
             let image = self.image_of(&draft, image, &contents)?;
-            let ami = self.register(image, plan, Vec::new(), |c, id| also(c, (id, consistency)))?;
+            let ami = self.register(image, plan, |c, id| also(c, (id, consistency)))?;
             let sum = |of: fn(&SnapshotStats) -> u64| stored.iter().map(|(_, stats)| of(stats)).sum();
             Ok(CreatedImage {
                 ami,

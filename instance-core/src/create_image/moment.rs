@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant as Clock};
 
 use ami_core::{
-    AmiId, AnyAmi, BlockDeviceKind, BlockDeviceMapping, Digest, Image, RootDeviceType, Tags, VolumeId,
+    AmiId, AnyAmi, BlockDeviceKind, BlockDeviceMapping, Digest, Image, RootDeviceType, SourceImage, Tags,
+    VolumeId,
 };
 use storage_block::{Snapshot, Volume};
 
@@ -37,7 +38,7 @@ pub(super) struct Moment<'r> {
 
 /// All that is said of an instance then, whatever becomes of it.
 pub(super) struct Draft {
-    parent: AnyAmi,
+    parent: Image,
     instance: InstanceDescription,
     pub(super) direct_boot: Option<BootPlan>,
     /// The volumes that are taken.
@@ -181,16 +182,17 @@ impl Inner {
     }
 
     /// The image that an instance was made from, whether or not it is still registered.
-    fn parent(&self, id: AmiId) -> Result<AnyAmi> {
+    fn parent(&self, id: AmiId) -> Result<Image> {
         match self.store.get::<FormerImage>(&id.to_string())? {
-            Some(former) => Ok(former.0.ami().clone()),
-            None => Ok(self.image(id)?.image.ami().clone()),
+            Some(former) => Ok(former.0),
+            None => Ok(self.image(id)?.image),
         }
     }
 
     /// The image of an instance: what its parent says of it, with the instance's volumes as they were, and what is asked for.
     pub(super) fn image_of(&self, draft: &Draft, image: &CreateImage, contents: &[Content]) -> Result<Image> {
         let Draft { parent, instance, disks, .. } = draft;
+        let (parent, imds_support) = (parent.ami(), parent.imds_support());
         let manifest = parent.manifest();
         let mut codes: ProductCodes = instance.product_codes.clone();
         let mut mappings = Vec::new();
@@ -248,6 +250,9 @@ impl Inner {
         image.tags.iter().try_for_each(|(key, value)| tags.insert(key.clone(), value.clone()).map(drop))?;
         *made.tags_mut() = tags;
         codes.into_iter().try_for_each(|code| made.add_product_code(code))?;
+        imds_support.into_iter().for_each(|support| made.set_imds_support(support));
+        let source = SourceImage { region: parent.region().clone(), id: parent.id() };
+        made.set_source(Some(source), Some(instance.id));
         Ok(made)
     }
 }

@@ -109,8 +109,8 @@ impl<H> Region<H> {
     /// [`AuthFailure`](ErrorKind::AuthFailure), [`ImageUnavailable`](ErrorKind::ImageUnavailable),
     /// [`OptInRequired`](ErrorKind::OptInRequired) for another's image with a product code whose terms the account has not
     /// [accepted](Self::accept_terms), [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
-    /// [`InvalidParameter`](ErrorKind::InvalidParameter),
-    /// [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
+    /// [`Unsupported`](ErrorKind::Unsupported) for an image that is made for a [TPM](ami_core::TpmSupport),
+    /// [`InvalidParameter`](ErrorKind::InvalidParameter), [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
     /// the image's root device is to be,
     /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`MalformedTagKey`](ErrorKind::MalformedTagKey),
@@ -236,7 +236,7 @@ impl Inner {
             _ => e.into(),
         })?;
         self.check_architecture(&record, &spec.instance_type)?;
-        plan::check_root(record.image.ami().manifest(), spec)?;
+        plan::check_machine(record.image.ami().manifest(), spec)?;
         let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
         let named = self.check_contents(owner, &disks, spec)?;
         let codes: ProductCodes = record.image.product_codes().cloned().collect();

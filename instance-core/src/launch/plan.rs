@@ -111,8 +111,14 @@ pub(super) fn contents(disks: &[BlockDeviceMapping]) -> impl Iterator<Item = (&B
     disks.iter().filter_map(|disk| disk.content().map(|digest| (disk, *digest)))
 }
 
-/// That an instance of this type has the root device that the image asks for.
-pub(super) fn check_root(manifest: &Manifest, spec: &Parameters) -> Result<()> {
+/// That an instance of this type is what the image asks for.
+pub(super) fn check_machine(manifest: &Manifest, spec: &Parameters) -> Result<()> {
+    check_tpm(manifest)?;
+    check_root(manifest, spec)
+}
+
+/// That it has the root device.
+fn check_root(manifest: &Manifest, spec: &Parameters) -> Result<()> {
     if manifest.root_device_type() == RootDeviceType::Ebs {
         return Ok(());
     }
@@ -129,6 +135,18 @@ pub(super) fn check_root(manifest: &Manifest, spec: &Parameters) -> Result<()> {
                 format!("the image's root device is instance store, of which {hardware} has none for it");
             Err(Error::new(ErrorKind::InvalidParameterCombination, what))
         }
+    }
+}
+
+/// No machine here has a TPM: an image that is made for one finds no keys in it, and what it has sealed stays shut.
+fn check_tpm(manifest: &Manifest) -> Result<()> {
+    match manifest.boot().tpm_support() {
+        Some(tpm) => {
+            let what =
+                format!("the image is made for a machine with a TPM {tpm}, which no instance here has");
+            Err(Error::new(ErrorKind::Unsupported, what))
+        }
+        None => Ok(()),
     }
 }
 

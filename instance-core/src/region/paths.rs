@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+#[cfg(feature = "sbom")]
+use ami_core::Digest;
 use ami_core::{InstanceId, VolumeId};
 
 /// Where things lie.
@@ -40,6 +42,16 @@ impl Paths {
 
     pub(crate) fn instances(&self) -> PathBuf {
         self.root.join("instances")
+    }
+
+    /// Where it is kept what is installed on images.
+    pub(crate) fn software_bills(&self) -> PathBuf {
+        self.root.join("software")
+    }
+
+    #[cfg(feature = "sbom")]
+    pub(crate) fn software_bill(&self, content: &Digest) -> PathBuf {
+        self.software_bills().join(content.to_hex())
     }
 
     /// Where the machines are of instances that hibernate.

@@ -46,7 +46,7 @@ impl<H> Region<H> {
     ) -> Result<ImportImageTask> {
         let (inner, owner) = (&self.inner, *self.account());
         let id = ImportImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
-        let task = Task::new(id, owner, None, "converting");
+        let task = Task::making(id, owner, builder.name(), "converting");
         inner.begin(&task, &inner.tasks.imports, move |region, task| {
             let mut progress = |progress: Progress| {
                 task.reach(progress.done, progress.total);

@@ -1,7 +1,9 @@
 //! Tasks that import, export, copy and create images, in threads of their own.
 
 mod calls;
+mod description;
 mod record;
+mod unfinished;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,11 +15,12 @@ use std::time::Instant;
 use ami_core::{
     AccountId, AmiId, CopyImageTaskId, CreateImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp,
 };
-use serde::{Deserialize, Serialize};
 
 pub use self::calls::{Exported, Tell};
+pub use self::description::{TaskDescription, TaskStatus};
 pub(crate) use self::record::{TaskId, put_completed};
 use self::record::{TaskRecord, is_long_gone};
+pub use self::unfinished::UnfinishedImage;
 use crate::describe::Describe;
 use crate::error::chain;
 use crate::watch::{Publisher, Watch};
@@ -25,59 +28,6 @@ use crate::{Error, ErrorKind, Result};
 
 /// The most tasks of an account that are under way at once.
 const MOST: usize = 20;
-
-/// How a task is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum TaskStatus {
-    /// It is under way.
-    Active,
-    /// It was cancelled, and has not ended yet.
-    Deleting,
-    /// It was cancelled, or has failed, and has left nothing.
-    Deleted,
-    /// It has done what it was to do.
-    Completed,
-}
-
-impl TaskStatus {
-    /// EC2's name of it.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Active => "active",
-            Self::Deleting => "deleting",
-            Self::Deleted => "deleted",
-            Self::Completed => "completed",
-        }
-    }
-
-    /// Whether it comes to nothing else any more.
-    pub const fn has_ended(self) -> bool {
-        matches!(self, Self::Deleted | Self::Completed)
-    }
-}
-
-/// What is known of a task (`DescribeImportImageTasks`, `DescribeExportImageTasks`).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct TaskDescription<Id> {
-    /// Its id.
-    pub id: Id,
-    /// The account that it belongs to.
-    pub owner: AccountId,
-    /// How it is.
-    pub status: TaskStatus,
-    /// What it is at, or why it has failed; of one that has made an image of an instance, how
-    /// [consistent](crate::ImageConsistency) that is.
-    pub status_message: String,
-    /// How much of it is done, in percent.
-    pub progress: u8,
-    /// The image: that which is exported, or that which the task has made.
-    pub image_id: Option<AmiId>,
-    /// When it was begun.
-    pub create_time: Timestamp,
-}
 
 /// A task that imports, exports, copies or creates an image. Cheap to clone; all clones are the same task, which goes on without them.
 ///
@@ -187,9 +137,21 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
             status_message: at.to_owned(),
             progress: 0,
             image_id,
+            image_name: None,
+            state_reason: None,
             create_time: Timestamp::now(),
         };
         Self::recovered(TaskRecord { description: told, ended: None })
+    }
+
+    /// One that makes an image of this name.
+    pub(crate) fn making(id: Id, owner: AccountId, name: &str, at: &str) -> Self {
+        let task = Self::new(id, owner, None, at);
+        let image_name = Some(name.to_owned());
+        Self::recovered(TaskRecord {
+            description: TaskDescription { image_name, ..task.describe() },
+            ended: None,
+        })
     }
 
     /// One that was under way in an earlier process, or has ended there: why, only its message says.
@@ -292,22 +254,6 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
             *task = task.clone().after(with);
             true
         });
-    }
-}
-
-impl<Id> TaskDescription<Id> {
-    /// The same of a task that has come to this end.
-    fn after(self, end: &Result<Done>) -> Self {
-        match end {
-            Ok(done) => Self {
-                status: TaskStatus::Completed,
-                status_message: done.message.to_owned(),
-                progress: 100,
-                image_id: Some(done.image),
-                ..self
-            },
-            Err(e) => Self { status: TaskStatus::Deleted, status_message: chain(e), ..self },
-        }
     }
 }
 

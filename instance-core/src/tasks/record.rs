@@ -3,7 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ami_core::{CopyImageTaskId, CreateImageTaskId, ExportImageTaskId, ImportImageTaskId, Timestamp};
+use ami_core::{
+    CopyImageTaskId, CreateImageTaskId, ExportImageTaskId, ImportImageTaskId, StateReason, Timestamp,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -94,8 +96,9 @@ impl Inner {
                     Some(_) => {}
                     None => {
                         let was = description.status.as_str();
-                        description.status_message =
-                            format!("the process that owned the region ended while the task was {was}");
+                        let why = format!("the process that owned the region ended while the task was {was}");
+                        description.state_reason = Some(StateReason::new("Server.InternalError", &why));
+                        description.status_message = why;
                         description.status = TaskStatus::Deleted;
                         *ended = Some(now);
                         c.put(record)?;

@@ -1,5 +1,7 @@
 //! What is installed on an image, read from the image itself, as a bill of materials.
 
+mod kept;
+
 use std::io;
 
 use ami_core::{AmiId, OperatingSystem, Software};
@@ -7,7 +9,7 @@ use cyclonedx_bom::models::bom::{Bom, SpecVersion};
 use cyclonedx_bom::models::component::{Classification, Component, Components};
 use cyclonedx_bom::models::metadata::Metadata;
 use cyclonedx_bom::prelude::Purl;
-use deb822_fast::borrowed::BorrowedParser;
+use deb822_fast::borrowed::{BorrowedParagraph, iter_paragraphs_borrowed};
 use purl::GenericPurlBuilder;
 use storage_block::Disk;
 
@@ -16,8 +18,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// Where Debian and what comes of it keep what is installed.
 const STATUS: &str = "/var/lib/dpkg/status";
-/// A large Debian system has some 5 MiB.
-const MAX_STATUS: u64 = 64 << 20;
+/// A large Debian system has some 5 MiB. Whatever an image has there is read when it is registered, so this bounds what that
+/// takes.
+const MAX_STATUS: u64 = 16 << 20;
 
 /// A package that is installed on an image; [`SoftwareBill`] shows it in use.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +35,12 @@ pub struct InstalledPackage {
 }
 
 /// What is installed on an image, by its package manager's own records.
+///
+/// It is read when the image is registered or imported, and kept by the digest of its root volume's content: a copy has the
+/// same, and the two go together. It is no part of the image's digest, for equal content is an equal image whether or not
+/// somebody read it. Of an image of an instance it is read when it is first asked for, since such an image costs what changed
+/// and no more, and so it is where it could not be read before; of encrypted content it is read each time and not kept, for
+/// it would lie beside in plain.
 ///
 /// ```no_run
 /// # fn demo(region: &instance_core::Region) -> Result<(), Box<dyn std::error::Error>> {
@@ -113,23 +122,21 @@ fn component(kind: Classification, name: &str, version: &str) -> Component {
 }
 
 impl<H> Region<H> {
-    /// What is installed on an image that the account may copy, read from its root volume when it is asked for: of
-    /// Debian and what comes of it.
+    /// What is installed on an image that the account sees: of Debian and what comes of it.
     ///
     /// # Errors
     ///
-    /// As [`image_disk`](Self::image_disk), [`Unsupported`](ErrorKind::Unsupported) for an image that has no such record,
-    /// or none that can be read, or what the host met.
+    /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`Unsupported`](ErrorKind::Unsupported) for an image that has no such
+    /// record, or none that can be read, or what the host met.
     pub fn software_bill(&self, id: AmiId) -> Result<SoftwareBill> {
         let image = self.image(id)?;
         let ami = image.ami();
-        let disk = self.image_disk(id, ami.manifest().root_device_name().as_str())?;
         Ok(SoftwareBill {
             image_id: id,
             image_name: ami.name().to_owned(),
             image_digest: ami.digest(),
             operating_system: ami.manifest().operating_system().cloned(),
-            packages: installed(&disk)?,
+            packages: self.inner.software_of(&image)?,
         })
     }
 }
@@ -149,22 +156,26 @@ fn installed(disk: &Disk) -> Result<Vec<InstalledPackage>> {
 
 /// What the text of such a record calls installed, by name and architecture.
 pub(crate) fn parse(status: &str) -> Result<Vec<InstalledPackage>, deb822_fast::Error> {
-    let paragraphs = BorrowedParser::new(status).parse_all()?;
-    let mut packages: Vec<InstalledPackage> = (paragraphs.iter())
-        .filter_map(|paragraph| {
-            let field = |name| paragraph.get_single(name).map(str::to_owned);
-            // The last of three words: a package that was removed may have left its configuration.
-            let state = field("Status")?;
-            let is_there = state.split_ascii_whitespace().nth(2) == Some("installed");
-            let package = InstalledPackage {
-                name: field("Package")?,
-                version: field("Version")?,
-                architecture: field("Architecture")?,
-            };
-            is_there.then_some(package)
-        })
-        .collect();
+    let mut packages = Vec::new();
+    // One after the other: a hostile record has millions.
+    for paragraph in iter_paragraphs_borrowed(status) {
+        packages.extend(package(&paragraph?));
+    }
     packages.sort_unstable();
     packages.dedup();
     Ok(packages)
+}
+
+/// The package that a paragraph calls installed, if it does.
+fn package(paragraph: &BorrowedParagraph<'_>) -> Option<InstalledPackage> {
+    let field = |name| paragraph.get_single(name).map(str::to_owned);
+    // The last of three words: a package that was removed may have left its configuration.
+    if paragraph.get_single("Status")?.split_ascii_whitespace().nth(2) != Some("installed") {
+        return None;
+    }
+    Some(InstalledPackage {
+        name: field("Package")?,
+        version: field("Version")?,
+        architecture: field("Architecture")?,
+    })
 }
