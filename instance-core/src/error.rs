@@ -126,6 +126,8 @@ pub enum ErrorKind {
     NetworkInterfaceInUse,
     /// Another interface has the address.
     AddressInUse,
+    /// No public address is left.
+    AddressLimitExceeded,
     /// An image needs the snapshot.
     SnapshotInUse,
     /// The state of an image or a volume does not allow it.
@@ -271,6 +273,7 @@ impl Error {
             ErrorKind::NetworkInterfaceNotFound => "InvalidNetworkInterfaceID.NotFound",
             ErrorKind::NetworkInterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
+            ErrorKind::AddressLimitExceeded => "AddressLimitExceeded",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
             ErrorKind::IncorrectState => "IncorrectState",
             ErrorKind::InvalidResourceId => "InvalidID",

@@ -70,12 +70,7 @@ impl Inner {
 
     /// Notes that an object is not what its name says, or rather what it differs from is not. Whether it may now be
     /// read from elsewhere.
-    fn mark_damaged(
-        &self,
-        id: &Id,
-        found: &Found,
-        read: impl Fn(&Object<'_>) -> Result<Vec<u8>>,
-    ) -> bool {
+    fn mark_damaged(&self, id: &Id, found: &Found, read: impl Fn(&Object<'_>) -> Result<Vec<u8>>) -> bool {
         if let Some((_, Some(own))) = found.object(id).patch {
             let base = Object { own, patch: None };
             if read(&base).is_err_and(|error| error.kind() == ErrorKind::Corrupt) {

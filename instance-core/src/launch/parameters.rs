@@ -147,7 +147,8 @@ impl Parameters {
         if let Some(interface) = self.placement.interface_id {
             let alone = PlacementRequest { interface_id: Some(interface), ..PlacementRequest::default() };
             if max > 1 || self.placement != alone {
-                let what = format!("{interface} is for one instance, and has its subnet, groups and address");
+                let what =
+                    format!("{interface} is for one instance, and has its subnet, groups and addresses");
                 return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
             }
         }

@@ -226,6 +226,14 @@ impl LaunchSpec {
         self
     }
 
+    /// Whether each instance has a public address while it runs (`AssociatePublicIpAddress`): one of the host's, by which others
+    /// reach it, another each time that it is started. Its subnet says whether it has, unless this does.
+    #[must_use]
+    pub fn associate_public_ip_address(mut self, associate: bool) -> Self {
+        self.placement.public_ip = Some(associate);
+        self
+    }
+
     /// A name for this launch: whoever launches again with the same token and parameters gets the instances
     /// of the first time, for as long as one of them is remembered.
     #[must_use]
@@ -270,6 +278,7 @@ impl LaunchSpec {
                 security_groups: given(place.security_groups, other_place.security_groups),
                 private_ip: place.private_ip.or(other_place.private_ip),
                 interface_id: place.interface_id.or(other_place.interface_id),
+                public_ip: place.public_ip.or(other_place.public_ip),
             },
             count: self.count.or(other.count),
             client_token: self.client_token.or(other.client_token),

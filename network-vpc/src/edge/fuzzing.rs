@@ -60,6 +60,8 @@ impl Segment<'_> {
     }
 }
 
+pub(crate) use super::names::heard as names;
+
 /// Whatever the guest sends, what is heard of it is what it said, without a hole and in order.
 pub(crate) fn segments(view: &View, bytes: &[u8]) {
     let Some((first, rest)) = bytes.split_first() else { return };

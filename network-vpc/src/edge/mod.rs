@@ -84,6 +84,13 @@ impl Listener {
             Carrier::Udp => Self::Udp(UdpSocket::bind(at)?),
         })
     }
+
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Tcp(socket) => socket.local_addr(),
+            Self::Udp(socket) => socket.local_addr(),
+        }
+    }
 }
 
 /// What the edge may reach.
