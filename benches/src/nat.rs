@@ -25,8 +25,8 @@ use crate::samples::{Measurement, Rounds, median_speed};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// What passes in a turn. Turns are short, as what else the host does changes from one second to the next, and many.
-const BULK: usize = 32 << 20;
-const ROUNDS: Rounds = Rounds { rounds: 61, batch: 1 };
+const BULK: usize = 16 << 20;
+const ROUNDS: Rounds = Rounds { rounds: 121, batch: 1 };
 const CHUNK: usize = 256 << 10;
 const MTU: usize = 1500;
 

@@ -126,6 +126,8 @@ pub enum ErrorKind {
     NetworkInterfaceInUse,
     /// Another interface has the address.
     AddressInUse,
+    /// The instance has as many network interfaces as it can have.
+    AttachmentLimitExceeded,
     /// No public address is left.
     AddressLimitExceeded,
     /// An image needs the snapshot.
@@ -273,6 +275,7 @@ impl Error {
             ErrorKind::NetworkInterfaceNotFound => "InvalidNetworkInterfaceID.NotFound",
             ErrorKind::NetworkInterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
+            ErrorKind::AttachmentLimitExceeded => "AttachmentLimitExceeded",
             ErrorKind::AddressLimitExceeded => "AddressLimitExceeded",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
             ErrorKind::IncorrectState => "IncorrectState",

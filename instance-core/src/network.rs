@@ -26,6 +26,9 @@ pub struct PlacementRequest {
     /// An interface that is there, in the place of all that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface_id: Option<NetworkInterfaceId>,
+    /// More of them, each at the next device index. An instance has one, so that who names any is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_interfaces: Vec<NetworkInterfaceId>,
     /// Whether it has a public address while it runs; what the subnet says, unless this does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public_ip: Option<bool>,

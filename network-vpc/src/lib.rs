@@ -70,7 +70,7 @@
 //!
 //! # Left out
 //!
-//! IPv6, of which no frame passes; routes to anything but internet gateways; public addresses as guests reach them or
+//! More than one interface of an instance; IPv6, of which no frame passes; routes to anything but internet gateways; public addresses as guests reach them or
 //! as the source of what goes out, pings of them, which the host's kernel answers itself, and protocols there but TCP and
 //! UDP; and rate limits.
 

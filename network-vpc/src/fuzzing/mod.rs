@@ -29,7 +29,7 @@ const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 7);
 const PEER_MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 7]);
 
 /// An interface that may send everything. None only where a constant is none.
-fn view() -> Option<View> {
+pub(crate) fn view() -> Option<View> {
     let everything = Rule::all(Peer::Cidr(ipnet::Ipv4Net::default()));
     let none = std::iter::empty();
     Some(View {

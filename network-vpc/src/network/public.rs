@@ -62,11 +62,13 @@ impl Network {
         })
     }
 
-    /// Takes the public address from an interface that it has only while its instance runs.
+    /// Takes the public address from an interface that it has only while its instance runs. Its machine is gone.
     pub(super) fn take_public_ip(&self, id: NetworkInterfaceId) -> Result<()> {
         if self.model().interface(id)?.public_ip.is_none() {
             return Ok(());
         }
+        // Nobody listens at the address any more who could be told not to.
+        self.unplug(id);
         self.change(|model| {
             model.interface_mut(id)?.public_ip = None;
             Ok(())
