@@ -188,7 +188,7 @@ fn there_is_room_for_the_most_and_longest_of_all() {
     let _server =
         region.launch(&register(&region), spec().nocloud_seed(seed).user_data(longest.clone())).unwrap();
     let (meta_data, user_data) = told(&machines.seed().unwrap());
-    assert_eq!(meta_data["public-keys"], serde_json::json!([of_length(LONGEST_KEY); 32]));
+    assert_eq!(meta_data["public-keys"], serde_json::json!(vec![of_length(LONGEST_KEY); 32]));
     assert!(user_data == longest);
 }
 
