@@ -1,4 +1,4 @@
-//! A guest's questions to the DHCP server.
+//! A guest's segments of TCP.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -126,6 +126,10 @@ pub enum ErrorKind {
     NetworkInterfaceInUse,
     /// Another interface has the address.
     AddressInUse,
+    /// The instance has as many network interfaces as it can have.
+    AttachmentLimitExceeded,
+    /// No public address is left.
+    AddressLimitExceeded,
     /// An image needs the snapshot.
     SnapshotInUse,
     /// The state of an image or a volume does not allow it.
@@ -271,6 +275,8 @@ impl Error {
             ErrorKind::NetworkInterfaceNotFound => "InvalidNetworkInterfaceID.NotFound",
             ErrorKind::NetworkInterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
+            ErrorKind::AttachmentLimitExceeded => "AttachmentLimitExceeded",
+            ErrorKind::AddressLimitExceeded => "AddressLimitExceeded",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
             ErrorKind::IncorrectState => "IncorrectState",
             ErrorKind::InvalidResourceId => "InvalidID",

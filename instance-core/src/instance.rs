@@ -3,12 +3,13 @@
 mod cell;
 
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ami_core::{AnyAmi, InstanceId};
 
-pub(crate) use self::cell::{Cell, Hold, Live};
+pub(crate) use self::cell::{Cell, Hold, Live, PowerOffFor};
 use crate::console::Console;
 use crate::description::InstanceDescription;
 use crate::region::Owner;
@@ -109,6 +110,13 @@ impl Instance {
     /// Its serial console. It stays the same over stops and reboots.
     pub fn console(&self) -> Console {
         self.cell.console.clone()
+    }
+
+    /// The public address of the host's by which others reach it, if it has one now: one that it has
+    /// [while it runs](crate::LaunchSpec::associate_public_ip_address), or one that stays, which its network has it reached by.
+    pub fn public_ip(&self) -> Option<Ipv4Addr> {
+        let description = self.describe();
+        self.region.network.as_deref()?.public_ip(description.network.as_ref()?)
     }
 
     /// Stops it: presses the power button, waits up to `patience` for the guest to power off, and

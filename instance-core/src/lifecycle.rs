@@ -10,7 +10,7 @@ use ami_core::{InstanceId, RootDeviceType, Timestamp};
 
 use crate::description::{InstanceDescription, ShutdownBehavior, StateReason, user_initiated};
 use crate::error::chain;
-use crate::instance::{Cell, Hold, Live};
+use crate::instance::{Cell, Hold, Live, PowerOffFor};
 use crate::machine::{ExitCause, Machine, MachineErrorKind};
 use crate::record::InstanceRecord;
 use crate::region::{Inner, StateChange};
@@ -159,10 +159,15 @@ impl Inner {
         let mut live = cell.hold(self.supervisor.reports());
         let generation = live.generation;
         check_running(&live.record.description)?;
-        live.reboots = Some(generation);
+        // Who makes an image has it boot anew, too.
+        if live.powers_off_for().is_none() {
+            live.set_powers_off_for(Some(PowerOffFor::Reboot));
+        }
         live = self.let_power_off(cell, live, patience);
         // Of the machine that is there by now another may have asked it.
-        live.reboots = live.reboots.filter(|of| *of != generation);
+        if live.generation == generation && live.powers_off_for() == Some(PowerOffFor::Reboot) {
+            live.set_powers_off_for(None);
+        }
         check_running(&live.record.description)?;
         // Whoever saw its guest power itself off may have been faster.
         if live.generation == generation { self.reset(cell, &mut live) } else { Ok(()) }
@@ -227,7 +232,7 @@ impl Inner {
         // Whoever holds the instance reports the end again when done.
         let Some(mut live) = cell.try_hold(self.supervisor.reports()) else { return };
         // One whose guest shuts down for an image is started again by who makes that.
-        if live.generation != generation || live.shuts_down == Some(generation) {
+        if live.generation != generation || live.powers_off_for() == Some(PowerOffFor::Image) {
             return;
         }
         let Some(cause) = live.machine.as_ref().and_then(|m| m.state().get().exit_cause().cloned()) else {
@@ -287,7 +292,9 @@ impl Inner {
         }
         match cause {
             ExitCause::Reset => self.reset(cell, live),
-            ExitCause::PowerOff if live.reboots == Some(live.generation) => self.reset(cell, live),
+            ExitCause::PowerOff if live.powers_off_for() == Some(PowerOffFor::Reboot) => {
+                self.reset(cell, live)
+            }
             ExitCause::PowerOff => {
                 let reason = StateReason::new("Client.InstanceInitiatedShutdown", cause.to_string());
                 match live.record.description.shutdown_behavior {
@@ -320,20 +327,6 @@ impl Inner {
         };
         if let Err(e) = moved {
             tracing::error!(instance = %cell.id, error = chain(&e), "cannot record that an instance was lost");
-        }
-    }
-
-    /// Tells the network what is now known of an instance that runs.
-    fn tell_network(&self, record: &InstanceRecord) {
-        let running = record.description.state == InstanceState::Running;
-        if let Some(network) = self.network.as_deref().filter(|_| running) {
-            let told = record.with_guest(|guest| {
-                network.update(guest);
-                Ok(())
-            });
-            if let Err(e) = told {
-                tracing::warn!(instance = %record.description.id, error = chain(&e), "the network is not told of a change");
-            }
         }
     }
 }

@@ -26,6 +26,12 @@ pub struct PlacementRequest {
     /// An interface that is there, in the place of all that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface_id: Option<NetworkInterfaceId>,
+    /// More of them, each at the next device index. An instance has one, so that who names any is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_interfaces: Vec<NetworkInterfaceId>,
+    /// Whether it has a public address while it runs; what the subnet says, unless this does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public_ip: Option<bool>,
 }
 
 impl PlacementRequest {
@@ -113,6 +119,7 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     /// [`SubnetNotFound`](crate::ErrorKind::SubnetNotFound),
     /// [`SecurityGroupNotFound`](crate::ErrorKind::SecurityGroupNotFound),
     /// [`AddressInUse`](crate::ErrorKind::AddressInUse), [`SubnetFull`](crate::ErrorKind::SubnetFull),
+    /// [`AddressLimitExceeded`](crate::ErrorKind::AddressLimitExceeded), if no public address is left,
     /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter), or what the host refused.
     fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement>;
 
@@ -133,8 +140,16 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
         Err(Error::new(ErrorKind::Unsupported, what))
     }
 
+    /// The public address of an instance now, if it has one: by which others reach it.
+    fn public_ip(&self, _placement: &NetworkPlacement) -> Option<Ipv4Addr> {
+        None
+    }
+
     /// What is known of a running instance has changed, which its guest may be told.
     fn update(&self, guest: Guest<'_>);
+
+    /// An instance has stopped, and keeps its place, but for what it has only while it runs.
+    fn stopped(&self, _placement: &NetworkPlacement) {}
 
     /// Gives up a place. Does nothing to one that is given up.
     ///
@@ -143,7 +158,7 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     /// What the host refused; then the place is released when the region is opened again.
     fn release(&self, placement: &NetworkPlacement) -> Result<()>;
 
-    /// Releases every place that was made for an instance and is not one of these.
+    /// Releases every place that was made for an instance and is not one of these. No instance runs.
     ///
     /// # Errors
     ///

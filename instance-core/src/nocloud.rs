@@ -21,13 +21,16 @@ const LABEL: [u8; 11] = *b"CIDATA     ";
 /// The size of the disk: room for the longest user data and the most and longest keys.
 const SIZE: u64 = 1 << 20;
 
-/// The most keys.
+/// The most keys, and the most bytes of one: an RSA key of 16,384 bits, the longest that OpenSSH makes, has 2,800.
 const MOST_KEYS: usize = 32;
+const LONGEST_KEY: usize = 8 << 10;
 
 /// What an instance is told by a small disk that it can only read, for cloud-init's data source NoCloud: its id and name,
 /// its user data, and the keys that may log in, that of its [key pair](crate::LaunchSpec::key_name) among them where the
 /// region's network knows it. EC2 has nothing like it: it is for instances without a network, and so without
 /// metadata.
+///
+/// There are at most 32 keys, of at most 8 KiB each.
 ///
 /// The disk comes behind all others of the instance. It is made anew whenever a machine is, of what the instance's user
 /// data is by then, and is no volume: images of the instance do not have it.
@@ -66,6 +69,10 @@ impl NoCloudSeed {
         let invalid = |what: String| Error::new(ErrorKind::InvalidParameter, what);
         if self.public_keys.len() > MOST_KEYS {
             return Err(invalid(format!("there are more than {MOST_KEYS} keys for the NoCloud seed")));
+        }
+        if self.public_keys.iter().any(|key| key.len() > LONGEST_KEY) {
+            let what = format!("a key for the NoCloud seed is longer than {LONGEST_KEY} bytes");
+            return Err(invalid(what));
         }
         let parsed = self.public_keys.iter().try_for_each(|key| PublicKey::from_openssh(key).map(drop));
         parsed.map_err(|e| {

@@ -39,6 +39,7 @@ impl Network for Refusing {
             PlacementRequest { interface_id: Some(_), .. } => ErrorKind::NetworkInterfaceInUse,
             PlacementRequest { subnet_id: Some(_), .. } => ErrorKind::SubnetNotFound,
             PlacementRequest { private_ip: Some(_), .. } => ErrorKind::AddressInUse,
+            PlacementRequest { public_ip: Some(true), .. } => ErrorKind::AddressLimitExceeded,
             PlacementRequest { security_groups, .. } if !security_groups.is_empty() => {
                 ErrorKind::SecurityGroupNotFound
             }
@@ -228,10 +229,13 @@ fn of_networks(raised: &mut Raised, dir: &std::path::Path) {
     raised.by("InvalidSubnetID.NotFound", launch(nano().subnet(gone::<SubnetId>("subnet"))));
     raised.by("InvalidGroup.NotFound", launch(nano().security_group(gone::<SecurityGroupId>("sg"))));
     raised.by("InvalidIPAddress.InUse", launch(nano().private_ip([10, 0, 0, 9].into())));
+    raised.by("AddressLimitExceeded", launch(nano().associate_public_ip_address(true)));
     raised.by("InsufficientFreeAddressesInSubnet", launch(nano()));
     let interface = |id| launch(nano().network_interface(id));
     raised.by("InvalidNetworkInterfaceID.NotFound", interface(gone("eni")));
     raised.by("InvalidNetworkInterface.InUse", interface("eni-00000000000000001".parse().unwrap()));
+    let two = nano().network_interface(gone("eni")).network_interface(gone("eni"));
+    raised.by("AttachmentLimitExceeded", launch(two));
     assert!(region.instances().is_empty());
 }
 

@@ -171,6 +171,27 @@ fn the_key_of_its_key_pair_is_among_the_keys() {
     assert_eq!(keys, serde_json::json!(["ssh-ed25519 AAAA", KEY]));
 }
 
+const LONGEST_KEY: usize = 8 << 10;
+
+/// A key with a comment.
+fn of_length(len: usize) -> String {
+    format!("{KEY}{}", "x".repeat(len - KEY.len()))
+}
+
+#[test]
+fn there_is_room_for_the_most_and_longest_of_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let machines = Remembering::new();
+    let region = open(dir.path(), &machines);
+    let seed = (0..32).fold(NoCloudSeed::new(), |seed, _| seed.public_key(of_length(LONGEST_KEY)));
+    let longest = vec![b'#'; LaunchSpec::MAX_USER_DATA];
+    let _server =
+        region.launch(&register(&region), spec().nocloud_seed(seed).user_data(longest.clone())).unwrap();
+    let (meta_data, user_data) = told(&machines.seed().unwrap());
+    assert_eq!(meta_data["public-keys"], serde_json::json!(vec![of_length(LONGEST_KEY); 32]));
+    assert!(user_data == longest);
+}
+
 #[test]
 fn what_is_no_key_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -178,7 +199,8 @@ fn what_is_no_key_is_refused() {
     let region = open(dir.path(), &machines);
     let ami = register(&region);
     let many = (0..33).fold(NoCloudSeed::new(), |seed, _| seed.public_key(KEY));
-    for seed in [NoCloudSeed::new().public_key("ssh-ed25519 AAAA"), many] {
+    let long = NoCloudSeed::new().public_key(of_length(LONGEST_KEY + 1));
+    for seed in [NoCloudSeed::new().public_key("ssh-ed25519 AAAA"), many, long] {
         let launch = spec().nocloud_seed(seed);
         let refused = region.create_launch_template("web", launch.clone()).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InvalidParameter);

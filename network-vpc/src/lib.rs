@@ -33,11 +33,13 @@
 //!   in both directions is not tracked, and ends with its rule. Fragments are put together first, as only one of them
 //!   has ports to decide by, and cut again for their receiver.
 //! - **The world outside** is reached over sockets of the host, one a conversation: a stack in user space speaks TCP
-//!   with the guest. Clients come in at [forwarded ports](Network::forward). The host's own addresses
+//!   with the guest. Clients come in at forwarded ports, of [TCP](Network::forward) and of
+//!   [UDP](Network::forward_udp). The host's own addresses
 //!   are out of reach unless [allowed](NetworkOptions::reach_host), and loopback and link-local ones always. What of
 //!   it a subnet reaches its [route table](Network::create_route) says; the VPC that is there from the beginning has a
 //!   gateway and a route to it. [Elastic IP addresses](Network::allocate_address) are addresses of the host's, at which
-//!   the ports of TCP and UDP are reached that rules name. How many sockets all guests have open together is
+//!   the ports of TCP and UDP are reached that rules name; others an instance has
+//!   [while it runs](Network::set_map_public_ip_on_launch). How many sockets all guests have open together is
 //!   [bounded](NetworkOptions::sockets). Pings go out where the host lets its users send them, which on Linux is for those
 //!   whose group is within `net.ipv4.ping_group_range`; where it does not, no answer comes.
 //! - **Services**: DHCP, a resolver at the VPC's second address and at 169.254.169.253, and metadata at
@@ -68,7 +70,7 @@
 //!
 //! # Left out
 //!
-//! IPv6, of which no frame passes; routes to anything but internet gateways; Elastic IP addresses as guests reach them or
+//! More than one interface of an instance; IPv6, of which no frame passes; routes to anything but internet gateways; public addresses as guests reach them or
 //! as the source of what goes out, pings of them, which the host's kernel answers itself, and protocols there but TCP and
 //! UDP; and rate limits.
 

@@ -11,11 +11,12 @@ use instance_core::net::MacAddress;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::edge::Carrier;
 use crate::elastic::{self, Association, ElasticAddress};
 use crate::firewall::{Members, Policy};
 use crate::key_pair::KeyPair;
 use crate::network::DhcpOptions;
-use crate::network::forwards::ElasticOffers;
+use crate::network::forwards::PublicOffers;
 use crate::routing::{InternetGateway, RouteState, RouteTable, Routes};
 use crate::switch::{View, offset};
 use crate::{Error, ErrorKind, Result, Rule, dns};
@@ -50,6 +51,9 @@ pub struct Subnet {
     /// Its route table; its VPC's main one, if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route_table_id: Option<RouteTableId>,
+    /// Whether instances that are launched into it have a public address, unless their launch says otherwise.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub map_public_ip_on_launch: bool,
 }
 
 /// Which conversations the interfaces in it may begin, and which may begin with them.
@@ -87,6 +91,13 @@ pub struct NetworkInterface {
     /// Its other addresses in the subnet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secondary_private_ips: Vec<Ipv4Addr>,
+    /// The public address that it has while its instance runs, if it was launched with one and no
+    /// [Elastic IP address](crate::ElasticAddress) has taken its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public_ip: Option<Ipv4Addr>,
+    /// Whether it is to have one whenever its instance runs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) has_public: bool,
     /// The groups it is in.
     pub groups: Vec<SecurityGroupId>,
     /// Whether it may send and receive only what is from and to its own address.
@@ -97,11 +108,17 @@ pub struct NetworkInterface {
     /// Whether it was there before that instance, and stays.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) stays: bool,
-    /// Where on the host its ports are reached.
+    /// Where on the host its ports of TCP are reached.
     pub forwards: BTreeMap<u16, SocketAddr>,
     /// For which of its ports the host's was chosen and not asked for.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub(crate) chosen_forwards: BTreeSet<u16>,
+    /// Where on the host its ports of UDP are reached.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub udp_forwards: BTreeMap<u16, SocketAddr>,
+    /// For which of those the host's was chosen.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) chosen_udp_forwards: BTreeSet<u16>,
 }
 
 impl NetworkInterface {
@@ -113,6 +130,25 @@ impl NetworkInterface {
     /// The name of the instance in its VPC, without the domain.
     pub fn private_host_name(&self) -> String {
         dns::host_name(self.private_ip)
+    }
+
+    /// Where on the host its ports are reached by a protocol, and for which of them the host's was chosen.
+    pub(crate) fn forwards_by(&self, carrier: Carrier) -> (&BTreeMap<u16, SocketAddr>, &BTreeSet<u16>) {
+        match carrier {
+            Carrier::Tcp => (&self.forwards, &self.chosen_forwards),
+            Carrier::Udp => (&self.udp_forwards, &self.chosen_udp_forwards),
+        }
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn forwards_mut(
+        &mut self,
+        carrier: Carrier,
+    ) -> (&mut BTreeMap<u16, SocketAddr>, &mut BTreeSet<u16>) {
+        match carrier {
+            Carrier::Tcp => (&mut self.forwards, &mut self.chosen_forwards),
+            Carrier::Udp => (&mut self.udp_forwards, &mut self.chosen_udp_forwards),
+        }
     }
 }
 
@@ -217,7 +253,9 @@ impl Model {
     /// Takes an interface from its instance, with which it goes unless it stays.
     pub(crate) fn give_up(&mut self, id: NetworkInterfaceId) {
         match self.interfaces.get_mut(&id) {
-            Some(there) if there.stays => (there.instance_id, there.stays) = (None, false),
+            Some(there) if there.stays => {
+                (there.instance_id, there.stays, there.public_ip) = (None, false, None);
+            }
             _ => self.remove_interface(id),
         }
     }
@@ -235,26 +273,36 @@ impl Model {
         }
     }
 
-    /// The Elastic IP addresses that lead to an interface.
-    fn elastic<'m>(
+    /// The public addresses that lead to an interface, each with its own that it leads to.
+    pub(crate) fn public<'m>(
         &'m self,
         interface: &NetworkInterface,
     ) -> impl Iterator<Item = (Ipv4Addr, Ipv4Addr)> + 'm {
         let id = interface.id;
         let there =
             self.addresses.values().filter_map(|address| Some((address, address.association.as_ref()?)));
-        there.filter(move |(_, a)| a.interface_id == id).map(|(address, a)| (address.public_ip, a.private_ip))
+        let elastic = there.filter(move |(_, a)| a.interface_id == id);
+        let own = interface.public_ip.map(|public| (public, interface.private_ip));
+        elastic.map(|(address, a)| (address.public_ip, a.private_ip)).chain(own)
     }
 
-    /// Where Elastic IP addresses are to be listened at for an interface.
-    pub(crate) fn elastic_offers(&self, interface: &NetworkInterface) -> ElasticOffers {
+    /// The public addresses that are taken, whether or not they lead anywhere.
+    pub(crate) fn taken_public(&self) -> HashSet<Ipv4Addr> {
+        let own = self.interfaces.values().filter_map(|interface| interface.public_ip);
+        self.addresses.values().map(|address| address.public_ip).chain(own).collect()
+    }
+
+    /// Where public addresses are to be listened at for an interface.
+    pub(crate) fn public_offers(&self, interface: &NetworkInterface) -> PublicOffers {
         let groups = interface.groups.iter().filter_map(|id| self.groups.get(id));
         let ports = elastic::offered(groups.flat_map(|group| group.ingress.values()));
         let at = |(public, to): (Ipv4Addr, Ipv4Addr)| {
             let at = |port: u16| SocketAddr::from((public, port));
             ports.iter().map(|(carrier, port)| ((*carrier, at(*port)), to)).collect::<Vec<_>>()
         };
-        self.elastic(interface).flat_map(at).collect()
+        // Nothing comes in where no way leads out.
+        let gateway = self.gateway_of(interface.vpc_id);
+        self.public(interface).filter(|_| gateway.is_some()).flat_map(at).collect()
     }
 
     /// What the switch has to know of an interface.
@@ -278,7 +326,7 @@ impl Model {
             mac: interface.mac,
             address: interface.private_ip,
             secondary: interface.secondary_private_ips.clone(),
-            public: self.elastic(interface).collect(),
+            public: self.public(interface).collect(),
             routes: Routes::new(routes),
             dhcp: options.map(|options| options.settings.clone()).unwrap_or_default(),
             source_dest_check: interface.source_dest_check,

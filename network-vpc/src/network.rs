@@ -9,6 +9,7 @@ mod interfaces;
 mod keys;
 mod of_region;
 mod options;
+mod public;
 mod routes;
 mod vpcs;
 
@@ -23,7 +24,7 @@ use ipnet::Ipv4Net;
 use mio::{Poll, Waker};
 
 pub use self::dhcp_options::{DhcpOptions, DhcpSettings};
-use self::forwards::ElasticOffers;
+use self::forwards::PublicOffers;
 pub use self::interfaces::InterfaceSpec;
 pub use self::options::NetworkOptions;
 use crate::edge::budget::Budget;
@@ -74,8 +75,8 @@ struct Inner {
 struct Plugged {
     port: Arc<Port>,
     edge: Edge,
-    /// Where it is listened for Elastic IP addresses.
-    elastic: ElasticOffers,
+    /// Where it is listened for public addresses.
+    public: PublicOffers,
 }
 
 impl Network {
@@ -146,7 +147,8 @@ impl Network {
     /// # Errors
     ///
     /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`InterfaceInUse`](ErrorKind::InterfaceInUse) while a
-    /// machine has it, or what the host refused.
+    /// machine has it, [`AddressLimit`](ErrorKind::AddressLimit) if no public address is left for it, or what the host
+    /// refused.
     pub fn plug(&self, id: NetworkInterfaceId) -> Result<NetSpec> {
         let refused = |e| Error::host(format!("cannot plug in {id}"), e);
         let mut plugged = self.plugged();
@@ -156,6 +158,7 @@ impl Network {
         if let Some(before) = plugged.remove(&id) {
             self.0.fabric.remove(&before.port);
         }
+        self.give_public_ip(&mut plugged, id)?;
         let (interface, view) = {
             let model = self.model();
             let interface = model.interface(id)?;
@@ -169,9 +172,9 @@ impl Network {
         let edge =
             Edge::start(poll, port.clone(), self.0.reach.clone(), self.0.budget.share()).map_err(refused)?;
         cable.set_stream_server(Some(edge.stream_server()));
-        let mut there = Plugged { port: port.clone(), edge, elastic: ElasticOffers::new() };
+        let mut there = Plugged { port: port.clone(), edge, public: PublicOffers::new() };
         self.listen_again(&mut plugged, &there, &interface)?;
-        there.offer(self.model().elastic_offers(&interface));
+        there.offer(self.model().public_offers(&interface));
         self.0.fabric.add(&port);
         // Not the port itself, which has the cable's end, which has this.
         let (weak, fabric) = (Arc::downgrade(&port), Arc::downgrade(&self.0.fabric));
@@ -251,7 +254,7 @@ impl Network {
             if !gone.is_empty() {
                 plugged.port.forget(&gone);
             }
-            let wanted = interface.map(|interface| model.elastic_offers(interface)).unwrap_or_default();
+            let wanted = interface.map(|interface| model.public_offers(interface)).unwrap_or_default();
             plugged.withdraw(&wanted);
             offers.push((plugged, wanted));
         }

@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
-use common::setup::{anywhere, boot, network, open_interface, opened, options};
+use common::setup::{anywhere, boot, interface, network, open_interface, opened, options};
 use common::{Guest, PATIENCE, SILENCE, together};
 use network_vpc::{Direction, InterfaceSpec, Metadata, Rule};
 use smoltcp::socket::{tcp, udp};
@@ -127,6 +127,63 @@ fn datagrams_come_in_at_an_elastic_address_and_are_answered_from_it() {
     }
     network.disassociate_address(association).unwrap();
     UdpSocket::bind((address.public_ip, 5300)).expect("nobody listens any more");
+}
+
+#[test]
+fn datagrams_come_in_at_forwarded_ports_if_the_groups_let_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = "eu-west-1".parse().unwrap();
+    let network = options().open(dir.path(), &region).unwrap();
+    let made = interface(&network, "names", &[Rule::udp(53..=53, "127.0.0.0/8".parse().unwrap())]);
+    // Before its machine is there, and after.
+    let [free, other] = ["127.0.0.1:0"; 2].map(|at| at.parse().unwrap());
+    let names = network.forward_udp(made.id, 53, free).unwrap();
+    let streams = network.forward(made.id, 53, free).unwrap();
+    let mut guest = Guest::boot(network.plug(made.id).unwrap());
+    let time = network.forward_udp(made.id, 123, other).unwrap();
+    assert_eq!(network.interface(made.id).unwrap().udp_forwards, [(53, names), (123, time)].into());
+    let shown = Some("from 169.254.0.1".to_owned());
+    assert_eq!(answers(&mut guest, 53, names, PATIENCE), shown);
+    assert_eq!(answers(&mut guest, 123, time, SILENCE), None, "no rule names the port");
+
+    // TCP's is another, and so is another interface's.
+    network.stop_forwarding(made.id, 53).unwrap();
+    assert!(TcpStream::connect(streams).is_err());
+    assert_eq!(answers(&mut guest, 53, names, PATIENCE), shown);
+    network.stop_forwarding_udp(made.id, 123).unwrap();
+    UdpSocket::bind(time).expect("nobody listens any more");
+
+    // They are there again, but for one that is taken and nobody asked for.
+    drop((guest, network));
+    let network = options().open(dir.path(), &region).unwrap();
+    let _thief = UdpSocket::bind(names).unwrap();
+    let mut guest = Guest::boot(network.plug(made.id).unwrap());
+    let now = network.interface(made.id).unwrap().udp_forwards[&53];
+    assert_ne!(now, names);
+    assert_eq!(answers(&mut guest, 53, now, PATIENCE), shown);
+}
+
+/// What a client hears that asks a guest by UDP, which says who has asked.
+fn answers(guest: &mut Guest, inside: u16, at: SocketAddr, patience: Duration) -> Option<String> {
+    let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 8], vec![0; 4096]);
+    let mut server = udp::Socket::new(buffer(), buffer());
+    server.bind(inside).unwrap();
+    let server = guest.sockets.add(server);
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.set_nonblocking(true).unwrap();
+    client.send_to(b"who am I?", at).unwrap();
+    let heard = guest.within(patience, |guest| {
+        let socket = guest.sockets.get_mut::<udp::Socket<'_>>(server);
+        if let Ok((_, from)) = socket.recv() {
+            socket.send_slice(format!("from {}", from.endpoint.addr).as_bytes(), from.endpoint).unwrap();
+        }
+        let mut heard = [0; 100];
+        let (len, from) = client.recv_from(&mut heard).ok()?;
+        assert_eq!(from, at);
+        Some(String::from_utf8_lossy(&heard[..len]).into_owned())
+    });
+    guest.sockets.remove(server);
+    heard
 }
 
 /// A client from this host is let in as who it is, whoever the guest takes it for, also when it is known already and its

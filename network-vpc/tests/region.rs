@@ -59,6 +59,7 @@ fn an_interface_that_was_there_outlives_its_instances() {
         (spec().network_interface(own.id).subnet(own.subnet_id), "InvalidParameterCombination"),
         (spec().network_interface(own.id).security_group(own.groups[0]), "InvalidParameterCombination"),
         (spec().network_interface(own.id).count(1, 2), "InvalidParameterCombination"),
+        (spec().network_interface(own.id).network_interface(own.id), "AttachmentLimitExceeded"),
     ] {
         assert_eq!(launch(spec), code);
     }

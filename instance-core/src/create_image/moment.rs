@@ -13,7 +13,7 @@ use crate::boot_cache::BootPlan;
 use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
 use crate::images::gib;
-use crate::instance::{Cell, Hold, Live};
+use crate::instance::{Cell, Hold, Live, PowerOffFor};
 use crate::launch::plan;
 use crate::lifecycle::{asked_to_power_off, check_ebs_root};
 use crate::machine::{ExitCause, Machine, MachineError};
@@ -120,14 +120,14 @@ impl Inner {
 
     /// Has the guest of a running instance shut down, which nobody takes for the end of its run meanwhile.
     fn shut_down<'c>(&self, cell: &'c Cell, mut live: Hold<'c>) -> Result<(Hold<'c>, ImageConsistency)> {
-        if live.shuts_down == Some(live.generation) {
+        if live.powers_off_for() == Some(PowerOffFor::Image) {
             let what = format!("the guest of {} is shutting down for another image", cell.id);
             return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
         }
         let asked = live.machine.as_deref().filter(|machine| asked_to_power_off(*machine, PATIENCE));
         if let Some(state) = asked.map(Machine::state) {
             let generation = live.generation;
-            live.shuts_down = Some(generation);
+            live.set_powers_off_for(Some(PowerOffFor::Image));
             // Not held meanwhile: others may stop or terminate it.
             drop(live);
             let _ = state.wait(Clock::now() + PATIENCE, |s| s.exit_cause().is_some());

@@ -54,12 +54,19 @@ pub(crate) struct Live {
     pub(crate) claim: Option<Claim>,
     /// Counts its machines, so that the end of an earlier one is not taken for the end of this.
     pub(crate) generation: u64,
-    /// The generation of the machine whose guest was asked to power itself off, so that it can boot anew.
-    pub(crate) reboots: Option<u64>,
-    /// The generation of the machine whose guest shuts down for an image, after which it is started again.
-    pub(crate) shuts_down: Option<u64>,
+    /// Which of its machines has a guest that was asked to power itself off, and what for.
+    powers_off: Option<(u64, PowerOffFor)>,
     /// A volume of its launch cannot be made yet, which has been said.
     pub(crate) waits_for_room: bool,
+}
+
+/// What a guest was asked to power itself off for whose instance goes on after that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PowerOffFor {
+    /// It boots anew, by whoever sees it first.
+    Reboot,
+    /// An image is made, and whoever makes it has it boot anew.
+    Image,
 }
 
 impl Cell {
@@ -81,8 +88,7 @@ impl Cell {
                 vsock: None,
                 claim: None,
                 generation: 0,
-                reboots: None,
-                shuts_down: None,
+                powers_off: None,
                 waits_for_room: false,
             }),
             boot: Mutex::new(None),
@@ -141,6 +147,15 @@ impl Cell {
 }
 
 impl Live {
+    /// What the guest of its machine was asked to power itself off for, if its instance goes on after that.
+    pub(crate) fn powers_off_for(&self) -> Option<PowerOffFor> {
+        self.powers_off.filter(|(of, _)| *of == self.generation).map(|(_, what)| what)
+    }
+
+    pub(crate) fn set_powers_off_for(&mut self, what: Option<PowerOffFor>) {
+        self.powers_off = what.map(|what| (self.generation, what));
+    }
+
     /// The record in the next state.
     pub(crate) fn after(&self, by: Transition, reason: Option<StateReason>) -> Result<InstanceRecord> {
         let mut record = self.record.clone();
@@ -260,7 +275,7 @@ impl std::ops::DerefMut for Hold<'_> {
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
         // Who waits for a guest to shut down for an image sees it.
-        let awaited = self.shuts_down == Some(self.generation);
+        let awaited = self.powers_off_for() == Some(PowerOffFor::Image);
         let watched = self.machine.as_ref().filter(|_| !awaited).map(|m| (m.state(), self.generation));
         let unsettled = !self.record.launched && self.volumes.iter().any(Volume::has_files)
             || self.cell.shown_host_keys(&self.record).is_some();

@@ -144,10 +144,18 @@ impl Parameters {
             let what = "several instances cannot have one address";
             return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
         }
+        if !self.placement.more_interfaces.is_empty() {
+            let what = format!(
+                "an instance has one network interface, not {}",
+                1 + self.placement.more_interfaces.len()
+            );
+            return Err(Error::new(ErrorKind::AttachmentLimitExceeded, what));
+        }
         if let Some(interface) = self.placement.interface_id {
             let alone = PlacementRequest { interface_id: Some(interface), ..PlacementRequest::default() };
             if max > 1 || self.placement != alone {
-                let what = format!("{interface} is for one instance, and has its subnet, groups and address");
+                let what =
+                    format!("{interface} is for one instance, and has its subnet, groups and addresses");
                 return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
             }
         }

@@ -1,4 +1,4 @@
-//! The places in the network that a launch takes.
+//! The places of instances in the network: that a launch takes, and what becomes of them.
 
 use ami_core::InstanceId;
 
@@ -6,8 +6,9 @@ use super::Parameters;
 use crate::description::InstanceDescription;
 use crate::error::chain;
 use crate::network::{Network, NetworkPlacement};
+use crate::record::InstanceRecord;
 use crate::region::Inner;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, InstanceState, Result};
 
 /// Places that were taken, and are released again unless they are [kept](Self::keep).
 pub(super) struct Places<'a> {
@@ -26,6 +27,25 @@ impl Inner {
             }
             (Some(network), Some(key)) => network.public_key(key).map(Some),
             _ => Ok(None),
+        }
+    }
+
+    /// Tells the network what is now known of an instance that runs, or that it does no longer.
+    pub(crate) fn tell_network(&self, record: &InstanceRecord) {
+        let Some(network) = self.network.as_deref() else { return };
+        let told = match record.description.state {
+            InstanceState::Running => record.with_guest(|guest| {
+                network.update(guest);
+                Ok(())
+            }),
+            InstanceState::Stopped => {
+                record.description.network.iter().for_each(|placement| network.stopped(placement));
+                Ok(None)
+            }
+            _ => return,
+        };
+        if let Err(e) = told {
+            tracing::warn!(instance = %record.description.id, error = chain(&e), "the network is not told of a change");
         }
     }
 

@@ -219,10 +219,22 @@ impl LaunchSpec {
     }
 
     /// The interface of the region's network that it has, of one instance, instead of a new one: with its subnet, groups and
-    /// addresses. It stays when the instance is terminated.
+    /// addresses. It stays when the instance is terminated. Named again, it is one more, at the next device index: that is
+    /// [`AttachmentLimitExceeded`](crate::ErrorKind::AttachmentLimitExceeded), as an instance has one here, whatever its type.
     #[must_use]
     pub fn network_interface(mut self, id: NetworkInterfaceId) -> Self {
-        self.placement.interface_id = Some(id);
+        match self.placement.interface_id {
+            None => self.placement.interface_id = Some(id),
+            Some(_) => self.placement.more_interfaces.push(id),
+        }
+        self
+    }
+
+    /// Whether each instance has a public address while it runs (`AssociatePublicIpAddress`): one of the host's, by which others
+    /// reach it, another each time that it is started. Its subnet says whether it has, unless this does.
+    #[must_use]
+    pub fn associate_public_ip_address(mut self, associate: bool) -> Self {
+        self.placement.public_ip = Some(associate);
         self
     }
 
@@ -269,7 +281,12 @@ impl LaunchSpec {
                 subnet_id: place.subnet_id.or(other_place.subnet_id),
                 security_groups: given(place.security_groups, other_place.security_groups),
                 private_ip: place.private_ip.or(other_place.private_ip),
+                more_interfaces: match place.interface_id {
+                    Some(_) => place.more_interfaces,
+                    None => other_place.more_interfaces,
+                },
                 interface_id: place.interface_id.or(other_place.interface_id),
+                public_ip: place.public_ip.or(other_place.public_ip),
             },
             count: self.count.or(other.count),
             client_token: self.client_token.or(other.client_token),

@@ -60,6 +60,8 @@ impl Segment<'_> {
     }
 }
 
+pub(crate) use super::names::heard as names;
+
 /// Whatever the guest sends, what is heard of it is what it said, without a hole and in order.
 pub(crate) fn segments(view: &View, bytes: &[u8]) {
     let Some((first, rest)) = bytes.split_first() else { return };
@@ -124,7 +126,30 @@ pub(crate) fn segments(view: &View, bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn all_that_a_guest_takes_is_said_at_once() {
+        const MUCH: usize = 200_000;
+        let mut stack = Stack::new(&crate::fuzzing::view().unwrap());
+        let handle = stack.expect(KEY).unwrap();
+        let of_guest = |begin, acknowledged, window, flags, options| {
+            Segment { begin, acknowledged, window, flags, options, payload: vec![] }.frame()
+        };
+        // Its window is so many times 128 bytes.
+        let options: &[u8] = &[2, 4, 5, 180, 3, 3, 7, 0];
+        stack.take_syn(KEY, of_guest(BEGIN - 1, None, 4000, 2, options));
+        stack.work();
+        let answer = stack.next().unwrap();
+        let begun = TcpPacket::new_unchecked(&answer[ETHERNET_LEN + 20..]).seq_number() + 1;
+        stack.take(of_guest(BEGIN, Some(begun), 4000, 0, &[]));
+        stack.work();
+        assert_eq!(stack.get(handle).send_slice(&[1; MUCH]), Ok(MUCH));
+        stack.work();
+        let said = std::iter::from_fn(|| stack.next()).map(|packet| packet.len() - ETHERNET_LEN - 40);
+        assert_eq!(said.sum::<usize>(), MUCH);
+    }
 
     proptest! {
         #[test]

@@ -8,6 +8,7 @@ pub(crate) mod budget;
 mod datagram;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod gather;
 mod names;
 mod pipe;
 mod stack;
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use instance_core::net::{ServedStream, StreamServer};
 use mio::unix::SourceFd;
@@ -30,6 +31,7 @@ use mio::{Events, Interest, Poll, Token};
 
 use self::budget::Share;
 use self::datagram::Datagrams;
+use self::gather::Gather;
 use self::stream::Streams;
 use self::visitors::Visitors;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
@@ -83,6 +85,13 @@ impl Listener {
             Carrier::Tcp => Self::Tcp(TcpListener::bind(at)?),
             Carrier::Udp => Self::Udp(UdpSocket::bind(at)?),
         })
+    }
+
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Tcp(socket) => socket.local_addr(),
+            Self::Udp(socket) => socket.local_addr(),
+        }
     }
 }
 
@@ -190,6 +199,7 @@ struct Worker {
 impl Worker {
     fn work(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
+        let mut gather = Gather::new(Instant::now());
         while !self.over.load(Ordering::Acquire) && self.port.is_plugged() {
             self.take_orders();
             let received = self.serve(ServedStream::receive);
@@ -197,8 +207,10 @@ impl Worker {
             self.port.has_woken_itself();
             let registry = self.poll.registry();
             let view = self.port.view();
+            let mut came = 0;
             for frame in self.port.take_inbox() {
                 let Some(packet) = frame.get(ETHERNET_LEN..) else { continue };
+                came += frame.len();
                 let Some(flow) = Flow::parse(packet) else { continue };
                 match flow.transport {
                     Transport::Tcp { .. } => self.streams.take(registry, &view, &flow, frame),
@@ -215,6 +227,9 @@ impl Worker {
                     [self.streams.patience(), received, sent].into_iter().flatten().fold(SLEEP, Duration::min)
                 }
             };
+            if let Some(pause) = gather.pause(came, Instant::now()) {
+                thread::sleep(pause);
+            }
             match self.poll.poll(&mut events, Some(sleep)) {
                 Ok(()) => events.iter().for_each(|event| self.streams.notice(event)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -45,19 +45,8 @@ impl Names {
     ) -> io::Result<()> {
         // Who takes no answers is not listened to.
         while guest.can_recv() && self.answers.len() < LONGEST && self.questions.len() < LONGEST {
-            let room = LONGEST - self.heard.len();
-            let hear = |bytes: &mut [u8]| {
-                let taken = bytes.len().min(room);
-                self.heard.extend(&bytes[..taken]);
-                (taken, ())
-            };
+            let hear = |bytes: &mut [u8]| (self.hear(view, bytes), ());
             guest.recv(hear).map_err(|_| ErrorKind::ConnectionReset)?;
-            while let Some(message) = take_message(&mut self.heard) {
-                match dns::answer(view, &message[PREFIX..]) {
-                    Some(answer) => self.answers.extend(with_length(&answer)),
-                    None => self.questions.extend(message),
-                }
-            }
         }
         self.ask(registry, tokens, share)?;
         while guest.can_send() && !self.answers.is_empty() {
@@ -70,6 +59,20 @@ impl Names {
             guest.close();
         }
         Ok(())
+    }
+
+    /// Takes in what the guest says, as far as there is room for it: what the VPC knows itself is answered, the rest waits
+    /// for the resolver. Says how much was taken.
+    fn hear(&mut self, view: &View, bytes: &[u8]) -> usize {
+        // A message that fills the room is whole, so that there always is some.
+        let taken = bytes.len().min(LONGEST - self.heard.len());
+        self.heard.extend(&bytes[..taken]);
+        let (answers, questions) = (&mut self.answers, &mut self.questions);
+        take_messages(&mut self.heard, |message| match dns::answer(view, &message[PREFIX..]) {
+            Some(answer) => answers.extend(with_length(&answer)),
+            None => questions.extend(message),
+        });
+        taken
     }
 
     /// Passes questions on to the resolver, and takes what it says.
@@ -105,23 +108,63 @@ impl Names {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
-            while let Some(message) = take_message(&mut self.learned) {
-                self.answers.extend(message);
-            }
+            let answers = &mut self.answers;
+            take_messages(&mut self.learned, |message| answers.extend(message));
         }
         Ok(())
     }
 }
 
-/// The first message, with its length before it, if it is whole.
-fn take_message(bytes: &mut Vec<u8>) -> Option<Vec<u8>> {
+/// Takes the messages out that are whole, each with its length before it.
+fn take_messages(bytes: &mut Vec<u8>, mut each: impl FnMut(&[u8])) {
+    let mut rest = &bytes[..];
+    while let Some((message, behind)) = first_message(rest) {
+        each(message);
+        rest = behind;
+    }
+    let taken = bytes.len() - rest.len();
+    bytes.drain(..taken);
+}
+
+fn first_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let prefix: [u8; PREFIX] = *bytes.first_chunk()?;
-    let len = PREFIX + usize::from(u16::from_be_bytes(prefix));
-    (bytes.len() >= len).then(|| bytes.drain(..len).collect())
+    bytes.split_at_checked(PREFIX + usize::from(u16::from_be_bytes(prefix)))
 }
 
 fn with_length(message: &[u8]) -> Vec<u8> {
     // The VPC's own answers are short.
     let len = u16::try_from(message.len()).unwrap_or_default();
     [&len.to_be_bytes(), &message[..usize::from(len)]].concat()
+}
+
+/// A guest that says these bytes over a connection. Each message is answered or passed on, in its order and by itself,
+/// however its bytes come.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn heard(view: &View, bytes: &[u8]) {
+    let all_in = |size: usize| {
+        let mut names = Names::new(None);
+        for mut piece in bytes.chunks(size) {
+            while !piece.is_empty() {
+                let taken = names.hear(view, piece);
+                assert!(taken > 0 && names.heard.len() < LONGEST, "there is always room");
+                piece = &piece[taken..];
+            }
+        }
+        (names.answers, names.questions, names.heard)
+    };
+    let (mut answers, mut questions, mut rest) = (Vec::new(), Vec::new(), bytes);
+    while let [high, low, behind @ ..] = rest {
+        let Some((message, behind)) = behind.split_at_checked(usize::from(*high) << 8 | usize::from(*low))
+        else {
+            break;
+        };
+        match dns::answer(view, message) {
+            Some(answer) => answers.extend([&(answer.len() as u16).to_be_bytes(), &answer[..]].concat()),
+            None => questions.extend(&rest[..PREFIX + message.len()]),
+        }
+        rest = behind;
+    }
+    for size in [bytes.len().max(1), 1, 7] {
+        assert!(all_in(size) == (answers.clone(), questions.clone(), rest.to_vec()), "in pieces of {size}");
+    }
 }

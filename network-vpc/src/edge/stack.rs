@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use smoltcp::iface::{Config, Interface, PollIngressSingleResult, SocketHandle, SocketSet};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp;
 use smoltcp::time::{Duration as StackDuration, Instant as StackInstant};
 use smoltcp::wire::{HardwareAddress, IpCidr, Ipv4Cidr};
@@ -75,6 +75,11 @@ impl Stack {
     pub(super) fn work(&mut self) {
         let now = self.now();
         self.interface.poll(now, &mut self.wire, &mut self.sockets);
+        // Each conversation says one thing at a time.
+        while !self.wire.is_full()
+            && self.interface.poll_egress(now, &mut self.wire, &mut self.sockets) != PollResult::None
+        {
+        }
     }
 
     /// When there is something to do although nothing comes.

@@ -29,7 +29,7 @@ const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 7);
 const PEER_MAC: MacAddress = MacAddress([6, 0, 0, 0, 0, 7]);
 
 /// An interface that may send everything. None only where a constant is none.
-fn view() -> Option<View> {
+pub(crate) fn view() -> Option<View> {
     let everything = Rule::all(Peer::Cidr(ipnet::Ipv4Net::default()));
     let none = std::iter::empty();
     Some(View {
@@ -146,6 +146,12 @@ pub fn dns(bytes: &[u8]) {
     }
 }
 
+/// A guest that asks the resolver over TCP.
+pub fn dns_stream(bytes: &[u8]) {
+    let Some(view) = view() else { return };
+    crate::edge::fuzzing::names(&view, bytes);
+}
+
 /// A guest that talks to the metadata service and has no token: it is told nothing of the instance.
 pub fn metadata(bytes: &[u8]) {
     const SECRET: &[u8] = b"nobody is told this";
@@ -235,6 +241,7 @@ mod tests {
             "vpc_switch",
             "vpc_dhcp",
             "vpc_dns",
+            "vpc_dns_stream",
             "vpc_metadata",
             "vpc_fragments",
             "vpc_host_keys",
@@ -249,6 +256,7 @@ mod tests {
                     super::switch(&bytes[..len]);
                     super::dhcp(&bytes[..len]);
                     super::dns(&bytes[..len]);
+                    super::dns_stream(&bytes[..len]);
                     super::metadata(&bytes[..len]);
                     super::fragments(&bytes[..len]);
                     super::host_keys(&bytes[..len]);

@@ -1,14 +1,13 @@
 //! Elastic IP addresses of a network.
 
-use std::collections::HashSet;
 use std::net::Ipv4Addr;
 
 use ami_core::{AllocationId, AssociationId, NetworkInterfaceId};
 
+use super::public::any_free;
 use super::{Network, no_random};
 use crate::elastic::{Association, ElasticAddress};
 use crate::model::Model;
-use crate::switch::offset;
 use crate::{Error, ErrorKind, Result};
 
 impl Network {
@@ -36,21 +35,10 @@ impl Network {
     ///
     /// [`AddressLimit`](ErrorKind::AddressLimit) if none is left, or what the host refused.
     pub fn allocate_address(&self) -> Result<ElasticAddress> {
-        let pool = self.0.elastic_pool;
-        let last = u32::MAX.checked_shr(pool.prefix_len().into()).unwrap_or(0);
-        let mut random = [0; 4];
-        getrandom::fill(&mut random).map_err(|e| no_random(e.into()))?;
+        let begin = self.anywhere()?;
         let allocation_id = AllocationId::random().map_err(no_random)?;
         self.change(|model| {
-            let taken: HashSet<Ipv4Addr> =
-                model.addresses.values().map(|address| address.public_ip).collect();
-            // Neither the first nor the last. From anywhere on, as other networks of this host have the same pool.
-            let usable = last.saturating_sub(1);
-            let begin = u32::from_ne_bytes(random).checked_rem(usable).unwrap_or(0);
-            let mut all = (0..usable).map(|n| offset(pool, 1 + (begin + n) % usable));
-            let public_ip = all.find(|address| !taken.contains(address)).ok_or_else(|| {
-                Error::new(ErrorKind::AddressLimit, format!("every address of {pool} is allocated"))
-            })?;
+            let public_ip = any_free(model, self.0.elastic_pool, begin)?;
             let made = ElasticAddress { allocation_id, public_ip, association: None };
             model.addresses.insert(allocation_id, made.clone());
             Ok(made)
@@ -98,6 +86,10 @@ impl Network {
             }
             let made = Association { association_id, interface_id, private_ip };
             address(model, allocation)?.association = Some(made);
+            let interface = model.interface_mut(interface_id)?;
+            if interface.private_ip == private_ip {
+                interface.public_ip = None;
+            }
             Ok(association_id)
         })
     }

@@ -1,8 +1,8 @@
-//! Where on the host interfaces are reached: at forwarded ports and at Elastic IP addresses.
+//! Where on the host interfaces are reached: at forwarded ports and at public addresses.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind as IoErrorKind;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::NetworkInterfaceId;
 
@@ -10,12 +10,12 @@ use super::{Network, Plugged};
 use crate::edge::{Carrier, Entrance, Forward, Listener};
 use crate::{Error, NetworkInterface, Result};
 
-/// Where an interface's Elastic IP addresses are listened at, and the address of the interface that each leads to.
-pub(crate) type ElasticOffers = BTreeMap<(Carrier, SocketAddr), Ipv4Addr>;
+/// Where an interface's public addresses are listened at, and the address of the interface that each leads to.
+pub(crate) type PublicOffers = BTreeMap<(Carrier, SocketAddr), Ipv4Addr>;
 
 impl Network {
     /// Has a port of TCP of an interface reached at an address of the host's, and says which: with port 0, a free one is
-    /// taken. What comes in by UDP comes to an [Elastic IP address](Self::allocate_address). It stays so when the network is opened again, but for one that was not asked for: if that is taken by
+    /// taken. It stays so when the network is opened again, but for one that was not asked for: if that is taken by
     /// then, the instance is plugged in with another, which [`interface`](Self::interface) says.
     ///
     /// Clients get in whom the interface's groups let in, by their own addresses. The guest sees those of
@@ -34,44 +34,88 @@ impl Network {
     ///
     /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound), or that the host has no such address free.
     pub fn forward(&self, id: NetworkInterfaceId, port: u16, at: SocketAddr) -> Result<SocketAddr> {
-        let is_chosen = at.port() == 0;
-        let refused = |e| Error::host(format!("cannot listen at {at}"), e);
-        self.model().interface(id)?;
-        let listener = TcpListener::bind(at).map_err(refused)?;
-        let at = listener.local_addr().map_err(refused)?;
-        self.stop_forwarding(id, port)?;
-        let mut plugged = self.plugged();
-        self.change_with(&mut plugged, |model| {
-            let interface = model.interface_mut(id)?;
-            interface.forwards.insert(port, at);
-            if is_chosen {
-                interface.chosen_forwards.insert(port);
-            }
-            Ok(())
-        })?;
-        if let Some(plugged) = plugged.get(&id) {
-            plugged.edge.listen(forwarded(listener, Entrance { at, port, to: None }));
-        }
-        Ok(at)
+        self.forward_by(Carrier::Tcp, id, port, at)
     }
 
-    /// Takes that back. Conversations go on.
+    /// The same for a port of UDP. A client that has been silent for a minute begins anew, and of more than 512 the one that
+    /// was silent longest makes room.
+    ///
+    /// ```
+    /// # use network_vpc::{Direction, Network, Rule};
+    /// # let network = Network::in_memory(&"us-east-1".parse()?)?;
+    /// let group = network.create_security_group(network.default_vpc()?, "names", "a name server")?;
+    /// network.authorize(group.id, Direction::Ingress, Rule::udp(53..=53, "0.0.0.0/0".parse()?))?;
+    /// let interface = network.create_interface(network.interface_spec()?.groups([group.id]))?;
+    /// let at = network.forward_udp(interface.id, 53, "127.0.0.1:0".parse()?)?;
+    /// println!("dig @{} -p {} example.com", at.ip(), at.port());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn forward_udp(&self, id: NetworkInterfaceId, port: u16, at: SocketAddr) -> Result<SocketAddr> {
+        self.forward_by(Carrier::Udp, id, port, at)
+    }
+
+    /// Has a port of TCP reached no longer. Conversations go on.
     ///
     /// # Errors
     ///
     /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound), or what the host refused.
     pub fn stop_forwarding(&self, id: NetworkInterfaceId, port: u16) -> Result<()> {
+        self.stop_forwarding_by(Carrier::Tcp, id, port)
+    }
+
+    /// The same for a port of UDP. What came in there ends, as there is nothing left to answer from.
+    ///
+    /// # Errors
+    ///
+    /// As [`stop_forwarding`](Self::stop_forwarding).
+    pub fn stop_forwarding_udp(&self, id: NetworkInterfaceId, port: u16) -> Result<()> {
+        self.stop_forwarding_by(Carrier::Udp, id, port)
+    }
+
+    fn forward_by(
+        &self,
+        carrier: Carrier,
+        id: NetworkInterfaceId,
+        port: u16,
+        at: SocketAddr,
+    ) -> Result<SocketAddr> {
+        let is_chosen = at.port() == 0;
+        let refused = |e| Error::host(format!("cannot listen at {at}"), e);
+        self.model().interface(id)?;
+        let listener = Listener::bind(carrier, at).map_err(refused)?;
+        let at = listener.local_addr().map_err(refused)?;
+        self.stop_forwarding_by(carrier, id, port)?;
         let mut plugged = self.plugged();
-        if !self.model().interface(id)?.forwards.contains_key(&port) {
+        self.change_with(&mut plugged, |model| {
+            let (forwards, chosen) = model.interface_mut(id)?.forwards_mut(carrier);
+            forwards.insert(port, at);
+            if is_chosen {
+                chosen.insert(port);
+            }
+            Ok(())
+        })?;
+        if let Some(plugged) = plugged.get(&id) {
+            plugged.edge.listen(Forward { listener, entrance: Entrance { at, port, to: None } });
+        }
+        Ok(at)
+    }
+
+    fn stop_forwarding_by(&self, carrier: Carrier, id: NetworkInterfaceId, port: u16) -> Result<()> {
+        let mut plugged = self.plugged();
+        if !self.model().interface(id)?.forwards_by(carrier).0.contains_key(&port) {
             return Ok(());
         }
         let at = self.change_with(&mut plugged, |model| {
-            let interface = model.interface_mut(id)?;
-            interface.chosen_forwards.remove(&port);
-            Ok(interface.forwards.remove(&port))
+            let (forwards, chosen) = model.interface_mut(id)?.forwards_mut(carrier);
+            chosen.remove(&port);
+            Ok(forwards.remove(&port))
         })?;
         if let (Some(at), Some(plugged)) = (at, plugged.get(&id)) {
-            plugged.edge.unlisten(Carrier::Tcp, at);
+            plugged.edge.unlisten(carrier, at);
         }
         Ok(())
     }
@@ -85,40 +129,42 @@ impl Network {
         interface: &NetworkInterface,
     ) -> Result<()> {
         let mut moved = Vec::new();
-        for (&port, &before) in &interface.forwards {
-            let refused = |e| Error::host(format!("cannot listen at {before}"), e);
-            let listener = match TcpListener::bind(before) {
-                Err(e) if e.kind() == IoErrorKind::AddrInUse && interface.chosen_forwards.contains(&port) => {
-                    TcpListener::bind((before.ip(), 0))
+        for carrier in [Carrier::Tcp, Carrier::Udp] {
+            let (forwards, chosen) = interface.forwards_by(carrier);
+            for (&port, &before) in forwards {
+                let refused = |e| Error::host(format!("cannot listen at {before}"), e);
+                let listener = match Listener::bind(carrier, before) {
+                    Err(e) if e.kind() == IoErrorKind::AddrInUse && chosen.contains(&port) => {
+                        Listener::bind(carrier, (before.ip(), 0).into())
+                    }
+                    bound => bound,
+                };
+                let listener = listener.map_err(refused)?;
+                let at = listener.local_addr().map_err(refused)?;
+                there.edge.listen(Forward { listener, entrance: Entrance { at, port, to: None } });
+                if at != before {
+                    moved.push((carrier, port, at));
                 }
-                bound => bound,
-            };
-            let listener = listener.map_err(refused)?;
-            let at = listener.local_addr().map_err(refused)?;
-            there.edge.listen(forwarded(listener, Entrance { at, port, to: None }));
-            if at != before {
-                moved.push((port, at));
             }
         }
         if moved.is_empty() {
             return Ok(());
         }
         self.change_with(plugged, |model| {
-            model.interface_mut(interface.id)?.forwards.extend(moved);
+            let there = model.interface_mut(interface.id)?;
+            for (carrier, port, at) in moved {
+                there.forwards_mut(carrier).0.insert(port, at);
+            }
             Ok(())
         })
     }
 }
 
-fn forwarded(listener: TcpListener, entrance: Entrance) -> Forward {
-    Forward { listener: Listener::Tcp(listener), entrance }
-}
-
 impl Plugged {
-    /// Listens no longer for Elastic IP addresses where that is not among what is wanted.
-    pub(super) fn withdraw(&mut self, wanted: &ElasticOffers) {
+    /// Listens no longer for public addresses where that is not among what is wanted.
+    pub(super) fn withdraw(&mut self, wanted: &PublicOffers) {
         let edge = &self.edge;
-        self.elastic.retain(|place, to| {
+        self.public.retain(|place, to| {
             let stays = wanted.get(place) == Some(to);
             if !stays {
                 edge.unlisten(place.0, place.1);
@@ -127,19 +173,19 @@ impl Plugged {
         });
     }
 
-    /// Listens for Elastic IP addresses where that is wanted and the host lets us.
-    pub(super) fn offer(&mut self, wanted: ElasticOffers) {
+    /// Listens for public addresses where that is wanted and the host lets us.
+    pub(super) fn offer(&mut self, wanted: PublicOffers) {
         for ((carrier, at), to) in wanted {
-            if self.elastic.contains_key(&(carrier, at)) {
+            if self.public.contains_key(&(carrier, at)) {
                 continue;
             }
             match Listener::bind(carrier, at) {
                 Ok(listener) => {
                     let entrance = Entrance { at, port: at.port(), to: Some(to) };
                     self.edge.listen(Forward { listener, entrance });
-                    self.elastic.insert((carrier, at), to);
+                    self.public.insert((carrier, at), to);
                 }
-                Err(error) => tracing::warn!(%error, %at, "an Elastic IP address is not listened at"),
+                Err(error) => tracing::warn!(%error, %at, "a public address is not listened at"),
             }
         }
     }

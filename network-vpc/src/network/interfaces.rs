@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use ami_core::{InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId};
 use instance_core::net::MacAddress;
 
+use super::public::any_free as any_free_public;
 use super::{Network, groups, no_random};
 use crate::model::{Model, check_address, usable};
 use crate::{Error, ErrorKind, NetworkInterface, Result, Subnet};
@@ -18,13 +19,14 @@ pub struct InterfaceSpec {
     subnet: SubnetId,
     groups: Vec<SecurityGroupId>,
     private_ip: Option<Ipv4Addr>,
+    public_ip: Option<bool>,
     source_dest_check: bool,
 }
 
 impl InterfaceSpec {
     /// An interface in a subnet, in no group yet.
     pub fn new(subnet: SubnetId) -> Self {
-        Self { subnet, groups: Vec::new(), private_ip: None, source_dest_check: true }
+        Self { subnet, groups: Vec::new(), private_ip: None, public_ip: None, source_dest_check: true }
     }
 
     /// In these groups; in its VPC's default one, if in none.
@@ -36,6 +38,13 @@ impl InterfaceSpec {
     /// With this address.
     pub fn private_ip(mut self, address: Ipv4Addr) -> Self {
         self.private_ip = Some(address);
+        self
+    }
+
+    /// Whether it has a public address while it is plugged in. If nothing is said, it has one if it is made for an instance
+    /// and its subnet [says so](Network::set_map_public_ip_on_launch).
+    pub fn associate_public_ip_address(mut self, associate: bool) -> Self {
+        self.public_ip = Some(associate);
         self
     }
 
@@ -77,9 +86,9 @@ impl Network {
         instance_id: Option<InstanceId>,
         spec: InterfaceSpec,
     ) -> Result<NetworkInterface> {
-        let InterfaceSpec { subnet, groups, private_ip, source_dest_check } = spec;
+        let InterfaceSpec { subnet, groups, private_ip, public_ip, source_dest_check } = spec;
         let id = NetworkInterfaceId::random().map_err(no_random)?;
-        let mac = random_mac()?;
+        let (mac, begin) = (random_mac()?, self.anywhere()?);
         self.change(|model| {
             let subnet = model.subnet(subnet)?.clone();
             let groups = groups::of_interface(model, subnet.vpc_id, groups)?;
@@ -87,7 +96,11 @@ impl Network {
                 Some(address) => free(model, &subnet, address)?,
                 None => any_free(model, &subnet)?,
             };
-            let (forwards, chosen_forwards, secondary_private_ips) = Default::default();
+            let has_public = public_ip.unwrap_or(instance_id.is_some() && subnet.map_public_ip_on_launch);
+            let public_ip = (has_public && instance_id.is_some())
+                .then(|| any_free_public(model, self.0.elastic_pool, begin))
+                .transpose()?;
+            let (forwards, chosen_forwards, udp_forwards, chosen_udp_forwards) = Default::default();
             let (subnet_id, vpc_id) = (subnet.id, subnet.vpc_id);
             let made = NetworkInterface {
                 id,
@@ -95,13 +108,17 @@ impl Network {
                 vpc_id,
                 mac,
                 private_ip,
-                secondary_private_ips,
+                secondary_private_ips: Vec::new(),
+                public_ip,
+                has_public,
                 groups,
                 source_dest_check,
                 instance_id,
                 stays: false,
                 forwards,
                 chosen_forwards,
+                udp_forwards,
+                chosen_udp_forwards,
             };
             model.interfaces.insert(id, made.clone());
             Ok(made)

@@ -22,6 +22,7 @@ impl From<Error> for instance_core::Error {
             ErrorKind::SubnetFull => Region::SubnetFull,
             ErrorKind::GroupNotFound => Region::SecurityGroupNotFound,
             ErrorKind::AddressInUse => Region::AddressInUse,
+            ErrorKind::AddressLimit => Region::AddressLimitExceeded,
             ErrorKind::InterfaceNotFound => Region::NetworkInterfaceNotFound,
             ErrorKind::InterfaceInUse => Region::NetworkInterfaceInUse,
             ErrorKind::KeyPairNotFound => Region::KeyPairNotFound,
@@ -50,6 +51,9 @@ impl instance_core::network::Network for Network {
                 if let Some(address) = request.private_ip {
                     spec = spec.private_ip(address);
                 }
+                if let Some(associate) = request.public_ip {
+                    spec = spec.associate_public_ip_address(associate);
+                }
                 self.create_interface_for(Some(instance), spec)?
             }
         };
@@ -75,6 +79,17 @@ impl instance_core::network::Network for Network {
         }
     }
 
+    fn public_ip(&self, placement: &NetworkPlacement) -> Option<Ipv4Addr> {
+        let model = self.model();
+        model.primary_public_ip(model.interface(placement.interface_id).ok()?)
+    }
+
+    fn stopped(&self, placement: &NetworkPlacement) {
+        if let Err(error) = self.take_public_ip(placement.interface_id) {
+            tracing::warn!(%error, id = %placement.interface_id, "a stopped instance keeps its public address");
+        }
+    }
+
     fn update(&self, guest: Guest<'_>) {
         // It may be about to be unplugged.
         let _ = self.set_metadata(guest.placement.interface_id, Some(self.metadata_of(guest)));
@@ -97,8 +112,12 @@ impl instance_core::network::Network for Network {
     fn keep_only(&self, interfaces: &HashSet<NetworkInterfaceId>) -> Result<()> {
         let left =
             |there: &crate::NetworkInterface| there.instance_id.is_some() && !interfaces.contains(&there.id);
-        if self.model().interfaces.values().any(left) {
+        let had_public =
+            |there: &crate::NetworkInterface| there.instance_id.is_some() && there.public_ip.is_some();
+        if self.model().interfaces.values().any(|there| left(there) || had_public(there)) {
             self.change(|model| {
+                let those = model.interfaces.values_mut().filter(|there| had_public(there));
+                those.for_each(|there| there.public_ip = None);
                 let gone: Vec<_> =
                     model.interfaces.values().filter(|there| left(there)).map(|i| i.id).collect();
                 gone.into_iter().for_each(|id| model.give_up(id));

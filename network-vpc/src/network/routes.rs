@@ -76,9 +76,8 @@ impl Network {
                 let what = format!("{id} is not attached to {vpc}");
                 return Err(Error::new(ErrorKind::GatewayNotAttached, what));
             }
-            let mapped = model.addresses.values().filter_map(|address| address.association.as_ref());
-            let mut interfaces = mapped.filter_map(|a| model.interfaces.get(&a.interface_id));
-            if interfaces.any(|interface| interface.vpc_id == vpc) {
+            let mut inside = model.interfaces.values().filter(|interface| interface.vpc_id == vpc);
+            if inside.any(|interface| model.public(interface).next().is_some()) {
                 let what = format!("{vpc} has mapped public addresses");
                 return Err(Error::new(ErrorKind::DependencyViolation, what));
             }

@@ -127,7 +127,14 @@ fn add_subnet(model: &mut Model, vpc: VpcId, cidr: Ipv4Net) -> Result<Subnet> {
     }
     let id = SubnetId::random().map_err(no_random)?;
     let availability_zone = format!("{}a", model.region);
-    let subnet = Subnet { id, vpc_id: vpc, cidr, availability_zone, route_table_id: None };
+    let subnet = Subnet {
+        id,
+        vpc_id: vpc,
+        cidr,
+        availability_zone,
+        route_table_id: None,
+        map_public_ip_on_launch: false,
+    };
     model.subnets.insert(id, subnet.clone());
     Ok(subnet)
 }

@@ -1,0 +1,103 @@
+//! Public addresses that interfaces have while their instances run (EC2 User Guide, "Public IPv4 addresses").
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+
+use ami_core::{NetworkInterfaceId, SubnetId};
+use ipnet::Ipv4Net;
+
+use super::{Network, Plugged, no_random};
+use crate::model::Model;
+use crate::switch::offset;
+use crate::{Error, ErrorKind, NetworkInterface, Result};
+
+impl Network {
+    /// Whether instances that are launched into a subnet from now on have a public address while they run, unless their
+    /// launch says otherwise (`MapPublicIpOnLaunch`). They have not before this is said, in the default subnet neither,
+    /// unlike EC2's.
+    ///
+    /// The address is one of the [pool](super::NetworkOptions::elastic_pool) of the Elastic IP addresses and is listened at
+    /// [like those](Self::associate_address). An instance has another each time that it is started, and none any more
+    /// when an Elastic IP address leads to its primary address; it is not given one for it when that leads elsewhere
+    /// before it is started again.
+    ///
+    /// ```
+    /// # use network_vpc::Network;
+    /// # let network = Network::in_memory(&"us-east-1".parse()?)?;
+    /// let subnet = network.subnets()[0].id;
+    /// network.set_map_public_ip_on_launch(subnet, true)?;
+    /// assert!(network.subnets()[0].map_public_ip_on_launch);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound), or what the host refused.
+    pub fn set_map_public_ip_on_launch(&self, subnet: SubnetId, on: bool) -> Result<()> {
+        self.change(|model| {
+            model.subnet_mut(subnet)?.map_public_ip_on_launch = on;
+            Ok(())
+        })
+    }
+
+    /// Gives an interface a public address that is about to be plugged in, if it is to have one and has none.
+    pub(super) fn give_public_ip(
+        &self,
+        plugged: &mut HashMap<NetworkInterfaceId, Plugged>,
+        id: NetworkInterfaceId,
+    ) -> Result<()> {
+        let lacks = {
+            let model = self.model();
+            let interface = model.interface(id)?;
+            interface.has_public && model.public(interface).all(|(_, own)| own != interface.private_ip)
+        };
+        if !lacks {
+            return Ok(());
+        }
+        let begin = self.anywhere()?;
+        self.change_with(plugged, |model| {
+            let public = any_free(model, self.0.elastic_pool, begin)?;
+            model.interface_mut(id)?.public_ip = Some(public);
+            Ok(())
+        })
+    }
+
+    /// Takes the public address from an interface that it has only while its instance runs. Its machine is gone.
+    pub(super) fn take_public_ip(&self, id: NetworkInterfaceId) -> Result<()> {
+        if self.model().interface(id)?.public_ip.is_none() {
+            return Ok(());
+        }
+        // Nobody listens at the address any more who could be told not to.
+        self.unplug(id);
+        self.change(|model| {
+            model.interface_mut(id)?.public_ip = None;
+            Ok(())
+        })
+    }
+
+    /// Where in the pool to begin to look for a free address, as other networks of this host have the same.
+    pub(super) fn anywhere(&self) -> Result<u32> {
+        let mut random = [0; 4];
+        getrandom::fill(&mut random).map_err(|e| no_random(e.into()))?;
+        Ok(u32::from_ne_bytes(random))
+    }
+}
+
+impl Model {
+    /// The public address by which an interface is reached at its primary one.
+    pub(super) fn primary_public_ip(&self, interface: &NetworkInterface) -> Option<Ipv4Addr> {
+        self.public(interface).find(|(_, own)| *own == interface.private_ip).map(|(public, _)| public)
+    }
+}
+
+/// An address of the pool that nobody has.
+pub(super) fn any_free(model: &Model, pool: Ipv4Net, begin: u32) -> Result<Ipv4Addr> {
+    let taken = model.taken_public();
+    // Neither the first nor the last.
+    let last = u32::MAX.checked_shr(pool.prefix_len().into()).unwrap_or(0);
+    let usable = last.saturating_sub(1);
+    let begin = begin.checked_rem(usable).unwrap_or(0);
+    let mut all = (0..usable).map(|n| offset(pool, 1 + (begin + n) % usable));
+    all.find(|address| !taken.contains(address))
+        .ok_or_else(|| Error::new(ErrorKind::AddressLimit, format!("every address of {pool} is taken")))
+}

@@ -1,0 +1,141 @@
+//! Public addresses that instances have while they run.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use common::region::{Idle, image, open, spec};
+use common::setup::anywhere;
+use instance_core::RegionOptions;
+use instance_core::testing::FakeHypervisor;
+use network_vpc::{Direction, NetworkOptions, Rule};
+
+/// A port that needs no privilege to be listened at.
+const PORT: u16 = 8643;
+
+#[test]
+fn an_instance_has_a_public_address_while_it_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let machines = Idle::new();
+    let (region, network) = open(dir.path(), machines.clone());
+    let ami = image(&region);
+    let subnet = network.subnets()[0].id;
+    let group = network.create_security_group(network.default_vpc().unwrap(), "web", "").unwrap().id;
+    network.authorize(group, Direction::Ingress, Rule::tcp(PORT, anywhere())).unwrap();
+    let launch = || spec().security_group(group);
+    assert_eq!(region.launch(&ami, launch()).unwrap().public_ip(), None, "unless it is asked for");
+    let asked = region.launch(&ami, launch().associate_public_ip_address(true)).unwrap();
+    assert!(asked.public_ip().is_some());
+    network.set_map_public_ip_on_launch(subnet, true).unwrap();
+    let without = region.launch(&ami, launch().associate_public_ip_address(false)).unwrap();
+    assert_eq!(without.public_ip(), None);
+    let server = region.launch(&ami, launch()).unwrap();
+    let public = server.public_ip().unwrap();
+    assert_ne!(asked.public_ip(), Some(public));
+    let interface = server.describe().network.unwrap().interface_id;
+    assert_eq!(network.interface(interface).unwrap().public_ip, Some(public));
+    let is_listened_at = |public: Ipv4Addr| TcpStream::connect((public, PORT)).is_ok();
+    let (mut guest, _) = machines.guest();
+    assert!(is_listened_at(public));
+    assert_eq!(told(&mut guest), Some(public.to_string()));
+
+    // What is plugged in is a machine's and this test's.
+    drop(guest);
+    let let_go = || drop(machines.guest());
+    server.reboot().unwrap();
+    assert_eq!(server.public_ip(), Some(public), "a reboot changes nothing");
+    assert!(is_listened_at(public));
+    let_go();
+    server.stop(Duration::ZERO).unwrap();
+    assert_eq!(server.public_ip(), None);
+    TcpListener::bind((public, PORT)).expect("nobody listens any more");
+    server.start().unwrap();
+    let next = server.public_ip().unwrap();
+    assert!(is_listened_at(next));
+
+    // One that stays takes its place, and gives none back.
+    let address = network.allocate_address().unwrap();
+    let association = network.associate_address(address.allocation_id, interface, None).unwrap();
+    assert_eq!(server.public_ip(), Some(address.public_ip));
+    assert!(is_listened_at(address.public_ip) && !is_listened_at(next));
+    let_go();
+    server.stop(Duration::ZERO).unwrap();
+    server.start().unwrap();
+    assert_eq!(server.public_ip(), Some(address.public_ip));
+    network.disassociate_address(association).unwrap();
+    assert_eq!(server.public_ip(), None);
+    let_go();
+    server.stop(Duration::ZERO).unwrap();
+    server.start().unwrap();
+    assert!(server.public_ip().is_some());
+    server.terminate().unwrap();
+    assert_eq!(server.public_ip(), None);
+}
+
+/// What a guest is told of its public address.
+fn told(guest: &mut common::Guest) -> Option<String> {
+    let service = Ipv4Addr::new(169, 254, 169, 254);
+    let ttl = "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n";
+    let (_, token) = guest.http(service, &format!("PUT /latest/api/token HTTP/1.1\r\n{ttl}"));
+    let header = format!("X-aws-ec2-metadata-token: {token}\r\n");
+    let (status, body) =
+        guest.http(service, &format!("GET /latest/meta-data/public-ipv4 HTTP/1.1\r\n{header}"));
+    (status == 200).then_some(body)
+}
+
+#[test]
+fn nothing_is_left_of_a_public_address_after_a_crash() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path(), FakeHypervisor::new());
+    let server = region.launch(&image(&region), spec().associate_public_ip_address(true)).unwrap();
+    let id = server.id();
+    assert!(server.public_ip().is_some());
+    // What runs when its region goes is found stopped.
+    drop((server, region, network));
+    let (region, network) = open(dir.path(), FakeHypervisor::new());
+    let server = region.instance(id).unwrap();
+    assert_eq!(server.public_ip(), None);
+    assert_eq!(network.interfaces()[0].public_ip, None);
+    server.start().unwrap();
+    assert!(server.public_ip().is_some());
+}
+
+#[test]
+fn what_cannot_have_a_public_address_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "eu-west-1".parse().unwrap();
+    let pool = "127.65.8.0/30".parse().unwrap();
+    let network = NetworkOptions::new().resolver(None).elastic_pool(pool).in_memory(&name).unwrap();
+    let options = RegionOptions::new().name(name).network(network.clone());
+    let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
+    let ami = image(&region);
+    let own = network.create_interface(network.interface_spec().unwrap()).unwrap();
+    let public = || spec().associate_public_ip_address(true);
+    let refused = region.launch(&ami, public().network_interface(own.id)).unwrap_err();
+    assert_eq!(refused.code(), "InvalidParameterCombination");
+    let refused = network.set_map_public_ip_on_launch("subnet-0123456789abcdef0".parse().unwrap(), true);
+    assert_eq!(refused.unwrap_err().code(), "InvalidSubnetID.NotFound");
+
+    // Two addresses are there, for whatever has a public one.
+    let address = network.allocate_address().unwrap();
+    let refused = region.run_instances(&ami, public().count(2, 2)).unwrap_err();
+    assert_eq!(refused.code(), "AddressLimitExceeded");
+    assert!(region.instances().is_empty() && network.interfaces() == [own]);
+    let server = region.launch(&ami, public()).unwrap();
+    assert_ne!(server.public_ip(), Some(address.public_ip));
+    assert_eq!(network.allocate_address().unwrap_err().code(), "AddressLimitExceeded");
+    let gateway = network.internet_gateways()[0].clone();
+    let needed = network.detach_internet_gateway(gateway.id, gateway.vpc_id.unwrap()).unwrap_err();
+    assert_eq!(needed.code(), "DependencyViolation");
+
+    // Another takes the address while the instance is stopped.
+    server.stop(Duration::ZERO).unwrap();
+    let taken = network.allocate_address().unwrap();
+    assert_eq!(server.start().unwrap_err().code(), "AddressLimitExceeded");
+    network.release_address(taken.allocation_id).unwrap();
+    server.start().unwrap();
+    server.terminate().unwrap();
+    network.detach_internet_gateway(gateway.id, gateway.vpc_id.unwrap()).unwrap();
+}
