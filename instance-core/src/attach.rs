@@ -167,7 +167,7 @@ impl Inner {
         let mut record = live.record.clone();
         // What is on it need not be whole.
         record.shut_down = false;
-        let description = &mut record.description;
+        let description = record.description_mut();
         let attachment =
             Attachment { device_name: name.to_string(), volume_id: id, delete_on_termination: false };
         // The root volume is the first.
@@ -213,7 +213,7 @@ impl Inner {
         // From here on no instance says what it is made of.
         self.settle_volumes(&mut live)?;
         let mut record = live.record.clone();
-        record.description.attachments.remove(place);
+        record.description_mut().attachments.remove(place);
         if live.machine.is_none() {
             return self.change(&cell, &mut live, record);
         }
@@ -336,7 +336,7 @@ impl Inner {
 
 /// That an instance has no disk of this name: neither a volume, nor instance store.
 fn check_free_device(record: &InstanceRecord, name: &DeviceName) -> Result<()> {
-    let InstanceDescription { id, attachments, instance_type, .. } = &record.description;
+    let InstanceDescription { id, attachments, instance_type, .. } = &*record.description;
     let is_there = |other: &str| other.parse().is_ok_and(|other| name.same_disk(&other));
     let what = if attachments.iter().any(|attachment| is_there(&attachment.device_name)) {
         "a volume"

@@ -6,9 +6,10 @@
 //! unpacks to is named by the digest of the packed one, which an instance that starts again finds on its volume.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ami_core::{Architecture, Digest};
 use boot_image::{BootEntry, Kernel};
@@ -18,6 +19,9 @@ use storage_block::Disk;
 use crate::garbage::remove_any;
 use crate::machine::{Boot, BootFile};
 use crate::{Error, ErrorKind, Result};
+
+/// How many files are kept open.
+const MAX_OPEN: usize = 64;
 
 /// What is to be loaded, by digests of files in the cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,13 +42,15 @@ impl BootPlan {
 #[derive(Debug)]
 pub(crate) struct BootCache {
     dir: PathBuf,
+    /// Those that were opened for launches, which share them.
+    opened: Mutex<HashMap<Digest, BootFile>>,
 }
 
 impl BootCache {
     /// Opens the cache, made when it is not there; what a crash left half written goes.
     pub(crate) fn open(dir: PathBuf) -> Result<Self> {
         fs::create_dir_all(&dir).map_err(|e| Error::io(e, format!("cannot make {}", dir.display())))?;
-        Ok(Self { dir })
+        Ok(Self { dir, opened: Mutex::default() })
     }
 
     /// Finds what `disk` boots and keeps it.
@@ -83,13 +89,31 @@ impl BootCache {
 
     /// Opens what a plan names.
     pub(crate) fn boot(&self, plan: &BootPlan) -> Result<Boot> {
-        let open = |digest: Digest| {
-            let path = self.path(digest);
-            let opened = File::open(&path).and_then(BootFile::new);
-            opened.map_err(|e| Error::io(e, format!("cannot open the boot file {}", path.display())))
-        };
-        let initrd = plan.initrd.map(open).transpose()?;
-        Ok(Boot::new(open(plan.kernel)?, initrd, plan.command_line.clone()))
+        let initrd = plan.initrd.map(|digest| self.file(digest)).transpose()?;
+        Ok(Boot::new(self.file(plan.kernel)?, initrd, plan.command_line.clone()))
+    }
+
+    /// The file with this digest, which is opened once for all launches.
+    fn file(&self, digest: Digest) -> Result<BootFile> {
+        let mut files = self.opened();
+        if let Some(file) = files.get(&digest) {
+            return Ok(file.clone());
+        }
+        let path = self.path(digest);
+        let opened = File::open(&path).and_then(BootFile::new);
+        let file =
+            opened.map_err(|e| Error::io(e, format!("cannot open the boot file {}", path.display())))?;
+        // Each is a descriptor.
+        if files.len() >= MAX_OPEN {
+            files.clear();
+        }
+        files.insert(digest, file.clone());
+        Ok(file)
+    }
+
+    // Nothing that is done under the lock panics half way.
+    fn opened(&self) -> MutexGuard<'_, HashMap<Digest, BootFile>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Finds what `disk` boots and opens it: in the cache if an image has the same, else as files without names. No
@@ -132,7 +156,9 @@ impl BootCache {
 
     /// Removes every file that no plan names.
     pub(crate) fn remove_unreferenced<'a>(&self, plans: impl Iterator<Item = &'a BootPlan>) -> Result<()> {
-        let keep: HashSet<PathBuf> = plans.flat_map(BootPlan::files).map(|d| self.path(d)).collect();
+        let keep: HashSet<Digest> = plans.flat_map(BootPlan::files).collect();
+        self.opened().retain(|digest, _| keep.contains(digest));
+        let keep: HashSet<PathBuf> = keep.into_iter().map(|digest| self.path(digest)).collect();
         let failed = |e| Error::io(e, format!("cannot clear {}", self.dir.display()));
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
@@ -257,6 +283,7 @@ fn refused(e: boot_image::Error, what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::sync::Arc;
 
     use super::*;
     use crate::testing::tiny_elf;
@@ -285,6 +312,19 @@ mod tests {
         let opened = cache.open_bytes(&found.kernel).unwrap();
         assert_eq!(opened.read().unwrap(), tiny_elf());
         assert_eq!(inode(&opened), inode(&cache.boot(&kept).unwrap().kernel));
+    }
+
+    #[test]
+    fn a_file_is_opened_once_and_let_go_with_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = BootCache::open(dir.path().to_owned()).unwrap();
+        let plan = cache.keep(&Found::with_kernel(&tiny_elf(), None, String::new()).unwrap()).unwrap();
+        let open = || cache.boot(&plan).unwrap().kernel;
+        assert!(Arc::ptr_eq(open().file(), open().file()));
+        cache.remove_unreferenced([&plan].into_iter()).unwrap();
+        assert_eq!(cache.opened().len(), 1);
+        cache.remove_unreferenced(std::iter::empty()).unwrap();
+        assert_eq!(cache.opened().len(), 0);
     }
 
     fn inode(file: &BootFile) -> u64 {

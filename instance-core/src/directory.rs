@@ -51,9 +51,12 @@ impl Directory {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a description in the place of what there was.
-    pub(crate) fn set(&self, description: InstanceDescription) {
-        self.write().set(Arc::new(description));
+    /// Puts a description in the place of what there was. Who does it holds the instance.
+    pub(crate) fn set(&self, description: Arc<InstanceDescription>) {
+        let old = self.read().descriptions.get(&description.id).cloned();
+        // What all wait for each other with is no more than the change.
+        let change = Reindexing::of(old.as_deref(), &description);
+        self.write().set(old.as_deref(), description, change);
     }
 
     pub(crate) fn remove(&self, id: InstanceId) {
@@ -100,24 +103,18 @@ impl Directory {
 }
 
 impl Shelves {
-    fn set(&mut self, description: Arc<InstanceDescription>) {
-        let old = self.descriptions.get(&description.id).cloned();
-        // What happens most is that an instance moves on, and is found by all else as before.
-        let alike = old.as_deref().is_some_and(|old| is_found_alike(old, &description));
-        let values = |description: &InstanceDescription| match alike {
-            true => values_of(STATE, description).collect(),
-            false => indexed_values(description),
-        };
-        let (before, after) = (old.as_deref().map(values).unwrap_or_default(), values(&description));
-        before
-            .iter()
-            .filter(|value| !after.contains(value))
-            .for_each(|value| self.unindex(description.id, value));
-        for (name, value) in after.into_iter().filter(|value| !before.contains(value)) {
+    fn set(
+        &mut self,
+        old: Option<&InstanceDescription>,
+        description: Arc<InstanceDescription>,
+        Reindexing { gone, come }: Reindexing,
+    ) {
+        gone.iter().for_each(|value| self.unindex(description.id, value));
+        for (name, value) in come {
             self.index.entry(name).or_default().entry(value).or_default().insert(description.id);
         }
         if let Some(old) = old {
-            self.detach(&old);
+            self.detach(old);
         }
         if description.state != InstanceState::Terminated {
             self.attached.extend(description.attachments.iter().map(|a| (a.volume_id, description.id)));
@@ -184,6 +181,32 @@ fn values_of(name: &'static str, description: &InstanceDescription) -> impl Iter
 fn indexed_values(description: &InstanceDescription) -> Vec<Indexed> {
     let tags = description.tags.iter().map(|(key, value)| (format!("tag:{key}").into(), value.clone()));
     INDEXED.iter().flat_map(|name| values_of(name, description)).chain(tags).collect()
+}
+
+/// By what an instance is no longer found, and by what it is now.
+struct Reindexing {
+    gone: Vec<Indexed>,
+    come: Vec<Indexed>,
+}
+
+impl Reindexing {
+    fn of(old: Option<&InstanceDescription>, new: &InstanceDescription) -> Self {
+        // What happens most is that an instance moves on, and is found by all else as before.
+        let alike = old.is_some_and(|old| is_found_alike(old, new));
+        let values = |description: &InstanceDescription| match alike {
+            true => values_of(STATE, description).collect(),
+            false => indexed_values(description),
+        };
+        let (mut gone, mut come) = (old.map(values).unwrap_or_default(), values(new));
+        gone.retain(|value| match come.iter().position(|other| other == value) {
+            Some(kept) => {
+                come.swap_remove(kept);
+                false
+            }
+            None => true,
+        });
+        Self { gone, come }
+    }
 }
 
 /// Whether two descriptions of an instance have the same values of all that is [`INDEXED`], but perhaps for the state.

@@ -110,7 +110,7 @@ impl Inner {
                 let mut reason = user_initiated();
                 reason.message = format!("it could not hibernate: {}", chain(&e));
                 let mut record = live.record.clone();
-                record.description.state_reason = Some(reason.clone());
+                record.description_mut().state_reason = Some(reason.clone());
                 self.change(cell, &mut live, record)?;
                 self.stop_held(cell, live, patience, reason)
             }

@@ -78,16 +78,16 @@ impl Instance {
 
     /// Its state now.
     pub fn state(&self) -> InstanceState {
-        self.describe().state
+        self.cell.description.get().state
     }
 
     /// All that is known of it.
     pub fn describe(&self) -> InstanceDescription {
-        self.cell.description.get()
+        Arc::unwrap_or_clone(self.cell.description.get())
     }
 
     /// Its description, to wait for: by blocking with a deadline or as a future.
-    pub fn watch(&self) -> Watch<InstanceDescription> {
+    pub fn watch(&self) -> Watch<Arc<InstanceDescription>> {
         self.cell.description.watch()
     }
 
@@ -254,7 +254,7 @@ impl Instance {
     ///
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), or what reading the state store met.
     pub fn image(&self) -> Result<AnyAmi> {
-        Ok(self.region.image(self.describe().image_id)?.image.ami().clone())
+        Ok(self.region.image(self.cell.description.get().image_id)?.image.ami().clone())
     }
 }
 

@@ -139,7 +139,7 @@ impl Inner {
             self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
         }
         let mut record = live.after(Transition::Start, None)?;
-        record.description.launch_time = Timestamp::now();
+        record.description_mut().launch_time = Timestamp::now();
         live.claim = Some(self.meter.claim(&record.description.instance_type)?);
         let begun = self.store.commit(|c| c.put(&record));
         begun.inspect_err(|_| live.claim = None)?;

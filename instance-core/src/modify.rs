@@ -141,7 +141,7 @@ impl Instance {
         }
         let mut record = live.record.clone();
         check_alive(&record.description)?;
-        change(&mut record.description)?;
+        change(record.description_mut())?;
         region.change(cell, &mut live, record)
     }
 }

@@ -1,5 +1,7 @@
 //! What a region keeps of its images, instances and volumes.
 
+use std::sync::Arc;
+
 use ami_core::{
     AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, RegionName, SnapshotId, StoreRoot, Tags,
     Timestamp, VolumeId, VolumeType,
@@ -115,7 +117,9 @@ impl Record for SnapshotRecord {
 /// An instance as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InstanceRecord {
-    pub(crate) description: InstanceDescription,
+    /// Shared with all who are told of it.
+    #[serde(with = "shared")]
+    pub(crate) description: Arc<InstanceDescription>,
     /// Whether its volumes were durable when this was written. Those that go with it need not be on the disk before its guest
     /// writes to one; then all become durable, soon or when it flushes them. What is not there of them until then, whether or
     /// not a crash has taken it, is made again as it was.
@@ -160,10 +164,32 @@ pub(crate) struct SavedRecord {
     pub(crate) vsock: bool,
 }
 
+/// What is shared is stored as what it is.
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(value: &Arc<T>, to: S) -> Result<S::Ok, S::Error> {
+        T::serialize(value, to)
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Arc<T>, D::Error> {
+        T::deserialize(from).map(Arc::new)
+    }
+}
+
 impl InstanceRecord {
+    /// Its description, to be changed: who was told of it keeps the old one.
+    pub(crate) fn description_mut(&mut self) -> &mut InstanceDescription {
+        Arc::make_mut(&mut self.description)
+    }
+
     /// Puts the instance into a state, which has a reason or not.
     pub(crate) fn enter(&mut self, state: InstanceState, reason: Option<StateReason>) {
-        self.description.enter(state, reason);
+        self.description_mut().enter(state, reason);
         self.ended = (state == InstanceState::Terminated).then(Timestamp::now);
         if matches!(state, InstanceState::ShuttingDown | InstanceState::Terminated) {
             // No guest is told it any more, and what is to give space back should take little.

@@ -45,7 +45,7 @@ impl Inner {
             let descriptions = cells.values().map(|cell| cell.description.get());
             let alive = descriptions.filter(|description| description.state != InstanceState::Terminated);
             network.keep_only(
-                &alive.filter_map(|description| Some(description.network?.interface_id)).collect(),
+                &alive.filter_map(|description| Some(description.network.as_ref()?.interface_id)).collect(),
             )?;
         }
         self.collect_garbage()
@@ -78,7 +78,7 @@ impl Inner {
             let doomed: Vec<_> =
                 attachments.iter().filter(|a| a.delete_on_termination).map(|a| a.volume_id).collect();
             self.remove_volumes(&doomed)?;
-            let asked_for = record.description.state_reason.take();
+            let asked_for = record.description_mut().state_reason.take();
             let reason = asked_for.filter(|_| state == InstanceState::ShuttingDown).unwrap_or_else(lost);
             record.enter(InstanceState::Terminated, Some(reason));
             changed = true;

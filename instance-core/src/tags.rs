@@ -208,10 +208,10 @@ impl Inner {
         for hold in &holds {
             let mut record = hold.record.clone();
             check_alive(&record.description)?;
-            let mut tags = record.description.tags.try_into()?;
+            let mut tags = record.description.tags.clone().try_into()?;
             change(&mut tags)?;
             record.description.metadata_options.check(&tags)?;
-            record.description.tags = tags.into();
+            record.description_mut().tags = tags.into();
             instances.push(record);
         }
         let (mut images, mut snapshots, mut volumes) = (Vec::new(), Vec::new(), Vec::new());

@@ -211,9 +211,9 @@ impl VolumeOptions {
     ///
     /// # Errors
     ///
-    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) and [`AlreadyExists`](crate::ErrorKind::AlreadyExists) as
-    /// [`Volume::create`]. What else that says, [`NoSpace`](crate::ErrorKind::NoSpace) say, comes of what needs the files. That
-    /// has done nothing then, and may be tried again.
+    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) as [`Volume::create`]. What else that says,
+    /// [`AlreadyExists`](crate::ErrorKind::AlreadyExists) or [`NoSpace`](crate::ErrorKind::NoSpace) say, comes of what needs the
+    /// files: nobody looks at `dir` before. That has done nothing then, and may be tried again.
     pub fn create_on_write(
         &self,
         dir: &Path,

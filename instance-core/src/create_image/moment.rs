@@ -1,5 +1,6 @@
 //! The instant of which an image is: an instance's volumes taken, and all that is said of them then.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant as Clock};
 
 use ami_core::{
@@ -39,7 +40,7 @@ pub(super) struct Moment<'r> {
 /// All that is said of an instance then, whatever becomes of it.
 pub(super) struct Draft {
     parent: Image,
-    instance: InstanceDescription,
+    instance: Arc<InstanceDescription>,
     pub(super) direct_boot: Option<BootPlan>,
     /// The volumes that are taken.
     disks: Vec<(Attachment, VolumeRecord)>,

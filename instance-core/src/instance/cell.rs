@@ -1,7 +1,7 @@
 //! What stands behind the handles of an instance.
 
 use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use ami_core::{AccountId, InstanceId};
 use storage_block::{Limiter, Volume};
@@ -26,7 +26,7 @@ pub(crate) struct Cell {
     pub(crate) id: InstanceId,
     pub(crate) owner: AccountId,
     pub(crate) console: Console,
-    pub(crate) description: Publisher<InstanceDescription>,
+    pub(crate) description: Publisher<Arc<InstanceDescription>>,
     live: Mutex<Live>,
     /// What is known of its machine, for status checks, which wait for nothing that is done to it.
     boot: Mutex<Option<Boot>>,

@@ -1,5 +1,7 @@
 //! Making what a launch asks for: volumes, machines and their records, or nothing.
 
+use std::sync::Arc;
+
 use ami_core::{InstanceId, VolumeId};
 use storage_block::{Snapshot, Volume, VolumeOptions};
 
@@ -129,7 +131,7 @@ impl Inner {
             tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
         }
         let mut gone = live.record.description.clone();
-        gone.enter(InstanceState::Terminated, Some(reason_of(why)));
+        Arc::make_mut(&mut gone).enter(InstanceState::Terminated, Some(reason_of(why)));
         self.announce(&StateChange::of(&gone));
         self.directory.remove(cell.id);
         cell.description.set(gone);

@@ -1,5 +1,6 @@
 //! Launching: from an image and hardware to instances that run (`RunInstances`).
 
+mod bootable;
 mod in_flight;
 mod make;
 mod parameters;
@@ -13,12 +14,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use ami_core::{
-    AccountId, Action, Ami, AmiId, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
+    AccountId, Action, Ami, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
     Timestamp,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
+use self::bootable::not_found_to_boot;
 use self::in_flight::Flight;
 pub(crate) use self::in_flight::{InFlight, Needs};
 pub(crate) use self::make::When;
@@ -28,7 +30,6 @@ use self::plan::Planned;
 pub use self::spec::LaunchSpec;
 pub(crate) use self::tokens::Tokens;
 use self::tokens::Turn;
-use crate::boot_cache::BootPlan;
 use crate::capacity::Claim;
 use crate::description::InstanceDescription;
 use crate::instance::{Cell, Hold, Instance};
@@ -225,9 +226,7 @@ impl Inner {
     fn prepare(&self, owner: AccountId, launch: &Launch) -> Result<Prepared<'_>> {
         let checked = launch.check()?;
         let (image, spec) = (launch.image, &launch.parameters);
-        self.find_what_boots(image)?;
-        let _naming = self.naming.read().unwrap_or_else(PoisonError::into_inner);
-        let record = self.image(image)?;
+        let (_naming, record) = self.bootable(image)?;
         record.image.authorize(&owner, Action::Launch).map_err(|e| match e.kind() {
             ami_core::ErrorKind::AuthFailure if launch.dry_run => {
                 Error::new(ErrorKind::UnauthorizedOperation, "the account may not launch the image")
@@ -307,7 +306,7 @@ impl Inner {
                 tags: spec.tags.clone(),
             };
             let record = InstanceRecord {
-                description,
+                description: Arc::new(description),
                 launched: planned.is_empty(),
                 direct_boot: direct_boot.clone(),
                 user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
@@ -363,37 +362,4 @@ impl Inner {
         }
         Ok(named)
     }
-
-    /// Finds what an image boots that was put into the catalogue as a record alone, and keeps it.
-    fn find_what_boots(&self, id: AmiId) -> Result<()> {
-        let record = self.image(id)?;
-        if record.boot.is_some() {
-            return Ok(());
-        }
-        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let manifest = record.image.ami().manifest();
-        let plan = match manifest.boot().source() {
-            BootSource::Direct { kernel, initrd, command_line } => {
-                let (kernel, initrd, command_line) = (*kernel, *initrd, command_line.clone());
-                let plan = BootPlan { architecture: manifest.architecture(), kernel, initrd, command_line };
-                self.boot.boot(&plan).map_err(|e| {
-                    let what = format!("the region does not hold the kernel of the image {id}");
-                    Error::new(ErrorKind::NotBootable, what).with_source(e)
-                })?;
-                plan
-            }
-            _ => {
-                let content = manifest.root_device().and_then(|root| root.content().copied());
-                let content = content.ok_or_else(|| not_found_to_boot(id))?;
-                self.boot.keep_from_disk(&self.content(&content)?.disk())?
-            }
-        };
-        let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
-        let record = ImageRecord { boot: Some(plan), ..self.image(id)? };
-        self.store.commit(|c| c.put(&record))
-    }
-}
-
-fn not_found_to_boot(id: AmiId) -> Error {
-    Error::new(ErrorKind::NotBootable, format!("the image {id} names no content of its root volume"))
 }

@@ -1,63 +1,73 @@
 //! Group commit: what threads commit while the disk is at work on an earlier commit goes to it in one.
 //!
-//! The first to come leads: it takes all that waits, writes it in one call, tells the others, and hands
-//! the lead to the first of those that have come meanwhile.
+//! The first to come to a batch leads it: it waits until the batch before is written, closes its own to those who come
+//! later, writes it in one call and wakes the others at once.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::thread::futex;
 
 use crate::state_store::{Change, Durability, StateStore};
 use crate::{Error, ErrorKind, Result};
 
+/// What is told of a batch: nothing yet, that all of it was written, or what came of each member.
+const NOTHING: u32 = 0;
+const WHOLE: u32 = 1;
+const EACH: u32 = 2;
+
 #[derive(Debug)]
 pub(super) struct Group {
     state: Box<dyn StateStore>,
-    queue: Mutex<Queue>,
+    /// The batch that is open to all who come.
+    open: Mutex<Open>,
+    /// Held by who writes a batch. Whoever waits for it leads the open one.
+    writing: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
-    waiting: Vec<Waiting>,
-    /// What goes in front of the next batch, and is waited for by nobody.
-    later: Vec<Change>,
-    /// Somebody writes, or has been told to.
-    led: bool,
-}
-
-#[derive(Debug)]
-struct Waiting {
+struct Open {
     changes: Vec<Change>,
-    durability: Durability,
-    turn: Arc<Turn>,
+    /// What goes in front of them, and is waited for by nobody.
+    later: Vec<Change>,
+    members: Vec<Member>,
+    outcome: Arc<Outcome>,
 }
 
-/// What comes of one who waits.
-#[derive(Debug, Default)]
-struct Turn {
-    news: Mutex<Option<News>>,
-    told: Condvar,
-}
-
+/// How many of a batch's changes are one caller's, all or none, and when these are to be durable.
 #[derive(Debug)]
-enum News {
-    /// It is to lead.
-    Lead,
-    /// Its changes were written, or not.
-    Done(Result<()>),
+struct Member {
+    changes: usize,
+    durability: Durability,
 }
 
-impl Turn {
-    fn tell(&self, news: News) {
-        *lock(&self.news) = Some(news);
-        self.told.notify_one();
+/// What came of a batch.
+#[derive(Debug, Default)]
+struct Outcome {
+    /// A futex, by which all are woken in one call and none then waits for another as at a condition variable's lock.
+    told: AtomicU32,
+    /// Member by member, if it was not written as a whole.
+    each: Mutex<Vec<Result<()>>>,
+}
+
+impl Outcome {
+    fn tell(&self, each: Vec<Result<()>>) {
+        let told = if each.is_empty() { WHOLE } else { EACH };
+        *lock(&self.each) = each;
+        self.told.store(told, Ordering::Release);
+        // It is no error that nobody waits, and there is no other.
+        let _ = futex::wake(&self.told, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 
-    fn wait(&self) -> News {
-        let mut news = lock(&self.news);
+    /// Waits for what came of the member with this number, which asks once.
+    fn wait(&self, member: usize) -> Result<()> {
         loop {
-            match news.take() {
-                Some(news) => return news,
-                None => news = self.told.wait(news).unwrap_or_else(PoisonError::into_inner),
+            match self.told.load(Ordering::Acquire) {
+                // Woken for whatever reason, it looks again.
+                NOTHING => drop(futex::wait(&self.told, futex::Flags::PRIVATE, NOTHING, None)),
+                WHOLE => return Ok(()),
+                _ => return std::mem::replace(&mut lock(&self.each)[member], Ok(())),
             }
         }
     }
@@ -65,7 +75,7 @@ impl Turn {
 
 impl Group {
     pub(super) fn new(state: Box<dyn StateStore>) -> Self {
-        Self { state, queue: Mutex::default() }
+        Self { state, open: Mutex::default(), writing: Mutex::default() }
     }
 
     pub(super) fn state(&self) -> &dyn StateStore {
@@ -73,65 +83,57 @@ impl Group {
     }
 
     /// Makes the changes, all or none, together with what others want just then.
-    pub(super) fn apply(&self, changes: Vec<Change>, durability: Durability) -> Result<()> {
-        let turn = Arc::new(Turn::default());
-        let mut queue = lock(&self.queue);
-        queue.waiting.push(Waiting { changes, durability, turn: turn.clone() });
-        let leads = !std::mem::replace(&mut queue.led, true);
-        drop(queue);
-        if !leads {
-            if let News::Done(done) = turn.wait() {
-                return done;
-            }
+    pub(super) fn apply(&self, mut changes: Vec<Change>, durability: Durability) -> Result<()> {
+        let mut open = lock(&self.open);
+        let (member, outcome) = (open.members.len(), open.outcome.clone());
+        open.members.push(Member { changes: changes.len(), durability });
+        open.changes.append(&mut changes);
+        drop(open);
+        if member == 0 {
+            let writing = lock(&self.writing);
+            let batch = std::mem::take(&mut *lock(&self.open));
+            let each = self.write(batch);
+            // The next batch goes to the disk before those of this one run.
+            drop(writing);
+            outcome.tell(each);
         }
-        let mut queue = lock(&self.queue);
-        let mut batch = std::mem::take(&mut queue.waiting);
-        let later = std::mem::take(&mut queue.later);
-        drop(queue);
-        if !later.is_empty() {
-            let turn = Arc::new(Turn::default());
-            batch.insert(0, Waiting { changes: later, durability: Durability::Eventual, turn });
-        }
-        self.write(batch);
-        let mut queue = lock(&self.queue);
-        match queue.waiting.first() {
-            Some(next) => next.turn.tell(News::Lead),
-            None => queue.led = false,
-        }
-        drop(queue);
-        match turn.wait() {
-            News::Done(done) => done,
-            News::Lead => Err(Error::new(ErrorKind::Internal, "a commit that was written leads again")),
-        }
+        outcome.wait(member)
     }
 
     /// Leaves changes to the next batch.
     pub(super) fn later(&self, changes: Vec<Change>) {
-        lock(&self.queue).later.extend(changes);
+        lock(&self.open).later.extend(changes);
     }
 
     /// Whether there are such.
     pub(super) fn has_later(&self) -> bool {
-        !lock(&self.queue).later.is_empty()
+        !lock(&self.open).later.is_empty()
     }
 
-    /// Writes what a batch wants and tells each of its members.
-    fn write(&self, mut batch: Vec<Waiting>) {
-        let immediate = batch.iter().any(|one| one.durability == Durability::Immediate);
+    /// Writes what a batch wants. Gives what came of each member, or nothing if all of it was written.
+    fn write(&self, batch: Open) -> Vec<Result<()>> {
+        let Open { changes, later, mut members, .. } = batch;
+        let waited_for = members.len();
+        if !later.is_empty() {
+            members.insert(0, Member { changes: later.len(), durability: Durability::Eventual });
+        }
+        let mut all = later;
+        all.extend(changes);
+        let immediate = members.iter().any(|one| one.durability == Durability::Immediate);
         let durability = if immediate { Durability::Immediate } else { Durability::Eventual };
-        let parts: Vec<usize> = batch.iter().map(|one| one.changes.len()).collect();
-        let all: Vec<Change> = batch.iter_mut().flat_map(|one| std::mem::take(&mut one.changes)).collect();
-        match (self.contained(&all, durability), &batch[..]) {
-            (done, [one]) => one.turn.tell(News::Done(done)),
-            (Ok(()), _) => batch.iter().for_each(|one| one.turn.tell(News::Done(Ok(())))),
+        match (self.contained(&all, durability), members.len()) {
+            (Ok(()), _) => Vec::new(),
+            (failed, 1) => vec![failed],
             // What one of them cannot have, the others may: a removal needs no space on a full disk.
-            (Err(_), _) => {
+            (Err(_), count) => {
                 let mut rest = &all[..];
-                for (one, part) in batch.iter().zip(parts) {
-                    let (changes, others) = rest.split_at(part);
-                    one.turn.tell(News::Done(self.contained(changes, one.durability)));
+                let each = members.iter().map(|one| {
+                    let (changes, others) = rest.split_at(one.changes);
                     rest = others;
-                }
+                    self.contained(changes, one.durability)
+                });
+                let mut each: Vec<_> = each.collect();
+                each.split_off(count - waited_for)
             }
         }
     }
@@ -145,7 +147,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let later = std::mem::take(&mut lock(&self.queue).later);
+        let later = std::mem::take(&mut lock(&self.open).later);
         if !later.is_empty() {
             // Nobody was promised it.
             if let Err(e) = self.contained(&later, Durability::Immediate) {
@@ -224,13 +226,14 @@ mod tests {
                     (key, other)
                 })
                 .collect();
-            while lock(&group.queue).waiting.len() < others.len() {
+            while lock(&group.open).members.len() < others.len() {
                 std::thread::yield_now();
             }
+            group.later(put("later"));
             go.send(()).unwrap();
-            assert_eq!(called.recv().unwrap(), others.len(), "all that has come meanwhile");
+            assert_eq!(called.recv().unwrap(), others.len() + 1, "all that has come meanwhile");
             // The batch is refused for one of them; each of the others gets what it wants.
-            for _ in 0..others.len() + 1 {
+            for _ in 0..others.len() + 2 {
                 go.send(()).unwrap();
             }
             first.join().unwrap().unwrap();
@@ -238,7 +241,7 @@ mod tests {
                 assert_eq!(other.join().unwrap().is_ok(), key != "bad", "{key}");
             }
         });
-        assert_eq!(group.state().scan("t").unwrap().len(), keys.len() + 1);
-        assert!(!lock(&group.queue).led);
+        assert_eq!(group.state().scan("t").unwrap().len(), keys.len() + 2);
+        assert!(lock(&group.open).members.is_empty());
     }
 }

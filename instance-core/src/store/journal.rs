@@ -27,7 +27,7 @@ const REMOVED: u32 = u32::MAX;
 
 /// How long a journal grows. What is in it is in memory too, and all of it goes to the database in one commit: the longer,
 /// the fewer.
-const MAX: u64 = 1 << 20;
+pub(super) const MAX: u64 = 4 << 20;
 
 // The document says so.
 const _: () = assert!(HEADER == 68);

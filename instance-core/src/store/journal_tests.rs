@@ -200,7 +200,7 @@ fn a_crash_after_any_commit_loses_nothing() {
     for n in 0..64_u8 {
         let was = RedbStore::open(&crash(dir.path()).path().join("db")).unwrap().scan("t").unwrap();
         // The last two are put over earlier ones, and one of these goes.
-        let (key, value) = ((n % 60).to_string(), vec![n; 20 << 10]);
+        let (key, value) = ((n % 60).to_string(), vec![n; journal::MAX as usize / 51]);
         let changes = [put(&key, &value), put("last", &[n]), remove(&(n / 2).to_string())];
         store.apply(&changes, Durability::Immediate).unwrap();
         for change in changes {
@@ -303,7 +303,7 @@ fn a_journal_may_not_be_missing_while_its_store_is_open() {
 /// next is not lost.
 #[test]
 fn a_commit_that_failed_is_there_whole_or_not_at_all() {
-    let large = vec![1; 2 << 20];
+    let large = vec![1; 2 * journal::MAX as usize];
     for fault in [Fault::Before, Fault::After] {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path());

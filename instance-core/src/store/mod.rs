@@ -13,7 +13,7 @@ mod journaled_store;
 mod known;
 mod redb_store;
 
-use ami_core::Digest;
+use ami_core::{Digest, DigestWriter};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -23,6 +23,9 @@ pub(crate) use self::journaled_store::JournaledStore;
 pub(crate) use self::known::Known;
 use crate::state_store::{Change, Durability, StateStore};
 use crate::{Error, ErrorKind, Result};
+
+/// How many bytes a record is expected to have.
+const RECORD: usize = 1536;
 
 /// Something kept in the store.
 pub(crate) trait Record: Serialize + DeserializeOwned {
@@ -113,10 +116,13 @@ impl Changes {
     }
 
     pub(crate) fn put_json(&mut self, table: &'static str, key: String, json: &impl Serialize) -> Result<()> {
-        let json = serde_json::to_vec(json)
+        // The digest's place, and then most records whole.
+        let mut bytes = Vec::with_capacity(RECORD);
+        bytes.resize(Digest::LEN, 0);
+        serde_json::to_writer(&mut bytes, json)
             .map_err(|e| Error::new(ErrorKind::Internal, "cannot serialise a record").with_source(e))?;
-        let mut bytes = digest(table, &key, &json).as_bytes().to_vec();
-        bytes.extend(json);
+        let digest = digest(table, &key, &bytes[Digest::LEN..]);
+        bytes[..Digest::LEN].copy_from_slice(digest.as_bytes());
         self.0.push(Change { table, key, value: Some(bytes) });
         Ok(())
     }
@@ -144,7 +150,9 @@ fn parse<T: DeserializeOwned>(table: &str, key: &str, bytes: &[u8]) -> Result<T>
 
 /// Covers where the record stands, so that none is taken for another's.
 fn digest(table: &str, key: &str, json: &[u8]) -> Digest {
-    Digest::of(&[table.as_bytes(), &[0], key.as_bytes(), &[0], json].concat())
+    let mut writer = DigestWriter::new();
+    [table.as_bytes(), &[0], key.as_bytes(), &[0], json].iter().for_each(|part| writer.update(part));
+    writer.finish()
 }
 
 #[cfg(test)]

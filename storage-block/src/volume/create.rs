@@ -67,10 +67,6 @@ impl Volume {
         made: impl FnOnce() + Send + 'static,
     ) -> Result<Self> {
         check_sizes(base, size)?;
-        if dir.symlink_metadata().is_ok() {
-            let there = std::io::ErrorKind::AlreadyExists.into();
-            return Err(Error::io(there, format!("cannot create {}", dir.display())));
-        }
         let volume = Self::new(dir, base.cloned(), size, None, StateMap::default(), None);
         *lock(&volume.0.told) = Told::new(made);
         Ok(volume)
