@@ -44,12 +44,12 @@ impl What {
         }
     }
 
-    /// How many requests are a sample: about half a second's, so that its beginning and its end do not count. A file
-    /// system may spend four times as long on a write as on a read, also of what stays in the page cache.
+    /// How many requests are a sample: some tenths of a second's, so that its beginning and its end do not count. A file
+    /// system spends several times as long on a write as on a read, also of what stays in the page cache.
     fn requests(self, bench: &Bench) -> u64 {
         let full = match self {
             Self::Read => 200_000,
-            Self::Write => 50_000,
+            Self::Write => 20_000,
         };
         bench.bytes(full * BLOCK as u64) / BLOCK as u64
     }
