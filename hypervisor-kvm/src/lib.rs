@@ -201,9 +201,9 @@ impl Kvm {
     ///
     /// # Errors
     ///
-    /// [`Missing`](MachineErrorKind::Missing) where it is not there or may not be opened,
-    /// [`Unsupported`](MachineErrorKind::Unsupported) where it cannot do what machines need,
-    /// [`Host`](MachineErrorKind::Host) where it fails.
+    /// [`Missing`](instance_core::machine::MachineErrorKind::Missing) where it is not there or may not be opened,
+    /// [`Unsupported`](instance_core::machine::MachineErrorKind::Unsupported) where it cannot do what machines need,
+    /// [`Host`](instance_core::machine::MachineErrorKind::Host) where it fails.
     pub fn open() -> Result<Self, MachineError> {
         let device = device::open(Path::new("/dev/kvm"))?;
         let cpuid = (device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
@@ -266,8 +266,8 @@ impl Kvm {
     ///
     /// # Errors
     ///
-    /// [`Unsupported`](MachineErrorKind::Unsupported) where the host lacks the level, [`Host`](MachineErrorKind::Host)
-    /// where memory does.
+    /// [`Unsupported`](instance_core::machine::MachineErrorKind::Unsupported) where the host lacks the level,
+    /// [`Host`](instance_core::machine::MachineErrorKind::Host) where memory does.
     pub fn with_cpu_level(self, level: CpuLevel) -> Result<Self, MachineError> {
         if !level.is_supported(&self.inner.cpuid) {
             let most = CpuLevel::highest(&self.inner.cpuid);

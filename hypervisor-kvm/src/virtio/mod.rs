@@ -1,8 +1,8 @@
 //! Devices as the guest sees them: virtio, on virtio-mmio or on PCI.
 //!
 //! [`block`] and other [`device`]s, the [`core`] that drives them and the registers in [`mmio`] and
-//! [`pci`] are functions of what they are given; here, in [`on_mmio`] and in [`on_pci`] are the descriptors
-//! and the thread that drive them.
+//! [`pci`] are functions of what they are given; here, in [`on_mmio`] and in [`on_pci`] are the descriptors,
+//! in [`serve`] what the thread does that drives them.
 
 mod balloon;
 #[cfg(test)]
