@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-/// A figure's value and the raw samples it was computed from, in seconds, by what was timed.
+/// A figure's value and the raw samples it was computed from, by what was timed, in seconds, or counted.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Measurement {
     /// The figure.

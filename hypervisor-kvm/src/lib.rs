@@ -97,6 +97,7 @@ mod confine;
 mod cpu;
 mod cpu_model;
 mod cpuid;
+mod device;
 mod error;
 mod exits;
 #[cfg(any(fuzzing, test))]
@@ -121,41 +122,30 @@ mod serial;
 mod slots;
 mod smbios;
 mod thread;
+mod transport;
 mod vcpu;
 mod virtio;
 
-use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ami_core::{Architecture, X86, X86_64};
 use instance_core::machine::{
-    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, RestoreSpec,
-    Runs,
+    Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, RestoreSpec, Runs,
 };
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::Cap;
-use serde::{Deserialize, Serialize};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 
 pub use crate::confine::Confinement;
 pub use crate::cpu_model::CpuLevel;
 use crate::error::{HostContext, unsupported};
 use crate::machine::KvmMachine;
 use crate::thread::Stacks;
+pub use crate::transport::Transport;
+pub use crate::virtio::VhostNet;
 use crate::virtio::{SharedSpares, Spares};
 
 /// The most processors of a machine.
 const MAX_VCPUS: usize = 64;
-
-/// What KVM must be able to do, and what it is for.
-const NEEDED: [(Cap, &str); 6] = [
-    (Cap::Irqchip, "interrupt controllers"),
-    (Cap::Ioeventfd, "notifications of devices"),
-    (Cap::Irqfd, "the serial port's interrupt"),
-    (Cap::Pit2, "a timer"),
-    (Cap::SetTssAddr, "tasks of real mode"),
-    (Cap::UserMemory, "the guest's memory"),
-];
 
 /// This host's KVM. Clones are the same.
 ///
@@ -178,44 +168,6 @@ pub struct Kvm {
     cpu_level: CpuLevel,
     /// The processors of that level.
     cpu_model: Arc<CpuId>,
-}
-
-/// How the guest finds virtio devices and reaches them.
-///
-/// ```
-/// use hypervisor_kvm::{Kvm, Transport};
-/// use instance_core::machine::Hypervisor;
-///
-/// if let Ok(kvm) = Kvm::open() {
-///     assert!(kvm.capabilities().max_disks < kvm.with_transport(Transport::Pci).capabilities().max_disks);
-/// }
-/// ```
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum Transport {
-    /// Each at an address and with an interrupt of its own, which ACPI names: the fastest to boot.
-    #[default]
-    Mmio,
-    /// On a PCI bus, with interrupts that are messages (MSI-X).
-    Pci,
-}
-
-/// Whether the host's kernel (vhost-net) moves the frames of network ports on TAP devices
-/// ([`Tap`](instance_core::net::Tap)), or the device's thread does.
-///
-/// It needs `/dev/vhost-net`, which the module `vhost_net` makes, and a port that is held to no limits, and has one pair of
-/// queues, however many processors there are: a saved machine whose port has more is the thread's. The kernel does not look
-/// whether frames are longer than the port's MTU. Which it is, is an event of `tracing`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum VhostNet {
-    /// The kernel where it can, else the thread.
-    #[default]
-    IfPossible,
-    /// The thread.
-    Never,
-    /// The kernel: a machine for which it cannot is not made.
-    Always,
 }
 
 #[derive(Debug)]
@@ -249,18 +201,11 @@ impl Kvm {
     ///
     /// # Errors
     ///
-    /// [`Missing`](MachineErrorKind::Missing) where it is not there or may not be opened,
-    /// [`Unsupported`](MachineErrorKind::Unsupported) where it cannot do what machines need,
-    /// [`Host`](MachineErrorKind::Host) where it fails.
+    /// [`Missing`](instance_core::machine::MachineErrorKind::Missing) where it is not there or may not be opened,
+    /// [`Unsupported`](instance_core::machine::MachineErrorKind::Unsupported) where it cannot do what machines need,
+    /// [`Host`](instance_core::machine::MachineErrorKind::Host) where it fails.
     pub fn open() -> Result<Self, MachineError> {
-        let device = open_device(Path::new("/dev/kvm"))?;
-        let version = device.get_api_version();
-        if version != KVM_API_VERSION as i32 {
-            return Err(unsupported(format!("KVM has API version {version}, not {KVM_API_VERSION}")));
-        }
-        if let Some((_, what)) = NEEDED.into_iter().find(|(cap, _)| !device.check_extension(*cap)) {
-            return Err(unsupported(format!("this host's KVM has no support for {what}")));
-        }
+        let device = device::open(Path::new("/dev/kvm"))?;
         let cpuid = (device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
             .host("KVM did not tell what processors it supports")?;
         let mut capabilities = Capabilities::new("kvm", vec![Architecture::X86_64, Architecture::X86]);
@@ -321,8 +266,8 @@ impl Kvm {
     ///
     /// # Errors
     ///
-    /// [`Unsupported`](MachineErrorKind::Unsupported) where the host lacks the level, [`Host`](MachineErrorKind::Host)
-    /// where memory does.
+    /// [`Unsupported`](instance_core::machine::MachineErrorKind::Unsupported) where the host lacks the level,
+    /// [`Host`](instance_core::machine::MachineErrorKind::Host) where memory does.
     pub fn with_cpu_level(self, level: CpuLevel) -> Result<Self, MachineError> {
         if !level.is_supported(&self.inner.cpuid) {
             let most = CpuLevel::highest(&self.inner.cpuid);
@@ -374,22 +319,6 @@ impl Kvm {
     }
 }
 
-impl Transport {
-    /// How many virtio devices a machine may have.
-    fn places(self) -> usize {
-        match self {
-            Self::Mmio => layout::VIRTIO_MAX,
-            Self::Pci => layout::PCI_MAX,
-        }
-    }
-
-    /// For how many disks and network ports of a machine there is room: that of an entropy device, a balloon and streams
-    /// is kept, that of a virtio console where there is one.
-    fn device_places(self, virtio_console: bool) -> usize {
-        self.places() - 3 - usize::from(virtio_console)
-    }
-}
-
 impl Hypervisor for Kvm {
     fn capabilities(&self) -> Capabilities {
         let mut capabilities = self.inner.capabilities.clone();
@@ -431,24 +360,3 @@ impl Hypervisor for Kvm {
 
 impl Runs<X86_64> for Kvm {}
 impl Runs<X86> for Kvm {}
-
-fn open_device(path: &Path) -> Result<kvm_ioctls::Kvm, MachineError> {
-    let to_c = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).host("no path")?;
-    kvm_ioctls::Kvm::new_with_path(&to_c).map_err(|error| {
-        let source = io::Error::from(error);
-        let what = match source.kind() {
-            io::ErrorKind::NotFound => {
-                "there is no /dev/kvm: load the module kvm_intel or kvm_amd, and switch virtualisation on in \
-                 the firmware or, in a virtual machine, in its host; without it, use QEMU"
-            }
-            io::ErrorKind::PermissionDenied => {
-                "/dev/kvm may not be opened: add the user to the group that owns it, mostly `kvm`"
-            }
-            _ => {
-                return MachineError::new(MachineErrorKind::Host, "/dev/kvm cannot be opened")
-                    .with_source(source);
-            }
-        };
-        MachineError::new(MachineErrorKind::Missing, what).with_source(source)
-    })
-}

@@ -2,6 +2,7 @@
 
 mod calls;
 mod parts;
+mod vm;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -11,11 +12,11 @@ use instance_core::machine::{
 };
 use instance_core::net::MacAddress;
 use instance_core::watch::Publisher;
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use self::parts::{Parts, Places};
+pub(crate) use self::vm::make_vm;
 use crate::VhostNet;
 use crate::boot::Plan;
 use crate::bus::Devices;
@@ -30,7 +31,7 @@ use crate::saved::{self, Loaded, Platform, Processor, Speed};
 use crate::slots::{Other, Placed, Role};
 use crate::thread::{Stacks, Thread, let_others_go_on};
 use crate::virtio::{Spares, Wish};
-use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, layout, memory, smbios, vcpu};
+use crate::{Confinement, Kvm, Transport, acpi, cpu, generation, kick, memory, smbios, vcpu};
 
 /// A machine's handle.
 #[derive(Debug)]
@@ -275,7 +276,7 @@ impl Shared {
         Ok(saved::State {
             transport: if devices.pci.is_some() { Transport::Pci } else { Transport::Mmio },
             memory_mib: (self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20) as u32,
-            disks: placed.iter().filter_map(|placed| placed.disk().cloned()).collect(),
+            disks: placed.iter().filter_map(|placed| placed.known_disk()).collect(),
             nets: placed.iter().filter_map(|placed| placed.net().cloned()).collect(),
             gone: placed.iter().filter_map(|placed| placed.gone()).collect(),
             speed: self.processors.first().map(|first| Speed::of(&lock(first))).unwrap_or_default(),
@@ -374,30 +375,6 @@ impl Drop for Leaving<'_> {
 
 fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     vcpu.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Interrupt controllers, timer, and the pages that KVM needs on Intel processors.
-fn set_up_platform(vm: &VmFd) -> Result<()> {
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-        .host("KVM did not take its identity map's place")?;
-    vm.set_tss_address(layout::KVM_TSS).host("KVM did not take its task state segment's place")?;
-    vm.create_irq_chip().host("KVM did not make interrupt controllers")?;
-    // With port 0x61, by which Linux measures time.
-    let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(timer).host("KVM did not make a timer")
-}
-
-/// A virtual machine with this memory.
-pub(crate) fn make_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd> {
-    let vm = kvm.device().create_vm().host("KVM did not make a virtual machine")?;
-    // SAFETY: both go to one `Shared`, which keeps the memory for as long as the virtual machine and its
-    // processors; until then, whoever calls does.
-    #[allow(unsafe_code, reason = "the guest's memory is given to KVM")]
-    unsafe {
-        memory::register(&vm, memory)?;
-    }
-    set_up_platform(&vm)?;
-    Ok(vm)
 }
 
 impl Drop for KvmMachine {

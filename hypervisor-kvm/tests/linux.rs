@@ -35,9 +35,9 @@ fn kvm_conforms_with_linux() {
     has_drivers_for_every_device(&kvm);
     println!("on PCI:");
     has_drivers_for_every_device(&kvm.clone().with_transport(Transport::Pci));
-    let bed_of = |kvm, guest, architecture| TestBed {
+    let bed_of = |kvm, boot, architecture| TestBed {
         hypervisor: kvm,
-        boot: linux::boot(guest, true),
+        boot,
         architecture,
         foreign_architecture: Architecture::Arm64,
         patience: PATIENCE,
@@ -46,7 +46,7 @@ fn kvm_conforms_with_linux() {
         memory_mib: 256,
         link: Link::cable,
     };
-    let bed = |kvm| bed_of(kvm, "amd64", Architecture::X86_64);
+    let bed = |kvm| bed_of(kvm, linux::boot("amd64", true), Architecture::X86_64);
     bed(&kvm).run();
     println!("on PCI, and confined:");
     let on_pci = kvm.clone().with_confinement(Confinement::new()).with_transport(Transport::Pci);
@@ -65,8 +65,9 @@ fn kvm_conforms_with_linux() {
             println!("there is no guest {guest}: not checked (`cargo xtask guest --others` makes it)");
             continue;
         }
-        println!("{guest}:");
-        bed_of(&kvm, guest, architecture).run_those(|check| works.iter().any(|what| check.contains(what)));
+        println!("{guest}, from its root disk:");
+        bed_of(&kvm, linux::boot_of_disk(guest), architecture)
+            .run_those(|check| works.iter().any(|what| check.contains(what)));
     }
 }
 

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::num::NonZeroU32;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
@@ -16,7 +18,7 @@ use instance_core::machine::{
     DiskSpec, Hypervisor, Machine, MachineErrorKind, MachineSpec, NetSpec, RestoreSpec, SavedMachine,
 };
 use instance_core::net::{self, NetPort};
-use storage_block::{Disk, MemoryDisk, RawFile};
+use storage_block::{BlockBackend, Disk, MemoryDisk, RawFile};
 
 const MAC: &str = "02:00:0a:00:00:0c";
 const HEADER: usize = 32;
@@ -27,7 +29,11 @@ fn soon() -> Instant {
 }
 
 fn disk() -> Disk {
-    MemoryDisk::new(1 << 20).unwrap().into_disk()
+    disk_of(1)
+}
+
+fn disk_of(mib: u64) -> Disk {
+    MemoryDisk::new(mib << 20).unwrap().into_disk()
 }
 
 fn net() -> (NetSpec, NetPort) {
@@ -213,12 +219,74 @@ fn damaged_machines_are_refused_or_do_no_harm() {
     say(&console, "recall", "recalled golden");
 }
 
+/// A disk that can grow while it is used.
+#[derive(Debug)]
+struct Growing {
+    size: Arc<AtomicU64>,
+    inner: Disk,
+}
+
+impl BlockBackend for Growing {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::SeqCst)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> storage_block::Result<()> {
+        self.inner.write_at(buf, offset)
+    }
+
+    fn flush(&self) -> storage_block::Result<()> {
+        self.inner.flush()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> storage_block::Result<()> {
+        self.inner.write_zeroes(offset, len)
+    }
+}
+
+#[test]
+fn a_machine_whose_disk_has_grown_goes_on_with_that() {
+    let Some(kvm) = common::kvm() else { return };
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let kvm = kvm.clone().with_transport(transport);
+        let size = Arc::new(AtomicU64::new(1 << 20));
+        let growing = Growing { size: size.clone(), inner: disk_of(2) };
+        let console = Console::new();
+        let boot = common::guest::boot().unwrap();
+        let mut spec = MachineSpec::new("growing", Architecture::X86_64, boot, console.port());
+        spec.disks = vec![DiskSpec::new(Disk::new(growing).unwrap(), "vol-1")];
+        let machine = kvm.create(spec).unwrap();
+        machine.start().unwrap();
+        say(&console, "ping x", "pong x");
+        size.store(2 << 20, Ordering::SeqCst);
+        machine.disk_grown("vol-1").unwrap();
+        machine.pause().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        machine.save(&file).unwrap();
+        let saved = SavedMachine::new(file).unwrap();
+        let restored = |mib: u64, console: &Console| {
+            let mut spec = RestoreSpec::new("grown", saved.clone(), console.port());
+            spec.disks = vec![DiskSpec::new(disk_of(mib), "vol-1")];
+            kvm.restore(spec)
+        };
+        assert_eq!(restored(1, &Console::new()).map(drop).unwrap_err().kind(), MachineErrorKind::Saved);
+        let console = Console::new();
+        let machine = restored(2, &console).unwrap();
+        machine.resume().unwrap();
+        say(&console, "ping again", "pong again");
+    }
+}
+
 /// Run it to write the golden files of a new version of the format.
 #[test]
 #[ignore = "writes golden files"]
 fn writes_golden_files() {
     let kvm = Kvm::open().unwrap();
-    for (transport, name) in [(Transport::Mmio, "saved-3-mmio"), (Transport::Pci, "saved-3-pci")] {
+    for (transport, name) in [(Transport::Mmio, "saved-4-mmio"), (Transport::Pci, "saved-4-pci")] {
         let file = saved(&kvm.clone().with_transport(transport), 4);
         let mut head = vec![0; head_len(&file)];
         file.read_exact_at(&mut head, 0).unwrap();

@@ -14,7 +14,7 @@ use crate::virtio::Own;
 
 const MAGIC: [u8; 8] = *b"AMI-KVM\n";
 /// Counts up with every change of what a state is encoded as. All earlier ones are read.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 /// Magic, version, checksum of the state (CRC-32C), length of the state; 8 bytes are spare.
 pub(super) const HEADER_LEN: usize = 32;
 /// More than any machine's.
@@ -159,6 +159,9 @@ pub(crate) fn decode(version: u32, body: &[u8]) -> Result<State> {
         ((own, state.gone), rest) = postcard::take_from_bytes(rest).map_err(unreadable)?;
         if own.len() != state.virtio.len() {
             return Err(saved("the saved machine's devices do not remember one thing each"));
+        }
+        if own.iter().any(|own| own.since() > version) {
+            return Err(saved("the saved machine's devices remember what is not of its version"));
         }
         state.virtio.iter_mut().zip(own).for_each(|(device, own)| device.state.set_own(own));
     }

@@ -80,6 +80,15 @@ impl Placed {
         self.role.disk().filter(|_| !self.is_hollow())
     }
 
+    /// The same as the guest knows it: it may have grown since it was plugged in.
+    pub(crate) fn known_disk(&self) -> Option<saved::Disk> {
+        self.disk().map(|disk| self.as_known(disk))
+    }
+
+    fn as_known(&self, disk: &saved::Disk) -> saved::Disk {
+        saved::Disk { size: self.device.save().disk_size().unwrap_or(disk.size), ..disk.clone() }
+    }
+
     /// The network port that it is plugged into, if it is.
     pub(crate) fn net(&self) -> Option<&saved::Port> {
         self.role.net().filter(|_| !self.is_hollow())
@@ -98,7 +107,7 @@ impl Placed {
     /// Its place and what it has lost, if it has.
     pub(crate) fn gone(&self) -> Option<(u8, Gone)> {
         let gone = match &self.role {
-            Role::Disk(disk) => Gone::Disk(disk.clone()),
+            Role::Disk(disk) => Gone::Disk(self.as_known(disk)),
             Role::Net(net) => Gone::Net(net.clone()),
             Role::Other(_) => return None,
         };

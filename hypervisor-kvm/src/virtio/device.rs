@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::chain::Malformed;
 use super::ring::Running;
-use super::{balloon, console, net};
+use super::{balloon, block, console, net, rng};
 
-/// What a device has to remember beside its queues when it is saved. Most have nothing.
+/// What a device has to remember beside its queues when it is saved.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Own {
     #[default]
@@ -20,6 +20,22 @@ pub(crate) enum Own {
     Net(net::State),
     /// Since version 3.
     Balloon(balloon::State),
+    /// Since version 4.
+    Block(block::State),
+    /// Since version 4.
+    Entropy(rng::State),
+}
+
+impl Own {
+    /// Since which version saved machines have had it.
+    pub(crate) fn since(&self) -> u32 {
+        match self {
+            Self::None => 1,
+            Self::Console(_) | Self::Net(_) => 2,
+            Self::Balloon(_) => 3,
+            Self::Block(_) | Self::Entropy(_) => 4,
+        }
+    }
 }
 
 /// The logic of a device: a function of what the driver puts into its queues, without threads,

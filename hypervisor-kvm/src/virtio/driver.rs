@@ -25,6 +25,9 @@ const NEXT: u16 = 1;
 /// The flag of a descriptor that the device writes to.
 pub(super) const WRITE: u16 = 2;
 
+/// The flag of a used ring whose device waits for no notifications.
+const NO_NOTIFY: u16 = 1;
+
 const EVENT_IDX: u64 = 1 << 29;
 const NEEDS_RESET: u32 = 64;
 
@@ -110,6 +113,16 @@ impl Driver {
         *sent = sent.wrapping_add(1);
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
         self.memory.write_obj(*sent, GuestAddress(at + AVAILABLE + 2)).unwrap();
+    }
+
+    /// Forgets that the device has asked for notifications of a queue.
+    pub(super) fn forget_asked(&self, queue: usize) {
+        self.put(queue_at(queue) + USED, &NO_NOTIFY.to_le_bytes());
+    }
+
+    /// Whether the device has asked for them since.
+    pub(super) fn is_asked(&self, queue: usize) -> bool {
+        self.bytes(queue_at(queue) + USED, 2) != NO_NOTIFY.to_le_bytes()
     }
 
     /// How many chains of a queue were used.

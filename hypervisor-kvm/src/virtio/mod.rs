@@ -1,8 +1,8 @@
 //! Devices as the guest sees them: virtio, on virtio-mmio or on PCI.
 //!
 //! [`block`] and other [`device`]s, the [`core`] that drives them and the registers in [`mmio`] and
-//! [`pci`] are functions of what they are given; here, in [`on_mmio`] and in [`on_pci`] are the descriptors
-//! and the thread that drive them.
+//! [`pci`] are functions of what they are given; here, in [`on_mmio`] and in [`on_pci`] are the descriptors,
+//! in [`serve`] what the thread does that drives them.
 
 mod balloon;
 #[cfg(test)]
@@ -30,6 +30,7 @@ mod ring;
 #[cfg(test)]
 mod ring_tests;
 mod rng;
+mod serve;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -37,18 +38,16 @@ mod vsock;
 #[cfg(test)]
 mod vsock_tests;
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::EventFd;
 
-pub(crate) use self::core::{Effect, Step};
+pub(crate) use self::core::Effect;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::core::Step;
 use crate::Transport;
 use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
@@ -58,11 +57,13 @@ pub(crate) use block::{Block, check_descriptors};
 use chain::Malformed;
 pub(crate) use console::Console;
 pub(crate) use device::{Device, Own};
+pub use net::VhostNet;
 pub(crate) use net::{KernelNet, Net, SharedSpares, Spares};
 use on_mmio::OnMmio;
 pub(crate) use on_mmio::{address, irq};
 use on_pci::OnPci;
 pub(crate) use rng::Rng;
+use serve::descriptor_of;
 pub(crate) use state::DeviceState;
 pub(crate) use vsock::Vsock;
 #[cfg(any(test, fuzzing))]
@@ -324,78 +325,6 @@ impl VirtioDevice {
         }
     }
 
-    /// Serves requests until the machine ends. One thread calls this.
-    pub(crate) fn serve(&self, vm: &VmFd, gate: &Gate) -> io::Result<()> {
-        let Some(notification) = &self.notification else { return Ok(()) };
-        // Who closes the gate finds nothing under way.
-        while gate.pass_unless(&self.stopped, || self.settle(vm)) {
-            if self.stale.swap(false, Ordering::AcqRel) {
-                self.refresh(vm);
-            }
-            if !self.step(vm) {
-                self.wait(notification)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits for a notification, for the end of something that the device has under way, or until it is due.
-    fn wait(&self, notification: &EventFd) -> io::Result<()> {
-        let waiting = self.wait_outside();
-        let (ended, due_in) = match &self.port {
-            Port::Mmio(mmio) => (mmio.ended(), mmio.due_in()),
-            Port::Pci(pci) => (pci.ended(), pci.due_in()),
-        };
-        if ended.is_some() || due_in.is_some() {
-            let timeout = due_in.and_then(|due_in| Timespec::try_from(due_in).ok());
-            let waited = [Some(descriptor_of(notification)), ended.as_ref().map(|fd| fd.as_fd())];
-            let waited = waited.into_iter().flatten();
-            let mut waited: Vec<_> = waited.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-            match poll(&mut waited, timeout.as_ref()) {
-                Ok(_) if waited[0].revents().is_empty() => return Ok(()),
-                Ok(_) => {}
-                Err(Errno::INTR) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        drop((ended, waiting));
-        match notification.read() {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
-    /// False if there is none.
-    fn step(&self, vm: &VmFd) -> bool {
-        (0..self.queues()).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
-    }
-
-    fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
-        let step = match &self.port {
-            Port::Mmio(mmio) => mmio.step(vm, &self.memory, queue),
-            Port::Pci(pci) => pci.step(vm, &self.memory, queue),
-        };
-        if let Step::Broken(why) = step {
-            self.warn(why);
-        }
-        step != Step::Idle
-    }
-
-    /// Has all that was begun end.
-    fn settle(&self, vm: &VmFd) {
-        for queue in 0..self.queues() {
-            let step = match &self.port {
-                Port::Mmio(mmio) => mmio.settle(vm, &self.memory, queue),
-                Port::Pci(pci) => pci.settle(vm, &self.memory, queue),
-            };
-            if let Step::Broken(why) = step {
-                self.warn(why);
-            }
-        }
-    }
-
     fn queues(&self) -> usize {
         match &self.port {
             Port::Mmio(mmio) => mmio.queues(),
@@ -410,11 +339,4 @@ impl VirtioDevice {
             tracing::warn!(%why, "a guest's driver broke the rules; its device waits for a reset");
         }
     }
-}
-
-/// The descriptor of an eventfd, which vmm-sys-util lends as a number alone.
-#[allow(unsafe_code, reason = "a descriptor is borrowed by its number")]
-fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: it is the eventfd's, which is borrowed for as long.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -2,6 +2,8 @@
 //!
 //! A function of what the driver writes and reads: no thread, no descriptor.
 
+mod common;
+
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,8 +15,6 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use super::chain::Malformed;
 use super::core::{Core, CoreState, Effect, Step};
 use super::device::Device;
-use super::half::{half, set_half};
-use super::ring::Description;
 use crate::memory::Memory;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{CONTROL_BITS, Message, Msix};
@@ -52,28 +52,6 @@ const NOTIFY_KIND: u8 = 2;
 const ISR_KIND: u8 = 3;
 const DEVICE_KIND: u8 = 4;
 const WINDOW_KIND: u8 = 5;
-
-/// The fields of the common configuration, `struct virtio_pci_common_cfg` (4.1.4.3).
-mod common {
-    pub(super) const OFFERED_SELECT: u64 = 0;
-    pub(super) const OFFERED: u64 = 4;
-    pub(super) const ACCEPTED_SELECT: u64 = 8;
-    pub(super) const ACCEPTED: u64 = 12;
-    pub(super) const CONFIG_VECTOR: u64 = 16;
-    pub(super) const QUEUES: u64 = 18;
-    pub(super) const STATUS: u64 = 20;
-    pub(super) const GENERATION: u64 = 21;
-    pub(super) const QUEUE_SELECT: u64 = 22;
-    pub(super) const QUEUE_SIZE: u64 = 24;
-    pub(super) const QUEUE_VECTOR: u64 = 26;
-    pub(super) const QUEUE_ENABLE: u64 = 28;
-    pub(super) const DESCRIPTORS: u64 = 32;
-    pub(super) const DESCRIPTORS_HIGH: u64 = 36;
-    pub(super) const AVAILABLE: u64 = 40;
-    pub(super) const AVAILABLE_HIGH: u64 = 44;
-    pub(super) const USED: u64 = 48;
-    pub(super) const USED_HIGH: u64 = 52;
-}
 
 /// The registers, with the device behind them.
 #[derive(Debug)]
@@ -309,96 +287,6 @@ impl Pci {
             MSIX_TABLE => self.msix.write_table(at as usize, data).into(),
             _ => Effect::None.into(),
         }
-    }
-
-    /// A field of the common configuration, which is read in its own width (4.1.3.1); wider ones in halves.
-    fn read_common(&self, at: u64, data: &mut [u8]) {
-        let queue = usize::from(self.queue_select);
-        let described = self.core.described(queue);
-        let of_queue = |value: fn(&Description) -> u64| described.map_or(0, value);
-        let (value, width) = match at {
-            common::OFFERED_SELECT => (self.offered_select.into(), 4),
-            common::OFFERED => (half(self.core.offered(), self.offered_select).into(), 4),
-            common::ACCEPTED_SELECT => (self.accepted_select.into(), 4),
-            common::ACCEPTED => (half(self.core.accepted(), self.accepted_select).into(), 4),
-            common::CONFIG_VECTOR => (self.config_vector.into(), 2),
-            common::QUEUES => (self.core.queues() as u64, 2),
-            common::STATUS => (self.core.status().into(), 1),
-            common::GENERATION => (self.core.generation().into(), 1),
-            common::QUEUE_SELECT => (self.queue_select.into(), 2),
-            common::QUEUE_SIZE => (of_queue(|queue| queue.size.into()), 2),
-            common::QUEUE_VECTOR => (self.queue_vectors.get(queue).copied().unwrap_or(NO_VECTOR).into(), 2),
-            common::QUEUE_ENABLE => (self.core.queue_ready(queue).into(), 2),
-            common::DESCRIPTORS => (of_queue(|queue| queue.descriptors), 8),
-            common::DESCRIPTORS_HIGH => (of_queue(|queue| queue.descriptors) >> 32, 4),
-            common::AVAILABLE => (of_queue(|queue| queue.available), 8),
-            common::AVAILABLE_HIGH => (of_queue(|queue| queue.available) >> 32, 4),
-            common::USED => (of_queue(|queue| queue.used), 8),
-            common::USED_HIGH => (of_queue(|queue| queue.used) >> 32, 4),
-            // Notifications are all at the first place.
-            _ => (0, 8),
-        };
-        let bytes = value.to_le_bytes();
-        data.iter_mut().zip(&bytes[..width]).for_each(|(to, from)| *to = *from);
-    }
-
-    fn write_common(&mut self, memory: &Memory, at: u64, data: &[u8]) -> Effect {
-        let mut bytes = [0; 8];
-        bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
-        let value = u64::from_le_bytes(bytes);
-        let queue = usize::from(self.queue_select);
-        match (at, data.len()) {
-            (common::OFFERED_SELECT, 4) => self.offered_select = value as u32,
-            (common::ACCEPTED_SELECT, 4) => self.accepted_select = value as u32,
-            (common::ACCEPTED, 4) => {
-                let select = self.accepted_select;
-                self.core.accept(|accepted| set_half(accepted, select, value as u32));
-            }
-            (common::CONFIG_VECTOR, 2) => self.config_vector = self.vector(value as u16),
-            (common::STATUS, 1) => return self.set_status(value as u32),
-            (common::QUEUE_SELECT, 2) => self.queue_select = value as u16,
-            (common::QUEUE_SIZE, 2) => {
-                return self.core.describe(queue, |queue| queue.size = value as u32);
-            }
-            (common::QUEUE_VECTOR, 2) => {
-                let vector = self.vector(value as u16);
-                self.queue_vectors.iter_mut().skip(queue).take(1).for_each(|of_queue| *of_queue = vector);
-            }
-            // A driver never writes zero here (4.1.4.3.2): a queue ends with a reset.
-            (common::QUEUE_ENABLE, 2) if value == 1 => {
-                return self.core.set_ready(memory, queue, true);
-            }
-            (at, len @ (4 | 8)) => return self.write_address(at, len, value),
-            _ => {}
-        }
-        Effect::None
-    }
-
-    fn write_address(&mut self, at: u64, len: usize, value: u64) -> Effect {
-        let (field, high): (fn(&mut Description) -> &mut u64, bool) = match at {
-            common::DESCRIPTORS => (|queue| &mut queue.descriptors, false),
-            common::DESCRIPTORS_HIGH => (|queue| &mut queue.descriptors, true),
-            common::AVAILABLE => (|queue| &mut queue.available, false),
-            common::AVAILABLE_HIGH => (|queue| &mut queue.available, true),
-            common::USED => (|queue| &mut queue.used, false),
-            common::USED_HIGH => (|queue| &mut queue.used, true),
-            _ => return Effect::None,
-        };
-        self.core.describe(usize::from(self.queue_select), |queue| match (len, high) {
-            (8, false) => *field(queue) = value,
-            _ => set_half(field(queue), u32::from(high), value as u32),
-        })
-    }
-
-    fn set_status(&mut self, value: u32) -> Effect {
-        let effect = self.core.set_status(value);
-        if effect == Effect::Reset {
-            (self.offered_select, self.accepted_select, self.queue_select) = (0, 0, 0);
-            self.config_vector = NO_VECTOR;
-            self.queue_vectors.fill(NO_VECTOR);
-            self.msix.clear();
-        }
-        effect
     }
 
     /// The vector that the driver asks for; one that there is not it reads back as none.

@@ -38,6 +38,11 @@ impl DeviceState {
         }
     }
 
+    /// The bytes of a disk, as its driver knows them; none where that is not said.
+    pub(crate) fn disk_size(&self) -> Option<u64> {
+        if let Own::Block(state) = self.own() { Some(state.size()) } else { None }
+    }
+
     fn core(&self) -> &CoreState {
         match self {
             Self::Mmio(registers, _) => &registers.core,

@@ -39,6 +39,14 @@ pub(super) const CLOUD: Layout = Layout {
     size: 2048 * MIB,
 };
 
+/// That of the conformance guests of other kernels, which are on disks of their own each.
+pub(super) const OTHER: Layout = Layout {
+    disk: uuid!("5e0b7a5c-3d0e-4a52-8c1c-6d9a7b2f4e01"),
+    partition: uuid!("5e0b7a5c-3d0e-4a52-8c1c-6d9a7b2f4e02"),
+    file_system: uuid!("5e0b7a5c-3d0e-4a52-8c1c-6d9a7b2f4e03"),
+    size: 128 * MIB,
+};
+
 /// Where a file system's content comes from.
 #[derive(Clone, Copy)]
 pub(super) enum Content<'a> {

@@ -9,7 +9,7 @@
 //! amd64/lab.img              the initrd of `cargo xtask lab`
 //! amd64/manifest.json        what they were made of
 //! amd64/cloud.raw            with `--cloud`: Debian with cloud-init and an SSH server, as clouds have it
-//! i386, debian-13            with `--others`: kernel and conformance guest of other releases of Debian
+//! i386, debian-13            with `--others`: kernel and conformance guest of other releases of Debian, and a root disk
 //! full, debian-13-full       and their kernels that are made for all hardware
 //! ```
 //!

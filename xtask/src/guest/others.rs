@@ -1,6 +1,7 @@
 //! The conformance guest with kernels of other releases and architectures, which the tests in the lab boot too.
 
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -8,14 +9,14 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::distribution::Distribution;
 use super::sources::Sources;
-use super::{Manifest, initrd, recipes};
+use super::{Manifest, disk, initrd, recipes};
 use crate::deb::Apt;
-use crate::prerequisites::{self, APT_GET, DPKG_DEB, Tool};
+use crate::prerequisites::{self, APT_GET, DPKG_DEB, FAKEROOT, MKE2FS, Tool};
 use crate::progress::step;
 use crate::workspace;
 
 /// What building them calls.
-pub(crate) const TOOLS: [Tool; 2] = [APT_GET, DPKG_DEB];
+pub(crate) const TOOLS: [Tool; 4] = [APT_GET, DPKG_DEB, FAKEROOT, MKE2FS];
 
 /// A kernel that is booted besides the host's distribution's.
 #[derive(Debug)]
@@ -54,10 +55,10 @@ pub(crate) const ALL: [Other; 4] = [
     },
 ];
 
-const NAMES: [&str; 3] = ["vmlinuz", "conformance.img", "manifest.json"];
+const NAMES: [&str; 4] = ["vmlinuz", "conformance.img", "disk.raw", "manifest.json"];
 
 impl Other {
-    /// Where its `vmlinuz` and `conformance.img` are, made if they are not there or the current packages
+    /// Where its `vmlinuz` and `conformance.img` are, and the `disk.raw` that has them as its system would, made if they are not there or the current packages
     /// are asked for.
     pub(crate) fn ensure(&self, update: bool) -> anyhow::Result<PathBuf> {
         let guest_dir = workspace::guest_dir();
@@ -95,13 +96,28 @@ fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
         distribution: sources.distribution.clone(),
         packages: sources.packages.clone(),
     };
-    let contents = [
-        sources.vmlinuz.clone(),
-        initrd::build(&initrd::CONFORMANCE, sources)?,
-        serde_json::to_vec_pretty(&manifest)?,
-    ];
-    for (name, content) in NAMES.into_iter().zip(contents) {
+    let initrd = initrd::build(&initrd::CONFORMANCE, sources)?;
+    let tree = dir.join("tree");
+    root(&tree, sources, &initrd).context("cannot make the root file system")?;
+    disk::build(&dir.join("disk.raw"), &disk::OTHER, disk::Content::Tree(&tree))?;
+    let manifest = serde_json::to_vec_pretty(&manifest)?;
+    for (name, content) in
+        [("vmlinuz", &sources.vmlinuz), ("conformance.img", &initrd), ("manifest.json", &manifest)]
+    {
         fs::write(dir.join(name), content).with_context(|| format!("cannot write {name}"))?;
+    }
+    Ok(())
+}
+
+/// What of a root file system boots, as Debian's packages leave it where there is no boot loader: files with the kernel's
+/// version in their names, and links to the newest ones.
+fn root(tree: &Path, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()> {
+    let version = &sources.kernel_version;
+    fs::create_dir_all(tree.join("boot"))?;
+    for (name, content) in [("vmlinuz", &sources.vmlinuz[..]), ("initrd.img", initrd)] {
+        let versioned = format!("boot/{name}-{version}");
+        fs::write(tree.join(&versioned), content)?;
+        symlink(&versioned, tree.join(name))?;
     }
     Ok(())
 }

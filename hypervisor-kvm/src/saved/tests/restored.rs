@@ -98,9 +98,17 @@ fn machines_of_every_version_go_on() {
         assert_eq!(again.virtio.len(), state.virtio.len());
         for (device, had) in again.virtio.iter().zip(&state.virtio) {
             assert_eq!((device.place, device.role), (had.place, had.role));
+            let mut had = had.clone();
+            if had.role == Role::Disk {
+                assert_eq!(device.state.disk_size(), Some(1 << 20));
+                if version < 4 {
+                    // Where nobody told, it is what the disk has.
+                    had.state.set_own(device.state.own().clone());
+                }
+            }
             // The others have been told of what is new outside.
             if device.role != Role::Other {
-                assert_eq!(device, had, "{version}, {name}");
+                assert_eq!(*device, had, "{version}, {name}");
             }
         }
         assert_eq!(again.hot_plug, state.hot_plug);

@@ -3,30 +3,33 @@
 //! A request is a checked [`Chain`]. What it asks for is done by the disk's own [`Line`] while the device goes on,
 //! straight from and to the guest's memory, and answered when it has been done.
 
+mod config;
+mod lane;
 mod line;
 mod request;
 
 use std::mem;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use slab::Slab;
 use storage_block::{Completion, Disk, Engine, Error, ErrorKind, SECTOR};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::chain::{Chain, Malformed};
-use super::device::Device;
+use super::device::{Device, Own};
 use super::ring::{Running, Taken};
 use crate::memory::Memory;
+pub(crate) use config::State;
+use lane::{Answer, Lane, Pending, Stage};
 pub(crate) use line::check_descriptors;
 use line::{DEPTH, Line};
-use request::{Op, RANGE_SECTORS_MAX, RANGES_MAX, Request, SEGMENT_BYTES_MAX, SEGMENTS_MAX};
+use request::{Op, Request};
 
 /// The most queues of a device: all are served by one thread, and more of them only spare the guest's processors
 /// from waiting for each other.
@@ -34,8 +37,10 @@ pub(crate) const QUEUES_MAX: usize = 16;
 /// How many requests are taken up before the driver hears of those that have ended: few enough for it to get on
 /// meanwhile.
 const BATCH: usize = 16;
-/// The bytes of the configuration space.
-const CONFIG_LEN: usize = 60;
+/// With so many requests under way, one of them ends soon.
+const MANY: usize = 8;
+/// How long a driver is at most not heard because of that.
+const UNHEARD: Duration = Duration::from_micros(50);
 
 /// A block device.
 #[derive(Debug)]
@@ -52,49 +57,8 @@ pub(crate) struct Block {
     pending: Slab<Pending>,
     /// What each virtqueue is to be told.
     lanes: Vec<Lane>,
-    /// The capacity that the driver is told.
-    sectors: u64,
+    state: State,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-}
-
-/// A virtqueue's share of the device.
-#[derive(Debug, Default)]
-struct Lane {
-    answers: Vec<Answer>,
-    /// How many of its requests are under way.
-    under_way: usize,
-    /// How many of the requests that were last taken from it have never begun, and are the next ones again.
-    left: u16,
-}
-
-/// A request that has ended.
-#[derive(Debug)]
-struct Answer {
-    head: u16,
-    status_at: GuestAddress,
-    status: u32,
-    /// The bytes of data that were written to the guest.
-    written: u32,
-}
-
-/// A request that is under way.
-#[derive(Debug)]
-struct Pending {
-    lane: usize,
-    stage: Stage,
-    /// If all goes well.
-    answer: Answer,
-}
-
-/// What of a request is under way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// All of it.
-    Whole,
-    /// What has to be durable before it is answered, since its driver cannot flush (virtio 1.2, 5.2.6.2).
-    BeforeFlush,
-    /// The flush after that.
-    Flush,
 }
 
 /// Why a request is not begun.
@@ -121,7 +85,7 @@ impl Block {
             *to = from;
         }
         Self {
-            sectors: disk.size() / SECTOR,
+            state: State::of(&disk),
             disk: Some(disk),
             line: None,
             engine: None,
@@ -130,24 +94,6 @@ impl Block {
             lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
             serial: id,
         }
-    }
-
-    /// The configuration space, `struct virtio_blk_config`.
-    fn config(&self) -> [u8; CONFIG_LEN] {
-        let mut config = [0; CONFIG_LEN];
-        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.sectors.to_le_bytes());
-        put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
-        put(12, &SEGMENTS_MAX.to_le_bytes());
-        put(20, &(SECTOR as u32).to_le_bytes());
-        put(34, &(self.lanes.len() as u16).to_le_bytes());
-        put(36, &RANGE_SECTORS_MAX.to_le_bytes()); // discard: sectors, ranges, alignment
-        put(40, &RANGES_MAX.to_le_bytes());
-        put(44, &1u32.to_le_bytes());
-        put(48, &RANGE_SECTORS_MAX.to_le_bytes()); // write zeroes: sectors, ranges, may unmap
-        put(52, &RANGES_MAX.to_le_bytes());
-        put(56, &[1]);
-        config
     }
 
     /// Begins a request, or answers it at once: that only when nothing of its queue is under way, since what has not begun
@@ -314,26 +260,16 @@ impl Block {
         self.line.as_mut()?.queue().wait()
     }
 
-    /// Tells the driver of what has ended. False if nothing has.
-    fn answer(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<bool, Malformed> {
-        let Lane { answers, left, .. } = &mut self.lanes[lane];
-        ring.put_back(mem::take(left));
-        if answers.is_empty() {
+    /// Has the driver notify of its next request. True if that is there already.
+    ///
+    /// Not at once where many are under way: their ends have the queue looked at anyway, and a driver that was asked
+    /// leaves the guest for what it adds then. If none ends soon it is asked, so that a request does not wait for others.
+    fn listen(&mut self, lane: usize, was_unheard: bool, ring: &mut Running<'_>) -> Result<bool, Malformed> {
+        if self.pending.len() >= MANY && !was_unheard {
+            self.lanes[lane].unheard = true;
             return Ok(false);
         }
-        for answer in &*answers {
-            let at = ring.memory().get_slice(answer.status_at, 1);
-            let written = at.and_then(|at| Ok(at.write_obj(answer.status as u8, 0)?));
-            written.map_err(|_| Malformed("a status lies outside the memory"))?;
-        }
-        ring.put_all_used(answers.drain(..).map(|answer| (answer.head, answer.written + 1)))?;
-        Ok(true)
-    }
-}
-
-impl Answer {
-    fn to(request: &Request<'_>, (status, written): (u32, u32)) -> Self {
-        Self { head: request.chain.head, status_at: request.status_at, status, written }
+        ring.ask()
     }
 }
 
@@ -343,17 +279,7 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let mut bits =
-            vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
-        if self.lanes.len() > 1 {
-            bits.push(VIRTIO_BLK_F_MQ);
-        }
-        if self.disk.as_ref().is_some_and(Disk::read_only) {
-            bits.push(VIRTIO_BLK_F_RO);
-        } else {
-            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
-        }
-        bits.into_iter().fold(0, |features, bit| features | 1 << bit)
+        config::features(self.lanes.len(), self.disk.as_ref().is_some_and(Disk::read_only))
     }
 
     fn queues(&self) -> usize {
@@ -361,19 +287,20 @@ impl Device for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
+        let config = self.state.config(self.lanes.len());
         let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
         data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
 
     fn refresh(&mut self) {
         if let Some(disk) = &self.disk {
-            self.sectors = disk.size() / SECTOR;
+            self.state = State::of(disk);
         }
     }
 
     fn serve(&mut self, lane: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
-        let mut worked = self.collect() | self.answer(lane, ring)?;
+        let was_unheard = mem::take(&mut self.lanes[lane].unheard);
+        let mut worked = self.collect() | self.lanes[lane].answer(ring)?;
         if let (true, Some(line)) = (self.pending.is_empty(), &mut self.line) {
             // What ends at once, as reads of what the host has in memory do, is seen here.
             line.queue().unwatch();
@@ -393,16 +320,16 @@ impl Device for Block {
                 line.queue().submit();
             }
             self.collect();
-            self.answer(lane, ring)?;
+            self.lanes[lane].answer(ring)?;
             worked = true;
         }
         // Where too much is under way, or something has to end first, the next look is when something has ended.
-        Ok(worked || room > 0 && !waits && ring.ask()?)
+        Ok(worked || room > 0 && !waits && self.listen(lane, was_unheard, ring)?)
     }
 
     fn settle(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<(), Malformed> {
         self.finish();
-        self.answer(lane, ring).map(|_| ())
+        self.lanes[lane].answer(ring).map(|_| ())
     }
 
     fn stop(&mut self, lane: usize) {
@@ -412,6 +339,10 @@ impl Device for Block {
 
     fn ended(&mut self) -> Option<Arc<OwnedFd>> {
         self.line.as_mut().filter(|_| !self.pending.is_empty()).map(Line::watch)
+    }
+
+    fn due_in(&self) -> Option<Duration> {
+        self.lanes.iter().any(|lane| lane.unheard).then_some(UNHEARD)
     }
 
     fn reset(&mut self) {
@@ -426,5 +357,19 @@ impl Device for Block {
         // What has not begun fails when it is taken up again.
         self.finish();
         self.line = None;
+    }
+
+    fn save(&self) -> Own {
+        Own::Block(self.state.clone())
+    }
+
+    fn restore(&mut self, own: &Own) -> Result<(), Malformed> {
+        match own {
+            Own::Block(state) => self.state = state.clone(),
+            // Machines of earlier versions do not tell.
+            Own::None => {}
+            _ => return Err(Malformed("the device is of another type")),
+        }
+        Ok(())
     }
 }

@@ -5,6 +5,7 @@
 //! cut is offered to the driver, and what the driver takes is told to the network. All frames go one after the other
 //! through the port's limits, whichever pair they are of.
 
+mod config;
 mod control;
 mod deliver;
 mod header;
@@ -28,17 +29,15 @@ use instance_core::machine::NetSpec;
 use instance_core::net::{Frame, FrameLimits, NetPort, Offloads, SendError};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
-};
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 
+use self::config::{Config, taken_by_driver};
 use self::deliver::{Delivery, deliver};
 use self::header::{HEADER_LEN, Header};
 pub(crate) use self::spares::{Shared as SharedSpares, Spares};
 use self::steering::Steering;
 pub(crate) use self::vhost::KernelNet;
+pub use self::vhost::VhostNet;
 use super::chain::{Chain, Malformed};
 use super::device::{Device, Own};
 use super::ring::Running;
@@ -48,8 +47,6 @@ const MAX_PAIRS: usize = 8;
 
 /// Addresses and type: what every frame has.
 const ETHERNET_LEN: usize = 14;
-/// With a VLAN tag.
-const ETHERNET_MAX: usize = ETHERNET_LEN + 4;
 
 /// How many frames are moved before the driver and other queues have their turn.
 const BATCH: usize = 64;
@@ -124,14 +121,6 @@ impl Pace {
         self.delay = self.limits.delay();
         self.delay.is_none()
     }
-}
-
-#[derive(Debug)]
-struct Config {
-    mac: [u8; 6],
-    mtu: u16,
-    /// The most pairs, if there are several.
-    pairs: u16,
 }
 
 impl Net {
@@ -294,53 +283,6 @@ impl Net {
     }
 }
 
-impl Config {
-    fn new(spec: &NetSpec, pairs: usize) -> Self {
-        Self { mac: spec.mac.0, mtu: spec.mtu, pairs: if pairs > 1 { pairs as u16 } else { 0 } }
-    }
-
-    /// The features of a device with this configuration, behind which is who takes `offered`.
-    fn features(&self, offered: Offloads) -> u64 {
-        let Offloads { checksum, tcp4, tcp6, .. } = offered;
-        let several = self.pairs > 0;
-        let bits = [
-            (VIRTIO_NET_F_MAC, true),
-            (VIRTIO_NET_F_STATUS, true),
-            (VIRTIO_NET_F_MTU, true),
-            (VIRTIO_NET_F_MRG_RXBUF, true),
-            (VIRTIO_NET_F_GUEST_CSUM, true),
-            (VIRTIO_NET_F_GUEST_TSO4, true),
-            (VIRTIO_NET_F_GUEST_TSO6, true),
-            (VIRTIO_NET_F_CSUM, checksum),
-            (VIRTIO_NET_F_HOST_TSO4, checksum && tcp4),
-            (VIRTIO_NET_F_HOST_TSO6, checksum && tcp6),
-            (VIRTIO_NET_F_CTRL_VQ, several),
-            (VIRTIO_NET_F_MQ, several),
-        ];
-        bits.into_iter().filter(|(_, offered)| *offered).fold(0, |features, (bit, _)| features | 1 << bit)
-    }
-
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let config = self.bytes();
-        let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
-        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-    }
-
-    /// `struct virtio_net_config`, as far as features of it are offered.
-    fn bytes(&self) -> [u8; 12] {
-        let mut config = [0; 12];
-        config[..6].copy_from_slice(&self.mac);
-        config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        config[8..10].copy_from_slice(&self.pairs.to_le_bytes());
-        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        config
-    }
-
-    fn is_short_enough(&self, frame: &Frame) -> bool {
-        frame.segmentation.is_some() || frame.data.len() <= usize::from(self.mtu) + ETHERNET_MAX
-    }
-}
-
 /// What a queue is for; of what pair.
 enum QueueKind {
     Receive(usize),
@@ -419,15 +361,4 @@ impl Device for Net {
         };
         if fits { Ok(()) } else { Err(Malformed("the device is of another type")) }
     }
-}
-
-/// What the driver takes, by the features that it accepted.
-fn taken_by_driver(features: u64) -> Offloads {
-    let accepted = |bit: u32| features & 1 << bit != 0;
-    let checksum = accepted(VIRTIO_NET_F_GUEST_CSUM);
-    let mut takes = Offloads::NONE;
-    takes.checksum = checksum;
-    takes.tcp4 = checksum && accepted(VIRTIO_NET_F_GUEST_TSO4);
-    takes.tcp6 = checksum && accepted(VIRTIO_NET_F_GUEST_TSO6);
-    takes
 }

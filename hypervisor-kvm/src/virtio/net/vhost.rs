@@ -23,7 +23,6 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Config, taken_by_driver};
-use crate::VhostNet;
 use crate::error::{HostContext, Result, unsupported};
 use crate::memory::Memory;
 use crate::virtio::chain::Malformed;
@@ -33,6 +32,24 @@ use crate::virtio::ring::{QUEUE_SIZE, Running};
 
 /// Of frames to the guest and of frames from it.
 const QUEUES: usize = 2;
+
+/// Whether the host's kernel (vhost-net) moves the frames of network ports on TAP devices
+/// ([`Tap`](instance_core::net::Tap)), or the device's thread does.
+///
+/// It needs `/dev/vhost-net`, which the module `vhost_net` makes, and a port that is held to no limits, and has one pair of
+/// queues, however many processors there are: a saved machine whose port has more is the thread's. The kernel does not look
+/// whether frames are longer than the port's MTU. Which it is, is an event of `tracing`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum VhostNet {
+    /// The kernel where it can, else the thread.
+    #[default]
+    IfPossible,
+    /// The thread.
+    Never,
+    /// The kernel: a machine for which it cannot is not made.
+    Always,
+}
 
 /// A network device in the host's kernel.
 #[derive(Debug)]
