@@ -4,7 +4,7 @@ use std::fmt;
 
 use aes::cipher::{BlockDecrypt as _, BlockEncrypt as _, KeyInit as _};
 use aes::{Aes256, Block};
-use hmac::{Hmac, Mac};
+use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
@@ -108,7 +108,7 @@ fn mac(key: &Secret, parts: &[&[u8]]) -> [u8; 32] {
     // A key that is as short as a block of the hash is used as it is, filled up with zeroes.
     let mut block = Zeroizing::new([0; 64]);
     block[..32].copy_from_slice(&**key);
-    let mut mac = <Hmac<Sha256> as Mac>::new((&*block).into());
+    let mut mac = <Hmac<Sha256> as KeyInit>::new((&*block).into());
     parts.iter().for_each(|part| mac.update(part));
     mac.finalize().into_bytes().into()
 }

@@ -31,11 +31,25 @@ impl Inner {
     /// Reads an object and checks that it is what its name says. A damaged one is read from a copy, where there is
     /// one; else it counts as damaged from here on, and is stored again when somebody comes with it.
     pub(crate) fn read_object(&self, kind: Kind, id: &Id, key: Option<&EncryptionKey>) -> Result<Vec<u8>> {
+        self.read_from_any(kind, id, |object| object.read_checked(key))
+    }
+
+    /// Sees the same of one that nobody here needs to have the key of: what is encrypted is compared with its checksum.
+    pub(crate) fn check_keyless(&self, kind: Kind, id: &Id) -> Result<()> {
+        self.read_from_any(kind, id, |object| object.read_keyless()).map(drop)
+    }
+
+    fn read_from_any(
+        &self,
+        kind: Kind,
+        id: &Id,
+        read: impl Fn(&Object<'_>) -> Result<Vec<u8>>,
+    ) -> Result<Vec<u8>> {
         loop {
             let error = match self.find_open(kind, id) {
-                Ok(found) => match found.object(id).read_checked(key) {
+                Ok(found) => match read(&found.object(id)) {
                     Err(error) if error.kind() == ErrorKind::Corrupt => {
-                        (self.mark_damaged(id, &found, key), error)
+                        (self.mark_damaged(id, &found, &read), error)
                     }
                     result => return result,
                 },
@@ -56,10 +70,10 @@ impl Inner {
 
     /// Notes that an object is not what its name says, or rather what it differs from is not. Whether it may now be
     /// read from elsewhere.
-    fn mark_damaged(&self, id: &Id, found: &Found, key: Option<&EncryptionKey>) -> bool {
+    fn mark_damaged(&self, id: &Id, found: &Found, read: impl Fn(&Object<'_>) -> Result<Vec<u8>>) -> bool {
         if let Some((_, Some(own))) = found.object(id).patch {
             let base = Object { own, patch: None };
-            if base.read_checked(key).is_err_and(|error| error.kind() == ErrorKind::Corrupt) {
+            if read(&base).is_err_and(|error| error.kind() == ErrorKind::Corrupt) {
                 return write(&self.index).mark_damaged(own.id, own.pack.number, own.slot.start);
             }
         }

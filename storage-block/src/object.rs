@@ -80,7 +80,14 @@ impl Object<'_> {
         Ok(bytes)
     }
 
-    /// The same into a buffer of its length, which holds anything after an error.
+    /// The same without its key: of what is encrypted the bytes as they are stored, compared with their checksum, which
+    /// finds any accident.
+    pub(crate) fn read_keyless(&self) -> Result<Vec<u8>> {
+        let Part { pack, slot, .. } = &self.own;
+        if slot.encoding.encrypted() { pack.read_whole(slot) } else { self.read_checked(None) }
+    }
+
+    /// [`read_checked`](Self::read_checked) into a buffer of its length, which holds anything after an error.
     pub(crate) fn read_checked_into(&self, key: Option<&EncryptionKey>, bytes: &mut [u8]) -> Result<()> {
         let Part { id, pack, slot } = self.own;
         match self.patch {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ami_core::Digest;
 
-use crate::format::{HOLE, Id, PACK_HEADER, Slot, UNIT};
+use crate::format::{HOLE, Id, Kind, PACK_HEADER, Slot, UNIT};
 use crate::fs;
 use crate::pack::{self, Index, Pack, Taken};
 use crate::places::Place;
@@ -134,6 +134,7 @@ impl Sweep {
             // What is lost already cannot be kept.
             live.retain(|id| index.places.contains_key(id));
         }
+        settle_copies(inner, &live)?;
         sweep(inner, &live, &mut reclaimed)?;
         Ok(reclaimed)
     }
@@ -159,6 +160,24 @@ fn mark_bases(index: &Index, live: &mut HashSet<Id>) {
     let base = |id: &Id| index.places.get(id)?.patch.map(|patch| patch.base);
     let bases: Vec<Id> = live.iter().filter_map(base).filter(|base| *base != HOLE).collect();
     live.extend(bases);
+}
+
+/// Has what lies in several places found where it is whole. Which of them is damaged is not known any more once the store
+/// was closed, and a pack of which only the others are alive goes.
+fn settle_copies(inner: &Inner, live: &HashSet<Id>) -> Result<()> {
+    let copied: Vec<(Kind, Id)> = {
+        let index = read(&inner.index);
+        let copied = index.copies.keys().filter(|id| live.contains(*id));
+        copied.filter_map(|id| Some((index.places.get(id)?.slot.kind, *id))).collect()
+    };
+    for (kind, id) in copied {
+        match inner.check_keyless(kind, &id) {
+            Err(error) if error.kind() != ErrorKind::Corrupt => return Err(error),
+            // Nor is it whole anywhere else.
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// A pack that is to go, and where its live objects lie.

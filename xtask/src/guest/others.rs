@@ -3,58 +3,48 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use ami_core::{Architecture, Digest};
 use anyhow::Context as _;
+use quick_start::{Package, PackageSource, Sources};
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 
-use super::distribution::Distribution;
-use super::sources::Sources;
-use super::{Manifest, initrd, recipes};
-use crate::deb::Apt;
-use crate::prerequisites::{self, APT_GET, DPKG_DEB, Tool};
-use crate::progress::step;
-use crate::workspace;
-
-/// What building them calls.
-pub(crate) const TOOLS: [Tool; 2] = [APT_GET, DPKG_DEB];
+use super::{MANIFEST, initrds, packages};
+use crate::progress::{step, told};
+use crate::{prerequisites, workspace};
 
 /// A kernel that is booted besides the host's distribution's.
 #[derive(Debug)]
 pub(crate) struct Other {
     /// The directory of its artifacts.
     pub(crate) name: &'static str,
-    version: &'static str,
-    suite: &'static str,
-    architecture: &'static str,
-    kernel: &'static str,
+    source: PackageSource,
 }
 
 /// All of them.
 pub(crate) const ALL: [Other; 4] = [
-    Other { name: "i386", version: "12", suite: "bookworm", architecture: "i386", kernel: "linux-image-686" },
-    Other {
-        name: "debian-13",
-        version: "13",
-        suite: "trixie",
-        architecture: "amd64",
-        kernel: "linux-image-cloud-amd64",
-    },
-    Other {
-        name: "full",
-        version: "12",
-        suite: "bookworm",
-        architecture: "amd64",
-        kernel: "linux-image-amd64",
-    },
-    Other {
-        name: "debian-13-full",
-        version: "13",
-        suite: "trixie",
-        architecture: "amd64",
-        kernel: "linux-image-amd64",
-    },
+    Other { name: "i386", source: bookworm(Architecture::X86, "linux-image-686") },
+    Other { name: "debian-13", source: trixie("linux-image-cloud-amd64") },
+    Other { name: "full", source: bookworm(Architecture::X86_64, "linux-image-amd64") },
+    Other { name: "debian-13-full", source: trixie("linux-image-amd64") },
 ];
 
-const NAMES: [&str; 3] = ["vmlinuz", "conformance.img", "manifest.json"];
+const fn bookworm(architecture: Architecture, kernel: &'static str) -> PackageSource {
+    PackageSource::of_debian("12", "bookworm", architecture, kernel)
+}
+
+const fn trixie(kernel: &'static str) -> PackageSource {
+    PackageSource::of_debian("13", "trixie", Architecture::X86_64, kernel)
+}
+
+const NAMES: [&str; 3] = ["vmlinuz", "conformance.img", MANIFEST];
+
+/// What one was made of.
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    recipes: Digest,
+    packages: Vec<Package>,
+}
 
 impl Other {
     /// Where its `vmlinuz` and `conformance.img` are, made if they are not there or the current packages
@@ -65,7 +55,7 @@ impl Other {
         if !update && is_current(&dir) {
             return Ok(dir);
         }
-        prerequisites::require(&TOOLS)?;
+        prerequisites::require(self.source.prerequisites())?;
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let lock =
             File::create(guest_dir.join(format!(".lock-{}", self.name))).context("cannot make a lock")?;
@@ -73,12 +63,7 @@ impl Other {
         if !update && is_current(&dir) {
             return Ok(dir); // Another process made it meanwhile.
         }
-        let cache = guest_dir.join("packages");
-        let account = cache.join(format!("apt-{}-{}", self.suite, self.architecture));
-        let apt = Apt::of_debian(&account, self.suite, self.architecture)?;
-        let distribution = Distribution { id: "debian".to_owned(), version: self.version.to_owned() };
-        let sources = Sources::fetch_from(&cache, &apt, &[self.kernel], distribution)
-            .with_context(|| format!("cannot fetch {} of Debian {}", self.kernel, self.version))?;
+        let sources = told(|progress| Sources::fetch(&self.source, &packages(&guest_dir), progress))?;
         let work = tempfile::tempdir_in(&guest_dir).context("cannot make a working directory")?;
         step(&format!("building the guest {}", self.name), || make(work.path(), &sources))?;
         for name in NAMES {
@@ -90,16 +75,9 @@ impl Other {
 }
 
 fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
-    let manifest = Manifest {
-        recipes: recipes(),
-        distribution: sources.distribution.clone(),
-        packages: sources.packages.clone(),
-    };
-    let contents = [
-        sources.vmlinuz.clone(),
-        initrd::build(&initrd::CONFORMANCE, sources)?,
-        serde_json::to_vec_pretty(&manifest)?,
-    ];
+    let manifest = Manifest { recipes: initrds::recipes(), packages: sources.packages().to_vec() };
+    let contents =
+        [sources.vmlinuz().to_vec(), initrds::conformance(sources)?, serde_json::to_vec_pretty(&manifest)?];
     for (name, content) in NAMES.into_iter().zip(contents) {
         fs::write(dir.join(name), content).with_context(|| format!("cannot write {name}"))?;
     }
@@ -107,7 +85,8 @@ fn make(dir: &Path, sources: &Sources) -> anyhow::Result<()> {
 }
 
 fn is_current(dir: &Path) -> bool {
-    let manifest = fs::read(dir.join("manifest.json")).unwrap_or_default();
+    let manifest = fs::read(dir.join(MANIFEST)).unwrap_or_default();
     let made_by = serde_json::from_slice(&manifest).map(|manifest: Manifest| manifest.recipes);
-    NAMES.iter().all(|name| dir.join(name).is_file()) && made_by.is_ok_and(|made_by| made_by == recipes())
+    let all_there = NAMES.iter().all(|name| dir.join(name).is_file());
+    all_there && made_by.is_ok_and(|made_by| made_by == initrds::recipes())
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 
-use anyhow::{Context as _, anyhow};
 use gpt::disk::LogicalBlockSize;
 use gpt::mbr::ProtectiveMBR;
 use gpt::partition::Partition;
@@ -12,27 +12,29 @@ use gpt::{GptConfig, partition_types};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 use uuid::{Uuid, uuid};
 
-use crate::process;
+use crate::error::Context as _;
+use crate::progress::Reporter;
+use crate::{Error, ErrorKind, Result, process};
 
 /// What is fixed of a disk: the same sources make the same one.
-pub(super) struct Layout {
-    pub(super) disk: Uuid,
-    pub(super) partition: Uuid,
-    pub(super) file_system: Uuid,
+pub(crate) struct Layout {
+    pub(crate) disk: Uuid,
+    pub(crate) partition: Uuid,
+    pub(crate) file_system: Uuid,
     /// In bytes; what the files do not need is a hole.
-    pub(super) size: u64,
+    pub(crate) size: u64,
 }
 
-/// The quick-start guest's.
-pub(super) const QUICK_START: Layout = Layout {
+/// The minimal guests'.
+pub(crate) const MINIMAL: Layout = Layout {
     disk: uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a01"),
     partition: uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a02"),
     file_system: uuid!("8d2f0f3e-7b61-4c58-9a7e-1f0c5d5b6a03"),
     size: 512 * MIB,
 };
 
-/// The cloud guest's.
-pub(super) const CLOUD: Layout = Layout {
+/// The cloud guests'.
+pub(crate) const CLOUD: Layout = Layout {
     disk: uuid!("b0a4f5d2-52a0-4f0c-8f5e-2f4d9c7e1b01"),
     partition: uuid!("b0a4f5d2-52a0-4f0c-8f5e-2f4d9c7e1b02"),
     file_system: uuid!("b0a4f5d2-52a0-4f0c-8f5e-2f4d9c7e1b03"),
@@ -41,7 +43,7 @@ pub(super) const CLOUD: Layout = Layout {
 
 /// Where a file system's content comes from.
 #[derive(Clone, Copy)]
-pub(super) enum Content<'a> {
+pub(crate) enum Content<'a> {
     /// A directory, whose files shall all be root's and of one time.
     Tree(&'a Path),
     /// An archive with owners and times of its own, and an empty directory to unpack it in.
@@ -51,23 +53,31 @@ pub(super) enum Content<'a> {
 /// The time of every file of a tree: the day Debian 12 came out.
 const FILE_TIME: i64 = 1_686_355_200;
 
-const MIB: u64 = 1 << 20;
+/// The name of a root disk among what is made.
+pub(crate) const NAME: &str = "disk.raw";
+
+pub(crate) const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
 /// What stays free on either side of the partition.
 const MARGIN: u64 = MIB;
 
 /// Makes the disk `path`.
-pub(super) fn build(path: &Path, layout: &Layout, content: Content<'_>) -> anyhow::Result<()> {
+pub(crate) fn build(
+    path: &Path,
+    layout: &Layout,
+    content: Content<'_>,
+    reporter: &mut Reporter<'_>,
+) -> Result<()> {
     let context = || format!("cannot make the disk {}", path.display());
-    let file = File::options().read(true).write(true).create_new(true).open(path).with_context(context)?;
-    file.set_len(layout.size).with_context(context)?;
-    partition(file, layout).with_context(context)?;
+    let file = File::options().read(true).write(true).create_new(true).open(path).context(context)?;
+    file.set_len(layout.size).context(context)?;
+    partition(file, layout).map_err(|e| e.about(context()))?;
     // Under fakeroot what tar unpacks has the owners that the archive says, and mke2fs sees them.
     let mut fakeroot = process::command("fakeroot");
     fakeroot.arg("--");
     let (tree, owner) = match content {
         Content::Tree(tree) => {
-            set_times(tree).context("cannot set the times of the root file system's files")?;
+            set_times(tree).context(|| "cannot set the times of the root file system's files".to_owned())?;
             fakeroot.env("E2FSPROGS_FAKE_TIME", FILE_TIME.to_string());
             (tree, "root_owner=0:0,")
         }
@@ -82,15 +92,19 @@ pub(super) fn build(path: &Path, layout: &Layout, content: Content<'_>) -> anyho
     fakeroot.args(["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "root", "-U"]);
     fakeroot.arg(id.to_string()).arg("-E").arg(options).arg("-d").arg(tree);
     fakeroot.arg(path).arg(((layout.size - 2 * MARGIN) / 4096).to_string());
-    process::output(&mut fakeroot).with_context(context).map(drop)
+    process::output(&mut fakeroot, reporter).map_err(|e| e.about(context()))?;
+    // What a cache is to give for good is not lost with the page cache.
+    let done = File::open(path).and_then(|disk| disk.sync_all());
+    done.context(context)
 }
 
 /// Writes the protective MBR and both partition tables.
-fn partition(mut disk: File, layout: &Layout) -> anyhow::Result<()> {
-    let sectors = u32::try_from(layout.size / SECTOR - 1)?;
-    ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut disk).map_err(|error| anyhow!("{error}"))?;
+fn partition(mut disk: File, layout: &Layout) -> Result<()> {
+    let failed = |e: &dyn std::fmt::Display| Error::new(ErrorKind::Io, format!("cannot partition it: {e}"));
+    let sectors = u32::try_from(layout.size / SECTOR - 1).unwrap_or(u32::MAX);
+    ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut disk).map_err(|e| failed(&e))?;
     let config = GptConfig::new().writable(true).logical_block_size(LogicalBlockSize::Lb512);
-    let mut table = config.create_from_device(disk, Some(layout.disk))?;
+    let mut table = config.create_from_device(disk, Some(layout.disk)).map_err(|e| failed(&e))?;
     let root = Partition {
         part_type_guid: partition_types::LINUX_FS,
         part_guid: layout.partition,
@@ -99,13 +113,12 @@ fn partition(mut disk: File, layout: &Layout) -> anyhow::Result<()> {
         flags: 0,
         name: "root".to_owned(),
     };
-    table.update_partitions(BTreeMap::from([(1, root)]))?;
-    table.write()?.sync_all()?;
-    Ok(())
+    table.update_partitions(BTreeMap::from([(1, root)])).map_err(|e| failed(&e))?;
+    table.write().map(drop).map_err(|e| failed(&e))
 }
 
 /// Gives every file under `path` the one fixed time.
-fn set_times(path: &Path) -> anyhow::Result<()> {
+fn set_times(path: &Path) -> io::Result<()> {
     if path.symlink_metadata()?.is_dir() {
         for entry in fs::read_dir(path)? {
             set_times(&entry?.path())?;

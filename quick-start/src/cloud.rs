@@ -1,0 +1,142 @@
+//! Cloud guests: Debian as its own packages make it, with cloud-init, an SSH server and the kernel for virtual
+//! machines.
+//!
+//! Nothing in them knows of this project. cloud-init finds by the machine's identity that it runs in EC2.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ami_core::OperatingSystem;
+
+use crate::apt::{MIRROR, Package};
+use crate::build::Made;
+use crate::disk::{self, Content};
+use crate::error::Context as _;
+use crate::host::{self, NEWUIDMAP};
+use crate::progress::Reporter;
+use crate::{Error, ErrorKind, Result, process};
+
+const SECURITY: &str = "http://deb.debian.org/debian-security";
+
+/// A release of Debian's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Release {
+    pub(crate) version: &'static str,
+    pub(crate) suite: &'static str,
+}
+
+/// Beside the essential packages and what they depend on.
+const PACKAGES: [&str; 14] = [
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "cloud-init",
+    "cloud-guest-utils",
+    "openssh-server",
+    "sudo",
+    "netbase",
+    "ifupdown",
+    "isc-dhcp-client",
+    "iproute2",
+    "iputils-ping",
+    "ca-certificates",
+    "linux-image-cloud-amd64",
+];
+
+/// Runs before the packages are installed, the kernel among them.
+const BEFORE: &str = include_str!("../guest/cloud/before.sh");
+/// Runs when they are installed.
+const AFTER: &str = include_str!("../guest/cloud/after.sh");
+
+/// What `dpkg` leaves out, which no server reads.
+const LEFT_OUT: [&str; 3] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
+
+/// What such a guest is made of beside the packages.
+pub(crate) fn texts() -> Vec<&'static str> {
+    vec![include_str!("cloud.rs"), include_str!("disk.rs"), BEFORE, AFTER]
+}
+
+/// The files that are made.
+pub(crate) const FILES: &[&str] = &[disk::NAME];
+
+/// Whether this user can install a system: root can, and who may be root in a namespace.
+pub(crate) fn check_user() -> Result<()> {
+    if host::is_root() {
+        return Ok(());
+    }
+    crate::require(&[NEWUIDMAP])?;
+    let switches = ["/proc/sys/user/max_user_namespaces", "/proc/sys/kernel/unprivileged_userns_clone"];
+    let is_off = |path: &&str| fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
+    match switches.into_iter().find(is_off) {
+        None => Ok(()),
+        Some(switch) => {
+            let what = format!("only root can install a system here: {switch} is 0");
+            Err(Error::new(ErrorKind::NotPermitted, what))
+        }
+    }
+}
+
+/// Makes them in the directory `dir`.
+pub(crate) fn make(dir: &Path, release: &Release, reporter: &mut Reporter<'_>) -> Result<Made> {
+    let (archive, installed) = (dir.join("root.tar"), dir.join("installed"));
+    reporter.step("installing Debian", 90)?;
+    install(dir, release, &archive, &installed, reporter)?;
+    reporter.step("making the root disk", 100)?;
+    let unpacked = dir.join("tree");
+    fs::create_dir(&unpacked).context(|| format!("cannot make {}", unpacked.display()))?;
+    disk::build(&dir.join(disk::NAME), &disk::CLOUD, Content::Archive(&archive, &unpacked), reporter)?;
+    let packages =
+        fs::read_to_string(&installed).context(|| format!("cannot read {}", installed.display()))?;
+    let operating_system = OperatingSystem::linux("debian", release.version);
+    Ok(Made { operating_system, packages: packages.lines().filter_map(package).collect() })
+}
+
+/// Installs the packages into the file `archive`, and lists them in the file `installed`.
+fn install(
+    dir: &Path,
+    release: &Release,
+    archive: &Path,
+    installed: &Path,
+    reporter: &mut Reporter<'_>,
+) -> Result<()> {
+    let script = |name: &str, text: &str| {
+        let path = dir.join(name);
+        fs::write(&path, text).context(|| format!("cannot write {}", path.display())).map(|()| path)
+    };
+    let hook = |kind: &str, script: PathBuf| format!("--{kind}-hook=sh -e '{}' \"$1\"", script.display());
+    let mut mmdebstrap = process::command("mmdebstrap");
+    // Whatever it makes on its way goes with the working directory.
+    mmdebstrap.env("TMPDIR", dir);
+    mmdebstrap.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
+    mmdebstrap.args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")));
+    mmdebstrap.arg(format!("--include={}", PACKAGES.join(",")));
+    mmdebstrap.args([
+        hook("essential", script("before.sh", BEFORE)?),
+        hook("customize", script("after.sh", AFTER)?),
+        format!(
+            "--customize-hook=dpkg-query --admindir=\"$1/var/lib/dpkg\" -W -f '{FIELDS}' >'{}'",
+            installed.display()
+        ),
+    ]);
+    let suite = release.suite;
+    mmdebstrap.arg(suite).arg(archive).args([
+        format!("deb {MIRROR} {suite} main"),
+        format!("deb {MIRROR} {suite}-updates main"),
+        format!("deb {SECURITY} {suite}-security main"),
+    ]);
+    let tell = |reporter: &mut Reporter<'_>, line: &str| {
+        if let Some(step) = line.strip_prefix("I: ") {
+            reporter.detail(step);
+        }
+    };
+    process::run(&mut mmdebstrap, reporter, tell).map(drop)
+}
+
+/// What `dpkg-query` tells of a package, in a line that [`package`] reads.
+const FIELDS: &str = "${Package}\\t${Version}\\t${Architecture}\\t${binary:Summary}\\n";
+
+fn package(line: &str) -> Option<Package> {
+    let mut fields = line.split('\t');
+    let mut next = || fields.next();
+    Some(Package::installed(next()?, next()?, next()?, next()?))
+}
