@@ -82,15 +82,15 @@ impl Apt {
     }
 
     /// The version of the first of `names` that apt knows, fetching its lists anew if it knows none.
-    pub(crate) fn candidate(&mut self, names: &[&str], reporter: &mut Reporter<'_>) -> Result<Package> {
-        if let Some(package) = self.known(names, reporter)? {
-            return Ok(package);
+    pub(crate) fn candidate(&mut self, names: &[&str], reporter: &mut Reporter<'_>) -> Result<Candidate> {
+        if let Some(candidate) = self.known(names, reporter)? {
+            return Ok(candidate);
         }
         // An earlier build may have fetched lists.
         if !self.own_lists && self.dir.join("lists").is_dir() {
             self.own_lists = true;
-            if let Some(package) = self.known(names, reporter)? {
-                return Ok(package);
+            if let Some(candidate) = self.known(names, reporter)? {
+                return Ok(candidate);
             }
         }
         self.update(reporter)?;
@@ -100,12 +100,12 @@ impl Apt {
         })
     }
 
-    fn known(&self, names: &[&str], reporter: &mut Reporter<'_>) -> Result<Option<Package>> {
+    fn known(&self, names: &[&str], reporter: &mut Reporter<'_>) -> Result<Option<Candidate>> {
         for name in names {
             let mut show = self.command("apt-cache");
             match process::output(show.args(["show", "--no-all-versions", name]), reporter) {
                 Ok(text) => match parse(&text) {
-                    Some(package) => return Ok(Some(package)),
+                    Some(candidate) => return Ok(Some(candidate)),
                     None => continue,
                 },
                 Err(e) if e.kind() == ErrorKind::ProgramFailed => continue,
@@ -197,8 +197,6 @@ pub struct Package {
     pub sha256: String,
     /// One line.
     pub description: String,
-    #[serde(skip)]
-    depends: Vec<String>,
 }
 
 impl Package {
@@ -210,10 +208,18 @@ impl Package {
             architecture: architecture.to_owned(),
             sha256: String::new(),
             description: description.to_owned(),
-            depends: Vec::new(),
         }
     }
+}
 
+/// The version of a package that apt would install.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    pub(crate) package: Package,
+    depends: Vec<String>,
+}
+
+impl Candidate {
     /// The package whose name starts so that it depends on first.
     pub(crate) fn dependency(&self, prefix: &str) -> Option<&str> {
         self.depends.iter().find(|name| name.starts_with(prefix)).map(String::as_str)
@@ -227,19 +233,19 @@ pub(crate) struct Unpacked {
 }
 
 /// Reads the first stanza of `apt-cache show`.
-fn parse(text: &str) -> Option<Package> {
+fn parse(text: &str) -> Option<Candidate> {
     // Those of other versions are not read: one that apt does not understand is no concern here.
     let stanza = text.split("\n\n").next()?;
     let paragraph = BorrowedParser::new(stanza).parse_all().ok()?.into_iter().next()?;
     let field = |name: &str| Some((*paragraph.get(name)?.first()?).to_owned());
-    Some(Package {
+    let package = Package {
         name: field("Package")?,
         version: field("Version")?,
         architecture: field("Architecture")?,
         sha256: field("SHA256").filter(|digest| digest.len() == 64)?,
         description: field("Description").or_else(|| field("Description-en")).unwrap_or_default(),
-        depends: field("Depends").map(|list| names(&list)).unwrap_or_default(),
-    })
+    };
+    Some(Candidate { package, depends: field("Depends").map(|list| names(&list)).unwrap_or_default() })
 }
 
 /// The package names of a dependency field, first alternatives only.
@@ -283,15 +289,16 @@ mod tests {
              Description: Linux for x86-64 cloud (meta-package)\n more: text\n\
              Description-md5: 11b0\nSHA256: {DIGEST}\n\nPackage: other\nVersion: 1\n"
         );
-        let package = parse(&text).unwrap();
+        let candidate = parse(&text).unwrap();
+        let package = &candidate.package;
         assert_eq!(package.name, "linux-image-cloud-amd64");
         assert_eq!(package.version, "6.1.192-2");
         assert_eq!(package.architecture, "amd64");
         assert_eq!(package.sha256, DIGEST);
         assert_eq!(package.description, "Linux for x86-64 cloud (meta-package)");
-        assert_eq!(package.depends, ["linux-image-6.1.0-56-cloud-amd64", "a", "c"]);
-        assert_eq!(package.dependency("linux-image-6"), Some("linux-image-6.1.0-56-cloud-amd64"));
-        assert_eq!(package.dependency("linux-image-7"), None);
+        assert_eq!(candidate.depends, ["linux-image-6.1.0-56-cloud-amd64", "a", "c"]);
+        assert_eq!(candidate.dependency("linux-image-6"), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(candidate.dependency("linux-image-7"), None);
     }
 
     #[test]

@@ -125,7 +125,8 @@ fn install(
         format!("deb {SECURITY} {suite}-security main"),
     ]);
     let tell = |reporter: &mut Reporter<'_>, line: &str| {
-        if let Some(step) = line.strip_prefix("I: ") {
+        let step = line.strip_prefix("I: ").and_then(|step| step.strip_suffix("..."));
+        if let Some(step) = step {
             reporter.detail(step);
         }
     };

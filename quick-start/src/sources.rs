@@ -145,7 +145,7 @@ impl Sources {
         let kernel = kernel(&mut apt, cache, &source.kernels, reporter).map_err(of_what)?;
         reporter.step("fetching busybox", 50)?;
         let busybox = apt.candidate(&["busybox-static"], reporter).map_err(of_what)?;
-        let busybox = apt.unpack(busybox, cache, reporter).map_err(of_what)?;
+        let busybox = apt.unpack(busybox.package, cache, reporter).map_err(of_what)?;
         let program = find(std::slice::from_ref(&busybox), "bin/busybox")?;
         let sources = Self {
             vmlinuz: read(&find(&kernel.parts, &format!("boot/vmlinuz-{}", kernel.version))?)?,
@@ -196,15 +196,16 @@ struct Kernel {
 fn kernel(apt: &mut Apt, cache: &Path, kernels: &[&str], reporter: &mut Reporter<'_>) -> Result<Kernel> {
     let current = apt.candidate(kernels, reporter)?;
     let image = current.dependency("linux-image-").ok_or_else(|| {
-        Error::new(ErrorKind::PackageNotFound, format!("{} depends on no kernel", current.name))
+        Error::new(ErrorKind::PackageNotFound, format!("{} depends on no kernel", current.package.name))
     })?;
     let image = apt.candidate(&[image], reporter)?;
-    let version = image.name.trim_start_matches("linux-image-").to_owned();
+    let version = image.package.name.trim_start_matches("linux-image-").to_owned();
     // Ubuntu's image depends on its modules, Debian's has them in it.
     let modules =
         image.dependency("linux-modules-").map(|name| apt.candidate(&[name], reporter)).transpose()?;
     let packages = std::iter::once(image).chain(modules);
-    let parts = packages.map(|package| apt.unpack(package, cache, reporter)).collect::<Result<_>>()?;
+    let parts =
+        packages.map(|candidate| apt.unpack(candidate.package, cache, reporter)).collect::<Result<_>>()?;
     Ok(Kernel { version, parts })
 }
 
