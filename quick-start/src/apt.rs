@@ -115,7 +115,12 @@ impl Apt {
         Ok(None)
     }
 
-    /// Fetches the package lists anew.
+    /// Fetches the package lists anew where they are our own.
+    pub(crate) fn update_own(&mut self, reporter: &mut Reporter<'_>) -> Result<()> {
+        if self.own_lists { self.update(reporter) } else { Ok(()) }
+    }
+
+    /// Fetches package lists of our own anew.
     fn update(&mut self, reporter: &mut Reporter<'_>) -> Result<()> {
         reporter.detail("updating the package lists");
         self.own_lists = true;

@@ -63,8 +63,9 @@ impl Build {
         self
     }
 
-    /// Whether the packages that are current are asked for, and not what is there contented with. If these are the same,
-    /// what is there stays.
+    /// Whether the packages that are current are asked for, and not what is there contented with: those of the host's own
+    /// distribution as its package lists say, which are for its administrator to update. If these are the same, what is
+    /// there stays.
     pub fn update(mut self, update: bool) -> Self {
         self.update = update;
         self
@@ -127,7 +128,7 @@ impl Build {
         let sources = match method {
             Method::Minimal(source) => {
                 let packages = self.packages.clone().unwrap_or_else(|| self.dir.join("packages"));
-                let sources = Sources::fetch_with(source, &packages, reporter)?;
+                let sources = Sources::fetch_with(source, &packages, self.update, reporter)?;
                 if let Some(found) = found.filter(|found| found.packages() == sources.packages()) {
                     return Ok(found);
                 }
@@ -142,7 +143,7 @@ impl Build {
         fs::set_permissions(work.path(), open).context(|| "cannot open the working directory".to_owned())?;
         let made = match (method, &sources) {
             (Method::Cloud(release), _) => cloud::make(work.path(), release, reporter)?,
-            (_, Some(sources)) => minimal::make(work.path(), sources, reporter)?,
+            (_, Some(sources)) => minimal::make(work.path(), sources, architecture, reporter)?,
             (Method::Minimal(_), None) => return Err(Error::new(ErrorKind::Io, "there are no sources")),
         };
         reporter.check()?;

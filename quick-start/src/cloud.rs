@@ -67,13 +67,24 @@ pub(crate) fn check_user() -> Result<()> {
     crate::require(&[NEWUIDMAP])?;
     let switches = ["/proc/sys/user/max_user_namespaces", "/proc/sys/kernel/unprivileged_userns_clone"];
     let is_off = |path: &&str| fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
-    match switches.into_iter().find(is_off) {
-        None => Ok(()),
-        Some(switch) => {
-            let what = format!("only root can install a system here: {switch} is 0");
-            Err(Error::new(ErrorKind::NotPermitted, what))
-        }
-    }
+    let why = match switches.into_iter().find(is_off) {
+        Some(switch) => format!("{switch} is 0"),
+        None if has_subordinate_ids() => return Ok(()),
+        None => "the user has no line in /etc/subuid and /etc/subgid".to_owned(),
+    };
+    Err(Error::new(ErrorKind::NotPermitted, format!("only root can install a system here: {why}")))
+}
+
+/// Whether the user may have several users in a namespace (subuid(5)).
+fn has_subordinate_ids() -> bool {
+    let own = ["-u", "-un"].map(|option| {
+        let id = host::command("id").arg(option).output();
+        id.map(|id| format!("{}:", String::from_utf8_lossy(&id.stdout).trim())).unwrap_or_default()
+    });
+    ["/etc/subuid", "/etc/subgid"].iter().all(|path| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text.lines().any(|line| own.iter().any(|own| own.len() > 1 && line.starts_with(own)))
+    })
 }
 
 /// Makes them in the directory `dir`.
@@ -107,6 +118,8 @@ fn install(
     let mut mmdebstrap = process::command("mmdebstrap");
     // Whatever it makes on its way goes with the working directory.
     mmdebstrap.env("TMPDIR", dir);
+    // Left to itself it would try more for who is not root, with which packages' scripts fail.
+    mmdebstrap.arg(if host::is_root() { "--mode=root" } else { "--mode=unshare" });
     mmdebstrap.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
     mmdebstrap.args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")));
     mmdebstrap.arg(format!("--include={}", PACKAGES.join(",")));

@@ -1,11 +1,13 @@
 //! The initial RAM disks: busybox, modules in load order, and a script as `/init`.
 
+use ami_core::Architecture;
+
 use crate::archive::Archive;
 use crate::sources::Sources;
 use crate::{Error, ErrorKind, Result};
 
 /// The initrd of a minimal guest, which finds the root file system and hands over to it.
-pub(crate) fn of_minimal() -> Initrd<'static> {
+pub(crate) fn of_minimal(architecture: Architecture) -> Initrd<'static> {
     const APPLETS: &[&str] = &[
         "cat",
         "cut",
@@ -25,7 +27,10 @@ pub(crate) fn of_minimal() -> Initrd<'static> {
     ];
     // Both ways in which a virtio disk may be attached, and the file system on it.
     const MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "ext4"];
-    Initrd::new(INIT).modules(MODULES).applets(APPLETS)
+    // Where ext4 is a module, it asks for its checksum by a name that is no module's.
+    const MODULES_686: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
+    let modules = if architecture == Architecture::X86 { MODULES_686 } else { MODULES };
+    Initrd::new(INIT).modules(modules).applets(APPLETS)
 }
 
 /// Its `/init`.

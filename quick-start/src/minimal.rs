@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use ami_core::Architecture;
+
 use crate::build::Made;
 use crate::disk::{self, Content};
 use crate::error::Context as _;
@@ -29,9 +31,14 @@ pub(crate) fn texts() -> Vec<&'static str> {
 pub(crate) const FILES: &[&str] = &["vmlinuz", "initrd.img", disk::NAME];
 
 /// Makes them in the directory `dir`.
-pub(crate) fn make(dir: &Path, sources: &Sources, reporter: &mut Reporter<'_>) -> Result<Made> {
+pub(crate) fn make(
+    dir: &Path,
+    sources: &Sources,
+    architecture: Architecture,
+    reporter: &mut Reporter<'_>,
+) -> Result<Made> {
     reporter.step("making the initrd", 60)?;
-    let initrd = initrd::of_minimal().build(sources)?;
+    let initrd = initrd::of_minimal(architecture).build(sources)?;
     for (name, content) in [("vmlinuz", sources.vmlinuz()), ("initrd.img", &initrd)] {
         fs::write(dir.join(name), content).context(|| format!("cannot write {name}"))?;
     }

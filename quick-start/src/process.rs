@@ -171,3 +171,70 @@ impl Pipe {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::Progress;
+
+    fn shell(script: &str) -> Command {
+        let mut shell = command("sh");
+        shell.args(["-c", script]);
+        shell
+    }
+
+    #[test]
+    fn a_program_says_what_it_has_to_say_or_why_it_fails() {
+        let mut nobody = |_: Progress| ();
+        let mut reporter = Reporter::new(&mut nobody).unwrap();
+        let mut lines = Vec::new();
+        let script = "echo out; printf 'one\\ntwo\\n' >&2; echo more; printf unfinished >&2";
+        let said = run(&mut shell(script), &mut reporter, |_, line| lines.push(line.to_owned())).unwrap();
+        assert_eq!((said.as_str(), lines), ("out\nmore\n", vec!["one".to_owned(), "two".to_owned()]));
+
+        let error = output(&mut shell("echo no such luck >&2; exit 3"), &mut reporter).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ProgramFailed);
+        assert_eq!(error.to_string(), "sh failed (exit status: 3): no such luck");
+        let error = output(&mut command("no-such-program"), &mut reporter).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ProgramFailed, "{error}");
+    }
+
+    #[test]
+    fn a_program_that_is_cancelled_ends_with_all_that_it_has_started() {
+        let mut nobody = |_: Progress| ();
+        let mut reporter = Reporter::new(&mut nobody).unwrap();
+        let mut ids = Vec::new();
+        let script =
+            "sleep 1000 & echo $! >&2; (trap '' HUP; exec sleep 1000) & echo $! >&2; echo $$ >&2; wait";
+        let ended = run(&mut shell(script), &mut reporter, |reporter, id| {
+            ids.push(id.to_owned());
+            if ids.len() == 3 {
+                reporter.cancel().set();
+            }
+        });
+        assert_eq!(ended.unwrap_err().kind(), ErrorKind::Cancelled);
+        assert_eq!(ids.len(), 3);
+        for id in ids {
+            // Those that nobody has waited for yet have no command line any more.
+            let line = std::fs::read(Path::new("/proc").join(&id).join("cmdline")).unwrap_or_default();
+            assert!(line.is_empty(), "{id} goes on: {}", String::from_utf8_lossy(&line));
+        }
+        assert_eq!(output(&mut shell("true"), &mut reporter).unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+
+    /// It heeds no request, and goes as soon as it may not go on any longer.
+    #[test]
+    fn a_program_goes_with_whoever_gives_up_on_it() {
+        let mut shell = shell("trap '' TERM; echo $$; while :; do sleep 1; done");
+        let child = shell.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut running = Running { child, ended: false };
+        let mut id = [0; 16];
+        let length = running.child.stdout.as_mut().unwrap().read(&mut id).unwrap();
+        running.signal(Signal::TERM);
+        drop(running);
+        let id = String::from_utf8_lossy(&id[..length]).trim().to_owned();
+        assert!(!Path::new("/proc").join(id).exists());
+    }
+}

@@ -66,7 +66,7 @@ impl Cancel {
         })
     }
 
-    fn set(&self) {
+    pub(crate) fn set(&self) {
         self.wished.store(true, Ordering::Release);
         // It can only be full, which is as good.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());

@@ -124,20 +124,25 @@ impl Sources {
     pub fn fetch(source: &PackageSource, cache: &Path, tell: &mut dyn FnMut(Progress)) -> Result<Self> {
         crate::require(source.prerequisites())?;
         let mut reporter = Reporter::new(tell)?;
-        let fetched = Self::fetch_with(source, cache, &mut reporter)?;
+        let fetched = Self::fetch_with(source, cache, false, &mut reporter)?;
         reporter.finish();
         Ok(fetched)
     }
 
+    /// The same. Where the package lists are our own, `update` fetches them anew.
     pub(crate) fn fetch_with(
         source: &PackageSource,
         cache: &Path,
+        update: bool,
         reporter: &mut Reporter<'_>,
     ) -> Result<Self> {
         let operating_system = source.operating_system()?;
         reporter.step("fetching the kernel", 40)?;
         let _locked = Locked::new(cache, reporter)?;
         let mut apt = source.apt(cache)?;
+        if update {
+            apt.update_own(reporter)?;
+        }
         let of_what = |e: Error| {
             let os = &operating_system;
             e.about(format!("cannot fetch the packages of {} {}", os.name(), os.version()))
