@@ -156,7 +156,7 @@ fn it_is_registered_as_a_quick_start_ami() {
     let search = DescribeImages::new()
         .owner("amazon".parse().unwrap())
         .filter(Filter::new("name", ["minimal-*"]).unwrap());
-    assert_eq!(region.describe_images(&search).unwrap().items, [image.clone()]);
+    assert_eq!(region.describe_images(&search).unwrap().items, std::slice::from_ref(&image));
     // What is there is not registered twice.
     assert_eq!(built.register(&region).unwrap(), image);
     assert_eq!(region.images().unwrap().len(), 1);
