@@ -204,19 +204,6 @@ pub struct Package {
     pub description: String,
 }
 
-impl Package {
-    /// One of a whole distribution that was installed.
-    pub(crate) fn installed(name: &str, version: &str, architecture: &str, description: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            version: version.to_owned(),
-            architecture: architecture.to_owned(),
-            sha256: String::new(),
-            description: description.to_owned(),
-        }
-    }
-}
-
 /// The version of a package that apt would install.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Candidate {

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ami_core::OperatingSystem;
+use deb822_fast::borrowed::{BorrowedParagraph, BorrowedParser};
 
 use crate::apt::{MIRROR, Package};
 use crate::build::Made;
@@ -89,27 +90,22 @@ fn has_subordinate_ids() -> bool {
 
 /// Makes them in the directory `dir`.
 pub(crate) fn make(dir: &Path, release: &Release, reporter: &mut Reporter<'_>) -> Result<Made> {
-    let (archive, installed) = (dir.join("root.tar"), dir.join("installed"));
+    let archive = dir.join("root.tar");
     reporter.step("installing Debian", 90)?;
-    install(dir, release, &archive, &installed, reporter)?;
+    install(dir, release, &archive, reporter)?;
+    let mut record = process::command("tar");
+    record.arg("-xOf").arg(&archive).arg("./var/lib/dpkg/status");
+    let packages = installed(&process::output(&mut record, reporter)?)?;
     reporter.step("making the root disk", 100)?;
     let unpacked = dir.join("tree");
     fs::create_dir(&unpacked).context(|| format!("cannot make {}", unpacked.display()))?;
     disk::build(&dir.join(disk::NAME), &disk::CLOUD, Content::Archive(&archive, &unpacked), reporter)?;
-    let packages =
-        fs::read_to_string(&installed).context(|| format!("cannot read {}", installed.display()))?;
     let operating_system = OperatingSystem::linux("debian", release.version);
-    Ok(Made { operating_system, packages: packages.lines().filter_map(package).collect() })
+    Ok(Made { operating_system, packages })
 }
 
-/// Installs the packages into the file `archive`, and lists them in the file `installed`.
-fn install(
-    dir: &Path,
-    release: &Release,
-    archive: &Path,
-    installed: &Path,
-    reporter: &mut Reporter<'_>,
-) -> Result<()> {
+/// Installs the packages into the file `archive`.
+fn install(dir: &Path, release: &Release, archive: &Path, reporter: &mut Reporter<'_>) -> Result<()> {
     let script = |name: &str, text: &str| {
         let path = dir.join(name);
         fs::write(&path, text).context(|| format!("cannot write {}", path.display())).map(|()| path)
@@ -126,10 +122,6 @@ fn install(
     mmdebstrap.args([
         hook("essential", script("before.sh", BEFORE)?),
         hook("customize", script("after.sh", AFTER)?),
-        format!(
-            "--customize-hook=dpkg-query --admindir=\"$1/var/lib/dpkg\" -W -f '{FIELDS}' >'{}'",
-            installed.display()
-        ),
     ]);
     let suite = release.suite;
     mmdebstrap.arg(suite).arg(archive).args([
@@ -146,11 +138,37 @@ fn install(
     process::run(&mut mmdebstrap, reporter, tell).map(drop)
 }
 
-/// What `dpkg-query` tells of a package, in a line that [`package`] reads.
-const FIELDS: &str = "${Package}\\t${Version}\\t${Architecture}\\t${binary:Summary}\\n";
+/// What dpkg's record calls installed.
+fn installed(status: &str) -> Result<Vec<Package>> {
+    let damaged = |_| Error::new(ErrorKind::Corrupt, "the record of what was installed is damaged");
+    let paragraphs = BorrowedParser::new(status).parse_all().map_err(damaged)?;
+    let package = |paragraph: &BorrowedParagraph<'_>| {
+        let field = |name| paragraph.get(name).and_then(|lines| lines.first()).copied();
+        let is_there = field("Status")?.ends_with(" installed");
+        let package = Package {
+            name: field("Package")?.to_owned(),
+            version: field("Version")?.to_owned(),
+            architecture: field("Architecture")?.to_owned(),
+            sha256: String::new(),
+            description: field("Description").unwrap_or_default().to_owned(),
+        };
+        is_there.then_some(package)
+    };
+    Ok(paragraphs.iter().filter_map(package).collect())
+}
 
-fn package(line: &str) -> Option<Package> {
-    let mut fields = line.split('\t');
-    let mut next = || fields.next();
-    Some(Package::installed(next()?, next()?, next()?, next()?))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_dpkgs_record() {
+        let record = "Package: adduser\nStatus: install ok installed\nArchitecture: all\nVersion: 3.134\n\
+                      Description: add and remove users\n This package\n .\n more\n\n\
+                      Package: gone\nStatus: deinstall ok config-files\nArchitecture: amd64\nVersion: 1\n";
+        let found = installed(record).unwrap();
+        let said: Vec<_> = found.iter().map(|p| [&*p.name, &*p.version, &*p.description]).collect();
+        assert_eq!(said, [["adduser", "3.134", "add and remove users"]]);
+        assert_eq!(installed("no record").unwrap_err().kind(), ErrorKind::Corrupt);
+    }
 }
