@@ -58,6 +58,8 @@ mod readmes {
     struct HypervisorKvm;
     #[doc = include_str!("../../network-vpc/README.md")]
     struct NetworkVpc;
+    #[doc = include_str!("../../quick-start/README.md")]
+    struct QuickStart;
     #[doc = include_str!("../../hypervisor-qemu/README.md")]
     struct HypervisorQemu;
 }

@@ -13,6 +13,11 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("embed", "amd64/disk.raw", &["bytes more than ami-", "says: hello from the first"]),
     ("formats", "amd64/disk.raw", &["was a Vmdk image", "hold the same"]),
     (
+        "quick_start",
+        "",
+        &["debian-12-cloud: Debian 12", "minimal: BusyBox", " is minimal-x86_64-", " packages", " is up"],
+    ),
+    (
         "tap",
         "",
         &["is at the host's ami-example", "it answers: Connection refused", "its device is gone with it"],

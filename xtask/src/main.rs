@@ -19,8 +19,6 @@
 #[allow(dead_code, reason = "shared with the tests of hypervisor-kvm, which use the rest")]
 #[path = "../../hypervisor-kvm/tests/common/guest.rs"]
 mod bare_guest;
-mod deb;
-mod digest;
 mod employee_directory;
 mod figures;
 mod guest;

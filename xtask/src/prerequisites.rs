@@ -4,52 +4,47 @@
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
+use quick_start::Prerequisite;
 
 use crate::process;
 
 /// A program a task calls, and the Debian package it comes in.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tool {
-    program: &'static str,
-    package: &'static str,
-}
+pub(crate) type Tool = Prerequisite;
 
-pub(crate) const DPKG_DEB: Tool = Tool { program: "dpkg-deb", package: "dpkg" };
-pub(crate) const APT_GET: Tool = Tool { program: "apt-get", package: "apt" };
-pub(crate) const FAKEROOT: Tool = Tool { program: "fakeroot", package: "fakeroot" };
-pub(crate) const MKE2FS: Tool = Tool { program: "mke2fs", package: "e2fsprogs" };
-pub(crate) const MMDEBSTRAP: Tool = Tool { program: "mmdebstrap", package: "mmdebstrap" };
-pub(crate) const CURL: Tool = Tool { program: "curl", package: "curl" };
-pub(crate) const SSH: Tool = Tool { program: "ssh", package: "openssh-client" };
-pub(crate) const PASST: Tool = Tool { program: "passt", package: "passt" };
-pub(crate) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
-pub(crate) const IP: Tool = Tool { program: "ip", package: "iproute2" };
-pub(crate) const LDD: Tool = Tool { program: "ldd", package: "libc-bin" };
-pub(crate) const NBDINFO: Tool = Tool { program: "nbdinfo", package: "libnbd-bin" };
-pub(crate) const NBDCOPY: Tool = Tool { program: "nbdcopy", package: "libnbd-bin" };
-pub(crate) const NBDKIT: Tool = Tool { program: "nbdkit", package: "nbdkit" };
-pub(crate) const FIO: Tool = Tool { program: "fio", package: "fio" };
-pub(crate) const BZIP2: Tool = Tool { program: "bzip2", package: "bzip2" };
-pub(crate) const LZOP: Tool = Tool { program: "lzop", package: "lzop" };
-pub(crate) const LZ4: Tool = Tool { program: "lz4", package: "lz4" };
-pub(crate) const XZ: Tool = Tool { program: "xz", package: "xz-utils" };
-pub(crate) const ZSTD: Tool = Tool { program: "zstd", package: "zstd" };
-pub(crate) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
-pub(crate) const QEMU_IO: Tool = Tool { program: "qemu-io", package: "qemu-utils" };
-pub(crate) const QEMU_NBD: Tool = Tool { program: "qemu-nbd", package: "qemu-utils" };
-pub(crate) const QEMU_X86_64: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
+const APT_GET: Tool = Tool::new("apt-get", "apt");
+pub(crate) const FAKEROOT: Tool = Tool::new("fakeroot", "fakeroot");
+pub(crate) const MKE2FS: Tool = Tool::new("mke2fs", "e2fsprogs");
+pub(crate) const CURL: Tool = Tool::new("curl", "curl");
+pub(crate) const SSH: Tool = Tool::new("ssh", "openssh-client");
+pub(crate) const PASST: Tool = Tool::new("passt", "passt");
+pub(crate) const SETPRIV: Tool = Tool::new("setpriv", "util-linux");
+pub(crate) const IP: Tool = Tool::new("ip", "iproute2");
+pub(crate) const LDD: Tool = Tool::new("ldd", "libc-bin");
+pub(crate) const NBDINFO: Tool = Tool::new("nbdinfo", "libnbd-bin");
+pub(crate) const NBDCOPY: Tool = Tool::new("nbdcopy", "libnbd-bin");
+pub(crate) const NBDKIT: Tool = Tool::new("nbdkit", "nbdkit");
+pub(crate) const FIO: Tool = Tool::new("fio", "fio");
+pub(crate) const BZIP2: Tool = Tool::new("bzip2", "bzip2");
+pub(crate) const LZOP: Tool = Tool::new("lzop", "lzop");
+pub(crate) const LZ4: Tool = Tool::new("lz4", "lz4");
+pub(crate) const XZ: Tool = Tool::new("xz", "xz-utils");
+pub(crate) const ZSTD: Tool = Tool::new("zstd", "zstd");
+pub(crate) const QEMU_IMG: Tool = Tool::new("qemu-img", "qemu-utils");
+pub(crate) const QEMU_IO: Tool = Tool::new("qemu-io", "qemu-utils");
+pub(crate) const QEMU_NBD: Tool = Tool::new("qemu-nbd", "qemu-utils");
+pub(crate) const QEMU_X86_64: Tool = Tool::new("qemu-system-x86_64", "qemu-system-x86");
 
 /// Makes sure that `tools` are there. A command calls this once, with all that it needs, before it does
 /// anything else: who may not install packages gets one line to run and not several.
 pub(crate) fn require(tools: &[Tool]) -> anyhow::Result<()> {
-    let mut packages: Vec<&str> = tools.iter().filter(|t| !is_there(t)).map(|t| t.package).collect();
+    let mut packages: Vec<&str> = tools.iter().filter(|t| !t.is_there()).map(Tool::package).collect();
     packages.sort_unstable();
     packages.dedup();
     if packages.is_empty() {
         return Ok(());
     }
     let wanted = packages.join(" ");
-    if !is_there(&APT_GET) {
+    if !APT_GET.is_there() {
         bail!("missing: {wanted} (Debian's package names), and there is no apt-get to install them with");
     }
     if !is_root() {
@@ -67,7 +62,7 @@ pub(crate) fn require(tools: &[Tool]) -> anyhow::Result<()> {
 }
 
 /// Fetches apt's package lists anew; needs root.
-pub(crate) fn update_package_lists() -> anyhow::Result<()> {
+fn update_package_lists() -> anyhow::Result<()> {
     if !is_root() {
         bail!("apt's package lists are missing or stale; please run: sudo apt-get update");
     }
@@ -76,7 +71,7 @@ pub(crate) fn update_package_lists() -> anyhow::Result<()> {
 }
 
 /// Whether this process may install packages.
-pub(crate) fn is_root() -> bool {
+fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
@@ -85,8 +80,4 @@ fn install(packages: &[&str]) -> anyhow::Result<()> {
     apt.args(["-q", "-y", "--no-install-recommends", "install"]).args(packages);
     apt.env("DEBIAN_FRONTEND", "noninteractive");
     process::output(&mut apt).with_context(|| format!("cannot install {}", packages.join(" "))).map(drop)
-}
-
-fn is_there(tool: &Tool) -> bool {
-    process::find(tool.program).is_some()
 }

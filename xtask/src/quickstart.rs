@@ -11,14 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, AnyAmi, Architecture, OperatingSystem, X86_64};
+use ami_core::{AnyAmi, Architecture};
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor_kvm::Kvm;
 use hypervisor_qemu::Qemu;
 use instance_core::machine::Hypervisor;
 use instance_core::shell::Shell;
-use instance_core::{ImageSource, Instance, InstanceState, LaunchSpec, Region};
-use storage_block::{Progress, RawFile};
+use instance_core::{Instance, InstanceState, LaunchSpec, Region};
+use storage_block::Progress;
 
 use crate::guest::{self, Artifacts};
 use crate::prerequisites::{self, QEMU_X86_64};
@@ -135,13 +135,9 @@ pub(crate) fn choose(choice: Choice, say: impl Fn(&str)) -> Result<Box<dyn Hyper
 fn steps(region: &Region, artifacts: &Artifacts, report: &mut Report) -> Result<()> {
     let suffix = region.images()?.len();
     let display = report.display().clone();
-    let distribution = artifacts.distribution();
     let base = report.step("register the image", || {
-        let disk = RawFile::open(artifacts.disk(), true)?.into_disk();
         let mut progress = |p: Progress| display.bytes("register the image", p.done, p.total);
-        let builder = Ami::<X86_64>::builder(format!("quick-start-{suffix}"))
-            .operating_system(OperatingSystem::linux(&*distribution.id, &*distribution.version));
-        Ok(region.register_image(builder, ImageSource::new(&disk).progress(&mut progress))?.into_any())
+        Ok(artifacts.quick_start().register_with(region, &mut progress)?.ami().clone())
     })?;
     report.image(&base);
 

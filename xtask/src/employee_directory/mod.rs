@@ -12,14 +12,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, BlockDeviceMapping, OperatingSystem, X86_64};
+use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use anyhow::{Context as _, Result, bail, ensure};
 use instance_core::machine::Hypervisor;
-use instance_core::{ImageSource, Instance, InstanceState, LaunchSpec, Region, RegionOptions};
+use instance_core::{Instance, InstanceState, LaunchSpec, Region, RegionOptions};
 use network_vpc::{Direction, Network, Rule};
-use storage_block::RawFile;
+use quick_start::BuiltImage;
 
-use crate::guest::cloud;
+use crate::guest;
 use crate::prerequisites::{self, CURL, SSH};
 use crate::process;
 use crate::progress::step;
@@ -42,9 +42,9 @@ pub(crate) struct EmployeeDirectoryArgs {
 
 /// The command.
 pub(crate) fn run(args: &EmployeeDirectoryArgs) -> Result<ExitCode> {
-    prerequisites::require(&[cloud::tools(), &[CURL, SSH]].concat())?;
+    prerequisites::require(&[guest::tools_of_cloud(), &[CURL, SSH]].concat())?;
     let hypervisor = choose(args.hypervisor, |line| eprintln!("  {line}"))?;
-    let disk = cloud::ensure(false)?;
+    let disk = guest::cloud(false)?;
     let dir = tempfile::tempdir().context("cannot make a directory for the region")?;
     whole(dir.path(), hypervisor, &disk)?;
     offline::run(&dir.path().join("offline"), choose(args.hypervisor, |_| {})?, &disk)?;
@@ -58,17 +58,12 @@ struct Server {
     web: SocketAddr,
 }
 
-fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path) -> Result<()> {
+fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Result<()> {
     let name = "eu-west-1".parse()?;
     let network = Network::open(&dir.join("network"), &name)?;
     let region =
         RegionOptions::new().name(name).network(network.clone()).open(dir.join("region"), hypervisor)?;
-    let ami = step("registering the image", || {
-        let disk = RawFile::open(disk, true)?.into_disk();
-        let builder = Ami::<X86_64>::builder("debian-12-cloud")
-            .operating_system(OperatingSystem::linux("debian", cloud::VERSION));
-        Ok(region.register_image(builder, ImageSource::new(&disk))?)
-    })?;
+    let ami = step("registering the image", || Ok(disk.register(&region)?.ami().typed::<X86_64>()?))?;
     let key = network.create_key_pair("operator")?;
     let group = network.create_security_group(network.default_vpc()?, "web", "the employee directory")?.id;
     network.authorize(group, Direction::Ingress, Rule::tcp(22, "127.0.0.1/32".parse()?))?;

@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::Instant;
 
-use ami_core::{Ami, X86_64};
+use ami_core::X86_64;
 use anyhow::Result;
 use instance_core::machine::Hypervisor;
-use instance_core::{ImageSource, NoCloudSeed, RegionOptions};
-use storage_block::RawFile;
+use instance_core::{NoCloudSeed, RegionOptions};
+use quick_start::BuiltImage;
 
 use super::{PATIENCE, hardware};
 use crate::progress::step;
@@ -21,11 +21,10 @@ echo \"TOLD BY $(cloud-id) $(hostname) $(cut -d ' ' -f 1,2 /home/debian/.ssh/aut
 ";
 
 /// Launches one in a region without a network, and waits for what it says.
-pub(super) fn run(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &Path) -> Result<()> {
+pub(super) fn run(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Result<()> {
     let region = RegionOptions::new().open(dir, hypervisor)?;
     let ami = step("registering the image in a region without a network", || {
-        let disk = RawFile::open(disk, true)?.into_disk();
-        Ok(region.register_image(Ami::<X86_64>::builder("debian-12-cloud"), ImageSource::new(&disk))?)
+        Ok(disk.register(&region)?.ami().typed::<X86_64>()?)
     })?;
     step("having a guest told by a disk what it is to do", || {
         let spec = hardware()?.nocloud_seed(NoCloudSeed::new().public_key(KEY)).user_data(SCRIPT);

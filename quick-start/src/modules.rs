@@ -6,15 +6,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow, bail};
 use lzma_rust2::XzReader;
 use object::{Object as _, ObjectSection as _};
 use ruzstd::decoding::StreamingDecoder as ZstdReader;
 
+use crate::error::Context as _;
+use crate::{Error, ErrorKind, Result};
+
 /// The modules of one kernel, by name.
+#[derive(Debug)]
 pub(crate) struct Modules {
     /// `lib/modules/VERSION` of the unpacked package.
     root: PathBuf,
@@ -42,17 +45,17 @@ impl Module {
 
 impl Modules {
     /// Finds the modules under `lib/modules/VERSION`.
-    pub(crate) fn index(root: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn index(root: &Path) -> Result<Self> {
         let mut files = BTreeMap::new();
         collect(root, Path::new("kernel"), &mut files)?;
         let builtin = fs::read_to_string(root.join("modules.builtin"))
-            .with_context(|| format!("cannot read the built-in modules under {}", root.display()))?;
+            .context(|| format!("cannot read the built-in modules under {}", root.display()))?;
         let builtin = builtin.lines().filter_map(|line| name_of(Path::new(line))).collect();
         Ok(Self { root: root.to_owned(), files, builtin })
     }
 
     /// `wanted` and all they need, each after what it depends on; built-in ones left out.
-    pub(crate) fn closure(&self, wanted: &[&str]) -> anyhow::Result<Vec<Module>> {
+    pub(crate) fn closure(&self, wanted: &[&str]) -> Result<Vec<Module>> {
         let mut found: BTreeMap<String, Module> = BTreeMap::new();
         let order = order(wanted, |name| {
             let Some(module) = self.load(name)? else { return Ok(None) };
@@ -63,17 +66,17 @@ impl Modules {
         Ok(order.iter().filter_map(|name| found.remove(name)).collect())
     }
 
-    fn load(&self, name: &str) -> anyhow::Result<Option<Module>> {
+    fn load(&self, name: &str) -> Result<Option<Module>> {
         let Some(path) = self.files.get(name) else {
             if self.builtin.contains(name) {
                 return Ok(None);
             }
-            bail!("the kernel has no module {name}");
+            return Err(Error::new(ErrorKind::PackageNotFound, format!("the kernel has no module {name}")));
         };
         let file = self.root.join(path);
-        let content = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        let content = unpack(content, path).with_context(|| format!("cannot unpack {}", file.display()))?;
-        let depends = depends(&content).with_context(|| format!("cannot parse {}", file.display()))?;
+        let content = fs::read(&file).context(|| format!("cannot read {}", file.display()))?;
+        let content = unpack(content, path).map_err(|e| e.about(file.display()))?;
+        let depends = depends(&content).map_err(|e| e.about(file.display()))?;
         let path = if is_packed(path) { path.with_extension("") } else { path.clone() };
         Ok(Some(Module { path, content, depends }))
     }
@@ -104,8 +107,8 @@ pub(crate) fn modules_dep(modules: &[Module]) -> String {
 /// `None` for what is built into the kernel.
 fn order(
     wanted: &[&str],
-    mut depends: impl FnMut(&str) -> anyhow::Result<Option<Vec<String>>>,
-) -> anyhow::Result<Vec<String>> {
+    mut depends: impl FnMut(&str) -> Result<Option<Vec<String>>>,
+) -> Result<Vec<String>> {
     /// What is left to do, last first.
     enum Todo {
         Visit(String),
@@ -136,29 +139,33 @@ fn is_packed(path: &Path) -> bool {
 }
 
 /// The module in the file `path`, which ends in `.ko`, or with what packed it.
-fn unpack(content: Vec<u8>, path: &Path) -> anyhow::Result<Vec<u8>> {
+fn unpack(content: Vec<u8>, path: &Path) -> Result<Vec<u8>> {
     match path.extension().and_then(|extension| extension.to_str()) {
         Some("ko") => Ok(content),
-        Some("xz") => Ok(read_all(XzReader::new(&content[..], true))?),
+        Some("xz") => read_all(XzReader::new(&content[..], true)),
         Some("zst") => {
-            let reader = ZstdReader::new(&content[..]).map_err(|error| anyhow!("{error}"))?;
-            Ok(read_all(reader)?)
+            let reader = ZstdReader::new(&content[..]);
+            read_all(reader.map_err(|e| corrupt(format!("cannot be unpacked: {e}")))?)
         }
-        _ => bail!("it is packed in an unknown way"),
+        _ => Err(corrupt("is packed in an unknown way")),
     }
 }
 
-fn read_all(mut reader: impl Read) -> io::Result<Vec<u8>> {
+fn read_all(mut reader: impl Read) -> Result<Vec<u8>> {
     let mut content = Vec::new();
-    reader.read_to_end(&mut content)?;
+    reader.read_to_end(&mut content).map_err(|e| corrupt(format!("cannot be unpacked: {e}")))?;
     Ok(content)
 }
 
+fn corrupt(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Corrupt, what)
+}
+
 /// The direct dependencies in a module's `.modinfo`, a section of NUL-terminated `key=value` texts.
-fn depends(module: &[u8]) -> anyhow::Result<Vec<String>> {
-    let file = object::File::parse(module).context("not an uncompressed kernel module")?;
-    let section = file.section_by_name(".modinfo").context("no .modinfo section")?;
-    let info = section.data().context("unreadable .modinfo section")?;
+fn depends(module: &[u8]) -> Result<Vec<String>> {
+    let file = object::File::parse(module).map_err(|e| corrupt(format!("is no kernel module: {e}")))?;
+    let section = file.section_by_name(".modinfo").ok_or_else(|| corrupt("has no .modinfo section"))?;
+    let info = section.data().map_err(|e| corrupt(format!("has an unreadable .modinfo section: {e}")))?;
     Ok(parse_depends(info))
 }
 
@@ -168,13 +175,13 @@ fn parse_depends(modinfo: &[u8]) -> Vec<String> {
     names.filter(|name| !name.is_empty()).map(|name| normal(&String::from_utf8_lossy(name))).collect()
 }
 
-fn collect(root: &Path, dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> anyhow::Result<()> {
+fn collect(root: &Path, dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
     let absolute = root.join(dir);
     let context = || format!("cannot read {}", absolute.display());
-    for entry in fs::read_dir(&absolute).with_context(context)? {
-        let entry = entry.with_context(context)?;
+    for entry in fs::read_dir(&absolute).context(context)? {
+        let entry = entry.context(context)?;
         let path = dir.join(entry.file_name());
-        if entry.file_type().with_context(context)?.is_dir() {
+        if entry.file_type().context(context)?.is_dir() {
             collect(root, &path, files)?;
         } else if let Some(name) = name_of(&path) {
             files.insert(name, path);
@@ -199,7 +206,7 @@ mod tests {
     use super::*;
 
     /// A few modules as Debian's kernel has them; `ext4` stands for what is built in.
-    fn sample(name: &str) -> anyhow::Result<Option<Vec<String>>> {
+    fn sample(name: &str) -> Result<Option<Vec<String>>> {
         let depends: &[&str] = match name {
             "virtio" | "irqbypass" => &[],
             "virtio_ring" | "virtio_pci_modern_dev" => &["virtio"],
@@ -210,7 +217,7 @@ mod tests {
             "ext4" => return Ok(None),
             "a" => &["b"],
             "b" => &["a"],
-            _ => bail!("no module {name}"),
+            _ => return Err(corrupt(name)),
         };
         Ok(Some(depends.iter().map(|name| (*name).to_owned()).collect()))
     }

@@ -1,28 +1,29 @@
-//! The quick-start guest's root file system, as a directory tree on the host.
+//! The minimal guest's root file system, as a directory tree on the host.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow};
-
-use super::disk::QUICK_START;
-use super::modules::modules_dep;
-use super::sources::Sources;
-use crate::process;
+use crate::apt::Package;
+use crate::disk::MINIMAL;
+use crate::error::Context as _;
+use crate::modules::modules_dep;
+use crate::progress::Reporter;
+use crate::sources::{Sources, text};
+use crate::{Result, distribution, process};
 
 /// The files that are the same in every build: path, mode, content.
 const FILES: [(&str, u32, &str); 10] = [
-    ("etc/acpi/PWRF/00000080", 0o755, include_str!("../../guest/rootfs/etc/acpi/PWRF/00000080")),
-    ("etc/group", 0o644, include_str!("../../guest/rootfs/etc/group")),
-    ("etc/hostname", 0o644, include_str!("../../guest/rootfs/etc/hostname")),
-    ("etc/hosts", 0o644, include_str!("../../guest/rootfs/etc/hosts")),
-    ("etc/init.d/rcK", 0o755, include_str!("../../guest/rootfs/etc/init.d/rcK")),
-    ("etc/init.d/rcS", 0o755, include_str!("../../guest/rootfs/etc/init.d/rcS")),
-    ("etc/inittab", 0o644, include_str!("../../guest/rootfs/etc/inittab")),
-    ("etc/passwd", 0o644, include_str!("../../guest/rootfs/etc/passwd")),
-    ("etc/profile", 0o644, include_str!("../../guest/rootfs/etc/profile")),
-    ("sbin/console-shell", 0o755, include_str!("../../guest/rootfs/sbin/console-shell")),
+    ("etc/acpi/PWRF/00000080", 0o755, include_str!("../guest/rootfs/etc/acpi/PWRF/00000080")),
+    ("etc/group", 0o644, include_str!("../guest/rootfs/etc/group")),
+    ("etc/hostname", 0o644, include_str!("../guest/rootfs/etc/hostname")),
+    ("etc/hosts", 0o644, include_str!("../guest/rootfs/etc/hosts")),
+    ("etc/init.d/rcK", 0o755, include_str!("../guest/rootfs/etc/init.d/rcK")),
+    ("etc/init.d/rcS", 0o755, include_str!("../guest/rootfs/etc/init.d/rcS")),
+    ("etc/inittab", 0o644, include_str!("../guest/rootfs/etc/inittab")),
+    ("etc/passwd", 0o644, include_str!("../guest/rootfs/etc/passwd")),
+    ("etc/profile", 0o644, include_str!("../guest/rootfs/etc/profile")),
+    ("sbin/console-shell", 0o755, include_str!("../guest/rootfs/sbin/console-shell")),
 ];
 
 const DIRS: [&str; 16] = [
@@ -39,7 +40,12 @@ pub(crate) fn texts() -> Vec<&'static str> {
 }
 
 /// Builds the tree in the empty directory `root`.
-pub(crate) fn build(root: &Path, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()> {
+pub(crate) fn build(
+    root: &Path,
+    sources: &Sources,
+    initrd: &[u8],
+    reporter: &mut Reporter<'_>,
+) -> Result<()> {
     let tree = Tree { root };
     for dir in DIRS {
         tree.dir(dir, 0o755)?;
@@ -49,8 +55,8 @@ pub(crate) fn build(root: &Path, sources: &Sources, initrd: &[u8]) -> anyhow::Re
     for (path, mode, content) in FILES {
         tree.file(path, mode, content.as_bytes())?;
     }
-    tree.file("etc/os-release", 0o644, sources.distribution.os_release().as_bytes())?;
-    busybox(&tree, sources)?;
+    tree.file("etc/os-release", 0o644, distribution::os_release(sources.operating_system()).as_bytes())?;
+    busybox(&tree, sources, reporter)?;
     modules(&tree, sources)?;
     boot(&tree, sources, initrd)?;
     tree.file("var/lib/dpkg/status", 0o644, dpkg_status(sources).as_bytes())
@@ -62,27 +68,27 @@ struct Tree<'a> {
 }
 
 impl Tree<'_> {
-    fn dir(&self, path: &str, mode: u32) -> anyhow::Result<()> {
+    fn dir(&self, path: &str, mode: u32) -> Result<()> {
         let path = self.root.join(path);
         let made = fs::create_dir_all(&path).and_then(|()| set_mode(&path, mode));
-        made.with_context(|| format!("cannot make {}", path.display()))
+        made.context(|| format!("cannot make {}", path.display()))
     }
 
-    fn file(&self, path: &str, mode: u32, content: &[u8]) -> anyhow::Result<()> {
+    fn file(&self, path: &str, mode: u32, content: &[u8]) -> Result<()> {
         let path = self.with_parent(path)?;
         let written = fs::write(&path, content).and_then(|()| set_mode(&path, mode));
-        written.with_context(|| format!("cannot write {}", path.display()))
+        written.context(|| format!("cannot write {}", path.display()))
     }
 
-    fn symlink(&self, path: &str, target: &str) -> anyhow::Result<()> {
+    fn symlink(&self, path: &str, target: &str) -> Result<()> {
         let path = self.with_parent(path)?;
-        symlink(target, &path).with_context(|| format!("cannot make the link {}", path.display()))
+        symlink(target, &path).context(|| format!("cannot make the link {}", path.display()))
     }
 
-    fn with_parent(&self, path: &str) -> anyhow::Result<PathBuf> {
+    fn with_parent(&self, path: &str) -> Result<PathBuf> {
         let path = self.root.join(path);
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+            fs::create_dir_all(parent).context(|| format!("cannot make {}", parent.display()))?;
         }
         Ok(path)
     }
@@ -93,19 +99,18 @@ fn set_mode(path: &Path, mode: u32) -> std::io::Result<()> {
 }
 
 /// Busybox, and a link for each command it has.
-fn busybox(tree: &Tree<'_>, sources: &Sources) -> anyhow::Result<()> {
+fn busybox(tree: &Tree<'_>, sources: &Sources, reporter: &mut Reporter<'_>) -> Result<()> {
     tree.file("bin/busybox", 0o755, &sources.busybox)?;
     let program = tree.root.join("bin/busybox");
-    let program = program.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", program.display()))?;
-    let links = process::output(process::command(program).arg("--list-full"))?;
+    let links = process::output(process::command(text(&program)?).arg("--list-full"), reporter)?;
     for link in links.lines().filter(|link| *link != "bin/busybox") {
         tree.symlink(link, "/bin/busybox")?;
     }
     Ok(())
 }
 
-fn modules(tree: &Tree<'_>, sources: &Sources) -> anyhow::Result<()> {
-    let dir = format!("lib/modules/{}", sources.kernel_version);
+fn modules(tree: &Tree<'_>, sources: &Sources) -> Result<()> {
+    let dir = format!("lib/modules/{}", sources.kernel_version());
     let modules = sources.modules.closure(&MODULES)?;
     for module in &modules {
         tree.file(&format!("{dir}/{}", module.path.display()), 0o644, &module.content)?;
@@ -114,9 +119,9 @@ fn modules(tree: &Tree<'_>, sources: &Sources) -> anyhow::Result<()> {
 }
 
 /// The kernel, the initrd, and the Boot Loader Specification entry that names them.
-fn boot(tree: &Tree<'_>, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()> {
-    let (version, partition) = (&sources.kernel_version, QUICK_START.partition);
-    tree.file(&format!("boot/vmlinuz-{version}"), 0o644, &sources.vmlinuz)?;
+fn boot(tree: &Tree<'_>, sources: &Sources, initrd: &[u8]) -> Result<()> {
+    let (version, partition) = (sources.kernel_version(), MINIMAL.partition);
+    tree.file(&format!("boot/vmlinuz-{version}"), 0o644, sources.vmlinuz())?;
     tree.file(&format!("boot/initrd.img-{version}"), 0o644, initrd)?;
     let entry = format!(
         "title   AMI quick start\n\
@@ -130,11 +135,11 @@ fn boot(tree: &Tree<'_>, sources: &Sources, initrd: &[u8]) -> anyhow::Result<()>
 
 /// What is installed, as dpkg records it.
 fn dpkg_status(sources: &Sources) -> String {
-    let stanza = |package: &crate::deb::Package| {
+    let stanza = |package: &Package| {
         format!(
             "Package: {}\nStatus: install ok installed\nArchitecture: {}\nVersion: {}\nDescription: {}\n\n",
             package.name, package.architecture, package.version, package.description
         )
     };
-    sources.packages.iter().map(stanza).collect()
+    sources.packages().iter().map(stanza).collect()
 }

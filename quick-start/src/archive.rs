@@ -2,8 +2,10 @@
 
 use std::io::Write as _;
 
-use anyhow::Context as _;
 use cpio::newc::{self, Builder, ModeFileType};
+
+use crate::error::Context as _;
+use crate::{Error, ErrorKind, Result};
 
 /// A cpio archive in memory; paths are relative to its root, parents come before children.
 #[derive(Default)]
@@ -13,35 +15,37 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
-    pub(crate) fn dir(&mut self, path: &str) -> anyhow::Result<()> {
+    pub(crate) fn dir(&mut self, path: &str) -> Result<()> {
         self.entry(path, ModeFileType::Directory, 0o755, b"")
     }
 
-    pub(crate) fn file(&mut self, path: &str, content: &[u8]) -> anyhow::Result<()> {
+    pub(crate) fn file(&mut self, path: &str, content: &[u8]) -> Result<()> {
         self.entry(path, ModeFileType::Regular, 0o644, content)
     }
 
-    pub(crate) fn program(&mut self, path: &str, content: &[u8]) -> anyhow::Result<()> {
+    pub(crate) fn program(&mut self, path: &str, content: &[u8]) -> Result<()> {
         self.entry(path, ModeFileType::Regular, 0o755, content)
     }
 
-    pub(crate) fn symlink(&mut self, path: &str, target: &str) -> anyhow::Result<()> {
+    pub(crate) fn symlink(&mut self, path: &str, target: &str) -> Result<()> {
         self.entry(path, ModeFileType::Symlink, 0o777, target.as_bytes())
     }
 
     /// The finished archive.
-    pub(crate) fn finish(self) -> anyhow::Result<Vec<u8>> {
-        newc::trailer(self.bytes).context("cannot end a cpio archive")
+    pub(crate) fn finish(self) -> Result<Vec<u8>> {
+        newc::trailer(self.bytes).context(|| "cannot end a cpio archive".to_owned())
     }
 
-    fn entry(&mut self, path: &str, kind: ModeFileType, mode: u32, content: &[u8]) -> anyhow::Result<()> {
+    fn entry(&mut self, path: &str, kind: ModeFileType, mode: u32, content: &[u8]) -> Result<()> {
         let context = || format!("cannot put {path} into a cpio archive");
-        let size = u32::try_from(content.len()).with_context(context)?;
+        let too_large =
+            |_| Error::new(ErrorKind::InvalidParameter, format!("{path} is too large for an initrd"));
+        let size = u32::try_from(content.len()).map_err(too_large)?;
         self.entries += 1;
         let header = Builder::new(path).ino(self.entries).nlink(1).mode(mode).set_mode_file_type(kind);
         let mut writer = header.write(&mut self.bytes, size);
-        writer.write_all(content).with_context(context)?;
-        writer.finish().with_context(context)?;
+        writer.write_all(content).context(context)?;
+        writer.finish().context(context)?;
         Ok(())
     }
 }
