@@ -93,6 +93,8 @@ impl Step {
             }
             Self::Tests => {
                 let kernel = guest::ensure()?.vmlinuz();
+                // Whose root disks are looked at too.
+                guest::others::ensure_all()?;
                 let kernel = kernel.to_str().context("the guest's kernel has a name that is not UTF-8")?;
                 cargo(&["test", "--workspace", "--all-features"], &[("BOOT_IMAGE_TEST_KERNEL", kernel)])
             }
