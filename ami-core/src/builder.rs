@@ -33,6 +33,7 @@ pub struct AmiBuilder<A: Arch> {
     root_device: String,
     block_devices: Vec<BlockDeviceMapping>,
     boot: Boot,
+    tpm: Option<TpmSupport>,
     software: Vec<Software>,
     parent: Option<Digest>,
     arch: PhantomData<A>,
@@ -48,6 +49,7 @@ impl<A: Arch> AmiBuilder<A> {
             root_device: String::new(),
             block_devices: Vec::new(),
             boot: Boot::default(),
+            tpm: None,
             software: Vec::new(),
             parent: None,
             arch: PhantomData,
@@ -107,8 +109,8 @@ impl<A: Arch> AmiBuilder<A> {
         self
     }
 
-    /// Which Trusted Platform Module the image is made for. It is no image for machines without one, and has the boot mode
-    /// `uefi`.
+    /// Which Trusted Platform Module the image is made for, whatever [`boot`](Self::boot) says before or after. It is no image
+    /// for machines without one, and has the boot mode `uefi`.
     ///
     /// ```
     /// # use ami_core::{BlockDeviceMapping, Digest, X86_64};
@@ -121,7 +123,7 @@ impl<A: Arch> AmiBuilder<A> {
     /// # Ok::<(), ami_core::Error>(())
     /// ```
     pub fn tpm_support(mut self, tpm: TpmSupport) -> Self {
-        self.boot = self.boot.tpm(tpm);
+        self.tpm = Some(tpm);
         self
     }
 
@@ -208,7 +210,11 @@ impl<A: Arch> AmiBuilder<A> {
             virtualization_type: VirtualizationType::Hvm,
             root_device_name: self.root_device,
             block_device_mappings: self.block_devices,
-            boot: self.boot,
+            // Kept apart until now: whoever says later how it boots does not take it away.
+            boot: match self.tpm {
+                Some(tpm) => self.boot.tpm(tpm),
+                None => self.boot,
+            },
             software: self.software,
             parent: self.parent,
         })

@@ -312,4 +312,21 @@ mod tests {
         let built = built.build(&"us-east-1".parse().unwrap(), &"123456789012".parse().unwrap()).unwrap();
         assert_eq!(declared.check(&built).unwrap(), built);
     }
+
+    #[test]
+    fn a_tpm_stays_whatever_is_said_of_booting_before_or_after() {
+        let tpm = |builder: AmiBuilder<X86_64>| {
+            let root = BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8);
+            let builder = builder.root_device("/dev/xvda").block_device(root);
+            builder.build_manifest().unwrap().boot().tpm_support()
+        };
+        let uefi = || Boot::root_volume().mode(BootMode::Uefi);
+        let new = || Ami::<X86_64>::builder("vault");
+        let expected = Some(TpmSupport::V2_0);
+        assert_eq!(tpm(new().boot(uefi()).tpm_support(TpmSupport::V2_0)), expected);
+        assert_eq!(tpm(new().tpm_support(TpmSupport::V2_0).boot(uefi())), expected);
+        assert_eq!(tpm(new().boot(uefi().tpm(TpmSupport::V2_0))), expected);
+        assert_eq!(tpm(DECLARED.tpm_support(TpmSupport::V2_0).builder().boot(uefi())), expected);
+        assert_eq!(tpm(new().boot(uefi())), None);
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use ami_core::{AmiId, Digest, VolumeId};
@@ -35,17 +36,33 @@ impl Inner {
             .chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()))
             .chain(launches.iter().filter_map(|launch| launch.direct_boot.as_ref()));
         self.boot.remove_unreferenced(plans)?;
-        self.remove_software_bills(&images)
+        self.remove_software_bills(&images);
+        Ok(())
     }
 
-    /// Removes the bills of software of what is no image's root device any more.
-    fn remove_software_bills(&self, images: &[ImageRecord]) -> Result<()> {
-        let bills = self.paths.software_bills();
-        if !bills.is_dir() {
-            return Ok(());
-        }
+    /// Removes the bills of software of what is no image's root device any more, and where they lie if there is none. One that
+    /// cannot be removed does no harm, and is no reason not to open a region.
+    fn remove_software_bills(&self, images: &[ImageRecord]) {
+        let dir = self.paths.software_bills();
+        let warn = |path: &Path, e: &io::Error| {
+            tracing::warn!(path = %path.display(), error = %e, "cannot remove a bill of software");
+        };
+        let bills = match fs::read_dir(&dir) {
+            Ok(bills) => bills,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return,
+            Err(e) => return warn(&dir, &e),
+        };
         let roots = images.iter().filter_map(|record| record.image.ami().manifest().root_device()?.content());
-        remove_others(&bills, &roots.map(Digest::to_hex).collect())
+        let keep: HashSet<String> = roots.map(Digest::to_hex).collect();
+        for bill in bills {
+            match bill.map(|bill| bill.path()) {
+                Ok(path) if path.file_name().is_some_and(|name| keep.contains(&*name.to_string_lossy())) => {}
+                Ok(path) => remove_any(&path).unwrap_or_else(|e| warn(&path, &e)),
+                Err(e) => warn(&dir, &e),
+            }
+        }
+        // It is not empty, unless nothing is kept.
+        let _ = fs::remove_dir(&dir);
     }
 
     /// The records of instances that need what they were made from.

@@ -69,16 +69,32 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// As [`watch_image`](Self::watch_image), and [`IncorrectState`](ErrorKind::IncorrectState) if it is in another state at
-    /// the deadline.
+    /// the deadline, or, at once, in one from which it does not come into `state` any more: that says why it is in it.
     pub fn wait_for_image(&self, id: AmiId, state: ImageState, deadline: Instant) -> Result<()> {
-        match self.watch_image(id)?.wait(deadline, |now| *now == state) {
-            Ok(_) => Ok(()),
-            Err(now) => {
-                let what = format!("the image {id} is {now}, not {state}, at the deadline");
-                Err(Error::new(ErrorKind::IncorrectState, what))
+        let what = match self.watch_image(id)?.wait(deadline, |now| *now == state || !leads_to(*now, state)) {
+            Ok(now) if now == state => return Ok(()),
+            Ok(now) => {
+                let image = self.inner.image(id).ok();
+                let why = image.as_ref().and_then(|record| record.image.state_reason());
+                let why = why.map_or_else(String::new, |why| format!(" ({why})"));
+                format!("the image {id} is {now}{why}, and does not become {state} any more")
             }
-        }
+            Err(now) => format!("the image {id} is {now}, not {state}, at the deadline"),
+        };
+        Err(Error::new(ErrorKind::IncorrectState, what))
     }
+}
+
+/// Whether an image in the state `from` is in `to`, or can come into it, by whatever other states.
+fn leads_to(from: ImageState, to: ImageState) -> bool {
+    let mut reached = vec![from];
+    let mut at = 0;
+    while let Some(state) = reached.get(at).copied() {
+        let next = ImageState::ALL.iter().filter(|next| state.can_become(**next) && !reached.contains(*next));
+        reached.extend(next.copied().collect::<Vec<_>>());
+        at += 1;
+    }
+    reached.contains(&to)
 }
 
 impl Inner {

@@ -112,9 +112,10 @@ impl Inner {
         codes.into_iter().try_for_each(|code| image.add_product_code(code))?;
         image.set_snapshots(of);
         source.imds_support.into_iter().for_each(|support| image.set_imds_support(support));
-        let ami = self.register(image, plan, also)?;
+        // Before the image is there, and the task that makes it has completed.
         #[cfg(feature = "sbom")]
         self.keep_software(&snapshot);
+        let ami = self.register(image, plan, also)?;
         Ok(ami.typed().map_err(ami_core::Error::from)?)
     }
 

@@ -25,6 +25,15 @@ fn an_image_whose_content_is_damaged_becomes_invalid() {
     state.wait(soon(), |state| *state == ImageState::Invalid).unwrap();
     let refused = region.launch(&ami, spec()).unwrap_err();
     assert_eq!((refused.kind(), refused.code()), (ErrorKind::ImageUnavailable, "InvalidAMIID.Unavailable"));
+    // Nobody waits for what does not come any more.
+    for late in [
+        region.wait_for_image(ami.id(), ImageState::Available, soon()).unwrap_err(),
+        region.wait_for_image_named(ami.name(), soon()).unwrap_err(),
+    ] {
+        let text = late.to_string();
+        assert_eq!((late.kind(), late.code()), (ErrorKind::IncorrectState, "IncorrectState"), "{text}");
+        assert!(text.contains("is invalid (Server.InternalError: cannot open the content"), "{text}");
+    }
     // Nor is it trusted again once its bytes are back.
     std::fs::write(&paths[0], whole).unwrap();
     drop(region);
@@ -76,10 +85,15 @@ fn every_state_is_waited_for() {
             scope.spawn(move || watch.wait(soon(), |now| *now == state).unwrap())
         };
         let (disabled, gone) = (waits(ImageState::Disabled), waits(ImageState::Deregistered));
+        let failed =
+            scope.spawn(|| region.wait_for_image(ami.id(), ImageState::Invalid, soon()).unwrap_err());
         region.disable_image(ami.id()).unwrap();
         disabled.join().unwrap();
         region.deregister_image(ami.id()).unwrap();
         gone.join().unwrap();
+        // It may have come too late to find the image.
+        let failed = failed.join().unwrap().to_string();
+        assert!(failed.contains("is deregistered, and does not") || failed.contains("not exist"), "{failed}");
     });
     assert_eq!(region.watch_image(ami.id()).unwrap_err().kind(), ErrorKind::ImageNotFound);
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ami_core::{Ami, Grantee, ModifyImageAttribute, OperatingSystem, ProductCode, ProductCodeKind, X86_64};
 use common::{TestRegion, check, disk, ext4, launch, open, register};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{DirectBoot, ErrorKind, ImageSource, RegionOptions};
+use instance_core::{CopyImage, DirectBoot, ErrorKind, ImageSource, RegionOptions};
 use serde_json::Value;
 use storage_block::MemoryDisk;
 use storage_block::keys::LocalKey;
@@ -113,8 +113,25 @@ fn an_image_without_such_a_record_says_so() {
         check(&refused, ErrorKind::Unsupported, "UnsupportedOperation", says);
     };
     unsupported(&register(&region, "raw", &disk(1, 7)).unwrap(), &["cannot be read"]);
-    if let Some(ami) = image(&region, "damaged", b"\xff\xfe no record\n\0\n : x\n", true) {
-        unsupported(&ami, &["damaged"]);
+    let version = "1".repeat(1_000_000);
+    let long = |n| {
+        format!("Package: web{n}\nStatus: install ok installed\nArchitecture: all\nVersion: {version}\n\n")
+    };
+    for (name, status, says) in [
+        ("damaged", b"\xff\xfe no record\n\0\n : x\n".to_vec(), "is damaged: one of its lines is no field"),
+        // Fields without end, of which none is worth the memory that they would take.
+        ("fields", b"a:\n".repeat(400_000), "is damaged: one of its paragraphs is longer than 1 MiB"),
+        ("long", (0..5).flat_map(|n| long(n).into_bytes()).collect(), "takes more than 4 MiB to say"),
+        ("endless", b"a:\n\n".repeat((16 << 20) / 4 + 1), "cannot be read"),
+    ] {
+        if let Some(ami) = image(&region, name, &status, true) {
+            unsupported(&ami, &[says]);
+            let told = common::told(&region.software_bill(ami.id()).unwrap_err());
+            assert!(told.len() < 200 && !told.contains("no record"), "{told}: nothing of the image's");
+        }
+    }
+    if let Some(ami) = image(&region, "paragraphs", &b"a:\n\n".repeat(1 << 20), true) {
+        assert!(region.software_bill(ami.id()).unwrap().packages.is_empty());
     }
     if let Some(bytes) = ext4(&[("etc/hostname", b"web")]) {
         let content = MemoryDisk::from_vec(bytes).unwrap().into_disk();
@@ -123,11 +140,6 @@ fn an_image_without_such_a_record_says_so() {
     if let Some(ami) = image(&region, "empty", b"", true) {
         assert!(region.software_bill(ami.id()).unwrap().packages.is_empty());
     }
-    assert_eq!(
-        kept(dir.path()).len(),
-        usize::from(region.images().unwrap().len() > 3),
-        "what is none is not kept"
-    );
     let friend = region.as_account("222222222222".parse().unwrap());
     let ami = region.images().unwrap()[0].ami().id();
     check(&friend.software_bill(ami).unwrap_err(), ErrorKind::ImageNotFound, "InvalidAMIID.NotFound", &[]);
@@ -135,9 +147,103 @@ fn an_image_without_such_a_record_says_so() {
 
 /// Overwrites what is kept, so that whoever reads it is known.
 fn change(path: &Path, package: &str) {
-    let json = format!(r#"{{"packages":[["{package}","1","all"]]}}"#);
+    write(path, &format!(r#"{{"version":1,"packages":[["{package}","1","all"]]}}"#));
+}
+
+fn write(path: &Path, json: &str) {
     let digest = ami_core::Digest::of(json.as_bytes());
     std::fs::write(path, [digest.as_bytes(), json.as_bytes()].concat()).unwrap();
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/software").join(name)
+}
+
+/// What is kept of this version is read for ever. It is written with `write_golden`.
+#[test]
+fn golden_bills_are_what_is_written_and_what_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let Some(ami) = image(&region, "web", STATUS.as_bytes(), true) else { return };
+    let [bill] = &kept(dir.path())[..] else { panic!("none is kept") };
+    let installed = region.software_bill(ami.id()).unwrap();
+    assert!(std::fs::read(bill).unwrap() == std::fs::read(golden("packages")).unwrap());
+    change(bill, "other");
+    assert_ne!(region.software_bill(ami.id()).unwrap(), installed);
+    std::fs::copy(golden("packages"), bill).unwrap();
+    assert_eq!(region.software_bill(ami.id()).unwrap(), installed);
+    std::fs::copy(golden("unreadable"), bill).unwrap();
+    let refused = region.software_bill(ami.id()).unwrap_err();
+    let bare = "the image has no /var/lib/dpkg/status: only Debian's record is read";
+    assert_eq!((refused.kind(), refused.to_string()), (ErrorKind::Unsupported, bare.to_owned()));
+    // One of another version is none, nor is one of none.
+    for version in ["", r#""version":0,"#, r#""version":2,"#] {
+        write(bill, &format!(r#"{{{version}"packages":[["other","1","all"]]}}"#));
+        assert_eq!(region.software_bill(ami.id()).unwrap(), installed, "{version}");
+    }
+}
+
+#[test]
+#[ignore = "writes what is to stay"]
+fn write_golden() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let write = |ami: Ami<X86_64>, name| {
+        let content = ami.manifest().root_volume().unwrap().snapshot().unwrap().to_hex();
+        std::fs::create_dir_all(golden("")).unwrap();
+        std::fs::copy(dir.path().join("software").join(content), golden(name)).unwrap();
+    };
+    write(image(&region, "web", STATUS.as_bytes(), true).unwrap(), "packages");
+    let content = MemoryDisk::from_vec(ext4(&[("etc/hostname", b"web")]).unwrap()).unwrap().into_disk();
+    write(register(&region, "bare", &content).unwrap(), "unreadable");
+}
+
+/// Everybody who sees an image may ask, and it is not read for each.
+#[test]
+fn that_nothing_can_be_read_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, "raw", &disk(1, 7)).unwrap();
+    let [bill] = &kept(dir.path())[..] else { panic!("none is kept") };
+    let first = common::told(&region.software_bill(ami.id()).unwrap_err());
+    assert!(first.contains("cannot be read"), "{first}");
+    write(bill, r#"{"version":1,"unreadable":"as it was kept"}"#);
+    let again = region.software_bill(ami.id()).unwrap_err();
+    check(&again, ErrorKind::Unsupported, "UnsupportedOperation", &["as it was kept"]);
+    std::fs::remove_file(bill).unwrap();
+    assert_eq!(common::told(&region.software_bill(ami.id()).unwrap_err()), first);
+    assert!(bill.is_file(), "it is kept when it is asked for, too");
+    region.deregister_image(ami.id()).unwrap();
+    assert!(!dir.path().join("software").exists(), "nothing is left");
+}
+
+#[test]
+fn a_copy_from_another_region_has_its_bill() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, there) = (open(&dir.path().join("here")), open(&dir.path().join("there")));
+    let Some(ami) = image(&there, "web", STATUS.as_bytes(), true) else { return };
+    let copy = here.copy_image_from(&there, ami.id(), CopyImage::new("copy")).unwrap();
+    let names = |bills: Vec<PathBuf>| bills.into_iter().map(|p| p.file_name().unwrap().to_owned());
+    let kept = |name: &str| names(kept(&dir.path().join(name))).collect::<Vec<_>>();
+    assert_eq!((kept("here"), kept("here").len()), (kept("there"), 1));
+    assert_eq!(here.software_bill(copy.id()).unwrap().packages.len(), 3);
+}
+
+/// A bill is not worth an image, nor a region.
+#[test]
+fn what_cannot_be_removed_is_in_nobodys_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, "raw", &disk(1, 7)).unwrap();
+    std::fs::remove_dir_all(dir.path().join("software")).unwrap();
+    // Nobody removes files from there, whoever it is.
+    std::os::unix::fs::symlink("/proc/self/ns", dir.path().join("software")).unwrap();
+    assert!(!kept(dir.path()).is_empty());
+    region.deregister_image(ami.id()).unwrap();
+    drop(region);
+    let region = open(dir.path());
+    assert!(region.images().unwrap().is_empty());
+    register(&region, "raw", &disk(1, 7)).unwrap();
 }
 
 #[test]
@@ -180,6 +286,7 @@ fn a_bill_is_read_when_the_image_is_registered_and_goes_with_it() {
     assert_eq!(kept(dir.path()), std::slice::from_ref(bill), "the copy has the same content");
     region.deregister_image(copy.id()).unwrap();
     assert!(kept(dir.path()).is_empty());
+    std::fs::create_dir_all(bill.parent().unwrap()).unwrap();
     std::fs::write(bill, b"left").unwrap();
     drop((region, friend));
     drop(open(dir.path()));

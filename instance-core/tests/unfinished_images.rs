@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use ami_core::{Ami, AmiBuilder, ImageState, X86_64};
 use common::{TestRegion, check, disk, open, register};
 use instance_core::testing::tiny_elf;
-use instance_core::{CopyImage, DirectBoot, ErrorKind, ImportImageTask, UnfinishedImage};
+use instance_core::{
+    CopyImage, DirectBoot, ErrorKind, ImportImageTask, TaskDescription, TaskStatus, UnfinishedImage,
+};
 use storage_block::{BlockBackend, Disk};
 
 fn soon() -> Instant {
@@ -129,6 +131,20 @@ fn an_image_that_could_not_be_made_has_failed_and_says_why() {
     drop(region);
     let region = open(&dir.path().join("here"));
     assert_eq!(reasons(&region), expected);
+    // As what it was, by the code that is kept of it.
+    for (name, kind, code) in [
+        ("no-kernel", ErrorKind::NotBootable, "ImportFailed.UnsupportedDisk"),
+        ("taken", ErrorKind::ImageNameDuplicate, "InvalidAMIName.Duplicate"),
+    ] {
+        let failed = region.unfinished_images().into_iter().find(|image| image.name == name).unwrap();
+        let why = match failed.task_id.parse() {
+            Ok(id) => region.import_image_task(id).unwrap().wait(soon()).unwrap_err(),
+            Err(_) => {
+                region.copy_image_task(failed.task_id.parse().unwrap()).unwrap().wait(soon()).unwrap_err()
+            }
+        };
+        check(&why, kind, code, &[&failed.state_reason.unwrap().message]);
+    }
     // Who tries again is told of the last try.
     region.import_image(builder("no-kernel"), disk(1, 2), boot()).unwrap();
     assert_eq!(region.wait_for_image_named("no-kernel", soon()).unwrap().state(), ImageState::Available);
@@ -162,4 +178,56 @@ fn what_is_cancelled_is_nowhere_and_what_a_crash_cuts_off_has_failed() {
     assert_eq!(reason.code, "Server.InternalError");
     assert!(reason.message.contains("the process that owned the region ended"), "{reason}");
     assert!(crashed.wait_for_image_named("cut-off", soon()).is_err());
+}
+
+/// A close is no wish of the user's, who is told as after a crash.
+#[test]
+fn what_the_region_is_closed_over_has_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let (given_up, first) = held(&region, "given-up");
+    given_up.cancel().unwrap();
+    let (task, second) = held(&region, "cut-off");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let closing = |told: &TaskDescription<_>| told.status == TaskStatus::Deleting;
+            task.watch().wait(soon(), closing).unwrap();
+            drop(second);
+            task.watch().wait(soon(), |told| told.status.has_ended()).unwrap();
+            drop(first);
+        });
+        drop(region);
+    });
+    let closed = "the region was closed while the task was under way";
+    check(&task.wait(soon()).unwrap_err(), ErrorKind::Internal, "InternalError", &[closed]);
+
+    let region = open(dir.path());
+    let [image] = &region.unfinished_images()[..] else { panic!("{:?}", states(&region)) };
+    assert_eq!((image.name.as_str(), image.state), ("cut-off", ImageState::Failed));
+    let reason = image.state_reason.as_ref().unwrap();
+    assert_eq!((reason.code.as_str(), reason.message.as_str()), ("Server.InternalError", closed));
+    let waits = |task: &ImportImageTask| region.import_image_task(task.id()).unwrap().wait(soon());
+    check(&waits(&task).unwrap_err(), ErrorKind::Internal, "InternalError", &[closed]);
+    assert_eq!(waits(&given_up).unwrap_err().kind(), ErrorKind::Cancelled);
+}
+
+#[test]
+fn an_image_is_waited_for_while_any_task_makes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let (task, go) = held(&region, "web");
+    let later = region.import_image(builder("web"), disk(1, 2), None).unwrap();
+    assert_eq!(later.wait(soon()).unwrap_err().kind(), ErrorKind::NotBootable);
+    let pending = region.wait_for_image_named("web", Instant::now()).unwrap_err();
+    check(
+        &pending,
+        ErrorKind::IncorrectState,
+        "IncorrectState",
+        &[&task.id().to_string(), "at the deadline"],
+    );
+    task.cancel().unwrap();
+    drop(go);
+    task.wait(soon()).unwrap_err();
+    let last = region.wait_for_image_named("web", soon()).unwrap_err();
+    assert_eq!(last.kind(), ErrorKind::NotBootable, "of those that have ended, the last");
 }

@@ -275,8 +275,13 @@ impl Inner {
             }
         }
         let boot = boot.map(|(plan, files)| self.boot.copy_of(plan, &files)).transpose()?;
+        let manifest = manifest.with_block_devices(disks)?;
+        #[cfg(feature = "sbom")]
+        if let Some(root) = manifest.root_device().and_then(BlockDeviceMapping::content) {
+            self.keep_software(&self.content(root)?);
+        }
         let _naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
-        let copy = self.under_new_id(copy_of(manifest.with_block_devices(disks)?)?)?;
+        let copy = self.under_new_id(copy_of(manifest)?)?;
         let ami = copy.ami().clone();
         self.store.commit(|c| {
             also(c, ami.id())?;

@@ -22,6 +22,41 @@ fn malformed_id(code: &str) -> ErrorKind {
     kinds.into_iter().find(same).unwrap_or(ErrorKind::MalformedId)
 }
 
+impl ErrorKind {
+    /// The kind of what a task has failed with, by EC2's code for it.
+    pub(crate) fn of_task(code: &str) -> Self {
+        let kinds = [
+            Self::NotBootable,
+            Self::ImageNameDuplicate,
+            Self::MalformedImageName,
+            Self::ImageNotFound,
+            Self::ImageUnavailable,
+            Self::InvalidManifest,
+            Self::InvalidBlockDeviceMapping,
+            Self::InvalidParameter,
+            Self::InvalidParameterCombination,
+            Self::MissingParameter,
+            Self::InstanceNotFound,
+            Self::IncorrectInstanceState,
+            Self::IncorrectState,
+            Self::VolumeNotFound,
+            Self::SnapshotNotFound,
+            Self::KeyUnavailable,
+            Self::AuthFailure,
+            Self::OptInRequired,
+            Self::OperationNotPermitted,
+            Self::MalformedTagKey,
+            Self::TagLimitExceeded,
+            Self::ResourceLimitExceeded,
+            Self::Unsupported,
+            Self::InsufficientCapacity,
+            Self::RegionInUse,
+        ];
+        let same = |kind: &Self| Error::new(*kind, "").code() == code;
+        kinds.into_iter().find(same).unwrap_or(Self::Internal)
+    }
+}
+
 /// What `ami-core` says of an image, a tag, a filter or a page, under this crate's kinds.
 impl From<ami_core::Error> for Error {
     fn from(e: ami_core::Error) -> Self {

@@ -21,6 +21,9 @@ const STATUS: &str = "/var/lib/dpkg/status";
 /// A large Debian system has some 5 MiB. Whatever an image has there is read when it is registered, so this bounds what that
 /// takes.
 const MAX_STATUS: u64 = 16 << 20;
+/// What is said of one package; that of a package with hundreds of configuration files has some 50 KiB. The parser holds all
+/// fields of a paragraph at once, of which three bytes make one.
+const MAX_PARAGRAPH: usize = 1 << 20;
 
 /// A package that is installed on an image; [`SoftwareBill`] shows it in use.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,11 +39,11 @@ pub struct InstalledPackage {
 
 /// What is installed on an image, by its package manager's own records.
 ///
-/// It is read when the image is registered or imported, and kept by the digest of its root volume's content: a copy has the
-/// same, and the two go together. It is no part of the image's digest, for equal content is an equal image whether or not
-/// somebody read it. Of an image of an instance it is read when it is first asked for, since such an image costs what changed
-/// and no more, and so it is where it could not be read before; of encrypted content it is read each time and not kept, for
-/// it would lie beside in plain.
+/// It is read when the image is registered, imported or copied from another region, and kept by the digest of its root volume's
+/// content: a copy has the same, and the two go together. So it is kept where nothing can be read. It is no part of the image's
+/// digest, for equal content is an equal image whether or not somebody read it. Of an image of an instance it is read when it is
+/// first asked for, since such an image costs what changed and no more; of encrypted content it is read each time and not kept,
+/// for it would lie beside in plain.
 ///
 /// ```no_run
 /// # fn demo(region: &instance_core::Region) -> Result<(), Box<dyn std::error::Error>> {
@@ -141,25 +144,34 @@ impl<H> Region<H> {
     }
 }
 
-/// The packages that the record on a disk calls installed.
+/// The packages that the record on a disk calls installed. It is the disk's fault that there are none where the error is
+/// [`Unsupported`](ErrorKind::Unsupported), and the host's otherwise.
 fn installed(disk: &Disk) -> Result<Vec<InstalledPackage>> {
-    let unsupported = |what: String| Error::new(ErrorKind::Unsupported, what);
-    let read = boot_image::read_file(disk, STATUS, MAX_STATUS);
-    let read = read.map_err(|e| {
-        unsupported("what is installed on the image cannot be read".to_owned()).with_source(e)
+    let read = boot_image::read_file(disk, STATUS, MAX_STATUS).map_err(|e| {
+        let kind = match e.kind() {
+            boot_image::ErrorKind::Io => ErrorKind::Internal,
+            _ => ErrorKind::Unsupported,
+        };
+        Error::new(kind, "what is installed on the image cannot be read").with_source(e)
     })?;
+    let unsupported = |what: String| Error::new(ErrorKind::Unsupported, what);
     let status =
         read.ok_or_else(|| unsupported(format!("the image has no {STATUS}: only Debian's record is read")))?;
-    parse(&String::from_utf8_lossy(&status))
-        .map_err(|e| unsupported(format!("{STATUS} is damaged")).with_source(e))
+    parse(&String::from_utf8_lossy(&status)).map_err(|why| unsupported(format!("{STATUS} is damaged: {why}")))
 }
 
-/// What the text of such a record calls installed, by name and architecture.
-pub(crate) fn parse(status: &str) -> Result<Vec<InstalledPackage>, deb822_fast::Error> {
+/// What the text of such a record calls installed, by name and architecture; or what is wrong with it, in words that have none
+/// of it.
+fn parse(status: &str) -> Result<Vec<InstalledPackage>, &'static str> {
     let mut packages = Vec::new();
-    // One after the other: a hostile record has millions.
-    for paragraph in iter_paragraphs_borrowed(status) {
-        packages.extend(package(&paragraph?));
+    // One after the other, each no longer than one is: a hostile record has millions, or one that is all of it.
+    for text in status.split("\n\n") {
+        if text.len() > MAX_PARAGRAPH {
+            return Err("one of its paragraphs is longer than 1 MiB");
+        }
+        for paragraph in iter_paragraphs_borrowed(text) {
+            packages.extend(package(&paragraph.map_err(|_| "one of its lines is no field")?));
+        }
     }
     packages.sort_unstable();
     packages.dedup();

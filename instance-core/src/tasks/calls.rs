@@ -15,7 +15,7 @@ use super::record::put_completed;
 use super::{
     CopyImageTask, CreateImageTask, DescribeCopyImageTasks, DescribeCreateImageTasks,
     DescribeExportImageTasks, DescribeImportImageTasks, Done, ExportImageTask, ImportImageTask, Shelf, Task,
-    TaskDescription, TaskId, TaskRecord,
+    TaskDescription, TaskId, TaskRecord, TaskStatus,
 };
 use crate::describe::{Describe, Filterable};
 use crate::error::chain;
@@ -229,9 +229,8 @@ impl Inner {
         let run = move || {
             let done = catch_unwind(AssertUnwindSafe(|| work(&region, &own)));
             let panicked = |_| Err(Error::new(ErrorKind::Internal, "the task has panicked"));
-            let done = done.unwrap_or_else(panicked);
-            region.write_end(&own, &done);
-            own.end(&done);
+            let done = own.told_end(done.unwrap_or_else(panicked));
+            own.end(&region.write_end(&own, done));
         };
         match thread::Builder::new().name("image-task".to_owned()).spawn(run) {
             Ok(thread) => {
@@ -244,12 +243,24 @@ impl Inner {
         }
     }
 
-    /// Writes down what a task has come to. If it cannot be, the task is taken for one that was cut off.
-    fn write_end<Id: TaskId>(&self, task: &Task<Id>, done: &Result<Done>) {
-        let record = TaskRecord { description: task.describe().after(done), ended: Some(Timestamp::now()) };
+    /// Writes down what a task has come to, and gives it. If it cannot be, the task is taken for one that was cut off.
+    fn write_end<Id: TaskId>(&self, task: &Task<Id>, done: Result<Done>) -> Result<Done> {
+        // What was written with the image is what it has come to, whatever has failed since: the image is there.
+        if let Some(completed) = self.completed(task) {
+            return Ok(completed);
+        }
+        let record = TaskRecord { description: task.describe().after(&done), ended: Some(Timestamp::now()) };
         if let Err(e) = self.store.commit(|c| c.put(&record)) {
             tracing::warn!(task = %task.id(), error = chain(&e), "cannot write down what a task has come to");
         }
+        done
+    }
+
+    /// What is written of a task, if that is that it has completed.
+    fn completed<Id: TaskId>(&self, task: &Task<Id>) -> Option<Done> {
+        let written = self.store.get::<TaskRecord<Id>>(&task.id().to_string()).ok()??.description;
+        let image = written.image_id.filter(|_| written.status == TaskStatus::Completed)?;
+        Some(Done::new(image).saying(written.status_message))
     }
 }
 
@@ -267,5 +278,37 @@ impl<Id> Filterable for TaskDescription<Id> {
             "task-state" => vec![self.status.as_str().to_owned()],
             _ => Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::testing::FakeHypervisor;
+
+    /// The image is there: what comes after it takes that back from nobody.
+    #[test]
+    fn a_task_that_panics_after_its_commit_has_completed() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let (inner, image) = (&region.inner, "ami-0123456789abcdef0".parse().unwrap());
+        let new =
+            || ImportImageTask::making(ImportImageTaskId::random().unwrap(), *region.account(), "web", "");
+        let done = move || Done::new(image).saying("as it was written");
+        let begin = |task: ImportImageTask| {
+            let work = move |region: &Inner, task: &ImportImageTask| {
+                region.store.commit(|c| put_completed(task, c, &done()))?;
+                panic!("after the commit")
+            };
+            inner.begin(&task, &inner.tasks.imports, work).unwrap()
+        };
+        let task = begin(new());
+        let ended = task.wait(Instant::now() + Duration::from_secs(60)).unwrap();
+        assert_eq!((ended.image_id, &*ended.status_message), (Some(image), "as it was written"));
+        drop(region);
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        assert_eq!(region.import_image_task(task.id()).unwrap().describe(), ended);
     }
 }

@@ -15,7 +15,7 @@ use crate::error::chain;
 pub enum TaskStatus {
     /// It is under way.
     Active,
-    /// It was cancelled, and has not ended yet.
+    /// It was cancelled, or cut off by the closing of its region, and has not ended yet.
     Deleting,
     /// It was cancelled, or has failed, and has left nothing.
     Deleted,
@@ -73,7 +73,7 @@ impl<Id> TaskDescription<Id> {
         match end {
             Ok(done) => Self {
                 status: TaskStatus::Completed,
-                status_message: done.message.to_owned(),
+                status_message: done.message.clone().into_owned(),
                 progress: 100,
                 image_id: Some(done.image),
                 ..self

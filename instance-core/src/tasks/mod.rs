@@ -5,6 +5,7 @@ mod description;
 mod record;
 mod unfinished;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,7 @@ pub use self::description::{TaskDescription, TaskStatus};
 pub(crate) use self::record::{TaskId, put_completed};
 use self::record::{TaskRecord, is_long_gone};
 pub use self::unfinished::UnfinishedImage;
+use self::unfinished::kind_of;
 use crate::describe::Describe;
 use crate::error::chain;
 use crate::watch::{Publisher, Watch};
@@ -31,8 +33,9 @@ const MOST: usize = 20;
 
 /// A task that imports, exports, copies or creates an image. Cheap to clone; all clones are the same task, which goes on without them.
 ///
-/// A task ends with its region, which cancels it when it is closed and waits for it, or with its process: what it had done
-/// until then is removed. It is told of for an hour after it has ended, also when the region is opened again meanwhile.
+/// A task ends with its region, which cuts it off when it is closed and waits for it, or with its process: what it had done
+/// until then is removed, and it has failed. It is told of for an hour after it has ended, also when the region is opened again
+/// meanwhile.
 ///
 /// ```
 /// # use ami_core::{Ami, X86_64};
@@ -88,23 +91,25 @@ pub type DescribeCreateImageTasks = Describe<CreateImageTaskId>;
 #[derive(Debug, Clone)]
 pub(crate) struct Done {
     image: AmiId,
-    message: &'static str,
+    message: Cow<'static, str>,
 }
 
 impl Done {
     pub(crate) fn new(image: AmiId) -> Self {
-        Self { image, message: "" }
+        Self { image, message: Cow::Borrowed("") }
     }
 
     /// With something to say of it.
-    pub(crate) fn saying(self, message: &'static str) -> Self {
-        Self { message, ..self }
+    pub(crate) fn saying(self, message: impl Into<Cow<'static, str>>) -> Self {
+        Self { message: message.into(), ..self }
     }
 }
 
 struct State<Id> {
     told: Publisher<TaskDescription<Id>>,
     cancelled: AtomicBool,
+    /// Not by its user: by the region, which is being closed.
+    cut_off: AtomicBool,
     ended: Mutex<Option<(Timestamp, Option<Failure>)>>,
 }
 
@@ -154,11 +159,12 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
         })
     }
 
-    /// One that was under way in an earlier process, or has ended there: why, only its message says.
+    /// One that was under way in an earlier process, or has ended there: why, its message and the code of its reason say.
     fn recovered(record: TaskRecord<Id>) -> Self {
         let TaskRecord { description, ended } = record;
         let (told, ended) = (Publisher::new(description), Mutex::new(ended.map(|at| (at, None))));
-        Self(Arc::new(State { told, cancelled: AtomicBool::default(), ended }))
+        let (cancelled, cut_off) = (AtomicBool::default(), AtomicBool::default());
+        Self(Arc::new(State { told, cancelled, cut_off, ended }))
     }
 
     /// Its id.
@@ -203,14 +209,15 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
     ///
     /// # Errors
     ///
-    /// Why it has failed, of which [`Cancelled`](ErrorKind::Cancelled) is one;
+    /// Why it has failed, of which [`Cancelled`](ErrorKind::Cancelled) is one. Of a task that ended before the region was opened
+    /// the kind is that of its reason's code; what EC2 has one code for is [`InvalidParameter`](ErrorKind::InvalidParameter) then.
     /// [`IncorrectState`](ErrorKind::IncorrectState) if it is still under way at the deadline.
     pub fn wait(&self, deadline: Instant) -> Result<TaskDescription<Id>> {
         match self.watch().wait(deadline, |task| task.status.has_ended()) {
             Ok(task) if task.status == TaskStatus::Completed => Ok(task),
             Ok(task) => Err(match self.ended().as_ref().and_then(|(_, failure)| failure.clone()) {
                 Some(failure) => Error::new(failure.kind, failure.text).with_code(failure.code),
-                None => Error::new(ErrorKind::Internal, task.status_message),
+                None => Error::new(kind_of(task.state_reason.as_ref()), task.status_message),
             }),
             Err(task) => {
                 let what = format!("{} is {} at the deadline", task.id, task.status.as_str());
@@ -225,6 +232,24 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Ends it because the region is being closed.
+    fn cut_off(&self) {
+        // What its user had given up before stays given up.
+        self.0.cut_off.store(!self.is_cancelled(), Ordering::Release);
+        // One that has completed needs no end.
+        drop(self.cancel());
+    }
+
+    /// What it has come to, as it is told: that it was cut off is nobody's wish.
+    fn told_end(&self, end: Result<Done>) -> Result<Done> {
+        match end {
+            Err(e) if e.kind() == ErrorKind::Cancelled && self.0.cut_off.load(Ordering::Acquire) => {
+                Err(Error::new(ErrorKind::Internal, "the region was closed while the task was under way"))
+            }
+            end => end,
+        }
     }
 
     /// Tells how far it is, where that is news.
@@ -308,10 +333,9 @@ impl<Id: TaskId> Shelf<Id> {
         self.lock().values().filter(|task| task.describe().owner == owner).cloned().collect()
     }
 
-    fn cancel_all(&self) {
+    fn cut_off_all(&self) {
         let all: Vec<Task<Id>> = self.lock().values().cloned().collect();
-        // One that has completed needs no end.
-        all.iter().for_each(|task| drop(task.cancel()));
+        all.iter().for_each(Task::cut_off);
     }
 }
 
@@ -322,10 +346,10 @@ impl Tasks {
 
     /// Ends them all and waits for them; called in a task's own thread, it does not wait for that.
     pub(crate) fn stop(&self) {
-        self.imports.cancel_all();
-        self.exports.cancel_all();
-        self.copies.cancel_all();
-        self.creations.cancel_all();
+        self.imports.cut_off_all();
+        self.exports.cut_off_all();
+        self.copies.cut_off_all();
+        self.creations.cut_off_all();
         let threads = std::mem::take(&mut *self.threads());
         for thread in threads {
             if thread.thread().id() != std::thread::current().id() {

@@ -83,8 +83,9 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// Why it could not be made, where a task tried to last; [`ImageNotFound`](ErrorKind::ImageNotFound) if there is none of
-    /// that name and no task makes one; [`IncorrectState`](ErrorKind::IncorrectState) if it is not available at the deadline.
+    /// Why it could not be made, where a task tried to last, and none is still trying; [`ImageNotFound`](ErrorKind::ImageNotFound)
+    /// if there is none of that name and no task makes one; [`IncorrectState`](ErrorKind::IncorrectState) if it is not available
+    /// at the deadline, or cannot become it any more.
     pub fn wait_for_image_named(&self, name: &str, deadline: Instant) -> Result<Image> {
         let id = match self.inner.image_named(self.account(), name)? {
             Some(id) => id,
@@ -94,7 +95,7 @@ impl<H> Region<H> {
         self.image(id)
     }
 
-    /// Waits for the task that began last to make an image of this name.
+    /// Waits for the task that is making an image of this name, or else the one that tried last.
     fn wait_for_task_of(&self, name: &str, deadline: Instant) -> Result<AmiId> {
         let (tasks, account) = (&self.inner.tasks, *self.account());
         let making = [
@@ -102,7 +103,7 @@ impl<H> Region<H> {
             tasks.copies.making(account, name),
             tasks.creations.making(account, name),
         ];
-        let last = making.into_iter().flatten().max_by_key(|(begun, _)| *begun);
+        let last = making.into_iter().flatten().max_by_key(|(chance, _)| *chance);
         let missing = || {
             let what = format!("the account has no image {name:?}, and no task makes one");
             Error::new(ErrorKind::ImageNotFound, what)
@@ -132,20 +133,30 @@ impl<Id: TaskId> Shelf<Id> {
         self.of(owner).iter().filter_map(|task| task.describe().unfinished()).collect()
     }
 
-    /// The task that began last to make an image of this name, and when.
-    fn making(&self, owner: AccountId, name: &str) -> Option<(Timestamp, Wait)> {
+    /// The task that makes an image of this name, or tried to last.
+    fn making(&self, owner: AccountId, name: &str) -> Option<(Chance, Wait)> {
         let makes = |told: &TaskDescription<Id>| told.image_name.as_deref() == Some(name);
+        // Looked at once: a task may end meanwhile.
         let tasks = self.of(owner).into_iter().map(|task| (task.describe(), task));
-        let (told, task) = tasks.filter(|(told, _)| makes(told)).max_by_key(|(told, _)| told.create_time)?;
+        let tasks = tasks.filter(|(told, _)| makes(told)).map(|(told, task)| (told.chance(), task));
+        let (chance, task) = tasks.max_by_key(|(chance, _)| *chance)?;
         let wait = move |deadline: Instant| {
             let made = task.wait(deadline)?.image_id;
             made.ok_or_else(|| Error::new(ErrorKind::Internal, "a task has made no image"))
         };
-        Some((told.create_time, Box::new(wait)))
+        Some((chance, Box::new(wait)))
     }
 }
 
+/// Which of several tasks an image is to be expected of: one that has not ended, and of such the one that began last. A later
+/// one may have failed because an earlier one has taken what both need.
+type Chance = (bool, Timestamp);
+
 impl<Id: fmt::Display> TaskDescription<Id> {
+    fn chance(&self) -> Chance {
+        (!self.status.has_ended(), self.create_time)
+    }
+
     /// The image that it is to make, while that is not there.
     fn unfinished(self) -> Option<UnfinishedImage> {
         let name = self.image_name?;
@@ -175,4 +186,14 @@ pub(super) fn reason_of(why: &Error) -> StateReason {
         (_, code) => format!("Client.{code}"),
     };
     StateReason::new(code, chain(why))
+}
+
+/// The kind of what has failed for a reason, by its code, which is all that is kept of it.
+pub(super) fn kind_of(reason: Option<&StateReason>) -> ErrorKind {
+    let code = reason.map_or("", |reason| reason.code.as_str());
+    let code = code.strip_prefix("Client.").or(code.strip_prefix("Server.")).unwrap_or(code);
+    match CANCELLED.strip_prefix("Client.") == Some(code) {
+        true => ErrorKind::Cancelled,
+        false => ErrorKind::of_task(code),
+    }
 }

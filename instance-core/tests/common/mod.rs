@@ -161,11 +161,12 @@ pub(crate) fn ext4(files: &[(&str, &[u8])]) -> Option<Vec<u8>> {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, bytes).unwrap();
     }
+    let mib = 8 + files.iter().map(|(_, bytes)| bytes.len() >> 20).sum::<usize>();
     let path = format!("{}:/sbin:/usr/sbin", std::env::var("PATH").unwrap_or_default());
     let made = Command::new("mke2fs")
         .args(["-q", "-t", "ext4", "-d"])
         .args([&tree, &image])
-        .arg("8M")
+        .arg(format!("{mib}M"))
         .env("PATH", path)
         .output();
     match made {
