@@ -38,8 +38,8 @@ use crate::{prerequisites, workspace};
 
 /// The recipe of the quick-start guest's disk.
 const QUICK_START: &str = "minimal";
-/// The recipe of the cloud guest's.
-const CLOUD: &str = "debian-12-cloud";
+/// The recipe of the cloud guest's, and the directory that it is in.
+pub(crate) const CLOUD: &str = "debian-12-cloud";
 
 /// Make the Linux guests.
 #[derive(clap::Args)]
@@ -153,10 +153,14 @@ pub(crate) fn cloud(update: bool) -> anyhow::Result<BuiltImage> {
     told(|progress| build.run_with(progress))
 }
 
+/// The cloud guest, if it is there.
+pub(crate) fn find_cloud() -> Option<BuiltImage> {
+    cloud_build().ok()?.find()
+}
+
 /// What [`cloud`] needs on the host.
 pub(crate) fn tools_of_cloud() -> &'static [Prerequisite] {
-    let found = cloud_build().ok().and_then(|build| build.find());
-    if found.is_some() { &[] } else { prerequisites_of(CLOUD) }
+    if find_cloud().is_some() { &[] } else { prerequisites_of(CLOUD) }
 }
 
 fn cloud_build() -> anyhow::Result<Build> {

@@ -139,6 +139,10 @@ fn lab_of(args: LabArgs) -> anyhow::Result<Lab> {
     if args.guest || !args.exec {
         lab = lab.guest_artifacts();
     }
+    // What only commands of this program use, and is large.
+    if let Some(cloud) = guest::find_cloud().filter(|_| !args.exec) {
+        lab = lab.file(cloud.dir(), Path::new(GUEST_DIR).join(guest::CLOUD));
+    }
     lab = lab.network(args.network).icount(args.icount).cpus(args.cpus).memory_mib(args.memory);
     if let Some(seconds) = args.deadline {
         lab = lab.deadline(Duration::from_secs(seconds));
