@@ -128,8 +128,10 @@ pub enum ErrorKind {
     AddressInUse,
     /// The instance has as many network interfaces as it can have.
     AttachmentLimitExceeded,
-    /// No public address is left.
+    /// The account has as many Elastic IP addresses as it can have.
     AddressLimitExceeded,
+    /// No public address is left for an instance to have while it runs.
+    InsufficientAddressCapacity,
     /// An image needs the snapshot.
     SnapshotInUse,
     /// The state of an image or a volume does not allow it.
@@ -277,6 +279,7 @@ impl Error {
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
             ErrorKind::AttachmentLimitExceeded => "AttachmentLimitExceeded",
             ErrorKind::AddressLimitExceeded => "AddressLimitExceeded",
+            ErrorKind::InsufficientAddressCapacity => "InsufficientAddressCapacity",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",
             ErrorKind::IncorrectState => "IncorrectState",
             ErrorKind::InvalidResourceId => "InvalidID",

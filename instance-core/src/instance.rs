@@ -114,8 +114,12 @@ impl Instance {
 
     /// The public address of the host's by which others reach it, if it has one now: one that it has
     /// [while it runs](crate::LaunchSpec::associate_public_ip_address), or one that stays, which its network has it reached by.
+    /// One that is terminated has none, whatever leads to an interface that it had.
     pub fn public_ip(&self) -> Option<Ipv4Addr> {
         let description = self.describe();
+        if description.state == InstanceState::Terminated {
+            return None;
+        }
         self.region.network.as_deref()?.public_ip(description.network.as_ref()?)
     }
 
@@ -143,6 +147,7 @@ impl Instance {
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped;
     /// [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store;
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity) if the host cannot hold it now;
+    /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity) if no public address is left for it;
     /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel, after
     /// which it is stopped again; or what the host met.
     pub fn start(&self) -> Result<()> {

@@ -119,15 +119,17 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     /// [`SubnetNotFound`](crate::ErrorKind::SubnetNotFound),
     /// [`SecurityGroupNotFound`](crate::ErrorKind::SecurityGroupNotFound),
     /// [`AddressInUse`](crate::ErrorKind::AddressInUse), [`SubnetFull`](crate::ErrorKind::SubnetFull),
-    /// [`AddressLimitExceeded`](crate::ErrorKind::AddressLimitExceeded), if no public address is left,
+    /// [`InsufficientAddressCapacity`](crate::ErrorKind::InsufficientAddressCapacity), if no public address is left,
     /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter), or what the host refused.
     fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement>;
 
-    /// Plugs a machine in that is about to be made, in the place of its last one.
+    /// Plugs a machine in that is about to be made, in the place of its last one. An instance that is `running` has been reset,
+    /// and is stopped if this fails: it goes on without what it can do without.
     ///
     /// # Errors
     ///
-    /// What the host refused.
+    /// [`InsufficientAddressCapacity`](crate::ErrorKind::InsufficientAddressCapacity), if no public address is left for one that
+    /// is started, or what the host refused.
     fn plug(&self, guest: Guest<'_>) -> Result<NetSpec>;
 
     /// Has a port of TCP of an instance reached at an address of the host's, if it is not yet, and says at which.

@@ -30,7 +30,7 @@ const LONGEST_KEY: usize = 8 << 10;
 /// region's network knows it. EC2 has nothing like it: it is for instances without a network, and so without
 /// metadata.
 ///
-/// There are at most 32 keys, of at most 8 KiB each.
+/// There are at most 32 keys, of at most 8 KiB each, in one line and without control characters.
 ///
 /// The disk comes behind all others of the instance. It is made anew whenever a machine is, of what the instance's user
 /// data is by then, and is no volume: images of the instance do not have it.
@@ -74,6 +74,10 @@ impl NoCloudSeed {
             let what = format!("a key for the NoCloud seed is longer than {LONGEST_KEY} bytes");
             return Err(invalid(what));
         }
+        // None is part of a key, and written down each takes six times its room.
+        if self.public_keys.iter().any(|key| line(key).contains(char::is_control)) {
+            return Err(invalid("a key for the NoCloud seed has control characters in it".to_owned()));
+        }
         let parsed = self.public_keys.iter().try_for_each(|key| PublicKey::from_openssh(key).map(drop));
         parsed.map_err(|e| {
             let what = "a key for the NoCloud seed is no public key as OpenSSH writes it";
@@ -97,7 +101,8 @@ impl NoCloudSeed {
     fn write(&self, file: &File, record: &InstanceRecord, user_data: &[u8]) -> io::Result<()> {
         let instance = &record.description;
         let name = instance.network.as_ref().map(|place| place.private_dns_name.clone());
-        let keys: Vec<&String> = record.public_key.iter().chain(&self.public_keys).collect();
+        let keys: Vec<&str> =
+            record.public_key.iter().chain(&self.public_keys).map(|key| line(key)).collect();
         // Its format is YAML, of which JSON is a part.
         let meta_data = json!({
             "instance-id": instance.id,
@@ -115,4 +120,9 @@ impl NoCloudSeed {
         drop(root);
         files.unmount()
     }
+}
+
+/// A key without the end of its line, which it has where it was read from a file.
+fn line(key: &str) -> &str {
+    key.trim_end_matches(['\r', '\n'])
 }

@@ -39,7 +39,8 @@ impl Network for Refusing {
             PlacementRequest { interface_id: Some(_), .. } => ErrorKind::NetworkInterfaceInUse,
             PlacementRequest { subnet_id: Some(_), .. } => ErrorKind::SubnetNotFound,
             PlacementRequest { private_ip: Some(_), .. } => ErrorKind::AddressInUse,
-            PlacementRequest { public_ip: Some(true), .. } => ErrorKind::AddressLimitExceeded,
+            PlacementRequest { public_ip: Some(true), .. } => ErrorKind::InsufficientAddressCapacity,
+            PlacementRequest { public_ip: Some(false), .. } => ErrorKind::AddressLimitExceeded,
             PlacementRequest { security_groups, .. } if !security_groups.is_empty() => {
                 ErrorKind::SecurityGroupNotFound
             }
@@ -229,7 +230,8 @@ fn of_networks(raised: &mut Raised, dir: &std::path::Path) {
     raised.by("InvalidSubnetID.NotFound", launch(nano().subnet(gone::<SubnetId>("subnet"))));
     raised.by("InvalidGroup.NotFound", launch(nano().security_group(gone::<SecurityGroupId>("sg"))));
     raised.by("InvalidIPAddress.InUse", launch(nano().private_ip([10, 0, 0, 9].into())));
-    raised.by("AddressLimitExceeded", launch(nano().associate_public_ip_address(true)));
+    raised.by("InsufficientAddressCapacity", launch(nano().associate_public_ip_address(true)));
+    raised.by("AddressLimitExceeded", launch(nano().associate_public_ip_address(false)));
     raised.by("InsufficientFreeAddressesInSubnet", launch(nano()));
     let interface = |id| launch(nano().network_interface(id));
     raised.by("InvalidNetworkInterfaceID.NotFound", interface(gone("eni")));

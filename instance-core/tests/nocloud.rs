@@ -165,7 +165,9 @@ fn the_key_of_its_key_pair_is_among_the_keys() {
     let dir = tempfile::tempdir().unwrap();
     let machines = Remembering::new();
     let region = RegionOptions::new().network(Cable::default()).open(dir.path(), machines.clone()).unwrap();
-    let launch = spec().key_name("mine").nocloud_seed(NoCloudSeed::new().public_key(KEY));
+    // As it is read from a file.
+    let seed = NoCloudSeed::new().public_key(format!("{KEY}\n"));
+    let launch = spec().key_name("mine").nocloud_seed(seed);
     let _server = region.launch(&register(&region), launch).unwrap();
     let keys = told(&machines.seed().unwrap()).0["public-keys"].clone();
     assert_eq!(keys, serde_json::json!(["ssh-ed25519 AAAA", KEY]));
@@ -173,9 +175,9 @@ fn the_key_of_its_key_pair_is_among_the_keys() {
 
 const LONGEST_KEY: usize = 8 << 10;
 
-/// A key with a comment.
+/// A key with a comment, of what takes most room where it is written down.
 fn of_length(len: usize) -> String {
-    format!("{KEY}{}", "x".repeat(len - KEY.len()))
+    format!("{KEY}{}", "\"".repeat(len - KEY.len()))
 }
 
 #[test]
@@ -200,7 +202,10 @@ fn what_is_no_key_is_refused() {
     let ami = register(&region);
     let many = (0..33).fold(NoCloudSeed::new(), |seed, _| seed.public_key(KEY));
     let long = NoCloudSeed::new().public_key(of_length(LONGEST_KEY + 1));
-    for seed in [NoCloudSeed::new().public_key("ssh-ed25519 AAAA"), many, long] {
+    let with_control = ["\u{1}", "\0", "\n", "\r\n", "\t", "\u{7f}", "\u{85}"]
+        .map(|c| NoCloudSeed::new().public_key(KEY).public_key(format!("{KEY}{c}x\n")));
+    let seeds = [NoCloudSeed::new().public_key("ssh-ed25519 AAAA"), many, long];
+    for seed in seeds.into_iter().chain(with_control) {
         let launch = spec().nocloud_seed(seed);
         let refused = region.create_launch_template("web", launch.clone()).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InvalidParameter);

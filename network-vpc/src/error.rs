@@ -75,6 +75,8 @@ pub enum ErrorKind {
     AssociationNotFound,
     /// No Elastic IP address is left.
     AddressLimit,
+    /// No public address is left for an interface that is to have one while it is plugged in.
+    InsufficientAddressCapacity,
     /// There is no such set of DHCP options.
     DhcpOptionsNotFound,
     /// Something else needs what was to be deleted.
@@ -157,6 +159,7 @@ impl Error {
             ErrorKind::AllocationNotFound => "InvalidAllocationID.NotFound",
             ErrorKind::AssociationNotFound => "InvalidAssociationID.NotFound",
             ErrorKind::AddressLimit => "AddressLimitExceeded",
+            ErrorKind::InsufficientAddressCapacity => "InsufficientAddressCapacity",
             ErrorKind::DhcpOptionsNotFound => "InvalidDhcpOptionID.NotFound",
             ErrorKind::DependencyViolation => "DependencyViolation",
             ErrorKind::InvalidAddress | ErrorKind::InvalidPermission | ErrorKind::InvalidParameter => {

@@ -147,10 +147,14 @@ impl Network {
     /// # Errors
     ///
     /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`InterfaceInUse`](ErrorKind::InterfaceInUse) while a
-    /// machine has it, [`AddressLimit`](ErrorKind::AddressLimit) if no public address is left for it, or what the host
-    /// refused.
+    /// machine has it, [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity) if no public address is left
+    /// for it, or what the host refused.
     pub fn plug(&self, id: NetworkInterfaceId) -> Result<NetSpec> {
-        let refused = |e| Error::host(format!("cannot plug in {id}"), e);
+        self.plug_in(id, false)
+    }
+
+    /// The same. A machine that goes on in the place of one that ran does so without the public address that it cannot have.
+    fn plug_in(&self, id: NetworkInterfaceId, goes_on: bool) -> Result<NetSpec> {
         let mut plugged = self.plugged();
         if plugged.get(&id).is_some_and(|plugged| plugged.port.is_plugged()) {
             return Err(Error::new(ErrorKind::InterfaceInUse, format!("{id} is plugged in already")));
@@ -158,7 +162,27 @@ impl Network {
         if let Some(before) = plugged.remove(&id) {
             self.0.fabric.remove(&before.port);
         }
-        self.give_public_ip(&mut plugged, id)?;
+        let given = self.give_public_ip(&mut plugged, id).or_else(|error| {
+            if !goes_on {
+                return Err(error);
+            }
+            tracing::warn!(%error, %id, "an interface goes on without a public address");
+            Ok(())
+        });
+        let made = given.and_then(|()| self.connect(&mut plugged, id));
+        if made.is_err() {
+            self.take_public_ip(&mut plugged, id);
+        }
+        made
+    }
+
+    /// Puts a cable between an interface that has all that it is to have and a machine.
+    fn connect(
+        &self,
+        plugged: &mut HashMap<NetworkInterfaceId, Plugged>,
+        id: NetworkInterfaceId,
+    ) -> Result<NetSpec> {
+        let refused = |e| Error::host(format!("cannot plug in {id}"), e);
         let (interface, view) = {
             let model = self.model();
             let interface = model.interface(id)?;
@@ -173,7 +197,7 @@ impl Network {
             Edge::start(poll, port.clone(), self.0.reach.clone(), self.0.budget.share()).map_err(refused)?;
         cable.set_stream_server(Some(edge.stream_server()));
         let mut there = Plugged { port: port.clone(), edge, public: PublicOffers::new() };
-        self.listen_again(&mut plugged, &there, &interface)?;
+        self.listen_again(plugged, &there, &interface)?;
         there.offer(self.model().public_offers(&interface));
         self.0.fabric.add(&port);
         // Not the port itself, which has the cable's end, which has this.
@@ -191,8 +215,19 @@ impl Network {
         Ok(spec)
     }
 
-    /// Pulls an interface's cable. Its machine goes on without.
+    /// Pulls an interface's cable. Its machine goes on without. With it goes a public address that the interface has only
+    /// while it is plugged in.
     pub fn unplug(&self, id: NetworkInterfaceId) {
+        self.pull_out(id);
+        let mut plugged = self.plugged();
+        // Somebody else may have plugged it in again.
+        if !plugged.contains_key(&id) {
+            self.take_public_ip(&mut plugged, id);
+        }
+    }
+
+    /// The same of one that is about to go. Nobody listens for it any more when this returns.
+    fn pull_out(&self, id: NetworkInterfaceId) {
         let before = self.plugged().remove(&id);
         if let Some(before) = before {
             self.0.fabric.remove(&before.port);
@@ -254,6 +289,8 @@ impl Network {
             if !gone.is_empty() {
                 plugged.port.forget(&gone);
             }
+            // Whose machine is gone is offered nowhere until it has another.
+            let interface = interface.filter(|_| plugged.port.is_plugged());
             let wanted = interface.map(|interface| model.public_offers(interface)).unwrap_or_default();
             plugged.withdraw(&wanted);
             offers.push((plugged, wanted));

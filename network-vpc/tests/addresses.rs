@@ -7,7 +7,7 @@ mod common;
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::setup::{anywhere, boot, interface, network, open_interface, opened, options};
 use common::{Guest, PATIENCE, SILENCE, together};
@@ -137,26 +137,34 @@ fn datagrams_come_in_at_forwarded_ports_if_the_groups_let_them() {
     let made = interface(&network, "names", &[Rule::udp(53..=53, "127.0.0.0/8".parse().unwrap())]);
     // Before its machine is there, and after.
     let [free, other] = ["127.0.0.1:0"; 2].map(|at| at.parse().unwrap());
-    let names = network.forward_udp(made.id, 53, free).unwrap();
-    let streams = network.forward(made.id, 53, free).unwrap();
+    network.forward_udp(made.id, 53, free).unwrap();
+    network.forward(made.id, 53, free).unwrap();
     let mut guest = Guest::boot(network.plug(made.id).unwrap());
     let time = network.forward_udp(made.id, 123, other).unwrap();
-    assert_eq!(network.interface(made.id).unwrap().udp_forwards, [(53, names), (123, time)].into());
+    // Somebody else may have had a port meanwhile that nobody asked for.
+    let now = network.interface(made.id).unwrap();
+    let (names, streams) = (now.udp_forwards[&53], now.forwards[&53]);
+    assert_eq!(now.udp_forwards, [(53, names), (123, time)].into());
     let shown = Some("from 169.254.0.1".to_owned());
     assert_eq!(answers(&mut guest, 53, names, PATIENCE), shown);
     assert_eq!(answers(&mut guest, 123, time, SILENCE), None, "no rule names the port");
 
-    // TCP's is another, and so is another interface's.
+    // TCP's is another, and so is another port's.
+    for rule in [Rule::tcp(53, anywhere()), Rule::udp(123..=123, anywhere())] {
+        network.authorize(made.groups[0], Direction::Ingress, rule).unwrap();
+    }
+    assert_eq!(greets(&mut guest, 53, streams), Some(format!("I am {}", made.private_ip)));
     network.stop_forwarding(made.id, 53).unwrap();
-    assert!(TcpStream::connect(streams).is_err());
+    assert_eq!(greets(&mut guest, 53, streams), None);
     assert_eq!(answers(&mut guest, 53, names, PATIENCE), shown);
+    assert_eq!(answers(&mut guest, 123, time, PATIENCE), shown);
     network.stop_forwarding_udp(made.id, 123).unwrap();
-    UdpSocket::bind(time).expect("nobody listens any more");
+    assert_eq!(answers(&mut guest, 123, time, SILENCE), None);
 
     // They are there again, but for one that is taken and nobody asked for.
     drop((guest, network));
     let network = options().open(dir.path(), &region).unwrap();
-    let _thief = UdpSocket::bind(names).unwrap();
+    let _thief = UdpSocket::bind(names);
     let mut guest = Guest::boot(network.plug(made.id).unwrap());
     let now = network.interface(made.id).unwrap().udp_forwards[&53];
     assert_ne!(now, names);
@@ -312,6 +320,30 @@ fn a_taken_port_that_nobody_asked_for_becomes_another() {
     assert_eq!(refused.code(), "InternalError");
     network.stop_forwarding(made.id, 80).unwrap();
     network.plug(made.id).unwrap();
+}
+
+/// A machine may be gone of which nobody has pulled the cable.
+#[test]
+fn nobody_is_waited_for_who_is_gone() {
+    let network = network();
+    let id = open_interface(&network).id;
+    let forward = |port| network.forward(id, port, "127.77.1.1:0".parse().unwrap()).unwrap();
+    let is_closed = |at: &SocketAddr| TcpListener::bind(at).is_ok();
+    let forwards: Vec<_> = (1..=8).map(forward).collect();
+    let machine = network.plug(id).unwrap();
+    assert!(!forwards.iter().any(is_closed));
+    drop(machine);
+    let begun = Instant::now();
+    while !forwards.iter().all(is_closed) {
+        assert!(begun.elapsed() < PATIENCE, "its thread ends with it");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let begun = Instant::now();
+    (1..=8).for_each(|port| network.stop_forwarding(id, port).unwrap());
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    assert!(is_closed(&forward(9)), "nobody is there who would answer");
+    let _machine = network.plug(id).unwrap();
+    TcpStream::connect(network.interface(id).unwrap().forwards[&9]).expect("it is listened at");
 }
 
 #[test]

@@ -160,6 +160,10 @@ fn of_elastic_addresses(raised: &mut Raised) {
     raised.by(ErrorKind::AddressInUse, "InvalidIPAddress.InUse", network.release_address(address));
     let none_left = (0..=4).map(|_| network.allocate_address()).find(Result::is_err).unwrap();
     raised.by(ErrorKind::AddressLimit, "AddressLimitExceeded", none_left);
+    let public = network.interface_spec().unwrap().associate_public_ip_address(true);
+    let public = network.create_interface(public).unwrap();
+    let none_left = network.plug(public.id);
+    raised.by(ErrorKind::InsufficientAddressCapacity, "InsufficientAddressCapacity", none_left);
 }
 
 fn of_options_and_keys(raised: &mut Raised) {

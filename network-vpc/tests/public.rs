@@ -4,13 +4,14 @@
 mod common;
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 
 use common::region::{Idle, image, open, spec};
 use common::setup::anywhere;
-use instance_core::RegionOptions;
 use instance_core::testing::FakeHypervisor;
-use network_vpc::{Direction, NetworkOptions, Rule};
+use instance_core::{ErrorKind, InstanceState, Region, RegionOptions};
+use network_vpc::{Direction, ElasticAddress, Network, NetworkOptions, Rule};
 
 /// A port that needs no privilege to be listened at.
 const PORT: u16 = 8643;
@@ -55,7 +56,7 @@ fn an_instance_has_a_public_address_while_it_runs() {
     let next = server.public_ip().unwrap();
     assert!(is_listened_at(next));
 
-    // One that stays takes its place, and gives none back.
+    // One that stays takes its place, and another comes when that goes.
     let address = network.allocate_address().unwrap();
     let association = network.associate_address(address.allocation_id, interface, None).unwrap();
     assert_eq!(server.public_ip(), Some(address.public_ip));
@@ -65,13 +66,118 @@ fn an_instance_has_a_public_address_while_it_runs() {
     server.start().unwrap();
     assert_eq!(server.public_ip(), Some(address.public_ip));
     network.disassociate_address(association).unwrap();
-    assert_eq!(server.public_ip(), None);
-    let_go();
-    server.stop(Duration::ZERO).unwrap();
-    server.start().unwrap();
-    assert!(server.public_ip().is_some());
+    let another = server.public_ip().unwrap();
+    assert_ne!(another, address.public_ip);
+    let (mut guest, _) = machines.guest();
+    assert!(is_listened_at(another) && !is_listened_at(address.public_ip));
+    assert_eq!(told(&mut guest), Some(another.to_string()));
+    drop(guest);
     server.terminate().unwrap();
     assert_eq!(server.public_ip(), None);
+}
+
+/// Elastic IP addresses come and go, and whoever is to have a public address has one as long as one is free.
+#[test]
+fn an_instance_goes_on_with_another_public_address_or_without() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = of_few(dir.path(), "127.65.12.0/29");
+    let ami = image(&region);
+    let launch = |public| region.launch(&ami, spec().associate_public_ip_address(public)).unwrap();
+    let [one, other, private] = [true, true, false].map(launch);
+    let [at_one, at_other, at_private] =
+        [&one, &other, &private].map(|server| server.describe().network.unwrap().interface_id);
+    let lead = |address: &ElasticAddress, to| {
+        network.associate_address(address.allocation_id, to, None).unwrap();
+    };
+    let first = network.allocate_address().unwrap();
+    lead(&first, at_one);
+    lead(&first, at_other);
+    assert_eq!(other.public_ip(), Some(first.public_ip));
+    assert!(one.public_ip().is_some_and(|public| public != first.public_ip), "it was given another at once");
+    let second = network.assign_any_private_ips(at_other, 1).unwrap()[0];
+    network.associate_address(first.allocation_id, at_other, Some(second)).unwrap();
+    assert!(other.public_ip().is_some_and(|public| public != first.public_ip));
+    lead(&first, at_private);
+    lead(&first, at_one);
+    assert_eq!(private.public_ip(), None, "it is to have none");
+
+    // One that is stopped is given none.
+    other.stop(Duration::ZERO).unwrap();
+    lead(&first, at_other);
+    assert!(one.public_ip().is_some());
+    lead(&first, at_one);
+    assert_eq!(other.public_ip(), None);
+
+    // Where none is left it goes on without, also when it is reset, but is not started so.
+    let left: Vec<_> = std::iter::from_fn(|| network.allocate_address().ok()).collect();
+    assert_eq!(left.len(), 5);
+    lead(&first, at_private);
+    assert_eq!(one.public_ip(), None);
+    one.reboot().unwrap();
+    assert_eq!((one.state(), one.public_ip()), (InstanceState::Running, None));
+    one.stop(Duration::ZERO).unwrap();
+    assert_eq!(one.start().unwrap_err().kind(), ErrorKind::InsufficientAddressCapacity);
+    network.release_address(left[0].allocation_id).unwrap();
+    one.start().unwrap();
+    assert_eq!(one.public_ip(), Some(left[0].public_ip));
+}
+
+#[test]
+fn only_what_is_plugged_in_has_a_public_address_for_a_while() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "eu-west-1".parse().unwrap();
+    let network = Network::open(dir.path(), &name).unwrap();
+    let public = network.interface_spec().unwrap().associate_public_ip_address(true);
+    let id = network.create_interface(public).unwrap().id;
+    let has = |network: &Network| network.interface(id).unwrap().public_ip.is_some();
+    assert!(!has(&network));
+    let port = network.plug(id).unwrap();
+    assert!(has(&network));
+    assert_eq!(network.plug(id).unwrap_err().code(), "InvalidNetworkInterface.InUse");
+    assert!(has(&network), "it is plugged in as before");
+    network.unplug(id);
+    assert!(!has(&network));
+    drop(port);
+
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = taken.local_addr().unwrap();
+    drop(taken);
+    network.forward(id, 80, at).unwrap();
+    let taken = TcpListener::bind(at).unwrap();
+    assert_eq!(network.plug(id).unwrap_err().code(), "InternalError");
+    assert!(!has(&network), "it could not be plugged in");
+    drop(taken);
+
+    let port = network.plug(id).unwrap();
+    assert!(has(&network));
+    // Its process ends.
+    drop((network, port));
+    assert!(!has(&Network::open(dir.path(), &name).unwrap()));
+}
+
+#[test]
+fn an_instance_that_is_gone_has_no_public_address_although_its_interface_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path(), FakeHypervisor::new());
+    let own = network.create_interface(network.interface_spec().unwrap()).unwrap();
+    let address = network.allocate_address().unwrap();
+    network.associate_address(address.allocation_id, own.id, None).unwrap();
+    let ami = image(&region);
+    let server = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    assert_eq!(server.public_ip(), Some(address.public_ip));
+    server.terminate().unwrap();
+    assert_eq!(server.public_ip(), None);
+    let next = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    assert_eq!((next.public_ip(), server.public_ip()), (Some(address.public_ip), None));
+}
+
+/// A region whose network has so many public addresses.
+fn of_few(dir: &Path, pool: &str) -> (Region<FakeHypervisor>, Network) {
+    let name = "eu-west-1".parse().unwrap();
+    let options = NetworkOptions::new().resolver(None).elastic_pool(pool.parse().unwrap());
+    let network = options.in_memory(&name).unwrap();
+    let options = RegionOptions::new().name(name).network(network.clone());
+    (options.open(dir, FakeHypervisor::new()).unwrap(), network)
 }
 
 /// What a guest is told of its public address.
@@ -105,11 +211,7 @@ fn nothing_is_left_of_a_public_address_after_a_crash() {
 #[test]
 fn what_cannot_have_a_public_address_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let name = "eu-west-1".parse().unwrap();
-    let pool = "127.65.8.0/30".parse().unwrap();
-    let network = NetworkOptions::new().resolver(None).elastic_pool(pool).in_memory(&name).unwrap();
-    let options = RegionOptions::new().name(name).network(network.clone());
-    let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
+    let (region, network) = of_few(dir.path(), "127.65.8.0/30");
     let ami = image(&region);
     let own = network.create_interface(network.interface_spec().unwrap()).unwrap();
     let public = || spec().associate_public_ip_address(true);
@@ -121,7 +223,7 @@ fn what_cannot_have_a_public_address_is_refused() {
     // Two addresses are there, for whatever has a public one.
     let address = network.allocate_address().unwrap();
     let refused = region.run_instances(&ami, public().count(2, 2)).unwrap_err();
-    assert_eq!(refused.code(), "AddressLimitExceeded");
+    assert_eq!(refused.code(), "InsufficientAddressCapacity");
     assert!(region.instances().is_empty() && network.interfaces() == [own]);
     let server = region.launch(&ami, public()).unwrap();
     assert_ne!(server.public_ip(), Some(address.public_ip));
@@ -133,7 +235,7 @@ fn what_cannot_have_a_public_address_is_refused() {
     // Another takes the address while the instance is stopped.
     server.stop(Duration::ZERO).unwrap();
     let taken = network.allocate_address().unwrap();
-    assert_eq!(server.start().unwrap_err().code(), "AddressLimitExceeded");
+    assert_eq!(server.start().unwrap_err().code(), "InsufficientAddressCapacity");
     network.release_address(taken.allocation_id).unwrap();
     server.start().unwrap();
     server.terminate().unwrap();

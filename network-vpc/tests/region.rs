@@ -3,6 +3,9 @@
 
 mod common;
 
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
 use common::region::{image, spec};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{DescribeInstances, ErrorKind, Region};
@@ -36,6 +39,25 @@ fn an_instance_has_a_place_for_as_long_as_it_is() {
     assert_eq!(server.describe().network.as_ref(), Some(&place));
     server.terminate().unwrap();
     assert!(network.interfaces().is_empty());
+}
+
+#[test]
+fn a_stopped_instance_is_plugged_in_nowhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let server = region.launch(&image(&region), spec()).unwrap();
+    let id = server.describe().network.unwrap().interface_id;
+    let forward = |port| network.forward(id, port, "127.77.2.1:0".parse().unwrap()).unwrap();
+    let forwards: Vec<_> = (1..=8).map(forward).collect();
+    forwards.iter().for_each(|at| drop(TcpStream::connect(at).expect("it is listened at")));
+    server.stop(Duration::ZERO).unwrap();
+    let refused = network.set_metadata(id, None).unwrap_err();
+    assert_eq!(refused.kind(), network_vpc::ErrorKind::InterfaceNotFound, "it is not plugged in");
+    let is_closed = |at: &SocketAddr| TcpListener::bind(at).is_ok();
+    assert!(forwards.iter().all(is_closed), "{forwards:?}");
+    assert!(is_closed(&forward(9)), "nobody is there who would answer");
+    server.start().unwrap();
+    TcpStream::connect(network.interface(id).unwrap().forwards[&9]).expect("it is listened at");
 }
 
 #[test]

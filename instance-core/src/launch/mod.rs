@@ -118,7 +118,9 @@ impl<H> Region<H> {
     /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded), [`KeyPairNotFound`](ErrorKind::KeyPairNotFound),
     /// [`SubnetNotFound`](ErrorKind::SubnetNotFound),
     /// [`SecurityGroupNotFound`](ErrorKind::SecurityGroupNotFound), [`AddressInUse`](ErrorKind::AddressInUse),
-    /// [`SubnetFull`](ErrorKind::SubnetFull), [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
+    /// [`SubnetFull`](ErrorKind::SubnetFull),
+    /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity),
+    /// [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a

@@ -19,9 +19,9 @@ mod wire;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -109,7 +109,7 @@ pub(crate) struct Reach {
 pub(crate) struct Edge {
     port: Arc<Port>,
     over: Arc<AtomicBool>,
-    orders: Arc<std::sync::Mutex<Vec<Order>>>,
+    orders: Orders,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -123,10 +123,41 @@ enum Order {
     Serve(ServedStream),
 }
 
+/// What waits for the thread to be done, until it has ended.
+#[derive(Debug, Clone)]
+struct Orders(Arc<Mutex<Option<Vec<Order>>>>);
+
+impl Orders {
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(Some(Vec::new()))))
+    }
+
+    /// With a thread that has ended there is nothing to be done: who waits for it is told so, and what it was to serve is
+    /// closed.
+    fn give(&self, order: Order) {
+        if let Some(orders) = self.lock().as_mut() {
+            orders.push(order);
+        }
+    }
+
+    fn take(&self) -> Vec<Order> {
+        self.lock().as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn end(&self) {
+        let left = self.lock().take();
+        drop(left);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<Order>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Edge {
     /// Starts the thread of a port whose waker belongs to `poll`.
     pub(crate) fn start(poll: Poll, port: Arc<Port>, reach: Reach, share: Share) -> io::Result<Self> {
-        let (over, orders) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let (over, orders) = (Arc::new(AtomicBool::new(false)), Orders::new());
         let name: String = format!("vpc-{}", port.view().address).chars().take(15).collect();
         let mut worker = Worker {
             streams: Streams::new(&port.view(), reach.clone(), share.clone()),
@@ -135,7 +166,7 @@ impl Edge {
             machine: None,
             port: port.clone(),
             over: over.clone(),
-            orders: Arc::clone(&orders),
+            orders: orders.clone(),
             poll,
         };
         let thread = thread::Builder::new().name(name).spawn(move || {
@@ -143,11 +174,16 @@ impl Edge {
             if let Err(error) = worker.work() {
                 tracing::warn!(%error, "the edge of an interface has ended");
             }
+            let orders = worker.orders.clone();
+            // Its sockets are closed before anybody is told.
+            drop(worker);
+            orders.end();
         })?;
         Ok(Self { port, over, orders, thread: Some(thread) })
     }
 
     pub(crate) fn listen(&self, forward: Forward) {
+        // Where the thread has ended nobody listens, and the socket is closed.
         self.order(Order::Listen(forward));
     }
 
@@ -155,7 +191,7 @@ impl Edge {
     pub(crate) fn unlisten(&self, carrier: Carrier, at: SocketAddr) {
         let (done, is_done) = sync_channel(1);
         self.order(Order::Unlisten(carrier, at, done));
-        // A thread that has ended listens to nothing, and does not say so.
+        // It fails at once where the thread has ended, which listens to nothing.
         let _ = is_done.recv_timeout(Duration::from_secs(1));
     }
 
@@ -165,13 +201,13 @@ impl Edge {
         let (orders, weak) = (self.orders.clone(), Arc::downgrade(&self.port));
         Arc::new(move |stream| {
             let Some(port) = weak.upgrade() else { return };
-            orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(Order::Serve(stream));
+            orders.give(Order::Serve(stream));
             port.wake_edge();
         })
     }
 
     fn order(&self, order: Order) {
-        self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(order);
+        self.orders.give(order);
         self.port.wake_edge();
     }
 }
@@ -188,7 +224,7 @@ impl Drop for Edge {
 struct Worker {
     port: Arc<Port>,
     over: Arc<AtomicBool>,
-    orders: Arc<std::sync::Mutex<Vec<Order>>>,
+    orders: Orders,
     poll: Poll,
     machine: Option<ServedStream>,
     streams: Streams,
@@ -227,7 +263,9 @@ impl Worker {
                     [self.streams.patience(), received, sent].into_iter().flatten().fold(SLEEP, Duration::min)
                 }
             };
-            if let Some(pause) = gather.pause(came, Instant::now()) {
+            // One that is not behind a stream wakes this thread by a call.
+            let pause = self.machine.as_ref().and_then(|_| gather.pause(came, Instant::now()));
+            if let Some(pause) = pause.filter(|_| !sleep.is_zero()) {
                 thread::sleep(pause);
             }
             match self.poll.poll(&mut events, Some(sleep)) {
@@ -267,9 +305,7 @@ impl Worker {
     }
 
     fn take_orders(&mut self) {
-        let orders =
-            std::mem::take(&mut *self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
-        for order in orders {
+        for order in self.orders.take() {
             match order {
                 Order::Listen(Forward { listener, entrance }) => {
                     let (registry, at) = (self.poll.registry(), entrance.at);

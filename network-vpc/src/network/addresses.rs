@@ -38,7 +38,7 @@ impl Network {
         let begin = self.anywhere()?;
         let allocation_id = AllocationId::random().map_err(no_random)?;
         self.change(|model| {
-            let public_ip = any_free(model, self.0.elastic_pool, begin)?;
+            let public_ip = any_free(model, self.0.elastic_pool, begin, ErrorKind::AddressLimit)?;
             let made = ElasticAddress { allocation_id, public_ip, association: None };
             model.addresses.insert(allocation_id, made.clone());
             Ok(made)
@@ -68,7 +68,7 @@ impl Network {
         private_ip: Option<Ipv4Addr>,
     ) -> Result<AssociationId> {
         let association_id = AssociationId::random().map_err(no_random)?;
-        self.change(|model| {
+        self.change_associations(|model| {
             address(model, allocation)?;
             let interface = model.interface(interface_id)?;
             let private_ip = private_ip.unwrap_or(interface.private_ip);
@@ -94,13 +94,14 @@ impl Network {
         })
     }
 
-    /// Has an Elastic IP address lead to nothing. Conversations go on.
+    /// Has an Elastic IP address lead to nothing. Conversations go on. An interface that had another public address before
+    /// is [given one](Self::set_map_public_ip_on_launch) instead.
     ///
     /// # Errors
     ///
     /// [`AssociationNotFound`](ErrorKind::AssociationNotFound), or what the host refused.
     pub fn disassociate_address(&self, id: AssociationId) -> Result<()> {
-        self.change(|model| {
+        self.change_associations(|model| {
             let taken =
                 |address: &mut ElasticAddress| address.association.take_if(|a| a.association_id == id);
             model.addresses.values_mut().find_map(taken).map(drop).ok_or_else(|| {

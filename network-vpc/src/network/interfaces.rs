@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use ami_core::{InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId};
 use instance_core::net::MacAddress;
 
-use super::public::any_free as any_free_public;
+use super::public::any_free_while_running;
 use super::{Network, groups, no_random};
 use crate::model::{Model, check_address, usable};
 use crate::{Error, ErrorKind, NetworkInterface, Result, Subnet};
@@ -98,7 +98,7 @@ impl Network {
             };
             let has_public = public_ip.unwrap_or(instance_id.is_some() && subnet.map_public_ip_on_launch);
             let public_ip = (has_public && instance_id.is_some())
-                .then(|| any_free_public(model, self.0.elastic_pool, begin))
+                .then(|| any_free_while_running(model, self.0.elastic_pool, begin))
                 .transpose()?;
             let (forwards, chosen_forwards, udp_forwards, chosen_udp_forwards) = Default::default();
             let (subnet_id, vpc_id) = (subnet.id, subnet.vpc_id);
@@ -239,7 +239,7 @@ impl Network {
             return Err(Error::new(ErrorKind::InterfaceInUse, format!("{id} is plugged in")));
         }
         drop(plugged);
-        self.unplug(id);
+        self.pull_out(id);
         self.change(|model| {
             model.interface(id)?;
             model.remove_interface(id);

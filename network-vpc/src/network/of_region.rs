@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use ami_core::{BlockDeviceKind, BlockDeviceMapping, InstanceId, NetworkInterfaceId, Tags};
+use instance_core::InstanceState;
 use instance_core::machine::NetSpec;
 use instance_core::network::{Guest, NetworkPlacement, PlacementRequest};
 
@@ -23,6 +24,7 @@ impl From<Error> for instance_core::Error {
             ErrorKind::GroupNotFound => Region::SecurityGroupNotFound,
             ErrorKind::AddressInUse => Region::AddressInUse,
             ErrorKind::AddressLimit => Region::AddressLimitExceeded,
+            ErrorKind::InsufficientAddressCapacity => Region::InsufficientAddressCapacity,
             ErrorKind::InterfaceNotFound => Region::NetworkInterfaceNotFound,
             ErrorKind::InterfaceInUse => Region::NetworkInterfaceInUse,
             ErrorKind::KeyPairNotFound => Region::KeyPairNotFound,
@@ -66,7 +68,9 @@ impl instance_core::network::Network for Network {
     }
 
     fn plug(&self, guest: Guest<'_>) -> Result<NetSpec> {
-        let port = self.plug(guest.placement.interface_id)?;
+        // One that runs has been reset, which does not end it.
+        let goes_on = guest.instance.state == InstanceState::Running;
+        let port = self.plug_in(guest.placement.interface_id, goes_on)?;
         self.set_metadata(guest.placement.interface_id, Some(self.metadata_of(guest)))?;
         Ok(port)
     }
@@ -85,9 +89,7 @@ impl instance_core::network::Network for Network {
     }
 
     fn stopped(&self, placement: &NetworkPlacement) {
-        if let Err(error) = self.take_public_ip(placement.interface_id) {
-            tracing::warn!(%error, id = %placement.interface_id, "a stopped instance keeps its public address");
-        }
+        self.unplug(placement.interface_id);
     }
 
     fn update(&self, guest: Guest<'_>) {
@@ -97,7 +99,7 @@ impl instance_core::network::Network for Network {
 
     fn release(&self, placement: &NetworkPlacement) -> Result<()> {
         let id = placement.interface_id;
-        self.unplug(id);
+        self.pull_out(id);
         let released = self.change(|model| {
             model.interface(id)?;
             model.give_up(id);

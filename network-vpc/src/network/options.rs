@@ -91,7 +91,11 @@ impl NetworkOptions {
             Err(e) => return Err(Error::host(format!("cannot read {}", path.display()), e)),
         };
         match there {
-            Some(model) => Ok(Network::new(model, Some(path), self)),
+            Some(mut model) => {
+                // Nothing is plugged in yet, whatever was when it was kept.
+                model.interfaces.values_mut().for_each(|interface| interface.public_ip = None);
+                Ok(Network::new(model, Some(path), self))
+            }
             None => {
                 fs::create_dir_all(dir)
                     .map_err(|e| Error::host(format!("cannot make {}", dir.display()), e))?;

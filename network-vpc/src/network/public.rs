@@ -18,8 +18,8 @@ impl Network {
     ///
     /// The address is one of the [pool](super::NetworkOptions::elastic_pool) of the Elastic IP addresses and is listened at
     /// [like those](Self::associate_address). An instance has another each time that it is started, and none any more
-    /// when an Elastic IP address leads to its primary address; it is not given one for it when that leads elsewhere
-    /// before it is started again.
+    /// when an Elastic IP address leads to its primary address. When that leads there no longer, it is given another at
+    /// once. Where none is free by then, it goes on without, over reboots too; it is only started with one.
     ///
     /// ```
     /// # use network_vpc::Network;
@@ -46,32 +46,58 @@ impl Network {
         plugged: &mut HashMap<NetworkInterfaceId, Plugged>,
         id: NetworkInterfaceId,
     ) -> Result<()> {
-        let lacks = {
-            let model = self.model();
-            let interface = model.interface(id)?;
-            interface.has_public && model.public(interface).all(|(_, own)| own != interface.private_ip)
-        };
-        if !lacks {
+        if !self.model().lacks_public_ip(id) {
             return Ok(());
         }
         let begin = self.anywhere()?;
         self.change_with(plugged, |model| {
-            let public = any_free(model, self.0.elastic_pool, begin)?;
+            let public = any_free_while_running(model, self.0.elastic_pool, begin)?;
             model.interface_mut(id)?.public_ip = Some(public);
             Ok(())
         })
     }
 
-    /// Takes the public address from an interface that it has only while its instance runs. Its machine is gone.
-    pub(super) fn take_public_ip(&self, id: NetworkInterfaceId) -> Result<()> {
-        if self.model().interface(id)?.public_ip.is_none() {
-            return Ok(());
+    /// Takes the public address from an interface that it has only while it is plugged in, which it is no longer.
+    pub(super) fn take_public_ip(
+        &self,
+        plugged: &mut HashMap<NetworkInterfaceId, Plugged>,
+        id: NetworkInterfaceId,
+    ) {
+        if self.model().interfaces.get(&id).is_none_or(|interface| interface.public_ip.is_none()) {
+            return;
         }
-        // Nobody listens at the address any more who could be told not to.
-        self.unplug(id);
-        self.change(|model| {
+        let taken = self.change_with(plugged, |model| {
             model.interface_mut(id)?.public_ip = None;
             Ok(())
+        });
+        if let Err(error) = taken {
+            tracing::warn!(%error, %id, "an interface that is not plugged in keeps its public address");
+        }
+    }
+
+    /// Makes a change after which Elastic IP addresses lead elsewhere. From whom one went that is plugged in and is to have
+    /// a public address has another by the same change, if there is one.
+    pub(super) fn change_associations<T>(&self, change: impl FnOnce(&mut Model) -> Result<T>) -> Result<T> {
+        let begin = self.anywhere()?;
+        let mut plugged = self.plugged();
+        let is_plugged =
+            |(id, there): (&NetworkInterfaceId, &Plugged)| there.port.is_plugged().then_some(*id);
+        let there: Vec<_> = plugged.iter().filter_map(is_plugged).collect();
+        self.change_with(&mut plugged, |model| {
+            let had: Vec<_> = there.into_iter().filter(|id| !model.lacks_public_ip(*id)).collect();
+            let made = change(model)?;
+            for id in had {
+                if !model.lacks_public_ip(id) {
+                    continue;
+                }
+                match any_free_while_running(model, self.0.elastic_pool, begin) {
+                    Ok(public) => model.interface_mut(id)?.public_ip = Some(public),
+                    Err(error) => {
+                        tracing::warn!(%error, %id, "an interface goes on without a public address")
+                    }
+                }
+            }
+            Ok(made)
         })
     }
 
@@ -88,10 +114,21 @@ impl Model {
     pub(super) fn primary_public_ip(&self, interface: &NetworkInterface) -> Option<Ipv4Addr> {
         self.public(interface).find(|(_, own)| *own == interface.private_ip).map(|(public, _)| public)
     }
+
+    /// Whether an interface is to have a public address while it is plugged in, and has none.
+    fn lacks_public_ip(&self, id: NetworkInterfaceId) -> bool {
+        let lacks = |there: &NetworkInterface| there.has_public && self.primary_public_ip(there).is_none();
+        self.interface(id).is_ok_and(lacks)
+    }
 }
 
-/// An address of the pool that nobody has.
-pub(super) fn any_free(model: &Model, pool: Ipv4Net, begin: u32) -> Result<Ipv4Addr> {
+/// One for who has it while it runs.
+pub(super) fn any_free_while_running(model: &Model, pool: Ipv4Net, begin: u32) -> Result<Ipv4Addr> {
+    any_free(model, pool, begin, ErrorKind::InsufficientAddressCapacity)
+}
+
+/// An address of the pool that nobody has. Says what kind of failure it is if there is none.
+pub(super) fn any_free(model: &Model, pool: Ipv4Net, begin: u32, none: ErrorKind) -> Result<Ipv4Addr> {
     let taken = model.taken_public();
     // Neither the first nor the last.
     let last = u32::MAX.checked_shr(pool.prefix_len().into()).unwrap_or(0);
@@ -99,5 +136,5 @@ pub(super) fn any_free(model: &Model, pool: Ipv4Net, begin: u32) -> Result<Ipv4A
     let begin = begin.checked_rem(usable).unwrap_or(0);
     let mut all = (0..usable).map(|n| offset(pool, 1 + (begin + n) % usable));
     all.find(|address| !taken.contains(address))
-        .ok_or_else(|| Error::new(ErrorKind::AddressLimit, format!("every address of {pool} is taken")))
+        .ok_or_else(|| Error::new(none, format!("every address of {pool} is taken")))
 }
