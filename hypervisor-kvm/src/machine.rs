@@ -158,6 +158,7 @@ impl KvmMachine {
         shared.devices.restore(&shared.vm, &shared.memory, state)?;
         // Nobody has asked this one's guest for memory.
         shared.refresh_balloon();
+        shared.refresh_grown(&state.disks);
         Self::run(shared, filters)
     }
 
@@ -324,6 +325,17 @@ impl Shared {
         let place = self.balloon.as_ref().map(|(place, _)| *place);
         if let Some(placed) = place.and_then(|place| self.devices.virtio.get(place)) {
             placed.device.refresh(&self.vm);
+        }
+    }
+
+    /// Has the drivers of disks see what has grown since these were saved.
+    fn refresh_grown(&self, saved: &[saved::Disk]) {
+        let all = self.devices.virtio.all();
+        let disks = all.iter().filter_map(|placed| Some((placed, placed.disk()?)));
+        for ((placed, disk), had) in disks.zip(saved) {
+            if disk.size != had.size {
+                placed.device.refresh(&self.vm);
+            }
         }
     }
 

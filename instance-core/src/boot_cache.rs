@@ -157,17 +157,18 @@ impl BootCache {
     /// Removes every file that no plan names.
     pub(crate) fn remove_unreferenced<'a>(&self, plans: impl Iterator<Item = &'a BootPlan>) -> Result<()> {
         let keep: HashSet<Digest> = plans.flat_map(BootPlan::files).collect();
-        self.opened().retain(|digest, _| keep.contains(digest));
-        let keep: HashSet<PathBuf> = keep.into_iter().map(|digest| self.path(digest)).collect();
+        let kept: HashSet<PathBuf> = keep.iter().map(|digest| self.path(*digest)).collect();
         let failed = |e| Error::io(e, format!("cannot clear {}", self.dir.display()));
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             // A link stays with what it leads to.
-            let is_link_to_kept = || fs::read_link(&path).is_ok_and(|to| keep.contains(&self.dir.join(to)));
-            if !keep.contains(&path) && !is_link_to_kept() {
+            let is_link_to_kept = || fs::read_link(&path).is_ok_and(|to| kept.contains(&self.dir.join(to)));
+            if !kept.contains(&path) && !is_link_to_kept() {
                 remove_any(&path).map_err(failed)?;
             }
         }
+        // What was opened before its file went goes too.
+        self.opened().retain(|digest, _| keep.contains(digest));
         Ok(())
     }
 

@@ -66,22 +66,32 @@ pub(crate) enum AppendError {
 }
 
 impl Log {
-    /// Makes a log in a volume's directory. It is durable after [`sync_all`](Self::sync_all), but for its name.
+    /// Makes a log in a volume's directory. It is durable after [`sync_all`](Self::sync_all), but for its name. After a failure
+    /// nothing is left of it, and all that others had there.
     pub(crate) fn create(
         dir: &Path,
         size: u64,
         base: Option<Digest>,
         key: Option<VolumeKey>,
     ) -> Result<Self> {
+        let undo = |paths: &[&PathBuf]| {
+            for path in paths {
+                let _ = remove(path);
+            }
+        };
         if key.is_some() {
             let path = dir.join(PLAIN);
             let file = create(&path)?;
-            return Self::write(path, file, VolumeHeader { size, base, log: random()?, key });
+            let header = random().map(|log| VolumeHeader { size, base, log, key });
+            return header
+                .and_then(|header| Self::write(path.clone(), file, header))
+                .inspect_err(|_| undo(&[&path]));
         }
         let path = dir.join(format::log_name(size, base.as_ref()));
         let log = Self::new(path.clone(), create(&path)?, VolumeHeader { size, base, log: 0, key });
-        let room = create(&dir.join(TEMPORARY))?;
-        make_room(&room, dir)?;
+        let room_path = dir.join(TEMPORARY);
+        let room = create(&room_path).inspect_err(|_| undo(&[&path]))?;
+        make_room(&room, dir).inspect_err(|_| undo(&[&path, &room_path]))?;
         Ok(Self { room: Some(room), ..log })
     }
 

@@ -213,7 +213,8 @@ impl VolumeOptions {
     ///
     /// [`InvalidSize`](crate::ErrorKind::InvalidSize) as [`Volume::create`]. What else that says,
     /// [`AlreadyExists`](crate::ErrorKind::AlreadyExists) or [`NoSpace`](crate::ErrorKind::NoSpace) say, comes of what needs the
-    /// files: nobody looks at `dir` before. That has done nothing then, and may be tried again.
+    /// files: nobody looks at `dir` before, where by then not even an empty directory may stand. That has done nothing then, and may
+    /// be tried again.
     pub fn create_on_write(
         &self,
         dir: &Path,

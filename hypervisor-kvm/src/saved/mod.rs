@@ -98,6 +98,11 @@ impl Disk {
         let (size, read_only) = (spec.disk.size(), spec.disk.read_only());
         Self { serial: spec.serial.clone(), size, read_only }
     }
+
+    /// Whether this is the disk that the guest knows so, which may have grown since.
+    fn can_be(&self, known: &Self) -> bool {
+        self.size >= known.size && self.serial == known.serial && self.read_only == known.read_only
+    }
 }
 
 /// What the guest knows of a network port.
@@ -128,6 +133,19 @@ impl State {
     /// What the device in a place has lost, if it has.
     pub(crate) fn gone(&self, place: u8) -> Option<&Gone> {
         self.gone.iter().find(|(gone, _)| *gone == place).map(|(_, gone)| gone)
+    }
+
+    /// Whether the device of each disk, where it says so, has the size of its disk or of the one that it has lost.
+    fn sizes_agree(&self) -> bool {
+        let mut disks = self.disks.iter();
+        self.virtio.iter().filter(|device| device.role == Role::Disk).all(|device| {
+            let disk = match self.gone(device.place) {
+                Some(Gone::Disk(disk)) => Some(disk),
+                Some(Gone::Net(_)) => None,
+                None => disks.next(),
+            };
+            device.state.disk_size().is_none_or(|size| disk.is_some_and(|disk| disk.size == size))
+        })
     }
 
     /// How many of them there are.
@@ -173,8 +191,11 @@ impl State {
         if !possible {
             return Err(saved("the saved machine has more than a machine has on this host, or less"));
         }
+        if !self.sizes_agree() {
+            return Err(saved("the saved machine contradicts itself about the size of a disk"));
+        }
         for (had, given) in self.disks.iter().zip(spec.disks.iter().map(Disk::of)) {
-            if *had != given {
+            if !given.can_be(had) {
                 return Err(saved(format!("the machine had {had:?} when it was saved, not {given:?}")));
             }
         }

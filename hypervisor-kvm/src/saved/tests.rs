@@ -4,10 +4,16 @@ mod restored;
 
 use std::path::Path;
 
+use instance_core::console::Console;
+use instance_core::machine::{DiskSpec, NetSpec, RestoreSpec, SavedMachine};
+use instance_core::net::{self, MacAddress};
+use storage_block::MemoryDisk;
+
 use super::file::{HEADER_LEN, VERSION, decode, encode};
 use super::{Disk, Port, State};
 use crate::Transport;
 use crate::fuzzing;
+use crate::gone::Gone;
 use crate::slots::Other;
 
 const TRANSPORTS: [(Transport, &str); 2] = [(Transport::Mmio, "mmio"), (Transport::Pci, "pci")];
@@ -48,6 +54,40 @@ fn machines_of_every_version_are_read() {
         // In version 4, devices may remember more, and need not.
         let read_as = |other: u32| other == version || (version, other) == (3, 4);
         assert!((1..=VERSION).all(|other| decode(other, body).is_ok() == read_as(other)));
+    }
+}
+
+/// By whoever has the file, as the checksum is no secret.
+#[test]
+fn a_state_that_contradicts_itself_about_a_disk_is_refused() {
+    const SIZE: u64 = 1 << 20;
+    let checked = |change: &dyn Fn(&mut State), size: Option<u64>| {
+        let mut state: State = decode(VERSION, &golden(VERSION, "pci")[HEADER_LEN..]).unwrap();
+        change(&mut state);
+        let machine = SavedMachine::new(tempfile::tempfile().unwrap()).unwrap();
+        let mut spec = RestoreSpec::new("golden", machine, Console::new().port());
+        let disk = |size| DiskSpec::new(MemoryDisk::new(size).unwrap().into_disk(), "vol-golden");
+        spec.disks = size.map(disk).into_iter().collect();
+        let mut net = NetSpec::new(net::link().0, MacAddress([2, 0, 10, 0, 0, 12]));
+        net.mtu = 1400;
+        spec.nets = vec![net];
+        spec.virtio_console = Some(Console::new().port());
+        state.check(&spec, 64).map_err(|error| error.to_string())
+    };
+    let had = |size: u64| move |state: &mut State| state.disks[0].size = size;
+    let lost = |size: u64| {
+        move |state: &mut State| {
+            let disk = Disk { size, ..state.disks.remove(0) };
+            state.gone.push((0, Gone::Disk(disk)));
+        }
+    };
+    assert_eq!(checked(&had(SIZE), Some(SIZE)), Ok(()));
+    assert_eq!(checked(&lost(SIZE), None), Ok(()));
+    for size in [0, SIZE / 2, 2 * SIZE, u64::MAX] {
+        for done in [checked(&had(size), Some(2 * SIZE)), checked(&lost(size), None)] {
+            let error = done.unwrap_err();
+            assert!(error.contains("contradicts itself about the size of a disk"), "{size}: {error}");
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod ended_early;
 mod engine;
+mod unheard;
 
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -202,27 +203,6 @@ fn a_request_does_not_wait_for_one_before_it() {
     }
     assert!(guest.is_at_rest());
     assert_eq!(told(&did).len(), 4);
-}
-
-#[test]
-fn a_driver_is_asked_for_more_at_once_only_while_little_is_under_way() {
-    for (requests, at_once) in [(1, true), (7, true), (8, false), (19, false)] {
-        let (disk, _did, go_on) = gated(1);
-        let mut guest = Guest::new(&disk, 1, 0);
-        (0..requests).for_each(|n| guest.offer(0, n, IN, 0));
-        guest.0.forget_asked(0);
-        while guest.0.step(0) != Step::Idle {}
-        let at_first = (guest.0.is_asked(0), guest.0.device.due_in().is_none());
-        // Where none ends in time, it is asked.
-        guest.0.step(0);
-        let later = (guest.0.is_asked(0), guest.0.device.due_in().is_none());
-        // What it adds without being asked is seen when one ends.
-        guest.offer(0, requests, IN, 1);
-        drop(go_on);
-        guest.serve(0, requests + 1);
-        assert!((0..=requests).all(|n| guest.status(0, n) == OK), "{requests}");
-        assert_eq!((at_first, later), ((at_once, at_once), (true, true)), "{requests}");
-    }
 }
 
 #[test]

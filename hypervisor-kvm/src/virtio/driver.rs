@@ -25,9 +25,6 @@ const NEXT: u16 = 1;
 /// The flag of a descriptor that the device writes to.
 pub(super) const WRITE: u16 = 2;
 
-/// The flag of a used ring whose device waits for no notifications.
-const NO_NOTIFY: u16 = 1;
-
 const EVENT_IDX: u64 = 1 << 29;
 const NEEDS_RESET: u32 = 64;
 
@@ -48,8 +45,19 @@ impl Driver {
         driver
     }
 
+    /// One that accepts event indices, too.
+    pub(super) fn with_event_indices(device: impl Device + 'static, queues: usize) -> Self {
+        let mut driver = Self::new(device, queues, 0);
+        driver.begin_without(0);
+        driver
+    }
+
     /// Resets the device and begins anew.
     pub(super) fn begin(&mut self, without: u64) {
+        self.begin_without(without | EVENT_IDX);
+    }
+
+    fn begin_without(&mut self, without: u64) {
         for status in [0, 1, 3] {
             self.set(reg::VIRTIO_MMIO_STATUS, status);
         }
@@ -57,7 +65,7 @@ impl Driver {
             self.set(reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL, half);
             let offered = self.get(reg::VIRTIO_MMIO_DEVICE_FEATURES);
             self.set(reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
-            let without = ((without | EVENT_IDX) >> (32 * half)) as u32;
+            let without = (without >> (32 * half)) as u32;
             self.set(reg::VIRTIO_MMIO_DRIVER_FEATURES, offered & !without);
         }
         self.set(reg::VIRTIO_MMIO_STATUS, 11);
@@ -115,14 +123,10 @@ impl Driver {
         self.memory.write_obj(*sent, GuestAddress(at + AVAILABLE + 2)).unwrap();
     }
 
-    /// Forgets that the device has asked for notifications of a queue.
-    pub(super) fn forget_asked(&self, queue: usize) {
-        self.put(queue_at(queue) + USED, &NO_NOTIFY.to_le_bytes());
-    }
-
-    /// Whether the device has asked for them since.
+    /// Whether the device has asked, by the event index, to be notified of the next chain.
     pub(super) fn is_asked(&self, queue: usize) -> bool {
-        self.bytes(queue_at(queue) + USED, 2) != NO_NOTIFY.to_le_bytes()
+        let event = GuestAddress(queue_at(queue) + USED + 4 + 8 * u64::from(QUEUE_SIZE));
+        self.memory.read_obj::<u16>(event).unwrap() == self.offered[queue]
     }
 
     /// How many chains of a queue were used.

@@ -79,7 +79,8 @@ pub struct RestoreSpec {
     pub name: String,
     /// What was saved.
     pub saved: SavedMachine,
-    /// The disks that the machine had, with the same serial numbers, by which it knows them, and sizes. Their bytes
+    /// The disks that the machine had, with the same serial numbers, by which it knows them, and sizes; one that had grown
+    /// by then, of which the machine was not told yet, may be larger where the hypervisor takes that. Their bytes
     /// must be those of the moment at which it was saved: a guest keeps in mind what it has read and written.
     pub disks: Vec<DiskSpec>,
     /// The network ports that the machine had, with the same addresses, by which it knows them, and MTUs.

@@ -24,7 +24,7 @@ impl Volume {
     ///
     /// [`InvalidSize`](crate::ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the
     /// snapshot's and at most 64 TiB; [`AlreadyExists`](crate::ErrorKind::AlreadyExists);
-    /// [`NoSpace`](crate::ErrorKind::NoSpace). After a failure nothing is left.
+    /// [`NoSpace`](crate::ErrorKind::NoSpace). After a failure nothing is left of what was made.
     pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
         VolumeOptions::new().create(dir, base, size)
     }
@@ -56,7 +56,7 @@ impl Volume {
         key: Option<&EncryptionKey>,
     ) -> Result<Self> {
         check_sizes(base, size)?;
-        let files = Files::create(dir, base.map(Snapshot::digest), size, key)?;
+        let files = Files::create(dir, true, base.map(Snapshot::digest), size, key)?;
         Ok(Self::new(dir, base.cloned(), size, key.cloned(), StateMap::default(), Some(files)))
     }
 

@@ -59,9 +59,11 @@ impl Files {
         Self { overlay: Overlay::new(overlay, xts), log: Mutex::new(log), names: Mutex::new(names) }
     }
 
-    /// Makes the files of a new volume in `dir`, which is made too. After a failure nothing is left.
+    /// Makes the files of a new volume in `dir`, which is made too, or, where `adopt` says so, may stand there with none of a
+    /// volume's in it. After a failure nothing is left of what was made.
     pub(super) fn create(
         dir: &Path,
+        adopt: bool,
         base: Option<Digest>,
         size: u64,
         key: Option<&EncryptionKey>,
@@ -70,7 +72,10 @@ impl Files {
             Ok(()) => true,
             // A mark beside it is that of a volume whose files a crash has taken.
             Err(e)
-                if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() && !mark::is_there(dir)? =>
+                if adopt
+                    && e.kind() == std::io::ErrorKind::AlreadyExists
+                    && dir.is_dir()
+                    && !mark::is_there(dir)? =>
             {
                 false
             }
@@ -88,7 +93,6 @@ impl Files {
         }
         let filled = Self::fill(dir, overlay, base, size, key);
         if filled.is_err() {
-            let _ = Log::remove(dir);
             let _ = fs::remove_file(&path);
             if own_dir {
                 let _ = fs::remove_dir(dir);
@@ -136,8 +140,9 @@ impl Inner {
         if let Some(files) = self.files.get() {
             return Ok(files);
         }
-        // One that is encrypted has its files from the beginning.
-        let made = Files::create(&self.dir, self.base.as_ref().map(Snapshot::digest), self.size(), None)?;
+        // What stands there by now is somebody else's. One that is encrypted has its files from the beginning.
+        let base = self.base.as_ref().map(Snapshot::digest);
+        let made = Files::create(&self.dir, false, base, self.size(), None)?;
         let files = self.files.get_or_init(|| made);
         let tell = told.0.take();
         drop(told);

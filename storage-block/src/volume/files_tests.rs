@@ -206,9 +206,31 @@ fn one_where_something_stands_is_refused() {
     }
     // By its first write, which leaves what is there.
     let late = fixture.make();
+    let refuses = |volume: &Volume| {
+        let refused = volume.disk().write_at(&[1; 512], 0);
+        assert_eq!(refused.map_err(|e| e.kind()), Err(ErrorKind::AlreadyExists));
+    };
+    let names = || {
+        let entries = std::fs::read_dir(fixture.path()).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    std::fs::create_dir(fixture.path()).unwrap();
+    refuses(&late);
+    assert!(names().is_empty() && !late.has_files());
+    for name in ["log", "log.tmp", "log-of-another"] {
+        std::fs::write(fixture.path().join(name), "another's").unwrap();
+    }
+    refuses(&late);
+    assert_eq!(names(), ["log", "log-of-another", "log.tmp"]);
+    // One that may take over a directory removes no more than it has made there.
+    let failed = Volume::create(&fixture.path(), None, SIZE);
+    assert_eq!(failed.map(drop).map_err(|e| e.kind()), Err(ErrorKind::AlreadyExists));
+    assert_eq!(names(), ["log", "log-of-another", "log.tmp"]);
+    std::fs::remove_dir_all(fixture.path()).unwrap();
     let there = Volume::create(&fixture.path(), None, SIZE).unwrap();
-    let refused = late.disk().write_at(&[1; 512], 0);
-    assert_eq!(refused.map_err(|e| e.kind()), Err(ErrorKind::AlreadyExists));
+    refuses(&late);
     drop(late);
     there.disk().write_at(&[1; 512], 0).unwrap();
     assert_eq!(fixture.told(), 0);

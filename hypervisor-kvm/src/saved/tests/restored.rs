@@ -12,11 +12,13 @@ use instance_core::net::{self, MacAddress};
 use kvm_bindings::kvm_msr_entry;
 use kvm_ioctls::Cap;
 use storage_block::MemoryDisk;
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_CONFIG;
 
 use super::super::{Processor, Role, Speed};
 use super::*;
 use crate::cpuid::Topology;
 use crate::kernel::Entry;
+use crate::virtio::DeviceState;
 use crate::{CpuLevel, Kvm, cpu, machine, memory};
 
 const PAGE: usize = 4096;
@@ -65,8 +67,13 @@ fn file(version: u32, state: &State) -> SavedMachine {
 }
 
 fn restore(kvm: &Kvm, version: u32, state: &State) -> Result<Box<dyn Machine>, MachineError> {
+    restore_on(kvm, version, state, 1 << 20)
+}
+
+/// With a disk of this size.
+fn restore_on(kvm: &Kvm, version: u32, state: &State, size: u64) -> Result<Box<dyn Machine>, MachineError> {
     let mut spec = RestoreSpec::new("golden", file(version, state), Console::new().port());
-    spec.disks = vec![DiskSpec::new(MemoryDisk::new(1 << 20).unwrap().into_disk(), "vol-golden")];
+    spec.disks = vec![DiskSpec::new(MemoryDisk::new(size).unwrap().into_disk(), "vol-golden")];
     let mut net = NetSpec::new(net::link().0, MacAddress([2, 0, 10, 0, 0, 12]));
     net.mtu = 1400;
     spec.nets = vec![net];
@@ -113,6 +120,29 @@ fn machines_of_every_version_go_on() {
         }
         assert_eq!(again.hot_plug, state.hot_plug);
         assert_eq!(again.processors[1].instruction_pointer(), state.processors[1].instruction_pointer());
+    }
+}
+
+/// As where a machine was saved before it was told.
+#[test]
+fn a_disk_that_has_grown_is_told_of() {
+    let Some(kvm) = kvm() else { return };
+    // In earlier versions nobody told what the driver knew.
+    for (version, (_, name)) in (1..=VERSION).flat_map(|v| TRANSPORTS.map(|transport| (v, transport))) {
+        let state = state(&kvm, version, name);
+        let told = |size| {
+            let again = saved_again(&*restore_on(&kvm, version, &state, size).unwrap());
+            let disk = again.virtio.into_iter().find(|device| device.role == Role::Disk).unwrap().state;
+            let interrupt = match &disk {
+                DeviceState::Mmio(_, status) => Some(status & VIRTIO_MMIO_INT_CONFIG != 0),
+                DeviceState::Pci(_) => None,
+            };
+            (again.disks[0].size, disk.disk_size(), interrupt)
+        };
+        let mmio = |told| (name == "mmio").then_some(told);
+        assert_eq!(told(1 << 20), (1 << 20, Some(1 << 20), mmio(false)), "{version}, {name}");
+        assert_eq!(told(2 << 20), (2 << 20, Some(2 << 20), mmio(true)), "{version}, {name}");
+        refused(restore_on(&kvm, version, &state, 1 << 19), "the machine had Disk");
     }
 }
 

@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::super::chain::Malformed;
 use super::super::ring::Running;
 use super::request::Request;
+use super::unheard::Window;
 
 /// See the [module](self).
 #[derive(Debug, Default)]
@@ -17,8 +18,10 @@ pub(super) struct Lane {
     pub(super) under_way: usize,
     /// How many of the requests that were last taken from it have never begun, and are the next ones again.
     pub(super) left: u16,
-    /// Its driver has not been asked to notify.
-    pub(super) unheard: bool,
+    /// Its driver has been asked to notify of the next request, which has not been taken.
+    pub(super) asked: bool,
+    /// As long as its driver has not been asked to notify.
+    pub(super) unheard: Option<Window>,
 }
 
 /// A request that has ended.

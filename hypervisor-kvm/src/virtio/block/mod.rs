@@ -7,6 +7,7 @@ mod config;
 mod lane;
 mod line;
 mod request;
+mod unheard;
 
 use std::mem;
 use std::os::fd::OwnedFd;
@@ -20,6 +21,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::chain::{Chain, Malformed};
 use super::device::{Device, Own};
@@ -30,6 +32,7 @@ use lane::{Answer, Lane, Pending, Stage};
 pub(crate) use line::check_descriptors;
 use line::{DEPTH, Line};
 use request::{Op, Request};
+use unheard::{Ends, Window};
 
 /// The most queues of a device: all are served by one thread, and more of them only spare the guest's processors
 /// from waiting for each other.
@@ -37,10 +40,6 @@ pub(crate) const QUEUES_MAX: usize = 16;
 /// How many requests are taken up before the driver hears of those that have ended: few enough for it to get on
 /// meanwhile.
 const BATCH: usize = 16;
-/// With so many requests under way, one of them ends soon.
-const MANY: usize = 8;
-/// How long a driver is at most not heard because of that.
-const UNHEARD: Duration = Duration::from_micros(50);
 
 /// A block device.
 #[derive(Debug)]
@@ -57,6 +56,7 @@ pub(crate) struct Block {
     pending: Slab<Pending>,
     /// What each virtqueue is to be told.
     lanes: Vec<Lane>,
+    ends: Ends,
     state: State,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
@@ -92,6 +92,7 @@ impl Block {
             unserved: false,
             pending: Slab::new(),
             lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
+            ends: Ends::default(),
             serial: id,
         }
     }
@@ -199,6 +200,7 @@ impl Block {
             if let (Some(token), Some(line)) = (self.ended(done), &mut self.line) {
                 line.queue().flush(token);
             }
+            self.ends.add();
             any = true;
         }
         any
@@ -260,15 +262,18 @@ impl Block {
         self.line.as_mut()?.queue().wait()
     }
 
-    /// Has the driver notify of its next request. True if that is there already.
-    ///
-    /// Not at once where many are under way: their ends have the queue looked at anyway, and a driver that was asked
-    /// leaves the guest for what it adds then. If none ends soon it is asked, so that a request does not wait for others.
-    fn listen(&mut self, lane: usize, was_unheard: bool, ring: &mut Running<'_>) -> Result<bool, Malformed> {
-        if self.pending.len() >= MANY && !was_unheard {
-            self.lanes[lane].unheard = true;
+    /// Has the driver notify of its next request, unless that is [seen soon](unheard) anyway. True if it is there already.
+    fn listen(&mut self, lane: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
+        let Lane { asked, unheard, .. } = &mut self.lanes[lane];
+        if *asked {
             return Ok(false);
         }
+        // A driver without event indices notifies whether or not it is asked.
+        if features & 1 << VIRTIO_RING_F_EVENT_IDX != 0 && self.ends.one_is_near(self.pending.len()) {
+            unheard.get_or_insert_with(|| self.ends.window());
+            return Ok(false);
+        }
+        (*asked, *unheard) = (true, None);
         ring.ask()
     }
 }
@@ -299,8 +304,10 @@ impl Device for Block {
     }
 
     fn serve(&mut self, lane: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
-        let was_unheard = mem::take(&mut self.lanes[lane].unheard);
-        let mut worked = self.collect() | self.lanes[lane].answer(ring)?;
+        let ended = self.collect();
+        let unheard = self.lanes[lane].unheard.take();
+        self.lanes[lane].unheard = unheard.and_then(|window| self.ends.look(window));
+        let mut worked = ended | self.lanes[lane].answer(ring)?;
         if let (true, Some(line)) = (self.pending.is_empty(), &mut self.line) {
             // What ends at once, as reads of what the host has in memory do, is seen here.
             line.queue().unwatch();
@@ -316,6 +323,7 @@ impl Device for Block {
             Ok(if begun { Taken::Go } else { Taken::Not })
         })?;
         if begun > 0 {
+            self.lanes[lane].asked = false;
             if let Some(line) = &mut self.line {
                 line.queue().submit();
             }
@@ -324,7 +332,7 @@ impl Device for Block {
             worked = true;
         }
         // Where too much is under way, or something has to end first, the next look is when something has ended.
-        Ok(worked || room > 0 && !waits && self.listen(lane, was_unheard, ring)?)
+        Ok(worked || room > 0 && !waits && self.listen(lane, ring, features)?)
     }
 
     fn settle(&mut self, lane: usize, ring: &mut Running<'_>) -> Result<(), Malformed> {
@@ -342,13 +350,14 @@ impl Device for Block {
     }
 
     fn due_in(&self) -> Option<Duration> {
-        self.lanes.iter().any(|lane| lane.unheard).then_some(UNHEARD)
+        self.lanes.iter().filter_map(|lane| lane.unheard.as_ref()).map(Window::left).min()
     }
 
     fn reset(&mut self) {
         self.line = None;
         self.pending.clear();
         self.lanes.fill_with(Lane::default);
+        self.ends = Ends::default();
         self.refresh();
     }
 

@@ -100,7 +100,7 @@ pub(super) fn refuses_what_it_cannot(bed: &TestBed<'_>) {
         ("all but the last byte", saved_as(&bytes[..bytes.len() - 1]), root(), vec![]),
         ("no disk", saved.clone(), vec![], vec![]),
         ("another disk", saved.clone(), vec![DiskSpec::new(first.clone(), "vol-other")], vec![]),
-        ("a larger disk", saved.clone(), vec![DiskSpec::new(disk(2 * SECTORS), ROOT)], vec![]),
+        ("a smaller disk", saved.clone(), vec![DiskSpec::new(disk(SECTORS / 2), ROOT)], vec![]),
         ("a disk too many", saved.clone(), vec![DiskSpec::new(first.clone(), ROOT); 2], vec![]),
         ("a port that it did not have", saved.clone(), root(), port()),
     ] {
