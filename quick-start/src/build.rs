@@ -57,7 +57,7 @@ impl Build {
     }
 
     /// Where packages are kept that are unpacked, so that several builds share them; `packages` in the directory of the
-    /// build if this is not called.
+    /// build if this is not called. It cannot be that directory itself.
     pub fn packages(mut self, dir: impl Into<PathBuf>) -> Self {
         self.packages = Some(dir.into());
         self
@@ -73,6 +73,16 @@ impl Build {
 
     /// What an earlier build has left, if that was by this recipe as it is now. Needs nothing of the host.
     pub fn find(&self) -> Option<BuiltImage> {
+        self.absolute().ok()?.found()
+    }
+
+    /// The same build, wherever the process goes: programs that it calls work in other directories.
+    fn absolute(&self) -> Result<Self> {
+        let packages = self.packages.as_deref().map(absolute).transpose()?;
+        Ok(Self { dir: absolute(&self.dir)?, packages, ..self.clone() })
+    }
+
+    fn found(&self) -> Option<BuiltImage> {
         let (architecture, method) = self.recipe.method(self.architecture).ok()?;
         let manifest: Manifest = serde_json::from_slice(&fs::read(self.dir.join(MANIFEST)).ok()?).ok()?;
         let is_there = |name: &&str| self.dir.join(name).is_file();
@@ -89,8 +99,8 @@ impl Build {
     /// # Errors
     ///
     /// Those of [`Recipe::check_host`], [`UnsupportedArchitecture`](ErrorKind::UnsupportedArchitecture),
-    /// [`PackageNotFound`](ErrorKind::PackageNotFound), [`ProgramFailed`](ErrorKind::ProgramFailed), as without a
-    /// network, [`Corrupt`](ErrorKind::Corrupt), [`Cancelled`](ErrorKind::Cancelled), [`NoSpace`](ErrorKind::NoSpace),
+    /// [`PackageNotFound`](ErrorKind::PackageNotFound), [`InvalidParameter`](ErrorKind::InvalidParameter) for packages
+    /// in the build's own directory, [`ProgramFailed`](ErrorKind::ProgramFailed), as without a network, [`Corrupt`](ErrorKind::Corrupt), [`Cancelled`](ErrorKind::Cancelled), [`NoSpace`](ErrorKind::NoSpace),
     /// or what else the host met.
     pub fn run(&self) -> Result<BuiltImage> {
         self.run_with(&mut |_| ())
@@ -103,12 +113,13 @@ impl Build {
     /// As [`run`](Self::run).
     pub fn run_with(&self, tell: &mut dyn FnMut(Progress)) -> Result<BuiltImage> {
         let (architecture, method) = self.recipe.method(self.architecture)?;
-        if let Some(found) = self.find().filter(|_| !self.update) {
+        let build = self.absolute()?;
+        if let Some(found) = build.found().filter(|_| !self.update) {
             return Ok(found);
         }
         self.recipe.check_host()?;
         let mut reporter = Reporter::new(tell)?;
-        let built = self.build(architecture, &method, &mut reporter)?;
+        let built = build.build(architecture, &method, &mut reporter)?;
         reporter.finish();
         Ok(built)
     }
@@ -120,7 +131,7 @@ impl Build {
         reporter: &mut Reporter<'_>,
     ) -> Result<BuiltImage> {
         let _locked = Locked::new(&self.dir, reporter)?;
-        let found = self.find();
+        let found = self.found();
         // Another process may have built it meanwhile.
         if let Some(found) = found.as_ref().filter(|_| !self.update) {
             return Ok(found.clone());
@@ -128,6 +139,7 @@ impl Build {
         let sources = match method {
             Method::Minimal(source) => {
                 let packages = self.packages.clone().unwrap_or_else(|| self.dir.join("packages"));
+                self.check_apart(&packages)?;
                 let sources = Sources::fetch_with(source, &packages, self.update, reporter)?;
                 if let Some(found) = found.filter(|found| found.packages() == sources.packages()) {
                     return Ok(found);
@@ -156,6 +168,17 @@ impl Build {
         };
         manifest.install(files(method), work.path(), &self.dir)?;
         Ok(BuiltImage { recipe: self.recipe, dir: self.dir.clone(), manifest })
+    }
+
+    /// Each is locked: a build with one directory for both would wait for itself.
+    fn check_apart(&self, packages: &Path) -> Result<()> {
+        match (self.dir.canonicalize(), packages.canonicalize()) {
+            (Ok(dir), Ok(packages)) if dir == packages => {
+                let what = format!("{} is built in, and cannot be where packages are kept", dir.display());
+                Err(Error::new(ErrorKind::InvalidParameter, what))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -256,6 +279,11 @@ impl Manifest {
         }
         Ok(())
     }
+}
+
+/// The path from the root directory: apt takes others for such as are below its own.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).context(|| format!("there is no path {path:?}"))
 }
 
 fn files(method: &Method) -> &'static [&'static str] {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use ami_core::{Architecture, OperatingSystem};
 
 use crate::apt::{Apt, Package, Unpacked, debian_name};
+use crate::build::absolute;
 use crate::error::Context as _;
 use crate::host::{APT_GET, DPKG_DEB, KEYRING, Prerequisite, SETPRIV};
 use crate::lock::Locked;
@@ -123,6 +124,7 @@ impl Sources {
     /// [`Cancelled`](ErrorKind::Cancelled), or what the host met.
     pub fn fetch(source: &PackageSource, cache: &Path, tell: &mut dyn FnMut(Progress)) -> Result<Self> {
         crate::require(source.prerequisites())?;
+        let cache = &*absolute(cache)?;
         let mut reporter = Reporter::new(tell)?;
         let fetched = Self::fetch_with(source, cache, false, &mut reporter)?;
         reporter.finish();

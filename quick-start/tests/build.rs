@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use ami_core::Architecture::{X86, X86_64};
 use ami_core::{Category, DescribeImages, Filter, OwnerAlias};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{LaunchSpec, Region};
@@ -28,22 +29,26 @@ fn built() -> Option<&'static BuiltImage> {
     static BUILT: OnceLock<Option<(TempDir, BuiltImage)>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
-        match build(&dir.path().join("image")).run() {
-            Ok(built) => Some((dir, built)),
-            Err(error) => {
-                let mut text = error.to_string();
-                let mut source = std::error::Error::source(&error);
-                while let Some(cause) = source {
-                    text += &format!(": {cause}");
-                    source = cause.source();
-                }
-                assert!(std::env::var_os("CI").is_none(), "nothing may be skipped under CI, but: {text}");
-                eprintln!("SKIPPED: this host cannot build the minimal image: {text}");
-                None
-            }
-        }
+        or_skipped(build(&dir.path().join("image")).run()).map(|built| (dir, built))
     });
     built.as_ref().map(|(_, built)| built)
+}
+
+fn or_skipped(built: quick_start::Result<BuiltImage>) -> Option<BuiltImage> {
+    match built {
+        Ok(built) => Some(built),
+        Err(error) => {
+            let mut text = error.to_string();
+            let mut source = std::error::Error::source(&error);
+            while let Some(cause) = source {
+                text += &format!(": {cause}");
+                source = cause.source();
+            }
+            assert!(std::env::var_os("CI").is_none(), "nothing may be skipped under CI, but: {text}");
+            eprintln!("SKIPPED: this host cannot build the image: {text}");
+            None
+        }
+    }
 }
 
 #[test]
@@ -65,6 +70,45 @@ fn it_is_built_and_found_again() {
     // Nor if what is current is asked for, and that is the same.
     let current = build(built.dir()).update(true).run().unwrap();
     assert_eq!((&current, inode(&current)), (built, inode(built)));
+}
+
+/// The way to it from where this process is.
+fn relative(path: &Path) -> PathBuf {
+    let here = std::env::current_dir().unwrap();
+    let up: PathBuf = here.ancestors().skip(1).map(|_| "..").collect();
+    up.join(path.strip_prefix("/").unwrap())
+}
+
+/// Those of Debian's, whose package lists are always a build's own, in directories that are named as in examples.
+#[test]
+fn debian_is_built_in_relative_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, architecture) in [("debian-13-minimal", X86_64), ("debian-12-minimal", X86)] {
+        let into = relative(&dir.path().join(name));
+        assert!(into.is_relative());
+        let build = Build::new(recipe(name).unwrap(), into).architecture(architecture);
+        let Some(built) = or_skipped(build.packages(relative(&packages())).run()) else { return };
+        assert_eq!((built.recipe().name(), built.architecture()), (name, architecture));
+        assert!(built.dir().is_absolute(), "{}", built.dir().display());
+        let disk = storage_block::RawFile::open(built.disk(), true).unwrap().into_disk();
+        let entry = boot_image::BootEntry::find(&disk).unwrap();
+        assert!(entry.command_line.contains("console=ttyS0"), "{name}: {}", entry.command_line);
+        // The lists are where packages are kept, and not below apt's own.
+        let version = &built.operating_system().version()[..2];
+        let suite = if version == "12" { "apt-bookworm-i386" } else { "apt-trixie-amd64" };
+        assert!(entries(&packages().join(suite).join("lists")).len() > 1, "{name} has no lists");
+    }
+}
+
+#[test]
+fn packages_cannot_be_kept_where_is_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    let build = Build::new(recipe("minimal").unwrap(), &image).packages(dir.path().join("./image/"));
+    if recipe("minimal").unwrap().check_host().is_ok() {
+        assert_eq!(build.run().unwrap_err().kind(), ErrorKind::InvalidParameter);
+        assert!(!image.exists());
+    }
 }
 
 #[test]
