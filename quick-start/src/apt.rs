@@ -47,6 +47,8 @@ impl Apt {
         let source = format!("deb [signed-by={}] {MIRROR} {suite} main\n", KEYRING.name());
         let list = apt.dir.join("sources.list");
         fs::write(&list, source).context(|| format!("cannot write {}", list.display()))?;
+        let status = apt.dir.join("status");
+        fs::write(&status, "").context(|| format!("cannot write {}", status.display()))?;
         Ok(apt)
     }
 
@@ -71,6 +73,12 @@ impl Apt {
         if let Some((_, architecture)) = self.release {
             option("Dir::Etc::sourcelist", &self.dir.join("sources.list").display());
             option("Dir::Etc::sourceparts", &"/dev/null");
+            // What the host has installed, and which versions its administrator prefers, is of another system.
+            option("Dir::State::status", &self.dir.join("status").display());
+            option("Dir::Etc::preferences", &"/dev/null");
+            option("Dir::Etc::preferencesparts", &"/dev/null");
+            // Without a network it is not content with old lists, nor with none.
+            option("APT::Update::Error-Mode", &"any");
             option("APT::Architecture", &architecture);
             option("APT::Architectures", &architecture);
         }
@@ -272,6 +280,28 @@ mod tests {
     use super::*;
 
     const DIGEST: &str = "e7d02b943971edcb8790e256c02cfab3bca6c3d37c1bf25392a57c71300615ee";
+
+    /// Versions that a host has installed are none of a release's, whatever is newer.
+    #[test]
+    fn a_release_has_nothing_that_the_host_has_installed() {
+        let home = tempfile::tempdir().unwrap();
+        let apt = Apt::of_debian(home.path(), "bookworm", Architecture::X86_64).unwrap();
+        if !host::APT_GET.is_there() {
+            eprintln!("SKIPPED: there is no apt");
+            return;
+        }
+        let (status, config) = (home.path().join("status"), home.path().join("apt.conf"));
+        let installed = "Package: own\nStatus: install ok installed\nArchitecture: amd64\nVersion: 9\n\n";
+        fs::write(&status, installed).unwrap();
+        fs::write(&config, format!("Dir::State::status \"{}\";\n", status.display())).unwrap();
+        let knows = |mut apt: Command| {
+            let output = apt.args(["pkgnames"]).env("APT_CONFIG", &config).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).unwrap().contains("own")
+        };
+        assert!(!knows(apt.command("apt-cache")));
+        assert!(knows(Apt::of_host(home.path()).command("apt-cache")), "the test is none");
+    }
 
     #[test]
     fn reads_the_first_stanza() {
