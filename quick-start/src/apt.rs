@@ -29,20 +29,22 @@ pub(crate) struct Apt {
     dir: PathBuf,
     /// Whether that is used, and not the host's.
     own_lists: bool,
+    /// Whether its lists were fetched just now: they are as new as they can be.
+    pub(crate) updated: bool,
 }
 
 impl Apt {
     /// The host's packages, as apt is set up there. Where its lists are missing or stale, lists of our own are
     /// fetched below `cache`: nothing of the host's changes, and nobody has to be root.
     pub(crate) fn of_host(cache: &Path) -> Self {
-        Self { release: None, dir: cache.join("apt-host"), own_lists: false }
+        Self { release: None, dir: cache.join("apt-host"), ..Self::default() }
     }
 
     /// The packages of a release of Debian's.
     pub(crate) fn of_debian(cache: &Path, suite: &'static str, architecture: Architecture) -> Result<Self> {
         let architecture = debian_name(architecture);
         let dir = cache.join(format!("apt-{suite}-{architecture}"));
-        let apt = Self { release: Some((suite, architecture)), dir, own_lists: true };
+        let apt = Self { release: Some((suite, architecture)), dir, own_lists: true, updated: false };
         apt.make_dirs()?;
         let source = format!("deb [signed-by={}] {MIRROR} {suite} main\n", KEYRING.name());
         let list = apt.dir.join("sources.list");
@@ -101,7 +103,9 @@ impl Apt {
                 return Ok(candidate);
             }
         }
-        self.update(reporter)?;
+        if !self.updated {
+            self.update(reporter)?;
+        }
         self.known(names, reporter)?.ok_or_else(|| {
             let what = format!("apt knows no package {}", names.join(" or "));
             Error::new(ErrorKind::PackageNotFound, what)
@@ -129,16 +133,18 @@ impl Apt {
     }
 
     /// Fetches package lists of our own anew.
-    fn update(&mut self, reporter: &mut Reporter<'_>) -> Result<()> {
+    pub(crate) fn update(&mut self, reporter: &mut Reporter<'_>) -> Result<()> {
         reporter.detail("updating the package lists");
         self.own_lists = true;
         self.make_dirs()?;
-        process::output(self.command("apt-get").args(["-q", "update"]), reporter).map(drop)
+        process::output(self.command("apt-get").args(["-q", "update"]), reporter)?;
+        self.updated = true;
+        Ok(())
     }
 
     /// Fetches the package into `cache` and unpacks it there, or finds it there from an earlier time.
     pub(crate) fn unpack(
-        &mut self,
+        &self,
         package: Package,
         cache: &Path,
         reporter: &mut Reporter<'_>,
@@ -150,14 +156,7 @@ impl Apt {
         }
         let work =
             tempfile::tempdir_in(cache).context(|| "cannot make a directory for a download".to_owned())?;
-        match self.download(&package, work.path(), reporter) {
-            Err(e) if e.kind() == ErrorKind::ProgramFailed => {
-                // The index names a file that the archive has replaced since.
-                self.update(reporter)?;
-                self.download(&package, work.path(), reporter)?;
-            }
-            done => done?,
-        }
+        self.download(&package, work.path(), reporter)?;
         let archive = single_file(work.path())?;
         let actual = digest_of(&archive)?;
         if actual != package.sha256 {
