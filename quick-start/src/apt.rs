@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Context as _;
 use crate::host::{self, KEYRING};
 use crate::progress::Reporter;
+use crate::work::Work;
 use crate::{Error, ErrorKind, Result, process};
 
 /// Where Debian's packages come from.
@@ -142,7 +143,8 @@ impl Apt {
         Ok(())
     }
 
-    /// Fetches the package into `cache` and unpacks it there, or finds it there from an earlier time.
+    /// Fetches the package into `cache`, which the caller has locked, and unpacks it there, or finds it there from an
+    /// earlier time.
     pub(crate) fn unpack(
         &self,
         package: Package,
@@ -151,11 +153,11 @@ impl Apt {
     ) -> Result<Unpacked> {
         let Package { name, version, architecture, .. } = &package;
         let root = cache.join(format!("{name}_{version}_{architecture}"));
-        if root.is_dir() {
+        // A crash may have left an empty one.
+        if root.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
             return Ok(Unpacked { package, root });
         }
-        let work =
-            tempfile::tempdir_in(cache).context(|| "cannot make a directory for a download".to_owned())?;
+        let work = Work::new(cache)?;
         self.download(&package, work.path(), reporter)?;
         let archive = single_file(work.path())?;
         let actual = digest_of(&archive)?;
@@ -166,6 +168,7 @@ impl Apt {
         }
         let tree = work.path().join("tree");
         process::output(process::command("dpkg-deb").arg("-x").arg(&archive).arg(&tree), reporter)?;
+        work.sync()?;
         fs::rename(&tree, &root).context(|| format!("cannot move a package to {}", root.display()))?;
         Ok(Unpacked { package, root })
     }

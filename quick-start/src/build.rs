@@ -1,7 +1,6 @@
 //! Building an image into a directory, and finding it there again.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use ami_core::{Architecture, Digest, DigestWriter, OperatingSystem};
@@ -14,6 +13,7 @@ use crate::lock::Locked;
 use crate::progress::{Progress, Reporter};
 use crate::recipe::{Method, Recipe};
 use crate::sources::Sources;
+use crate::work::Work;
 use crate::{Error, ErrorKind, Result, cloud, minimal};
 
 /// The file that says what the others were built from. It is written last.
@@ -85,7 +85,8 @@ impl Build {
     fn found(&self) -> Option<BuiltImage> {
         let (architecture, method) = self.recipe.method(self.architecture).ok()?;
         let manifest: Manifest = serde_json::from_slice(&fs::read(self.dir.join(MANIFEST)).ok()?).ok()?;
-        let is_there = |name: &&str| self.dir.join(name).is_file();
+        let is_whole = |meta: fs::Metadata| meta.is_file() && meta.len() > 0;
+        let is_there = |name: &&str| self.dir.join(name).metadata().is_ok_and(is_whole);
         let current = manifest.recipe == self.recipe.name()
             && manifest.architecture == architecture
             && manifest.made_by == made_by(&method)
@@ -148,11 +149,7 @@ impl Build {
             }
             Method::Cloud(_) => None,
         };
-        let work =
-            tempfile::tempdir_in(&self.dir).context(|| "cannot make a working directory".to_owned())?;
-        // Where root of a namespace builds, it is another user here.
-        let open = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(work.path(), open).context(|| "cannot open the working directory".to_owned())?;
+        let work = Work::new(&self.dir)?;
         let made = match (method, &sources) {
             (Method::Cloud(release), _) => cloud::make(work.path(), release, reporter)?,
             (_, Some(sources)) => minimal::make(work.path(), sources, architecture, reporter)?,
@@ -166,7 +163,7 @@ impl Build {
             operating_system: made.operating_system,
             packages: made.packages,
         };
-        manifest.install(files(method), work.path(), &self.dir)?;
+        manifest.install(files(method), &work, &self.dir)?;
         Ok(BuiltImage { recipe: self.recipe, dir: self.dir.clone(), manifest })
     }
 
@@ -263,10 +260,11 @@ impl BuiltImage {
 
 impl Manifest {
     /// Moves finished files to where they are looked for, and then says what they are.
-    fn install(&self, files: &[&str], from: &Path, to: &Path) -> Result<()> {
-        let manifest = from.join(MANIFEST);
+    fn install(&self, files: &[&str], from: &Work, to: &Path) -> Result<()> {
+        let manifest = from.path().join(MANIFEST);
         let text = serde_json::to_vec_pretty(self).context(|| format!("cannot write {MANIFEST}"))?;
         fs::write(&manifest, text).context(|| format!("cannot write {}", manifest.display()))?;
+        from.sync()?;
         match fs::remove_file(to.join(MANIFEST)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io(e, "cannot take back what an earlier build has left"));
@@ -274,7 +272,7 @@ impl Manifest {
             _ => {}
         }
         for name in files.iter().copied().chain([MANIFEST]) {
-            let moved = fs::rename(from.join(name), to.join(name));
+            let moved = fs::rename(from.path().join(name), to.join(name));
             moved.context(|| format!("cannot put {name} into {}", to.display()))?;
         }
         Ok(())

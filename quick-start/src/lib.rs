@@ -66,6 +66,7 @@ mod recipe;
 mod register;
 mod rootfs;
 mod sources;
+mod work;
 
 pub use apt::Package;
 pub use build::{Build, BuiltImage};

@@ -136,6 +136,11 @@ fn what_was_built_otherwise_is_not_taken_for_it() {
     }
     fs::write(dir.path().join("build.json"), &text).unwrap();
     assert!(build(dir.path()).find().is_some());
+    fs::remove_file(dir.path().join("vmlinuz")).unwrap();
+    fs::write(dir.path().join("vmlinuz"), "").unwrap();
+    assert_eq!(build(dir.path()).find(), None, "an empty kernel");
+    fs::write(dir.path().join("vmlinuz"), "a kernel").unwrap();
+    assert!(build(dir.path()).find().is_some());
     fs::remove_file(dir.path().join("disk.raw")).unwrap();
     assert_eq!(build(dir.path()).find(), None, "a disk that is gone");
 }
