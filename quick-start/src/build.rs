@@ -84,7 +84,7 @@ impl Build {
 
     fn found(&self) -> Option<BuiltImage> {
         let (architecture, method) = self.recipe.method(self.architecture).ok()?;
-        let manifest: Manifest = serde_json::from_slice(&fs::read(self.dir.join(MANIFEST)).ok()?).ok()?;
+        let manifest = Manifest::read(&self.dir)?;
         let is_whole = |meta: fs::Metadata| meta.is_file() && meta.len() > 0;
         let is_there = |name: &&str| self.dir.join(name).metadata().is_ok_and(is_whole);
         let current = manifest.recipe == self.recipe.name()
@@ -249,6 +249,12 @@ impl BuiltImage {
         self.dir.join(disk::NAME)
     }
 
+    /// Whether the directory still has it. What was opened before is the very image then: a build takes the manifest away
+    /// before it puts other files in place.
+    pub(crate) fn is_there(&self) -> bool {
+        Manifest::read(&self.dir).as_ref() == Some(&self.manifest)
+    }
+
     /// The digest of what it was built from: the recipe with all of its texts, the architecture and the packages.
     pub fn digest(&self) -> Digest {
         let Manifest { recipe, architecture, made_by, packages, .. } = &self.manifest;
@@ -259,6 +265,10 @@ impl BuiltImage {
 }
 
 impl Manifest {
+    fn read(dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(dir.join(MANIFEST)).ok()?).ok()
+    }
+
     /// Moves finished files to where they are looked for, and then says what they are.
     fn install(&self, files: &[&str], from: &Work, to: &Path) -> Result<()> {
         let manifest = from.path().join(MANIFEST);

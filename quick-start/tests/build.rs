@@ -233,3 +233,68 @@ fn what_a_crash_left_half_registered_is_finished() {
     assert_eq!((whole.id(), whole.category(region.account())), (half.id(), Some(Category::QuickStart)));
     assert_eq!(ami_core::Catalog::list(&region.catalog(), &Query::all()).unwrap(), [whole]);
 }
+
+/// Two registrations, of which one is done while the other still copies, make one image.
+#[test]
+fn whoever_registers_meanwhile_has_registered_it() {
+    let Some(built) = built() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+    let mut meanwhile = None;
+    let mut progress = |_| {
+        meanwhile.get_or_insert_with(|| built.register(&region).unwrap());
+    };
+    let image = built.register_with(&region, &mut progress).unwrap();
+    assert_eq!(Some(&image), meanwhile.as_ref());
+    assert_eq!(region.images().unwrap(), [image]);
+}
+
+#[test]
+fn what_has_its_name_and_is_not_it_is_refused_before_anything_is_copied() {
+    use ami_core::{AnyAmi, Catalog as _, ImageState};
+    use instance_core::ImageSource;
+
+    let Some(built) = built() else { return };
+    let large = tempfile::NamedTempFile::new().unwrap();
+    fs::copy(built.disk(), &large).unwrap();
+    large.as_file().set_len(2 << 30).unwrap();
+    for (what, disk) in [("is disabled", &*built.disk()), ("has a root volume of another size", large.path())]
+    {
+        let disk = storage_block::RawFile::open(disk, true).unwrap().into_disk();
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let publisher = region.as_account(PUBLISHER.parse().unwrap());
+        let builder = AnyAmi::builder_for(X86_64, built.ami_name());
+        let image = publisher.register_image(builder, ImageSource::new(&disk)).unwrap();
+        let image = publisher.image(image.id()).unwrap();
+        if what == "is disabled" {
+            let mut disabled = image.clone();
+            disabled.set_state(ImageState::Disabled).unwrap();
+            region.catalog().update(&image, disabled).unwrap();
+        }
+        let error = built.register_with(&region, &mut |_| panic!("it copies")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Region, "{what}");
+        let why = std::error::Error::source(&error).unwrap().to_string();
+        assert!(why.ends_with(what), "{why}");
+    }
+}
+
+#[test]
+fn what_another_build_has_replaced_is_not_registered_by_its_name() {
+    let Some(built) = built() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["vmlinuz", "initrd.img", "disk.raw"] {
+        std::os::unix::fs::symlink(built.dir().join(name), dir.path().join(name)).unwrap();
+    }
+    let text = fs::read_to_string(built.dir().join("build.json")).unwrap();
+    fs::write(dir.path().join("build.json"), &text).unwrap();
+    let found = build(dir.path()).find().unwrap();
+    fs::write(dir.path().join("build.json"), text.replace("busybox-static", "another")).unwrap();
+
+    let home = tempfile::tempdir().unwrap();
+    let region = Region::open(home.path(), FakeHypervisor::new()).unwrap();
+    assert_eq!(found.register(&region).unwrap_err().kind(), ErrorKind::ImageReplaced);
+    fs::remove_file(dir.path().join("build.json")).unwrap();
+    assert_eq!(found.register(&region).unwrap_err().kind(), ErrorKind::ImageReplaced);
+    assert!(region.images().unwrap().is_empty());
+}
