@@ -29,7 +29,8 @@
 //! Calls block. A build writes below its directory and that of its packages and nowhere else; it calls the programs that
 //! [`Recipe::requirements`] names, installs nothing, and changes nothing of the host's: where apt's package lists are
 //! missing, it fetches some of its own. It reaches the mirror of the distribution and no other place. The programs end with
-//! the thread that has called them, and when the build is cancelled; what was half made is removed.
+//! the thread that has called them, and, with all that they have started, when the build is cancelled; what was half made is
+//! removed.
 //!
 //! A directory is found again by `build.json` in it, which is written last and names the recipe, with a digest of all of its
 //! texts, and the packages. It is locked while it is built in.
