@@ -21,7 +21,7 @@
 //! - [`Build`] follows a recipe into a directory, tells its [`Progress`], by which it is cancelled, and gives a
 //!   [`BuiltImage`], which [registers](BuiltImage::register) itself in a region.
 //! - [`PackageSource`], [`Sources`], [`Initrd`] and [`RootDisk`]: what the minimal recipes are made of, for guests of
-//!   one's own.
+//!   one's own, and [`made_by`], to keep these.
 //! - [`Prerequisite`], [`require`], [`find_program`] and [`command`]: what hosts have installed.
 //!
 //! # Input, output and errors
@@ -76,6 +76,7 @@ pub use disk::RootDisk;
 pub use error::{Error, ErrorKind, Result};
 pub use host::{Prerequisite, command, find_program, require};
 pub use initrd::Initrd;
+pub use minimal::made_by;
 pub use progress::Progress;
 pub use recipe::{Privilege, Recipe, Requirements, recipe, recipes};
 pub use register::PUBLISHER;
