@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Context as _;
 use crate::host::{self, KEYRING};
 use crate::progress::Reporter;
+use crate::work::Work;
 use crate::{Error, ErrorKind, Result, process};
 
 /// Where Debian's packages come from.
@@ -29,24 +30,28 @@ pub(crate) struct Apt {
     dir: PathBuf,
     /// Whether that is used, and not the host's.
     own_lists: bool,
+    /// Whether its lists were fetched just now: they are as new as they can be.
+    pub(crate) updated: bool,
 }
 
 impl Apt {
     /// The host's packages, as apt is set up there. Where its lists are missing or stale, lists of our own are
     /// fetched below `cache`: nothing of the host's changes, and nobody has to be root.
     pub(crate) fn of_host(cache: &Path) -> Self {
-        Self { release: None, dir: cache.join("apt-host"), own_lists: false }
+        Self { release: None, dir: cache.join("apt-host"), ..Self::default() }
     }
 
     /// The packages of a release of Debian's.
     pub(crate) fn of_debian(cache: &Path, suite: &'static str, architecture: Architecture) -> Result<Self> {
         let architecture = debian_name(architecture);
         let dir = cache.join(format!("apt-{suite}-{architecture}"));
-        let apt = Self { release: Some((suite, architecture)), dir, own_lists: true };
+        let apt = Self { release: Some((suite, architecture)), dir, own_lists: true, updated: false };
         apt.make_dirs()?;
         let source = format!("deb [signed-by={}] {MIRROR} {suite} main\n", KEYRING.name());
         let list = apt.dir.join("sources.list");
         fs::write(&list, source).context(|| format!("cannot write {}", list.display()))?;
+        let status = apt.dir.join("status");
+        fs::write(&status, "").context(|| format!("cannot write {}", status.display()))?;
         Ok(apt)
     }
 
@@ -71,6 +76,12 @@ impl Apt {
         if let Some((_, architecture)) = self.release {
             option("Dir::Etc::sourcelist", &self.dir.join("sources.list").display());
             option("Dir::Etc::sourceparts", &"/dev/null");
+            // What the host has installed, and which versions its administrator prefers, is of another system.
+            option("Dir::State::status", &self.dir.join("status").display());
+            option("Dir::Etc::preferences", &"/dev/null");
+            option("Dir::Etc::preferencesparts", &"/dev/null");
+            // Without a network it is not content with old lists, nor with none.
+            option("APT::Update::Error-Mode", &"any");
             option("APT::Architecture", &architecture);
             option("APT::Architectures", &architecture);
         }
@@ -93,7 +104,9 @@ impl Apt {
                 return Ok(candidate);
             }
         }
-        self.update(reporter)?;
+        if !self.updated {
+            self.update(reporter)?;
+        }
         self.known(names, reporter)?.ok_or_else(|| {
             let what = format!("apt knows no package {}", names.join(" or "));
             Error::new(ErrorKind::PackageNotFound, what)
@@ -121,35 +134,31 @@ impl Apt {
     }
 
     /// Fetches package lists of our own anew.
-    fn update(&mut self, reporter: &mut Reporter<'_>) -> Result<()> {
+    pub(crate) fn update(&mut self, reporter: &mut Reporter<'_>) -> Result<()> {
         reporter.detail("updating the package lists");
         self.own_lists = true;
         self.make_dirs()?;
-        process::output(self.command("apt-get").args(["-q", "update"]), reporter).map(drop)
+        process::output(self.command("apt-get").args(["-q", "update"]), reporter)?;
+        self.updated = true;
+        Ok(())
     }
 
-    /// Fetches the package into `cache` and unpacks it there, or finds it there from an earlier time.
+    /// Fetches the package into `cache`, which the caller has locked, and unpacks it there, or finds it there from an
+    /// earlier time.
     pub(crate) fn unpack(
-        &mut self,
+        &self,
         package: Package,
         cache: &Path,
         reporter: &mut Reporter<'_>,
     ) -> Result<Unpacked> {
         let Package { name, version, architecture, .. } = &package;
         let root = cache.join(format!("{name}_{version}_{architecture}"));
-        if root.is_dir() {
+        // A crash may have left an empty one.
+        if root.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
             return Ok(Unpacked { package, root });
         }
-        let work =
-            tempfile::tempdir_in(cache).context(|| "cannot make a directory for a download".to_owned())?;
-        match self.download(&package, work.path(), reporter) {
-            Err(e) if e.kind() == ErrorKind::ProgramFailed => {
-                // The index names a file that the archive has replaced since.
-                self.update(reporter)?;
-                self.download(&package, work.path(), reporter)?;
-            }
-            done => done?,
-        }
+        let work = Work::new(cache)?;
+        self.download(&package, work.path(), reporter)?;
         let archive = single_file(work.path())?;
         let actual = digest_of(&archive)?;
         if actual != package.sha256 {
@@ -159,6 +168,7 @@ impl Apt {
         }
         let tree = work.path().join("tree");
         process::output(process::command("dpkg-deb").arg("-x").arg(&archive).arg(&tree), reporter)?;
+        work.sync()?;
         fs::rename(&tree, &root).context(|| format!("cannot move a package to {}", root.display()))?;
         Ok(Unpacked { package, root })
     }
@@ -272,6 +282,28 @@ mod tests {
     use super::*;
 
     const DIGEST: &str = "e7d02b943971edcb8790e256c02cfab3bca6c3d37c1bf25392a57c71300615ee";
+
+    /// Versions that a host has installed are none of a release's, whatever is newer.
+    #[test]
+    fn a_release_has_nothing_that_the_host_has_installed() {
+        let home = tempfile::tempdir().unwrap();
+        let apt = Apt::of_debian(home.path(), "bookworm", Architecture::X86_64).unwrap();
+        if !host::APT_GET.is_there() {
+            eprintln!("SKIPPED: there is no apt");
+            return;
+        }
+        let (status, config) = (home.path().join("status"), home.path().join("apt.conf"));
+        let installed = "Package: own\nStatus: install ok installed\nArchitecture: amd64\nVersion: 9\n\n";
+        fs::write(&status, installed).unwrap();
+        fs::write(&config, format!("Dir::State::status \"{}\";\n", status.display())).unwrap();
+        let knows = |mut apt: Command| {
+            let output = apt.args(["pkgnames"]).env("APT_CONFIG", &config).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).unwrap().contains("own")
+        };
+        assert!(!knows(apt.command("apt-cache")));
+        assert!(knows(Apt::of_host(home.path()).command("apt-cache")), "the test is none");
+    }
 
     #[test]
     fn reads_the_first_stanza() {

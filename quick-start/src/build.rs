@@ -1,7 +1,6 @@
 //! Building an image into a directory, and finding it there again.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use ami_core::{Architecture, Digest, DigestWriter, OperatingSystem};
@@ -14,6 +13,7 @@ use crate::lock::Locked;
 use crate::progress::{Progress, Reporter};
 use crate::recipe::{Method, Recipe};
 use crate::sources::Sources;
+use crate::work::Work;
 use crate::{Error, ErrorKind, Result, cloud, minimal};
 
 /// The file that says what the others were built from. It is written last.
@@ -57,7 +57,7 @@ impl Build {
     }
 
     /// Where packages are kept that are unpacked, so that several builds share them; `packages` in the directory of the
-    /// build if this is not called.
+    /// build if this is not called. It cannot be that directory itself.
     pub fn packages(mut self, dir: impl Into<PathBuf>) -> Self {
         self.packages = Some(dir.into());
         self
@@ -73,9 +73,20 @@ impl Build {
 
     /// What an earlier build has left, if that was by this recipe as it is now. Needs nothing of the host.
     pub fn find(&self) -> Option<BuiltImage> {
+        self.absolute().ok()?.found()
+    }
+
+    /// The same build, wherever the process goes: programs that it calls work in other directories.
+    fn absolute(&self) -> Result<Self> {
+        let packages = self.packages.as_deref().map(absolute).transpose()?;
+        Ok(Self { dir: absolute(&self.dir)?, packages, ..self.clone() })
+    }
+
+    fn found(&self) -> Option<BuiltImage> {
         let (architecture, method) = self.recipe.method(self.architecture).ok()?;
-        let manifest: Manifest = serde_json::from_slice(&fs::read(self.dir.join(MANIFEST)).ok()?).ok()?;
-        let is_there = |name: &&str| self.dir.join(name).is_file();
+        let manifest = Manifest::read(&self.dir)?;
+        let is_whole = |meta: fs::Metadata| meta.is_file() && meta.len() > 0;
+        let is_there = |name: &&str| self.dir.join(name).metadata().is_ok_and(is_whole);
         let current = manifest.recipe == self.recipe.name()
             && manifest.architecture == architecture
             && manifest.made_by == made_by(&method)
@@ -89,8 +100,8 @@ impl Build {
     /// # Errors
     ///
     /// Those of [`Recipe::check_host`], [`UnsupportedArchitecture`](ErrorKind::UnsupportedArchitecture),
-    /// [`PackageNotFound`](ErrorKind::PackageNotFound), [`ProgramFailed`](ErrorKind::ProgramFailed), as without a
-    /// network, [`Corrupt`](ErrorKind::Corrupt), [`Cancelled`](ErrorKind::Cancelled), [`NoSpace`](ErrorKind::NoSpace),
+    /// [`PackageNotFound`](ErrorKind::PackageNotFound), [`InvalidParameter`](ErrorKind::InvalidParameter) for packages
+    /// in the build's own directory, [`ProgramFailed`](ErrorKind::ProgramFailed), as without a network, [`Corrupt`](ErrorKind::Corrupt), [`Cancelled`](ErrorKind::Cancelled), [`NoSpace`](ErrorKind::NoSpace),
     /// or what else the host met.
     pub fn run(&self) -> Result<BuiltImage> {
         self.run_with(&mut |_| ())
@@ -103,12 +114,13 @@ impl Build {
     /// As [`run`](Self::run).
     pub fn run_with(&self, tell: &mut dyn FnMut(Progress)) -> Result<BuiltImage> {
         let (architecture, method) = self.recipe.method(self.architecture)?;
-        if let Some(found) = self.find().filter(|_| !self.update) {
+        let build = self.absolute()?;
+        if let Some(found) = build.found().filter(|_| !self.update) {
             return Ok(found);
         }
         self.recipe.check_host()?;
         let mut reporter = Reporter::new(tell)?;
-        let built = self.build(architecture, &method, &mut reporter)?;
+        let built = build.build(architecture, &method, &mut reporter)?;
         reporter.finish();
         Ok(built)
     }
@@ -120,7 +132,7 @@ impl Build {
         reporter: &mut Reporter<'_>,
     ) -> Result<BuiltImage> {
         let _locked = Locked::new(&self.dir, reporter)?;
-        let found = self.find();
+        let found = self.found();
         // Another process may have built it meanwhile.
         if let Some(found) = found.as_ref().filter(|_| !self.update) {
             return Ok(found.clone());
@@ -128,6 +140,7 @@ impl Build {
         let sources = match method {
             Method::Minimal(source) => {
                 let packages = self.packages.clone().unwrap_or_else(|| self.dir.join("packages"));
+                self.check_apart(&packages)?;
                 let sources = Sources::fetch_with(source, &packages, self.update, reporter)?;
                 if let Some(found) = found.filter(|found| found.packages() == sources.packages()) {
                     return Ok(found);
@@ -136,11 +149,7 @@ impl Build {
             }
             Method::Cloud(_) => None,
         };
-        let work =
-            tempfile::tempdir_in(&self.dir).context(|| "cannot make a working directory".to_owned())?;
-        // Where root of a namespace builds, it is another user here.
-        let open = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(work.path(), open).context(|| "cannot open the working directory".to_owned())?;
+        let work = Work::new(&self.dir)?;
         let made = match (method, &sources) {
             (Method::Cloud(release), _) => cloud::make(work.path(), release, reporter)?,
             (_, Some(sources)) => minimal::make(work.path(), sources, architecture, reporter)?,
@@ -154,8 +163,19 @@ impl Build {
             operating_system: made.operating_system,
             packages: made.packages,
         };
-        manifest.install(files(method), work.path(), &self.dir)?;
+        manifest.install(files(method), &work, &self.dir)?;
         Ok(BuiltImage { recipe: self.recipe, dir: self.dir.clone(), manifest })
+    }
+
+    /// Each is locked: a build with one directory for both would wait for itself.
+    fn check_apart(&self, packages: &Path) -> Result<()> {
+        match (self.dir.canonicalize(), packages.canonicalize()) {
+            (Ok(dir), Ok(packages)) if dir == packages => {
+                let what = format!("{} is built in, and cannot be where packages are kept", dir.display());
+                Err(Error::new(ErrorKind::InvalidParameter, what))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -229,6 +249,12 @@ impl BuiltImage {
         self.dir.join(disk::NAME)
     }
 
+    /// Whether the directory still has it. What was opened before is the very image then: a build takes the manifest away
+    /// before it puts other files in place.
+    pub(crate) fn is_there(&self) -> bool {
+        Manifest::read(&self.dir).as_ref() == Some(&self.manifest)
+    }
+
     /// The digest of what it was built from: the recipe with all of its texts, the architecture and the packages.
     pub fn digest(&self) -> Digest {
         let Manifest { recipe, architecture, made_by, packages, .. } = &self.manifest;
@@ -239,11 +265,16 @@ impl BuiltImage {
 }
 
 impl Manifest {
+    fn read(dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(dir.join(MANIFEST)).ok()?).ok()
+    }
+
     /// Moves finished files to where they are looked for, and then says what they are.
-    fn install(&self, files: &[&str], from: &Path, to: &Path) -> Result<()> {
-        let manifest = from.join(MANIFEST);
+    fn install(&self, files: &[&str], from: &Work, to: &Path) -> Result<()> {
+        let manifest = from.path().join(MANIFEST);
         let text = serde_json::to_vec_pretty(self).context(|| format!("cannot write {MANIFEST}"))?;
         fs::write(&manifest, text).context(|| format!("cannot write {}", manifest.display()))?;
+        from.sync()?;
         match fs::remove_file(to.join(MANIFEST)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io(e, "cannot take back what an earlier build has left"));
@@ -251,11 +282,16 @@ impl Manifest {
             _ => {}
         }
         for name in files.iter().copied().chain([MANIFEST]) {
-            let moved = fs::rename(from.join(name), to.join(name));
+            let moved = fs::rename(from.path().join(name), to.join(name));
             moved.context(|| format!("cannot put {name} into {}", to.display()))?;
         }
         Ok(())
     }
+}
+
+/// The path from the root directory: apt takes others for such as are below its own.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).context(|| format!("there is no path {path:?}"))
 }
 
 fn files(method: &Method) -> &'static [&'static str] {

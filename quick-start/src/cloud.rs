@@ -4,7 +4,9 @@
 //! Nothing in them knows of this project. cloud-init finds by the machine's identity that it runs in EC2.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use ami_core::OperatingSystem;
 use deb822_fast::borrowed::{BorrowedParagraph, BorrowedParser};
@@ -13,7 +15,7 @@ use crate::apt::{MIRROR, Package};
 use crate::build::Made;
 use crate::disk::{self, Content};
 use crate::error::Context as _;
-use crate::host::{self, NEWUIDMAP};
+use crate::host::{self, KEYRING};
 use crate::progress::Reporter;
 use crate::{Error, ErrorKind, Result, process};
 
@@ -65,15 +67,37 @@ pub(crate) fn check_user() -> Result<()> {
     if host::is_root() {
         return Ok(());
     }
-    crate::require(&[NEWUIDMAP])?;
     let switches = ["/proc/sys/user/max_user_namespaces", "/proc/sys/kernel/unprivileged_userns_clone"];
     let is_off = |path: &&str| fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
     let why = match switches.into_iter().find(is_off) {
         Some(switch) => format!("{switch} is 0"),
-        None if has_subordinate_ids() => return Ok(()),
-        None => "the user has no line in /etc/subuid and /etc/subgid".to_owned(),
+        None if !has_subordinate_ids() => "the user has no line in /etc/subuid and /etc/subgid".to_owned(),
+        // There are more ways to forbid it than can be read: AppArmor, seccomp.
+        None if !can_unshare() => "the user may not make a user namespace (unshare -U)".to_owned(),
+        None => return Ok(()),
     };
     Err(Error::new(ErrorKind::NotPermitted, format!("only root can install a system here: {why}")))
+}
+
+fn can_unshare() -> bool {
+    let tried =
+        host::command("unshare").args(["-U", "true"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    tried.is_ok_and(|status| status.success())
+}
+
+/// Whether root of a namespace, which is another user here, reaches the directory `dir`.
+fn check_reach(dir: &Path) -> Result<()> {
+    let closed = |dir: &&Path| dir.metadata().is_ok_and(|dir| dir.permissions().mode() & 0o001 == 0);
+    let dir = dir.canonicalize().context(|| format!("cannot reach {}", dir.display()))?;
+    match dir.ancestors().find(closed) {
+        None => Ok(()),
+        Some(closed) => {
+            let closed = closed.display();
+            let what =
+                format!("only root can install a system there: others may not enter {closed} (chmod o+x)");
+            Err(Error::new(ErrorKind::NotPermitted, what))
+        }
+    }
 }
 
 /// Whether the user may have several users in a namespace (subuid(5)).
@@ -90,6 +114,9 @@ fn has_subordinate_ids() -> bool {
 
 /// Makes them in the directory `dir`.
 pub(crate) fn make(dir: &Path, release: &Release, reporter: &mut Reporter<'_>) -> Result<Made> {
+    if !host::is_root() {
+        check_reach(dir)?;
+    }
     let archive = dir.join("root.tar");
     reporter.step("installing Debian", 90)?;
     install(dir, release, &archive, reporter)?;
@@ -123,6 +150,8 @@ fn install(dir: &Path, release: &Release, archive: &Path, reporter: &mut Reporte
         hook("essential", script("before.sh", BEFORE)?),
         hook("customize", script("after.sh", AFTER)?),
     ]);
+    // A host of another distribution does not trust Debian's keys by itself.
+    mmdebstrap.arg(format!("--keyring={}", KEYRING.name()));
     let suite = release.suite;
     mmdebstrap.arg(suite).arg(archive).args([
         format!("deb {MIRROR} {suite} main"),
@@ -160,6 +189,30 @@ fn installed(status: &str) -> Result<Vec<Package>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_that_others_cannot_enter_is_named() {
+        let home = tempfile::tempdir().unwrap();
+        let (closed, dir) = (home.path().join("closed"), home.path().join("closed/dir"));
+        fs::create_dir_all(&dir).unwrap();
+        for (path, mode, named) in [
+            (home.path(), 0o711, None),
+            (&*dir, 0o755, None),
+            (&*closed, 0o750, Some(&closed)),
+            (&*dir, 0o700, Some(&dir)),
+        ] {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            let said = check_reach(&dir).map_err(|e| (e.kind(), e.to_string()));
+            match named {
+                None => assert_eq!(said, Ok(())),
+                Some(named) => {
+                    let (kind, text) = said.unwrap_err();
+                    assert_eq!(kind, ErrorKind::NotPermitted);
+                    assert!(text.contains(&format!("{} ", named.display())), "{text}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn reads_dpkgs_record() {

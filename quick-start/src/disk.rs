@@ -13,6 +13,7 @@ use gpt::{GptConfig, partition_types};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 use uuid::{Uuid, uuid};
 
+use crate::build::absolute;
 use crate::error::Context as _;
 use crate::host::{FAKEROOT, MKE2FS, Prerequisite, SETPRIV};
 use crate::progress::{Progress, Reporter};
@@ -80,8 +81,9 @@ impl RootDisk {
     /// [`ProgramFailed`](ErrorKind::ProgramFailed) where the files have no room, too; [`Cancelled`](ErrorKind::Cancelled), or
     /// what the host met.
     pub fn build(&self, path: &Path, tree: &Path, tell: &mut dyn FnMut(Progress)) -> Result<()> {
+        let (path, tree) = (absolute(path)?, absolute(tree)?);
         let mut reporter = Reporter::new(tell)?;
-        build(path, &self.0, Content::Tree(tree), &mut reporter)?;
+        build(&path, &self.0, Content::Tree(&tree), &mut reporter)?;
         reporter.finish();
         Ok(())
     }

@@ -48,6 +48,8 @@ pub enum ErrorKind {
     NotPermitted,
     /// The distribution has no such package.
     PackageNotFound,
+    /// What was built is not in its directory any more: another build has taken its place.
+    ImageReplaced,
     /// Bytes are not what their digest or their format says.
     Corrupt,
     /// A program that was called has failed, apt-get without a network among them.

@@ -21,7 +21,7 @@
 //! - [`Build`] follows a recipe into a directory, tells its [`Progress`], by which it is cancelled, and gives a
 //!   [`BuiltImage`], which [registers](BuiltImage::register) itself in a region.
 //! - [`PackageSource`], [`Sources`], [`Initrd`] and [`RootDisk`]: what the minimal recipes are made of, for guests of
-//!   one's own.
+//!   one's own, and [`made_by`], to keep these.
 //! - [`Prerequisite`], [`require`], [`find_program`] and [`command`]: what hosts have installed.
 //!
 //! # Input, output and errors
@@ -29,7 +29,8 @@
 //! Calls block. A build writes below its directory and that of its packages and nowhere else; it calls the programs that
 //! [`Recipe::requirements`] names, installs nothing, and changes nothing of the host's: where apt's package lists are
 //! missing, it fetches some of its own. It reaches the mirror of the distribution and no other place. The programs end with
-//! the thread that has called them, and when the build is cancelled; what was half made is removed.
+//! the thread that has called them, and, with all that they have started, when the build is cancelled; what was half made is
+//! removed.
 //!
 //! A directory is found again by `build.json` in it, which is written last and names the recipe, with a digest of all of its
 //! texts, and the packages. It is locked while it is built in.
@@ -66,6 +67,7 @@ mod recipe;
 mod register;
 mod rootfs;
 mod sources;
+mod work;
 
 pub use apt::Package;
 pub use build::{Build, BuiltImage};
@@ -74,6 +76,7 @@ pub use disk::RootDisk;
 pub use error::{Error, ErrorKind, Result};
 pub use host::{Prerequisite, command, find_program, require};
 pub use initrd::Initrd;
+pub use minimal::made_by;
 pub use progress::Progress;
 pub use recipe::{Privilege, Recipe, Requirements, recipe, recipes};
 pub use register::PUBLISHER;

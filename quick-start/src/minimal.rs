@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use ami_core::Architecture;
+use ami_core::{Architecture, Digest};
 
-use crate::build::Made;
+use crate::build::{Made, digest_of_texts};
 use crate::disk::{self, Content};
 use crate::error::Context as _;
 use crate::progress::Reporter;
@@ -25,6 +25,17 @@ pub(crate) fn texts() -> Vec<&'static str> {
         initrd::INIT,
     ];
     own.into_iter().chain(rootfs::texts()).collect()
+}
+
+/// The digest of all of this crate's texts that decide what [`Initrd`](crate::Initrd) and [`RootDisk`](crate::RootDisk) make of
+/// [`Sources`]: whoever keeps what they have made compares it.
+///
+/// ```
+/// let kept = quick_start::made_by();
+/// assert_eq!(quick_start::made_by(), kept); // and of another version of this crate it may be another
+/// ```
+pub fn made_by() -> Digest {
+    digest_of_texts(texts())
 }
 
 /// The files that are made, in this order.

@@ -15,8 +15,10 @@ use crate::host;
 use crate::progress::{Cancel, Reporter};
 use crate::{Error, ErrorKind, Result};
 
-/// How long programs may take to clean up when they are told to end.
-const GRACE: Duration = Duration::from_secs(10);
+/// What programs are told to end with, one after the other, and how long they may take to clean up then. fakeroot ends its
+/// daemon, which is in no group, at an interrupt alone; what shells have in the background heeds none.
+const REQUESTS: [(Signal, Duration); 2] =
+    [(Signal::INT, Duration::from_secs(2)), (Signal::TERM, Duration::from_secs(10))];
 /// How much of what a program complains of is shown in an error.
 const SHOWN: usize = 16 << 10;
 
@@ -74,15 +76,18 @@ impl Running {
     fn listen(&mut self, cancel: &Cancel, mut line: impl FnMut(&str)) -> io::Result<[Vec<u8>; 2]> {
         let mut output = Pipe::new(self.child.stdout.take());
         let mut errors = Pipe::new(self.child.stderr.take());
+        let mut requests = REQUESTS.into_iter();
         // Until when it may go on that was told to end.
         let mut deadline: Option<Instant> = None;
         while output.file.is_some() || errors.file.is_some() {
             let for_cancel = if deadline.is_none() { PollFlags::IN } else { PollFlags::empty() };
             let fds = [output.poll_fd(cancel), errors.poll_fd(cancel), PollFd::new(cancel, for_cancel)];
             let [from_output, from_errors, cancelled] = wait(fds, deadline)?;
-            if cancelled {
-                deadline = Some(Instant::now() + GRACE);
-                self.signal(Signal::TERM);
+            if cancelled || deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                // Dropping it sends the signal that nobody can ignore.
+                let Some((signal, grace)) = requests.next() else { break };
+                deadline = Some(Instant::now() + grace);
+                self.signal(signal);
             }
             if from_output {
                 output.read()?;
@@ -90,9 +95,6 @@ impl Running {
             if from_errors {
                 errors.read()?;
                 errors.lines(&mut line);
-            }
-            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                break; // Dropping it sends the signal that nobody can ignore.
             }
         }
         Ok([output.said, errors.said])
@@ -176,6 +178,8 @@ impl Pipe {
 mod tests {
     use std::path::Path;
 
+    use rustix::process::{PidfdFlags, pidfd_open};
+
     use super::*;
     use crate::Progress;
 
@@ -222,6 +226,39 @@ mod tests {
             assert!(line.is_empty(), "{id} goes on: {}", String::from_utf8_lossy(&line));
         }
         assert_eq!(output(&mut shell("true"), &mut reporter).unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+
+    /// The daemon is in no group of its caller's.
+    #[test]
+    fn a_cancelled_fakeroot_takes_its_daemon_with_it() {
+        if !host::FAKEROOT.is_there() {
+            eprintln!("SKIPPED: there is no fakeroot");
+            return;
+        }
+        let mark = format!("QUICK_START_TEST_MARK={}", std::process::id());
+        let marked = || -> Vec<_> {
+            let processes = std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap());
+            let of_fakeroot = processes.filter(|process| {
+                let read = |name| std::fs::read(process.path().join(name)).unwrap_or_default();
+                let is_marked = read("environ").split(|byte| *byte == 0).any(|text| text == mark.as_bytes());
+                is_marked && read("comm").starts_with(b"faked")
+            });
+            let ids = of_fakeroot.map(|process| process.file_name().to_string_lossy().parse().unwrap());
+            ids.filter_map(|id| pidfd_open(Pid::from_raw(id).unwrap(), PidfdFlags::empty()).ok()).collect()
+        };
+        let mut fakeroot = command("fakeroot");
+        let (name, value) = mark.split_once('=').unwrap();
+        fakeroot.env(name, value).args(["--", "sh", "-c", "echo up >&2; exec sleep 1000"]);
+        let mut nobody = |_: Progress| ();
+        let mut daemons = Vec::new();
+        let ended = run(&mut fakeroot, &mut Reporter::new(&mut nobody).unwrap(), |reporter, _| {
+            daemons = marked();
+            reporter.cancel().set();
+        });
+        assert_eq!((ended.unwrap_err().kind(), daemons.len()), (ErrorKind::Cancelled, 1));
+        let timeout = Timespec::try_from(Duration::from_secs(10)).unwrap();
+        let ended = poll(&mut [PollFd::new(&daemons[0], PollFlags::IN)], Some(&timeout));
+        assert_eq!(ended, Ok(1), "the daemon goes on");
     }
 
     /// It heeds no request, and goes as soon as it may not go on any longer.

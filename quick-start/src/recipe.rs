@@ -4,13 +4,18 @@ use ami_core::{Architecture, OperatingSystem};
 
 use crate::cloud::{self, Release};
 use crate::disk;
-use crate::host::{APT_GET, DPKG_DEB, FAKEROOT, KEYRING, MKE2FS, MMDEBSTRAP, Prerequisite, SETPRIV};
+use crate::host::{
+    self, APT_GET, DPKG_DEB, FAKEROOT, KEYRING, MKE2FS, MMDEBSTRAP, NEWUIDMAP, Prerequisite, SETPRIV,
+};
 use crate::sources::PackageSource;
 use crate::{Error, ErrorKind, Result};
 
 const MINIMAL: &[Prerequisite] = &[APT_GET, DPKG_DEB, FAKEROOT, MKE2FS, SETPRIV];
 const MINIMAL_OF_DEBIAN: &[Prerequisite] = &[APT_GET, DPKG_DEB, FAKEROOT, KEYRING, MKE2FS, SETPRIV];
 const CLOUD: &[Prerequisite] = &[APT_GET, DPKG_DEB, FAKEROOT, KEYRING, MKE2FS, MMDEBSTRAP, SETPRIV];
+/// Of who is not root.
+const CLOUD_IN_NAMESPACE: &[Prerequisite] =
+    &[APT_GET, DPKG_DEB, FAKEROOT, KEYRING, MKE2FS, MMDEBSTRAP, NEWUIDMAP, SETPRIV];
 
 /// All recipes, in the order of their names.
 static RECIPES: &[Recipe] = &[
@@ -189,7 +194,8 @@ impl Recipe {
         }
     }
 
-    /// What building it asks of a host, which also has to reach a mirror of the distribution's.
+    /// What building it asks of a host, which also has to reach a mirror of the distribution's; of a user who is
+    /// not root it may ask for more.
     ///
     /// ```
     /// use quick_start::Privilege;
@@ -203,7 +209,8 @@ impl Recipe {
         let (prerequisites, privilege, mib) = match self.usual {
             Method::Minimal(source) if source.is_of_host() => (MINIMAL, Privilege::None, 512),
             Method::Minimal(_) => (MINIMAL_OF_DEBIAN, Privilege::None, 512),
-            Method::Cloud(_) => (CLOUD, Privilege::RootOrUserNamespaces, 4096),
+            Method::Cloud(_) if host::is_root() => (CLOUD, Privilege::RootOrUserNamespaces, 4096),
+            Method::Cloud(_) => (CLOUD_IN_NAMESPACE, Privilege::RootOrUserNamespaces, 4096),
         };
         Requirements { prerequisites, privilege, space: mib * disk::MIB }
     }

@@ -70,7 +70,7 @@ struct Tree<'a> {
 impl Tree<'_> {
     fn dir(&self, path: &str, mode: u32) -> Result<()> {
         let path = self.root.join(path);
-        let made = fs::create_dir_all(&path).and_then(|()| set_mode(&path, mode));
+        let made = make_dirs(&path).and_then(|()| set_mode(&path, mode));
         made.context(|| format!("cannot make {}", path.display()))
     }
 
@@ -88,10 +88,22 @@ impl Tree<'_> {
     fn with_parent(&self, path: &str) -> Result<PathBuf> {
         let path = self.root.join(path);
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).context(|| format!("cannot make {}", parent.display()))?;
+            make_dirs(parent).context(|| format!("cannot make {}", parent.display()))?;
         }
         Ok(path)
     }
+}
+
+/// Makes a directory, and those above it that are not there, which everybody may read whatever this process's umask is.
+fn make_dirs(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        make_dirs(parent)?;
+    }
+    fs::create_dir(path)?;
+    set_mode(path, 0o755)
 }
 
 fn set_mode(path: &Path, mode: u32) -> std::io::Result<()> {
@@ -142,4 +154,45 @@ fn dpkg_status(sources: &Sources) -> String {
         )
     };
     sources.packages().iter().map(stanza).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// In a process of its own, which has the umask.
+    #[test]
+    fn a_tree_is_readable_whatever_the_umask() {
+        const STAGE: &str = "QUICK_START_TEST_UMASK";
+        if std::env::var_os(STAGE).is_none() {
+            let mut again = Command::new("sh");
+            again.args(["-c", "umask 077; exec \"$@\"", "sh"]).arg(std::env::current_exe().unwrap());
+            again.args(["--exact", "rootfs::tests::a_tree_is_readable_whatever_the_umask"]);
+            let output = again.env(STAGE, "077").output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+            return;
+        }
+        let home = tempfile::tempdir().unwrap();
+        let root = &home.path().join("tree");
+        let tree = Tree { root };
+        tree.dir("usr/bin", 0o755).unwrap();
+        tree.dir("tmp", 0o1777).unwrap();
+        tree.file("lib/modules/6.1/a.ko", 0o644, b"").unwrap();
+        tree.symlink("usr/sbin/ip", "/bin/busybox").unwrap();
+        for (path, mode) in [
+            ("", 0o755),
+            ("usr", 0o755),
+            ("usr/bin", 0o755),
+            ("usr/sbin", 0o755),
+            ("tmp", 0o1777),
+            ("lib", 0o755),
+            ("lib/modules/6.1", 0o755),
+            ("lib/modules/6.1/a.ko", 0o644),
+        ] {
+            let found = root.join(path).metadata().unwrap().permissions().mode() & 0o7777;
+            assert_eq!(found, mode, "{path}: {found:o}");
+        }
+    }
 }

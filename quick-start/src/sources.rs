@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use ami_core::{Architecture, OperatingSystem};
 
 use crate::apt::{Apt, Package, Unpacked, debian_name};
+use crate::build::absolute;
 use crate::error::Context as _;
 use crate::host::{APT_GET, DPKG_DEB, KEYRING, Prerequisite, SETPRIV};
 use crate::lock::Locked;
@@ -123,6 +124,7 @@ impl Sources {
     /// [`Cancelled`](ErrorKind::Cancelled), or what the host met.
     pub fn fetch(source: &PackageSource, cache: &Path, tell: &mut dyn FnMut(Progress)) -> Result<Self> {
         crate::require(source.prerequisites())?;
+        let cache = &*absolute(cache)?;
         let mut reporter = Reporter::new(tell)?;
         let fetched = Self::fetch_with(source, cache, false, &mut reporter)?;
         reporter.finish();
@@ -143,14 +145,33 @@ impl Sources {
         if update {
             apt.update_own(reporter)?;
         }
-        let of_what = |e: Error| {
-            let os = &operating_system;
-            e.about(format!("cannot fetch the packages of {} {}", os.name(), os.version()))
+        let fetched = match Self::current(source, cache, &mut apt, reporter) {
+            // The lists name a file that the archive has replaced since, and maybe a kernel.
+            Err(e) if e.kind() == ErrorKind::ProgramFailed && !apt.updated => {
+                apt.update(reporter).and_then(|()| Self::current(source, cache, &mut apt, reporter))
+            }
+            fetched => fetched,
         };
-        let kernel = kernel(&mut apt, cache, &source.kernels, reporter).map_err(of_what)?;
+        fetched.map_err(|e| {
+            e.about(format!(
+                "cannot fetch the packages of {} {}",
+                operating_system.name(),
+                operating_system.version()
+            ))
+        })
+    }
+
+    /// What the package lists say is current.
+    fn current(
+        source: &PackageSource,
+        cache: &Path,
+        apt: &mut Apt,
+        reporter: &mut Reporter<'_>,
+    ) -> Result<Self> {
+        let kernel = kernel(apt, cache, &source.kernels, reporter)?;
         reporter.step("fetching busybox", 50)?;
-        let busybox = apt.candidate(&["busybox-static"], reporter).map_err(of_what)?;
-        let busybox = apt.unpack(busybox.package, cache, reporter).map_err(of_what)?;
+        let busybox = apt.candidate(&["busybox-static"], reporter)?;
+        let busybox = apt.unpack(busybox.package, cache, reporter)?;
         let program = find(std::slice::from_ref(&busybox), "bin/busybox")?;
         let sources = Self {
             vmlinuz: read(&find(&kernel.parts, &format!("boot/vmlinuz-{}", kernel.version))?)?,
@@ -159,7 +180,7 @@ impl Sources {
             applets: applets(&program, reporter)?,
             kernel_version: kernel.version,
             packages: kernel.parts.into_iter().chain([busybox]).map(|part| part.package).collect(),
-            operating_system,
+            operating_system: source.operating_system()?,
         };
         let wanted = debian_name(source.architecture);
         match sources.packages.iter().find(|package| package.architecture != wanted) {
@@ -238,4 +259,85 @@ pub(crate) fn text(path: &Path) -> Result<&str> {
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).context(|| format!("cannot read {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::env;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::process::Command;
+
+    use super::*;
+
+    /// An archive of shell scripts' making: lists of the first day are followed by those of the second, when the files of the
+    /// first are gone.
+    const APT: &str = r#"
+case " $* " in
+*" update "*) test -e "$HERE/online" && echo 2 > "$HERE/day" ;;
+*" download "*) case "$*" in *="$(cat "$HERE/today")") cp "$HERE/deb" a.deb ;; *) exit 100 ;; esac ;;
+*) for package; do :; done
+   case $package in
+   linux-image-cloud-amd64) echo "Depends: linux-image-$(cat "$HERE/day")" ;;
+   esac
+   echo "Package: $package"; echo "Version: $(cat "$HERE/day")"; echo "Architecture: amd64"
+   echo "SHA256: $(sha256sum < "$HERE/deb" | cut -c1-64)" ;;
+esac
+"#;
+
+    /// In a process of its own, whose search path begins with that archive.
+    #[test]
+    fn lists_that_are_stale_are_fetched_anew_once() {
+        const STAGE: &str = "QUICK_START_TEST_APT";
+        if let Some(home) = env::var_os(STAGE).map(PathBuf::from) {
+            let fetch = || {
+                let cache = tempfile::tempdir().unwrap();
+                Sources::fetch(&PackageSource::of_host(), cache.path(), &mut |_| ())
+            };
+            // Offline.
+            assert_eq!(fetch().unwrap_err().kind(), ErrorKind::ProgramFailed);
+            fs::write(home.join("online"), "").unwrap();
+            let sources = fetch().unwrap();
+            assert_eq!(sources.kernel_version(), "2");
+            assert!(sources.packages().iter().all(|package| package.version == "2"));
+            // Nor is it fetched for ever.
+            fs::write(home.join("today"), "3").unwrap();
+            assert_eq!(fetch().unwrap_err().kind(), ErrorKind::ProgramFailed);
+            return;
+        }
+        if crate::require(OF_HOST).is_err() {
+            eprintln!("SKIPPED: there is no apt");
+            return;
+        }
+        let home = tempfile::tempdir().unwrap();
+        let here = home.path();
+        for (name, text) in [
+            (
+                "tree/DEBIAN/control",
+                "Package: a\nVersion: 1\nArchitecture: amd64\nMaintainer: a\nDescription: a\n",
+            ),
+            ("tree/bin/busybox", "#!/bin/sh\necho sh\n"),
+            ("tree/boot/vmlinuz-2", "kernel"),
+            ("tree/lib/modules/2/modules.builtin", ""),
+            ("tree/lib/modules/2/kernel/none", ""),
+            ("day", "1"),
+            ("today", "2"),
+        ] {
+            fs::create_dir_all(here.join(name).parent().unwrap()).unwrap();
+            fs::write(here.join(name), text).unwrap();
+        }
+        let script = format!("#!/bin/sh\nHERE='{0}'\n{APT}", here.display());
+        for program in ["apt-get", "apt-cache", "tree/bin/busybox"] {
+            if program.starts_with("apt") {
+                fs::write(here.join(program), &script).unwrap();
+            }
+            fs::set_permissions(here.join(program), fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let built = Command::new("dpkg-deb").arg("-b").arg(here.join("tree")).arg(here.join("deb")).output();
+        assert!(built.unwrap().status.success());
+        let path = format!("{}:{}", here.display(), env::var("PATH").unwrap_or_default());
+        let mut again = Command::new(env::current_exe().unwrap());
+        again.args(["--exact", "sources::tests::lists_that_are_stale_are_fetched_anew_once"]);
+        let output = again.env(STAGE, here).env("PATH", path).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
 }

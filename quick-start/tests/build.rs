@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use ami_core::Architecture::{X86, X86_64};
 use ami_core::{Category, DescribeImages, Filter, OwnerAlias};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{LaunchSpec, Region};
@@ -28,22 +29,26 @@ fn built() -> Option<&'static BuiltImage> {
     static BUILT: OnceLock<Option<(TempDir, BuiltImage)>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
-        match build(&dir.path().join("image")).run() {
-            Ok(built) => Some((dir, built)),
-            Err(error) => {
-                let mut text = error.to_string();
-                let mut source = std::error::Error::source(&error);
-                while let Some(cause) = source {
-                    text += &format!(": {cause}");
-                    source = cause.source();
-                }
-                assert!(std::env::var_os("CI").is_none(), "nothing may be skipped under CI, but: {text}");
-                eprintln!("SKIPPED: this host cannot build the minimal image: {text}");
-                None
-            }
-        }
+        or_skipped(build(&dir.path().join("image")).run()).map(|built| (dir, built))
     });
     built.as_ref().map(|(_, built)| built)
+}
+
+fn or_skipped(built: quick_start::Result<BuiltImage>) -> Option<BuiltImage> {
+    match built {
+        Ok(built) => Some(built),
+        Err(error) => {
+            let mut text = error.to_string();
+            let mut source = std::error::Error::source(&error);
+            while let Some(cause) = source {
+                text += &format!(": {cause}");
+                source = cause.source();
+            }
+            assert!(std::env::var_os("CI").is_none(), "nothing may be skipped under CI, but: {text}");
+            eprintln!("SKIPPED: this host cannot build the image: {text}");
+            None
+        }
+    }
 }
 
 #[test]
@@ -65,6 +70,45 @@ fn it_is_built_and_found_again() {
     // Nor if what is current is asked for, and that is the same.
     let current = build(built.dir()).update(true).run().unwrap();
     assert_eq!((&current, inode(&current)), (built, inode(built)));
+}
+
+/// The way to it from where this process is.
+fn relative(path: &Path) -> PathBuf {
+    let here = std::env::current_dir().unwrap();
+    let up: PathBuf = here.ancestors().skip(1).map(|_| "..").collect();
+    up.join(path.strip_prefix("/").unwrap())
+}
+
+/// Those of Debian's, whose package lists are always a build's own, in directories that are named as in examples.
+#[test]
+fn debian_is_built_in_relative_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, architecture) in [("debian-13-minimal", X86_64), ("debian-12-minimal", X86)] {
+        let into = relative(&dir.path().join(name));
+        assert!(into.is_relative());
+        let build = Build::new(recipe(name).unwrap(), into).architecture(architecture);
+        let Some(built) = or_skipped(build.packages(relative(&packages())).run()) else { return };
+        assert_eq!((built.recipe().name(), built.architecture()), (name, architecture));
+        assert!(built.dir().is_absolute(), "{}", built.dir().display());
+        let disk = storage_block::RawFile::open(built.disk(), true).unwrap().into_disk();
+        let entry = boot_image::BootEntry::find(&disk).unwrap();
+        assert!(entry.command_line.contains("console=ttyS0"), "{name}: {}", entry.command_line);
+        // The lists are where packages are kept, and not below apt's own.
+        let version = &built.operating_system().version()[..2];
+        let suite = if version == "12" { "apt-bookworm-i386" } else { "apt-trixie-amd64" };
+        assert!(entries(&packages().join(suite).join("lists")).len() > 1, "{name} has no lists");
+    }
+}
+
+#[test]
+fn packages_cannot_be_kept_where_is_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    let build = Build::new(recipe("minimal").unwrap(), &image).packages(dir.path().join("./image/"));
+    if recipe("minimal").unwrap().check_host().is_ok() {
+        assert_eq!(build.run().unwrap_err().kind(), ErrorKind::InvalidParameter);
+        assert!(!image.exists());
+    }
 }
 
 #[test]
@@ -91,6 +135,11 @@ fn what_was_built_otherwise_is_not_taken_for_it() {
         assert_eq!(build(dir.path()).find(), None, "{what}");
     }
     fs::write(dir.path().join("build.json"), &text).unwrap();
+    assert!(build(dir.path()).find().is_some());
+    fs::remove_file(dir.path().join("vmlinuz")).unwrap();
+    fs::write(dir.path().join("vmlinuz"), "").unwrap();
+    assert_eq!(build(dir.path()).find(), None, "an empty kernel");
+    fs::write(dir.path().join("vmlinuz"), "a kernel").unwrap();
     assert!(build(dir.path()).find().is_some());
     fs::remove_file(dir.path().join("disk.raw")).unwrap();
     assert_eq!(build(dir.path()).find(), None, "a disk that is gone");
@@ -183,4 +232,69 @@ fn what_a_crash_left_half_registered_is_finished() {
     let whole = built.register(&region).unwrap();
     assert_eq!((whole.id(), whole.category(region.account())), (half.id(), Some(Category::QuickStart)));
     assert_eq!(ami_core::Catalog::list(&region.catalog(), &Query::all()).unwrap(), [whole]);
+}
+
+/// Two registrations, of which one is done while the other still copies, make one image.
+#[test]
+fn whoever_registers_meanwhile_has_registered_it() {
+    let Some(built) = built() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+    let mut meanwhile = None;
+    let mut progress = |_| {
+        meanwhile.get_or_insert_with(|| built.register(&region).unwrap());
+    };
+    let image = built.register_with(&region, &mut progress).unwrap();
+    assert_eq!(Some(&image), meanwhile.as_ref());
+    assert_eq!(region.images().unwrap(), [image]);
+}
+
+#[test]
+fn what_has_its_name_and_is_not_it_is_refused_before_anything_is_copied() {
+    use ami_core::{AnyAmi, Catalog as _, ImageState};
+    use instance_core::ImageSource;
+
+    let Some(built) = built() else { return };
+    let large = tempfile::NamedTempFile::new().unwrap();
+    fs::copy(built.disk(), &large).unwrap();
+    large.as_file().set_len(2 << 30).unwrap();
+    for (what, disk) in [("is disabled", &*built.disk()), ("has a root volume of another size", large.path())]
+    {
+        let disk = storage_block::RawFile::open(disk, true).unwrap().into_disk();
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let publisher = region.as_account(PUBLISHER.parse().unwrap());
+        let builder = AnyAmi::builder_for(X86_64, built.ami_name());
+        let image = publisher.register_image(builder, ImageSource::new(&disk)).unwrap();
+        let image = publisher.image(image.id()).unwrap();
+        if what == "is disabled" {
+            let mut disabled = image.clone();
+            disabled.set_state(ImageState::Disabled).unwrap();
+            region.catalog().update(&image, disabled).unwrap();
+        }
+        let error = built.register_with(&region, &mut |_| panic!("it copies")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Region, "{what}");
+        let why = std::error::Error::source(&error).unwrap().to_string();
+        assert!(why.ends_with(what), "{why}");
+    }
+}
+
+#[test]
+fn what_another_build_has_replaced_is_not_registered_by_its_name() {
+    let Some(built) = built() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["vmlinuz", "initrd.img", "disk.raw"] {
+        std::os::unix::fs::symlink(built.dir().join(name), dir.path().join(name)).unwrap();
+    }
+    let text = fs::read_to_string(built.dir().join("build.json")).unwrap();
+    fs::write(dir.path().join("build.json"), &text).unwrap();
+    let found = build(dir.path()).find().unwrap();
+    fs::write(dir.path().join("build.json"), text.replace("busybox-static", "another")).unwrap();
+
+    let home = tempfile::tempdir().unwrap();
+    let region = Region::open(home.path(), FakeHypervisor::new()).unwrap();
+    assert_eq!(found.register(&region).unwrap_err().kind(), ErrorKind::ImageReplaced);
+    fs::remove_file(dir.path().join("build.json")).unwrap();
+    assert_eq!(found.register(&region).unwrap_err().kind(), ErrorKind::ImageReplaced);
+    assert!(region.images().unwrap().is_empty());
 }

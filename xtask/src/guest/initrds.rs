@@ -14,11 +14,15 @@ const LAB_INIT: &str = include_str!("../../guest/lab-init.sh");
 /// A program that busybox does not have.
 const VSOCK: &str = include_str!("../../guest/vsock.c");
 
-/// The digest of all that decides what they hold, apart from the packages and the C compiler.
+/// The digest of all that decides what they, and the disks of [`others`](super::others), hold, apart from the packages and
+/// the C compiler.
 pub(crate) fn recipes() -> Digest {
     let mut digest = DigestWriter::new();
+    let quick_start = quick_start::made_by().to_hex();
     for text in [
+        &*quick_start,
         include_str!("initrds.rs"),
+        include_str!("others.rs"),
         CONFORMANCE_INIT,
         CONFORMANCE_BUTTON,
         LAB_INIT,

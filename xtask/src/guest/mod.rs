@@ -24,6 +24,7 @@ mod initrds;
 pub(crate) mod others;
 
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -195,7 +196,8 @@ fn build(guest_dir: &Path) -> anyhow::Result<Artifacts> {
     let sources = Sources::fetch(&PackageSource::of_host(), &packages(guest_dir), &mut |_| ())?;
     let work = tempfile::tempdir_in(guest_dir).context("cannot make a working directory")?;
     step("building the other guests", || make(work.path(), &sources, &quick_start))?;
-    install(work.path(), quick_start)
+    install(Artifacts::NAMES.into_iter().chain([MANIFEST]), work.path(), quick_start.dir())?;
+    Ok(Artifacts { quick_start })
 }
 
 /// Makes what the quick start does not, in `dir`.
@@ -212,11 +214,36 @@ fn make(dir: &Path, sources: &Sources, quick_start: &BuiltImage) -> anyhow::Resu
     Ok(())
 }
 
-/// Moves finished artifacts to where they are looked for, the manifest last.
-fn install(from: &Path, quick_start: BuiltImage) -> anyhow::Result<Artifacts> {
-    for name in Artifacts::NAMES.into_iter().chain([MANIFEST]) {
-        let to = quick_start.dir().join(name);
-        fs::rename(from.join(name), to).with_context(|| format!("cannot put {name} in place"))?;
+/// Moves finished artifacts to where they are looked for, the manifest last. An older one goes before, so that none says of
+/// new artifacts what is true of old ones.
+fn install(names: impl IntoIterator<Item = &'static str>, from: &Path, to: &Path) -> anyhow::Result<()> {
+    match fs::remove_file(to.join(MANIFEST)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("cannot remove the old {MANIFEST}"));
+        }
+        _ => {}
     }
-    Ok(Artifacts { quick_start })
+    for name in names {
+        fs::rename(from.join(name), to.join(name)).with_context(|| format!("cannot put {name} in place"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_never_describes_other_artifacts() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(to.path().join(MANIFEST), "old").unwrap();
+        fs::write(from.path().join("disk.raw"), "new").unwrap();
+        // As if it were cut off: there is no new manifest.
+        assert!(install(["disk.raw", MANIFEST], from.path(), to.path()).is_err());
+        assert!(to.path().join("disk.raw").exists() && !to.path().join(MANIFEST).exists());
+        fs::write(from.path().join("disk.raw"), "newer").unwrap();
+        fs::write(from.path().join(MANIFEST), "new").unwrap();
+        install(["disk.raw", MANIFEST], from.path(), to.path()).unwrap();
+        assert_eq!(fs::read(to.path().join(MANIFEST)).unwrap(), b"new");
+    }
 }

@@ -11,7 +11,7 @@ use quick_start::{Package, PackageSource, RootDisk, Sources};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::{MANIFEST, initrds, packages};
+use super::{MANIFEST, initrds, install, packages};
 use crate::progress::{step, told};
 use crate::{prerequisites, workspace};
 
@@ -84,10 +84,7 @@ impl Other {
         let sources = told(|progress| Sources::fetch(&self.source, &packages(&guest_dir), progress))?;
         let work = tempfile::tempdir_in(&guest_dir).context("cannot make a working directory")?;
         step(&format!("building the guest {}", self.name), || make(work.path(), &sources))?;
-        for name in NAMES {
-            fs::rename(work.path().join(name), dir.join(name))
-                .with_context(|| format!("cannot put {name} in place"))?;
-        }
+        install(NAMES, work.path(), &dir)?;
         Ok(dir)
     }
 }
