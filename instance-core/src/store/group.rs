@@ -85,7 +85,7 @@ impl Outcome {
                 LEAD if member == 0 => return None,
                 // Woken for whatever reason, it looks again.
                 told @ (NOTHING | LEAD) => {
-                    drop(futex::wait_bitset(&self.told, futex::Flags::PRIVATE, told, None, which));
+                    let _ = futex::wait_bitset(&self.told, futex::Flags::PRIVATE, told, None, which);
                 }
                 WHOLE => return Some(Ok(())),
                 _ => return Some(std::mem::replace(&mut lock(&self.each)[member], Ok(()))),
@@ -311,11 +311,11 @@ mod tests {
                 }
                 go.send(()).unwrap();
             }
-            // While the next is not written yet.
-            first.join().unwrap().unwrap();
             let (changes, leader) = called.recv().unwrap();
             assert_eq!(changes, 2);
             assert!(others[MOST - 1..].iter().any(|other| other.thread().id() == leader));
+            // While the next is not written yet.
+            first.join().unwrap().unwrap();
             go.send(()).unwrap();
             others.into_iter().for_each(|other| other.join().unwrap().unwrap());
         });
