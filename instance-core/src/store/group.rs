@@ -296,6 +296,8 @@ mod tests {
         let slow = Slow { kept: MemoryStateStore::new(), calls: Mutex::new(calls), go: Mutex::new(let_on) };
         let group = Group::new(Box::new(slow));
         std::thread::scope(|scope| {
+            // Gone if this panics, so that nobody waits for it.
+            let go = go;
             let first = scope.spawn(|| group.apply(put("first"), Durability::Immediate));
             let mut others = Vec::new();
             for n in 0..MOST {
