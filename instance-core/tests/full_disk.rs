@@ -228,7 +228,7 @@ fn a_launch_that_cannot_be_recorded_in_the_end_leaves_nothing() {
     let (dir, small) = (small.region(), std::sync::Arc::new(small));
     let mut refused = 0;
     // Records so long that the state store has room for one copy and, of some, not for two.
-    for kib in [500, 1000, 1500, 2000, 3000] {
+    for kib in [500, 2000, 4000, 5000, 6000] {
         let ami = register(&open(&dir), "base", &disk(1, 1)).unwrap();
         let region = Region::open(&dir, Filling(FakeHypervisor::new(), small.clone())).unwrap();
         let before = files(&dir);

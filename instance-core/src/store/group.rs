@@ -1,8 +1,10 @@
 //! Group commit: what threads commit while the disk is at work on an earlier commit goes to it in one.
 //!
-//! The first to come to a batch leads it: it waits until the batch before is written, closes its own to those who come
-//! later, writes it in one call and wakes the others at once.
+//! The first to come while nobody leads does: it writes the batch in one call, wakes all who wait for it and goes on with
+//! what has come meanwhile, so that the disk need not wait until another thread runs. After [`MOST`] batches the first member
+//! of the next leads on.
 
+use std::num::NonZeroU32;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,18 +14,25 @@ use rustix::thread::futex;
 use crate::state_store::{Change, Durability, StateStore};
 use crate::{Error, ErrorKind, Result};
 
-/// What is told of a batch: nothing yet, that all of it was written, or what came of each member.
+/// What is told of a batch: nothing yet, that its first member is to lead, that all of it was written, or what came of each
+/// member.
 const NOTHING: u32 = 0;
-const WHOLE: u32 = 1;
-const EACH: u32 = 2;
+const LEAD: u32 = 1;
+const WHOLE: u32 = 2;
+const EACH: u32 = 3;
+
+/// How many batches one caller writes, its own among them: it returns only then.
+const MOST: usize = 16;
+
+/// By which the first member of a batch is woken alone, and by which the others wait.
+const FIRST: NonZeroU32 = NonZeroU32::MIN;
+const OTHERS: NonZeroU32 = FIRST.saturating_add(1);
 
 #[derive(Debug)]
 pub(super) struct Group {
     state: Box<dyn StateStore>,
     /// The batch that is open to all who come.
     open: Mutex<Open>,
-    /// Held by who writes a batch. Whoever waits for it leads the open one.
-    writing: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +42,8 @@ struct Open {
     later: Vec<Change>,
     members: Vec<Member>,
     outcome: Arc<Outcome>,
+    /// Whether somebody leads, and will write this batch or have its first member do so.
+    led: bool,
 }
 
 /// How many of a batch's changes are one caller's, all or none, and when these are to be durable.
@@ -60,14 +71,24 @@ impl Outcome {
         let _ = futex::wake(&self.told, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 
-    /// Waits for what came of the member with this number, which asks once.
-    fn wait(&self, member: usize) -> Result<()> {
+    /// Has the first member lead.
+    fn hand_over(&self) {
+        self.told.store(LEAD, Ordering::Release);
+        let _ = futex::wake_bitset(&self.told, futex::Flags::PRIVATE, 1, FIRST);
+    }
+
+    /// Waits for what came of the member with this number, which asks once; or, with nothing, until it is to lead.
+    fn wait(&self, member: usize) -> Option<Result<()>> {
+        let which = if member == 0 { FIRST } else { OTHERS };
         loop {
             match self.told.load(Ordering::Acquire) {
+                LEAD if member == 0 => return None,
                 // Woken for whatever reason, it looks again.
-                NOTHING => drop(futex::wait(&self.told, futex::Flags::PRIVATE, NOTHING, None)),
-                WHOLE => return Ok(()),
-                _ => return std::mem::replace(&mut lock(&self.each)[member], Ok(())),
+                told @ (NOTHING | LEAD) => {
+                    let _ = futex::wait_bitset(&self.told, futex::Flags::PRIVATE, told, None, which);
+                }
+                WHOLE => return Some(Ok(())),
+                _ => return Some(std::mem::replace(&mut lock(&self.each)[member], Ok(()))),
             }
         }
     }
@@ -75,7 +96,7 @@ impl Outcome {
 
 impl Group {
     pub(super) fn new(state: Box<dyn StateStore>) -> Self {
-        Self { state, open: Mutex::default(), writing: Mutex::default() }
+        Self { state, open: Mutex::default() }
     }
 
     pub(super) fn state(&self) -> &dyn StateStore {
@@ -85,19 +106,42 @@ impl Group {
     /// Makes the changes, all or none, together with what others want just then.
     pub(super) fn apply(&self, mut changes: Vec<Change>, durability: Durability) -> Result<()> {
         let mut open = lock(&self.open);
+        let leads = !std::mem::replace(&mut open.led, true);
         let (member, outcome) = (open.members.len(), open.outcome.clone());
         open.members.push(Member { changes: changes.len(), durability });
         open.changes.append(&mut changes);
         drop(open);
-        if member == 0 {
-            let writing = lock(&self.writing);
-            let batch = std::mem::take(&mut *lock(&self.open));
-            let each = self.write(batch);
-            // The next batch goes to the disk before those of this one run.
-            drop(writing);
-            outcome.tell(each);
+        if leads {
+            self.lead();
         }
-        outcome.wait(member)
+        loop {
+            match outcome.wait(member) {
+                Some(came) => return came,
+                None => self.lead(),
+            }
+        }
+    }
+
+    /// Writes the open batch, and those that come meanwhile.
+    fn lead(&self) {
+        for _ in 0..MOST {
+            let mut open = lock(&self.open);
+            if open.members.is_empty() {
+                open.led = false;
+                return;
+            }
+            let batch = std::mem::replace(&mut *open, Open { led: true, ..Open::default() });
+            drop(open);
+            let outcome = batch.outcome.clone();
+            outcome.tell(self.write(batch));
+        }
+        let mut open = lock(&self.open);
+        open.led = !open.members.is_empty();
+        let next = open.led.then(|| open.outcome.clone());
+        drop(open);
+        if let Some(next) = next {
+            next.hand_over();
+        }
     }
 
     /// Leaves changes to the next batch.
@@ -167,12 +211,13 @@ mod tests {
     use super::*;
     use crate::state_store::MemoryStateStore;
     use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread::ThreadId;
 
-    /// Says how many changes come in one call, and waits to be let on; refuses a key named `bad`.
+    /// Says how many changes come in one call, and from which thread, and waits to be let on; refuses a key named `bad`.
     #[derive(Debug)]
     struct Slow {
         kept: MemoryStateStore,
-        calls: Mutex<Sender<usize>>,
+        calls: Mutex<Sender<(usize, ThreadId)>>,
         go: Mutex<Receiver<()>>,
     }
 
@@ -186,7 +231,7 @@ mod tests {
         }
 
         fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
-            lock(&self.calls).send(changes.len()).unwrap();
+            lock(&self.calls).send((changes.len(), std::thread::current().id())).unwrap();
             lock(&self.go).recv().unwrap();
             match changes.iter().any(|c| c.key == "bad") {
                 true => Err(Error::new(ErrorKind::Internal, "refused")),
@@ -218,7 +263,7 @@ mod tests {
         let keys: Vec<String> = (0..8).map(|n| n.to_string()).collect();
         std::thread::scope(|scope| {
             let first = scope.spawn(|| group.apply(put("first"), Durability::Immediate));
-            assert_eq!(called.recv().unwrap(), 1);
+            assert_eq!(called.recv().unwrap().0, 1);
             let others: Vec<_> = (keys.iter().map(String::as_str).chain(["bad"]))
                 .map(|key| {
                     let group = &group;
@@ -231,7 +276,7 @@ mod tests {
             }
             group.later(put("later"));
             go.send(()).unwrap();
-            assert_eq!(called.recv().unwrap(), others.len() + 1, "all that has come meanwhile");
+            assert_eq!(called.recv().unwrap().0, others.len() + 1, "all that has come meanwhile");
             // The batch is refused for one of them; each of the others gets what it wants.
             for _ in 0..others.len() + 2 {
                 go.send(()).unwrap();
@@ -243,5 +288,40 @@ mod tests {
         });
         assert_eq!(group.state().scan("t").unwrap().len(), keys.len() + 2);
         assert!(lock(&group.open).members.is_empty());
+    }
+
+    #[test]
+    fn who_leads_goes_on_and_yet_returns() {
+        let ((calls, called), (go, let_on)) = (channel(), channel());
+        let slow = Slow { kept: MemoryStateStore::new(), calls: Mutex::new(calls), go: Mutex::new(let_on) };
+        let group = Group::new(Box::new(slow));
+        std::thread::scope(|scope| {
+            // Gone if this panics, so that nobody waits for it.
+            let go = go;
+            let first = scope.spawn(|| group.apply(put("first"), Durability::Immediate));
+            let mut others = Vec::new();
+            for n in 0..MOST {
+                assert_eq!(called.recv().unwrap(), (1, first.thread().id()), "batch {n}");
+                let group = &group;
+                // Of the last two one waits until the other has led.
+                let come = if n + 1 < MOST { 1 } else { 2 };
+                for key in (0..come).map(|one| format!("{n} {one}")) {
+                    others.push(scope.spawn(move || group.apply(put(&key), Durability::Immediate)));
+                }
+                while lock(&group.open).members.len() < come {
+                    std::thread::yield_now();
+                }
+                go.send(()).unwrap();
+            }
+            let (changes, leader) = called.recv().unwrap();
+            assert_eq!(changes, 2);
+            assert!(others[MOST - 1..].iter().any(|other| other.thread().id() == leader));
+            // While the next is not written yet.
+            first.join().unwrap().unwrap();
+            go.send(()).unwrap();
+            others.into_iter().for_each(|other| other.join().unwrap().unwrap());
+        });
+        assert_eq!(group.state().scan("t").unwrap().len(), MOST + 2);
+        assert!(!lock(&group.open).led);
     }
 }
