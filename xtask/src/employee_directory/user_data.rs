@@ -32,7 +32,8 @@ fn cloud_config() -> String {
     let file = |path: &str, content: &str| json!({ "path": path, "content": content });
     let config: Value = json!({
         "fs_setup": [{ "device": "/dev/vdb", "filesystem": "ext4", "label": "data", "overwrite": false }],
-        "mounts": [["LABEL=data", DATA, "ext4", "defaults,nofail", "0", "2"]],
+        // However long an emulated processor takes to come to it: systemd gives a device 90 seconds.
+        "mounts": [["LABEL=data", DATA, "ext4", "defaults,nofail,x-systemd.device-timeout=0", "0", "2"]],
         "write_files": [
             file("/opt/employee-directory/app.py", include_str!("../../guest/employee-directory/app.py")),
             file(
