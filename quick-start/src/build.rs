@@ -188,16 +188,17 @@ pub(crate) struct Made {
 /// An image that was built, to be registered.
 ///
 /// ```no_run
-/// # let region: instance_core::Region = unimplemented!();
+/// # fn register(region: &instance_core::Region) -> Result<(), Box<dyn std::error::Error>> {
 /// use ami_core::{Category, DescribeImages};
 /// use quick_start::Build;
 ///
 /// let built = Build::new(quick_start::recipe("minimal")?, "images/minimal").run()?;
-/// let image = built.register(&region)?;
+/// let image = built.register(region)?;
 /// assert_eq!(image.category(region.account()), Some(Category::QuickStart));
 /// let found = region.describe_images(&DescribeImages::new().owner("amazon".parse()?))?;
 /// assert_eq!(found.items, [image]);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # Ok(())
+/// # }
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BuiltImage {

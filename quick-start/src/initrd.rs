@@ -42,7 +42,7 @@ pub(crate) const INIT: &str = include_str!("../guest/initrd-init.sh");
 /// depends on; below `/bin` are busybox and a link to it for each command. Equal sources make equal bytes.
 ///
 /// ```no_run
-/// # let sources: quick_start::Sources = unimplemented!();
+/// # fn build(sources: &quick_start::Sources) -> quick_start::Result<Vec<u8>> {
 /// use quick_start::Initrd;
 ///
 /// let init = "#!/bin/sh\nwhile read -r module; do insmod /modules/$module; done </modules/order\nexec sh\n";
@@ -50,8 +50,9 @@ pub(crate) const INIT: &str = include_str!("../guest/initrd-init.sh");
 ///     .modules(&["virtio_pci", "virtio_net"])
 ///     .applets(&["insmod", "sh"])
 ///     .program("etc/acpi/PWRF/00000080", b"#!/bin/sh\npoweroff -f\n")
-///     .build(&sources)?;
-/// # Ok::<(), quick_start::Error>(())
+///     .build(sources)?;
+/// # Ok(initrd)
+/// # }
 /// ```
 #[derive(Debug, Clone)]
 #[must_use = "an initrd is made only when built"]

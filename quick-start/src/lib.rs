@@ -2,15 +2,16 @@
 //! packages, and the way from a recipe to an image in a region.
 //!
 //! ```no_run
-//! # let region: instance_core::Region = unimplemented!();
+//! # fn register(region: &instance_core::Region) -> Result<(), Box<dyn std::error::Error>> {
 //! use quick_start::{Build, DescribeRecipes};
 //!
 //! let here = DescribeRecipes::new().filter("name", ["debian-*"]).filter("buildable", ["true"]).answer()?;
 //! let recipe = here.items.first().ok_or("this machine builds no Debian")?;
 //! let built = Build::new(recipe, "images/debian").run_with(&mut |p| println!("{}", p.what))?;
-//! let image = built.register(&region)?; // public, of the owner alias `amazon`
+//! let image = built.register(region)?; // public, of the owner alias `amazon`
 //! println!("{} is {}; log in as {}", image.id(), image.ami().name(), recipe.login_user());
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # Ok(())
+//! # }
 //! ```
 //!
 //! # Map
