@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AmiBuilder, X86_64};
+use common::slow::slow;
 use common::{check, disk, everything, files, launch, open, register};
 use instance_core::testing::tiny_elf;
 use instance_core::{
     DescribeExportImageTasks, DescribeImportImageTasks, DirectBoot, ErrorKind, Exported, TaskDescription,
     TaskStatus, Tell,
 };
-use storage_block::{BlockBackend, Disk};
+use storage_block::Disk;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
@@ -27,35 +28,6 @@ fn builder(name: &str) -> AmiBuilder<X86_64> {
 
 fn boot() -> Option<DirectBoot> {
     Some(DirectBoot::new(tiny_elf(), None, ""))
-}
-
-/// A disk whose reads wait for somebody to let them on, or to go.
-fn slow(disk: Disk) -> (Disk, mpsc::Sender<()>) {
-    #[derive(Debug)]
-    struct Slow(Disk, Mutex<mpsc::Receiver<()>>);
-    impl BlockBackend for Slow {
-        fn size(&self) -> u64 {
-            self.0.size()
-        }
-        fn read_only(&self) -> bool {
-            true
-        }
-        fn write_zeroes(&self, _: u64, _: u64) -> storage_block::Result<()> {
-            unreachable!("nobody writes")
-        }
-        fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
-            let _ = self.1.lock().unwrap().recv();
-            self.0.read_at(buf, offset)
-        }
-        fn write_at(&self, _: &[u8], _: u64) -> storage_block::Result<()> {
-            unreachable!("nobody writes")
-        }
-        fn flush(&self) -> storage_block::Result<()> {
-            Ok(())
-        }
-    }
-    let (go, let_on) = mpsc::channel();
-    (Disk::new(Slow(disk, Mutex::new(let_on))).unwrap(), go)
 }
 
 #[test]

@@ -7,12 +7,12 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AmiBuilder, ImageState, X86_64};
+use common::slow::slow;
 use common::{TestRegion, check, disk, open, register};
 use instance_core::testing::tiny_elf;
 use instance_core::{
     CopyImage, DirectBoot, ErrorKind, ImportImageTask, TaskDescription, TaskStatus, UnfinishedImage,
 };
-use storage_block::{BlockBackend, Disk};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
@@ -26,36 +26,9 @@ fn boot() -> Option<DirectBoot> {
     Some(DirectBoot::new(tiny_elf(), None, ""))
 }
 
-/// A disk whose reads wait until the other end is gone.
-#[derive(Debug)]
-struct Held(Disk, std::sync::Mutex<mpsc::Receiver<()>>);
-
-impl BlockBackend for Held {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn read_only(&self) -> bool {
-        true
-    }
-    fn write_zeroes(&self, _: u64, _: u64) -> storage_block::Result<()> {
-        unreachable!("nobody writes")
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
-        let _ = self.1.lock().unwrap().recv();
-        self.0.read_at(buf, offset)
-    }
-    fn write_at(&self, _: &[u8], _: u64) -> storage_block::Result<()> {
-        unreachable!("nobody writes")
-    }
-    fn flush(&self) -> storage_block::Result<()> {
-        Ok(())
-    }
-}
-
 /// An import that does not go on before its other end is dropped.
 fn held(region: &TestRegion, name: &str) -> (ImportImageTask, mpsc::Sender<()>) {
-    let (go, wait) = mpsc::channel();
-    let disk = Disk::new(Held(disk(1, 7), wait.into())).unwrap();
+    let (disk, go) = slow(disk(1, 7));
     (region.import_image(builder(name), disk, boot()).unwrap(), go)
 }
 
