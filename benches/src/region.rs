@@ -1,11 +1,11 @@
 //! What a region itself costs: its durability, its describing, its launching from many threads. The machines
 //! run nothing and have no threads.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -213,43 +213,55 @@ pub fn describe_10000_over_100() -> anyhow::Result<Measurement> {
 ///
 /// Those of the region, and if one is lost.
 pub fn launch_16_threads_over_1() -> anyhow::Result<Measurement> {
+    const ALONE: usize = LAUNCHES / 10;
     let world = World::new(tempfile::tempdir()?)?;
-    let mut made = BTreeSet::new();
-    // Before and after, so that a host that grows busier spoils both.
-    let alone = |made: &mut BTreeSet<InstanceId>| -> anyhow::Result<f64> {
-        let begun = Instant::now();
-        for _ in 0..LAUNCHES / 10 {
-            ensure!(made.insert(world.launch()?), "an instance was made twice");
-        }
-        Ok(begun.elapsed().as_secs_f64() / (LAUNCHES / 10) as f64)
+    let made = RefCell::new(BTreeSet::new());
+    let is_new = |id| {
+        ensure!(made.borrow_mut().insert(id), "{id} was made twice");
+        Ok(())
     };
-    let before = alone(&mut made)?;
-    let next = Arc::new(AtomicUsize::new(0));
-    let begun = Instant::now();
-    let launched = std::thread::scope(|scope| {
-        let launch = || -> anyhow::Result<Vec<InstanceId>> {
-            let mut ids = Vec::new();
-            while next.fetch_add(1, Ordering::Relaxed) < LAUNCHES {
-                ids.push(world.launch()?);
-            }
-            Ok(ids)
-        };
-        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(launch)).collect();
-        let joined =
-            threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?);
-        joined.collect::<anyhow::Result<Vec<_>>>()
-    })?;
-    let together = begun.elapsed().as_secs_f64() / LAUNCHES as f64;
-    for id in launched.into_iter().flatten() {
-        ensure!(made.insert(id), "{id} was made twice");
-    }
-    let after = alone(&mut made)?;
+    let measured = median_ratio(
+        Rounds { rounds: 9, batch: 1 },
+        ("together", &mut || {
+            let (took, launched) = launch_together(&world)?;
+            launched.into_iter().try_for_each(is_new)?;
+            Ok(took / LAUNCHES as u32)
+        }),
+        ("alone", &mut || {
+            let begun = Instant::now();
+            let launched = (0..ALONE).map(|_| world.launch()).collect::<anyhow::Result<Vec<_>>>()?;
+            let took = begun.elapsed();
+            launched.into_iter().try_for_each(is_new)?;
+            Ok(took / ALONE as u32)
+        }),
+    )?;
+    let made = made.take();
     let World { region, image: _, dir } = world;
     let found = |region: &Region<Nothing>| region.instances().iter().map(|i| i.id()).collect::<BTreeSet<_>>();
     ensure!(found(&region) == made, "an instance is lost");
     drop(region);
     let region = open(dir.path()).context("the region does not open again")?;
     ensure!(found(&region) == made, "an instance is lost over a restart");
-    let samples = [("alone".to_owned(), vec![before, after]), ("together".to_owned(), vec![together])].into();
-    Ok(Measurement { value: together / before.min(after), noise: None, samples })
+    Ok(measured)
+}
+
+/// How long launches from many threads take, and what they made.
+fn launch_together(world: &World) -> anyhow::Result<(Duration, Vec<InstanceId>)> {
+    let next = AtomicUsize::new(0);
+    let launch = || -> anyhow::Result<Vec<InstanceId>> {
+        let mut ids = Vec::new();
+        while next.fetch_add(1, Ordering::Relaxed) < LAUNCHES {
+            ids.push(world.launch()?);
+        }
+        Ok(ids)
+    };
+    let begun = Instant::now();
+    let launched = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(launch)).collect();
+        let joined =
+            threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?);
+        joined.collect::<anyhow::Result<Vec<_>>>()
+    })?;
+    let took = begun.elapsed();
+    Ok((took, launched.into_iter().flatten().collect()))
 }

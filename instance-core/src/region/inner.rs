@@ -119,7 +119,7 @@ impl Inner {
             Some(state) => state,
             None => Box::new(JournaledStore::open(&paths.database(), &paths.journal())?),
         };
-        let store = Store::new(state);
+        let store = Store::new(state)?;
         migrate(&store)?;
         let region = match store.get::<RegionRecord>(RegionRecord::KEY)? {
             Some(region) => check_identity(region, &options)?,

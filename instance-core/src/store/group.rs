@@ -1,39 +1,36 @@
 //! Group commit: what threads commit while the disk is at work on an earlier commit goes to it in one.
 //!
-//! The first to come while nobody leads does: it writes the batch in one call, wakes all who wait for it and goes on with
-//! what has come meanwhile, so that the disk need not wait until another thread runs. After [`MOST`] batches the first member
-//! of the next leads on.
+//! A thread of its own writes. It sleeps while the disk works, so the scheduler lets it run as soon as that is done, and before
+//! those whom it wakes: one of the callers in its place is as much behind as the others, and the disk waits for its turn.
 
-use std::num::NonZeroU32;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use rustix::thread::futex;
 
 use crate::state_store::{Change, Durability, StateStore};
 use crate::{Error, ErrorKind, Result};
 
-/// What is told of a batch: nothing yet, that its first member is to lead, that all of it was written, or what came of each
-/// member.
+/// What is told of a batch: nothing yet, that all of it was written, or what came of each member.
 const NOTHING: u32 = 0;
-const LEAD: u32 = 1;
-const WHOLE: u32 = 2;
-const EACH: u32 = 3;
-
-/// How many batches one caller writes, its own among them: it returns only then. More would be faster together, by a tenth
-/// with 16, and have that caller wait for as many synchronisations.
-const MOST: usize = 4;
-
-/// By which the first member of a batch is woken alone, and by which the others wait.
-const FIRST: NonZeroU32 = NonZeroU32::MIN;
-const OTHERS: NonZeroU32 = FIRST.saturating_add(1);
+const WHOLE: u32 = 1;
+const EACH: u32 = 2;
 
 #[derive(Debug)]
 pub(super) struct Group {
+    shared: Arc<Shared>,
+    writer: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
     state: Box<dyn StateStore>,
     /// The batch that is open to all who come.
     open: Mutex<Open>,
+    /// Wakes the writer.
+    come: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -43,8 +40,10 @@ struct Open {
     later: Vec<Change>,
     members: Vec<Member>,
     outcome: Arc<Outcome>,
-    /// Whether somebody leads, and will write this batch or have its first member do so.
-    led: bool,
+    /// The writer sleeps until somebody comes.
+    sleeps: bool,
+    /// Nobody will.
+    over: bool,
 }
 
 /// How many of a batch's changes are one caller's, all or none, and when these are to be durable.
@@ -72,87 +71,82 @@ impl Outcome {
         let _ = futex::wake(&self.told, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 
-    /// Has the first member lead.
-    fn hand_over(&self) {
-        self.told.store(LEAD, Ordering::Release);
-        let _ = futex::wake_bitset(&self.told, futex::Flags::PRIVATE, 1, FIRST);
-    }
-
-    /// Waits for what came of the member with this number, which asks once; or, with nothing, until it is to lead.
-    fn wait(&self, member: usize) -> Option<Result<()>> {
-        let which = if member == 0 { FIRST } else { OTHERS };
+    /// Waits for what came of the member with this number, which asks once.
+    fn wait(&self, member: usize) -> Result<()> {
         loop {
             match self.told.load(Ordering::Acquire) {
-                LEAD if member == 0 => return None,
                 // Woken for whatever reason, it looks again.
-                told @ (NOTHING | LEAD) => {
-                    let _ = futex::wait_bitset(&self.told, futex::Flags::PRIVATE, told, None, which);
-                }
-                WHOLE => return Some(Ok(())),
-                _ => return Some(std::mem::replace(&mut lock(&self.each)[member], Ok(()))),
+                NOTHING => _ = futex::wait(&self.told, futex::Flags::PRIVATE, NOTHING, None),
+                WHOLE => return Ok(()),
+                _ => return std::mem::replace(&mut lock(&self.each)[member], Ok(())),
             }
         }
     }
 }
 
 impl Group {
-    pub(super) fn new(state: Box<dyn StateStore>) -> Self {
-        Self { state, open: Mutex::default() }
+    /// # Errors
+    ///
+    /// When the host has no thread.
+    pub(super) fn new(state: Box<dyn StateStore>) -> Result<Self> {
+        let shared = Arc::new(Shared { state, open: Mutex::default(), come: Condvar::new() });
+        let writes = shared.clone();
+        let writer = thread::Builder::new().name("commits".to_owned()).spawn(move || writes.work());
+        let writer = writer.map_err(|e| Error::io(e, "cannot start the thread that commits"))?;
+        Ok(Self { shared, writer: Some(writer) })
     }
 
     pub(super) fn state(&self) -> &dyn StateStore {
-        &*self.state
+        &*self.shared.state
     }
 
     /// Makes the changes, all or none, together with what others want just then.
     pub(super) fn apply(&self, mut changes: Vec<Change>, durability: Durability) -> Result<()> {
-        let mut open = lock(&self.open);
-        let leads = !std::mem::replace(&mut open.led, true);
+        let mut open = lock(&self.shared.open);
         let (member, outcome) = (open.members.len(), open.outcome.clone());
         open.members.push(Member { changes: changes.len(), durability });
         open.changes.append(&mut changes);
+        let sleeps = std::mem::take(&mut open.sleeps);
         drop(open);
-        if leads {
-            self.lead();
+        if sleeps {
+            self.shared.come.notify_one();
         }
-        loop {
-            match outcome.wait(member) {
-                Some(came) => return came,
-                None => self.lead(),
-            }
-        }
-    }
-
-    /// Writes the open batch, and those that come meanwhile.
-    fn lead(&self) {
-        for _ in 0..MOST {
-            let mut open = lock(&self.open);
-            if open.members.is_empty() {
-                open.led = false;
-                return;
-            }
-            let batch = std::mem::replace(&mut *open, Open { led: true, ..Open::default() });
-            drop(open);
-            let outcome = batch.outcome.clone();
-            outcome.tell(self.write(batch));
-        }
-        let mut open = lock(&self.open);
-        open.led = !open.members.is_empty();
-        let next = open.led.then(|| open.outcome.clone());
-        drop(open);
-        if let Some(next) = next {
-            next.hand_over();
-        }
+        outcome.wait(member)
     }
 
     /// Leaves changes to the next batch.
     pub(super) fn later(&self, changes: Vec<Change>) {
-        lock(&self.open).later.extend(changes);
+        lock(&self.shared.open).later.extend(changes);
     }
 
     /// Whether there are such.
     pub(super) fn has_later(&self) -> bool {
-        !lock(&self.open).later.is_empty()
+        !lock(&self.shared.open).later.is_empty()
+    }
+}
+
+impl Shared {
+    /// Writes batch after batch, until it is over.
+    fn work(&self) {
+        while let Some(batch) = self.next() {
+            let outcome = batch.outcome.clone();
+            outcome.tell(self.write(batch));
+        }
+    }
+
+    /// The open batch, when it has a member.
+    fn next(&self) -> Option<Open> {
+        let mut open = lock(&self.open);
+        while open.members.is_empty() {
+            if open.over {
+                return None;
+            }
+            open.sleeps = true;
+            open = self.come.wait(open).unwrap_or_else(PoisonError::into_inner);
+        }
+        open.sleeps = false;
+        let over = open.over;
+        Some(std::mem::replace(&mut *open, Open { over, ..Open::default() }))
     }
 
     /// Writes what a batch wants. Gives what came of each member, or nothing if all of it was written.
@@ -192,10 +186,14 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let later = std::mem::take(&mut lock(&self.open).later);
+        lock(&self.shared.open).over = true;
+        self.shared.come.notify_one();
+        // It contains the store's panics and has none.
+        let _ = self.writer.take().map(JoinHandle::join);
+        let later = std::mem::take(&mut lock(&self.shared.open).later);
         if !later.is_empty() {
             // Nobody was promised it.
-            if let Err(e) = self.contained(&later, Durability::Immediate) {
+            if let Err(e) = self.shared.contained(&later, Durability::Immediate) {
                 tracing::warn!(error = crate::error::chain(&e), "what was left for later is not written");
             }
         }
@@ -212,13 +210,12 @@ mod tests {
     use super::*;
     use crate::state_store::MemoryStateStore;
     use std::sync::mpsc::{Receiver, Sender, channel};
-    use std::thread::ThreadId;
 
-    /// Says how many changes come in one call, and from which thread, and waits to be let on; refuses a key named `bad`.
+    /// Says how many changes come in one call, and waits to be let on; refuses a key named `bad`, panics at one named `worse`.
     #[derive(Debug)]
     struct Slow {
         kept: MemoryStateStore,
-        calls: Mutex<Sender<(usize, ThreadId)>>,
+        calls: Mutex<Sender<usize>>,
         go: Mutex<Receiver<()>>,
     }
 
@@ -232,8 +229,9 @@ mod tests {
         }
 
         fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
-            lock(&self.calls).send((changes.len(), std::thread::current().id())).unwrap();
+            lock(&self.calls).send(changes.len()).unwrap();
             lock(&self.go).recv().unwrap();
+            assert!(changes.iter().all(|c| c.key != "worse"), "worse");
             match changes.iter().any(|c| c.key == "bad") {
                 true => Err(Error::new(ErrorKind::Internal, "refused")),
                 false => self.kept.apply(changes, durability),
@@ -247,7 +245,7 @@ mod tests {
 
     #[test]
     fn what_is_for_later_goes_in_front_of_what_comes_next() {
-        let group = Group::new(Box::new(MemoryStateStore::new()));
+        let group = Group::new(Box::new(MemoryStateStore::new())).unwrap();
         group.later([put("a"), put("b")].concat());
         assert_eq!(group.state().scan("t").unwrap(), []);
         let gone = Change { value: None, ..put("a").remove(0) };
@@ -260,11 +258,11 @@ mod tests {
     fn what_comes_while_the_disk_is_at_work_is_written_in_one() {
         let ((calls, called), (go, let_on)) = (channel(), channel());
         let slow = Slow { kept: MemoryStateStore::new(), calls: Mutex::new(calls), go: Mutex::new(let_on) };
-        let group = Group::new(Box::new(slow));
+        let group = Group::new(Box::new(slow)).unwrap();
         let keys: Vec<String> = (0..8).map(|n| n.to_string()).collect();
         std::thread::scope(|scope| {
             let first = scope.spawn(|| group.apply(put("first"), Durability::Immediate));
-            assert_eq!(called.recv().unwrap().0, 1);
+            assert_eq!(called.recv().unwrap(), 1);
             let others: Vec<_> = (keys.iter().map(String::as_str).chain(["bad"]))
                 .map(|key| {
                     let group = &group;
@@ -272,12 +270,12 @@ mod tests {
                     (key, other)
                 })
                 .collect();
-            while lock(&group.open).members.len() < others.len() {
+            while lock(&group.shared.open).members.len() < others.len() {
                 std::thread::yield_now();
             }
             group.later(put("later"));
             go.send(()).unwrap();
-            assert_eq!(called.recv().unwrap().0, others.len() + 1, "all that has come meanwhile");
+            assert_eq!(called.recv().unwrap(), others.len() + 1, "all that has come meanwhile");
             // The batch is refused for one of them; each of the others gets what it wants.
             for _ in 0..others.len() + 2 {
                 go.send(()).unwrap();
@@ -288,41 +286,19 @@ mod tests {
             }
         });
         assert_eq!(group.state().scan("t").unwrap().len(), keys.len() + 2);
-        assert!(lock(&group.open).members.is_empty());
+        assert!(lock(&group.shared.open).members.is_empty());
     }
 
     #[test]
-    fn who_leads_goes_on_and_yet_returns() {
+    fn a_store_that_panics_leaves_nobody_waiting() {
         let ((calls, called), (go, let_on)) = (channel(), channel());
         let slow = Slow { kept: MemoryStateStore::new(), calls: Mutex::new(calls), go: Mutex::new(let_on) };
-        let group = Group::new(Box::new(slow));
-        std::thread::scope(|scope| {
-            // Gone if this panics, so that nobody waits for it.
-            let go = go;
-            let first = scope.spawn(|| group.apply(put("first"), Durability::Immediate));
-            let mut others = Vec::new();
-            for n in 0..MOST {
-                assert_eq!(called.recv().unwrap(), (1, first.thread().id()), "batch {n}");
-                let group = &group;
-                // Of the last two one waits until the other has led.
-                let come = if n + 1 < MOST { 1 } else { 2 };
-                for key in (0..come).map(|one| format!("{n} {one}")) {
-                    others.push(scope.spawn(move || group.apply(put(&key), Durability::Immediate)));
-                }
-                while lock(&group.open).members.len() < come {
-                    std::thread::yield_now();
-                }
-                go.send(()).unwrap();
-            }
-            let (changes, leader) = called.recv().unwrap();
-            assert_eq!(changes, 2);
-            assert!(others[MOST - 1..].iter().any(|other| other.thread().id() == leader));
-            // While the next is not written yet.
-            first.join().unwrap().unwrap();
-            go.send(()).unwrap();
-            others.into_iter().for_each(|other| other.join().unwrap().unwrap());
-        });
-        assert_eq!(group.state().scan("t").unwrap().len(), MOST + 2);
-        assert!(!lock(&group.open).led);
+        let group = Group::new(Box::new(slow)).unwrap();
+        (0..2).for_each(|_| go.send(()).unwrap());
+        let panicked = group.apply(put("worse"), Durability::Immediate).unwrap_err();
+        assert_eq!(panicked.kind(), ErrorKind::Internal);
+        group.apply(put("fig"), Durability::Immediate).unwrap();
+        drop(group);
+        assert_eq!(called.iter().count(), 2, "the writer has ended with its group");
     }
 }

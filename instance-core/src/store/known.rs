@@ -65,7 +65,7 @@ mod tests {
     #[test]
     fn what_is_known_is_what_is_stored() {
         let (state, known) = (Arc::<MemoryStateStore>::default(), Known::default());
-        let store = Store::new(Box::new(state.clone()));
+        let store = Store::new(Box::new(state.clone())).unwrap();
         let get = |key: &str| store.get_known::<Fruit>(key, &known);
         assert_eq!(get("fig").unwrap(), None);
         for count in [1, 2] {

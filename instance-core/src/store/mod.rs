@@ -40,8 +40,11 @@ pub(crate) trait Record: Serialize + DeserializeOwned {
 pub(crate) struct Store(Group);
 
 impl Store {
-    pub(crate) fn new(state: Box<dyn StateStore>) -> Self {
-        Self(Group::new(state))
+    /// # Errors
+    ///
+    /// When the host has no thread to commit by.
+    pub(crate) fn new(state: Box<dyn StateStore>) -> Result<Self> {
+        Group::new(state).map(Self)
     }
 
     /// The record with this key.
@@ -178,7 +181,7 @@ mod tests {
 
     #[test]
     fn what_was_committed_is_there_and_nothing_else() {
-        let store = Store::new(Box::new(MemoryStateStore::new()));
+        let store = Store::new(Box::new(MemoryStateStore::new())).unwrap();
         assert_eq!(store.all::<Fruit>().unwrap(), []);
         store.commit(|c| c.put(&fruit("fig", 1)).and(c.put(&fruit("apple", 2)))).unwrap();
         let refused = store.commit(|c| {
@@ -204,7 +207,7 @@ mod tests {
         changes.put(&fruit("fig", 1)).unwrap();
         let moved = Change { key: "apple".to_owned(), ..changes.0.remove(0) };
         state.apply(&[moved], Durability::Immediate).unwrap();
-        let store = Store::new(Box::new(state));
+        let store = Store::new(Box::new(state)).unwrap();
         assert_eq!(store.get::<Fruit>("apple").unwrap_err().kind(), ErrorKind::Corrupt);
     }
 }
