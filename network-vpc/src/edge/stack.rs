@@ -11,7 +11,13 @@ use super::wire::{Key, Wire};
 use crate::switch::View;
 
 /// The room of a conversation each way. Its memory is taken as it is used.
-const TO_GUEST: usize = 256 << 10;
+///
+/// What is on its way to the guest is here until the guest has acknowledged it: with no more than is written to a machine's socket
+/// at a time, guest and network wait for each other in turn. Of many conversations at once each has less, so that a guest
+/// that reads nothing takes a bounded part of the host's memory.
+const TO_GUEST: usize = 1 << 20;
+const TO_GUEST_OF_MANY: usize = 256 << 10;
+const MANY: usize = 64;
 const FROM_GUEST: usize = 256 << 10;
 
 /// How often a guest that does not answer is asked whether it is there; and a guest that has no room for what waits for
@@ -103,9 +109,10 @@ impl Stack {
         self.wire.segment_size(key)
     }
 
-    fn socket() -> tcp::Socket<'static> {
+    fn socket(&self) -> tcp::Socket<'static> {
         let buffer = |len| tcp::SocketBuffer::new(vec![0; len]);
-        let mut socket = tcp::Socket::new(buffer(FROM_GUEST), buffer(TO_GUEST));
+        let to_guest = if self.sockets.iter().count() < MANY { TO_GUEST } else { TO_GUEST_OF_MANY };
+        let mut socket = tcp::Socket::new(buffer(FROM_GUEST), buffer(to_guest));
         socket.set_nagle_enabled(false);
         // Where an acknowledgement waits and the end of a window goes back as it is rounded, smoltcp panics.
         socket.set_ack_delay(None);
@@ -116,14 +123,14 @@ impl Stack {
 
     /// A socket for the conversation that the guest is about to begin.
     pub(super) fn expect(&mut self, key: Key) -> Option<SocketHandle> {
-        let mut socket = Self::socket();
+        let mut socket = self.socket();
         socket.listen(key.1).ok()?;
         Some(self.sockets.add(socket))
     }
 
     /// A socket for a conversation that begins outside.
     pub(super) fn connect(&mut self, key: Key) -> Option<SocketHandle> {
-        let mut socket = Self::socket();
+        let mut socket = self.socket();
         socket.connect(self.interface.context(), key.0, key.1).ok()?;
         Some(self.sockets.add(socket))
     }
@@ -144,5 +151,23 @@ impl Stack {
     pub(super) fn remove(&mut self, key: &Key, handle: SocketHandle) {
         self.wire.forget(key);
         self.sockets.remove(handle);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn conversations_have_less_room_where_they_are_many() {
+        let view = crate::fuzzing::view().unwrap();
+        let mut stack = Stack::new(&view);
+        let mut rooms = (0..2 * MANY as u16).map(|port| {
+            let handle = stack.connect(((view.address, 22), (Ipv4Addr::new(10, 0, 0, 9), 1024 + port))).unwrap();
+            stack.get(handle).send_capacity()
+        });
+        assert!(rooms.by_ref().take(MANY).all(|room| room == TO_GUEST));
+        assert!(rooms.all(|room| room == TO_GUEST_OF_MANY));
     }
 }

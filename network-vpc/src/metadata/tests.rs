@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use instance_core::HttpTokens;
-use instance_core::net::MacAddress;
 
 use ami_core::ProductCodeKind;
 
@@ -12,27 +11,7 @@ use crate::firewall::Policy;
 use crate::switch::View;
 
 fn view() -> View {
-    View {
-        interface: "eni-0123456789abcdef0".parse().unwrap(),
-        vpc: "vpc-0123456789abcdef0".parse().unwrap(),
-        vpc_cidr: "10.0.0.0/16".parse().unwrap(),
-        subnet_id: "subnet-0123456789abcdef0".parse().unwrap(),
-        subnet: "10.0.0.0/24".parse().unwrap(),
-        mac: MacAddress([6, 0, 0, 0, 0, 9]),
-        address: "10.0.0.12".parse().unwrap(),
-        secondary: Vec::new(),
-        public: Vec::new(),
-        routes: crate::routing::Routes::new([(ipnet::Ipv4Net::default(), crate::RouteState::Active)]),
-        dhcp: crate::DhcpSettings::default(),
-        source_dest_check: true,
-        mtu: 1500,
-        host_name: "ip-10-0-0-12".to_owned(),
-        domain: "ec2.internal".to_owned(),
-        region: "us-east-1".to_owned(),
-        zone: "us-east-1a".to_owned(),
-        groups: vec![("sg-0123456789abcdef0".parse().unwrap(), "web".to_owned())],
-        policy: Policy::default(),
-    }
+    View { policy: Policy::default(), ..crate::fuzzing::view().unwrap() }
 }
 
 fn metadata() -> Metadata {
