@@ -262,9 +262,17 @@ pub(crate) fn read_all_at(
     mut offset: u64,
 ) -> io::Result<()> {
     while !bufs.is_empty() {
-        let count = bufs.len().min(IOV_MAX) as i32;
-        // SAFETY: an `IoBufMut` is an `iovec` of memory that may be written.
-        let done = unsafe { libc::preadv64(file.as_raw_fd(), bufs.as_ptr().cast(), count, offset as i64) };
+        let (count, at) = (bufs.len().min(IOV_MAX) as i32, offset as i64);
+        let done = match &mut **bufs {
+            // Most are alone, and the call for one is shorter.
+            [one] => {
+                let iovec { iov_base, iov_len } = *one.iovec();
+                // SAFETY: an `IoBufMut` is an `iovec` of memory that may be written.
+                unsafe { libc::pread64(file.as_raw_fd(), iov_base, iov_len, at) }
+            }
+            // SAFETY: as above.
+            all => unsafe { libc::preadv64(file.as_raw_fd(), all.as_ptr().cast(), count, at) },
+        };
         step(bufs, &mut offset, done, io::ErrorKind::UnexpectedEof)?;
     }
     Ok(())
@@ -277,9 +285,17 @@ pub(crate) fn write_all_at(
     mut offset: u64,
 ) -> io::Result<()> {
     while !bufs.is_empty() {
-        let count = bufs.len().min(IOV_MAX) as i32;
-        // SAFETY: an `IoBuf` is an `iovec` of memory that may be read.
-        let done = unsafe { libc::pwritev64(file.as_raw_fd(), bufs.as_ptr().cast(), count, offset as i64) };
+        let (count, at) = (bufs.len().min(IOV_MAX) as i32, offset as i64);
+        let done = match &mut **bufs {
+            // Most are alone, and the call for one is shorter.
+            [one] => {
+                let iovec { iov_base, iov_len } = *one.iovec();
+                // SAFETY: an `IoBuf` is an `iovec` of memory that may be read.
+                unsafe { libc::pwrite64(file.as_raw_fd(), iov_base, iov_len, at) }
+            }
+            // SAFETY: as above.
+            all => unsafe { libc::pwritev64(file.as_raw_fd(), all.as_ptr().cast(), count, at) },
+        };
         step(bufs, &mut offset, done, io::ErrorKind::WriteZero)?;
     }
     Ok(())
@@ -298,6 +314,10 @@ fn step<B: Buffer>(
             error => Err(error),
         },
         Ok(0) if bufs.iter().any(|buf| buf.size() > 0) => Err(nothing.into()),
+        Ok(done) if matches!(bufs, [one] if one.size() == done) => {
+            *bufs = &mut [];
+            Ok(())
+        }
         Ok(done) => {
             advance(bufs, done);
             *offset += done as u64;

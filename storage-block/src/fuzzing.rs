@@ -201,6 +201,14 @@ pub fn volume_log(bytes: &[u8]) {
         overlay_end = if run.state == State::Overlay { at } else { overlay_end };
     }
     assert_eq!((at, map.overlay_end()), (BLOCKS, overlay_end));
+    for run in &runs {
+        for (first, count) in [(run.first, run.count), (run.first, 1), (run.first.saturating_sub(1), 2)] {
+            let there = &plain[first as usize..][..count as usize];
+            let in_one_look = count <= 32 - first % 32;
+            let expect = in_one_look && there.iter().all(|state| *state == run.state);
+            assert_eq!(map.is_at_once(first, count, run.state), expect, "{first} {count}");
+        }
+    }
     let per_chunk = (format::CHUNK / BLOCK) as usize;
     let bit = |state: &State, at: u32| u16::from(*state != State::Base) << at;
     let bits = |chunk: &[State]| chunk.iter().zip(0..).map(|(state, at)| bit(state, at)).sum();

@@ -40,6 +40,17 @@ impl StateMap {
         }
     }
 
+    /// Whether these blocks share this state, as far as one look tells: it may say that they do not although they do.
+    #[inline]
+    pub(crate) fn is_at_once(&self, first: u64, count: u64, state: State) -> bool {
+        let within = first % WORD;
+        if !(1..=WORD - within).contains(&count) {
+            return false;
+        }
+        let mask = (u64::MAX >> (64 - 2 * count)) << (2 * within);
+        self.leaf(first).is_some_and(|leaf| (word(leaf, first) ^ (LOW * state as u64)) & mask == 0)
+    }
+
     /// All runs from `first`, neighbours in one state joined.
     pub(crate) fn runs(&self, first: u64, count: u64) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();

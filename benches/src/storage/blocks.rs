@@ -100,11 +100,15 @@ impl Beside {
     ///
     /// What the file system says.
     pub fn new(bench: &Bench) -> anyhow::Result<Self> {
+        Self::of(bench, SIZE)
+    }
+
+    fn of(bench: &Bench, size: u64) -> anyhow::Result<Self> {
         let dir = bench.temp_dir()?;
-        let image = bench.image(SIZE)?;
+        let image = bench.image(size)?;
         let raw = ["a.raw", "b.raw"].map(|name| dir.path().join(name));
         for path in &raw {
-            corpus::copy(&image, path, bench.bytes(SIZE))?;
+            corpus::copy(&image, path, bench.bytes(size))?;
         }
         let store = Store::open(dir.path().join("store"))?;
         let snapshot = import(&store, &image)?;
@@ -162,21 +166,30 @@ impl Beside {
     fn compare(
         &self,
         rounds: Rounds,
-        mut work: impl FnMut(&Side, u64) -> anyhow::Result<Duration>,
+        work: impl FnMut(&Side, u64) -> anyhow::Result<Duration>,
     ) -> anyhow::Result<Measurement> {
-        let [volume, raw, again] = self.sides()?;
-        let work = std::cell::RefCell::new(&mut work);
-        // Each does in a round what the others do in it.
-        let numbered = |side: Side| {
-            let (work, mut round) = (&work, 0);
-            move || {
-                round += 1;
-                (*work.borrow_mut())(&side, round - 1)
-            }
-        };
-        let (mut volume, mut raw, mut again) = (numbered(volume), numbered(raw), numbered(again));
-        median_speed(rounds, ("volume", &mut volume), ("raw", &mut raw), ("raw again", &mut again))
+        compare(std::slice::from_ref(self), rounds, work)
     }
+}
+
+/// Compares what `work` makes of volumes, and of the files beside them, one after the other and again.
+fn compare(
+    all: &[Beside],
+    rounds: Rounds,
+    mut work: impl FnMut(&Side, u64) -> anyhow::Result<Duration>,
+) -> anyhow::Result<Measurement> {
+    let sides = all.iter().map(Beside::sides).collect::<anyhow::Result<Vec<_>>>()?;
+    let (sides, work) = (&sides, std::cell::RefCell::new(&mut work));
+    // Each does in a round what the others do in it.
+    let numbered = |which: usize| {
+        let (work, mut round) = (&work, 0);
+        move || {
+            round += 1;
+            (*work.borrow_mut())(&sides[(round as usize - 1) % sides.len()][which], round - 1)
+        }
+    };
+    let (mut volume, mut raw, mut again) = (numbered(0), numbered(1), numbered(2));
+    median_speed(rounds, ("volume", &mut volume), ("raw", &mut raw), ("raw again", &mut again))
 }
 
 /// Numbers that look random and are the same every time (xorshift).
@@ -280,11 +293,16 @@ pub(super) fn random_read(bench: &Bench, depth: u64) -> anyhow::Result<Measureme
     beside.compare(bench.rounds(25), |side, round| read_blocks(side, bench.bytes(READS), depth, round))
 }
 
+/// Of several volumes beside as many pairs of files: where its pages lie in memory makes a file a fifth slower or faster to
+/// write to than another, for as long as they are there.
 pub(super) fn random_overwrite(bench: &Bench) -> anyhow::Result<Measurement> {
-    let beside = Beside::new(bench)?;
-    beside.touch()?;
-    beside.warm()?;
-    beside.compare(bench.rounds(15), |side, round| {
+    const SETS: u64 = 32;
+    let all = (0..SETS).map(|_| Beside::of(bench, SIZE / SETS)).collect::<anyhow::Result<Vec<_>>>()?;
+    for beside in &all {
+        beside.touch()?;
+        beside.warm()?;
+    }
+    compare(&all, bench.rounds(2 * SETS as usize), |side, round| {
         let (mut random, blocks) = (Random::new(round), side.size() / BLOCK);
         write_blocks(side, (0..bench.bytes(WRITES)).map(|_| random.below(blocks)))
     })

@@ -155,6 +155,10 @@ impl Inner {
     /// Both under the list's lock: who finds a block in its new state may rely on the next flush to log it, and a flush
     /// that finds no list finds all that was on it in the map.
     fn change(&self, first: u64, count: u64, state: State) {
+        // What is written is most often written again.
+        if self.map.is_at_once(first, count, state) {
+            return;
+        }
         let (mut at, end) = (first, first + count);
         while at < end {
             let (old, count) = self.map.run(at, end - at);
