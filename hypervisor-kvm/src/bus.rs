@@ -129,6 +129,11 @@ impl Devices {
         }
     }
 
+    /// Goes on with what vCPUs had to leave when the gate was closed.
+    pub(crate) fn go_on(&self, vm: &VmFd, gate: &Gate) {
+        self.virtio.all().iter().for_each(|placed| placed.device.go_on(vm, gate));
+    }
+
     /// Presses the power button.
     pub(crate) fn press_power_button(&self, vm: &VmFd) {
         self.power.press_button(|level| set_sci(vm, level));

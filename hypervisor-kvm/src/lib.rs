@@ -23,10 +23,11 @@
 //!
 //! # How it works
 //!
-//! - **A thread for each processor, disk and network port.** They wait, run and end together; the last one to
-//!   leave says why the machine ended. A processor in the guest is called back by the signal `SIGSTKFLT`,
-//!   which Linux itself never sends: it stays blocked in these threads and is let in by KVM alone, so that
-//!   no handler is needed or touched. One that is sent to the whole process may be lost to them.
+//! - **A thread for each processor, disk and network port**, and one for streams and for a virtio console where there
+//!   are such. They wait, run and end together; the last one to leave says why the machine ended. A processor in the
+//!   guest is called back by the signal `SIGSTKFLT`, which Linux itself never sends: it stays blocked in these threads and
+//!   is let in by KVM alone, so that no handler is needed or touched. One that is sent to the whole process may be lost to
+//!   them.
 //! - **Disks.** A disk's thread takes up requests from as many virtqueues as there are processors, 16 at most, and
 //!   answers them as they end, in any order. They are served by [`storage_block::Queue`], straight from and to the guest's memory: by
 //!   io_uring where the host's kernel allows it and the disk's bytes lie in a file, else by threads, which are made when

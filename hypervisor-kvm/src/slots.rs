@@ -183,15 +183,21 @@ impl Slots {
         else {
             return false;
         };
-        let mut state = self.lock();
-        let place = state.places.get_mut(bits.trailing_zeros() as usize);
+        let number = bits.trailing_zeros() as usize;
         // One without a thread is still on its way in.
-        let may_go = |placed: &mut Arc<Placed>| placed.can_go() && placed.thread().is_some();
-        let Some(ejected) = place.and_then(|place| place.take_if(may_go)) else { return false };
-        state.registers = state.registers.without(ejected.number);
-        // Under the lock, so that whoever sees it gone sees it stopped.
+        let may_go = |placed: &Arc<Placed>| placed.can_go() && placed.thread().is_some();
+        let Some(ejected) = self.get(number).filter(may_go) else { return false };
+        // In its place, so that whoever sees it gone sees it stopped, and not under the lock, which others need who have
+        // nothing to do with its requests.
         ejected.device.stop(vm);
         ejected.device.end();
+        let mut state = self.lock();
+        let is_it = |placed: &mut Arc<Placed>| Arc::ptr_eq(placed, &ejected);
+        // Another vCPU may have ejected it, too.
+        if state.places.get_mut(number).and_then(|place| place.take_if(is_it)).is_none() {
+            return false;
+        }
+        state.registers = state.registers.without(ejected.number);
         let thread = ejected.thread().take();
         state.departed.extend(thread);
         drop((ejected, state));

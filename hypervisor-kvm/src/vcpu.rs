@@ -39,6 +39,7 @@ pub(crate) fn run(
             if !gate.pass() {
                 return None;
             }
+            devices.go_on(vm, gate);
             running = lock();
             // The guest's clock has gone on while it stood still, which Linux takes for a processor that
             // hangs, unless it is told. A guest without such a clock has nothing to be told.

@@ -184,6 +184,46 @@ fn the_balloon_gives_memory_back_to_the_host() {
     assert_eq!(guest.machine.set_balloon(1).unwrap_err().kind(), MachineErrorKind::WrongState);
 }
 
+/// A list of pages in one buffer, longer than what is done at a time, and of which nothing more is told.
+#[test]
+fn a_long_list_of_pages_is_done_to_its_end() {
+    let Some(kvm) = common::kvm() else { return };
+    let guest = Guest::with(&kvm, |spec| spec.memory_mib = 128.try_into().unwrap());
+    let begin = || {
+        let mut reader = guest.console.reader_from_now();
+        guest.say("long 300000");
+        reader.wait_for("begun\n", soon()).unwrap();
+        reader
+    };
+    begin().wait_for("long 1\n", soon()).unwrap();
+    // Also where the machine stands still in between.
+    let mut reader = begin();
+    for _ in 0..5 {
+        guest.machine.pause().unwrap();
+        guest.machine.resume().unwrap();
+    }
+    reader.wait_for("long 1\n", soon()).unwrap();
+    if !kvm.capabilities().save {
+        return eprintln!("SKIPPED: this host's KVM does not tell all of a machine's state");
+    }
+    // In the middle, of which the host may have been kept by others.
+    loop {
+        let mut reader = begin();
+        guest.machine.pause().unwrap();
+        if reader.wait_for("l", Instant::now()).is_err() {
+            break;
+        }
+        guest.machine.resume().unwrap();
+    }
+    let file = tempfile::tempfile().unwrap();
+    guest.machine.save(&file).unwrap();
+    let console = Console::new();
+    let spec = RestoreSpec::new("restored", SavedMachine::new(file).unwrap(), console.port());
+    let machine = kvm.restore(spec).unwrap();
+    machine.resume().unwrap();
+    console.reader().wait_for("long 1\n", soon()).unwrap();
+}
+
 #[test]
 fn a_restored_machine_has_new_streams_and_an_empty_balloon() {
     let Some(kvm) = common::kvm() else { return };

@@ -87,6 +87,24 @@ fn machines_have_the_threads_of_their_type() {
     }
 }
 
+/// By which cloud-init and others know that they are on EC2, and which instance they are.
+#[test]
+fn machines_have_the_identity_that_instances_of_ec2_have() {
+    let (dir, host) = (tempfile::tempdir().unwrap(), Noting::default());
+    let (region, ami) = open(dir.path(), RegionOptions::new(), &host);
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        let instance = region.launch(&ami, LaunchSpec::new("t3.micro".parse().unwrap())).unwrap();
+        let identity = host.asked.lock().unwrap().last().unwrap().identity.clone().unwrap();
+        assert!(identity.serial.starts_with("ec2"), "{identity:?}");
+        assert_eq!(identity.serial, identity.uuid_text());
+        assert_eq!((&*identity.vendor, &*identity.product), ("Amazon EC2", "t3.micro"));
+        assert_eq!(identity.asset_tag, instance.id().to_string());
+        seen.push(identity.serial);
+    }
+    assert_ne!(seen[0], seen[1]);
+}
+
 #[test]
 fn machines_have_streams_where_the_region_was_opened_with_them() {
     let dir = tempfile::tempdir().unwrap();

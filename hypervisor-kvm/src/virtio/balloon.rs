@@ -152,8 +152,8 @@ impl Balloon {
         let done = &mut self.reported[queue];
         let (mut skipped, mut most) = (*done, REPORT_BATCH);
         for (start, len) in chain.writable.segments() {
-            let end = start + u64::from(len);
-            let from = end.min(start + skipped);
+            // An empty one may be anywhere.
+            let (from, end) = (start + skipped.min(len.into()), start + u64::from(len));
             skipped -= from - start;
             // Between pages, so that none is given back by halves, which is not at all.
             let until = if end - from <= most { end } else { from.max((from + most) / PAGE * PAGE) };

@@ -161,6 +161,8 @@ fn a_long_report_is_done_in_pieces() {
     let mut guest = Guest::without(0);
     let unfinished = Step::Served { interrupt: false };
     let mut chain = vec![(400 * PAGE + 1, (PAGE * 400) as u32, WRITE); 60];
+    // One without bytes is in no memory.
+    chain.insert(0, (u64::MAX, 0, WRITE));
     chain.push((900 * PAGE, PAGE as u32, WRITE));
     let pieces = (60 * 400 + 1) * PAGE / REPORT_BATCH;
     guest.offer(4, 0, &chain);
@@ -181,7 +183,7 @@ fn a_long_report_is_done_in_pieces() {
         } else {
             guest.step(3);
         }
-        guest.offer(3, 61, &[(260 * PAGE, PAGE as u32, WRITE)]);
+        guest.offer(3, 62, &[(260 * PAGE, PAGE as u32, WRITE)]);
         (0..2).for_each(|_| _ = guest.step(3));
         assert_eq!(guest.given_back().contains(&260), !stops, "a queue that is taken back is looked at anew");
     }

@@ -85,6 +85,8 @@ pub(crate) struct VirtioDevice {
     notification: Option<EventFd>,
     /// It is to be served no longer.
     stopped: AtomicBool,
+    /// A vCPU that served it had to stand still before all was done: see [`go_on`](Self::go_on).
+    left: AtomicBool,
     /// Its configuration is to change with what is outside.
     stale: Arc<AtomicBool>,
     /// Whether that is so when a driver has come up, too: see [`telling`](Self::telling).
@@ -158,6 +160,7 @@ impl VirtioDevice {
             memory: memory.clone(),
             notification: None,
             stopped: AtomicBool::new(false),
+            left: AtomicBool::new(false),
             stale: Arc::default(),
             tells: false,
             waiting: Mutex::default(),
@@ -200,7 +203,8 @@ impl VirtioDevice {
             }
             _ => return Err(unfit(Malformed("the device is on another transport"))),
         }
-        // What the driver notified of may have been on its way.
+        // What the driver notified of may have been on its way, or under way.
+        self.left.store(!self.needs_thread(), Ordering::Release);
         self.wake();
         Ok(())
     }
@@ -266,11 +270,27 @@ impl VirtioDevice {
                 self.stale.fetch_or(self.tells, Ordering::AcqRel);
                 self.wake();
             }
-            // No more than a queue holds: the vCPU has to get on, also where others keep adding, and nobody who ends the
-            // machine waits for all of it.
-            Effect::Notify => _ = (0..ring::QUEUE_SIZE).find(|_| gate.ends() || !self.step(vm)),
+            Effect::Notify => self.serve_on_vcpu(vm, gate),
             Effect::Broken(why) => self.warn(why),
             Effect::None | Effect::Reset => {}
+        }
+    }
+
+    /// Serves until there is nothing to do: a driver that was not told to notify of what it adds relies on that. Nobody who
+    /// closes the gate waits for all of it.
+    fn serve_on_vcpu(&self, vm: &VmFd, gate: &Gate) {
+        while gate.is_open() {
+            if !self.step(vm) {
+                return;
+            }
+        }
+        self.left.store(true, Ordering::Release);
+    }
+
+    /// Goes on, on a vCPU that was at the gate, with what one had to leave there.
+    pub(crate) fn go_on(&self, vm: &VmFd, gate: &Gate) {
+        if self.left.swap(false, Ordering::AcqRel) {
+            self.serve_on_vcpu(vm, gate);
         }
     }
 

@@ -42,11 +42,24 @@ void report(u32 first, u32 count)
         ;
 }
 
-void prepare_hoard(void)
+void prepare_list(u32 count)
 {
     balloon_target();
-    for (u32 n = 0; n < LENGTH; n++)
+    for (u32 n = 0; n < count; n++)
         ((u32 *)LONG)[n] = FAR + n % SPREAD * 2;
+}
+
+void inflate_list(u32 count)
+{
+    u32 ignored;
+    give(device, INFLATE, &queues[INFLATE], 0, (void *)LONG, count * sizeof(u32), 0);
+    while (!take(&queues[INFLATE], &ignored, &ignored))
+        ;
+}
+
+void prepare_hoard(void)
+{
+    prepare_list(LENGTH);
 }
 
 void hoard(void)

@@ -70,6 +70,8 @@ void inflate(u32 first, u32 count);
 /* Says that pages are free, which they are until the device has answered. */
 void report(u32 first, u32 count);
 /* Puts a long list into it, again and again, once that is prepared. */
+void prepare_list(u32 count);
+void inflate_list(u32 count);
 void prepare_hoard(void);
 void hoard(void);
 

@@ -395,6 +395,12 @@ static void obey(char *line)
         u32 first = number(&line);
         report(first, number(&line));
         say("report 1\n");
+    } else if (is(command, "long")) {
+        u32 pages = number(&line);
+        prepare_list(pages);
+        say("begun\n");
+        inflate_list(pages);
+        say("long 1\n");
     } else if (is(command, "hoard")) {
         prepare_hoard();
         say("hoarding\n");

@@ -101,7 +101,7 @@ pub struct Boot {
     pub kernel: BootFile,
     /// The initial RAM disk.
     pub initrd: Option<BootFile>,
-    /// The kernel's command line. The hypervisor appends to it what its devices need.
+    /// The kernel's command line, as the kernel gets it.
     pub command_line: String,
 }
 

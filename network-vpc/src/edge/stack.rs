@@ -164,7 +164,8 @@ mod tests {
         let view = crate::fuzzing::view().unwrap();
         let mut stack = Stack::new(&view);
         let mut rooms = (0..2 * MANY as u16).map(|port| {
-            let handle = stack.connect(((view.address, 22), (Ipv4Addr::new(10, 0, 0, 9), 1024 + port))).unwrap();
+            let handle =
+                stack.connect(((view.address, 22), (Ipv4Addr::new(10, 0, 0, 9), 1024 + port))).unwrap();
             stack.get(handle).send_capacity()
         });
         assert!(rooms.by_ref().take(MANY).all(|room| room == TO_GUEST));
