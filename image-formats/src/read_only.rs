@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use storage_block::{BlockBackend, ErrorKind};
+use storage_block::{BlockBackend, Capabilities, ErrorKind};
 
 use crate::{Error, Result};
 
@@ -35,6 +35,12 @@ impl<I: ReadImage> BlockBackend for ReadOnly<I> {
 
     fn read_only(&self) -> bool {
         true
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::default();
+        capabilities.knows_holes = true;
+        capabilities
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {

@@ -25,6 +25,7 @@ fn check_converted(format: Format, options: &[&str]) {
     let disk = OpenOptions::new().extents_beside(true).open(&image, format).unwrap();
     check(&disk, &bytes, &what);
     assert!(data(&disk) < 9 * MIB as u64, "{what}: no hole is known");
+    assert!(disk.capabilities().knows_holes, "{what}: it does not say that it knows its holes");
 
     let store = Store::open(dir.path().join("store")).unwrap();
     let (snapshot, _) = store.import(&disk, &mut |_| ()).unwrap();

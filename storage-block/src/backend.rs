@@ -190,16 +190,21 @@ pub struct Capabilities {
 impl Default for Capabilities {
     /// Blocks of 512 and 4096 bytes, requests of any length, and nothing that is cheaper than writing.
     fn default() -> Self {
-        Self {
-            logical_block: 512,
-            physical_block: 4096,
-            max_request: u64::MAX,
-            discard_frees: false,
-            cheap_zeroes: false,
-            knows_holes: false,
-            in_files: false,
-        }
+        Self::LEAST
     }
+}
+
+impl Capabilities {
+    /// The default.
+    pub(crate) const LEAST: Self = Self {
+        logical_block: 512,
+        physical_block: 4096,
+        max_request: u64::MAX,
+        discard_frees: false,
+        cheap_zeroes: false,
+        knows_holes: false,
+        in_files: false,
+    };
 }
 
 /// The unit in which sizes are counted: a disk's size is a multiple of 512 bytes.

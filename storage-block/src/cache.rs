@@ -4,12 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::format::KEY_CHECK;
 use crate::store::lock;
 
-/// What a place in a pack holds never changes while a process lives, so nothing here ever goes stale.
-type Key = (u32, u32);
+/// What somebody may have read: a place in a pack, and the check of the key that it was decrypted with, if it was. What a
+/// place holds never changes while a process lives, so nothing here ever goes stale.
+pub(crate) type Key = (u32, u32, Option<[u8; KEY_CHECK]>);
 
-/// Objects by pack and first unit, up to so many bytes. Which goes first: the oldest that was not read again since
+/// Objects by what they were read from, up to so many bytes. Which goes first: the oldest that was not read again since
 /// it was last considered.
 #[derive(Debug)]
 pub(crate) struct Cache {
@@ -35,15 +37,14 @@ impl Cache {
         Self { max, state: Mutex::default() }
     }
 
-    pub(crate) fn get(&self, pack: u32, unit: u32) -> Option<Arc<[u8]>> {
+    pub(crate) fn get(&self, key: &Key) -> Option<Arc<[u8]>> {
         let state = lock(&self.state);
-        let entry = state.entries.get(&(pack, unit))?;
+        let entry = state.entries.get(key)?;
         entry.used.store(true, Ordering::Relaxed);
         Some(Arc::clone(&entry.bytes))
     }
 
-    pub(crate) fn insert(&self, pack: u32, unit: u32, bytes: &Arc<[u8]>) {
-        let key = (pack, unit);
+    pub(crate) fn insert(&self, key: Key, bytes: &Arc<[u8]>) {
         let mut state = lock(&self.state);
         if bytes.len() > self.max || state.entries.contains_key(&key) {
             return;
@@ -73,17 +74,17 @@ mod tests {
         let cache = Cache::new(1000);
         let bytes = |byte| Arc::<[u8]>::from(vec![byte; 100]);
         for unit in 0..10 {
-            cache.insert(1, unit, &bytes(unit as u8));
+            cache.insert((1, unit, None), &bytes(unit as u8));
         }
-        assert_eq!(cache.get(1, 0).as_deref(), Some(&[0; 100][..]));
+        assert_eq!(cache.get(&(1, 0, None)).as_deref(), Some(&[0; 100][..]));
         for unit in 10..15 {
-            cache.insert(1, unit, &bytes(unit as u8));
+            cache.insert((1, unit, None), &bytes(unit as u8));
             assert!(lock(&cache.state).bytes <= 1000 && lock(&cache.state).queue.len() <= 10);
         }
-        let held: Vec<u32> = (0..15).filter(|unit| cache.get(1, *unit).is_some()).collect();
+        let held: Vec<u32> = (0..15).filter(|unit| cache.get(&(1, *unit, None)).is_some()).collect();
         assert_eq!(held, [0, 6, 7, 8, 9, 10, 11, 12, 13, 14]);
-        assert!(cache.get(2, 9).is_none());
-        cache.insert(1, 99, &Arc::from(vec![0; 1001]));
-        assert!(cache.get(1, 99).is_none(), "it would not fit");
+        assert!(cache.get(&(2, 9, None)).is_none() && cache.get(&(1, 9, Some([0; KEY_CHECK]))).is_none());
+        cache.insert((1, 99, None), &Arc::from(vec![0; 1001]));
+        assert!(cache.get(&(1, 99, None)).is_none(), "it would not fit");
     }
 }

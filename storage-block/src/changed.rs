@@ -4,6 +4,7 @@
 use std::iter::FusedIterator;
 
 use crate::format::{CHUNK, HOLE, Id, LEAF_IDS, leaf_count};
+use crate::keys::EncryptionKey;
 use crate::{Error, Result, Snapshot};
 
 /// A block that differs between two snapshots, by [`Snapshot::changed_blocks`].
@@ -65,6 +66,9 @@ impl Snapshot {
     /// differ and no longer for large snapshots. The two may differ in size, what lies beyond the end of one reads
     /// as zeroes, and neither need have come of the other.
     ///
+    /// Chunks under two keys, or under one and none, have no names in common: of two such snapshots what both have is read
+    /// and compared, which takes as long as it takes to read it.
+    ///
     /// ```
     /// use storage_block::{MemoryDisk, Result, Store, Volume};
     ///
@@ -92,7 +96,7 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// As [`blocks`](Self::blocks).
+    /// As [`blocks`](Self::blocks); between two keys also what reading a chunk meets.
     pub fn changed_blocks(&self, earlier: &Self, block_size: u64) -> Result<ChangedBlocks> {
         Walk::new(Some(earlier), self, block_size).map(ChangedBlocks)
     }
@@ -171,6 +175,8 @@ impl FusedIterator for ChangedBlocks {}
 struct Walk {
     before: Option<Side>,
     after: Side,
+    /// Equal chunks of the two have equal names.
+    same_names: bool,
     /// Chunks in a block.
     block: u64,
     /// The next chunk, and the one after the last.
@@ -185,9 +191,11 @@ impl Walk {
         }
         let size = before.map_or(0, Snapshot::size).max(after.size());
         let end = leaf_count(size) * LEAF_IDS as u64;
+        let key = after.root.key();
         Ok(Self {
             before: before.map(Side::new),
             after: Side::new(after),
+            same_names: before.is_none_or(|before| EncryptionKey::are_same(before.root.key(), key)),
             block: block_size / CHUNK,
             at: 0,
             end,
@@ -214,12 +222,23 @@ impl Walk {
                 continue;
             }
             let before = self.before.as_mut().map_or(Ok(HOLE), |side| side.id(self.at))?;
-            if before != self.after.id(self.at)? {
+            let after = self.after.id(self.at)?;
+            if before != after && (before == HOLE || after == HOLE || self.bytes_differ()?) {
                 return self.take().map(Some);
             }
             self.at += 1;
         }
         Ok(None)
+    }
+
+    /// Whether the chunk we have come to, which both have by another name, holds other bytes.
+    fn bytes_differ(&self) -> Result<bool> {
+        let Some(before) = self.before.as_ref().filter(|_| !self.same_names) else { return Ok(true) };
+        let read = |side: &Side| {
+            let mut bytes = vec![0; CHUNK as usize];
+            side.snapshot.read(&mut bytes, self.at * CHUNK).map(|()| bytes)
+        };
+        Ok(read(before)? != read(&self.after)?)
     }
 
     /// The block of the chunk we have come to, all of which may lie in several leaves.

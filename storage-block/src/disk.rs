@@ -31,12 +31,34 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Disk {
     pub(crate) backend: Arc<dyn BlockBackend>,
-    /// How long a request may be for the backend. That does not change, and so it is asked once.
-    max_request: u64,
+    /// What the backend is like. That does not change, and so it is asked once.
+    traits: Traits,
     /// What its requests wait for, all of them.
     pub(crate) limiters: Option<Arc<[Limiter]>>,
     /// When they wait for that no longer.
     stop: Option<Arc<Stop>>,
+}
+
+/// What is asked about a backend at every request.
+#[derive(Clone, Copy, Debug)]
+struct Traits {
+    /// How long a request may be.
+    max_request: u64,
+    /// Zeroing is writing so many bytes.
+    writes_zeroes: bool,
+    /// A discard is that, too.
+    writes_discards: bool,
+}
+
+impl Traits {
+    fn of(backend: &impl BlockBackend) -> Self {
+        let Capabilities { max_request, cheap_zeroes, discard_frees, .. } = backend.capabilities();
+        Self {
+            max_request: max_request.clamp(SECTOR, 1 << 40),
+            writes_zeroes: !cheap_zeroes,
+            writes_discards: !cheap_zeroes && !discard_frees,
+        }
+    }
 }
 
 impl Disk {
@@ -56,8 +78,8 @@ impl Disk {
 
     /// For the backends of this crate, whose constructors have checked the size.
     pub(crate) fn from_backend(backend: impl BlockBackend) -> Self {
-        let max_request = backend.capabilities().max_request.clamp(SECTOR, 1 << 40);
-        Self { backend: Arc::new(backend), max_request, limiters: None, stop: None }
+        let traits = Traits::of(&backend);
+        Self { backend: Arc::new(backend), traits, limiters: None, stop: None }
     }
 
     /// The size in bytes. A disk may grow while it is in use ([`Volume::grow`](crate::Volume::grow)); it never
@@ -97,8 +119,7 @@ impl Disk {
 
     /// The same disk, whose requests wait for nothing.
     pub(crate) fn unlimited(&self) -> Self {
-        let (backend, max_request) = (Arc::clone(&self.backend), self.max_request);
-        Self { backend, max_request, limiters: None, stop: None }
+        Self { backend: Arc::clone(&self.backend), traits: self.traits, limiters: None, stop: None }
     }
 
     /// The same disk, whose requests end that wait for their limits when `stop` says so.
@@ -277,14 +298,25 @@ impl Disk {
     /// Waits until the limits let a request pass, and says how long one may be for the backend.
     fn admit(&self, len: u64, op: Op) -> Result<u64> {
         if let Some(limiters) = &self.limiters {
-            let cost = op.cost(len);
+            let cost = self.cost(op, len);
             for (passed, limiter) in limiters.iter().enumerate() {
                 limiter.wait(cost, self.stop.as_deref()).inspect_err(|_| {
                     limiters[..passed].iter().for_each(|limiter| limiter.give_back(cost));
                 })?;
             }
         }
-        Ok(self.max_request)
+        Ok(self.traits.max_request)
+    }
+
+    /// What a request of `len` bytes costs. Where no bytes are written for it, it counts as an operation alone.
+    pub(crate) fn cost(&self, op: Op, len: u64) -> Cost {
+        let moves = match op {
+            Op::Read | Op::Write => true,
+            Op::WriteZeroes => self.traits.writes_zeroes,
+            Op::Discard => self.traits.writes_discards,
+            Op::Flush => false,
+        };
+        Cost { ops: 1, bytes: if moves { len } else { 0 } }
     }
 }
 
@@ -316,11 +348,5 @@ pub(crate) enum Op {
 impl Op {
     fn changes(self) -> bool {
         !matches!(self, Self::Read | Self::Flush)
-    }
-
-    /// What a request of `len` bytes costs; those that carry no bytes count as operations alone.
-    pub(crate) fn cost(self, len: u64) -> Cost {
-        let bytes = if matches!(self, Self::Read | Self::Write) { len } else { 0 };
-        Cost { ops: 1, bytes }
     }
 }

@@ -181,6 +181,11 @@ impl Log {
         }
     }
 
+    /// Whether there is anything in a directory that is or was to be a log.
+    pub(crate) fn is_there(dir: &Path) -> Result<bool> {
+        Self::names(dir).map(|names| !names.is_empty())
+    }
+
     /// Removes whatever is or was to be a log in a volume's directory.
     pub(crate) fn remove(dir: &Path) -> Result<()> {
         Self::names(dir)?.iter().try_for_each(|path| remove(path))

@@ -4,7 +4,7 @@ use crate::format::{self, Id, Kind};
 use crate::keys::EncryptionKey;
 use crate::object::{Found, Object};
 use crate::store::{Inner, lock, read, write};
-use crate::{ErrorKind, Result};
+use crate::{Error, ErrorKind, Result};
 
 impl Inner {
     /// Where an object lies, with its packs open, so that it stays readable whatever the sweep does next.
@@ -61,6 +61,31 @@ impl Inner {
                 return Err(error);
             }
         }
+    }
+
+    /// Reads an object where it was found, and nowhere else. If that is damaged it is not read from there any more; also
+    /// says whether it can be read from elsewhere then.
+    pub(crate) fn check_found(
+        &self,
+        id: &Id,
+        found: &Found,
+        read: impl Fn(&Object<'_>) -> Result<Vec<u8>>,
+    ) -> Result<(), (Error, bool)> {
+        let (error, is_elsewhere) = match found.open() {
+            Ok(()) => match read(&found.object(id)) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    let is_elsewhere = self.mark_damaged(id, found, &read);
+                    (error, is_elsewhere)
+                }
+                Err(error) => (error, false),
+            },
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                (error, write(&self.index).mark_damaged(id, found.pack.number, found.slot.start))
+            }
+            Err(error) => (error, false),
+        };
+        Err((error, is_elsewhere))
     }
 
     /// The ids in a manifest leaf.

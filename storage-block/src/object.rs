@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::cache::Cache;
+use crate::cache::{self, Cache};
 use crate::codec;
 use crate::format::{BLOCK, CHUNK, Encoding, Id, Kind, Slot, UNIT};
 use crate::keys::EncryptionKey;
@@ -162,6 +162,17 @@ impl Object<'_> {
 }
 
 impl Part<'_> {
+    /// Where it is in the cache for who has this key. What is encrypted is there for nobody else.
+    pub(crate) fn cache_key(&self, key: Option<&EncryptionKey>) -> Result<cache::Key> {
+        let Slot { start, encoding, .. } = self.slot;
+        let key = match (encoding.encrypted(), key) {
+            (false, _) => None,
+            (true, Some(key)) => Some(key.check()),
+            (true, None) => return Err(self.pack.damaged(start, codec::NO_KEY)),
+        };
+        Ok((self.pack.number, start, key))
+    }
+
     /// All of an object that is no patch.
     fn decode(&self, key: Option<&EncryptionKey>) -> Result<Vec<u8>> {
         let stored = self.pack.read_stored(&self.slot)?;
@@ -180,15 +191,15 @@ impl Part<'_> {
             return self.read_units(key, offset / UNIT, (offset / UNIT) as u32, offset % UNIT, buf);
         }
         let range = offset as usize..offset as usize + buf.len();
-        let (pack, start) = (self.pack.number, self.slot.start);
-        if let Some(bytes) = cache.and_then(|cache| cache.get(pack, start)) {
+        let cached = self.cache_key(key)?;
+        if let Some(bytes) = cache.and_then(|cache| cache.get(&cached)) {
             buf.copy_from_slice(&bytes[range]);
             return Ok(());
         }
         let bytes = self.decode(key)?;
         buf.copy_from_slice(&bytes[range]);
         if let Some(cache) = cache {
-            cache.insert(pack, start, &bytes.into());
+            cache.insert(cached, &bytes.into());
         }
         Ok(())
     }

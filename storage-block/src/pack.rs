@@ -202,6 +202,16 @@ impl Index {
         Some(Found { pack: pack(place.pack)?, slot: place.slot, patch })
     }
 
+    /// The same of what lies at this place of a pack, which may be one of several that hold it.
+    pub(crate) fn find_at(&self, id: &Id, (pack, start): (u32, u32)) -> Option<Found> {
+        let is_there = |place: &Place| place.pack == pack && place.slot.start == start;
+        if self.places.get(id).is_some_and(|place| is_there(&place)) {
+            return self.find(id);
+        }
+        let copy = self.copies.get(id)?.iter().find(|copy| is_there(copy))?;
+        Some(Found { pack: self.packs.get(&pack).map(Arc::clone)?, slot: copy.slot, patch: None })
+    }
+
     /// Whether nobody need store the object: it is there, and so is what it differs from.
     pub(crate) fn has(&self, id: &Id) -> bool {
         let sound = |id: &Id| self.places.get(id).filter(|_| !self.damaged.contains(id));

@@ -1,10 +1,12 @@
 //! A disk that is a file or a block device, byte for byte.
 
+mod device;
+
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +14,17 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use crate::buffer::write_all_at;
+use crate::format::BLOCK;
 use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Extent, IoBuf, Result, SECTOR};
+
+/// Where the file system can do less, it costs more, and that shows only when it is asked.
+const OF_A_FILE: Capabilities = Capabilities {
+    discard_frees: true,
+    cheap_zeroes: true,
+    knows_holes: true,
+    in_files: true,
+    ..Capabilities::LEAST
+};
 
 /// A raw image: byte `n` of the disk is byte `n` of the file.
 ///
@@ -32,6 +44,7 @@ pub struct RawFile {
     file: File,
     size: u64,
     read_only: bool,
+    capabilities: Capabilities,
     /// A synchronisation has failed.
     failed: AtomicBool,
 }
@@ -68,17 +81,19 @@ impl RawFile {
     /// [`Io`](ErrorKind::Io) if it is neither a file nor a block device.
     pub fn from_file(mut file: File, read_only: bool) -> Result<Self> {
         let metadata = file.metadata().map_err(|e| Error::io(e, "cannot look at the image"))?;
-        let size = if metadata.is_file() {
-            metadata.len()
+        let (size, capabilities) = if metadata.is_file() {
+            (metadata.len(), OF_A_FILE)
         } else if metadata.file_type().is_block_device() {
-            file.seek(SeekFrom::End(0)).map_err(|e| Error::io(e, "cannot learn the device's size"))?
+            let size = file.seek(SeekFrom::End(0));
+            let size = size.map_err(|e| Error::io(e, "cannot learn the device's size"))?;
+            (size, device::capabilities(&file, metadata.rdev()))
         } else {
             return Err(Error::new(ErrorKind::Io, "the image is neither a file nor a block device"));
         };
         if size % SECTOR != 0 {
             return Err(Error::invalid_size(size, "is not a multiple of 512 bytes"));
         }
-        Ok(Self { file, size, read_only, failed: AtomicBool::new(false) })
+        Ok(Self { file, size, read_only, capabilities, failed: AtomicBool::new(false) })
     }
 
     /// Makes a new, sparse image that reads as zeroes.
@@ -96,7 +111,8 @@ impl RawFile {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
         let file = file.map_err(|e| Error::io(e, context()))?;
         file.set_len(size).map_err(|e| Error::io(e, context()))?;
-        Ok(Self { file, size, read_only: false, failed: AtomicBool::new(false) })
+        let failed = AtomicBool::new(false);
+        Ok(Self { file, size, read_only: false, capabilities: OF_A_FILE, failed })
     }
 
     /// A handle to it.
@@ -158,13 +174,7 @@ impl BlockBackend for RawFile {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            discard_frees: true,
-            cheap_zeroes: true,
-            knows_holes: true,
-            in_files: true,
-            ..Capabilities::default()
-        }
+        self.capabilities
     }
 
     fn extent(&self, offset: u64, len: u64) -> Extent<'_> {
@@ -179,11 +189,34 @@ impl BlockBackend for RawFile {
 
 /// Makes a range of a file read as zeroes, giving its space back where the file system can.
 pub(crate) fn zero_range(file: &File, offset: u64, len: u64) -> std::io::Result<()> {
-    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, punch, offset, len) {
+    match punch(file, offset, len) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => write_zeroes(file, offset, len),
+        // A device does it to whole blocks of its own alone.
+        Err(Errno::INVAL) => zero_blocks(file, offset, len),
         result => Ok(result?),
     }
+}
+
+/// The same where whole blocks alone can be given back: what is not one, at either end, is written. No device's are larger
+/// than a page but for a few, where all of it may have to be written.
+fn zero_blocks(file: &File, offset: u64, len: u64) -> std::io::Result<()> {
+    let end = offset + len;
+    let (first, last) = (offset.next_multiple_of(BLOCK), end / BLOCK * BLOCK);
+    if first >= last {
+        return write_zeroes(file, offset, len);
+    }
+    write_zeroes(file, offset, first - offset)?;
+    write_zeroes(file, last, end - last)?;
+    match punch(file, first, last - first) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL) => {
+            write_zeroes(file, first, last - first)
+        }
+        result => Ok(result?),
+    }
+}
+
+fn punch(file: &File, offset: u64, len: u64) -> rustix::io::Result<()> {
+    rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
 }
 
 /// Writes zeroes, allocating the range.

@@ -66,23 +66,29 @@ impl Store {
         report.damages.extend(read(&inner.index).broken.values().map(broken));
         let roots = open_roots(self, &mut report)?;
         let keys = keys_of(inner, &roots);
-        let mut objects: Vec<(u32, u32, u64, Id)> = {
+        let (mut objects, copied): (Vec<(u32, u32, u64, Id)>, HashSet<Id>) = {
             let index = read(&inner.index);
             let place = |(id, place): (&Id, Place)| {
                 (place.pack, place.slot.start, u64::from(place.slot.units()) * UNIT, *id)
             };
-            index.places.iter().map(place).collect()
+            let copies =
+                index.copies.iter().flat_map(|(id, copies)| copies.iter().map(move |copy| (id, *copy)));
+            (index.places.iter().chain(copies).map(place).collect(), index.copies.keys().copied().collect())
         };
         // In the order in which they lie.
         objects.sort_unstable();
 
         let mut reporter = Reporter::begin(objects.iter().map(|(.., len, _)| len).sum(), progress)?;
         let (mut damaged, mut done) = (HashSet::new(), 0);
-        for (.., len, id) in &objects {
-            match check_object(inner, id, keys.get(id), &mut report) {
-                Ok(()) => {}
-                Err(error) => {
-                    report.damages.push(error);
+        for (pack, start, len, id) in &objects {
+            let key = keys.get(id);
+            let checked = match copied.contains(id) {
+                true => check_place(inner, id, (*pack, *start), key, &mut report),
+                false => check_object(inner, id, key, &mut report).map_err(|error| (error, false)),
+            };
+            if let Err((error, is_elsewhere)) = checked {
+                report.damages.push(error);
+                if !is_elsewhere {
                     damaged.insert(*id);
                 }
             }
@@ -142,6 +148,27 @@ fn check_object(inner: &Inner, id: &Id, key: Option<&EncryptionKey>, report: &mu
         return inner.check_keyless(found.slot.kind, id);
     }
     inner.read_object(found.slot.kind, id, key).map(drop)
+}
+
+/// The same for an object that lies in several places, in one of them. After a damage, also whether it is to be had elsewhere.
+fn check_place(
+    inner: &Inner,
+    id: &Id,
+    place: (u32, u32),
+    key: Option<&EncryptionKey>,
+    report: &mut ScrubReport,
+) -> Result<(), (Error, bool)> {
+    let found = read(&inner.index).find_at(id, place);
+    let Some(found) = found else {
+        return check_object(inner, id, key, report).map_err(|error| (error, false));
+    };
+    report.objects += 1;
+    let keyless = found.slot.encoding.encrypted() && key.is_none();
+    report.without_key += u64::from(keyless);
+    inner.check_found(id, &found, |object| match keyless {
+        true => object.read_keyless(),
+        false => object.read_checked(key),
+    })
 }
 
 /// Sees that a snapshot's leaves and chunks are there, and that none of them is among the damaged.

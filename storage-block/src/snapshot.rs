@@ -219,7 +219,7 @@ impl Snapshot {
                 object.read_sound_into(key, &mut bytes)?;
                 part.copy_from_slice(&bytes[offset as usize..][..part.len()]);
                 if slot.encoding.compressed() {
-                    self.store.cache.insert(pack.number, slot.start, &bytes.into());
+                    self.store.cache.insert(object.own.cache_key(key)?, &bytes.into());
                 }
             }
             pack.set_verified(slot.start);

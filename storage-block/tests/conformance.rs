@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use storage_block::keys::LocalKey;
@@ -24,6 +26,61 @@ fn raw_file() {
         made.set(made.get() + 1);
         RawFile::create(dir.path().join(made.get().to_string()), size).unwrap().into_disk()
     });
+}
+
+/// A block device that is a file, for as long as it is held.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &Path, sector: u32) -> Option<Self> {
+        let sector = format!("--sector-size={sector}");
+        let made = Command::new("losetup").args(["--find", "--show", &sector]).arg(file).output();
+        let why = match made {
+            Ok(made) if made.status.success() => {
+                let path = String::from_utf8(made.stdout).unwrap();
+                return Some(Self(path.trim().to_owned()));
+            }
+            Ok(made) => String::from_utf8_lossy(&made.stderr).into_owned(),
+            Err(error) => error.to_string(),
+        };
+        assert!(std::env::var_os("CI").is_none(), "no loop device can be made, and CI needs one: {why}");
+        eprintln!("SKIPPED: no loop device can be made; block devices are not tested: {why}");
+        None
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// A device takes ranges of its own blocks alone to be zeroed; any byte may be a request's first and last all the same.
+#[test]
+fn block_device() {
+    for sector in [512, 4096] {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::File::create_new(&file).unwrap().set_len(3 << 20).unwrap();
+        // Before anything else is made, so that there is a place to say that there is none.
+        let Some(probe) = Loop::new(&file, sector) else { return };
+        let found = RawFile::open(&probe.0, false).unwrap().into_disk().capabilities();
+        assert!(
+            found.discard_frees && found.cheap_zeroes && found.in_files && !found.knows_holes,
+            "{found:?}"
+        );
+        assert_eq!((found.logical_block, found.physical_block), (512, 4096));
+        let (made, devices) = (Cell::new(0), RefCell::new(vec![probe]));
+        testing::conformance(|size| {
+            made.set(made.get() + 1);
+            let file = dir.path().join(made.get().to_string());
+            std::fs::File::create_new(&file).unwrap().set_len(size).unwrap();
+            let device = Loop::new(&file, sector).expect("one more loop device");
+            let disk = RawFile::open(&device.0, false).unwrap().into_disk();
+            devices.borrow_mut().push(device);
+            disk
+        });
+    }
 }
 
 #[test]

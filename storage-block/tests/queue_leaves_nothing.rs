@@ -5,12 +5,28 @@
 
 use std::time::Instant;
 
-use storage_block::{Engine, IoLimits, Limiter, MemoryDisk, QueueOptions, Rate, RawFile, Store, Volume};
+use storage_block::{
+    Disk, Engine, IoLimits, Limiter, MemoryDisk, Queue, QueueOptions, Rate, RawFile, Store, Volume,
+};
 
 /// Threads and descriptors of this process.
 fn held() -> (usize, usize) {
     let count = |dir| std::fs::read_dir(dir).unwrap().count();
     (count("/proc/self/task"), count("/proc/self/fd"))
+}
+
+/// A queue that is served by this engine, if it is to be had here.
+fn queue_of(disk: &Disk, engine: Engine) -> Option<Queue> {
+    disk.queue_with(&QueueOptions::new(8).engine(engine))
+        .inspect_err(|error| {
+            let must = std::env::var_os("CI").is_some() && io_uring::IoUring::new(2).is_ok();
+            assert!(
+                engine == Engine::IoUring && !must,
+                "CI needs every engine that the kernel allows: {error}"
+            );
+            eprintln!("SKIPPED: io_uring is not to be had here and not tested: {error}");
+        })
+        .ok()
 }
 
 #[test]
@@ -30,7 +46,7 @@ fn queues_leave_nothing() {
     for round in 0..4 {
         for disk in &disks {
             for engine in [Engine::Threads, Engine::IoUring] {
-                let Ok(mut queue) = disk.queue_with(&QueueOptions::new(8).engine(engine)) else { continue };
+                let Some(mut queue) = queue_of(disk, engine) else { continue };
                 assert!(held().1 > before.1, "a queue has a descriptor");
                 for n in 0..40 {
                     queue.write(n, n * 4096, vec![1; 4096]);

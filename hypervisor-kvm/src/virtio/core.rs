@@ -114,6 +114,8 @@ impl Core {
             return Err(Malformed("the device is of another type"));
         }
         (self.accepted, self.generation) = (state.accepted, state.generation);
+        // What it negotiated stays negotiated, also where it would not be offered any more.
+        self.offered |= self.accepted & self.device.served();
         if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_acceptable() {
             return Err(Malformed("the device lacks features that the driver uses"));
         }

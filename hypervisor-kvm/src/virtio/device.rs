@@ -50,6 +50,12 @@ pub(crate) trait Device: fmt::Debug + Send {
     /// The features of its type that are offered; those of the transport come to them.
     fn features(&self) -> u64;
 
+    /// The features that it has for a driver which was offered them where its machine was saved; all that are offered are
+    /// among them.
+    fn served(&self) -> u64 {
+        self.features()
+    }
+
     /// How many queues it has.
     fn queues(&self) -> usize;
 

@@ -3,7 +3,7 @@
 mod configuration;
 mod rules;
 
-use storage_block::{Disk, MemoryDisk};
+use storage_block::{Disk, MemoryDisk, RawFile};
 use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -59,6 +59,13 @@ struct Driver {
     sent: u16,
 }
 
+/// A disk that has everything that a driver can be offered.
+fn raw_disk() -> Disk {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(MIB).unwrap();
+    RawFile::from_file(file, false).unwrap().into_disk()
+}
+
 type Descriptor = (u64, u32, u16, u16);
 
 impl Driver {
@@ -81,7 +88,7 @@ impl Driver {
     }
 
     fn ready() -> Self {
-        let disk = MemoryDisk::new(MIB).unwrap().into_disk();
+        let disk = raw_disk();
         let offered = Self::new(disk.clone()).offered();
         // Without event indices, so that every request asks for an interrupt.
         Self::ready_with(disk, offered & !(1 << 29))

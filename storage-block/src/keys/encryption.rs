@@ -38,6 +38,7 @@ struct Inner {
     data: DataKey,
     names: Secret,
     chunks: Xts,
+    check: [u8; KEY_CHECK],
 }
 
 impl EncryptionKey {
@@ -74,7 +75,8 @@ impl EncryptionKey {
     fn with_data(provider: &Arc<dyn KeyProvider>, key_id: String, data: DataKey) -> Self {
         let names = cipher::derive(&data.0, &[b"storage-block names"]);
         let chunks = Xts::derive(&data.0, "storage-block chunks", &[]);
-        Self(Arc::new(Inner { key_id, provider: Arc::clone(provider), data, names, chunks }))
+        let check = check_of(&data);
+        Self(Arc::new(Inner { key_id, provider: Arc::clone(provider), data, names, chunks, check }))
     }
 
     /// The id of the key that wraps this one.
@@ -84,19 +86,24 @@ impl EncryptionKey {
 
     /// What is stored with something that is encrypted under this key.
     pub(crate) fn wrap(&self, context: &KeyContext) -> Result<WrappedKey> {
-        let Inner { key_id, provider, data, .. } = &*self.0;
+        let Inner { key_id, provider, data, check, .. } = &*self.0;
         let wrapped = provider.wrap(key_id, data, context)?;
         let fits = key_id.len() <= KEY_ID_MAX && wrapped.len() <= WRAPPED_MAX;
         if !fits || key_id.chars().any(char::is_control) {
             let what = format!("a key id of {} bytes and a wrapped key of {}", key_id.len(), wrapped.len());
             return Err(Error::new(ErrorKind::KeyUnavailable, format!("{what} cannot be stored")));
         }
-        Ok(WrappedKey { key_id: key_id.clone(), wrapped, check: check_of(data), bound: true })
+        Ok(WrappedKey { key_id: key_id.clone(), wrapped, check: *check, bound: true })
     }
 
     /// Whether chunks under the one are chunks under the other.
     pub(crate) fn are_same(one: Option<&Self>, other: Option<&Self>) -> bool {
         one.map(|key| key.0.data.as_bytes()) == other.map(|key| key.0.data.as_bytes())
+    }
+
+    /// What tells it from every other key, and nothing of it.
+    pub(crate) fn check(&self) -> [u8; KEY_CHECK] {
+        self.0.check
     }
 
     /// The name of a chunk under this key.

@@ -43,8 +43,10 @@ impl Rate {
 
 /// What a [`Limiter`] lets pass.
 ///
-/// Every request is an operation; the bytes are those that are read and written. Discards, zeroing and flushes
-/// count no bytes.
+/// Every request is an operation; the bytes are those that are read and written. Flushes count no bytes, nor do zeroing
+/// and discards where they cost no more for many: where the disk's [`Capabilities`](crate::Capabilities) say that zeroes are
+/// [not cheap](crate::Capabilities::cheap_zeroes) they are written, and count as that, and so do discards if they
+/// [free nothing](crate::Capabilities::discard_frees) either.
 ///
 /// ```
 /// use storage_block::{IoLimits, Rate};

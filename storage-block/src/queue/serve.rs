@@ -43,7 +43,7 @@ impl Queue {
             return Ok(());
         };
         for limiter in &limiters[request.passed..] {
-            limiter.try_take(request.op.cost(request.len))?;
+            limiter.try_take(self.disk.cost(request.op, request.len))?;
             request.passed += 1;
         }
         Ok(())
@@ -54,7 +54,8 @@ impl Queue {
         let Some(limiters) = &self.limiters else { return };
         for request in &mut self.backlog {
             let passed = std::mem::take(&mut request.passed);
-            limiters[..passed].iter().for_each(|limiter| limiter.give_back(request.op.cost(request.len)));
+            let cost = self.disk.cost(request.op, request.len);
+            limiters[..passed].iter().for_each(|limiter| limiter.give_back(cost));
         }
     }
 

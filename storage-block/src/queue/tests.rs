@@ -7,6 +7,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::*;
 use crate::testing::Random;
+use crate::testing::queue::queue_of;
 use crate::{BlockBackend, ErrorKind, IoLimits, MemoryDisk, Rate, RawFile};
 
 fn raw(bytes: &[u8]) -> Disk {
@@ -19,17 +20,10 @@ fn raw(bytes: &[u8]) -> Disk {
 
 /// The engines that there are here, with a queue of each.
 fn queues(disk: &Disk, depth: u32) -> Vec<Queue> {
-    let threads = disk.queue_with(&QueueOptions::new(depth).engine(Engine::Threads)).unwrap();
-    let mut queues = vec![threads];
-    match disk.queue_with(&QueueOptions::new(depth).engine(Engine::IoUring)) {
-        Ok(queue) => queues.push(queue),
-        Err(error) => {
-            // That is for the kernel to say, on a test machine as anywhere.
-            let why = std::error::Error::source(&error);
-            eprintln!("threads alone are tested, io_uring is not to be had here: {why:?}");
-        }
-    }
-    queues
+    [Engine::Threads, Engine::IoUring]
+        .into_iter()
+        .filter_map(|engine| queue_of(disk, depth, engine))
+        .collect()
 }
 
 #[test]

@@ -11,6 +11,9 @@ use crate::{Disk, ErrorKind, IoBufMut, IoLimits, Limiter, Rate};
 /// It covers the bounds of requests, alignment, several buffers at once, several threads at once, queues with each
 /// engine that there is, limits, and random operations; all against plain memory.
 ///
+/// Where there is no io_uring to be had it says so on the standard error. Where the environment has a `CI`, and the kernel
+/// permits one all the same, it fails.
+///
 /// ```
 /// use storage_block::{MemoryDisk, testing};
 ///

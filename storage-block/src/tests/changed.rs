@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 
 use crate::format::{CHUNK, LEAF_SPAN};
+use crate::keys::LocalKey;
 use crate::testing::Random;
-use crate::{ErrorKind, MemoryDisk, Result, Snapshot, Store, Volume};
+use crate::{ErrorKind, MemoryDisk, Result, Snapshot, Store, StoreOptions, Volume, VolumeOptions};
 
 /// What a disk holds where it is not zero: a byte here and there.
 type Bytes = BTreeMap<u64, u8>;
@@ -91,4 +93,35 @@ fn what_is_shared_costs_nothing() {
     let mut blocks = second.blocks(512 << 10).unwrap();
     let error = blocks.next().unwrap().unwrap_err();
     assert_eq!((error.kind(), blocks.next().is_none()), (ErrorKind::Corrupt, true));
+}
+
+/// Equal chunks have other names under another key: they are compared, and what differs is all that is listed.
+#[test]
+fn other_keys_are_no_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = StoreOptions::new().keys(Arc::new(LocalKey::from_bytes([1; 32])));
+    let store = Store::open_with(dir.path().join("store"), &options).unwrap();
+    let bytes = super::image(20, 512, 1);
+    let (plain, _) = store.import(&super::memory(&bytes), &mut |_| ()).unwrap();
+    let keys = [store.new_key(None).unwrap(), store.new_key(None).unwrap()];
+    let (other, _) = store.import_encrypted(&super::memory(&bytes), &keys[0], &mut |_| ()).unwrap();
+    let (same, _) = store.import_encrypted(&super::memory(&bytes), &keys[0], &mut |_| ()).unwrap();
+    assert_eq!(changed(&plain, &other, CHUNK), []);
+    assert_eq!(changed(&other, &same, CHUNK), []);
+    for (number, base) in [&plain, &other].into_iter().enumerate() {
+        let path = dir.path().join(number.to_string());
+        let volume = VolumeOptions::new().encrypt(&keys[1]).create(&path, Some(base), 2 << 20).unwrap();
+        let (untouched, _) = volume.snapshot(&store).unwrap();
+        for (before, after) in [(base, &untouched), (&untouched, base)] {
+            assert_eq!(changed(before, after, CHUNK), [], "nothing was written");
+        }
+        // A byte of a chunk, one in a hole, and all of a chunk.
+        volume.disk().write_at(&[bytes[70_000] ^ 1], 70_000).unwrap();
+        volume.disk().write_at(&[1], 3 * CHUNK + 9).unwrap();
+        volume.disk().discard(5 * CHUNK, CHUNK).unwrap();
+        let (written, _) = volume.snapshot(&store).unwrap();
+        let expected = [(1, true, true), (3, false, true), (5, true, false)];
+        assert_eq!(changed(base, &written, CHUNK), expected);
+        assert_eq!(changed(&untouched, &written, CHUNK), expected);
+    }
 }

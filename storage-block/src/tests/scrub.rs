@@ -8,6 +8,8 @@ use ami_core::Digest;
 
 use super::{image, memory};
 use crate::keys::LocalKey;
+use crate::session::{Session, prepare};
+use crate::testing::compare;
 use crate::{Compression, ErrorKind, ScrubReport, Store, StoreOptions, Volume};
 
 fn options() -> StoreOptions {
@@ -88,6 +90,58 @@ fn every_damage_is_reported() {
     assert_eq!(texts.len(), 2, "{texts:?}");
     assert!(texts[0].contains(&third.to_hex()) && texts[1].contains("no pack holds the chunk"), "{texts:?}");
     assert_eq!(report.damaged_snapshots.len(), 3);
+}
+
+/// What two have stored side by side lies in two places, and damage in either is found and costs nobody anything.
+#[test]
+fn damage_is_found_in_every_place() {
+    let bytes = image(2, 0, 1);
+    for encrypted in [false, true] {
+        // The packs of the one and of the other, of which one is that which is read.
+        for damaged in [&[0][..], &[1], &[0, 1]] {
+            let dir = tempfile::tempdir().unwrap();
+            let digest = {
+                let store = Store::open_with(dir.path(), &options()).unwrap();
+                let key = encrypted.then(|| store.new_key(None).unwrap());
+                let import = || match &key {
+                    Some(key) => store.import_encrypted(&memory(&bytes), key, &mut |_| ()).unwrap().0,
+                    None => store.import(&memory(&bytes), &mut |_| ()).unwrap().0,
+                };
+                // The other imports when all is stored and nobody knows of it yet.
+                let mut session = Session::begin(&store.0);
+                let prepared: Vec<_> = bytes
+                    .chunks(1 << 16)
+                    .map(|chunk| (prepare(&store.0, chunk, key.as_ref(), None), chunk))
+                    .collect();
+                prepared.iter().for_each(|(prepared, chunk)| session.put(prepared, chunk).unwrap());
+                let digest = import().digest();
+                session.finish(|_| Ok(())).unwrap();
+                digest
+            };
+            for pack in damaged {
+                flip(&dir.path().join(format!("packs/{pack:08}.pack")), 4096 + 9);
+            }
+            for options in [options(), StoreOptions::new()] {
+                let store = Store::open_with(dir.path(), &options).unwrap();
+                let report = store.scrub(&mut |_| ()).unwrap();
+                let what = format!("{damaged:?}, encrypted {encrypted}: {report:?}");
+                assert_eq!(report.objects, 5, "{what}");
+                let packs: Vec<bool> = (0..2)
+                    .map(|pack| {
+                        let named = format!("{pack:08}.pack: slot 0 ");
+                        report.damages.iter().any(|error| error.to_string().contains(&named))
+                    })
+                    .collect();
+                assert_eq!(packs, [0, 1].map(|pack| damaged.contains(&pack)), "{what}");
+                assert_eq!(report.damages.len(), damaged.len(), "{what}");
+                let lost = if damaged.len() == 2 { vec![digest] } else { vec![] };
+                assert_eq!(report.damaged_snapshots, lost, "{what}");
+                if let (1, Ok(snapshot)) = (damaged.len(), store.snapshot(&digest)) {
+                    compare(&snapshot.disk(), &bytes, &what);
+                }
+            }
+        }
+    }
 }
 
 #[test]

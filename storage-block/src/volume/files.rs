@@ -75,7 +75,8 @@ impl Files {
                 if adopt
                     && e.kind() == std::io::ErrorKind::AlreadyExists
                     && dir.is_dir()
-                    && !mark::is_there(dir)? =>
+                    && !mark::is_there(dir)?
+                    && !Log::is_there(dir)? =>
             {
                 false
             }

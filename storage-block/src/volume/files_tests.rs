@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::Volume;
 use crate::keys::LocalKey;
 use crate::testing::compare;
-use crate::tests::Small;
+use crate::tests::tape::{Op, Tape};
+use crate::tests::{Small, scratch};
 use crate::{ErrorKind, MemoryDisk, Snapshot, Store, StoreOptions, VolumeOptions};
 
 const SIZE: u64 = 1 << 20;
@@ -234,6 +235,83 @@ fn one_where_something_stands_is_refused() {
     drop(late);
     there.disk().write_at(&[1; 512], 0).unwrap();
     assert_eq!(fixture.told(), 0);
+}
+
+/// A directory that has anything in it that a volume would call its own is none for a new one.
+#[test]
+fn nothing_is_made_that_could_not_be_opened_again() {
+    let fixture = Fixture::new();
+    let key = fixture.store.new_key(None).unwrap();
+    let path = fixture.path();
+    for name in ["log", "log.tmp", "log-2-100000-", "overlay"] {
+        for options in [VolumeOptions::new(), VolumeOptions::new().encrypt(&key)] {
+            std::fs::create_dir(&path).unwrap();
+            std::fs::write(path.join(name), "").unwrap();
+            let refused = options.create(&path, None, SIZE).map(drop).map_err(|e| e.kind());
+            assert_eq!(refused, Err(ErrorKind::AlreadyExists), "{name}");
+            assert_eq!(std::fs::read_dir(&path).unwrap().count(), 1, "{name}");
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+    }
+    // What is others' is in nobody's way.
+    std::fs::create_dir(&path).unwrap();
+    std::fs::write(path.join("notes"), "").unwrap();
+    let volume = Volume::create(&path, None, SIZE).unwrap();
+    volume.disk().write_at(&[1; 512], 0).unwrap();
+    volume.disk().flush().unwrap();
+    let mut expected = vec![0; SIZE as usize];
+    expected[..512].fill(1);
+    compare(&fixture.reopen(volume).disk(), &expected, "in a directory with a file of somebody's");
+}
+
+/// What others have in a volume's directory stays when the volume goes, and so does the directory; the volume's names are
+/// gone for good.
+#[test]
+fn a_volume_goes_from_among_the_files_of_others() {
+    let dir = scratch();
+    let root = dir.path().join("root");
+    let path = root.join("volume");
+    std::fs::create_dir_all(&path).unwrap();
+    std::fs::write(path.join("notes"), "another's").unwrap();
+    let left = |what: &str| {
+        let names: Vec<_> =
+            std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["notes"], "{what}");
+    };
+    let tape = Tape::record(&root);
+    let synced_since = |at: usize| {
+        let steps = tape.steps().split_off(at);
+        let removed = steps.iter().rposition(|step| matches!(step.op, Op::Remove { .. }));
+        let synced = steps.iter().rposition(|step| step.op == Op::SyncDir { path: "volume".into() });
+        assert!(removed < synced, "the directory is not synchronised: {steps:?}");
+    };
+
+    let volume = Volume::create(&path, None, SIZE).unwrap();
+    let held = volume.disk();
+    held.write_at(&[1; 512], 0).unwrap();
+    let at = tape.position();
+    volume.delete().unwrap();
+    left("deleted");
+    synced_since(at);
+    // Nobody names a file any more.
+    held.write_at(&[2; 4096], 4096).unwrap();
+    held.flush().unwrap();
+    left("flushed since");
+    drop(held);
+
+    drop(Volume::create(&path, None, SIZE).unwrap());
+    let at = tape.position();
+    Volume::remove(&path).unwrap();
+    left("removed");
+    synced_since(at);
+    // There is none, nor is it an error.
+    Volume::remove(&path).unwrap();
+    left("removed again");
+    Volume::remove(&root.join("nothing")).unwrap();
+    Volume::remove(&root.join("nothing/at/all")).unwrap();
+    std::fs::remove_file(path.join("notes")).unwrap();
+    Volume::remove(&path).unwrap();
+    assert!(!path.exists(), "an empty directory goes");
 }
 
 /// The key of one that is encrypted is in its files alone.

@@ -167,6 +167,8 @@ impl Inner {
                 let mut pending = lock(&self.pending);
                 pending.push(run);
                 self.map.set(run);
+                #[cfg(test)]
+                self.between.pass(self);
             }
             at += count;
         }

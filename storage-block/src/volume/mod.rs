@@ -13,6 +13,8 @@ mod snapshot;
 mod storing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod writers_tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -101,6 +103,9 @@ struct Inner {
     dirty: AtomicBool,
     /// A synchronisation has failed.
     failed: AtomicBool,
+    /// What comes between a block's new state in the map and whatever is done next.
+    #[cfg(test)]
+    between: writers_tests::Between,
 }
 
 /// What who passes the gate has to do.
@@ -191,6 +196,8 @@ impl Volume {
             pending: Mutex::default(),
             dirty: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            #[cfg(test)]
+            between: writers_tests::Between::default(),
         }))
     }
 
@@ -285,7 +292,8 @@ impl Volume {
         Disk::from_backend(self.clone())
     }
 
-    /// Deletes the volume. Disks of it that are still held keep its bytes until they are dropped.
+    /// Deletes the volume. Disks of it that are still held keep its bytes until they are dropped. Its directory goes, too, but
+    /// where others have something in it.
     ///
     /// # Errors
     ///
@@ -303,8 +311,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Deletes the volume in `dir`, whole or half-made, without opening it. It is no error if there is
-    /// nothing.
+    /// Deletes the volume in `dir`, whole or half-made, without opening it, and `dir` where nothing is left in it. It is no
+    /// error if there is nothing.
     ///
     /// # Errors
     ///
@@ -352,7 +360,17 @@ fn remove_files(dir: &Path) -> Result<()> {
     Log::remove(dir)?;
     let overlay = dir.join(OVERLAY);
     gone(fs::remove_file(&overlay), &overlay)?;
-    gone(fs::remove_dir(dir), dir)?;
+    match fs::remove_dir(dir) {
+        // What others have there stays, and so does the directory.
+        Err(e) if is_not_empty(&e) => return sync_dir(dir),
+        removed => gone(removed, dir)?,
+    }
     let parent = parent(dir);
     if parent.exists() { sync_dir(parent) } else { Ok(()) }
+}
+
+/// Whether that is why a directory cannot be removed; file systems say it in two ways.
+fn is_not_empty(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{AlreadyExists, DirectoryNotEmpty};
+    matches!(error.kind(), DirectoryNotEmpty | AlreadyExists)
 }

@@ -10,6 +10,12 @@ use crate::testing::compare;
 use crate::tests::scratch;
 use crate::{ErrorKind, Store};
 
+/// Half of them are no longer.
+fn median(all: &mut [Duration]) -> Duration {
+    all.sort_unstable();
+    all[all.len() / 2]
+}
+
 /// A terabyte with four million changed chunks is frozen as fast as one with none.
 #[test]
 fn the_pause_is_that_of_an_instant() {
@@ -17,9 +23,9 @@ fn the_pause_is_that_of_an_instant() {
     let store = Store::open(dir.path().join("store")).unwrap();
     let volume = Volume::create(&dir.path().join("volume"), None, 1 << 40).unwrap();
     let pause = || {
-        let paused = || Volume::freeze([&volume], &store).paused();
-        // The machine may have other things to do than one of them.
-        (0..7).map(|_| paused()).min().unwrap()
+        // The machine may have other things to do than some of them.
+        let mut paused: Vec<Duration> = (0..15).map(|_| Volume::freeze([&volume], &store).paused()).collect();
+        median(&mut paused)
     };
     let empty = pause();
     const CHUNKS: u64 = 4 << 20;
@@ -94,14 +100,10 @@ fn the_pause_is_no_longer_than_a_part_of_a_write() {
         }
     }
     for (what, mut paused, calls) in [("writes", writing, 60), ("zeroes", zeroing, 12)] {
-        paused.sort_unstable();
-        eprintln!(
-            "while one call {what}: {} freezes, {:?} in the middle",
-            paused.len(),
-            paused.get(paused.len() / 2)
-        );
         assert!(paused.len() >= calls, "a freeze waits for all that one call {what}");
-        assert!(paused[0] < Duration::from_millis(5), "{what}: {:?}", paused[0]);
+        let middle = median(&mut paused);
+        eprintln!("while one call {what}: {} freezes, {middle:?} in the middle", paused.len());
+        assert!(middle < Duration::from_millis(5), "{what}: {middle:?}");
     }
 }
 

@@ -27,6 +27,7 @@ use super::chain::{Chain, Malformed};
 use super::device::{Device, Own};
 use super::ring::{Running, Taken};
 use crate::memory::Memory;
+use config::Kind;
 pub(crate) use config::State;
 use lane::{Answer, Lane, Pending, Stage};
 pub(crate) use line::check_descriptors;
@@ -58,6 +59,7 @@ pub(crate) struct Block {
     lanes: Vec<Lane>,
     ends: Ends,
     state: State,
+    kind: Kind,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
 
@@ -86,6 +88,7 @@ impl Block {
         }
         Self {
             state: State::of(&disk),
+            kind: Kind::of(&disk),
             disk: Some(disk),
             line: None,
             engine: None,
@@ -284,7 +287,11 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        config::features(self.lanes.len(), self.disk.as_ref().is_some_and(Disk::read_only))
+        config::features(self.lanes.len(), &self.kind)
+    }
+
+    fn served(&self) -> u64 {
+        config::features(self.lanes.len(), &self.kind.with_discards())
     }
 
     fn queues(&self) -> usize {
@@ -292,7 +299,7 @@ impl Device for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.state.config(self.lanes.len());
+        let config = self.state.config(self.lanes.len(), &self.kind);
         let from = config.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX));
         data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }

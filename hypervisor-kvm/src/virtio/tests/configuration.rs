@@ -6,6 +6,7 @@ use instance_core::console;
 use instance_core::machine::NetSpec;
 use instance_core::net::{MacAddress, link};
 use instance_core::vsock::{VsockSpec, cable};
+use storage_block::{BlockBackend, Capabilities};
 
 use super::*;
 use crate::virtio::{Balloon, Console, Net, Vsock, Wish};
@@ -42,4 +43,85 @@ fn a_configuration_is_not_the_drivers_to_write() {
         }
         assert_eq!(config(&driver), before, "device {kind}");
     }
+}
+
+/// A disk with blocks of its own.
+#[derive(Debug)]
+struct Blocks(Disk, Capabilities);
+
+impl BlockBackend for Blocks {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.1
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
+        self.0.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> storage_block::Result<()> {
+        self.0.write_at(buf, offset)
+    }
+
+    fn flush(&self) -> storage_block::Result<()> {
+        self.0.flush()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> storage_block::Result<()> {
+        self.0.write_zeroes(offset, len)
+    }
+}
+
+const CAN_DISCARD: u64 = 1 << 13;
+
+#[test]
+fn a_disk_is_offered_as_what_it_is() {
+    const TOPOLOGY: u64 = 1 << 10;
+    // What the disk says of its blocks, and what the driver reads: the one, and how often it can be doubled.
+    for ((logical, physical), (size, exponent)) in [
+        ((512, 4096), (512, 3)),
+        ((512, 512), (512, 0)),
+        ((4096, 16384), (4096, 2)),
+        ((4096, 512), (4096, 0)),
+        // What cannot be: no power of two, less than a sector, or more than the disk is a multiple of.
+        ((3000, 5000), (512, 0)),
+        ((0, 0), (512, 0)),
+        ((2 * MIB as u32, 4096), (512, 3)),
+    ] {
+        for frees in [false, true] {
+            let mut claimed = MemoryDisk::new(MIB).unwrap().into_disk().capabilities();
+            (claimed.logical_block, claimed.physical_block, claimed.discard_frees) =
+                (logical, physical, frees);
+            let disk = Blocks(MemoryDisk::new(MIB).unwrap().into_disk(), claimed);
+            let mut driver = Driver::new(Disk::new(disk).unwrap());
+            let offered = driver.offered();
+            assert_eq!((offered & TOPOLOGY != 0, offered & CAN_DISCARD != 0), (true, frees));
+            let mut config = [0xee; 32];
+            driver.device.read(reg::VIRTIO_MMIO_CONFIG.into(), &mut config, 0);
+            assert_eq!(config[20..24], u32::to_le_bytes(size), "{logical} {physical}");
+            assert_eq!(config[24..], [exponent, 0, 0, 0, 0, 0, 0, 0], "{logical} {physical}");
+        }
+    }
+}
+
+/// What a driver was offered where its machine was saved it has where that goes on, also where nobody would be offered it.
+#[test]
+fn discards_stay_with_whoever_negotiated_them() {
+    let saved = Driver::ready();
+    let memory = MemoryDisk::new(MIB).unwrap().into_disk();
+    let mut restored = Driver::new(memory.clone());
+    assert_eq!(restored.offered() & CAN_DISCARD, 0);
+    restored.device.restore(&restored.memory, &saved.device.save()).unwrap();
+    memory.write_at(&[7; 1024], 0).unwrap();
+    restored.put_data(&Driver::range(1, 1, 0));
+    assert_eq!(restored.request(DISCARD, 0, 16, 0), (OK, 1));
+    let mut bytes = [1; 1024];
+    memory.read_at(&mut bytes, 0).unwrap();
+    assert_eq!((&bytes[..512], &bytes[512..]), (&[7; 512][..], &[0; 512][..]));
+    // One that can only be read serves none, whoever asks.
+    let mut read_only = Driver::new(Disk::new(ReadOnly(memory)).unwrap());
+    read_only.device.restore(&read_only.memory, &saved.device.save()).unwrap_err();
 }

@@ -9,6 +9,8 @@ use crate::{Error, ErrorKind, Result, SECTOR};
 
 /// The longest answer to an option that a server gives.
 const ANSWER_MAX: u32 = 64 << 10;
+/// What most servers like best.
+const PREFERRED: u32 = 4096;
 /// So many answers to one option are enough.
 const ANSWERS: usize = 1 << 10;
 
@@ -23,6 +25,8 @@ pub(super) struct Agreed {
     pub(super) context: Option<u32>,
     /// Requests begin and end at multiples of this.
     pub(super) block: u32,
+    /// What is best written whole: the server says so, or it is a block of 4 KiB.
+    pub(super) preferred: u32,
     /// The longest read or write.
     pub(super) max: u32,
 }
@@ -46,7 +50,8 @@ pub(super) fn handshake(channel: &mut Channel, wanted: &ClientBuilder) -> Result
         Said::No(_) => false,
     };
     let context = if structured { ask_for_context(channel, &wanted.export)? } else { None };
-    let mut agreed = Agreed { size: 0, flags: 0, structured, context, block: 1, max: PAYLOAD_MAX };
+    let mut agreed =
+        Agreed { size: 0, flags: 0, structured, context, block: 1, preferred: PREFERRED, max: PAYLOAD_MAX };
     go(channel, wanted, flags, &mut agreed)?;
     agreed.check()
 }
@@ -99,7 +104,7 @@ fn go(channel: &Channel, wanted: &ClientBuilder, flags: u16, agreed: &mut Agreed
             }
             (proto::REP_INFO, proto::INFO_BLOCK_SIZE) => {
                 agreed.block = fields.u32().ok_or_else(unclear)?;
-                fields.u32().ok_or_else(unclear)?;
+                agreed.preferred = fields.u32().ok_or_else(unclear)?;
                 agreed.max = fields.u32().ok_or_else(unclear)?;
             }
             // There is more to be said of an export than we want to know.
@@ -186,6 +191,11 @@ impl Agreed {
             return Err(Error::invalid_size(self.size, &what));
         }
         self.max = self.max.min(PAYLOAD_MAX) / self.block * self.block;
+        // It is advice, and what cannot be followed is none.
+        if !self.preferred.is_power_of_two() || self.preferred > self.max {
+            self.preferred = PREFERRED;
+        }
+        self.preferred = self.preferred.max(self.block).max(SECTOR as u32);
         Ok(self)
     }
 

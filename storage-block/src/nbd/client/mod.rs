@@ -16,7 +16,7 @@ use super::Address;
 use super::channel::Channel;
 use super::proto::{self, Command, flag};
 use crate::store::{read, write};
-use crate::{BlockBackend, Disk, Error, ErrorKind, Result};
+use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Result};
 
 /// The handshake has to be over by then.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -283,6 +283,19 @@ impl BlockBackend for Client {
 
     fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    // Requests that the server wants in whole blocks are made such here, so that any sector can be counted in. Zeroes are
+    // asked for in a few bytes, whatever they cost the server.
+    fn capabilities(&self) -> Capabilities {
+        let zeroes = self.agreed.has(flag::WRITE_ZEROES);
+        Capabilities {
+            physical_block: self.agreed.preferred,
+            discard_frees: zeroes && self.agreed.has(flag::TRIM),
+            cheap_zeroes: zeroes,
+            knows_holes: self.agreed.context.is_some(),
+            ..Capabilities::default()
+        }
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {

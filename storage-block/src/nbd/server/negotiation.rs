@@ -2,8 +2,8 @@
 //! no socket.
 
 use super::exports::Exports;
-use crate::Disk;
 use crate::nbd::proto::{self, Fields, flag};
+use crate::{Capabilities, Disk};
 
 /// How far the two have come.
 #[derive(Debug)]
@@ -132,7 +132,7 @@ impl<'e> Negotiation<'e> {
             bytes.extend(proto::option_reply(option, proto::REP_INFO, &data));
         };
         info(proto::INFO_EXPORT, &[&agreed.disk.size().to_be_bytes(), &agreed.flags().to_be_bytes()]);
-        let sizes = [1, 4096, proto::PAYLOAD_MAX].map(u32::to_be_bytes);
+        let sizes = [1, agreed.preferred(), proto::PAYLOAD_MAX].map(u32::to_be_bytes);
         info(proto::INFO_BLOCK_SIZE, &[sizes.as_flattened()]);
         if asked.contains(&proto::INFO_NAME) {
             info(proto::INFO_NAME, &[name]);
@@ -190,9 +190,19 @@ impl Agreed {
         if self.disk.read_only() {
             flags |= flag::READ_ONLY;
         } else {
-            flags |= flag::TRIM | flag::WRITE_ZEROES | flag::FAST_ZERO;
+            let Capabilities { discard_frees, cheap_zeroes, .. } = self.disk.capabilities();
+            flags |= flag::WRITE_ZEROES;
+            flags |= if discard_frees { flag::TRIM } else { 0 };
+            flags |= if cheap_zeroes { flag::FAST_ZERO } else { 0 };
         }
         if self.structured { flags | flag::DONT_FRAGMENT } else { flags }
+    }
+
+    /// The block that is best written whole, if a client can be told of one of that size.
+    fn preferred(&self) -> u32 {
+        let block = self.disk.capabilities().physical_block;
+        let can_be = block.is_power_of_two() && (512..=proto::PAYLOAD_MAX).contains(&block);
+        if can_be { block } else { Capabilities::default().physical_block }
     }
 }
 
