@@ -13,6 +13,9 @@ use crate::snapshot::Root;
 use crate::store::{Inner, read};
 use crate::{Error, ErrorKind, Progress, Result, Snapshot, Store};
 
+/// The pack that an object lies in, where in it, how many bytes long, and which object it is.
+type Lies = (u32, u32, u64, Id);
+
 /// What [`Store::scrub`] has seen and found.
 ///
 /// ```
@@ -66,7 +69,7 @@ impl Store {
         report.damages.extend(read(&inner.index).broken.values().map(broken));
         let roots = open_roots(self, &mut report)?;
         let keys = keys_of(inner, &roots);
-        let (mut objects, copied): (Vec<(u32, u32, u64, Id)>, HashSet<Id>) = {
+        let (mut objects, copied): (Vec<Lies>, HashSet<Id>) = {
             let index = read(&inner.index);
             let place = |(id, place): (&Id, Place)| {
                 (place.pack, place.slot.start, u64::from(place.slot.units()) * UNIT, *id)

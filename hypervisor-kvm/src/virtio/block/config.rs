@@ -64,7 +64,7 @@ impl Kind {
     pub(super) fn of(disk: &Disk) -> Self {
         let Capabilities { logical_block, physical_block, discard_frees, .. } = disk.capabilities();
         let fits = |block: u32| block.is_power_of_two() && block >= SECTOR as u32;
-        let whole = fits(logical_block) && disk.size() % u64::from(logical_block) == 0;
+        let whole = fits(logical_block) && disk.size().is_multiple_of(logical_block.into());
         let logical = if whole { logical_block } else { SECTOR as u32 };
         let physical = if fits(physical_block) { physical_block.max(logical) } else { logical };
         Self { read_only: disk.read_only(), discards: discard_frees, logical, physical }
