@@ -168,11 +168,12 @@ impl Inner {
         // What is on it need not be whole.
         record.shut_down = false;
         let description = record.description_mut();
-        let attachment =
-            Attachment { device_name: name.to_string(), volume_id: id, delete_on_termination: false };
-        // The root volume is the first.
-        let place =
-            if name.as_str() == description.root_device_name { 0 } else { description.attachments.len() };
+        // The root volume is the first, and has the name that the image gives it.
+        let (place, device_name) = match description.is_root_device(name.as_str()) {
+            true => (0, description.root_device_name.clone()),
+            false => (description.attachments.len(), name.to_string()),
+        };
+        let attachment = Attachment { device_name, volume_id: id, delete_on_termination: false };
         description.attachments.insert(place, attachment);
         description.product_codes.extend(volume.product_codes);
         if live.machine.is_none() {
@@ -204,8 +205,7 @@ impl Inner {
         let attached = description.state != InstanceState::Terminated;
         let place = description.attachments.iter().position(|a| a.volume_id == id).filter(|_| attached);
         let place = place.ok_or_else(not_attached)?;
-        let name = &description.attachments[place].device_name;
-        if live.machine.is_some() && *name == description.root_device_name {
+        if live.machine.is_some() && description.root_volume() == Some(place) {
             let what = format!("the root volume of {} cannot be detached while it runs", cell.id);
             return Err(Error::new(ErrorKind::OperationNotPermitted, what));
         }
