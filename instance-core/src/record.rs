@@ -64,6 +64,10 @@ pub(crate) struct VolumeRecord {
     /// What was last changed of it, if anything was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) modification: Option<ModificationRecord>,
+    /// Whether it is being made as large as this says, so that its disk need not be so yet; see
+    /// [`settle_size`](crate::region::Inner::settle_size).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) growing: bool,
 }
 
 /// What was last changed of a volume.

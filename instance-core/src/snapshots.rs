@@ -189,7 +189,8 @@ impl Inner {
             owner,
             digest: snapshot.digest(),
             volume_id: id,
-            size: volume.size,
+            // No less than its content, of which volumes are made by default.
+            size: volume.size.max(snapshot.size()),
             description: description.to_owned(),
             created: Timestamp::now(),
             tags: Tags::new(),

@@ -283,6 +283,7 @@ impl Inner {
             kms_key_id: None,
             product_codes: snapshot.map(|s| s.product_codes).unwrap_or_default(),
             modification: None,
+            growing: false,
         };
         let base = record.base.map(|digest| self.content(&digest)).transpose()?;
         let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));
