@@ -1,7 +1,6 @@
 //! Making images from a disk or a snapshot, and putting them into the region.
 
-use std::sync::atomic::Ordering;
-use std::sync::{PoisonError, TryLockError};
+use std::sync::PoisonError;
 
 use ami_core::{
     AccountId, Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, BootSource, Ebs, Image,
@@ -180,33 +179,6 @@ impl Inner {
                 let what = format!("the name {name:?} is that of the image {}", holder.image.id());
                 Err(Error::new(ErrorKind::ImageNameDuplicate, what))
             }
-        }
-    }
-
-    /// Makes something that has content. What it needs is not collected meanwhile, and nothing is left of what fails, once
-    /// nothing else is being made.
-    pub(crate) fn making<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
-        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = make();
-        drop(making);
-        self.half_made.fetch_or(made.is_err(), Ordering::SeqCst);
-        if self.half_made.load(Ordering::SeqCst) {
-            self.discard_half_made();
-        }
-        made
-    }
-
-    /// Removes what something that failed has left; the error that made it fail is the one to tell. While something else is
-    /// being made that is left to whoever ends last: nobody waits for another's copy to fail.
-    fn discard_half_made(&self) {
-        let _alone = match self.making_images.try_write() {
-            Ok(alone) => alone,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
-        };
-        self.half_made.store(false, Ordering::SeqCst);
-        if let Err(e) = self.collect_garbage() {
-            tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
         }
     }
 }

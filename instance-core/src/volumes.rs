@@ -261,7 +261,7 @@ impl Inner {
             tags.insert(key, value)?;
         }
         // What it is made of stays meanwhile.
-        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let _making = self.begin_making();
         let snapshot = spec.snapshot.map(|id| self.snapshot(owner, id)).transpose()?;
         let of_snapshot = snapshot.as_ref().map(|s| s.size.div_ceil(GIB));
         let size_gib = spec.size_gib.map(u64::from).or(of_snapshot).unwrap_or_default();
