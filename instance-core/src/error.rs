@@ -110,6 +110,8 @@ pub enum ErrorKind {
     ExportTaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
+    /// These are more instances than a launch makes.
+    InstanceLimitExceeded,
     /// There is no such key for encryption, or nobody who has any.
     KeyUnavailable,
     /// There is no such key pair.
@@ -268,6 +270,7 @@ impl Error {
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
+            ErrorKind::InstanceLimitExceeded => "InstanceLimitExceeded",
             ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
             ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",

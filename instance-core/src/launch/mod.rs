@@ -122,6 +122,8 @@ impl<H> Region<H> {
     /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity),
     /// [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
+    /// [`InstanceLimitExceeded`](ErrorKind::InstanceLimitExceeded) for more than
+    /// [so many](LaunchSpec::MAX_COUNT), whether or not fewer would do,
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
     /// [dry run](method@LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or

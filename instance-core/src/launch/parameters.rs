@@ -149,6 +149,11 @@ impl Parameters {
                 format!("{min} to {max} instances cannot be launched; use 1 or more, and no less at most");
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
+        if max > LaunchSpec::MAX_COUNT {
+            let what =
+                format!("{max} instances are more than a launch makes, {} at most", LaunchSpec::MAX_COUNT);
+            return Err(Error::new(ErrorKind::InstanceLimitExceeded, what));
+        }
         if max > 1 && self.placement.private_ip.is_some() {
             let what = "several instances cannot have one address";
             return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
