@@ -9,8 +9,7 @@ use ami_core::{
 use storage_block::Snapshot;
 
 use crate::boot_cache::{BootPlan, Found};
-use crate::error::chain;
-use crate::image_source::{ImageSource, Root};
+use crate::image_source::{ImageSource, ROOT_DEVICE, Root};
 use crate::power::no_root_volume;
 use crate::products::ProductCodes;
 use crate::record::ImageRecord;
@@ -23,9 +22,25 @@ const GIB: u64 = 1 << 30;
 impl<H> Region<H> {
     /// Registers an image made of `source` (`ImportSnapshot` and `RegisterImage` in one).
     ///
-    /// The builder says the rest; its root device, boot source and root volume are set here. Content that it names for
-    /// other devices has to be that of a snapshot of the account's, or of an image whose bytes it may
-    /// [have](ami_core::Action::Export).
+    /// The builder says the rest; boot source and content of the root volume are set here. What the builder maps at the root
+    /// device says of which size and type its volume is, and whether that goes with the instance; it is as large as its
+    /// content, of type gp3 and goes if the builder does not say. Content that it names for other devices has to be that of a
+    /// snapshot of the account's, or of an image whose bytes it may [have](ami_core::Action::Export).
+    ///
+    /// ```
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ImageSource, Region};
+    /// use ami_core::{Ami, BlockDeviceMapping, VolumeType, X86_64};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// let root = BlockDeviceMapping::blank("/dev/xvda", 20).volume_type(VolumeType::Gp2);
+    /// let ami = region.register_image(Ami::<X86_64>::builder("web").block_device(root), source)?;
+    /// assert_eq!(ami.manifest().root_volume().map(|root| root.volume_size_gib()), Some(20));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -64,8 +79,7 @@ impl Inner {
                 Some((id, self.content(&record.digest)?))
             }
         };
-        let root_device = (source.root_device, source.root_device_type);
-        if source.encrypted && root_device.1 == RootDeviceType::InstanceStore {
+        if source.encrypted && source.root_device_type == RootDeviceType::InstanceStore {
             let what = "an image whose root device is instance store cannot be encrypted";
             return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
         }
@@ -100,11 +114,9 @@ impl Inner {
             true => Boot::direct(plan.kernel, plan.initrd, plan.command_line.clone()).source().clone(),
             false => BootSource::RootVolume,
         };
-        let ami = builder
-            .root_device(root_device.0)
-            .block_device(root_mapping(root_device, &snapshot)?)
-            .boot_source(boot)
-            .build(&self.region.name, &owner)?;
+        let root_device = source.root_device.or(builder.root_device_name()).unwrap_or(ROOT_DEVICE);
+        let root = root_mapping((root_device, source.root_device_type), &snapshot)?;
+        let ami = builder.root_content(root).boot_source(boot).build(&self.region.name, &owner)?;
         found.check_architecture(ami.architecture())?;
         codes.extend(self.check_mappings(&owner, ami.manifest())?);
         let mut image = Image::new(ami.into_any());
