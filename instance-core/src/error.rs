@@ -104,6 +104,8 @@ pub enum ErrorKind {
     LaunchTemplateVersionNotFound,
     /// The account has a launch template of that name already.
     LaunchTemplateNameDuplicate,
+    /// What is no name of a launch template.
+    MalformedLaunchTemplateName,
     /// The account has no such task that makes an image.
     TaskNotFound,
     /// The account has no such task that exports an image.
@@ -266,6 +268,7 @@ impl Error {
             ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",
             ErrorKind::LaunchTemplateNotFound => "InvalidLaunchTemplateId.NotFound",
             ErrorKind::LaunchTemplateVersionNotFound => "InvalidLaunchTemplateId.VersionNotFound",
+            ErrorKind::MalformedLaunchTemplateName => "InvalidLaunchTemplateName.MalformedException",
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",

@@ -232,7 +232,7 @@ fn a_launch_with_a_token_happens_once_whatever_becomes_of_the_template() {
 #[test]
 fn what_cannot_be_is_refused_and_leaves_nothing() {
     let (_dir, region, ami) = world();
-    let malformed = (ErrorKind::InvalidParameter, "InvalidLaunchTemplateName.MalformedException");
+    let malformed = (ErrorKind::MalformedLaunchTemplateName, "InvalidLaunchTemplateName.MalformedException");
     for name in ["", "ab", "a b c", "wéb", &"x".repeat(129)] {
         refused(region.create_launch_template(name, nano()), malformed.0, malformed.1);
     }

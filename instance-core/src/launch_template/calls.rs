@@ -23,7 +23,8 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// [`LaunchTemplateNameDuplicate`](ErrorKind::LaunchTemplateNameDuplicate),
-    /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a name, a description or a parameter that cannot be,
+    /// [`MalformedLaunchTemplateName`](ErrorKind::MalformedLaunchTemplateName),
+    /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a description or a parameter that cannot be,
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a count, a client token, a dry run or
     /// a source version, [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded), or what the host met.
     pub fn create_launch_template(
