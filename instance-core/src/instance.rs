@@ -146,7 +146,8 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped;
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped, and while its root volume is
+    /// detached;
     /// [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store;
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity) if the host cannot hold it now;
     /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity) if no public address is left for it;
