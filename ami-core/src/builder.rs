@@ -31,6 +31,7 @@ pub struct AmiBuilder<A: Arch> {
     created: Option<Timestamp>,
     operating_system: Option<OperatingSystem>,
     root_device: String,
+    root_size_gib: Option<u32>,
     block_devices: Vec<BlockDeviceMapping>,
     boot: Boot,
     tpm: Option<TpmSupport>,
@@ -47,6 +48,7 @@ impl<A: Arch> AmiBuilder<A> {
             created: None,
             operating_system: None,
             root_device: String::new(),
+            root_size_gib: None,
             block_devices: Vec::new(),
             boot: Boot::default(),
             tpm: None,
@@ -70,6 +72,68 @@ impl<A: Arch> AmiBuilder<A> {
     /// The name of the root device, which must be mapped to a volume or to instance store with a content.
     pub fn root_device(mut self, name: impl Into<String>) -> Self {
         self.root_device = name.into();
+        self
+    }
+
+    /// The name of the root device, if it has been said.
+    ///
+    /// ```
+    /// use ami_core::{Ami, X86_64};
+    ///
+    /// let builder = Ami::<X86_64>::builder("web");
+    /// assert_eq!(builder.root_device_name(), None);
+    /// assert_eq!(builder.root_device("/dev/sda1").root_device_name(), Some("/dev/sda1"));
+    /// ```
+    pub fn root_device_name(&self) -> Option<&str> {
+        Some(self.root_device.as_str()).filter(|name| !name.is_empty())
+    }
+
+    /// The size of the root device in GiB. Where it is mapped in another size, the image is refused.
+    ///
+    /// ```
+    /// use ami_core::{Ami, BlockDeviceMapping, Digest, ErrorKind, X86_64};
+    ///
+    /// let builder = Ami::<X86_64>::builder("web").root_device("/dev/xvda").root_size_gib(20);
+    /// let small = BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8);
+    /// let refused = builder.block_device(small).build_manifest().unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::InvalidBlockDeviceMapping);
+    /// ```
+    pub fn root_size_gib(mut self, size: u32) -> Self {
+        self.root_size_gib = Some(size);
+        self
+    }
+
+    /// Gives the root device, which is called as in `root` from then on, the content of `root`. The rest of `root` is what it
+    /// is where nothing else has been said: a volume that is mapped there without a content says size, type, encryption and
+    /// whether it goes with its instance, and [`root_size_gib`](Self::root_size_gib) the size. A volume of a content that is
+    /// encrypted is encrypted.
+    ///
+    /// ```
+    /// use ami_core::{Ami, BlockDeviceMapping, Digest, X86_64};
+    ///
+    /// let builder = || Ami::<X86_64>::builder("web").root_device("/dev/sda1");
+    /// let content = || BlockDeviceMapping::ebs("/dev/sda1", Digest::of(b"root"), 8);
+    /// let plain = builder().root_content(content()).build_manifest()?;
+    /// assert_eq!(plain.root_device(), Some(&content()));
+    ///
+    /// let kept = BlockDeviceMapping::blank("/dev/xvda", 20).delete_on_termination(false);
+    /// let manifest = builder().block_device(kept).root_content(content()).build_manifest()?;
+    /// let root = manifest.root_volume().ok_or("a volume")?;
+    /// assert_eq!((root.snapshot(), root.volume_size_gib()), (Some(&Digest::of(b"root")), 20));
+    /// assert!(!root.delete_on_termination());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn root_content(mut self, root: BlockDeviceMapping) -> Self {
+        self.root_device = root.device_name().to_owned();
+        let mapped =
+            self.block_devices.iter_mut().find_map(|said| Some((said.with_content_of(&root)?, said)));
+        match mapped {
+            Some((merged, said)) => *said = merged,
+            None => self.block_devices.push(match self.root_size_gib {
+                Some(size) => root.with_size_gib(size),
+                None => root,
+            }),
+        }
         self
     }
 
@@ -195,7 +259,8 @@ impl<A: Arch> AmiBuilder<A> {
     /// - [`ErrorKind::MissingParameter`] without a root device, or without an architecture;
     /// - [`ErrorKind::InvalidBlockDeviceMapping`] for a device name that is none, a device mapped twice,
     ///   a size that the volume type does not have, or a root device that is not mapped to a volume
-    ///   that can boot or to instance store with a content, or something else that is mapped to such;
+    ///   that can boot or to instance store with a content, or is so in another size than was said, or
+    ///   something else that is mapped to such;
     /// - [`ErrorKind::InvalidParameterValue`] and [`ErrorKind::InvalidParameterCombination`] for
     ///   what else is wrong;
     /// - [`ErrorKind::InvalidManifest`] if all of it is too long.
@@ -203,7 +268,7 @@ impl<A: Arch> AmiBuilder<A> {
         let Some(architecture) = self.architecture else {
             return Err(Error::new(ErrorKind::MissingParameter, "the image has no architecture"));
         };
-        Manifest::new(Content {
+        let manifest = Manifest::new(Content {
             format: Manifest::FORMAT,
             architecture,
             operating_system: self.operating_system,
@@ -217,6 +282,14 @@ impl<A: Arch> AmiBuilder<A> {
             },
             software: self.software,
             parent: self.parent,
-        })
+        })?;
+        let found = manifest.root_device().and_then(BlockDeviceMapping::size_gib);
+        match self.root_size_gib.filter(|size| Some(*size) != found) {
+            Some(size) => {
+                let message = format!("the root device is to have {size} GiB, and is mapped in another size");
+                Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, message))
+            }
+            None => Ok(manifest),
+        }
     }
 }

@@ -3,7 +3,10 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use crate::{Ami, AmiBuilder, AmiId, Arch, BootMode, OperatingSystem, OsFamily, Software, TpmSupport};
+use crate::{
+    Ami, AmiBuilder, AmiId, Arch, BlockDeviceMapping, BootMode, OperatingSystem, OsFamily, Software,
+    TpmSupport,
+};
 
 /// What a program expects of an image: a class written down in code, also as a constant.
 ///
@@ -80,7 +83,7 @@ impl<A: Arch> DeclaredAmi<A> {
         self
     }
 
-    /// Its root volume has this size, in GiB.
+    /// Its root device has this size, in GiB.
     pub const fn root_size_gib(mut self, size: u32) -> Self {
         self.root_size_gib = Some(size);
         self
@@ -127,7 +130,8 @@ impl<A: Arch> DeclaredAmi<A> {
         self.name
     }
 
-    /// Begins an image as it is declared, whose disks are still to be said. Software that is declared in any version is,
+    /// Begins an image as it is declared, whose disks are still to be said: of the root device, which is as large as declared,
+    /// at least the content. Software that is declared in any version is,
     /// too. With [`AnyArch`](crate::AnyArch) the architecture is missing, which building says.
     pub fn builder(&self) -> AmiBuilder<A> {
         let mut builder = Ami::builder(self.name);
@@ -136,6 +140,9 @@ impl<A: Arch> DeclaredAmi<A> {
         }
         if let Some(name) = self.root_device {
             builder = builder.root_device(name);
+        }
+        if let Some(size) = self.root_size_gib {
+            builder = builder.root_size_gib(size);
         }
         if let Some(mode) = self.boot_mode {
             builder = builder.boot(crate::Boot::root_volume().mode(mode));
@@ -185,7 +192,7 @@ impl<A: Arch> DeclaredAmi<A> {
         compare(
             "root-device-size",
             self.root_size_gib.map(gib),
-            manifest.root_volume().map(|root| gib(root.volume_size_gib())),
+            manifest.root_device().and_then(BlockDeviceMapping::size_gib).map(gib),
         );
         let mode = |mode: BootMode| mode.to_string();
         compare("boot-mode", self.boot_mode.map(mode), manifest.boot().boot_mode().map(mode));
@@ -253,7 +260,7 @@ fn join(differences: &[Difference]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AnyAmi, AnyArch, Architecture, Arm64, BlockDeviceMapping, Boot, Digest, X86_64};
+    use crate::{AnyAmi, AnyArch, Architecture, Arm64, Boot, Digest, X86_64};
 
     const DECLARED: DeclaredAmi<X86_64> = DeclaredAmi::new("web")
         .operating_system(OsFamily::Linux, "debian", "12")

@@ -401,6 +401,35 @@ impl BlockDeviceMapping {
         self
     }
 
+    /// The volume that this is without a content, with the content of another mapping of the same disk and that one's name.
+    pub(crate) fn with_content_of(&self, root: &Self) -> Option<Self> {
+        let (said, wanted) = (self.as_ebs()?, root.as_ebs()?);
+        let same = self.validate().ok()?.same_disk(&root.device_name.parse().ok()?);
+        let encrypted = said.encrypted || wanted.encrypted;
+        let ebs = Ebs { snapshot: wanted.snapshot, encrypted, ..said.clone() };
+        let is_said = same && said.snapshot.is_none();
+        is_said.then(|| Self { device_name: root.device_name.clone(), kind: BlockDeviceKind::Ebs(ebs) })
+    }
+
+    /// The same in another size; without meaning for what has none.
+    pub(crate) fn with_size_gib(mut self, size: u32) -> Self {
+        match &mut self.kind {
+            BlockDeviceKind::Ebs(ebs) => ebs.volume_size_gib = size,
+            BlockDeviceKind::InstanceStore(store) => store.size_gib = size,
+            BlockDeviceKind::Ephemeral { .. } | BlockDeviceKind::NoDevice => {}
+        }
+        self
+    }
+
+    /// The size, if it has one of its own.
+    pub(crate) fn size_gib(&self) -> Option<u32> {
+        match &self.kind {
+            BlockDeviceKind::Ebs(ebs) => Some(ebs.volume_size_gib),
+            BlockDeviceKind::InstanceStore(store) => Some(store.size_gib),
+            BlockDeviceKind::Ephemeral { .. } | BlockDeviceKind::NoDevice => None,
+        }
+    }
+
     fn with_ebs(mut self, change: impl FnOnce(&mut Ebs)) -> Self {
         if let BlockDeviceKind::Ebs(ebs) = &mut self.kind {
             change(ebs);

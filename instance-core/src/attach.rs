@@ -168,11 +168,12 @@ impl Inner {
         // What is on it need not be whole.
         record.shut_down = false;
         let description = record.description_mut();
-        let attachment =
-            Attachment { device_name: name.to_string(), volume_id: id, delete_on_termination: false };
-        // The root volume is the first.
-        let place =
-            if name.as_str() == description.root_device_name { 0 } else { description.attachments.len() };
+        // The root volume is the first, and has the name that the image gives it.
+        let (place, device_name) = match description.is_root_device(name.as_str()) {
+            true => (0, description.root_device_name.clone()),
+            false => (description.attachments.len(), name.to_string()),
+        };
+        let attachment = Attachment { device_name, volume_id: id, delete_on_termination: false };
         description.attachments.insert(place, attachment);
         description.product_codes.extend(volume.product_codes);
         if live.machine.is_none() {
@@ -204,8 +205,7 @@ impl Inner {
         let attached = description.state != InstanceState::Terminated;
         let place = description.attachments.iter().position(|a| a.volume_id == id).filter(|_| attached);
         let place = place.ok_or_else(not_attached)?;
-        let name = &description.attachments[place].device_name;
-        if live.machine.is_some() && *name == description.root_device_name {
+        if live.machine.is_some() && description.root_volume() == Some(place) {
             let what = format!("the root volume of {} cannot be detached while it runs", cell.id);
             return Err(Error::new(ErrorKind::OperationNotPermitted, what));
         }
@@ -269,6 +269,11 @@ impl Inner {
         let mut live = cell.as_ref().map(|cell| cell.hold(self.supervisor.reports()));
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
         let mut record: VolumeRecord = self.volume(owner, id)?;
+        if record.growing {
+            let open = live.as_ref().and_then(|live| live.volume(id));
+            record = self.settle_size(&record, &open.map_or_else(|| self.open_volume(id), Ok)?)?;
+            self.store.commit(|c| c.put(&record))?;
+        }
         let target_type = change.volume_type.unwrap_or(record.volume_type);
         let (old, (least, most)) = (record.size.div_ceil(GIB), target_type.size_range_gib());
         let size_gib = change.size_gib.map_or(old, u64::from);
@@ -291,10 +296,8 @@ impl Inner {
             check_awake(&live.record)?;
             self.settle_volumes(live)?;
         }
-        let machine = live.as_ref().filter(|_| grows).and_then(|live| {
-            let at = live.record.description.attachments.iter().position(|a| a.volume_id == id)?;
-            Some((live.machine.as_deref()?, live.volumes.get(at)?.clone()))
-        });
+        let machine = live.as_ref().filter(|_| grows);
+        let machine = machine.and_then(|live| Some((live.machine.as_deref()?, live.volume(id)?)));
         if machine.is_some() && !self.hypervisor.capabilities().live_growth {
             let what =
                 format!("{id} is attached to an instance that runs, whose disks do not grow meanwhile");
@@ -305,12 +308,30 @@ impl Inner {
                 Some((_, volume)) => volume.clone(),
                 None => self.open_volume(id)?,
             };
-            record.size = target_size;
-            volume.grow(record.size).map_err(|e| Error::storage(e, format!("cannot make {id} larger")))?;
+            let before = VolumeRecord { growing: true, ..self.volume(owner, id)? };
+            (record.size, record.growing) = (target_size, true);
+            record.modification = Some(modification.clone());
+            // From here on it is as large, whatever comes in between: opening the region makes it so.
+            let grown = self.store.commit(|c| c.put(&record));
+            let failed = |e| Error::storage(e, format!("cannot make {id} larger"));
+            grown.and_then(|()| volume.grow(target_size).map_err(failed)).inspect_err(|_| {
+                // Nobody has been told. Which size the disk has is seen when it is next looked at.
+                if let Err(e) = self.store.commit(|c| c.put(&before)) {
+                    tracing::error!(volume = %id, error = chain(&e), "a volume that could not grow may be said to have");
+                }
+            })?;
         }
         modification.ended = Timestamp::now();
         record.modification = Some(modification);
-        self.store.commit(|c| c.put(&record))?;
+        match std::mem::take(&mut record.growing) {
+            // What was promised is durable. If this is lost, the next look at it finds nothing to do.
+            true => {
+                if let Err(e) = self.store.stage(|c| c.put(&record)) {
+                    tracing::warn!(volume = %id, error = chain(&e), "cannot note that a volume has grown");
+                }
+            }
+            false => self.store.commit(|c| c.put(&record))?,
+        }
         if let Some((machine, _)) = machine {
             // The volume is larger all the same: a guest that was not told finds out when it is started again.
             machine
@@ -318,6 +339,14 @@ impl Inner {
                 .map_err(|e| refused(e, format!("{id} is larger, and the guest has not been told")))?;
         }
         Ok(record)
+    }
+
+    /// Has a volume whose growth was cut off, and its record, which it gives, agree: whichever says more is right.
+    pub(crate) fn settle_size(&self, record: &VolumeRecord, volume: &Volume) -> Result<VolumeRecord> {
+        let size = record.size.max(volume.size());
+        let failed = |e| Error::storage(e, format!("cannot make {} as large as it is said to be", record.id));
+        volume.grow(size).map_err(failed)?;
+        Ok(VolumeRecord { size, growing: false, ..record.clone() })
     }
 
     pub(crate) fn open_volume(&self, id: VolumeId) -> Result<Volume> {

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 pub(crate) use ami_core::StateReason;
 use ami_core::{
-    AccountId, AmiId, Architecture, InstanceId, ReservationId, RootDeviceType, Timestamp, VolumeId,
+    AccountId, AmiId, Architecture, DeviceName, InstanceId, ReservationId, RootDeviceType, Timestamp,
+    VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::network::NetworkPlacement;
 use crate::products::ProductCodes;
-use crate::{InstanceState, InstanceType, MetadataOptions};
+use crate::{Error, ErrorKind, InstanceState, InstanceType, MetadataOptions, Result};
 
 /// What happens when the guest powers itself off (`InstanceInitiatedShutdownBehavior`).
 ///
@@ -144,7 +145,7 @@ pub struct InstanceDescription {
     /// What its root device is. One of instance store is none of its volumes.
     #[serde(default, skip_serializing_if = "is_ebs")]
     pub root_device_type: RootDeviceType,
-    /// Its volumes, the root volume first.
+    /// Its volumes, the root volume first unless it is detached.
     pub attachments: Vec<Attachment>,
     /// The products that it runs: those of its image, and of volumes that were attached to it.
     #[serde(default, skip_serializing_if = "ProductCodes::is_empty")]
@@ -162,6 +163,36 @@ impl InstanceDescription {
         self.state = state;
         self.state_transition_reason = reason.as_ref().map(transition).unwrap_or_default();
         self.state_reason = reason;
+    }
+
+    /// Whether this names the root device, whatever else the image calls it by: `/dev/sda1` is `/dev/xvda`.
+    pub(crate) fn is_root_device(&self, name: &str) -> bool {
+        let root = self.root_device_name.as_str();
+        let named: Option<(DeviceName, DeviceName)> = name.parse().ok().zip(root.parse().ok());
+        named.map_or(name == root, |(name, root)| name.same_disk(&root))
+    }
+
+    /// Which of its volumes is the root volume, by its place among them. It has none while that is detached, or where its
+    /// root device is instance store.
+    pub(crate) fn root_volume(&self) -> Option<usize> {
+        match self.root_device_type {
+            RootDeviceType::Ebs => self.attachments.iter().position(|a| self.is_root_device(&a.device_name)),
+            _ => None,
+        }
+    }
+
+    /// That it has something to boot.
+    ///
+    /// # Errors
+    ///
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) while its root volume is detached.
+    pub(crate) fn check_root_volume(&self) -> Result<()> {
+        if self.root_device_type == RootDeviceType::Ebs && self.root_volume().is_none() {
+            let what =
+                format!("{} has no volume attached at its root device, {}", self.id, self.root_device_name);
+            return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
+        }
+        Ok(())
     }
 }
 

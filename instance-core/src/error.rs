@@ -104,12 +104,16 @@ pub enum ErrorKind {
     LaunchTemplateVersionNotFound,
     /// The account has a launch template of that name already.
     LaunchTemplateNameDuplicate,
+    /// What is no name of a launch template.
+    MalformedLaunchTemplateName,
     /// The account has no such task that makes an image.
     TaskNotFound,
     /// The account has no such task that exports an image.
     ExportTaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
+    /// These are more instances than a launch makes.
+    InstanceLimitExceeded,
     /// There is no such key for encryption, or nobody who has any.
     KeyUnavailable,
     /// There is no such key pair.
@@ -264,10 +268,12 @@ impl Error {
             ErrorKind::SnapshotNotFound => "InvalidSnapshot.NotFound",
             ErrorKind::LaunchTemplateNotFound => "InvalidLaunchTemplateId.NotFound",
             ErrorKind::LaunchTemplateVersionNotFound => "InvalidLaunchTemplateId.VersionNotFound",
+            ErrorKind::MalformedLaunchTemplateName => "InvalidLaunchTemplateName.MalformedException",
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
+            ErrorKind::InstanceLimitExceeded => "InstanceLimitExceeded",
             ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
             ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",

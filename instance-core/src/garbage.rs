@@ -4,17 +4,75 @@ use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{PoisonError, RwLockReadGuard, TryLockError};
 
 use ami_core::{AmiId, Digest, VolumeId};
 
 use crate::description::InstanceDescription;
+use crate::error::chain;
 use crate::launch::Needs;
 use crate::record::{FormerImage, ImageRecord, InstanceRecord, SnapshotRecord, VolumeRecord};
 use crate::region::Inner;
 use crate::store::Record;
 use crate::{Error, InstanceState, Result};
 
+/// Somebody makes something that has content, or looks at some: none is collected meanwhile. What there is to collect then,
+/// whoever ends last collects.
+pub(crate) struct Making<'r> {
+    region: &'r Inner,
+    /// [`making_images`](Inner::making_images), until this ends.
+    held: Option<RwLockReadGuard<'r, ()>>,
+}
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        self.held = None;
+        if let Err(e) = self.region.collect_unless_making() {
+            // No reason for what was made not to be there; it goes with the next that goes.
+            tracing::warn!(error = chain(&e), "cannot remove what nothing names");
+        }
+    }
+}
+
 impl Inner {
+    /// Begins to make something that has content, or to look at some.
+    pub(crate) fn begin_making(&self) -> Making<'_> {
+        let held = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        Making { region: self, held: Some(held) }
+    }
+
+    /// Makes something that has content. What it needs is not collected meanwhile, and nothing is left of what fails, once
+    /// nothing else is being made.
+    pub(crate) fn making<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _making = self.begin_making();
+        let made = make();
+        self.garbage.fetch_or(made.is_err(), Ordering::SeqCst);
+        made
+    }
+
+    /// Removes what nothing names any more: now, or, while something is being made, when that ends. Nobody waits for another's
+    /// copy, nor has whoever wants to begin one meanwhile wait.
+    pub(crate) fn collect_soon(&self) -> Result<()> {
+        // Before it is tried: whoever is in the way sees it at the end.
+        self.garbage.store(true, Ordering::SeqCst);
+        self.collect_unless_making()
+    }
+
+    fn collect_unless_making(&self) -> Result<()> {
+        // Once more for what another has found in the way of this.
+        while self.garbage.load(Ordering::SeqCst) {
+            let _alone = match self.making_images.try_write() {
+                Ok(alone) => alone,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return Ok(()),
+            };
+            self.garbage.store(false, Ordering::SeqCst);
+            self.collect_garbage()?;
+        }
+        Ok(())
+    }
+
     /// Removes every snapshot and boot file that no image, no snapshot of a user's, no volume and no launch
     /// needs. The caller holds [`making_images`](Self::making_images) for writing, or is alone.
     pub(crate) fn collect_garbage(&self) -> Result<()> {

@@ -135,7 +135,7 @@ impl Inner {
         flushed.map_err(|e| Error::storage(e, "cannot flush a volume"))?;
         let path = self.paths.saved_machine(cell.id);
         self.remove_saved(cell.id);
-        let saved = match live.volumes.first().and_then(Volume::key) {
+        let saved = match live.root_volume().and_then(Volume::key) {
             Some(key) => save_encrypted(machine, &path, key),
             None => save_open(machine, &path),
         };

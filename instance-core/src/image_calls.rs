@@ -192,7 +192,7 @@ impl<H> Region<H> {
     }
 
     /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else
-    /// names go. Its id is not used again, also if the same is registered anew.
+    /// names go, as soon as nothing is being imported, copied or made an image or a snapshot of. Its id is not used again, also if the same is registered anew.
     ///
     /// ```
     /// # use ami_core::{Ami, X86_64};
@@ -284,7 +284,6 @@ impl Inner {
     }
 
     fn remove_image(&self, id: AmiId) -> Result<Image> {
-        let alone = self.making_images.write().unwrap_or_else(PoisonError::into_inner);
         let naming = self.naming.write().unwrap_or_else(PoisonError::into_inner);
         let image = self.image(id)?.image;
         let needed = self.has_instances(id)?;
@@ -294,8 +293,7 @@ impl Inner {
             if needed { c.put(&FormerImage::of(image.clone())) } else { Ok(()) }
         })?;
         drop(naming);
-        let collected = self.collect_garbage();
-        drop(alone);
+        let collected = self.collect_soon();
         self.tell_image(id);
         collected.map(|()| image)
     }

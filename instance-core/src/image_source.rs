@@ -4,7 +4,7 @@ use ami_core::{ImdsSupport, RootDeviceType, SnapshotId};
 use storage_block::{Disk, Progress};
 
 /// The device name of an image's root volume unless another is given.
-const ROOT_DEVICE: &str = "/dev/xvda";
+pub(crate) const ROOT_DEVICE: &str = "/dev/xvda";
 
 /// Where the bytes of an image come from: a root disk, and perhaps a kernel beside it.
 ///
@@ -30,7 +30,7 @@ const ROOT_DEVICE: &str = "/dev/xvda";
 /// ```
 pub struct ImageSource<'a> {
     pub(crate) root: Root<'a>,
-    pub(crate) root_device: &'a str,
+    pub(crate) root_device: Option<&'a str>,
     pub(crate) root_device_type: RootDeviceType,
     pub(crate) boot: Option<DirectBoot>,
     pub(crate) encrypted: bool,
@@ -58,7 +58,7 @@ impl<'a> ImageSource<'a> {
         let root_device_type = RootDeviceType::Ebs;
         Self {
             root,
-            root_device: ROOT_DEVICE,
+            root_device: None,
             root_device_type,
             boot: None,
             encrypted: false,
@@ -90,10 +90,11 @@ impl<'a> ImageSource<'a> {
         Self::of(Root::Snapshot(snapshot))
     }
 
-    /// The device name of the root volume; `/dev/xvda` if this is not called.
+    /// The device name of the root volume; the one that the builder of the image says if this is not called, or else
+    /// `/dev/xvda`.
     #[must_use]
     pub fn root_device(mut self, name: &'a str) -> Self {
-        self.root_device = name;
+        self.root_device = Some(name);
         self
     }
 

@@ -1,7 +1,6 @@
 //! Making images from a disk or a snapshot, and putting them into the region.
 
-use std::sync::atomic::Ordering;
-use std::sync::{PoisonError, TryLockError};
+use std::sync::PoisonError;
 
 use ami_core::{
     AccountId, Ami, AmiBuilder, AmiId, AnyAmi, Arch, BlockDeviceMapping, Boot, BootSource, Ebs, Image,
@@ -10,8 +9,7 @@ use ami_core::{
 use storage_block::Snapshot;
 
 use crate::boot_cache::{BootPlan, Found};
-use crate::error::chain;
-use crate::image_source::{ImageSource, Root};
+use crate::image_source::{ImageSource, ROOT_DEVICE, Root};
 use crate::power::no_root_volume;
 use crate::products::ProductCodes;
 use crate::record::ImageRecord;
@@ -24,9 +22,25 @@ const GIB: u64 = 1 << 30;
 impl<H> Region<H> {
     /// Registers an image made of `source` (`ImportSnapshot` and `RegisterImage` in one).
     ///
-    /// The builder says the rest; its root device, boot source and root volume are set here. Content that it names for
-    /// other devices has to be that of a snapshot of the account's, or of an image whose bytes it may
-    /// [have](ami_core::Action::Export).
+    /// The builder says the rest; boot source and content of the root volume are set here. What the builder maps at the root
+    /// device says of which size and type its volume is, and whether that goes with the instance; it is as large as its
+    /// content, of type gp3 and goes if the builder does not say. Content that it names for other devices has to be that of a
+    /// snapshot of the account's, or of an image whose bytes it may [have](ami_core::Action::Export).
+    ///
+    /// ```
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ImageSource, Region};
+    /// use ami_core::{Ami, BlockDeviceMapping, VolumeType, X86_64};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// let root = BlockDeviceMapping::blank("/dev/xvda", 20).volume_type(VolumeType::Gp2);
+    /// let ami = region.register_image(Ami::<X86_64>::builder("web").block_device(root), source)?;
+    /// assert_eq!(ami.manifest().root_volume().map(|root| root.volume_size_gib()), Some(20));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -65,8 +79,7 @@ impl Inner {
                 Some((id, self.content(&record.digest)?))
             }
         };
-        let root_device = (source.root_device, source.root_device_type);
-        if source.encrypted && root_device.1 == RootDeviceType::InstanceStore {
+        if source.encrypted && source.root_device_type == RootDeviceType::InstanceStore {
             let what = "an image whose root device is instance store cannot be encrypted";
             return Err(Error::new(ErrorKind::InvalidParameterCombination, what));
         }
@@ -101,11 +114,9 @@ impl Inner {
             true => Boot::direct(plan.kernel, plan.initrd, plan.command_line.clone()).source().clone(),
             false => BootSource::RootVolume,
         };
-        let ami = builder
-            .root_device(root_device.0)
-            .block_device(root_mapping(root_device, &snapshot)?)
-            .boot_source(boot)
-            .build(&self.region.name, &owner)?;
+        let root_device = source.root_device.or(builder.root_device_name()).unwrap_or(ROOT_DEVICE);
+        let root = root_mapping((root_device, source.root_device_type), &snapshot)?;
+        let ami = builder.root_content(root).boot_source(boot).build(&self.region.name, &owner)?;
         found.check_architecture(ami.architecture())?;
         codes.extend(self.check_mappings(&owner, ami.manifest())?);
         let mut image = Image::new(ami.into_any());
@@ -180,33 +191,6 @@ impl Inner {
                 let what = format!("the name {name:?} is that of the image {}", holder.image.id());
                 Err(Error::new(ErrorKind::ImageNameDuplicate, what))
             }
-        }
-    }
-
-    /// Makes something that has content. What it needs is not collected meanwhile, and nothing is left of what fails, once
-    /// nothing else is being made.
-    pub(crate) fn making<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
-        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
-        let made = make();
-        drop(making);
-        self.half_made.fetch_or(made.is_err(), Ordering::SeqCst);
-        if self.half_made.load(Ordering::SeqCst) {
-            self.discard_half_made();
-        }
-        made
-    }
-
-    /// Removes what something that failed has left; the error that made it fail is the one to tell. While something else is
-    /// being made that is left to whoever ends last: nobody waits for another's copy to fail.
-    fn discard_half_made(&self) {
-        let _alone = match self.making_images.try_write() {
-            Ok(alone) => alone,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
-        };
-        self.half_made.store(false, Ordering::SeqCst);
-        if let Err(e) = self.collect_garbage() {
-            tracing::warn!(error = chain(&e), "cannot remove what a failed image left");
         }
     }
 }

@@ -96,15 +96,17 @@ impl Instance {
     /// # Errors
     ///
     /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) if it is in another one at the
-    /// deadline.
+    /// deadline, or, at once, in one from which it does not come into `state` any more: that says why it is in it.
     pub fn wait_for(&self, state: InstanceState, deadline: Instant) -> Result<()> {
-        match self.watch().wait(deadline, |d| d.state == state) {
-            Ok(_) => Ok(()),
-            Err(d) => {
-                let what = format!("{} is {}, not {state}, at the deadline", d.id, d.state);
-                Err(Error::new(ErrorKind::IncorrectInstanceState, what))
+        let what = match self.watch().wait(deadline, |d| d.state == state || !d.state.leads_to(state)) {
+            Ok(d) if d.state == state => return Ok(()),
+            Ok(d) => {
+                let why = d.state_reason.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+                format!("{} is {}{why}, and does not become {state} any more", d.id, d.state)
             }
-        }
+            Err(d) => format!("{} is {}, not {state}, at the deadline", d.id, d.state),
+        };
+        Err(Error::new(ErrorKind::IncorrectInstanceState, what))
     }
 
     /// Its serial console. It stays the same over stops and reboots.
@@ -144,7 +146,8 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped;
+    /// [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless it is stopped, and while its root volume is
+    /// detached;
     /// [`Unsupported`](ErrorKind::Unsupported) for one whose root device is instance store;
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity) if the host cannot hold it now;
     /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity) if no public address is left for it;

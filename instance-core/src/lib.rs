@@ -144,8 +144,8 @@ pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};
 pub use tasks::{
     CopyImageTask, CreateImageTask, DescribeCopyImageTasks, DescribeCreateImageTasks,
-    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImageTask, Task,
-    TaskDescription, TaskStatus, Tell, UnfinishedImage,
+    DescribeExportImageTasks, DescribeImportImageTasks, ExportImageTask, Exported, ImportImage,
+    ImportImageTask, Task, TaskDescription, TaskStatus, Tell, UnfinishedImage,
 };
 pub use volume_modification::{ModifyVolume, VolumeModification, VolumeModificationState};
 pub use volumes::{VolumeAttachment, VolumeDescription, VolumeSpec, VolumeState};

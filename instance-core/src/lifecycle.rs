@@ -139,6 +139,7 @@ impl Inner {
             self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
         }
         let mut record = live.after(Transition::Start, None)?;
+        record.description.check_root_volume()?;
         record.description_mut().launch_time = Timestamp::now();
         live.claim = Some(self.meter.claim(&record.description.instance_type)?);
         let begun = self.store.commit(|c| c.put(&record));

@@ -48,7 +48,8 @@ impl Inner {
             None => None,
         };
         let is_store = live.record.description.root_device_type == RootDeviceType::InstanceStore;
-        let root = if is_store { live.root.as_ref() } else { live.volumes.first() };
+        let root = if is_store { live.root.as_ref() } else { live.root_volume() };
+        live.record.description.check_root_volume()?;
         // A root device that is lost is not made again: it would be another one.
         if is_store && root.is_none() {
             return Err(no_root_volume());

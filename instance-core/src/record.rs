@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use ami_core::{
-    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, RegionName, SnapshotId, StoreRoot, Tags,
-    Timestamp, VolumeId, VolumeType,
+    AccountId, BlockDeviceKind, BlockDeviceMapping, Digest, LaunchTemplateId, RegionName, SnapshotId,
+    StoreRoot, Tags, Timestamp, VolumeId, VolumeType,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -64,6 +64,10 @@ pub(crate) struct VolumeRecord {
     /// What was last changed of it, if anything was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) modification: Option<ModificationRecord>,
+    /// Whether it is being made as large as this says, so that its disk need not be so yet; see
+    /// [`settle_size`](crate::region::Inner::settle_size).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) growing: bool,
 }
 
 /// What was last changed of a volume.
@@ -133,6 +137,9 @@ pub(crate) struct InstanceRecord {
     pub(crate) public_key: Option<String>,
     /// What its launch was asked for with, by which a repeated one is known.
     pub(crate) parameters: Option<Digest>,
+    /// The launch template that it came from, by which a repeated launch is known when that is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) launched_from: Option<LaunchedFrom>,
     /// What is mapped to instance store, of which its type may have less; its root device with it, if that is instance
     /// store.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -152,6 +159,13 @@ pub(crate) struct InstanceRecord {
     /// When it was terminated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) ended: Option<Timestamp>,
+}
+
+/// The launch template that an instance was launched from, by the name that it had then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LaunchedFrom {
+    pub(crate) id: LaunchTemplateId,
+    pub(crate) name: String,
 }
 
 /// A saved machine, in the place of its instance's.

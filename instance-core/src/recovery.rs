@@ -35,8 +35,9 @@ impl Inner {
             changed.iter().try_for_each(|record| c.put(record))
         })?;
         self.recover_tasks()?;
-        let volumes: HashSet<String> =
-            self.store.all::<VolumeRecord>()?.iter().map(|v| v.id.to_string()).collect();
+        let volumes = self.store.all::<VolumeRecord>()?;
+        self.finish_growth(&volumes)?;
+        let volumes: HashSet<String> = volumes.iter().map(|v| v.id.to_string()).collect();
         remove_others(&self.paths.volumes(), &volumes)?;
         remove_others(&self.paths.instances(), &HashSet::new())?;
         remove_others(&self.paths.hibernated(), &hibernated)?;
@@ -49,6 +50,21 @@ impl Inner {
             )?;
         }
         self.collect_garbage()
+    }
+
+    /// Makes those volumes as large as they are said to be that a crash has found growing.
+    fn finish_growth(&self, volumes: &[VolumeRecord]) -> Result<()> {
+        let mut grown = Vec::new();
+        for volume in volumes.iter().filter(|volume| volume.growing) {
+            match self.open_volume(volume.id).and_then(|open| self.settle_size(volume, &open)) {
+                Ok(volume) => grown.push(volume),
+                // The next time it is modified, or the region is opened with its key.
+                Err(e) => {
+                    tracing::error!(volume = %volume.id, error = chain(&e), "a volume has not become as large as it should be");
+                }
+            }
+        }
+        self.store.commit(|c| grown.iter().try_for_each(|volume| c.put(volume)))
     }
 
     /// Gives the record of an instance of which something has become different, for it to be committed.

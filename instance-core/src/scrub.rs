@@ -1,7 +1,6 @@
 //! Looking through what a region stores for damage.
 
 use std::collections::HashSet;
-use std::sync::PoisonError;
 
 use ami_core::{AmiId, Digest, SnapshotId, VolumeId};
 use storage_block::{Progress, ScrubReport};
@@ -64,7 +63,7 @@ impl Inner {
     /// Whose content it is that is damaged or lost.
     fn concerned(&self, content: ScrubReport) -> Result<RegionScrub> {
         // What is named is not removed meanwhile.
-        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let _making = self.begin_making();
         let images = self.store.all::<ImageRecord>()?;
         let snapshots = self.store.all::<SnapshotRecord>()?;
         let volumes = self.store.all::<VolumeRecord>()?;

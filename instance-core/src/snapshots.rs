@@ -130,7 +130,8 @@ impl<H> Region<H> {
         Ok(self.inner.content(&record.digest)?.disk())
     }
 
-    /// Deletes a snapshot of the account's (`DeleteSnapshot`). Volumes that were made of it stay.
+    /// Deletes a snapshot of the account's (`DeleteSnapshot`). Volumes that were made of it stay. Its bytes go as soon as
+    /// nothing is being imported, copied or made an image or a snapshot of.
     ///
     /// # Errors
     ///
@@ -138,7 +139,6 @@ impl<H> Region<H> {
     /// image was [registered of it](crate::ImageSource::of_snapshot), or what the host met.
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<()> {
         let (inner, owner) = (&self.inner, *self.account());
-        let _alone = inner.making_images.write().unwrap_or_else(PoisonError::into_inner);
         let naming = inner.naming.write().unwrap_or_else(PoisonError::into_inner);
         let resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
         inner.snapshot(owner, id)?;
@@ -152,7 +152,7 @@ impl<H> Region<H> {
             Ok(())
         })?;
         drop((resources, naming));
-        inner.collect_garbage()
+        inner.collect_soon()
     }
 
     /// The account's snapshots that the request asks for (`DescribeSnapshots`).
@@ -189,7 +189,8 @@ impl Inner {
             owner,
             digest: snapshot.digest(),
             volume_id: id,
-            size: volume.size,
+            // No less than its content, of which volumes are made by default.
+            size: volume.size.max(snapshot.size()),
             description: description.to_owned(),
             created: Timestamp::now(),
             tags: Tags::new(),

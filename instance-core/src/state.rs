@@ -132,6 +132,26 @@ impl InstanceState {
     }
 }
 
+impl InstanceState {
+    const TRANSITIONS: [Transition; 8] = {
+        use Transition as T;
+        [T::Started, T::StartFailed, T::Start, T::Stop, T::Stopped, T::Terminate, T::Terminated, T::Lost]
+    };
+
+    /// Whether it is `to`, or can come to be, by whatever other states.
+    pub(crate) fn leads_to(self, to: Self) -> bool {
+        let mut reached = vec![self];
+        let mut at = 0;
+        while let Some(state) = reached.get(at).copied() {
+            let next = Self::TRANSITIONS.into_iter().filter_map(|by| state.after(by));
+            let new: Vec<Self> = next.filter(|next| !reached.contains(next)).collect();
+            reached.extend(new);
+            at += 1;
+        }
+        reached.contains(&to)
+    }
+}
+
 impl fmt::Display for InstanceState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.as_str())
@@ -161,20 +181,22 @@ mod tests {
             (Stopped, Transition::Terminate, ShuttingDown),
             (ShuttingDown, Transition::Terminated, Terminated),
         ];
-        let transitions = [
-            Transition::Started,
-            Transition::StartFailed,
-            Transition::Start,
-            Transition::Stop,
-            Transition::Stopped,
-            Transition::Terminate,
-            Transition::Terminated,
-            Transition::Lost,
-        ];
         for from in InstanceState::ALL {
-            for by in transitions {
+            for by in InstanceState::TRANSITIONS {
                 let expected = arrows.iter().find(|a| (a.0, a.1) == (from, by)).map(|a| a.2);
                 assert_eq!(from.after(by), expected, "{from} by {by:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_terminated_leads_nowhere_and_the_rest_to_all() {
+        use InstanceState::*;
+        for from in InstanceState::ALL {
+            for to in InstanceState::ALL {
+                let ends = matches!(from, ShuttingDown | Terminated);
+                let expected = !ends || to == Terminated || to == from;
+                assert_eq!(from.leads_to(to), expected, "{from} to {to}");
             }
         }
     }

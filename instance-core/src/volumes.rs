@@ -261,7 +261,7 @@ impl Inner {
             tags.insert(key, value)?;
         }
         // What it is made of stays meanwhile.
-        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let _making = self.begin_making();
         let snapshot = spec.snapshot.map(|id| self.snapshot(owner, id)).transpose()?;
         let of_snapshot = snapshot.as_ref().map(|s| s.size.div_ceil(GIB));
         let size_gib = spec.size_gib.map(u64::from).or(of_snapshot).unwrap_or_default();
@@ -283,6 +283,7 @@ impl Inner {
             kms_key_id: None,
             product_codes: snapshot.map(|s| s.product_codes).unwrap_or_default(),
             modification: None,
+            growing: false,
         };
         let base = record.base.map(|digest| self.content(&digest)).transpose()?;
         let failed = |e| Error::storage(e, format!("cannot make the volume {}", record.id));

@@ -7,24 +7,37 @@ mod common;
 mod crashes;
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ami_core::{AnyAmi, BlockDeviceMapping, Grantee, ModifyImageAttribute};
+use ami_core::{
+    Ami, AnyAmi, BlockDeviceMapping, Catalog, Grantee, Image, ModifyImageAttribute, VolumeType, X86_64,
+};
 use common::{TestRegion, ask, disk, register};
 use crashes::{Shared, open};
+use instance_core::testing::tiny_elf;
 use instance_core::{
-    CopyImage, DescribeLaunchTemplateVersions, DescribeLaunchTemplates, DescribeSnapshots, DescribeTags,
-    DescribeVolumes, InstanceState, LaunchSpec, VolumeSpec,
+    CopyImage, DescribeCopyImageTasks, DescribeCreateImageTasks, DescribeExportImageTasks,
+    DescribeImportImageTasks, DescribeLaunchTemplateVersions, DescribeLaunchTemplates, DescribeSnapshots,
+    DescribeTags, DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, ModifyVolume, ShutdownBehavior,
+    TaskDescription, TaskStatus, VolumeDescription, VolumeSpec,
 };
+use storage_block::{Store, Volume};
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
 
 /// Everything that a region tells, in words that do not depend on whether a machine was lost.
 fn told(region: &TestRegion) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     for image in region.images().unwrap() {
         let (id, state, shared) = (image.id(), image.state(), image.launch_permissions().is_public());
-        all.insert(format!("image {id} {} is {state}, shared: {shared}", image.ami().name()));
+        let (description, old) = (image.description(), image.deprecation());
+        let name = image.ami().name();
+        all.insert(format!("image {id} {name} {description:?} is {state}, shared: {shared}, until {old:?}"));
     }
     for instance in region.instances() {
         let told = instance.describe();
@@ -32,11 +45,13 @@ fn told(region: &TestRegion) -> BTreeSet<String> {
         let volumes: Vec<_> = told.attachments.iter().map(|a| (&a.device_name, a.volume_id)).collect();
         let volumes = if terminated { Vec::new() } else { volumes };
         let protected = told.termination_protection;
-        all.insert(format!("{} terminated: {terminated}, protected: {protected}, {volumes:?}", told.id));
+        let (hardware, data) = (told.instance_type.name(), instance.user_data());
+        let is = format!("terminated: {terminated}, protected: {protected}, {hardware}, {data:?}");
+        all.insert(format!("{} {is}, {volumes:?}", told.id));
     }
     for volume in region.describe_volumes(&DescribeVolumes::new()).unwrap().items {
         let at = volume.attachment.map(|a| (a.instance_id, a.device_name));
-        all.insert(format!("{} of {} GiB at {at:?}", volume.id, volume.size_gib));
+        all.insert(format!("{} {} of {} GiB at {at:?}", volume.id, volume.volume_type, volume.size_gib));
     }
     for snapshot in region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items {
         all.insert(format!("{} of {}", snapshot.id, snapshot.volume_id));
@@ -45,13 +60,42 @@ fn told(region: &TestRegion) -> BTreeSet<String> {
         all.insert(format!("{} has {}={}", tag.resource_id, tag.key, tag.value));
     }
     for template in region.describe_launch_templates(&DescribeLaunchTemplates::new()).unwrap().items {
-        all.insert(format!("{} {}", template.id, template.name));
+        all.insert(format!("{} {} {}", template.id, template.name, template.default_version));
         let versions = DescribeLaunchTemplateVersions::of(template.id);
         for version in region.describe_launch_template_versions(&versions).unwrap().items {
             all.insert(format!("version {} of {}", version.version, template.id));
         }
     }
+    all.extend(region.accepted_terms().unwrap().into_iter().map(|code| format!("the terms of {code}")));
+    all.extend(completed(
+        region.describe_import_image_tasks(&DescribeImportImageTasks::new()).unwrap().items,
+    ));
+    all.extend(completed(
+        region.describe_export_image_tasks(&DescribeExportImageTasks::new()).unwrap().items,
+    ));
+    all.extend(completed(region.describe_copy_image_tasks(&DescribeCopyImageTasks::new()).unwrap().items));
+    all.extend(completed(
+        region.describe_create_image_tasks(&DescribeCreateImageTasks::new()).unwrap().items,
+    ));
     all
+}
+
+/// What has come of tasks. Those that have come to nothing are told of as well: that they have is no part of what a call does.
+fn completed<Id: Display>(tasks: Vec<TaskDescription<Id>>) -> impl Iterator<Item = String> {
+    let tasks = tasks.into_iter().filter(|task| task.status == TaskStatus::Completed);
+    tasks.map(|task| format!("{} has made {:?}", task.id, task.image_id))
+}
+
+/// That the disks of all volumes are as large as these are said to be. The region is closed.
+fn check_sizes(dir: &Path, told: &[VolumeDescription], when: &str) {
+    let blocks = Store::open(dir.join("blocks")).unwrap();
+    for volume in told {
+        match Volume::open(&dir.join("volumes").join(volume.id.to_string()), &blocks) {
+            Ok(open) => assert_eq!(open.size(), volume.size_gib << 30, "{when}: {volume:?}"),
+            // Nobody has written to it.
+            Err(e) => assert_eq!(e.kind(), storage_block::ErrorKind::NotFound, "{when}: {volume:?}"),
+        }
+    }
 }
 
 /// The volumes that have files, and the snapshots that are stored.
@@ -97,7 +141,9 @@ impl World {
             // What was done once is not undone by a crash that comes later.
             assert!(!done || found == after || before == after, "{when}: it was done before");
             done = found == after;
+            let volumes = region.describe_volumes(&DescribeVolumes::new()).unwrap().items;
             drop(region);
+            check_sizes(&copy, &volumes, &when);
             let left = files(&copy);
             let region = open(&copy, kept);
             assert_eq!(told(&region), found, "{when}: opened again");
@@ -129,11 +175,19 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
     world.call("protect", |_| one.set_termination_protection(true));
     world.call("unprotect", |_| one.set_termination_protection(false));
     world.call("stop", |_| one.stop(Duration::ZERO));
+    world.call("another type", |_| one.set_instance_type("t2.micro".parse().unwrap()));
+    world.call("user data", |_| one.set_user_data(Some(b"hello".to_vec())));
     world.call("start", |_| one.start());
     world.call("reboot", |_| one.reboot());
     let volume = world.call("create volume", |r| r.create_volume(VolumeSpec::new(1).tag("a", "b"))).id;
     world.call("attach", |r| r.attach_volume(volume, one.id(), "/dev/sdm"));
     world.call("grow", |r| r.grow_volume(volume, 2));
+    let slower = ModifyVolume::new().volume_type(VolumeType::Gp2);
+    world.call("another type of a volume", |r| r.modify_volume(volume, slower));
+    let larger = ModifyVolume::new().volume_type(VolumeType::Standard).size_gib(3);
+    world.call("grow and another type", |r| r.modify_volume(volume, larger));
+    let own = one.describe().attachments[0].volume_id;
+    world.call("grow a root volume", |r| r.grow_volume(own, 2));
     world.call("tag", |r| r.create_tags(&[volume.into(), one.id().into()], &[("stage", "test")]));
     world.call("untag", |r| r.delete_tags(&[volume.into(), one.id().into()], &[("stage", None)]));
     let snapshot = world.call("create snapshot", |r| r.create_snapshot(volume, "of it")).id;
@@ -145,14 +199,46 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
     world.call("share", |r| r.modify_image_attribute(made.id(), &public));
     world.call("disable", |r| r.disable_image(made.id()));
     world.call("enable", |r| r.enable_image(made.id()));
+    world.call("deprecate", |r| r.enable_image_deprecation(made.id(), None));
+    world.call("deprecate no more", |r| r.disable_image_deprecation(made.id()));
+    world.call("create image task", |_| one.begin_create_image("by-task")?.wait(soon()));
+    world.call("import task", |r| {
+        let kernel = Some(DirectBoot::new(tiny_elf(), None, ""));
+        r.import_image(Ami::<X86_64>::builder("imported"), disk(1, 9), kernel)?.wait(soon())
+    });
+    world.call("export task", |r| r.export_image(made.id(), "/dev/xvda", |_, _| Ok(()))?.wait(soon()));
+    let alone = Ami::<X86_64>::builder("alone")
+        .root_device("/dev/xvda")
+        .block_device(ami.manifest().root_device().unwrap().clone())
+        .build(world.region.name(), world.region.account());
+    let alone = Image::new(alone.unwrap().into_any());
+    world.call("put", |r| r.catalog().put(alone.clone()).map_err(Into::into));
+    let mut described = alone.clone();
+    described.set_description("by update").unwrap();
+    world.call("update", |r| r.catalog().update(&alone, described).map_err(Into::into));
+    world.call("accept terms", |r| r.accept_terms("8vk2x"));
     world.call("copy", |r| r.copy_image(made.id(), "copy"));
     let from = world.region.clone();
     world.call("copy from", |r| r.copy_image_from(&from, made.id(), CopyImage::new("copied")));
+    let copying = CopyImage::new("copied-by-task");
+    world.call("copy task", |r| r.begin_copy_image_from(&from, made.id(), copying)?.wait(soon()));
     drop(from);
     let template = world.call("create template", |r| r.create_launch_template("web", spec())).id;
     world.call("create version", |r| r.create_launch_template_version(template, spec().key_name("me")));
+    world.call("another default", |r| r.modify_launch_template(template, 2));
+    world.call("the first default", |r| r.modify_launch_template(template, 1));
     world.call("delete versions", |r| r.delete_launch_template_versions(template, &[2]));
     world.call("delete template", |r| r.delete_launch_template(template));
+    world.call("power off", |_| {
+        one.console().write_all(b"poweroff\n", soon()).unwrap();
+        one.wait_for(InstanceState::Stopped, soon())
+    });
+    let gone = spec().shutdown_behavior(ShutdownBehavior::Terminate);
+    let gone = world.call("launch what ends itself", |r| r.launch(&ami, gone));
+    world.call("power off for good", |_| {
+        gone.console().write_all(b"poweroff\n", soon()).unwrap();
+        gone.wait_for(InstanceState::Terminated, soon())
+    });
     world.call("terminate", |_| one.terminate());
     world.call("deregister", |r| r.deregister_image(made.id()));
     world.call("deregister what an instance was made of", |r| r.deregister_image(ami.id()));

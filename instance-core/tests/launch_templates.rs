@@ -206,12 +206,33 @@ fn a_launch_with_a_token_happens_once_whatever_becomes_of_the_template() {
     assert_eq!(one(&region, TemplateVersion::Latest, token()).id(), id);
     let changed = region.launch_from_template("web", TemplateVersion::Latest, token().key_name("other"));
     refused(changed, ErrorKind::IdempotentParameterMismatch, "IdempotentParameterMismatch");
+
+    // By its name and by its id, in this process and in the next, and where another has the name.
+    let template = region.delete_launch_template("web").unwrap().id;
+    let again = |region: &TestRegion| {
+        assert_eq!(one(region, TemplateVersion::Latest, token()).id(), id);
+        let by_id = region.launch_from_template(template, TemplateVersion::Latest, token()).unwrap();
+        assert_eq!(by_id.instances[0].id(), id);
+        let changed = region.launch_from_template("web", TemplateVersion::Latest, token().key_name("other"));
+        refused(changed, ErrorKind::IdempotentParameterMismatch, "IdempotentParameterMismatch");
+        assert_eq!(region.instances().len(), 1);
+    };
+    again(&region);
+    drop(region);
+    let region = open(dir.path());
+    again(&region);
+    let unknown = region.launch_from_template("web", 1, LaunchSpec::default().client_token("twice"));
+    refused(unknown, NO_NAME.0, NO_NAME.1);
+    let unknown = region.launch_from_template(template, 1, LaunchSpec::default().client_token("twice"));
+    refused(unknown, NO_ID.0, NO_ID.1);
+    region.create_launch_template("web", nano().image_id(ami.id())).unwrap();
+    again(&region);
 }
 
 #[test]
 fn what_cannot_be_is_refused_and_leaves_nothing() {
     let (_dir, region, ami) = world();
-    let malformed = (ErrorKind::InvalidParameter, "InvalidLaunchTemplateName.MalformedException");
+    let malformed = (ErrorKind::MalformedLaunchTemplateName, "InvalidLaunchTemplateName.MalformedException");
     for name in ["", "ab", "a b c", "wéb", &"x".repeat(129)] {
         refused(region.create_launch_template(name, nano()), malformed.0, malformed.1);
     }

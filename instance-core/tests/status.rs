@@ -3,9 +3,73 @@
 
 mod common;
 
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Poll, Wake};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use instance_core::{Describe, DescribeInstanceStatus as Status, ErrorKind, LaunchSpec};
+use instance_core::{
+    Describe, DescribeInstanceStatus as Status, ErrorKind, InstanceState, InstanceStatus, LaunchSpec,
+};
+
+#[test]
+fn a_status_is_waited_for_as_a_future() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = common::open(dir.path());
+    let ami = common::register(&region, "base", &common::disk(1, 7)).unwrap();
+    let server = common::launch(&region, &ami).unwrap();
+    let soon = Instant::now() + Duration::from_secs(20);
+    let (sender, receiver) = mpsc::channel();
+    let waiting = server.clone();
+    std::thread::spawn(move || {
+        let impaired = |s: &InstanceStatus| s.instance.as_str() == "impaired";
+        sender.send(block_on(waiting.until_status(impaired))).unwrap();
+    });
+    server.wait_until_status_ok(soon).unwrap();
+    assert!(receiver.try_recv().is_err());
+    server.console().port().write_output(b"Kernel panic - not syncing: Attempted to kill init!\n");
+    let found = receiver.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert_eq!((found.instance_id, found.system.as_str()), (server.id(), "ok"));
+}
+
+/// Runs a future by nothing but the waker that it is given.
+fn block_on<F: Future>(future: F) -> F::Output {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let mut future = pin!(future);
+    let waker = Arc::new(Unpark(std::thread::current())).into();
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(output) => return output,
+            Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_state_that_does_not_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = common::open(dir.path());
+    let ami = common::register(&region, "base", &common::disk(1, 7)).unwrap();
+    let server = common::launch(&region, &ami).unwrap();
+    let (sender, receiver) = mpsc::channel();
+    let waiting = server.clone();
+    std::thread::spawn(move || {
+        let late = Instant::now() + Duration::from_secs(3600);
+        sender.send(waiting.wait_for(InstanceState::Stopped, late).unwrap_err()).unwrap();
+    });
+    server.terminate().unwrap();
+    let error = receiver.recv_timeout(Duration::from_secs(20)).expect("it waits to the deadline");
+    let says = ["does not become stopped any more"];
+    common::check(&error, ErrorKind::IncorrectInstanceState, "IncorrectInstanceState", &says);
+    server.wait_for(InstanceState::Terminated, Instant::now()).unwrap();
+}
 
 #[test]
 fn the_status_of_instances_is_described_by_filters_and_pages() {

@@ -8,15 +8,16 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, AmiBuilder, X86_64};
+use ami_core::{Ami, AmiBuilder, BlockDeviceMapping, ImdsSupport, X86_64};
 use common::slow::slow;
 use common::{check, disk, everything, files, launch, open, register};
-use instance_core::testing::tiny_elf;
+use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DescribeExportImageTasks, DescribeImportImageTasks, DirectBoot, ErrorKind, Exported, TaskDescription,
-    TaskStatus, Tell,
+    DescribeExportImageTasks, DescribeImportImageTasks, DirectBoot, ErrorKind, Exported, ImportImage,
+    RegionOptions, TaskDescription, TaskStatus, Tell,
 };
 use storage_block::Disk;
+use storage_block::keys::LocalKey;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
@@ -106,6 +107,54 @@ fn an_import_that_is_cancelled_or_fails_leaves_nothing_and_says_why() {
         "InvalidConversionTaskId",
         &[],
     );
+}
+
+#[test]
+fn an_import_is_encrypted_and_says_what_registering_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = Arc::new(LocalKey::generate().unwrap());
+    let region = RegionOptions::new().keys(keys).open(dir.path(), FakeHypervisor::new()).unwrap();
+    let how = ImportImage::new().boot(boot().unwrap()).encrypted(true).imds_support(ImdsSupport::V2_0);
+    let root = BlockDeviceMapping::blank("/dev/sda1", 9);
+    let named = builder("web").root_device("/dev/sda1").block_device(root);
+    let made = region.import_image(named, disk(1, 7), how).unwrap().wait(soon()).unwrap();
+    let image = region.image(made.image_id.unwrap()).unwrap();
+    assert_eq!(image.imds_support(), Some(ImdsSupport::V2_0));
+    let root = image.ami().manifest().root_device().unwrap();
+    let volume = root.as_ebs().unwrap();
+    assert_eq!((root.device_name(), volume.encrypted(), volume.volume_size_gib()), ("/dev/sda1", true, 9));
+    launch(&region, &image.ami().typed::<X86_64>().unwrap()).unwrap();
+}
+
+/// What names content goes at once, and others begin to make some; only its bytes stay for as long as something is being made.
+#[test]
+fn nobody_waits_for_an_import_to_remove_an_image_or_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, "base", &disk(1, 1)).unwrap();
+    let server = launch(&region, &ami).unwrap();
+    let snapshot = region.create_snapshot(server.describe().attachments[1].volume_id, "").unwrap();
+    server.terminate().unwrap();
+    let stored = || std::fs::read_dir(dir.path().join("blocks/snapshots")).unwrap().count();
+    assert_eq!(stored(), 2);
+
+    let (held, go) = slow(disk(8, 7));
+    let task = region.import_image(builder("new"), held, boot()).unwrap();
+    let (done, all_done) = mpsc::channel();
+    let (other, gone) = (region.clone(), ami.id());
+    std::thread::spawn(move || {
+        other.deregister_image(gone).unwrap();
+        other.delete_snapshot(snapshot.id).unwrap();
+        register(&other, "another", &disk(1, 2)).unwrap();
+        done.send(()).unwrap();
+    });
+    all_done.recv_timeout(Duration::from_secs(20)).expect("somebody waits for the import");
+    assert_eq!(task.describe().status, TaskStatus::Active);
+    assert!(region.image(gone).is_err());
+    assert_eq!(stored(), 3, "of what was being made nobody knows what it needs");
+    drop(go);
+    task.wait(soon()).unwrap();
+    assert_eq!(stored(), 2, "the last who makes something collects");
 }
 
 #[test]

@@ -221,7 +221,7 @@ impl Inner {
     /// What a copy of an image takes of this region, if the account may copy it.
     fn original(&self, account: &AccountId, id: AmiId) -> Result<Original> {
         // Content stays for as long as it is open here, whatever becomes of the image.
-        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let _making = self.begin_making();
         let ImageRecord { image, boot } = self.image(id)?;
         image.authorize(account, Action::Copy)?;
         let open = |plan: BootPlan| self.boot.boot(&plan).map(|boot| (plan, boot));

@@ -118,7 +118,7 @@ impl Inner {
             let (draft, consistency, paused) = (moment.draft, moment.consistency, moment.paused);
             let stored = moment.instant.store(progress)?;
             let contents: Vec<Content> = stored.iter().map(|(snapshot, _)| Content::of(snapshot)).collect();
-            let plan = match (&draft.direct_boot, stored.first()) {
+            let plan = match (&draft.direct_boot, draft.root().and_then(|root| stored.get(root))) {
                 (Some(plan), _) => plan.clone(),
                 (None, Some((root, _))) => self.boot.keep_from_disk(&root.disk())?,
                 (None, None) => return Err(no_root_volume()),

@@ -53,6 +53,13 @@ pub(super) struct Content {
     encrypted: bool,
 }
 
+impl Draft {
+    /// Which of the volumes is the root volume.
+    pub(super) fn root(&self) -> Option<usize> {
+        self.disks.iter().position(|(attachment, _)| self.instance.is_root_device(&attachment.device_name))
+    }
+}
+
 impl Content {
     pub(super) fn of(snapshot: &Snapshot) -> Self {
         Self { digest: snapshot.digest(), size: snapshot.size(), encrypted: snapshot.encrypted() }
@@ -162,11 +169,12 @@ impl Inner {
     fn draft(&self, live: &Live, image: &CreateImage) -> Result<Draft> {
         let instance = live.record.description.clone();
         check_ebs_root(&instance, "made an image of")?;
+        instance.check_root_volume()?;
         self.check_free(&image.name, &instance.owner, &self.region.name)?;
         let left_out = |attachment: &Attachment| {
             let out = |change: &&BlockDeviceMapping| *change.kind() == BlockDeviceKind::NoDevice;
             image.block_devices.iter().filter(out).any(|change| is_at(change, attachment))
-                && attachment.device_name != instance.root_device_name
+                && !instance.is_root_device(&attachment.device_name)
         };
         let mut disks = Vec::new();
         for attachment in instance.attachments.iter().filter(|a| !left_out(a)) {
@@ -200,7 +208,11 @@ impl Inner {
         for ((attachment, volume), content) in disks.iter().zip(contents) {
             codes.extend(volume.product_codes.iter().cloned());
             let size = gib(content.size)?;
-            let mapping = BlockDeviceMapping::ebs(&attachment.device_name, content.digest, size);
+            let name = match instance.is_root_device(&attachment.device_name) {
+                true => &instance.root_device_name,
+                false => &attachment.device_name,
+            };
+            let mapping = BlockDeviceMapping::ebs(name, content.digest, size);
             mappings.push(
                 mapping
                     .delete_on_termination(attachment.delete_on_termination)

@@ -3,7 +3,7 @@
 use std::fs;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-use ami_core::{AccountId, InstanceId};
+use ami_core::{AccountId, InstanceId, VolumeId};
 use storage_block::{Limiter, Volume};
 
 use crate::capacity::Claim;
@@ -200,6 +200,17 @@ impl Live {
         let flushed: Vec<_> = written.map(|(_, volume)| volume.disk().flush()).collect();
         let flushed: Result<(), _> = flushed.into_iter().collect();
         flushed.map_err(|e| Error::storage(e, "cannot flush a volume"))
+    }
+
+    /// One of its volumes, if that is open.
+    pub(crate) fn volume(&self, id: VolumeId) -> Option<Volume> {
+        let place = self.record.description.attachments.iter().position(|a| a.volume_id == id)?;
+        self.volumes.get(place).cloned()
+    }
+
+    /// Its root volume, if that is attached and open.
+    pub(crate) fn root_volume(&self) -> Option<&Volume> {
+        self.volumes.get(self.record.description.root_volume()?)
     }
 
     /// Makes the volumes durable that its launch made, unless they are known to be. They are open.

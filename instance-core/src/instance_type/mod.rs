@@ -44,6 +44,9 @@ pub struct InstanceType {
     /// Of a type of one's own that was told: those that are known by name have what their family has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     threads_per_core: Option<NonZeroU32>,
+    /// The same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    network_bandwidth: Option<NetworkBandwidth>,
 }
 
 /// What an instance's volumes give together; [`InstanceType`] shows it in use. They are held to it unless the region
@@ -122,6 +125,7 @@ impl InstanceType {
             ebs_bandwidth: None,
             instance_store: None,
             threads_per_core: None,
+            network_bandwidth: None,
         }
     }
 
@@ -129,6 +133,22 @@ impl InstanceType {
     #[must_use]
     pub fn with_ebs_bandwidth(self, bandwidth: EbsBandwidth) -> Self {
         Self { ebs_bandwidth: Some(bandwidth), ..self }
+    }
+
+    /// The same, with its network held to this in each direction.
+    ///
+    /// ```
+    /// use instance_core::{InstanceType, NetworkBandwidth};
+    ///
+    /// let lab = InstanceType::custom("lab.slow", 1.try_into()?, 256.try_into()?);
+    /// assert_eq!(lab.network_bandwidth(), None);
+    /// let bandwidth = NetworkBandwidth { baseline_mbps: 10, maximum_mbps: 100 };
+    /// assert_eq!(lab.with_network_bandwidth(bandwidth).network_bandwidth(), Some(bandwidth));
+    /// # Ok::<(), std::num::TryFromIntError>(())
+    /// ```
+    #[must_use]
+    pub fn with_network_bandwidth(self, bandwidth: NetworkBandwidth) -> Self {
+        Self { network_bandwidth: Some(bandwidth), ..self }
     }
 
     /// The same with disks of the host's.
@@ -189,6 +209,7 @@ impl InstanceType {
                 .map(|(baseline_mbps, maximum_mbps)| EbsBandwidth { baseline_mbps, maximum_mbps }),
             instance_store: family.stores.get(number).copied(),
             threads_per_core: None,
+            network_bandwidth: None,
         })
     }
 
@@ -232,11 +253,14 @@ impl InstanceType {
         self.network_performance.as_deref()
     }
 
-    /// What the network gives in figures, where EC2 specifies them.
+    /// What the network gives in figures, where EC2 specifies them or a type of one's own was told.
     pub fn network_bandwidth(&self) -> Option<NetworkBandwidth> {
-        let (family, size) = self.known_size()?;
-        let (baseline_mbps, maximum_mbps) = family.sizes.get(size)?.4?;
-        Some(NetworkBandwidth { baseline_mbps, maximum_mbps })
+        let known = || {
+            let (family, size) = self.known_size()?;
+            let (baseline_mbps, maximum_mbps) = family.sizes.get(size)?.4?;
+            Some(NetworkBandwidth { baseline_mbps, maximum_mbps })
+        };
+        self.network_bandwidth.or_else(known)
     }
 
     /// The family and the number of its size, if it is known by name.
@@ -338,13 +362,19 @@ mod tests {
     }
 
     #[test]
-    fn types_of_ones_own_keep_their_threads() {
+    fn types_of_ones_own_keep_their_threads_and_their_network() {
         let two = NonZeroU32::new(2).unwrap();
         // What is known is known of EC2's, not of a name.
         let own = InstanceType::custom("t3.micro", two, two);
         assert_eq!(own.threads_per_core(), NonZeroU32::MIN);
         let stored = serde_json::to_string(&own.with_threads_per_core(two)).unwrap();
         assert_eq!(serde_json::from_str::<InstanceType>(&stored).unwrap().threads_per_core(), two);
+        let own = InstanceType::custom("t3.micro", two, two);
+        assert_eq!(own.network_bandwidth(), None);
+        let bandwidth = NetworkBandwidth { baseline_mbps: 10, maximum_mbps: 100 };
+        let stored = serde_json::to_string(&own.with_network_bandwidth(bandwidth)).unwrap();
+        let read: InstanceType = serde_json::from_str(&stored).unwrap();
+        assert_eq!(read.network_bandwidth(), Some(bandwidth));
     }
 
     #[test]

@@ -32,7 +32,7 @@ impl Inner {
         if record.boot.is_some() {
             return Ok(());
         }
-        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let _making = self.begin_making();
         let manifest = record.image.ami().manifest();
         let plan = match manifest.boot().source() {
             BootSource::Direct { kernel, initrd, command_line } => {

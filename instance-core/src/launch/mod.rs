@@ -35,7 +35,7 @@ use crate::description::InstanceDescription;
 use crate::instance::{Cell, Hold, Instance};
 use crate::machine::{Boot, Runs};
 use crate::products::ProductCodes;
-use crate::record::{ImageRecord, InstanceRecord};
+use crate::record::{ImageRecord, InstanceRecord, LaunchedFrom};
 use crate::region::{Inner, Region, StateChange};
 use crate::{Error, ErrorKind, InstanceState, InstanceType, Result};
 
@@ -122,6 +122,8 @@ impl<H> Region<H> {
     /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity),
     /// [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
+    /// [`InstanceLimitExceeded`](ErrorKind::InstanceLimitExceeded) for more than
+    /// [so many](LaunchSpec::MAX_COUNT), whether or not fewer would do,
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
     /// [dry run](method@LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or
@@ -139,7 +141,7 @@ impl<H> Region<H> {
         let cells = match launch.client_token.as_deref().filter(|_| !launch.dry_run) {
             Some(token) => {
                 launch.check()?;
-                self.inner.run_once(owner, token, launch.digest()?, run)
+                self.inner.run_once(owner, token, launch.digest()?, None, run)
             }
             None => run(),
         };
@@ -176,12 +178,13 @@ impl Inner {
         owner: AccountId,
         token: &str,
         asked: Digest,
+        from: Option<LaunchedFrom>,
         run: impl FnOnce() -> Result<Vec<Arc<Cell>>>,
     ) -> Result<Vec<Arc<Cell>>> {
         match self.tokens.begin(owner, token, asked)? {
             Turn::First(under_way) => {
                 let cells = run()?;
-                under_way.done(cells.iter().map(|cell| cell.id).collect());
+                under_way.done(cells.iter().map(|cell| cell.id).collect(), from);
                 Ok(cells)
             }
             Turn::Again(ids) => {
@@ -314,6 +317,7 @@ impl Inner {
                 user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
                 public_key: public_key.clone(),
                 parameters,
+                launched_from: launch.from.clone().filter(|_| launch.client_token.is_some()),
                 instance_store: plan::instance_store(&disks),
                 nocloud_seed: spec.nocloud_seed.clone(),
                 host_keys: Vec::new(),

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::LaunchSpec;
 use crate::network::PlacementRequest;
+use crate::record::LaunchedFrom;
 use crate::{Error, ErrorKind, InstanceType, MetadataOptions, NoCloudSeed, Result, ShutdownBehavior};
 
 /// What is launched, and with what.
@@ -18,6 +19,8 @@ pub(crate) struct Launch {
     pub(super) dry_run: bool,
     /// What a repeated launch has in common with the first; see [`Launch::digest`].
     asked: Option<Digest>,
+    /// The launch template that it is by.
+    pub(super) from: Option<LaunchedFrom>,
 }
 
 /// What has to be the same for a launch to be a repeated one, beside the image. Its JSON is part of what records
@@ -52,12 +55,17 @@ impl Launch {
                 let what = format!("the launch of {image} names another image, {other}");
                 Err(Error::new(ErrorKind::InvalidParameterCombination, what))
             }
-            _ => Self::decided(spec.image_id(image), None),
+            _ => Self::decided(spec.image_id(image)),
         }
     }
 
-    /// A launch all of whose parameters are in `spec`. `asked` is what it was asked for with, if that is not the same.
-    pub(crate) fn decided(spec: LaunchSpec, asked: Option<Digest>) -> Result<Self> {
+    /// A launch by a launch template, which was asked for with `asked`.
+    pub(crate) fn by_template(spec: LaunchSpec, asked: Digest, from: LaunchedFrom) -> Result<Self> {
+        Ok(Self { asked: Some(asked), from: Some(from), ..Self::decided(spec)? })
+    }
+
+    /// A launch all of whose parameters are in `spec`.
+    fn decided(spec: LaunchSpec) -> Result<Self> {
         let missing = |what| Error::new(ErrorKind::MissingParameter, format!("the launch names no {what}"));
         let (min_count, max_count) = spec.count.unwrap_or((1, 1));
         let parameters = Parameters {
@@ -78,7 +86,8 @@ impl Launch {
             placement: spec.placement,
         };
         let image = spec.image_id.ok_or_else(|| missing("image"))?;
-        Ok(Self { image, parameters, client_token: spec.client_token, dry_run: spec.dry_run, asked })
+        let (client_token, dry_run) = (spec.client_token, spec.dry_run);
+        Ok(Self { image, parameters, client_token, dry_run, asked: None, from: None })
     }
 
     /// Checks what can be checked without looking at the region.
@@ -139,6 +148,11 @@ impl Parameters {
             let what =
                 format!("{min} to {max} instances cannot be launched; use 1 or more, and no less at most");
             return Err(Error::new(ErrorKind::InvalidParameter, what));
+        }
+        if max > LaunchSpec::MAX_COUNT {
+            let what =
+                format!("{max} instances are more than a launch makes, {} at most", LaunchSpec::MAX_COUNT);
+            return Err(Error::new(ErrorKind::InstanceLimitExceeded, what));
         }
         if max > 1 && self.placement.private_ip.is_some() {
             let what = "several instances cannot have one address";

@@ -186,6 +186,7 @@ pub(super) fn volumes(
                 kms_key_id: None,
                 product_codes: ebs.snapshot().map(&codes_of).unwrap_or_default(),
                 modification: None,
+                growing: false,
             },
             encrypted: ebs.encrypted(),
         })

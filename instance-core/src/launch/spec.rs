@@ -80,6 +80,9 @@ pub struct LaunchSpec {
 }
 
 impl LaunchSpec {
+    /// The most instances that a launch makes, and that it may be asked for.
+    pub const MAX_COUNT: u32 = 10_000;
+
     /// The most bytes of user data, before it is encoded.
     pub const MAX_USER_DATA: usize = 16 * 1024;
     /// The most characters of a client token.
@@ -107,7 +110,7 @@ impl LaunchSpec {
     }
 
     /// How many instances: as many as can be, up to `max`, and none if that is less than `min`. One, unless
-    /// this says otherwise.
+    /// this says otherwise; [`MAX_COUNT`](Self::MAX_COUNT) at most.
     #[must_use]
     pub fn count(mut self, min: u32, max: u32) -> Self {
         self.count = Some((min, max));

@@ -5,7 +5,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use ami_core::{AccountId, Digest, InstanceId};
 
-use crate::record::InstanceRecord;
+use crate::record::{InstanceRecord, LaunchedFrom};
 use crate::{Error, ErrorKind, Result};
 
 type Key = (AccountId, String);
@@ -21,6 +21,8 @@ pub(crate) struct Tokens {
 #[derive(Debug)]
 struct Launch {
     parameters: Digest,
+    /// The launch template that it was by, once it has happened.
+    from: Option<LaunchedFrom>,
     /// What came of it; empty while it is under way.
     instances: Vec<InstanceId>,
 }
@@ -61,18 +63,23 @@ impl Tokens {
                 }
                 Some(launch) => return Ok(Turn::Again(launch.instances.clone())),
                 None => {
-                    launches.insert(key.clone(), Launch { parameters, instances: Vec::new() });
+                    launches.insert(key.clone(), Launch { parameters, from: None, instances: Vec::new() });
                     return Ok(Turn::First(UnderWay { tokens: self, key: Some(key) }));
                 }
             }
         }
     }
 
+    /// The launch template that a launch with this token was by, if it has happened.
+    pub(crate) fn template(&self, owner: AccountId, token: &str) -> Option<LaunchedFrom> {
+        self.lock().get(&(owner, token.to_owned()))?.from.clone()
+    }
+
     /// Takes in an instance that was there when the region was opened.
     pub(crate) fn remember(&self, record: &InstanceRecord) {
         let description = &record.description;
         if let (Some(token), Some(parameters)) = (&description.client_token, record.parameters) {
-            let launch = Launch { parameters, instances: Vec::new() };
+            let launch = Launch { parameters, from: record.launched_from.clone(), instances: Vec::new() };
             let key = (description.owner, token.clone());
             self.lock().entry(key).or_insert(launch).instances.push(description.id);
         }
@@ -89,10 +96,10 @@ impl Tokens {
 }
 
 impl UnderWay<'_> {
-    pub(crate) fn done(mut self, instances: Vec<InstanceId>) {
+    pub(crate) fn done(mut self, instances: Vec<InstanceId>, from: Option<LaunchedFrom>) {
         if let Some(key) = self.key.take() {
             if let Some(launch) = self.tokens.lock().get_mut(&key) {
-                launch.instances = instances;
+                (launch.instances, launch.from) = (instances, from);
             }
         }
         self.tokens.ended.notify_all();

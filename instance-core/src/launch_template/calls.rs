@@ -10,6 +10,7 @@ use super::{
     LaunchTemplateVersionSpec, TemplateVersion, check_name,
 };
 use crate::launch::{Launch, digest_of};
+use crate::record::LaunchedFrom;
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, LaunchSpec, Reservation, Result};
 
@@ -22,7 +23,8 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// [`LaunchTemplateNameDuplicate`](ErrorKind::LaunchTemplateNameDuplicate),
-    /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a name, a description or a parameter that cannot be,
+    /// [`MalformedLaunchTemplateName`](ErrorKind::MalformedLaunchTemplateName),
+    /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a description or a parameter that cannot be,
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a count, a client token, a dry run or
     /// a source version, [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded), or what the host met.
     pub fn create_launch_template(
@@ -204,7 +206,7 @@ impl<H> Region<H> {
     /// takes the place of the template's, as a whole.
     ///
     /// A client token makes the launch happen once for the same template, version as it is named, and overrides: also
-    /// where `$Latest` is another version by then.
+    /// where `$Latest` is another version by then, or the template is gone.
     ///
     /// # Errors
     ///
@@ -219,17 +221,18 @@ impl<H> Region<H> {
         overrides: LaunchSpec,
     ) -> Result<Reservation> {
         let (inner, owner, version) = (&self.inner, *self.account(), version.into());
-        let record = inner.template(owner, &template.into())?;
         let token = overrides.client_token.clone().filter(|_| !overrides.dry_run);
         LaunchSpec::check_token(token.as_deref())?;
-        let asked = digest_of(&(record.template.id, version.to_string(), overrides.count, &overrides))?;
-        // What has happened with the same token is not looked up again.
+        let from = inner.launched_from(owner, &template.into(), token.as_deref())?;
+        let asked = digest_of(&(from.id, version.to_string(), overrides.count, &overrides))?;
+        // What has happened with the same token is not looked up again: it need not be there any more.
         let run = || {
+            let record = inner.template(owner, &from.id.into())?;
             let data = inner.template_version(&record, version)?.data;
-            inner.run(owner, &Launch::decided(overrides.or(data), Some(asked))?)
+            inner.run(owner, &Launch::by_template(overrides.or(data), asked, from.clone())?)
         };
         let cells = match token {
-            Some(token) => inner.run_once(owner, &token, asked, run),
+            Some(token) => inner.run_once(owner, &token, asked, Some(from.clone()), run),
             None => run(),
         };
         self.reservation(cells?)
@@ -285,6 +288,34 @@ impl Inner {
             LaunchTemplateRef::Name(_) => self.templates(owner)?.into_iter().find(|r| named.is(&r.template)),
         };
         found.filter(|record| record.template.owner == owner).ok_or_else(|| named.not_found())
+    }
+
+    /// The template that a launch is by: the one that a launch with this token was by, if it is named so, and otherwise the one
+    /// that is there.
+    fn launched_from(
+        &self,
+        owner: AccountId,
+        named: &LaunchTemplateRef,
+        token: Option<&str>,
+    ) -> Result<LaunchedFrom> {
+        let known = token.and_then(|token| self.tokens.template(owner, token));
+        let is = |from: &LaunchedFrom| match named {
+            LaunchTemplateRef::Id(id) => from.id == *id,
+            LaunchTemplateRef::Name(name) => from.name == *name,
+        };
+        if let Some(from) = known.filter(is) {
+            return Ok(from);
+        }
+        match (self.template(owner, named), named) {
+            (Ok(LaunchTemplateRecord { template: LaunchTemplate { id, name, .. }, .. }), _) => {
+                Ok(LaunchedFrom { id, name })
+            }
+            // Earlier versions have not kept by which template a launch was. If there was none, the launch finds that out.
+            (Err(e), LaunchTemplateRef::Id(id)) if e.kind() == ErrorKind::LaunchTemplateNotFound => {
+                Ok(LaunchedFrom { id: *id, name: String::new() })
+            }
+            (Err(e), _) => Err(e),
+        }
     }
 
     /// A version of a template; the caller has the template's record of this moment.

@@ -155,6 +155,5 @@ fn check_name(name: &str) -> Result<()> {
     }
     let short: String = name.chars().take(80).collect();
     let what = format!("{short:?} is no name of a launch template: 3 to 128 letters, digits and ( ) . - / _");
-    Err(Error::new(ErrorKind::InvalidParameter, what)
-        .with_code("InvalidLaunchTemplateName.MalformedException"))
+    Err(Error::new(ErrorKind::MalformedLaunchTemplateName, what))
 }

@@ -87,8 +87,8 @@ pub(crate) struct Inner {
     /// Held for reading while an image is made, and for writing while what nothing names is collected, which
     /// so does not meet a snapshot that an image is about to name.
     pub(crate) making_images: RwLock<()>,
-    /// Something that was being made has failed, and what is left of it has not been collected.
-    pub(crate) half_made: AtomicBool,
+    /// There may be something to collect: what was being made has failed, or what named content has gone.
+    pub(crate) garbage: AtomicBool,
     /// Held for reading for the moment in which a launch looks at its image and names what it needs of it, and for writing for
     /// that in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
     pub(crate) naming: RwLock<()>,
@@ -151,7 +151,7 @@ impl Inner {
             blocks,
             boot,
             making_images: RwLock::default(),
-            half_made: AtomicBool::new(false),
+            garbage: AtomicBool::new(false),
             naming: RwLock::default(),
             placing: Mutex::default(),
             resources: Mutex::default(),

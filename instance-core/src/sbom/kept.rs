@@ -7,7 +7,6 @@ use std::fs;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, UnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::PoisonError;
 
 use ami_core::{Digest, Image};
 use serde::{Deserialize, Serialize};
@@ -112,7 +111,7 @@ impl Inner {
             return bill.packages();
         }
         // What is open stays, whatever becomes of the image: nobody waits while it is read.
-        let making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let making = self.begin_making();
         let content = self.content(content).inspect_err(|e| self.look_for_damage(image.id(), e))?;
         drop(making);
         let bill = Bill::of(&content)?;
@@ -120,7 +119,7 @@ impl Inner {
             return bill.packages();
         }
         // Once it is kept for an image that is there, it does not go with one that has gone meanwhile.
-        let _making = self.making_images.read().unwrap_or_else(PoisonError::into_inner);
+        let _making = self.begin_making();
         match self.image(image.id()) {
             Ok(_) => keep(&path, bill).packages(),
             Err(_) => bill.packages(),

@@ -14,15 +14,15 @@ use storage_block::{Disk, Progress};
 use super::record::put_completed;
 use super::{
     CopyImageTask, CreateImageTask, DescribeCopyImageTasks, DescribeCreateImageTasks,
-    DescribeExportImageTasks, DescribeImportImageTasks, Done, ExportImageTask, ImportImageTask, Shelf, Task,
-    TaskDescription, TaskId, TaskRecord, TaskStatus,
+    DescribeExportImageTasks, DescribeImportImageTasks, Done, ExportImageTask, ImportImage, ImportImageTask,
+    Shelf, Task, TaskDescription, TaskId, TaskRecord, TaskStatus,
 };
 use crate::describe::{Describe, Filterable};
 use crate::error::chain;
 use crate::image_source::ImageSource;
 use crate::region::{Inner, Region};
 use crate::store::Changes;
-use crate::{DirectBoot, Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Tells how many bytes of how many are done, and is told whether to go on.
 pub type Tell<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
@@ -32,7 +32,7 @@ pub type Exported = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 impl<H> Region<H> {
     /// Begins to register an image made of a disk (`ImportImage`), as [`register_image`](Self::register_image) does, in a
-    /// thread of its own. The disk has to boot by itself unless there is a kernel to go with it.
+    /// thread of its own. The disk has to boot by itself unless there is a kernel to go with it, which may be given alone.
     ///
     /// # Errors
     ///
@@ -42,8 +42,9 @@ impl<H> Region<H> {
         &self,
         builder: AmiBuilder<A>,
         disk: Disk,
-        boot: Option<DirectBoot>,
+        how: impl Into<ImportImage>,
     ) -> Result<ImportImageTask> {
+        let how = how.into();
         let (inner, owner) = (&self.inner, *self.account());
         let id = ImportImageTaskId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
         let task = Task::making(id, owner, builder.name(), "converting");
@@ -54,8 +55,8 @@ impl<H> Region<H> {
                     progress.cancel();
                 }
             };
-            let mut source = ImageSource::new(&disk).progress(&mut progress);
-            source.boot = boot;
+            let mut source = ImageSource::new(&disk).encrypted(how.encrypted).progress(&mut progress);
+            (source.boot, source.imds_support) = (how.boot, how.imds_support);
             let put = |c: &mut Changes, image| put_completed(task, c, &Done::new(image));
             region.making(|| region.import(owner, builder, source, put)).map(|ami| Done::new(ami.id()))
         })

@@ -2,6 +2,7 @@
 
 mod calls;
 mod description;
+mod import;
 mod record;
 mod unfinished;
 
@@ -19,6 +20,7 @@ use ami_core::{
 
 pub use self::calls::{Exported, Tell};
 pub use self::description::{TaskDescription, TaskStatus};
+pub use self::import::ImportImage;
 pub(crate) use self::record::{TaskId, put_completed};
 use self::record::{TaskRecord, is_long_gone};
 pub use self::unfinished::UnfinishedImage;

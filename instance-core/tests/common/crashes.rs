@@ -1,6 +1,7 @@
 //! Crashes at a moment of one's choice: a region's directory and state store are copied as they are.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,26 +13,17 @@ use instance_core::{RegionOptions, Result};
 
 use super::common::TestRegion;
 
-/// All that a region has records in.
-const TABLES: [&str; 10] = [
-    "region",
-    "images",
-    "former-images",
-    "instances",
-    "volumes",
-    "snapshots",
-    "launch-templates",
-    "launch-template-versions",
-    "import-image-tasks",
-    "copy-image-tasks",
-];
-
 /// What a crash has left: the directory, in one that goes with it, and the state store.
 pub(crate) type Left = (tempfile::TempDir, PathBuf, Shared);
 
 /// A store that can be copied as it is at a moment, as a crash finds it.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Shared(Arc<MemoryStateStore>, Arc<Mutex<Option<Crashes>>>);
+pub(crate) struct Shared {
+    state: Arc<MemoryStateStore>,
+    crashes: Arc<Mutex<Option<Crashes>>>,
+    /// All that there have been records in.
+    tables: Arc<Mutex<BTreeSet<&'static str>>>,
+}
 
 /// What crashes before and after each commit leave of a region.
 #[derive(Debug)]
@@ -42,22 +34,23 @@ struct Crashes {
 
 impl StateStore for Shared {
     fn get(&self, table: &str, key: &str) -> Result<Option<Vec<u8>>> {
-        self.0.get(table, key)
+        self.state.get(table, key)
     }
 
     fn scan(&self, table: &str) -> Result<Vec<(String, Vec<u8>)>> {
-        self.0.scan(table)
+        self.state.scan(table)
     }
 
     fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
         let crash = || {
-            if let Some(crashes) = &mut *self.1.lock().unwrap() {
+            if let Some(crashes) = &mut *self.crashes.lock().unwrap() {
                 let left = crash(&crashes.dir, self, "", &[]);
                 crashes.left.push(left);
             }
         };
         crash();
-        self.0.apply(changes, durability)?;
+        self.tables.lock().unwrap().extend(changes.iter().map(|change| change.table));
+        self.state.apply(changes, durability)?;
         crash();
         Ok(())
     }
@@ -66,17 +59,17 @@ impl StateStore for Shared {
 impl Shared {
     /// Keeps from here on what a crash before and after each commit leaves of the region in `dir`.
     pub(crate) fn watch(&self, dir: &Path) {
-        *self.1.lock().unwrap() = Some(Crashes { dir: dir.to_owned(), left: Vec::new() });
+        *self.crashes.lock().unwrap() = Some(Crashes { dir: dir.to_owned(), left: Vec::new() });
     }
 
     /// What has been kept, in order.
     pub(crate) fn crashes(&self) -> Vec<Left> {
-        self.1.lock().unwrap().take().unwrap().left
+        self.crashes.lock().unwrap().take().unwrap().left
     }
 
     pub(crate) fn copy(&self) -> Self {
         let copy = Self::default();
-        for table in TABLES {
+        for table in self.tables.lock().unwrap().iter().copied() {
             for (key, value) in self.scan(table).unwrap() {
                 copy.apply(&[Change { table, key, value: Some(value) }], Durability::Immediate).unwrap();
             }

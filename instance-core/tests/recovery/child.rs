@@ -21,6 +21,11 @@ pub(crate) fn kernel(number: usize) -> Vec<u8> {
     kernel
 }
 
+/// A launch of two instances that happens once.
+pub(crate) fn two_once(token: &str) -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap()).count(2, 2).client_token(token)
+}
+
 /// Not a test of its own: what is killed by the one in `main.rs`.
 #[test]
 #[ignore = "run by `nothing_acknowledged_is_lost_and_nothing_else_is_left`"]
@@ -62,9 +67,9 @@ fn act(region: &TestRegion, random: &mut Random) -> Result<()> {
         }
         (24, _) if instances.len() < 2 => {
             let Some(id) = any_image else { return Ok(()) };
-            say(&format!("begin run {id}"));
+            say(&format!("begin run {id} {word}"));
             let ami = region.image(id)?.ami().typed::<X86_64>().unwrap();
-            let spec = LaunchSpec::new("t2.nano".parse()?).count(2, 2).client_token(word);
+            let spec = two_once(&word);
             let words: Vec<String> = (region.run_instances(&ami, spec)?.instances.iter())
                 .flat_map(|i| {
                     let volumes = i.describe().attachments.into_iter().map(|a| a.volume_id.to_string());

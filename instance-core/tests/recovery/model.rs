@@ -6,7 +6,7 @@ use std::path::Path;
 use ami_core::{AnyAmi, Digest, X86_64};
 use instance_core::{DescribeSnapshots, DescribeVolumes, InstanceState, LaunchSpec, VolumeDescription};
 
-use super::child::kernel;
+use super::child::{kernel, two_once};
 use super::{PLACES, TestRegion, ask};
 
 /// What stands at each of the [`PLACES`].
@@ -47,6 +47,8 @@ pub(crate) struct Model {
     instances: BTreeMap<String, Instance>,
     /// Those that were terminated, of which the region tells for an hour.
     terminated: BTreeSet<String>,
+    /// The images of the launches that had a client token, by that, and the instances that came of them.
+    tokens: BTreeMap<String, (String, BTreeSet<String>)>,
     /// Volumes that outlived their instances, with the snapshots that they need.
     kept: BTreeMap<String, Vec<String>>,
     /// Those of them that are attached to an instance, beside its own.
@@ -116,6 +118,8 @@ impl Model {
             "run" => {
                 assert_eq!(result.len(), 6, "two instances with two volumes each, or none: {result:?}");
                 result.chunks(3).for_each(|one| self.add_instance(one, subject));
+                let ids = result.chunks(3).map(|one| one[0].clone()).collect();
+                self.tokens.insert(action[2].clone(), (subject.to_owned(), ids));
             }
             "volume" => {
                 let base = self.snapshots.get(subject).cloned();
@@ -190,6 +194,7 @@ impl Model {
         assert_eq!(found, self.instances.keys().cloned().collect::<Vec<_>>(), "instances, {when}");
         self.check_files(dir, &when);
         self.check_resources(region, &when);
+        self.check_tokens(region, &when);
 
         for instance in instances {
             let id = instance.id().to_string();
@@ -219,6 +224,21 @@ impl Model {
             known.stopped = Some(LOST);
         }
         self.see_images(region, &when);
+    }
+
+    /// A launch that is asked for again gives what came of it, and makes nothing.
+    fn check_tokens(&self, region: &TestRegion, when: &str) {
+        for (token, (image, ids)) in &self.tokens {
+            // What is not there is not asked for.
+            let Ok(image) = region.image(image.parse().unwrap()) else { continue };
+            let ami = image.ami().typed::<X86_64>().unwrap();
+            let again = region.run_instances(&ami, two_once(token));
+            let again = again.unwrap_or_else(|e| panic!("{token}: {e}, {when}")).instances;
+            let found: BTreeSet<String> = again.iter().map(|i| i.id().to_string()).collect();
+            assert_eq!(found, *ids, "{token}, {when}");
+        }
+        let known = self.instances.len() + self.terminated.len();
+        assert_eq!(region.instances().len(), known, "a launch was made twice, {when}");
     }
 
     /// What was under way may have been done: looks whether it was.
