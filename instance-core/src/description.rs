@@ -8,7 +8,7 @@ use ami_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::network::NetworkPlacement;
+use crate::network::{Network, NetworkPlacement};
 use crate::products::ProductCodes;
 use crate::{InstanceState, InstanceType, MetadataOptions};
 
@@ -162,6 +162,18 @@ impl InstanceDescription {
         self.state = state;
         self.state_transition_reason = reason.as_ref().map(transition).unwrap_or_default();
         self.state_reason = reason;
+    }
+
+    /// The same with the security groups that it is in by what its network says. One that is gone keeps those that it had: what
+    /// becomes of an interface that stays has nothing to do with it.
+    pub(crate) fn with_groups_of(mut self, network: Option<&dyn Network>) -> Self {
+        let place = self.network.as_mut().filter(|_| self.state != InstanceState::Terminated);
+        if let (Some(place), Some(network)) = (place, network) {
+            if let Some(groups) = network.security_groups(place) {
+                place.security_groups = groups;
+            }
+        }
+        self
     }
 }
 

@@ -139,6 +139,11 @@ impl Stack {
         self.sockets.get_mut(handle)
     }
 
+    /// Whether a conversation is over, and only waits for what may still come of the guest.
+    pub(super) fn waits(&self, handle: SocketHandle) -> bool {
+        self.sockets.get::<tcp::Socket<'_>>(handle).state() == tcp::State::TimeWait
+    }
+
     /// Has a guest that has no room for what waits for it asked for it again soon.
     pub(super) fn ask_for_room(&mut self, handle: SocketHandle) {
         let socket = self.get(handle);
@@ -164,7 +169,8 @@ mod tests {
         let view = crate::fuzzing::view().unwrap();
         let mut stack = Stack::new(&view);
         let mut rooms = (0..2 * MANY as u16).map(|port| {
-            let handle = stack.connect(((view.address, 22), (Ipv4Addr::new(10, 0, 0, 9), 1024 + port))).unwrap();
+            let handle =
+                stack.connect(((view.address, 22), (Ipv4Addr::new(10, 0, 0, 9), 1024 + port))).unwrap();
             stack.get(handle).send_capacity()
         });
         assert!(rooms.by_ref().take(MANY).all(|room| room == TO_GUEST));
