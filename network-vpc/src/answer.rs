@@ -25,6 +25,8 @@ const HOST_NAME: u8 = 12;
 const DOMAIN: u8 = 15;
 const MTU: u8 = 26;
 const NTP_SERVERS: u8 = 42;
+const NETBIOS_SERVERS: u8 = 44;
+const NETBIOS_NODE_TYPE: u8 = 46;
 
 /// The answer to a request for the hardware address of the router, of a peer in the subnet, or of what the network has at an
 /// address itself: a guest may have a route to link-local addresses that leads to no router.
@@ -87,7 +89,8 @@ pub(crate) fn dhcp(view: &View, packet: &[u8]) -> Option<Vec<u8>> {
     let informs = asked.message_type == DhcpMessageType::Inform;
     let mtu = view.mtu.to_be_bytes();
     let addresses = |all: &[Ipv4Addr]| all.iter().flat_map(Ipv4Addr::octets).collect::<Vec<u8>>();
-    let time = addresses(view.dhcp.time_servers());
+    let [time, netbios] = [view.dhcp.time_servers(), view.dhcp.netbios_servers()].map(addresses);
+    let node_type = view.dhcp.node_type().map(|kind| [kind]);
     let names = match view.dhcp.name_servers() {
         [] => addresses(&[view.resolver()]),
         servers => addresses(servers),
@@ -100,6 +103,12 @@ pub(crate) fn dhcp(view: &View, packet: &[u8]) -> Option<Vec<u8>> {
     ];
     if !time.is_empty() {
         options.push(DhcpOption { kind: NTP_SERVERS, data: &time });
+    }
+    if !netbios.is_empty() {
+        options.push(DhcpOption { kind: NETBIOS_SERVERS, data: &netbios });
+    }
+    if let Some(kind) = &node_type {
+        options.push(DhcpOption { kind: NETBIOS_NODE_TYPE, data: kind });
     }
     let reply = DhcpRepr {
         message_type: kind,

@@ -119,7 +119,9 @@ fn dhcp_says_what_the_vpcs_options_say() {
     let settings = DhcpSettings::default()
         .domain_name("corp.example.com")
         .domain_name_servers(servers)
-        .ntp_servers(of_time);
+        .ntp_servers(of_time)
+        .netbios_name_servers(servers)
+        .netbios_node_type(2);
     let made = network.create_dhcp_options(settings).unwrap();
     network.associate_dhcp_options(vpc, Some(made.id)).unwrap();
     assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "DependencyViolation");
@@ -142,7 +144,9 @@ fn dhcp_says_what_the_vpcs_options_say() {
     let guest = Guest::boot(network.plug(interface.id).unwrap());
     assert_eq!(guest.resolvers, servers);
     let names = [10, 0, 0, 53, 10, 0, 0, 54];
-    check(&interface, &guest, &[(6, &names), (15, b"corp.example.com"), (42, &[169, 254, 169, 123])]);
+    let said: [(u8, &[u8]); 5] =
+        [(6, &names), (15, b"corp.example.com"), (42, &[169, 254, 169, 123]), (44, &names), (46, &[2])];
+    check(&interface, &guest, &said);
     network.associate_dhcp_options(vpc, None).unwrap();
     network.delete_dhcp_options(made.id).unwrap();
     assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "InvalidDhcpOptionID.NotFound");
@@ -150,9 +154,15 @@ fn dhcp_says_what_the_vpcs_options_say() {
     let guest = Guest::boot(network.plug(interface.id).unwrap());
     assert_eq!(guest.resolvers, [Ipv4Addr::new(172, 31, 0, 2)]);
     check(&interface, &guest, &[(6, &[172, 31, 0, 2]), (15, b"eu-west-1.compute.internal")]);
-    assert_eq!(guest.told.get(&42), None, "nobody is named whom to ask for the time");
-    let five = DhcpSettings::default().ntp_servers([servers[0]; 5]);
-    assert_eq!(network.create_dhcp_options(five).unwrap_err().code(), "InvalidParameterValue");
+    for number in [42, 44, 46] {
+        assert_eq!(guest.told.get(&number), None, "nobody is named whom to ask: option {number}");
+    }
+    let none = DhcpSettings::default;
+    let five = [servers[0]; 5];
+    for refused in [none().ntp_servers(five), none().netbios_name_servers(five), none().netbios_node_type(3)]
+    {
+        assert_eq!(network.create_dhcp_options(refused).unwrap_err().code(), "InvalidParameterValue");
+    }
 }
 
 fn question(name: &str, id: u16) -> Vec<u8> {
