@@ -9,7 +9,7 @@ use ami_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::network::NetworkPlacement;
+use crate::network::{Network, NetworkPlacement};
 use crate::products::ProductCodes;
 use crate::{Error, ErrorKind, InstanceState, InstanceType, MetadataOptions, Result};
 
@@ -193,6 +193,18 @@ impl InstanceDescription {
             return Err(Error::new(ErrorKind::IncorrectInstanceState, what));
         }
         Ok(())
+    }
+
+    /// The same with the security groups that it is in by what its network says. One that is gone keeps those that it had: what
+    /// becomes of an interface that stays has nothing to do with it.
+    pub(crate) fn with_groups_of(mut self, network: Option<&dyn Network>) -> Self {
+        let place = self.network.as_mut().filter(|_| self.state != InstanceState::Terminated);
+        if let (Some(place), Some(network)) = (place, network) {
+            if let Some(groups) = network.security_groups(place) {
+                place.security_groups = groups;
+            }
+        }
+        self
     }
 }
 

@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use ami_core::{AccountId, InstanceId, Page, VolumeId};
 
 use crate::describe::{Condition, DescribeInstances, Filterable, tag_values};
+use crate::network::Network;
 use crate::{Error, ErrorKind, InstanceDescription, InstanceState, Result};
 
 /// The filters that have an index, with `tag:KEY`. [`is_found_alike`] compares what they look at.
@@ -26,6 +27,7 @@ const INDEXED: &[&str] = &[
     "tag-key",
 ];
 const STATE: &str = "instance-state-name";
+const GROUP: &str = "instance.group-id";
 
 type Ids = BTreeSet<InstanceId>;
 
@@ -79,9 +81,11 @@ impl Directory {
         &self,
         owner: AccountId,
         request: &DescribeInstances,
+        network: Option<&dyn Network>,
     ) -> Result<Page<InstanceDescription>> {
         request.check::<InstanceDescription>()?;
         let after: Option<InstanceId> = request.page.after_key()?;
+        let chosen_by_group = request.filters.iter().any(|filter| filter.name == GROUP);
         let shelves = self.read();
         let theirs = |id: &InstanceId| shelves.descriptions.get(id).filter(|d| d.owner == owner);
         if let Some(missing) = request.ids.iter().find(|id| theirs(id).is_none()) {
@@ -95,10 +99,16 @@ impl Directory {
         };
         let found = (Merged::after(&candidates, after))
             .filter_map(|id| theirs(&id))
-            .filter(|d| request.asks_for(d.id, &***d));
+            .map(|description| match chosen_by_group {
+                true => Cow::Owned(InstanceDescription::clone(description).with_groups_of(network)),
+                false => Cow::Borrowed(&**description),
+            })
+            .filter(|d| request.asks_for(d.id, &**d));
         // Nobody who asks for a page needs more than its items and a look at what follows.
-        let page = Page::collect(found, request.page.max_results(), |d| d.id);
-        Ok(page.map(|description| (**description).clone()))
+        let page = Page::collect(found, request.page.max_results(), |d| d.id).map(Cow::into_owned);
+        drop(shelves);
+        // The network may have to be waited for.
+        Ok(if chosen_by_group { page } else { page.map(|d| d.with_groups_of(network)) })
     }
 }
 
@@ -303,7 +313,7 @@ impl Filterable for InstanceDescription {
             "key-name" => self.key_name.iter().cloned().collect(),
             "launch-index" => vec![self.launch_index.to_string()],
             "launch-time" => vec![self.launch_time.to_string()],
-            "instance.group-id" => place.flat_map(|p| &p.security_groups).map(ToString::to_string).collect(),
+            GROUP => place.flat_map(|p| &p.security_groups).map(ToString::to_string).collect(),
             "metadata-options.http-endpoint" => {
                 let enabled = self.metadata_options.http_endpoint;
                 vec![if enabled { "enabled" } else { "disabled" }.to_owned()]

@@ -83,7 +83,8 @@ impl Instance {
 
     /// All that is known of it.
     pub fn describe(&self) -> InstanceDescription {
-        Arc::unwrap_or_clone(self.cell.description.get())
+        let description = Arc::unwrap_or_clone(self.cell.description.get());
+        description.with_groups_of(self.region.network.as_deref())
     }
 
     /// Its description, to wait for: by blocking with a deadline or as a future.

@@ -44,7 +44,7 @@ impl HttpTokens {
 pub struct MetadataOptions {
     /// Whether there is metadata at all.
     pub http_endpoint: bool,
-    /// Whether it is offered over IPv6 too.
+    /// Whether it is offered over IPv6 too, which it cannot be: there is no IPv6. Who asks for it is refused.
     pub http_protocol_ipv6: bool,
     /// Whether requests need a token.
     pub http_tokens: HttpTokens,
@@ -67,11 +67,21 @@ impl Default for MetadataOptions {
 }
 
 impl MetadataOptions {
+    /// Refuses what no instance with these tags can have.
     pub(crate) fn check(&self, tags: &Tags) -> Result<()> {
+        if self.http_protocol_ipv6 {
+            let what = "metadata cannot be offered over IPv6: there is no IPv6";
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
         if !(1..=64).contains(&self.http_put_response_hop_limit) {
             let what = format!("a hop limit of {} is not 1 to 64", self.http_put_response_hop_limit);
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
+        self.check_tags(tags)
+    }
+
+    /// Refuses tags that are to be offered and cannot be.
+    pub(crate) fn check_tags(&self, tags: &Tags) -> Result<()> {
         match tags.iter().find(|(key, _)| self.instance_metadata_tags && !Self::can_offer(key)) {
             Some((key, _)) => {
                 let what =

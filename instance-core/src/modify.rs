@@ -112,7 +112,8 @@ impl Instance {
     ///
     /// As [`set_termination_protection`](Self::set_termination_protection), and
     /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a hop limit that is not 1 to 64, or if its tags
-    /// are to be offered and one has a key that is no name in a path.
+    /// are to be offered and one has a key that is no name in a path, and [`Unsupported`](ErrorKind::Unsupported) for metadata
+    /// over IPv6.
     pub fn set_metadata_options(&self, options: MetadataOptions) -> Result<()> {
         self.try_modify(false, |description| {
             // Nobody gives it a tag meanwhile that cannot be offered.

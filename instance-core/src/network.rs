@@ -57,7 +57,7 @@ pub struct NetworkPlacement {
     pub private_dns_name: String,
     /// The Ethernet address.
     pub mac: MacAddress,
-    /// The security groups that it was launched into.
+    /// The security groups that it is in; of what was [watched](crate::Instance::watch), those that it was launched into.
     pub security_groups: Vec<SecurityGroupId>,
 }
 
@@ -144,6 +144,11 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
 
     /// The public address of an instance now, if it has one: by which others reach it.
     fn public_ip(&self, _placement: &NetworkPlacement) -> Option<Ipv4Addr> {
+        None
+    }
+
+    /// The security groups that an instance is in now, where they may be others than it was launched into.
+    fn security_groups(&self, _placement: &NetworkPlacement) -> Option<Vec<SecurityGroupId>> {
         None
     }
 

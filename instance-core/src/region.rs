@@ -188,7 +188,7 @@ impl<H> Region<H> {
     /// [`InvalidParameterCombination`](crate::ErrorKind::InvalidParameterCombination) for ids in pages, and
     /// [`InvalidNextToken`](crate::ErrorKind::InvalidNextToken).
     pub fn describe_instances(&self, request: &DescribeInstances) -> Result<Page<InstanceDescription>> {
-        self.inner.directory.describe(self.account, request)
+        self.inner.directory.describe(self.account, request, self.inner.network.as_deref())
     }
 
     /// The account's instance with this id.

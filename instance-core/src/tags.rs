@@ -210,7 +210,7 @@ impl Inner {
             check_alive(&record.description)?;
             let mut tags = record.description.tags.clone().try_into()?;
             change(&mut tags)?;
-            record.description.metadata_options.check(&tags)?;
+            record.description.metadata_options.check_tags(&tags)?;
             record.description_mut().tags = tags.into();
             instances.push(record);
         }

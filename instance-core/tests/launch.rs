@@ -78,6 +78,8 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
         options.http_put_response_hop_limit = n;
         spec().metadata_options(options)
     };
+    let mut by_ipv6 = MetadataOptions::default();
+    by_ipv6.http_protocol_ipv6 = true;
     let mut tags_as_metadata = MetadataOptions::default();
     tags_as_metadata.instance_metadata_tags = true;
     let device = |mapping: BlockDeviceMapping| spec().block_device(mapping);
@@ -99,6 +101,7 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
         (spec().volume_tag("aws:k", ""), ErrorKind::MalformedTagKey, "InvalidTagKey.Malformed"),
         (hops(0), parameter, invalid),
         (hops(65), parameter, invalid),
+        (spec().metadata_options(by_ipv6), ErrorKind::Unsupported, "UnsupportedOperation"),
         (spec().tag("a/b", "").metadata_options(tags_as_metadata), parameter, invalid),
         (device(blank("/dev/hda", 1)), mapping, bad_mapping),
         (device(blank("/dev/sdg", 0)), mapping, bad_mapping),

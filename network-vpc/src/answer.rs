@@ -11,7 +11,10 @@ use smoltcp::wire::{
 };
 
 use crate::packet::ETHERNET_LEN;
-use crate::switch::{Peers, ROUTER_MAC, View};
+use crate::switch::{LOCAL_CLIENT, METADATA, Peers, ROUTER_MAC, View};
+
+#[cfg(test)]
+mod tests;
 
 /// For how long an address is lent, in seconds. It stays the same; the client only asks again.
 const LEASE: u32 = 3600;
@@ -22,8 +25,11 @@ const HOST_NAME: u8 = 12;
 const DOMAIN: u8 = 15;
 const MTU: u8 = 26;
 const NTP_SERVERS: u8 = 42;
+const NETBIOS_SERVERS: u8 = 44;
+const NETBIOS_NODE_TYPE: u8 = 46;
 
-/// The answer to a request for the hardware address of the router, of a resolver or of a peer in the subnet.
+/// The answer to a request for the hardware address of the router, of a peer in the subnet, or of what the network has at an
+/// address itself: a guest may have a route to link-local addresses that leads to no router.
 pub(crate) fn arp(view: &View, peers: Peers<'_>, frame: &[u8]) -> Option<Vec<u8>> {
     let ArpRepr::EthernetIpv4 {
         operation,
@@ -41,10 +47,10 @@ pub(crate) fn arp(view: &View, peers: Peers<'_>, frame: &[u8]) -> Option<Vec<u8>
     if operation != ArpOperation::Request || !honest || view.has(target_protocol_addr) {
         return None;
     }
-    let wanted = if target_protocol_addr == view.router() || view.is_resolver(target_protocol_addr) {
-        ROUTER_MAC
-    } else {
-        peers(target_protocol_addr).filter(|_| view.subnet.contains(&target_protocol_addr))?
+    let wanted = match target_protocol_addr {
+        METADATA | LOCAL_CLIENT => ROUTER_MAC,
+        to if to == view.router() || view.is_resolver(to) => ROUTER_MAC,
+        to => peers(to).filter(|_| view.subnet.contains(&to))?,
     };
     let reply = ArpRepr::EthernetIpv4 {
         operation: ArpOperation::Reply,
@@ -83,7 +89,8 @@ pub(crate) fn dhcp(view: &View, packet: &[u8]) -> Option<Vec<u8>> {
     let informs = asked.message_type == DhcpMessageType::Inform;
     let mtu = view.mtu.to_be_bytes();
     let addresses = |all: &[Ipv4Addr]| all.iter().flat_map(Ipv4Addr::octets).collect::<Vec<u8>>();
-    let time = addresses(view.dhcp.time_servers());
+    let [time, netbios] = [view.dhcp.time_servers(), view.dhcp.netbios_servers()].map(addresses);
+    let node_type = view.dhcp.node_type().map(|kind| [kind]);
     let names = match view.dhcp.name_servers() {
         [] => addresses(&[view.resolver()]),
         servers => addresses(servers),
@@ -96,6 +103,12 @@ pub(crate) fn dhcp(view: &View, packet: &[u8]) -> Option<Vec<u8>> {
     ];
     if !time.is_empty() {
         options.push(DhcpOption { kind: NTP_SERVERS, data: &time });
+    }
+    if !netbios.is_empty() {
+        options.push(DhcpOption { kind: NETBIOS_SERVERS, data: &netbios });
+    }
+    if let Some(kind) = &node_type {
+        options.push(DhcpOption { kind: NETBIOS_NODE_TYPE, data: kind });
     }
     let reply = DhcpRepr {
         message_type: kind,

@@ -48,6 +48,10 @@ pub struct Subnet {
     pub cidr: Ipv4Net,
     /// Where it is.
     pub availability_zone: String,
+    /// Whether it is the one of its zone that instances are launched into whose launch names none. One of the default VPC
+    /// is, which is there from the beginning.
+    #[serde(default)]
+    pub default_for_az: bool,
     /// Its route table; its VPC's main one, if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route_table_id: Option<RouteTableId>,
@@ -100,7 +104,8 @@ pub struct NetworkInterface {
     pub(crate) has_public: bool,
     /// The groups it is in.
     pub groups: Vec<SecurityGroupId>,
-    /// Whether it may send and receive only what is from and to its own address.
+    /// Whether it may send only what is from its own addresses. Nothing comes to it that is for others, whatever this says: no
+    /// route leads to an interface.
     pub source_dest_check: bool,
     /// The instance that has it. It goes with one that it was made for, and not with one that was launched with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,7 +179,7 @@ pub(crate) struct Model {
 
 impl Model {
     /// The version of how it is kept.
-    pub(crate) const FORMAT: u32 = 2;
+    pub(crate) const FORMAT: u32 = 3;
 
     pub(crate) fn vpc(&self, id: VpcId) -> Result<&Vpc> {
         self.vpcs.get(&id).ok_or_else(|| not_found(ErrorKind::VpcNotFound, id))

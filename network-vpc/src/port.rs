@@ -16,7 +16,7 @@ use instance_core::net::{Frame, NetPort, Offloads, SendError};
 use crate::backlog::Backlog;
 use crate::firewall::Conntrack;
 use crate::fragments::{self, Fragments};
-use crate::metadata::{Metadata, Secret, Told};
+use crate::metadata::{self, Metadata, Secret, Told};
 use crate::packet::{ETHERNET_LEN, Flow};
 use crate::switch::{self, Verdict, View};
 
@@ -147,7 +147,7 @@ impl Port {
     /// What the guest may be told.
     pub(crate) fn told(&self) -> Told {
         let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner).clone();
-        Told { view: self.view(), metadata, secret: self.secret.clone() }
+        Told { view: self.view(), metadata, secret: self.secret.clone(), now: metadata::now() }
     }
 
     pub(crate) fn set_metadata(&self, metadata: Option<Metadata>) {

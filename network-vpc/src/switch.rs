@@ -14,6 +14,9 @@ use crate::network::DhcpSettings;
 use crate::packet::{Carries, ETHERNET_LEN, Ethernet, Flow, Transport, leaves_its_own};
 use crate::routing::Routes;
 
+#[cfg(test)]
+mod tests;
+
 /// The address of every subnet's router, as guests see it.
 pub(crate) const ROUTER_MAC: MacAddress = MacAddress([0x0a, 0, 0, 0, 0, 1]);
 
@@ -22,7 +25,7 @@ pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// The resolver, at an address that is the same everywhere; it is also the third of the VPC's.
 pub(crate) const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 253);
 
-/// As which a guest sees a client on the host itself, whose own address is one of the guest's, too.
+/// As which a guest sees a client on the host itself, or any whose own address means something else inside: one of the VPC's.
 pub(crate) const LOCAL_CLIENT: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 1);
 
 /// The port of HTTP, at which metadata is served, and of DNS.
@@ -46,7 +49,7 @@ pub(crate) struct View {
     /// The ways out of the VPC.
     pub(crate) routes: Routes,
     pub(crate) dhcp: DhcpSettings,
-    /// Whether frames have to be from and to its own address.
+    /// Whether what it sends has to be from its own addresses.
     pub(crate) source_dest_check: bool,
     pub(crate) mtu: u16,
     /// The instance's name without its domain, and the domain.
@@ -146,7 +149,7 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
         return answer::echo(view, packet).map(Verdict::Reply);
     }
     let is_local = view.vpc_cidr.contains(&to);
-    // Clients on the host itself come in without a way out.
+    // Clients that are seen so come in without a way out.
     let outside = to == LOCAL_CLIENT || is_outside(to) && view.routes.lead_out(to);
     let error = Flow::parse_error(packet);
     let allowed = match error {
@@ -163,7 +166,7 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
 }
 
 /// Whether an address may be one outside: one host's, and of no special use.
-fn is_outside(address: Ipv4Addr) -> bool {
+pub(crate) fn is_outside(address: Ipv4Addr) -> bool {
     let special = address.is_loopback()
         || address.is_link_local()
         || address.is_multicast()

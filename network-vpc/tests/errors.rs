@@ -98,6 +98,14 @@ fn of_interfaces(raised: &mut Raised) {
     let too_many = network.assign_any_private_ips(first.id, 50);
     raised.by(ErrorKind::PrivateAddressLimit, "PrivateIpAddressLimitExceeded", too_many);
 
+    let by_ipv6 = ["[::]:0", "[::1]:0", "[::ffff:127.0.0.1]:0"].map(|at| at.parse().unwrap());
+    for at in by_ipv6 {
+        let tcp = network.forward(first.id, 22, at);
+        raised.by(ErrorKind::InvalidParameter, "InvalidParameterValue", tcp);
+        let udp = network.forward_udp(first.id, 53, at);
+        raised.by(ErrorKind::InvalidParameter, "InvalidParameterValue", udp);
+    }
+
     let machine = network.plug(first.id).unwrap();
     raised.by(ErrorKind::InterfaceInUse, "InvalidNetworkInterface.InUse", network.plug(first.id));
     raised.by(ErrorKind::InterfaceInUse, "InvalidNetworkInterface.InUse", network.delete_interface(first.id));

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use common::packets::{ROUTER, Way, ping, pong};
-use common::setup::{anywhere, boot, interface, network, opened, options, own_address};
+use common::setup::{anywhere, boot, interface, network, opened, options, own_address, skip};
 use common::{PATIENCE, SILENCE, together};
 use instance_core::net::{Frame, NetPort};
 use network_vpc::{NetworkInterface, Rule};
@@ -64,8 +64,7 @@ fn a_neighbour_is_asked_whose_groups_allow_it() {
 fn the_world_outside_answers() {
     let Some(own) = own_address() else { return };
     if let Err(error) = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4)) {
-        eprintln!("SKIPPED: this host lets the test send no pings: {error}");
-        return;
+        return skip(&format!("this host lets the test send no pings: {error}"));
     }
     let network = opened(options().reach_host(true));
     let [here, other] = ["a", "b"].map(|name| interface(&network, name, &[]));

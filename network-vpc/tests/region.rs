@@ -3,9 +3,11 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
+use ami_core::SecurityGroupId;
 use common::region::{image, spec};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{DescribeInstances, ErrorKind, Region};
@@ -58,6 +60,45 @@ fn a_stopped_instance_is_plugged_in_nowhere() {
     assert!(is_closed(&forward(9)), "nobody is there who would answer");
     server.start().unwrap();
     TcpStream::connect(network.interface(id).unwrap().forwards[&9]).expect("it is listened at");
+}
+
+#[test]
+fn an_instance_is_told_to_be_in_the_groups_that_its_interface_is_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let vpc = network.default_vpc().unwrap();
+    let [one, other] = ["one", "other"].map(|name| network.create_security_group(vpc, name, "").unwrap().id);
+    let own = network.create_interface(network.interface_spec().unwrap().groups([one])).unwrap();
+    let server = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    let still = region.launch(&ami, spec().security_group(one)).unwrap();
+    let groups = |server: &instance_core::Instance| server.describe().network.unwrap().security_groups;
+    let found = |region: &Region<FakeHypervisor>, group: SecurityGroupId| {
+        let request = DescribeInstances::new().filter("instance.group-id", [group.to_string()]);
+        let found = region.describe_instances(&request).unwrap().items;
+        assert!(found.iter().all(|d| d.network.as_ref().unwrap().security_groups == [group]));
+        found.into_iter().map(|d| d.id).collect::<BTreeSet<_>>()
+    };
+    let ids = |servers: &[&instance_core::Instance]| servers.iter().map(|s| s.id()).collect::<BTreeSet<_>>();
+    assert_eq!(found(&region, one), ids(&[&server, &still]));
+    network.modify_groups(own.id, &[other]).unwrap();
+    assert_eq!((groups(&server), groups(&still)), (vec![other], vec![one]));
+    assert_eq!((found(&region, one), found(&region, other)), (ids(&[&still]), ids(&[&server])));
+    let all = region.describe_instances(&DescribeInstances::new()).unwrap().items;
+    let told = all.iter().find(|d| d.id == server.id()).unwrap().network.clone();
+    assert_eq!(told.unwrap().security_groups, [other]);
+    assert_eq!(region.instances().iter().map(groups).collect::<BTreeSet<_>>().len(), 2);
+
+    // One that is gone has nothing to do with what becomes of an interface that stays.
+    server.terminate().unwrap();
+    let next = region.launch(&ami, spec().network_interface(own.id)).unwrap();
+    network.modify_groups(own.id, &[one]).unwrap();
+    assert!(found(&region, one).is_superset(&ids(&[&next, &still])));
+    assert_eq!(found(&region, other), BTreeSet::new());
+    drop((region, server, next, still, network));
+    let (region, network) = open(dir.path());
+    network.modify_groups(own.id, &[other]).unwrap();
+    assert_eq!(found(&region, other).len(), 1);
 }
 
 #[test]

@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use common::packets::{Way, datagram};
 use common::setup::{by_stream, open_interface, opened, options, own_address};
 use common::{Guest, PATIENCE, ROOM, SILENCE, assert_reaches};
-use instance_core::net::{Frame, FrameStream, MacAddress, Offloads};
-use network_vpc::ErrorKind;
+use instance_core::net::{Frame, FrameStream, MacAddress, NetPort, Offloads};
+use network_vpc::{ErrorKind, NetworkInterface};
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpPacket};
 
 /// The router's address, as guests see it.
@@ -253,4 +254,27 @@ fn a_guest_that_floods_takes_no_neighbours_share_of_the_edge() {
     }
     over.store(true, Ordering::Relaxed);
     sender.join().unwrap();
+}
+
+/// The receiver takes nothing while two send to it, and then all that has waited.
+#[test]
+fn a_guest_that_floods_another_takes_no_neighbours_share_of_it() {
+    let network = opened(options());
+    let [flooding, quiet, receiving] = [0, 1, 2].map(|_| open_interface(&network));
+    let [flood, other, receiver] =
+        [&flooding, &quiet, &receiving].map(|interface| network.plug(interface.id).unwrap().port);
+    let send = |port: &NetPort, from: &NetworkInterface, text: &[u8]| {
+        let way = Way { macs: [from.mac, receiving.mac], addresses: [from.private_ip, receiving.private_ip] };
+        // What it has no room for is lost, as on any network.
+        let _ = port.send(Frame::new(datagram(way, [4000, 9], text)));
+    };
+    const MANY: usize = 10_000;
+    (0..MANY).for_each(|_| send(&flood, &flooding, b"flood"));
+    (0..3).for_each(|n| send(&other, &quiet, &[n]));
+    (0..MANY).for_each(|_| send(&flood, &flooding, b"flood"));
+    let come: Vec<_> =
+        std::iter::from_fn(|| receiver.recv()).map(|frame| frame.data[42..].to_vec()).collect();
+    let heard: Vec<_> = come.iter().filter(|text| text.len() == 1).map(|text| text[0]).collect();
+    assert_eq!(heard, [0, 1, 2], "of {}", come.len());
+    assert!(come.len() < MANY, "the flood was more than there is room for");
 }

@@ -1,4 +1,4 @@
-//! Ways out of a network: gateways and routes; what DHCP and the resolver say; long datagrams; networks of old.
+//! Ways out of a network: gateways and routes; what DHCP and the resolver say; long datagrams.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
@@ -16,7 +16,7 @@ use hickory_proto::rr::{Name, RecordType};
 use instance_core::machine::NetSpec;
 use instance_core::net::{Frame, NetPort};
 use network_vpc::{
-    DhcpSettings, Direction, InterfaceSpec, Network, NetworkInterface, NetworkOptions, RouteState, Rule,
+    DhcpSettings, Direction, InterfaceSpec, NetworkInterface, NetworkOptions, RouteState, Rule,
 };
 use smoltcp::wire::{Ipv4Packet, UdpPacket};
 
@@ -62,6 +62,14 @@ fn a_vpc_has_the_ways_out_that_its_routes_say() {
     reaches(false, "into a black hole");
     network.attach_internet_gateway(gateway.id, vpc.id).unwrap();
     reaches(true, "when the gateway is back");
+
+    // Another gateway in its place.
+    network.detach_internet_gateway(gateway.id, vpc.id).unwrap();
+    let other = network.create_internet_gateway().unwrap();
+    network.attach_internet_gateway(other.id, vpc.id).unwrap();
+    reaches(false, "by a route to the one before");
+    network.replace_route(main.id, everywhere, other.id).unwrap();
+    reaches(true, "by a route to the other");
 }
 
 #[test]
@@ -111,7 +119,9 @@ fn dhcp_says_what_the_vpcs_options_say() {
     let settings = DhcpSettings::default()
         .domain_name("corp.example.com")
         .domain_name_servers(servers)
-        .ntp_servers(of_time);
+        .ntp_servers(of_time)
+        .netbios_name_servers(servers)
+        .netbios_node_type(2);
     let made = network.create_dhcp_options(settings).unwrap();
     network.associate_dhcp_options(vpc, Some(made.id)).unwrap();
     assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "DependencyViolation");
@@ -134,7 +144,9 @@ fn dhcp_says_what_the_vpcs_options_say() {
     let guest = Guest::boot(network.plug(interface.id).unwrap());
     assert_eq!(guest.resolvers, servers);
     let names = [10, 0, 0, 53, 10, 0, 0, 54];
-    check(&interface, &guest, &[(6, &names), (15, b"corp.example.com"), (42, &[169, 254, 169, 123])]);
+    let said: [(u8, &[u8]); 5] =
+        [(6, &names), (15, b"corp.example.com"), (42, &[169, 254, 169, 123]), (44, &names), (46, &[2])];
+    check(&interface, &guest, &said);
     network.associate_dhcp_options(vpc, None).unwrap();
     network.delete_dhcp_options(made.id).unwrap();
     assert_eq!(network.delete_dhcp_options(made.id).unwrap_err().code(), "InvalidDhcpOptionID.NotFound");
@@ -142,9 +154,15 @@ fn dhcp_says_what_the_vpcs_options_say() {
     let guest = Guest::boot(network.plug(interface.id).unwrap());
     assert_eq!(guest.resolvers, [Ipv4Addr::new(172, 31, 0, 2)]);
     check(&interface, &guest, &[(6, &[172, 31, 0, 2]), (15, b"eu-west-1.compute.internal")]);
-    assert_eq!(guest.told.get(&42), None, "nobody is named whom to ask for the time");
-    let five = DhcpSettings::default().ntp_servers([servers[0]; 5]);
-    assert_eq!(network.create_dhcp_options(five).unwrap_err().code(), "InvalidParameterValue");
+    for number in [42, 44, 46] {
+        assert_eq!(guest.told.get(&number), None, "nobody is named whom to ask: option {number}");
+    }
+    let none = DhcpSettings::default;
+    let five = [servers[0]; 5];
+    for refused in [none().ntp_servers(five), none().netbios_name_servers(five), none().netbios_node_type(3)]
+    {
+        assert_eq!(network.create_dhcp_options(refused).unwrap_err().code(), "InvalidParameterValue");
+    }
 }
 
 fn question(name: &str, id: u16) -> Vec<u8> {
@@ -195,6 +213,30 @@ fn names_are_told_over_tcp_too() {
         assert_eq!(answer.answers()[0].data().to_string(), interface.private_ip.to_string());
     }
     assert_eq!(answers[&2].len(), 20_000);
+}
+
+#[test]
+fn names_that_the_vpc_does_not_know_are_asked_of_the_hosts_resolver() {
+    let resolver = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = resolver.local_addr().unwrap();
+    // It gives every question back, with a word of its own.
+    thread::spawn(move || {
+        let mut bytes = [0; 512];
+        while let Ok((len, client)) = resolver.recv_from(&mut bytes) {
+            resolver.send_to(&[&bytes[..len], b"heard"].concat(), client).unwrap();
+        }
+    });
+    let network = NetworkOptions::new().resolver(Some(at)).in_memory(&"eu-west-1".parse().unwrap()).unwrap();
+    let interface = open_interface(&network);
+    let mut guest = Guest::boot(network.plug(interface.id).unwrap());
+    let own = format!("{}.eu-west-1.compute.internal.", interface.private_host_name());
+    let (own, foreign) = (question(&own, 1).split_off(2), question("example.com.", 2).split_off(2));
+    for resolver in [guest.resolvers[0], Ipv4Addr::new(169, 254, 169, 253)] {
+        let answer = Message::from_vec(&guest.ask(resolver, 53, &own).unwrap()).unwrap();
+        assert_eq!(answer.answers()[0].data().to_string(), interface.private_ip.to_string());
+        let heard = guest.ask(resolver, 53, &foreign);
+        assert_eq!(heard, Some([&foreign[..], b"heard"].concat()), "of {resolver}");
+    }
 }
 
 /// Fragments of a datagram as a guest sends them.
@@ -273,21 +315,4 @@ fn long_datagrams_come_in_fragments_and_are_decided_upon_as_a_whole() {
     assert!(heard[..len] == text);
     echo.send_to(&heard[..len], back).unwrap();
     assert!(received(&sender) == text, "and back");
-}
-
-#[test]
-fn a_network_of_format_1_has_a_way_out() {
-    let dir = tempfile::tempdir().unwrap();
-    let old = include_str!("golden/network-1.json");
-    std::fs::write(dir.path().join("network.json"), old).unwrap();
-    let network = Network::open(dir.path(), &"eu-west-1".parse().unwrap()).unwrap();
-    let vpc = network.default_vpc().unwrap();
-    let main = network.main_route_table(vpc).unwrap();
-    assert_eq!(network.routes(main.id).unwrap()[0].state, RouteState::Active);
-    assert_eq!(network.interfaces().len(), 1);
-    let made = network.create_key_pair("new").unwrap().key_pair;
-    drop(network);
-    let network = Network::open(dir.path(), &"eu-west-1".parse().unwrap()).unwrap();
-    assert_eq!(network.main_route_table(vpc).unwrap(), main);
-    assert_eq!(network.key_pair("new").unwrap(), made);
 }

@@ -36,7 +36,7 @@ use self::stream::Streams;
 use self::visitors::Visitors;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
-use crate::switch::{LOCAL_CLIENT, View};
+use crate::switch::{LOCAL_CLIENT, View, is_outside};
 
 /// The token of the waker. Sockets have others.
 pub(crate) const WAKE: Token = Token(0);
@@ -338,9 +338,10 @@ fn is_own(address: Ipv4Addr) -> bool {
     !bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
 }
 
-/// As whom a guest sees a client.
+/// As whom a guest sees a client: as itself, where what the guest answers to that address comes back here.
 fn shown_as(view: &View, client: Ipv4Addr) -> Ipv4Addr {
-    if client.is_loopback() || view.has(client) { LOCAL_CLIENT } else { client }
+    let means_another = view.vpc_cidr.contains(&client) || !is_outside(client);
+    if means_another { LOCAL_CLIENT } else { client }
 }
 
 impl Reach {

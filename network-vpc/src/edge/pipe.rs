@@ -34,6 +34,12 @@ impl Pipe {
         self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
     }
 
+    /// Whether both have said that they say no more, and the host has all that the guest has said and the stack all that the host
+    /// has.
+    pub(super) fn is_over(&self) -> bool {
+        self.host_done && self.guest_done
+    }
+
     /// Moves bytes both ways. An error is the end of both.
     pub(super) fn pump(&mut self, guest: &mut tcp::Socket<'_>) -> io::Result<()> {
         while guest.can_recv() && self.writable {

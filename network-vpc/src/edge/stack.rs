@@ -139,6 +139,11 @@ impl Stack {
         self.sockets.get_mut(handle)
     }
 
+    /// Whether a conversation is over, and only waits for what may still come of the guest.
+    pub(super) fn waits(&self, handle: SocketHandle) -> bool {
+        self.sockets.get::<tcp::Socket<'_>>(handle).state() == tcp::State::TimeWait
+    }
+
     /// Has a guest that has no room for what waits for it asked for it again soon.
     pub(super) fn ask_for_room(&mut self, handle: SocketHandle) {
         let socket = self.get(handle);

@@ -27,8 +27,12 @@ use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
 use crate::port::Port;
 use crate::switch::{METADATA, ROUTER_MAC, View};
 
-/// The most conversations of an interface. More are refused.
+/// The most conversations of an interface. More are refused, but where one of those that are over makes room.
 const MOST: usize = 1024;
+
+/// The most of them that wait for what may still come of a guest (TIME-WAIT, RFC 9293, section 3.3.2). For more the oldest goes:
+/// a guest whose last word is lost then hears that nobody is there.
+const MOST_WAITING: usize = 128;
 
 /// The shortest segments that conversations are cut into, however short a guest says that it takes them: options of TCP
 /// go off them.
@@ -61,6 +65,9 @@ enum Conversation {
     Connecting { host: TcpStream, permit: Permit, token: Token, frame: Vec<u8>, until: Instant },
     /// Both sides are there.
     Open { socket: SocketHandle, other: Other, token: Option<Token> },
+    /// Nothing comes any more from either side, and the other side is let go; since when. What the guest has not
+    /// acknowledged it is still told.
+    Over { socket: SocketHandle, since: Instant },
     /// What the guest is told of its end.
     Ending { socket: SocketHandle, token: Option<Token> },
 }
@@ -108,16 +115,52 @@ impl Streams {
     pub(super) fn take(&mut self, registry: &Registry, view: &View, flow: &Flow, frame: Vec<u8>) {
         let Transport::Tcp { source, destination, flags } = flow.transport else { return };
         let key = ((flow.source, source), (flow.destination, destination));
-        let there = self.conversations.get(&key);
-        if flags.syn && !flags.ack && there.is_none() && self.conversations.len() < MOST {
+        if flags.syn && !flags.ack && self.is_free(&key) && self.has_room() {
+            self.forget_waiting(key);
             let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
             // The stack refuses what there is no socket for.
             let refused = if is_service { self.serve(key, frame) } else { self.begin(registry, key, frame) };
             refused.into_iter().for_each(|frame| self.stack.take(frame));
-        } else if flags.syn && matches!(there, Some(Conversation::Open { .. })) {
-            self.stack.take_syn(key, frame);
-        } else if !matches!(there, Some(Conversation::Connecting { .. })) {
-            self.stack.take(frame);
+            return;
+        }
+        match self.conversations.get(&key) {
+            Some(Conversation::Open { .. }) if flags.syn => self.stack.take_syn(key, frame),
+            Some(Conversation::Connecting { .. }) => {}
+            _ => self.stack.take(frame),
+        }
+    }
+
+    /// Those that only wait for what may still come of the guest, the oldest first.
+    fn waiting(&self) -> Vec<(Instant, Key)> {
+        let since = |(key, there): (&Key, &Conversation)| match there {
+            Conversation::Over { socket, since } if self.stack.waits(*socket) => Some((*since, *key)),
+            _ => None,
+        };
+        let mut waiting: Vec<_> = self.conversations.iter().filter_map(since).collect();
+        waiting.sort_unstable();
+        waiting
+    }
+
+    /// Whether there is room for another conversation: the oldest that only waits makes some.
+    fn has_room(&mut self) -> bool {
+        if self.conversations.len() >= MOST {
+            self.waiting().first().into_iter().for_each(|(_, key)| self.forget_waiting(*key));
+        }
+        self.conversations.len() < MOST
+    }
+
+    /// Whether the key is free: one that only waits has its place no longer when its client or its guest begins anew.
+    fn is_free(&self, key: &Key) -> bool {
+        match self.conversations.get(key) {
+            Some(Conversation::Over { socket, .. }) => self.stack.waits(*socket),
+            there => there.is_none(),
+        }
+    }
+
+    /// Forgets a conversation that only waits, if there is one.
+    fn forget_waiting(&mut self, key: Key) {
+        if let Some(Conversation::Over { socket, .. }) = self.conversations.remove(&key) {
+            self.stack.remove(&key, socket);
         }
     }
 
@@ -174,10 +217,17 @@ impl Streams {
             let Some(conversation) = self.conversations.remove(&key) else { continue };
             let token = conversation.token();
             match self.advance(registry, key, conversation, port) {
-                Some(goes_on) => drop(self.conversations.insert(key, goes_on)),
+                Some(goes_on) => {
+                    let let_go = token.filter(|_| goes_on.token().is_none());
+                    let_go.and_then(|token| self.owners.remove(&token));
+                    self.conversations.insert(key, goes_on);
+                }
                 None => drop(token.and_then(|token| self.owners.remove(&token))),
             }
         }
+        let waiting = self.waiting();
+        let too_many = waiting.len().saturating_sub(MOST_WAITING);
+        waiting[..too_many].iter().for_each(|(_, key)| self.forget_waiting(*key));
         loop {
             self.stack.work();
             let is_full = self.stack.is_full();
@@ -233,12 +283,27 @@ impl Streams {
                             names.pump(stack, &port.view(), (registry, &mut self.tokens, &self.share)).is_ok()
                         }
                     };
-                if goes_on {
-                    self.stack.ask_for_room(socket);
-                    return Some(Conversation::Open { socket, other, token });
+                if !goes_on {
+                    stack.abort();
+                    return Some(Conversation::Ending { socket, token });
                 }
-                stack.abort();
-                Some(Conversation::Ending { socket, token })
+                self.stack.ask_for_room(socket);
+                let is_over = match &other {
+                    Other::Host(pipe) => pipe.is_over(),
+                    Other::Metadata(_) | Other::Names(_) => self.stack.waits(socket),
+                };
+                Some(match is_over {
+                    true => Conversation::Over { socket, since: Instant::now() },
+                    false => Conversation::Open { socket, other, token },
+                })
+            }
+            Conversation::Over { socket, since } => {
+                if self.stack.get(socket).state() == tcp::State::Closed {
+                    self.stack.remove(&key, socket);
+                    return None;
+                }
+                self.stack.ask_for_room(socket);
+                Some(Conversation::Over { socket, since })
             }
             Conversation::Ending { socket, .. } => {
                 self.stack.remove(&key, socket);
@@ -262,11 +327,11 @@ impl Streams {
                     Flow { source, destination: own, transport }
                 };
                 let key = ((own, inside), (shown, client.port()));
-                let room = self.conversations.len() < MOST && !self.conversations.contains_key(&key);
                 // Dropped, the connection is reset or closed: nobody is told why.
-                if !room || !port.admits(&flow(real), &flow(shown)) {
+                if !self.is_free(&key) || !self.has_room() || !port.admits(&flow(real), &flow(shown)) {
                     continue;
                 }
+                self.forget_waiting(key);
                 let Some(permit) = self.share.take() else { continue };
                 let _ = host.set_nodelay(true);
                 let (token, interest) = (self.tokens.next(), Interest::READABLE | Interest::WRITABLE);
@@ -328,6 +393,7 @@ impl Conversation {
         match self {
             Self::Connecting { token, .. } => Some(*token),
             Self::Open { token, .. } | Self::Ending { token, .. } => *token,
+            Self::Over { .. } => None,
         }
     }
 }

@@ -98,14 +98,14 @@ impl Conntrack {
         true
     }
 
-    /// Whether `policy` lets a conversation in that begins with `real`, which the instance sees as `shown`.
+    /// Whether `policy` lets a conversation in from outside that begins with `real`, which the instance sees as `shown`.
     pub(crate) fn admit_as(&mut self, policy: &Policy, real: &Flow, shown: &Flow, now: u32) -> bool {
         let now = self.advance(now);
         if policy.leaves_untracked(Direction::Ingress, real) {
             return true;
         }
         let Some(key) = Key::of(Direction::Ingress, shown) else { return false };
-        if !policy.allows(Direction::Ingress, real) {
+        if !policy.allows_from_outside(real) {
             return false;
         }
         let state = State { inwards: true, phase: Phase::Expected, ended: 0, numbers: [0; 2] };

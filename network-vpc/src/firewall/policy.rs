@@ -66,12 +66,21 @@ impl Policy {
 
     /// Whether a rule allows a conversation to begin with this packet.
     pub(crate) fn allows(&self, direction: Direction, flow: &Flow) -> bool {
-        let peer = u32::from(match direction {
+        let peer = match direction {
             Direction::Ingress => flow.source,
             Direction::Egress => flow.destination,
-        });
-        let (protocol, selector) = (flow.transport.number(), selector(&flow.transport));
-        self.side(direction).allowed.iter().any(|allowed| allowed.covers(protocol, selector, peer))
+        };
+        let is_peer = |peers: &Peers| peers.have(peer);
+        self.side(direction)
+            .allowed
+            .iter()
+            .any(|allowed| allowed.covers(&flow.transport) && is_peer(&allowed.peers))
+    }
+
+    /// The same of one who comes from outside the VPC, and so is in no group, whatever address it has.
+    pub(crate) fn allows_from_outside(&self, flow: &Flow) -> bool {
+        let is_peer = |peers: &Peers| matches!(peers, Peers::Net { .. }) && peers.have(flow.source);
+        self.ingress.allowed.iter().any(|allowed| allowed.covers(&flow.transport) && is_peer(&allowed.peers))
     }
 
     /// Whether a packet is of a conversation that needs no memory: of TCP or UDP, of a kind that everybody may begin,
@@ -133,13 +142,19 @@ impl Allowed {
         Self { protocol, first, last, peers }
     }
 
-    fn covers(&self, protocol: u8, selector: u16, peer: u32) -> bool {
-        self.protocol.is_none_or(|number| number == protocol)
-            && (self.first..=self.last).contains(&selector)
-            && match &self.peers {
-                Peers::Net { network, mask } => peer & mask == *network,
-                Peers::Group(members) => members.contains(&Ipv4Addr::from(peer)),
-            }
+    /// Whether it is about such packets, whoever sends them.
+    fn covers(&self, transport: &Transport) -> bool {
+        self.protocol.is_none_or(|number| number == transport.number())
+            && (self.first..=self.last).contains(&selector(transport))
+    }
+}
+
+impl Peers {
+    fn have(&self, peer: Ipv4Addr) -> bool {
+        match self {
+            Self::Net { network, mask } => u32::from(peer) & mask == *network,
+            Self::Group(members) => members.contains(&peer),
+        }
     }
 }
 

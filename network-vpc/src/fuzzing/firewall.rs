@@ -214,9 +214,15 @@ impl World {
             0 => Transport::Tcp { source, destination, flags: TcpFlags { syn: true, ..TcpFlags::default() } },
             _ => Transport::Udp { source, destination },
         };
-        let real = Flow { source: Ipv4Addr::new(203, 0, 113, d), destination: view.address, transport };
+        // Who has the address of a member of a group is none.
+        let source = match d {
+            0..=15 => self.stations[usize::from(d) % self.stations.len()].address,
+            _ => Ipv4Addr::new(203, 0, 113, d),
+        };
+        let real = Flow { source, destination: view.address, transport };
         let shown = Flow { source: LOCAL_CLIENT, ..real };
-        let by_rule = self.by_rule(who, Direction::Ingress, real.source, &transport);
+        let names = |rule: &Rule| matches!(rule.peer, Peer::Cidr(cidr) if cidr.contains(&source));
+        let by_rule = self.of(who, Direction::Ingress).any(|rule| names(rule) && covers(rule, &transport));
         let station = &mut self.stations[who];
         let passes = station.table.admit_as(&view.policy, &real, &shown, self.now);
         assert_eq!(passes, by_rule, "{real:?} at {who}");

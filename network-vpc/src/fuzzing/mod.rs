@@ -161,7 +161,7 @@ pub fn metadata(bytes: &[u8]) {
     let mut metadata = Metadata::new(id);
     metadata.options.http_tokens = HttpTokens::Required;
     metadata.user_data = Some(SECRET.to_vec());
-    let told = Told { view: Arc::new(view), metadata: Some(Arc::new(metadata)), secret };
+    let told = Told { view: Arc::new(view), metadata: Some(Arc::new(metadata)), secret, now: 0 };
     let mut session = Session::default();
     let (cut, bytes) = bytes.split_first().map_or((1, bytes), |(cut, rest)| (usize::from(*cut) + 1, rest));
     for piece in bytes.chunks(cut) {

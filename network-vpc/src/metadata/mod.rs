@@ -13,7 +13,7 @@ use ami_core::{AccountId, AmiId, Architecture, InstanceId, ProductCode, Reservat
 use instance_core::MetadataOptions;
 
 pub(crate) use self::session::{Session, Told};
-pub(crate) use self::token::Secret;
+pub(crate) use self::token::{Secret, now};
 
 /// What a guest is told of its instance. What it is told of its network, the network knows.
 ///

@@ -23,6 +23,8 @@ pub(crate) struct Told {
     /// None of an interface of which nothing is told.
     pub(crate) metadata: Option<Arc<Metadata>>,
     pub(crate) secret: Secret,
+    /// When it is told, as [`now`](super::now) says it.
+    pub(crate) now: u64,
 }
 
 /// A connection.
@@ -186,11 +188,11 @@ fn respond(request: &Request, told: &Told) -> Answer {
     }
     let path = request.path.split('?').next().unwrap_or_default();
     match request.method.as_str() {
-        "PUT" if path.trim_end_matches('/') == "/latest/api/token" => issue(request, &told.secret),
+        "PUT" if path.trim_end_matches('/') == "/latest/api/token" => issue(request, told),
         "GET" => {
             let mut ttl = None;
             match &request.token {
-                Some(token) => match told.secret.check(token) {
+                Some(token) => match told.secret.check(token, told.now) {
                     Some(left) => ttl = Some(left),
                     None => return Answer::refusal("401 Unauthorized"),
                 },
@@ -215,12 +217,12 @@ fn respond(request: &Request, told: &Told) -> Answer {
 }
 
 /// A token, unless the request came over a proxy, which is how it could be for somebody else.
-fn issue(request: &Request, secret: &Secret) -> Answer {
+fn issue(request: &Request, told: &Told) -> Answer {
     if request.forwarded {
         return Answer::refusal("403 Forbidden");
     }
     let ttl = request.ttl.as_deref().and_then(|text| std::str::from_utf8(text).ok()?.trim().parse().ok());
-    match ttl.and_then(|ttl| Some((ttl, secret.issue(ttl)?))) {
+    match ttl.and_then(|ttl| Some((ttl, told.secret.issue(ttl, told.now)?))) {
         Some((ttl, token)) => {
             let mut answer = Answer::new("200 OK", "text/plain", token);
             answer.ttl = Some(ttl);

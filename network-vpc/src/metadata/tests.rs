@@ -33,7 +33,8 @@ fn metadata() -> Metadata {
 }
 
 fn told(metadata: Metadata) -> Told {
-    Told { view: Arc::new(view()), metadata: Some(Arc::new(metadata)), secret: Secret::random().unwrap() }
+    let secret = Secret::random().unwrap();
+    Told { view: Arc::new(view()), metadata: Some(Arc::new(metadata)), secret, now: 1_000_000 }
 }
 
 /// Status, head and body of the answer to a request.
@@ -115,6 +116,8 @@ fn says_what_clients_look_for() {
         ("/latest/meta-data/public-keys/0/openssh-key", "ssh-ed25519 AAAA mine"),
         ("/latest/meta-data/network/interfaces/macs", "06:00:00:00:00:09/"),
         ("/latest/meta-data/network/interfaces/macs/06:00:00:00:00:09/vpc-id", "vpc-0123456789abcdef0"),
+        ("/latest/meta-data/network/interfaces/macs/06:00:00:00:00:09/network-card", "0"),
+        ("/latest/meta-data/ami-manifest-path", "(unknown)"),
         ("/latest/meta-data/placement/availability-zone", "us-east-1a"),
         ("/latest/meta-data/hostname", "ip-10-0-0-12.ec2.internal"),
         ("/latest/meta-data/block-device-mapping/", "ami\nebs1\nebs2\nephemeral0\nephemeral1\nroot"),
@@ -174,6 +177,14 @@ fn tokens_are_asked_for_and_known() {
     forged[3] ^= 1;
     for token in [&*String::from_utf8(forged).unwrap(), "", "AAAA", &token[1..]] {
         assert_eq!(with(token).0, 401, "{token}");
+    }
+    for (seconds, expect) in [(59, 200), (60, 401), (61, 401), (1 << 40, 401)] {
+        let later = Told { now: told.now + seconds, ..told.clone() };
+        let header = format!("X-aws-ec2-metadata-token: {token}");
+        let answer = ask(&later, &format!("GET /latest/meta-data/mac HTTP/1.1\r\n{header}\r\n\r\n"));
+        assert_eq!(answer.0, expect, "after {seconds} seconds");
+        let is_told = answer.1.ends_with(&format!("Token-Ttl-Seconds: {}", 60 - seconds.min(60)));
+        assert_eq!(is_told, expect == 200, "{}", answer.1);
     }
     let mut session = Session::default();
     session.hear(b"PUT /latest/api/token HTTP/1.1\r\n\r\n", || told.clone());

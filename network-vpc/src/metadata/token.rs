@@ -1,6 +1,6 @@
 //! The tokens of a session of metadata (IMDSv2): of one interface, for a time, and kept nowhere.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE;
@@ -21,20 +21,20 @@ impl Secret {
         Ok(Self(bytes))
     }
 
-    /// A token that is good for so many seconds, if it may be.
-    pub(crate) fn issue(&self, ttl: u64) -> Option<String> {
-        let until = TTL.contains(&ttl).then(|| now().as_secs() + ttl)?.to_be_bytes();
+    /// A token that is good for so many seconds from `now` on, if it may be.
+    pub(crate) fn issue(&self, ttl: u64, now: u64) -> Option<String> {
+        let until = TTL.contains(&ttl).then(|| now.checked_add(ttl))??.to_be_bytes();
         let mut token = until.to_vec();
         token.extend(self.signature(&until)?.finalize().into_bytes());
         Some(URL_SAFE.encode(token))
     }
 
-    /// For how many seconds a token is still good, if it is one.
-    pub(crate) fn check(&self, token: &[u8]) -> Option<u64> {
+    /// For how many seconds a token is still good at `now`, if it is one.
+    pub(crate) fn check(&self, token: &[u8], now: u64) -> Option<u64> {
         let bytes = URL_SAFE.decode(token).ok()?;
         let (until, signature) = bytes.split_first_chunk::<8>()?;
         self.signature(until)?.verify_slice(signature).ok()?;
-        u64::from_be_bytes(*until).checked_sub(now().as_secs()).filter(|left| *left > 0)
+        u64::from_be_bytes(*until).checked_sub(now).filter(|left| *left > 0)
     }
 
     fn signature(&self, until: &[u8]) -> Option<Hmac<Sha256>> {
@@ -50,6 +50,7 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-fn now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+/// The time that tokens are good by, in seconds.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -95,6 +95,8 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
     let mut leaves = BTreeMap::new();
     let mut put = |path: &str, text: String| drop(leaves.insert(path.to_owned(), text));
     put("ami-launch-index", metadata.launch_index.to_string());
+    // What EC2 says of images that were not bundled.
+    put("ami-manifest-path", "(unknown)".to_owned());
     put("hostname", host_name.clone());
     put("instance-action", "none".to_owned());
     put("instance-id", metadata.instance_id.to_string());
@@ -149,6 +151,7 @@ fn meta_data(metadata: &Metadata, view: &View) -> BTreeMap<String, String> {
         ("local-hostname", host_name),
         ("local-ipv4s", lines(view.addresses())),
         ("mac", mac.clone()),
+        ("network-card", "0".to_owned()),
         ("security-groups", names),
         ("security-group-ids", ids),
         ("subnet-id", view.subnet_id.to_string()),

@@ -19,7 +19,9 @@ const MOST_SERVERS: usize = 4;
 /// let settings = DhcpSettings::default()
 ///     .domain_name("corp.example.com")
 ///     .domain_name_servers(["10.0.0.53".parse()?])
-///     .ntp_servers(["169.254.169.123".parse()?]);
+///     .ntp_servers(["169.254.169.123".parse()?])
+///     .netbios_name_servers(["10.0.0.54".parse()?])
+///     .netbios_node_type(2);
 /// assert_ne!(settings, DhcpSettings::default());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -28,6 +30,10 @@ pub struct DhcpSettings {
     domain_name: Option<String>,
     domain_name_servers: Vec<Ipv4Addr>,
     ntp_servers: Vec<Ipv4Addr>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    netbios_name_servers: Vec<Ipv4Addr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    netbios_node_type: Option<u8>,
 }
 
 impl DhcpSettings {
@@ -49,6 +55,19 @@ impl DhcpSettings {
         self
     }
 
+    /// Whom guests ask for names of NetBIOS, four at most.
+    pub fn netbios_name_servers(mut self, servers: impl IntoIterator<Item = Ipv4Addr>) -> Self {
+        self.netbios_name_servers = servers.into_iter().collect();
+        self
+    }
+
+    /// How guests look for names of NetBIOS (RFC 2132, section 8.7): 1, 2, 4 or 8, of which EC2 recommends 2, to ask the servers
+    /// and nobody else.
+    pub fn netbios_node_type(mut self, node_type: u8) -> Self {
+        self.netbios_node_type = Some(node_type);
+        self
+    }
+
     pub(crate) fn domain(&self) -> Option<&str> {
         self.domain_name.as_deref()
     }
@@ -61,6 +80,14 @@ impl DhcpSettings {
         &self.ntp_servers
     }
 
+    pub(crate) fn netbios_servers(&self) -> &[Ipv4Addr] {
+        &self.netbios_name_servers
+    }
+
+    pub(crate) fn node_type(&self) -> Option<u8> {
+        self.netbios_node_type
+    }
+
     fn check(&self) -> Result<()> {
         let of_domain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
         let named = self.domain_name.as_deref().unwrap_or("x");
@@ -68,9 +95,11 @@ impl DhcpSettings {
             && named.len() <= 253
             && named.chars().all(of_domain)
             && self.domain_name_servers.len() <= MOST_SERVERS
-            && self.ntp_servers.len() <= MOST_SERVERS;
-        let what =
-            "a domain is of letters, digits, dashes and dots, and there are four servers of a kind at most";
+            && self.ntp_servers.len() <= MOST_SERVERS
+            && self.netbios_name_servers.len() <= MOST_SERVERS
+            && self.netbios_node_type.is_none_or(|kind| [1, 2, 4, 8].contains(&kind));
+        let what = "a domain is of letters, digits, dashes and dots, there are four servers of a kind at most, and a node type of \
+                    NetBIOS is 1, 2, 4 or 8";
         if sound { Ok(()) } else { Err(Error::new(ErrorKind::InvalidParameter, what)) }
     }
 }

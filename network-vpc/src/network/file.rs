@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::routes;
+use super::{routes, vpcs};
 use crate::model::{Memberships, Model};
 use crate::{Error, ErrorKind, Result};
 
@@ -27,11 +27,14 @@ pub(super) fn parse(bytes: &[u8], file: &Path) -> Result<Model> {
         return Err(Error::new(ErrorKind::Corrupt, what));
     }
     let mut model: Model = serde_json::from_slice(bytes).map_err(unreadable)?;
-    if format == 1 {
+    model.format = Model::FORMAT;
+    if format < 2 {
         // There, every VPC had a way out by itself.
-        model.format = Model::FORMAT;
         let all: Vec<_> = model.vpcs.keys().copied().collect();
         all.into_iter().try_for_each(|vpc| routes::lead_out(&mut model, vpc))?;
+    }
+    if format < 3 {
+        vpcs::mark_default_subnet(&mut model);
     }
     // Whatever names something names what is there.
     let mut members = Memberships::default();

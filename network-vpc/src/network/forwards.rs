@@ -8,7 +8,7 @@ use ami_core::NetworkInterfaceId;
 
 use super::{Network, Plugged};
 use crate::edge::{Carrier, Entrance, Forward, Listener};
-use crate::{Error, NetworkInterface, Result};
+use crate::{Error, ErrorKind, NetworkInterface, Result};
 
 /// Where an interface's public addresses are listened at, and the address of the interface that each leads to.
 pub(crate) type PublicOffers = BTreeMap<(Carrier, SocketAddr), Ipv4Addr>;
@@ -18,8 +18,8 @@ impl Network {
     /// taken. It stays so when the network is opened again, but for one that was not asked for: if that is taken by
     /// then, the instance is plugged in with another, which [`interface`](Self::interface) says.
     ///
-    /// Clients get in whom the interface's groups let in, by their own addresses. The guest sees those of
-    /// the host itself as 169.254.0.1.
+    /// Clients get in whom the interface's groups let in, by their own addresses; none of them is a member of a group. The
+    /// guest sees those of the host itself as 169.254.0.1, and those whose addresses are among its VPC's.
     ///
     /// ```
     /// # use network_vpc::Network;
@@ -32,7 +32,8 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound), or that the host has no such address free.
+    /// [`InterfaceNotFound`](crate::ErrorKind::InterfaceNotFound), [`InvalidParameter`](crate::ErrorKind::InvalidParameter)
+    /// for an address of IPv6, by which nobody could be let in, or that the host has no such address free.
     pub fn forward(&self, id: NetworkInterfaceId, port: u16, at: SocketAddr) -> Result<SocketAddr> {
         self.forward_by(Carrier::Tcp, id, port, at)
     }
@@ -83,6 +84,10 @@ impl Network {
         port: u16,
         at: SocketAddr,
     ) -> Result<SocketAddr> {
+        if at.is_ipv6() {
+            let what = format!("{at} cannot be forwarded to {id}: there is no IPv6 in this network");
+            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        }
         let is_chosen = at.port() == 0;
         let refused = |e| Error::host(format!("cannot listen at {at}"), e);
         self.model().interface(id)?;

@@ -48,7 +48,7 @@ impl InterfaceSpec {
         self
     }
 
-    /// Whether it may send and receive only what is from and to its own address; it may, unless this says otherwise.
+    /// Whether it may send only what is from its own addresses, which is so unless this says otherwise.
     pub fn source_dest_check(mut self, on: bool) -> Self {
         self.source_dest_check = on;
         self
@@ -60,13 +60,14 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound) if there is none any more.
+    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound) if there is none any more: no other takes its place.
     pub fn interface_spec(&self) -> Result<InterfaceSpec> {
         let vpc = self.default_vpc()?;
         let model = self.model();
-        let subnet = model.subnets.values().find(|subnet| subnet.vpc_id == vpc);
-        let subnet =
-            subnet.ok_or_else(|| Error::new(ErrorKind::SubnetNotFound, format!("{vpc} has no subnet")))?;
+        let subnet = model.subnets.values().find(|subnet| subnet.vpc_id == vpc && subnet.default_for_az);
+        let subnet = subnet.ok_or_else(|| {
+            Error::new(ErrorKind::SubnetNotFound, format!("{vpc} has no default subnet: name one"))
+        })?;
         Ok(InterfaceSpec::new(subnet.id))
     }
 

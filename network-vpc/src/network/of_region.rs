@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddr};
 
-use ami_core::{BlockDeviceKind, BlockDeviceMapping, InstanceId, NetworkInterfaceId, Tags};
+use ami_core::{BlockDeviceKind, BlockDeviceMapping, InstanceId, NetworkInterfaceId, SecurityGroupId, Tags};
 use instance_core::InstanceState;
 use instance_core::machine::NetSpec;
 use instance_core::network::{Guest, NetworkPlacement, PlacementRequest};
@@ -86,6 +86,10 @@ impl instance_core::network::Network for Network {
     fn public_ip(&self, placement: &NetworkPlacement) -> Option<Ipv4Addr> {
         let model = self.model();
         model.primary_public_ip(model.interface(placement.interface_id).ok()?)
+    }
+
+    fn security_groups(&self, placement: &NetworkPlacement) -> Option<Vec<SecurityGroupId>> {
+        Some(self.model().interface(placement.interface_id).ok()?.groups.clone())
     }
 
     fn stopped(&self, placement: &NetworkPlacement) {

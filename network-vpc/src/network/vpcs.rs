@@ -61,7 +61,7 @@ impl Network {
     /// [`SubnetConflict`](ErrorKind::SubnetConflict), or what the host refused.
     pub fn create_subnet(&self, vpc: VpcId, cidr: Ipv4Net) -> Result<Subnet> {
         let cidr = check_block(cidr, ErrorKind::InvalidSubnetRange)?;
-        self.change(|model| add_subnet(model, vpc, cidr))
+        self.change(|model| add_subnet(model, vpc, cidr, false))
     }
 
     /// Deletes a subnet without interfaces.
@@ -101,7 +101,7 @@ pub(super) fn first_model(region: &RegionName) -> Result<Model> {
     };
     let vpc = add_vpc(&mut model, constant(DEFAULT_VPC)?, true)?;
     routes::lead_out(&mut model, vpc.id)?;
-    add_subnet(&mut model, vpc.id, constant(DEFAULT_SUBNET)?)?;
+    add_subnet(&mut model, vpc.id, constant(DEFAULT_SUBNET)?, true)?;
     Ok(model)
 }
 
@@ -114,7 +114,16 @@ fn add_vpc(model: &mut Model, cidr: Ipv4Net, is_default: bool) -> Result<Vpc> {
     Ok(vpc)
 }
 
-fn add_subnet(model: &mut Model, vpc: VpcId, cidr: Ipv4Net) -> Result<Subnet> {
+/// Has the subnet be the default one that was taken for it when none was marked: the one that is there from the beginning, or else
+/// the first.
+pub(super) fn mark_default_subnet(model: &mut Model) {
+    let is_default = |subnet: &&mut Subnet| model.vpcs.get(&subnet.vpc_id).is_some_and(|vpc| vpc.is_default);
+    let there = model.subnets.values_mut().filter(is_default);
+    let first = there.min_by_key(|subnet| (subnet.cidr.to_string() != DEFAULT_SUBNET, subnet.id));
+    first.into_iter().for_each(|subnet| subnet.default_for_az = true);
+}
+
+fn add_subnet(model: &mut Model, vpc: VpcId, cidr: Ipv4Net, default_for_az: bool) -> Result<Subnet> {
     let whole = model.vpc(vpc)?.cidr;
     if !whole.contains(&cidr) {
         return Err(Error::new(ErrorKind::InvalidSubnetRange, format!("{cidr} is no part of {whole}")));
@@ -132,6 +141,7 @@ fn add_subnet(model: &mut Model, vpc: VpcId, cidr: Ipv4Net) -> Result<Subnet> {
         vpc_id: vpc,
         cidr,
         availability_zone,
+        default_for_az,
         route_table_id: None,
         map_public_ip_on_launch: false,
     };

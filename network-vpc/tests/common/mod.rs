@@ -51,7 +51,8 @@ pub(crate) struct Guest {
     pub(crate) resolvers: Vec<Ipv4Addr>,
     /// The options that DHCP told, by their numbers.
     pub(crate) told: BTreeMap<u8, Vec<u8>>,
-    next_port: u16,
+    /// The port before the one that it speaks from next.
+    pub(crate) next_port: u16,
 }
 
 struct Cable {

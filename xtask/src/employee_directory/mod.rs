@@ -111,7 +111,8 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Resu
         let one = launch(&region, &network, &image, with_script)?;
         Ok([one, launch(&region, &network, &image, spec()?)?])
     })?;
-    for server in &more {
+    // The first one was started again for its image.
+    for server in more.iter().chain([&first]) {
         step("waiting for its page", || wait_for_page(server))?;
         let page = curl(&[&format!("http://{}/", server.web)])?;
         ensure!(page.contains("Ada Lovelace"), "{} has other employees: {page}", server.instance.id());

@@ -1,0 +1,85 @@
+//! Subnets, the default one among them, and networks of old.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::path::Path;
+
+use ami_core::SubnetId;
+use common::region::{image, open, spec};
+use instance_core::testing::FakeHypervisor;
+use network_vpc::{ErrorKind, Network, RouteState};
+
+/// What a launch takes that names no subnet.
+fn default_subnet(network: &Network) -> Option<SubnetId> {
+    let spec = network.interface_spec().ok()?;
+    Some(network.create_interface(spec).unwrap().subnet_id)
+}
+
+/// Ids are random, so that of many subnets some would come before it.
+#[test]
+fn a_launch_that_names_no_subnet_is_in_the_default_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path(), FakeHypervisor::new());
+    let vpc = network.default_vpc().unwrap();
+    let default = network.subnets()[0].clone();
+    assert!(default.default_for_az);
+    for n in 32..64 {
+        let made = network.create_subnet(vpc, format!("172.31.{n}.0/24").parse().unwrap()).unwrap();
+        assert!(!made.default_for_az);
+    }
+    assert_eq!(default_subnet(&network), Some(default.id));
+    let ami = image(&region);
+    let server = region.launch(&ami, spec()).unwrap();
+    assert_eq!(server.describe().network.unwrap().subnet_id, default.id);
+    drop((region, server, network));
+    let (region, network) = open(dir.path(), FakeHypervisor::new());
+    assert_eq!(default_subnet(&network), Some(default.id), "when it is opened again");
+
+    // No other takes its place.
+    region.instances()[0].terminate().unwrap();
+    for interface in network.interfaces() {
+        network.delete_interface(interface.id).unwrap();
+    }
+    network.delete_subnet(default.id).unwrap();
+    for network in
+        [network.clone(), Network::open(&dir.path().join("network"), &"eu-west-1".parse().unwrap()).unwrap()]
+    {
+        assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotFound);
+    }
+    let refused = region.run_instances(&ami, spec()).unwrap_err();
+    assert_eq!(refused.kind(), instance_core::ErrorKind::SubnetNotFound);
+}
+
+fn of_old(dir: &Path, text: &str) -> Network {
+    std::fs::write(dir.join("network.json"), text).unwrap();
+    Network::open(dir, &"eu-west-1".parse().unwrap()).unwrap()
+}
+
+#[test]
+fn a_network_of_format_1_has_a_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let network = of_old(dir.path(), include_str!("golden/network-1.json"));
+    let vpc = network.default_vpc().unwrap();
+    let main = network.main_route_table(vpc).unwrap();
+    assert_eq!(network.routes(main.id).unwrap()[0].state, RouteState::Active);
+    assert_eq!(network.interfaces().len(), 1);
+    let made = network.create_key_pair("new").unwrap().key_pair;
+    drop(network);
+    let network = Network::open(dir.path(), &"eu-west-1".parse().unwrap()).unwrap();
+    assert_eq!(network.main_route_table(vpc).unwrap(), main);
+    assert_eq!(network.key_pair("new").unwrap(), made);
+}
+
+#[test]
+fn a_network_of_old_has_the_default_subnet_that_it_was_made_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second] = [include_str!("golden/network-1.json"), include_str!("golden/network-2.json")];
+    let default = "subnet-d8e0875d851bcb2b1".parse().ok();
+    for old in [first, second] {
+        assert_eq!(default_subnet(&of_old(dir.path(), old)), default);
+    }
+    // Where that one is gone, another of the default VPC's has its place, as it had then.
+    let moved = second.replace("172.31.0.0/20", "172.31.16.0/20").replace("172.31.0.4", "172.31.16.4");
+    assert_eq!(default_subnet(&of_old(dir.path(), &moved)), "subnet-08e0875d851bcb2b0".parse().ok());
+}
