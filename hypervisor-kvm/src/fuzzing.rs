@@ -3,6 +3,7 @@
 
 mod bus;
 mod devices;
+mod queue;
 mod saved_machine;
 
 use std::io::Write;
@@ -23,6 +24,7 @@ use crate::{layout, memory};
 
 pub use bus::bus;
 pub use devices::{clock, virtio_balloon, virtio_console, virtio_rng, virtio_vsock, vsock_streams};
+pub use queue::virtio_queue;
 pub use saved_machine::saved_machine;
 
 const DISK: u64 = 64 << 10;
@@ -201,7 +203,8 @@ mod tests {
     type Body = fn(&[u8]);
 
     /// The bodies of devices that have seeds of their own.
-    const BODIES: [(&str, Body); 6] = [
+    const BODIES: [(&str, Body); 7] = [
+        ("kvm_virtio_queue", super::virtio_queue),
         ("kvm_virtio_rng", super::virtio_rng),
         ("kvm_virtio_console", super::virtio_console),
         ("kvm_virtio_balloon", super::virtio_balloon),

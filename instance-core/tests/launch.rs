@@ -247,6 +247,24 @@ fn a_token_is_free_again_after_a_launch_that_failed() {
     assert_eq!(region.launch(&ami, asked()).unwrap().id(), made.id());
 }
 
+/// Who follows the states of instances is told of those that no store has held, too.
+#[test]
+fn a_launch_that_fails_is_told_of_and_leaves_nothing() {
+    let hypervisor = FakeHypervisor::new();
+    let (dir, region, ami) = world_of(hypervisor.clone(), Capacity::unlimited());
+    let changes = region.state_changes();
+    hypervisor.fail_next_create();
+    region.launch(&ami, spec()).unwrap_err();
+    let told: Vec<_> = changes.try_iter().collect();
+    let states: Vec<_> = told.iter().map(|change| change.state).collect();
+    assert_eq!(states, [InstanceState::Pending, InstanceState::Terminated]);
+    assert!(told.iter().all(|change| change.instance_id == told[0].instance_id));
+    assert_eq!(told[1].reason.as_ref().unwrap().code, "Server.InternalError");
+    assert!(region.instance(told[0].instance_id).is_err());
+    drop(region);
+    assert!(open(dir.path()).instances().is_empty());
+}
+
 #[test]
 fn as_many_are_launched_as_can_be_and_none_below_the_minimum() {
     let hypervisor = FakeHypervisor::new();

@@ -70,6 +70,7 @@ pub(crate) use vsock::Vsock;
 pub(crate) use {
     mmio::Mmio,
     pci::{Pci, RANGE_LEN},
+    ring::{Ring, RingState, Taken},
 };
 
 /// A device: its registers, which any vCPU may access, and its requests, which one thread serves: its own, or

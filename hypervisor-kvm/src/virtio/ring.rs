@@ -38,7 +38,7 @@ pub(crate) struct Description {
 pub(crate) struct RingState {
     described: Description,
     /// How far the device has come with a queue that is ready: in the available ring and in the used one.
-    at: Option<(u16, u16)>,
+    pub(crate) at: Option<(u16, u16)>,
 }
 
 impl Description {
