@@ -31,6 +31,8 @@ pub(crate) fn run(
     if let Err(error) = kick::admit_while_running(&running) {
         return Some(ExitCause::HostFailure(format!("KVM did not take a signal mask: {error}")));
     }
+    // A restored machine's may have been left by the one that was saved.
+    devices.go_on(vm, gate);
     // Whether KVM has an instruction to finish with what a device answered, which it does when the guest next runs.
     let mut unfinished = false;
     loop {
