@@ -121,7 +121,7 @@ pub(crate) fn build(
     file.set_len(layout.size).context(context)?;
     partition(file, layout).map_err(|e| e.about(context()))?;
     // Under fakeroot what tar unpacks has the owners that the archive says, and mke2fs sees them.
-    let mut fakeroot = process::command("fakeroot");
+    let mut fakeroot = process::fakeroot();
     fakeroot.arg("--");
     let (tree, owner) = match content {
         Content::Tree(tree) => {

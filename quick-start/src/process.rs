@@ -29,9 +29,18 @@ pub(crate) fn command(program: &str) -> Command {
     command
 }
 
+/// The same for fakeroot, which ends its daemon when it is interrupted: also where whoever runs this process has it ignore
+/// interrupts, as shells do in the background, and its children with it.
+pub(crate) fn fakeroot() -> Command {
+    let (inner, mut command) = (command("fakeroot"), host::command("env"));
+    command.arg("--default-signal=INT").arg(inner.get_program()).args(inner.get_args());
+    command
+}
+
 /// The program that such a command runs.
 fn name_of(command: &Command) -> String {
-    command.get_args().nth(3).unwrap_or_default().to_string_lossy().into_owned()
+    let program = command.get_args().skip_while(|arg| *arg != "--").nth(1);
+    program.unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Runs a command to its end and returns its standard output; fails if it does.
@@ -228,7 +237,7 @@ mod tests {
         assert_eq!(output(&mut shell("true"), &mut reporter).unwrap_err().kind(), ErrorKind::Cancelled);
     }
 
-    /// The daemon is in no group of its caller's.
+    /// The daemon is in no group of its caller's. Interrupts are ignored, as where this runs in the background of a shell's.
     #[test]
     fn a_cancelled_fakeroot_takes_its_daemon_with_it() {
         if !host::FAKEROOT.is_there() {
@@ -246,7 +255,12 @@ mod tests {
             let ids = of_fakeroot.map(|process| process.file_name().to_string_lossy().parse().unwrap());
             ids.filter_map(|id| pidfd_open(Pid::from_raw(id).unwrap(), PidfdFlags::empty()).ok()).collect()
         };
-        let mut fakeroot = command("fakeroot");
+        let inner = super::fakeroot();
+        let mut fakeroot = Command::new("sh");
+        fakeroot
+            .args(["-c", "trap '' INT; exec \"$@\"", "sh"])
+            .arg(inner.get_program())
+            .args(inner.get_args());
         let (name, value) = mark.split_once('=').unwrap();
         fakeroot.env(name, value).args(["--", "sh", "-c", "echo up >&2; exec sleep 1000"]);
         let mut nobody = |_: Progress| ();

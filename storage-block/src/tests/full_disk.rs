@@ -149,7 +149,12 @@ fn a_sweep_of_a_full_disk_gives_back_what_it_can() {
         let swept = store.sweep().remove_unreferenced(&keep).unwrap();
         assert_eq!((swept.snapshots, swept.packs, swept.packs_left), (gone, packs, left), "case {number}");
         assert_eq!(swept.bytes > 0, packs > 0, "case {number}");
-        assert!(free(&small.0) >= swept.bytes, "case {number}: {swept:?}");
+        // The thread that wrote a pack may hold the file for a moment longer than who waited for it.
+        let soon = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while free(&small.0) < swept.bytes {
+            assert!(std::time::Instant::now() < soon, "case {number}: {swept:?}");
+            std::thread::yield_now();
+        }
         let check = |store: &Store, what: &str| {
             for (_, (digest, bytes)) in kept() {
                 let snapshot = store.snapshot(digest).unwrap();
