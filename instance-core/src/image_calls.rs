@@ -192,7 +192,8 @@ impl<H> Region<H> {
     }
 
     /// Deregisters an image of the account's (`DeregisterImage`). Instances made from it go on; the bytes that nothing else
-    /// names go, as soon as nothing is being imported, copied or made an image or a snapshot of. Its id is not used again, also if the same is registered anew.
+    /// names go, as soon as nothing is being imported, copied or made an image or a snapshot of. Its id is not used again,
+    /// also if the same is registered anew.
     ///
     /// ```
     /// # use ami_core::{Ami, X86_64};
