@@ -17,7 +17,7 @@ use crate::buffer::write_all_at;
 use crate::format::BLOCK;
 use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Extent, IoBuf, Result, SECTOR};
 
-/// Where the file system can do less, it costs more, and that shows only when it is asked.
+/// Where the file system knows no holes, it costs more, and that shows only when it is asked.
 const OF_A_FILE: Capabilities = Capabilities {
     discard_frees: true,
     cheap_zeroes: true,
@@ -82,7 +82,7 @@ impl RawFile {
     pub fn from_file(mut file: File, read_only: bool) -> Result<Self> {
         let metadata = file.metadata().map_err(|e| Error::io(e, "cannot look at the image"))?;
         let (size, capabilities) = if metadata.is_file() {
-            (metadata.len(), OF_A_FILE)
+            (metadata.len(), of_a_file(&file, metadata.len(), read_only))
         } else if metadata.file_type().is_block_device() {
             let size = file.seek(SeekFrom::End(0));
             let size = size.map_err(|e| Error::io(e, "cannot learn the device's size"))?;
@@ -111,8 +111,8 @@ impl RawFile {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
         let file = file.map_err(|e| Error::io(e, context()))?;
         file.set_len(size).map_err(|e| Error::io(e, context()))?;
-        let failed = AtomicBool::new(false);
-        Ok(Self { file, size, read_only: false, capabilities: OF_A_FILE, failed })
+        let (capabilities, failed) = (of_a_file(&file, size, false), AtomicBool::new(false));
+        Ok(Self { file, size, read_only: false, capabilities, failed })
     }
 
     /// A handle to it.
@@ -187,10 +187,22 @@ impl BlockBackend for RawFile {
     }
 }
 
+/// What a file is good at: in some file systems zeroes are written like any other bytes. Beyond the end of the file there is
+/// nothing that asking could change.
+fn of_a_file(file: &File, size: u64, read_only: bool) -> Capabilities {
+    let frees = read_only || !cannot(punch(file, size.next_multiple_of(BLOCK), BLOCK));
+    Capabilities { discard_frees: frees, cheap_zeroes: frees, ..OF_A_FILE }
+}
+
+/// Whether it is not that it failed, but that it is not to be had here.
+fn cannot(result: rustix::io::Result<()>) -> bool {
+    matches!(result, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV))
+}
+
 /// Makes a range of a file read as zeroes, giving its space back where the file system can.
 pub(crate) fn zero_range(file: &File, offset: u64, len: u64) -> std::io::Result<()> {
     match punch(file, offset, len) {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => write_zeroes(file, offset, len),
+        result if cannot(result) => write_zeroes(file, offset, len),
         // A device does it to whole blocks of its own alone.
         Err(Errno::INVAL) => zero_blocks(file, offset, len),
         result => Ok(result?),
@@ -208,9 +220,8 @@ fn zero_blocks(file: &File, offset: u64, len: u64) -> std::io::Result<()> {
     write_zeroes(file, offset, first - offset)?;
     write_zeroes(file, last, end - last)?;
     match punch(file, first, last - first) {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL) => {
-            write_zeroes(file, first, last - first)
-        }
+        Err(Errno::INVAL) => write_zeroes(file, first, last - first),
+        result if cannot(result) => write_zeroes(file, first, last - first),
         result => Ok(result?),
     }
 }

@@ -83,6 +83,36 @@ fn block_device() {
     }
 }
 
+/// A file system that lives in memory, until it is dropped.
+struct Mounted(tempfile::TempDir);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
+/// Some file systems give nothing back, and zeroes are then written like any other bytes.
+#[test]
+fn raw_file_where_no_holes_are_punched() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Command::new("mount").args(["-t", "ramfs", "ramfs"]).arg(dir.path()).status();
+    if !mount.is_ok_and(|status| status.success()) {
+        assert!(std::env::var_os("CI").is_none(), "a ramfs cannot be mounted, and CI needs one");
+        eprintln!("SKIPPED: a ramfs cannot be mounted; files without holes are not tested");
+        return;
+    }
+    let mounted = Mounted(dir);
+    let made = Cell::new(0);
+    testing::conformance(|size| {
+        made.set(made.get() + 1);
+        let disk = RawFile::create(mounted.0.path().join(made.get().to_string()), size).unwrap().into_disk();
+        let Capabilities { cheap_zeroes, discard_frees, .. } = disk.capabilities();
+        assert!(!cheap_zeroes && !discard_frees);
+        disk
+    });
+}
+
 #[test]
 fn empty_volume() {
     let dir = tempfile::tempdir().unwrap();

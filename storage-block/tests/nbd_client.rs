@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use storage_block::{BlockBackend, Capabilities, Disk, ErrorKind, MemoryDisk, RawFile, nbd, testing};
+use storage_block::{Capabilities, Disk, ErrorKind, MemoryDisk, RawFile, nbd, testing};
 
 mod tools;
 use tools::{Daemon, have};
@@ -34,31 +34,6 @@ fn conforms_on_our_server() {
     });
 }
 
-/// A disk that says so of itself; it is the same for who has it over NBD.
-#[derive(Debug)]
-struct Claims(Disk, Capabilities);
-
-impl BlockBackend for Claims {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.1
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
-        self.0.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> storage_block::Result<()> {
-        self.0.write_at(buf, offset)
-    }
-    fn flush(&self) -> storage_block::Result<()> {
-        self.0.flush()
-    }
-    fn write_zeroes(&self, offset: u64, len: u64) -> storage_block::Result<()> {
-        self.0.write_zeroes(offset, len)
-    }
-}
-
 #[test]
 fn the_disk_is_what_the_server_says_it_is() {
     let dir = tempfile::tempdir().unwrap();
@@ -70,7 +45,7 @@ fn the_disk_is_what_the_server_says_it_is() {
     {
         let mut claimed = Capabilities::default();
         (claimed.physical_block, claimed.discard_frees) = (block, frees);
-        let served = Disk::new(Claims(MemoryDisk::new(1 << 20).unwrap().into_disk(), claimed)).unwrap();
+        let served = testing::claiming(1 << 20, claimed).unwrap();
         let socket = dir.path().join(number.to_string());
         let _server = nbd::Server::bind(&socket, served).unwrap();
         let found = nbd::Client::connect(socket, "").unwrap().into_disk().capabilities();

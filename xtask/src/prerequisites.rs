@@ -20,6 +20,7 @@ pub(crate) const PASST: Tool = Tool::new("passt", "passt");
 pub(crate) const SETPRIV: Tool = Tool::new("setpriv", "util-linux");
 pub(crate) const IP: Tool = Tool::new("ip", "iproute2");
 pub(crate) const LDD: Tool = Tool::new("ldd", "libc-bin");
+pub(crate) const LOSETUP: Tool = Tool::new("losetup", "mount");
 pub(crate) const NBDINFO: Tool = Tool::new("nbdinfo", "libnbd-bin");
 pub(crate) const NBDCOPY: Tool = Tool::new("nbdcopy", "libnbd-bin");
 pub(crate) const NBDKIT: Tool = Tool::new("nbdkit", "nbdkit");

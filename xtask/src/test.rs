@@ -11,7 +11,8 @@ use clap::ValueEnum;
 
 use crate::lab;
 use crate::prerequisites::{
-    self, BZIP2, FIO, IP, LZ4, LZOP, MKE2FS, NBDCOPY, NBDINFO, NBDKIT, QEMU_IMG, QEMU_IO, Tool, XZ, ZSTD,
+    self, BZIP2, FIO, IP, LOSETUP, LZ4, LZOP, MKE2FS, NBDCOPY, NBDINFO, NBDKIT, QEMU_IMG, QEMU_IO, Tool, XZ,
+    ZSTD,
 };
 use crate::{guest, process, workspace};
 
@@ -41,8 +42,8 @@ enum Step {
 }
 
 /// What the tests call, besides what the lab does. Under CI none of them skips what it cannot do.
-const TOOLS: [Tool; 13] =
-    [NBDINFO, NBDCOPY, NBDKIT, FIO, IP, QEMU_IMG, QEMU_IO, MKE2FS, BZIP2, LZ4, LZOP, XZ, ZSTD];
+const TOOLS: [Tool; 14] =
+    [LOSETUP, NBDINFO, NBDCOPY, NBDKIT, FIO, IP, QEMU_IMG, QEMU_IO, MKE2FS, BZIP2, LZ4, LZOP, XZ, ZSTD];
 
 /// The members of the workspace that are not published.
 const UNPUBLISHED: [&str; 4] = ["ami-benches", "ami-examples", "ami-rivals", "xtask"];

@@ -1,8 +1,10 @@
 //! What every [`BlockBackend`](crate::BlockBackend) has to pass.
 
+mod claiming;
 pub(crate) mod queue;
 mod vectored;
 
+pub use self::claiming::claiming;
 use crate::{Disk, ErrorKind, IoBufMut, IoLimits, Limiter, Rate};
 
 /// Checks that disks behave as the contract of [`BlockBackend`](crate::BlockBackend) says: `make` makes

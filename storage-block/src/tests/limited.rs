@@ -1,36 +1,11 @@
 //! What requests cost where disks have limits.
 
-use crate::{BlockBackend, Capabilities, Disk, IoLimits, Limiter, MemoryDisk, Rate, Result};
-
-/// Memory that says of itself what it is told to.
-#[derive(Debug)]
-struct Claims(MemoryDisk, Capabilities);
-
-impl BlockBackend for Claims {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.1
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.0.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.0.write_at(buf, offset)
-    }
-    fn flush(&self) -> Result<()> {
-        self.0.flush()
-    }
-    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        self.0.write_zeroes(offset, len)
-    }
-}
+use crate::{Capabilities, IoLimits, Limiter, Rate, testing};
 
 /// Whether a request uses up what is let pass: a read after it, in a queue, has to wait then.
 fn is_charged(cheap_zeroes: bool, discard_frees: bool, queued: bool, discard: bool) -> bool {
     let capabilities = Capabilities { cheap_zeroes, discard_frees, ..Capabilities::default() };
-    let disk = Disk::new(Claims(MemoryDisk::new(1 << 20).unwrap(), capabilities)).unwrap();
+    let disk = testing::claiming(1 << 20, capabilities).unwrap();
     // It takes a day to make good for a mebibyte.
     let limiter =
         Limiter::new(IoLimits { bytes: Some(Rate { per_second: 12, burst: 4096 }), ..IoLimits::NONE });

@@ -6,7 +6,7 @@ use instance_core::console;
 use instance_core::machine::NetSpec;
 use instance_core::net::{MacAddress, link};
 use instance_core::vsock::{VsockSpec, cable};
-use storage_block::{BlockBackend, Capabilities};
+use storage_block::testing;
 
 use super::*;
 use crate::virtio::{Balloon, Console, Net, Vsock, Wish};
@@ -45,36 +45,6 @@ fn a_configuration_is_not_the_drivers_to_write() {
     }
 }
 
-/// A disk with blocks of its own.
-#[derive(Debug)]
-struct Blocks(Disk, Capabilities);
-
-impl BlockBackend for Blocks {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        self.1
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
-        self.0.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> storage_block::Result<()> {
-        self.0.write_at(buf, offset)
-    }
-
-    fn flush(&self) -> storage_block::Result<()> {
-        self.0.flush()
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64) -> storage_block::Result<()> {
-        self.0.write_zeroes(offset, len)
-    }
-}
-
 const CAN_DISCARD: u64 = 1 << 13;
 
 #[test]
@@ -95,8 +65,7 @@ fn a_disk_is_offered_as_what_it_is() {
             let mut claimed = MemoryDisk::new(MIB).unwrap().into_disk().capabilities();
             (claimed.logical_block, claimed.physical_block, claimed.discard_frees) =
                 (logical, physical, frees);
-            let disk = Blocks(MemoryDisk::new(MIB).unwrap().into_disk(), claimed);
-            let mut driver = Driver::new(Disk::new(disk).unwrap());
+            let mut driver = Driver::new(testing::claiming(MIB, claimed).unwrap());
             let offered = driver.offered();
             assert_eq!((offered & TOPOLOGY != 0, offered & CAN_DISCARD != 0), (true, frees));
             let mut config = [0xee; 32];
