@@ -244,8 +244,10 @@ fn write(
         .tempfile_in(directory)
         .map_err(|e| Error::io(e, "cannot be created"))?;
     let file = temporary.as_file().try_clone().map_err(|e| Error::io(e, "cannot be created"))?;
-    let mut writer = options.writer(file, disk.size(), Path::new(name))?;
-    let data_bytes = copy(disk, &mut *writer, progress)?;
+    // Asked once: it may grow meanwhile.
+    let size = disk.size();
+    let mut writer = options.writer(file, size, Path::new(name))?;
+    let data_bytes = copy(disk, size, &mut *writer, progress)?;
     writer.finish()?;
 
     let unfinished = |e| Error::io(e, "cannot be made durable");
@@ -254,16 +256,17 @@ fn write(
     let persisted = if options.replace { temporary.persist(path) } else { temporary.persist_noclobber(path) };
     persisted.map_err(|e| Error::io(e.error, "cannot be given its name"))?;
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(unfinished)?;
-    Ok(ExportStats { size: disk.size(), data_bytes, file_bytes })
+    Ok(ExportStats { size, data_bytes, file_bytes })
 }
 
-/// Gives the writer all that is not zero; says how much that was.
+/// Gives the writer all of the first `total` bytes that is not zero; says how much that was.
 fn copy(
     disk: &Disk,
+    total: u64,
     writer: &mut dyn Write,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<u64> {
-    let (total, unit) = (disk.size(), writer.unit());
+    let unit = writer.unit();
     let step = unit.max(1 << 20);
     let mut report = |done| match progress(Progress { done, total }) {
         ControlFlow::Continue(()) => Ok(()),
@@ -272,7 +275,7 @@ fn copy(
     let unreadable = |e| Error::disk(e, "the disk cannot be read");
     let mut buf = vec![0; step as usize];
     let (mut done, mut data) = (0, 0);
-    while let Some(found) = disk.next_data(done).map_err(unreadable)? {
+    while let Some(found) = disk.next_data(done).map_err(unreadable)?.filter(|found| found.start < total) {
         // Ranges may meet within a unit: whole units are read, and none twice.
         let mut at = (found.start / unit * unit).max(done);
         let end = found.end.next_multiple_of(unit).min(total);

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 
 use common::{KIB, MIB, Small, check, content, data, disk, go_on, have_qemu_img, qemu_img, raw_file};
 use image_formats::{Compression, ErrorKind, ExportOptions, Format, export, open};
-use storage_block::{Disk, MemoryDisk, RawFile, Store};
+use storage_block::{Disk, MemoryDisk, RawFile, Store, Volume};
 
 /// All there is to choose, with names for it.
 fn kinds() -> Vec<(ExportOptions, Format)> {
@@ -76,6 +76,30 @@ fn an_image_that_does_not_fit_leaves_nothing() {
                 assert_eq!(std::fs::read_dir(small.0.path()).unwrap().count(), 0, "{what}");
             }
         }
+    }
+}
+
+/// A volume that grows while it is exported, and is written to there, is exported as large as it was.
+#[test]
+fn a_disk_that_grows_meanwhile_is_exported_as_it_began() {
+    for (number, (options, format)) in kinds().into_iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::create(&dir.path().join("volume"), None, 2 * MIB as u64).unwrap();
+        let disk = volume.disk();
+        disk.write_at(&[7; 4 * KIB], 0).unwrap();
+        let path = dir.path().join(number.to_string());
+        let mut calls = 0;
+        let stats = export(&disk, &path, &options, &mut |_| {
+            calls += 1;
+            assert!(calls < 100, "{options:?}: it does not end");
+            volume.grow(4 * MIB as u64).unwrap();
+            disk.write_at(&[9; 4 * KIB], 3 * MIB as u64).unwrap();
+            ControlFlow::Continue(())
+        });
+        let mut expected = vec![0; 2 * MIB];
+        expected[..4 * KIB].fill(7);
+        assert_eq!(stats.unwrap().size, 2 * MIB as u64);
+        check(&open(&path, format).unwrap(), &expected, &format!("{options:?}"));
     }
 }
 

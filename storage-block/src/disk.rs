@@ -297,15 +297,21 @@ impl Disk {
 
     /// Waits until the limits let a request pass, and says how long one may be for the backend.
     fn admit(&self, len: u64, op: Op) -> Result<u64> {
-        if let Some(limiters) = &self.limiters {
-            let cost = self.cost(op, len);
-            for (passed, limiter) in limiters.iter().enumerate() {
-                limiter.wait(cost, self.stop.as_deref()).inspect_err(|_| {
-                    limiters[..passed].iter().for_each(|limiter| limiter.give_back(cost));
-                })?;
-            }
+        if self.limiters.is_some() {
+            self.pay(self.cost(op, len))?;
         }
         Ok(self.traits.max_request)
+    }
+
+    /// Waits until the limits let so much pass, for what is then done with the disk [without them](Self::unlimited).
+    pub(crate) fn pay(&self, cost: Cost) -> Result<()> {
+        let limiters = self.limiters.as_deref().unwrap_or_default();
+        for (passed, limiter) in limiters.iter().enumerate() {
+            limiter.wait(cost, self.stop.as_deref()).inspect_err(|_| {
+                limiters[..passed].iter().for_each(|limiter| limiter.give_back(cost));
+            })?;
+        }
+        Ok(())
     }
 
     /// What a request of `len` bytes costs. Where no bytes are written for it, it counts as an operation alone.

@@ -1,7 +1,6 @@
 //! How bytes become a snapshot: chunks into packs, ids into leaves, leaves into a root.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use crate::fs;
 use crate::keys::{EncryptionKey, KeyContext};
 use crate::progress::Reporter;
 use crate::session::{Prepared, Session, Unpublished, prepare};
-use crate::store::sync_dir;
+use crate::store::{Inner, lock, sync_dir};
 use crate::{Disk, Error, Progress, Result, Snapshot, Store, pipeline};
 
 /// What making a snapshot took.
@@ -221,27 +220,38 @@ pub(crate) fn publish(store: &Store, mut session: Session<'_>, roots: &[NewRoot]
         let publish = |NewRoot { bytes, key }: &NewRoot| {
             let digest = Digest::of(bytes);
             if !inner.has_root(&digest, bytes) {
-                new.push(inner.root_path(&digest));
+                new.push(digest);
             }
             let root = inner.publish_root(bytes, key.as_ref())?;
             Ok(Snapshot::new(Arc::clone(&store.0), root))
         };
         let published: Result<Vec<Snapshot>> = roots.iter().map(publish).collect();
         published.map_err(|error| {
-            let left = unpublish(&new, &inner.snapshots_dir()).inspect_err(|error| {
+            let left = unpublish(inner, &new).unwrap_or_else(|error| {
                 tracing::warn!(%error, "cannot undo a failed snapshot");
+                true
             });
-            Unpublished { error, left: left.is_err() }
+            Unpublished { error, left }
         })
     })
 }
 
-/// Removes roots whose objects are to be removed next: a crash must not bring them back.
-fn unpublish(roots: &[PathBuf], dir: &Path) -> Result<()> {
-    for path in roots.iter().filter(|path| path.exists()) {
-        fs::remove_file(path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+/// Removes roots whose objects are to be removed next: a crash must not bring them back. Returns whether one is left, as
+/// somebody has found and opened it meanwhile.
+fn unpublish(inner: &Inner, new: &[Digest]) -> Result<bool> {
+    if new.is_empty() {
+        return Ok(false);
     }
-    if roots.is_empty() { Ok(()) } else { sync_dir(dir) }
+    // Nobody opens one from here until it is gone.
+    let roots = lock(&inner.roots);
+    let is_open = |digest: &Digest| roots.get(digest).is_some_and(|root| root.strong_count() > 0);
+    let (open, gone): (Vec<&Digest>, Vec<&Digest>) = new.iter().partition(|digest| is_open(digest));
+    for path in gone.into_iter().map(|digest| inner.root_path(digest)).filter(|path| path.exists()) {
+        fs::remove_file(&path).map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;
+    }
+    drop(roots);
+    sync_dir(&inner.snapshots_dir())?;
+    Ok(!open.is_empty())
 }
 
 /// Whether all bytes are zero; in words, so that it is as fast as reading them.

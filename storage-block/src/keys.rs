@@ -52,8 +52,8 @@
 //! snapshot's bytes as they are stored, and its own snapshots store everything under its key: the first that is made
 //! after the volume was opened reads all of the disk.
 //!
-//! The memory that keys are kept in is overwritten when they are dropped, and they stand in no message. What computing with
-//! them leaves behind, on the stack and in the state of a hash, is not overwritten, nor is what was passed to `from_bytes`
+//! The memory that keys are kept in is overwritten when they are dropped, the states of ciphers and hashes with them, and they
+//! stand in no message. What computing with them leaves on the stack is not overwritten, nor is what was passed to `from_bytes`
 //! where the caller has it. Chunks that were decrypted are kept
 //! in memory for a while where they are compressed, too, and by nobody else.
 

@@ -68,6 +68,9 @@
 //! which anything was written, and 2 KiB more from its first snapshot on: 96 MiB for each TiB. What a request takes beside
 //! these does not depend on any size; an import takes a few MiB for each processor and 150 bytes for each new chunk.
 //!
+//! Of descriptors a store has one for each pack of up to 1 GiB that was read from, as long as it is open, and a volume has two:
+//! whoever has a store of a TiB raises what a process may have (`RLIMIT_NOFILE`, often 1024), as nobody here does.
+//!
 //! # Left out
 //!
 //! Other image formats (see the crate `image-formats`), futures, and stores that several hosts share.

@@ -176,6 +176,10 @@ pub(crate) struct Index {
     pub(crate) copies: HashMap<Id, Vec<Place>>,
     /// What was found damaged, and is stored again by whoever has it.
     damaged: HashSet<Id>,
+    /// Patches of what no pack is known to hold, by its name: they can be read as soon as it is stored again.
+    lone: HashMap<Id, Vec<(Id, Place)>>,
+    /// Packs with a record that cannot be read: what it speaks of may be there.
+    unsure: HashSet<u32>,
     pub(crate) packs: BTreeMap<u32, Arc<Pack>>,
     /// Packs of which nobody knows what is in them, and what is wrong with each.
     pub(crate) broken: BTreeMap<u32, String>,
@@ -222,9 +226,15 @@ impl Index {
         })
     }
 
-    /// Whether the object was found damaged; it is stored as a whole then, as others may differ from it.
+    /// Whether the object was found damaged, or is missed; it is stored as a whole then, as others may differ from it.
     pub(crate) fn is_damaged(&self, id: &Id) -> bool {
-        self.damaged.contains(id)
+        self.damaged.contains(id) || self.lone.contains_key(id)
+    }
+
+    /// The packs that may hold more than is known of them, which whoever mends something else makes known again.
+    pub(crate) fn with_more(&self) -> HashSet<u32> {
+        let lone = self.lone.values().flatten().map(|(_, place)| place.pack);
+        lone.chain(self.unsure.iter().copied()).collect()
     }
 
     /// Notes that what lies there is not what its name says. Whether there is a copy, which takes its place.
@@ -255,6 +265,10 @@ impl Index {
         if !self.has(&id) {
             self.damaged.remove(&id);
             self.places.insert(id, place);
+            if place.patch.is_none() {
+                let waited = self.lone.remove(&id).unwrap_or_default();
+                self.add_patches(waited);
+            }
         } else if place.patch.is_none() {
             self.copies.entry(id).or_default().push(place);
         }
@@ -264,7 +278,12 @@ impl Index {
     pub(crate) fn forget(&mut self, numbers: &[u32]) {
         for number in numbers {
             self.packs.remove(number);
+            self.unsure.remove(number);
         }
+        self.lone.retain(|_, patches| {
+            patches.retain(|(_, place)| self.packs.contains_key(&place.pack));
+            !patches.is_empty()
+        });
         self.places.retain(|_, place| self.packs.contains_key(&place.pack));
         let lone = |place: &Place| {
             let base = place.patch.as_ref().map_or(HOLE, |patch| patch.base);
@@ -292,14 +311,21 @@ impl Index {
 
     /// Takes in patches, of which there may be several of one chunk, as two sessions may store it side by side. One of
     /// a chunk that is stored as a whole, too, is of no use: others may differ from that. One that differs from
-    /// something that is not there cannot be read, and if it is the only one the chunk shall be stored again.
+    /// something that is not there waits for it, and if it is the only one the chunk shall be stored again.
     fn add_patches(&mut self, patches: Vec<(Id, Place)>) {
         for (id, place) in patches {
             let whole = |id: &Id| self.places.get(id).filter(|place| place.patch.is_none());
+            if whole(&id).is_some() {
+                continue;
+            }
             let base = place.patch.as_ref().map_or(HOLE, |patch| patch.base);
-            let has_base = base == HOLE || whole(&base).is_some_and(|base| base.slot.kind == Kind::Chunk);
-            if has_base && whole(&id).is_none() {
-                self.places.insert(id, place);
+            match whole(&base) {
+                None if base != HOLE => self.lone.entry(base).or_default().push((id, place)),
+                Some(other) if other.slot.kind != Kind::Chunk => {}
+                _ => {
+                    self.damaged.remove(&id);
+                    self.places.insert(id, place);
+                }
             }
         }
     }
@@ -367,6 +393,9 @@ impl Index {
         let pack = Pack::new(number, path, version);
         let records = bytes[INDEX_HEADER..].chunks_exact(format::record_len(version));
         let mut whole = records.remainder().is_empty();
+        if !whole {
+            self.unsure.insert(number);
+        }
         let mut taken = Taken::default();
         for record in records {
             // A record that is not whole was being written in a crash, or has rotted since. Either way its
@@ -384,7 +413,10 @@ impl Index {
                         self.copies.entry(id).or_default().push(before);
                     }
                 }
-                None => whole = false,
+                None => {
+                    whole = false;
+                    self.unsure.insert(number);
+                }
             }
             taken.records += 1;
         }

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use ami_core::Digest;
+use rustix::io::Errno;
 
 use crate::format::{HOLE, Id, Kind, UNIT};
 use crate::keys::EncryptionKey;
@@ -56,12 +57,13 @@ impl Store {
     ///
     /// Everything else goes on meanwhile: reads, writes, imports and the sweep, to which all snapshots are open ones until
     /// it ends. What is stored or dropped while it runs may be seen or not. It reads through the page cache of the system, so that what is there is not read from the
-    /// disk, and it takes some 40 bytes of memory for each object.
+    /// disk, and it takes some 40 bytes of memory for each object, and as much again for each chunk that is encrypted.
     ///
     /// # Errors
     ///
-    /// [`Cancelled`](ErrorKind::Cancelled), or what the file system says to the list of snapshots. Damage, and a file
-    /// that cannot be read, is no error but in the report.
+    /// [`Cancelled`](ErrorKind::Cancelled), what the file system says to the list of snapshots, or that there are no more
+    /// descriptors or memory to be had, which says nothing of what is stored. Damage, and a file that cannot be read, is no
+    /// error but in the report.
     pub fn scrub(&self, progress: &mut dyn FnMut(Progress)) -> Result<ScrubReport> {
         let inner = &self.0;
         let mut report = ScrubReport::default();
@@ -90,7 +92,7 @@ impl Store {
                 false => check_object(inner, id, key, &mut report).map_err(|error| (error, false)),
             };
             if let Err((error, is_elsewhere)) = checked {
-                report.damages.push(error);
+                report.damages.push(of_what_is_stored(error)?);
                 if !is_elsewhere {
                     damaged.insert(*id);
                 }
@@ -100,7 +102,7 @@ impl Store {
         }
         for root in roots {
             reporter.check()?;
-            check_snapshot(&Snapshot::new(Arc::clone(inner), root), &mut damaged, &mut report);
+            check_snapshot(&Snapshot::new(Arc::clone(inner), root), &mut damaged, &mut report)?;
         }
         reporter.finish();
         Ok(report)
@@ -120,12 +122,22 @@ fn open_roots(store: &Store, report: &mut ScrubReport) -> Result<Vec<Arc<Root>>>
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => {
-                report.damages.push(error);
+                report.damages.push(of_what_is_stored(error)?);
                 report.damaged_snapshots.push(digest);
             }
         }
     }
     Ok(roots)
+}
+
+/// An error that says something of what is stored, and not of this process.
+fn of_what_is_stored(error: Error) -> Result<Error> {
+    let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    let of_process = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
+    match source.and_then(std::io::Error::raw_os_error) {
+        Some(code) if of_process.contains(&code) => Err(error),
+        _ => Ok(error),
+    }
 }
 
 /// The keys of the chunks that are encrypted, as far as they are at hand. Manifests that cannot be read are found later.
@@ -175,7 +187,7 @@ fn check_place(
 }
 
 /// Sees that a snapshot's leaves and chunks are there, and that none of them is among the damaged.
-fn check_snapshot(snapshot: &Snapshot, damaged: &mut HashSet<Id>, report: &mut ScrubReport) {
+fn check_snapshot(snapshot: &Snapshot, damaged: &mut HashSet<Id>, report: &mut ScrubReport) -> Result<()> {
     report.snapshots += 1;
     let root = &snapshot.root;
     let mut whole = true;
@@ -187,7 +199,7 @@ fn check_snapshot(snapshot: &Snapshot, damaged: &mut HashSet<Id>, report: &mut S
         let ids = match snapshot.leaf_ids(leaf) {
             Ok(ids) => ids,
             Err(error) => {
-                report.damages.push(error);
+                report.damages.push(of_what_is_stored(error)?);
                 damaged.insert(*leaf_id);
                 whole = false;
                 continue;
@@ -200,7 +212,7 @@ fn check_snapshot(snapshot: &Snapshot, damaged: &mut HashSet<Id>, report: &mut S
                 // It may be on its way still.
                 let Err(error) = snapshot.store.find_open(Kind::Chunk, id) else { continue };
                 // Once, however many snapshots have it.
-                report.damages.push(error);
+                report.damages.push(of_what_is_stored(error)?);
                 damaged.insert(*id);
                 whole = false;
             }
@@ -208,5 +220,23 @@ fn check_snapshot(snapshot: &Snapshot, damaged: &mut HashSet<Id>, report: &mut S
     }
     if !whole {
         report.damaged_snapshots.push(root.digest);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_process_lacks_is_no_damage() {
+        let error = |errno: Errno| Error::io(errno.into(), "cannot open a pack");
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            assert!(of_what_is_stored(error(errno)).is_err(), "{errno:?}");
+        }
+        for errno in [Errno::IO, Errno::NOENT, Errno::ACCESS] {
+            assert!(of_what_is_stored(error(errno)).is_ok(), "{errno:?}");
+        }
+        assert!(of_what_is_stored(Error::new(ErrorKind::Corrupt, "it has rotted")).is_ok());
     }
 }

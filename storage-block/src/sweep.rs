@@ -48,6 +48,9 @@ pub struct Reclaimed {
     /// Snapshots to be kept whose manifests cannot be read. Anything may be theirs, so that as long as there are some no
     /// pack goes: importing what they held [mends](Store::import) them, and whoever does not keep them gives them up.
     pub unreadable: u64,
+    /// Chunks of snapshots to be kept that no pack is known to hold. As long as there are some, packs stay whose indices are
+    /// damaged, and those with chunks that are stored as what differs from what is missing: importing that mends them.
+    pub missing: u64,
 }
 
 /// The turn of one who removes what nobody needs, by [`Store::sweep`], which shows it in use.
@@ -131,8 +134,10 @@ impl Sweep {
         {
             let index = read(&inner.index);
             mark_bases(&index, &mut live);
+            let named = live.len();
             // What is lost already cannot be kept.
             live.retain(|id| index.places.contains_key(id));
+            reclaimed.missing = (named - live.len()) as u64;
         }
         settle_copies(inner, &live)?;
         sweep(inner, &live, &mut reclaimed)?;
@@ -193,7 +198,7 @@ struct Victim {
 /// Removes the packs that have little alive in them: first those that have nothing, which needs no room, and then those of
 /// which the least has to be carried, so that each makes room for the next.
 fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result<()> {
-    let mut half_alive = victims(inner, live)?;
+    let mut half_alive = victims(inner, live, reclaimed.missing > 0)?;
     let dead = half_alive.iter().take_while(|victim| victim.alive == 0).count();
     let dead: Vec<Arc<Pack>> = half_alive.drain(..dead).map(|victim| victim.pack).collect();
     let freed = dead.iter().map(|pack| file_len(&pack.path)).sum::<Result<u64>>()?;
@@ -228,15 +233,17 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
     Ok(())
 }
 
-/// The packs that are at most half alive, those with the least alive first. Nobody appends to them from here on.
-fn victims(inner: &Inner, live: &HashSet<Id>) -> Result<Vec<Victim>> {
+/// The packs that are at most half alive, those with the least alive first. Nobody appends to them from here on. Where
+/// something is missing, what may hold it is spared.
+fn victims(inner: &Inner, live: &HashSet<Id>, missing: bool) -> Result<Vec<Victim>> {
     let mut index = write(&inner.index);
     let mut objects: BTreeMap<u32, Vec<(Id, Place)>> = BTreeMap::new();
     for (id, place) in index.places.iter().filter(|(id, _)| live.contains(*id)) {
         objects.entry(place.pack).or_default().push((*id, place));
     }
     let mut victims = Vec::new();
-    for (number, pack) in &index.packs {
+    let spared = if missing { index.with_more() } else { HashSet::new() };
+    for (number, pack) in index.packs.iter().filter(|(number, _)| !spared.contains(*number)) {
         let mut objects = objects.remove(number).unwrap_or_default();
         objects.sort_unstable_by_key(|(_, place)| place.slot.start);
         let alive = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum::<u64>();

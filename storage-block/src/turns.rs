@@ -81,6 +81,18 @@ impl Turns {
     }
 }
 
+impl Storing {
+    /// Who goes on is this thread, from now on.
+    pub(crate) fn move_here(&mut self) {
+        let this = thread::current().id();
+        let mut state = lock(&self.turns.state);
+        if let Some(thread) = state.storing.iter_mut().find(|thread| **thread == self.began_on) {
+            *thread = this;
+        }
+        self.began_on = this;
+    }
+}
+
 impl Drop for Storing {
     fn drop(&mut self) {
         let storing = &mut lock(&self.turns.state).storing;

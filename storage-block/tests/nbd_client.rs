@@ -8,7 +8,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use storage_block::{Capabilities, Disk, ErrorKind, MemoryDisk, RawFile, nbd, testing};
+use storage_block::{
+    Capabilities, Disk, ErrorKind, IoLimits, Limiter, MemoryDisk, Rate, RawFile, nbd, testing,
+};
 
 mod tools;
 use tools::{Daemon, have};
@@ -57,6 +59,38 @@ fn the_disk_is_what_the_server_says_it_is() {
     let _server = nbd::Server::bind(&socket, raw).unwrap();
     let found = nbd::Client::builder("").read_only(true).connect(socket).unwrap().into_disk().capabilities();
     assert!(found.discard_frees && found.cheap_zeroes && found.knows_holes && !found.in_files);
+}
+
+/// However many parts a read is answered in it is one operation, of the bytes that are read; and so is one of holes, and the
+/// question where they are.
+#[test]
+fn every_request_counts_once_against_the_limits() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = RawFile::create(dir.path().join("disk"), 4 << 20).unwrap().into_disk();
+    for part in 0..4 {
+        raw.write_at(&[7; 64 << 10], part << 18).unwrap();
+    }
+    type Ask = fn(&Disk);
+    let cases: [(&str, Ask, u64, u64); 3] = [
+        ("data and holes", |disk| disk.read_at(&mut vec![0; 1 << 20], 0).unwrap(), 1, 4 * (64 << 10)),
+        ("holes", |disk| disk.read_at(&mut vec![0; 1 << 20], 2 << 20).unwrap(), 1, 0),
+        ("where data is", |disk| drop(disk.next_data(2 << 20).unwrap()), 1, 0),
+    ];
+    for (number, (what, ask, ops, bytes)) in cases.into_iter().enumerate() {
+        // All that is saved up is used when it is this much, and not before.
+        for (extra, used_up) in [(0, true), (1, false)] {
+            let socket = dir.path().join(format!("{number}-{extra}"));
+            let slow = |burst| Rate { per_second: 1, burst };
+            let ops = Limiter::new(IoLimits { ops: Some(slow(ops + extra)), ..IoLimits::NONE });
+            // One that lets nothing pass once it is used up.
+            let bytes = Limiter::new(IoLimits { bytes: Some(slow(bytes + extra * 4096)), ..IoLimits::NONE });
+            let _server = nbd::Server::bind(&socket, raw.limited(&ops).limited(&bytes)).unwrap();
+            ask(&nbd::Client::connect(socket, "").unwrap().into_disk());
+            assert_eq!(ops.delay().is_some(), used_up, "{what}: operations, and {extra} more");
+            let expected = used_up && bytes.limits().bytes != Some(slow(0));
+            assert_eq!(bytes.delay().is_some(), expected, "{what}: bytes, and {extra} more");
+        }
+    }
 }
 
 #[test]

@@ -211,6 +211,30 @@ fn an_import_within_an_import_waits_for_no_sweep() {
     drop(store.sweep());
 }
 
+/// The same where volumes were frozen on one thread and are stored on another.
+#[test]
+fn who_stores_may_import_wherever_it_was_frozen() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let volume = Volume::create(&dir.path().join("volume"), None, 1 << 20).unwrap();
+    volume.disk().write_at(&[1; 4096], 0).unwrap();
+    let frozen = Volume::freeze([&volume], &store);
+    std::thread::scope(|scope| {
+        let sweep = scope.spawn(|| store.sweep().remove_unreferenced(&HashSet::new()).unwrap());
+        while !store.0.turns.sweep_waits() {
+            std::thread::yield_now();
+        }
+        let storing = scope.spawn(|| {
+            let mut imported = None;
+            let import = || store.import(&memory(&image(1, 0, 2)), &mut |_| ()).unwrap().0;
+            let made = frozen.store(&mut |_| drop(imported.get_or_insert_with(import).clone())).unwrap();
+            (made, imported)
+        });
+        storing.join().unwrap();
+        assert_eq!(sweep.join().unwrap().snapshots, 2, "nobody holds them any more");
+    });
+}
+
 /// What to keep is decided when nobody stores any more, so that no snapshot is lost that came to be meanwhile.
 #[test]
 fn nothing_is_stored_between_the_decision_and_the_sweep() {

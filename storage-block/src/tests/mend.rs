@@ -152,6 +152,61 @@ fn what_others_differ_from_is_mended() {
     assert!(report.damaged_snapshots.is_empty(), "{report:?}");
 }
 
+/// A pack of what differs from chunks that are missing: a sweep keeps it, also where next to nothing else is alive in it, as it
+/// is whole again when these are stored again, and then it can be read at once.
+#[test]
+fn what_differs_from_what_is_missing_waits_for_it() {
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 4] = [
+        ("an index is missing", |packs| std::fs::remove_file(packs.join("00000000.index")).unwrap()),
+        ("an index is not known", |packs| flip(&packs.join("00000000.index"), 3)),
+        ("a pack is cut", |packs| {
+            let file = std::fs::File::options().write(true).open(packs.join("00000000.pack")).unwrap();
+            file.set_len(4096 + 100).unwrap();
+        }),
+        ("a record has rotted", |packs| flip(&packs.join("00000000.index"), 64 + 9)),
+    ];
+    for (what, damage) in damages {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Store::with_pack_slots(dir.path().join("store"), 3).unwrap();
+        // With its manifest as much as a pack takes.
+        let original = image(2, 0, 1);
+        let base = open().import(&memory(&original), &mut |_| ()).unwrap().0.digest();
+        let patched = {
+            let store = open();
+            let snapshot = store.snapshot(&base).unwrap();
+            let volume = Volume::create(&dir.path().join("volume"), Some(&snapshot), snapshot.size()).unwrap();
+            volume.disk().write_at(&[9; 4096], 0).unwrap();
+            let (patched, stats) = volume.snapshot(&store).unwrap();
+            assert_eq!(stats.stored_bytes, 4096 + LEAF);
+            patched.digest()
+        };
+        // Of what lies in the second pack, more will be dead than alive.
+        open().import(&memory(&image(1, 0, 2)), &mut |_| ()).unwrap();
+        let mut bytes = original.clone();
+        bytes[..4096].fill(9);
+        let packs = dir.path().join("store/packs");
+        damage(&packs);
+        let (keep, store) = (HashSet::from([base, patched]), open());
+        for _ in 0..2 {
+            let swept = store.sweep().remove_unreferenced(&keep).unwrap();
+            let missing = swept.missing + swept.unreadable;
+            assert!(missing > 0 || what == "a pack is cut", "{what}: {swept:?}");
+        }
+        store.import(&memory(&original), &mut |_| ()).unwrap();
+        let read = |store: &Store| {
+            compare(&store.snapshot(&patched).unwrap().disk(), &bytes, what);
+            store.snapshot(&patched).unwrap().verify().unwrap();
+        };
+        read(&store);
+        let swept = store.sweep().remove_unreferenced(&keep).unwrap();
+        assert_eq!((swept.missing, swept.unreadable), (0, 0), "{what}");
+        read(&store);
+        drop(store);
+        read(&open());
+    }
+}
+
 #[test]
 fn a_damaged_root_is_written_again() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
 //! Tests that look into files, or use what the conformance suite is made of.
 
+mod beside;
 mod changed;
 mod compression;
 mod corrupt;

@@ -15,10 +15,10 @@ use crate::map::StateMap;
 use crate::testing::Random;
 
 /// A history, and what was done to the files.
-struct Recorded {
-    steps: Vec<Step>,
-    ledger: Ledger,
-    taken_over: Vec<Range<usize>>,
+pub(super) struct Recorded {
+    pub(super) steps: Vec<Step>,
+    pub(super) ledger: Ledger,
+    pub(super) taken_over: Vec<Range<usize>>,
 }
 
 /// Records what `live` does with a history.
@@ -99,7 +99,7 @@ fn cuts(names: usize, content: usize) -> Vec<Cut> {
 
 /// Cuts the power after every `stride`th step of a range, and now and then once more while what is left is opened. Returns
 /// how many different disks that left.
-fn power_cuts(
+pub(super) fn power_cuts(
     recorded: &Recorded,
     steps: &[Step],
     range: Range<usize>,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use super::{Files, Inner, Names, Told, Volume, check_size, mark};
+use super::{Files, Inner, Names, Unmade, Volume, check_size, mark};
 use crate::keys::EncryptionKey;
 use crate::log::Log;
 use crate::map::StateMap;
@@ -68,7 +68,7 @@ impl Volume {
     ) -> Result<Self> {
         check_sizes(base, size)?;
         let volume = Self::new(dir, base.cloned(), size, None, StateMap::default(), None);
-        *lock(&volume.0.told) = Told::new(made);
+        *lock(&volume.0.unmade) = Unmade::telling(made);
         Ok(volume)
     }
 

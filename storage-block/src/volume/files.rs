@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use ami_core::Digest;
 
-use super::{Inner, OVERLAY, mark};
+use super::{Inner, OVERLAY, mark, parent};
 use crate::format::VolumeKey;
 use crate::fs::{self, File};
 use crate::keys::EncryptionKey;
@@ -37,19 +37,31 @@ pub(super) enum Names {
     Gone,
 }
 
-/// Who is told when the files are made of a volume that had none.
+/// What comes of the files, when they are made, of a volume that has none.
 #[derive(Default)]
-pub(super) struct Told(Option<Box<dyn FnOnce() + Send>>);
+pub(super) enum Unmade {
+    /// Nobody is told.
+    #[default]
+    Untold,
+    /// Somebody is.
+    Told(Box<dyn FnOnce() + Send>),
+    /// The volume was deleted: they have no names, and are for those who still have its disk.
+    Deleted,
+}
 
-impl Told {
-    pub(super) fn new(made: impl FnOnce() + Send + 'static) -> Self {
-        Self(Some(Box::new(made)))
+impl Unmade {
+    pub(super) fn telling(made: impl FnOnce() + Send + 'static) -> Self {
+        Self::Told(Box::new(made))
     }
 }
 
-impl fmt::Debug for Told {
+impl fmt::Debug for Unmade {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Told").field(&self.0.is_some()).finish()
+        f.write_str(match self {
+            Self::Untold => "Untold",
+            Self::Told(_) => "Told",
+            Self::Deleted => "Deleted",
+        })
     }
 }
 
@@ -103,6 +115,17 @@ impl Files {
         Ok(Self::new(overlay, log, key, Names::New { own_dir }))
     }
 
+    /// Makes files that nobody finds, beside where those of a volume would be that was deleted without any.
+    fn create_nameless(dir: &Path, base: Option<Digest>, size: u64) -> Result<Self> {
+        let beside = parent(dir);
+        let scratch = tempfile::Builder::new().prefix(".deleted-").tempdir_in(beside);
+        let scratch = scratch.map_err(|e| Error::io(e, format!("cannot create a file in {}", beside.display())))?;
+        let files = Self::create(&scratch.path().join("volume"), false, base, size, None)?;
+        *lock(&files.names) = Names::Gone;
+        scratch.close().map_err(|e| Error::io(e, format!("cannot remove a file from {}", beside.display())))?;
+        Ok(files)
+    }
+
     fn fill(
         dir: &Path,
         overlay: File,
@@ -133,21 +156,35 @@ impl Inner {
         }
     }
 
+    /// The files of one that is being deleted. Where there are none, those that its disks may still need have no names.
+    pub(super) fn files_or_delete(&self) -> Option<&Files> {
+        let mut unmade = lock(&self.unmade);
+        let files = self.files.get();
+        if files.is_none() {
+            *unmade = Unmade::Deleted;
+        }
+        files
+    }
+
     /// Many may come at once, of whom one makes them and the others wait. If that fails, so does what
     /// each came for, and who comes next tries again.
     #[cold]
     fn make_files(&self) -> Result<&Files> {
-        let mut told = lock(&self.told);
+        let mut unmade = lock(&self.unmade);
         if let Some(files) = self.files.get() {
             return Ok(files);
         }
-        // What stands there by now is somebody else's. One that is encrypted has its files from the beginning.
         let base = self.base.as_ref().map(Snapshot::digest);
-        let made = Files::create(&self.dir, false, base, self.size(), None)?;
+        // One that is encrypted has its files from the beginning.
+        let made = match &*unmade {
+            Unmade::Deleted => Files::create_nameless(&self.dir, base, self.size())?,
+            // What stands there by now is somebody else's.
+            Unmade::Untold | Unmade::Told(_) => Files::create(&self.dir, false, base, self.size(), None)?,
+        };
         let files = self.files.get_or_init(|| made);
-        let tell = told.0.take();
-        drop(told);
-        if let Some(tell) = tell {
+        let then = std::mem::take(&mut *unmade);
+        drop(unmade);
+        if let Unmade::Told(tell) = then {
             tell();
         }
         Ok(files)

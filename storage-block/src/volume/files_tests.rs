@@ -172,6 +172,10 @@ fn one_that_cannot_be_made_is_made_later() {
         compare(&disk, &fixture.new_bytes(), "on a full disk");
     }
     assert_eq!((volume.size(), fixture.told()), (2 * SIZE, 0));
+    let deleted = fixture.make_in(&small.0.join("deleted"), Some(&fixture.base));
+    let held = deleted.disk();
+    deleted.delete().unwrap();
+    compare(&held, &fixture.new_bytes(), "one that was deleted on a full disk");
     std::fs::write(&filler, []).unwrap();
     disk.write_at(&[1; 4096], 0).unwrap();
     disk.flush().unwrap();
@@ -189,12 +193,20 @@ fn one_that_is_deleted_keeps_what_is_held_of_it() {
     let held = volume.disk();
     volume.delete().unwrap();
     assert!(!fixture.path().exists());
+    let other = fixture.make();
+    other.disk().write_at(&[2; 4096], 0).unwrap();
+    assert_eq!(fixture.told(), 1);
     held.write_at(&[1; 4096], 0).unwrap();
     held.flush().unwrap();
     let mut expected = fixture.new_bytes();
     expected[..4096].fill(1);
     compare(&held, &expected, "what is held");
-    assert!(!fixture.path().exists());
+    expected[..4096].fill(2);
+    compare(&other.disk(), &expected, "another that has its place by now");
+    assert_eq!(fixture.told(), 1, "what has no name is nobody's volume");
+    other.delete().unwrap();
+    let left: Vec<_> = std::fs::read_dir(fixture.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["store"]);
 }
 
 #[test]

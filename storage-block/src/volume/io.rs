@@ -167,6 +167,8 @@ impl Inner {
                 let mut pending = lock(&self.pending);
                 pending.push(run);
                 self.map.set(run);
+                // Here, as what comes next may fail.
+                self.dirty.store(true, Ordering::Release);
                 #[cfg(test)]
                 self.between.pass(self);
             }
@@ -204,7 +206,6 @@ impl Inner {
             }
             at += count;
         }
-        self.dirty.store(true, Ordering::Release);
         Ok(())
     }
 

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use ami_core::Digest;
 
 pub(crate) use self::changes::Changes;
-use self::files::{Files, Names, Told};
+use self::files::{Files, Names, Unmade};
 use self::io::Pending;
 pub use self::snapshot::FrozenVolumes;
 use self::snapshot::Last;
@@ -86,8 +86,8 @@ struct Inner {
     base: Option<Snapshot>,
     /// None, of a volume that gets them when it is first written.
     files: OnceLock<Files>,
-    /// Held while they are made then.
-    told: Mutex<Told>,
+    /// Held while they are made then, or it is deleted before.
+    unmade: Mutex<Unmade>,
     /// Of an encrypted volume.
     key: Option<EncryptionKey>,
     map: StateMap,
@@ -187,7 +187,7 @@ impl Volume {
             size: AtomicU64::new(size),
             base,
             files: files.map_or_else(OnceLock::new, OnceLock::from),
-            told: Mutex::default(),
+            unmade: Mutex::default(),
             key,
             map,
             gate: RwLock::default(),
@@ -299,11 +299,7 @@ impl Volume {
     ///
     /// What the file system says.
     pub fn delete(self) -> Result<()> {
-        // There is nothing of it, nor anybody who could write to it.
-        if !self.has_files() && Arc::strong_count(&self.0) == 1 {
-            return Ok(());
-        }
-        let files = self.0.files()?;
+        let Some(files) = self.0.files_or_delete() else { return Ok(()) };
         // Nobody flushes meanwhile, and from then on nobody names a file.
         let _log = lock(&files.log);
         remove_files(&self.0.dir)?;

@@ -130,7 +130,7 @@ impl Volume {
 /// While it lives, writers set aside what they are about to change, and wait when that is 16 MiB in a volume: it should
 /// be stored soon, or dropped, which lets go of the instant. Another snapshot of the same volumes waits for its end,
 /// also on the thread that holds it, and so do sweeps of the store, and imports that come after such a sweep, but for
-/// those on the thread that froze them.
+/// those on the thread that froze them, or by then stores them.
 ///
 /// ```
 /// use storage_block::{FrozenVolumes, Result, Snapshot};

@@ -19,6 +19,7 @@ impl FrozenVolumes {
     ///
     /// As [`Volume::snapshot_with`](crate::Volume::snapshot_with).
     pub fn store(mut self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<(Snapshot, SnapshotStats)>> {
+        self.turn.move_here();
         self.check_durable()?;
         let mut session = Session::begin_in(&self.store.0, &self.turn);
         let mut works: Vec<Work<'_>> = self.volumes.iter().map(|frozen| self.work(frozen)).collect();

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::negotiation::{Agreed, CONTEXT_ID};
 use super::replies::Replies;
-use crate::limit::Stop;
+use crate::limit::{Cost, Stop};
 use crate::nbd::proto::{self, Command, PAYLOAD_MAX, Request, ask, chunk};
 use crate::{Disk, Error, ErrorKind, Result};
 
@@ -120,10 +120,13 @@ fn read_chunks(disk: &Disk, request: &Request, replies: &mut Replies) -> Result<
         return Ok(());
     }
     let whole = len < HOLE_MIN || request.flags & ask::DONT_FRAGMENT != 0;
+    // It is one operation however many parts it is answered in, and the bytes are those that are read.
+    disk.pay(Cost { ops: 1, bytes: 0 })?;
+    let free = disk.unlimited();
     let extents = if whole {
         vec![Extent { end: offset + len, hole: false }]
     } else {
-        extents(disk, offset..offset + len, HOLE_MIN, usize::MAX)?
+        extents(&free, offset..offset + len, HOLE_MIN, usize::MAX)?
     };
     let mut at = offset;
     for extent in extents {
@@ -136,15 +139,17 @@ fn read_chunks(disk: &Disk, request: &Request, replies: &mut Replies) -> Result<
         } else {
             replies.put(&proto::chunk(flags, chunk::DATA, request.handle, len + 8));
             replies.put(&at.to_be_bytes());
-            disk.read_at(replies.room(len as usize), at)?;
+            disk.pay(Cost { ops: 0, bytes: len.into() })?;
+            free.read_at(replies.room(len as usize), at)?;
         }
         at = extent.end;
     }
     Ok(())
 }
 
-/// Which parts of the range are holes.
+/// Which parts of the range are holes. To look for them is an operation, of no bytes.
 fn status(disk: &Disk, request: &Request, replies: &mut Replies) -> Result<()> {
+    disk.pay(Cost { ops: 1, bytes: 0 })?;
     let range = request.offset..request.offset + u64::from(request.len);
     let limit = if request.flags & ask::ONE != 0 { 1 } else { EXTENTS };
     let extents = extents(disk, range.clone(), 1, limit)?;
