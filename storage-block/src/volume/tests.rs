@@ -1,5 +1,6 @@
 //! What can be seen only from inside.
 
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use crate::format::{BLOCK, Run, State};
 use crate::store::{lock, read};
 use crate::testing::compare;
 use crate::tests::scratch;
-use crate::{ErrorKind, Store};
+use crate::{ErrorKind, MemoryDisk, Store};
 
 /// Half of them are no longer.
 fn median(all: &mut [Duration]) -> Duration {
@@ -105,6 +106,32 @@ fn the_pause_is_no_longer_than_a_part_of_a_write() {
         eprintln!("while one call {what}: {} freezes, {middle:?} in the middle", paused.len());
         assert!(middle < Duration::from_millis(5), "{what}: {middle:?}");
     }
+}
+
+/// What a discard has zeroed before it failed is logged by the next flush.
+#[test]
+fn a_discard_that_fails_half_way_is_flushed() {
+    let dir = tempfile::tempdir().unwrap();
+    let digest = {
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let image = MemoryDisk::from_vec(vec![7; 2 << 16]).unwrap().into_disk();
+        store.import(&image, &mut |_| ()).unwrap().0.digest()
+    };
+    // Its manifest's leaf, behind one chunk, as both are alike.
+    let pack = std::fs::File::options().write(true).open(dir.path().join("store/packs/00000000.pack")).unwrap();
+    pack.write_all_at(&[0xff; 32], 4096 + (64 << 10)).unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let base = store.snapshot(&digest).unwrap();
+    let path = dir.path().join("volume");
+    let volume = Volume::create(&path, Some(&base), base.size()).unwrap();
+    volume.disk().write_at(&[1; BLOCK as usize], 0).unwrap();
+    volume.disk().flush().unwrap();
+    let failed = volume.disk().discard(0, 2 << 16);
+    assert_eq!(failed.map_err(|e| e.kind()), Err(ErrorKind::Corrupt));
+    volume.disk().flush().unwrap();
+    drop(volume);
+    let volume = Volume::open(&path, &store).unwrap();
+    assert_eq!(volume.0.map.get(0), State::Zero);
 }
 
 /// No volume is frozen, and let go on, before all stand still.
