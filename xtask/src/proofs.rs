@@ -52,6 +52,13 @@ const PROOFS: &[Proof] = &[
         numbers: &[FEW, ("STORAGE_BLOCK_POWER_SEEDS", 6), ("STORAGE_BLOCK_POWER_ACTS", 200)],
     },
     Proof {
+        name: "volumes-power-beside",
+        package: "storage-block",
+        target: LIB,
+        test: "tests::beside::power_cuts_lose_nothing_that_was_promised_beside_others",
+        numbers: &[FEW, ("STORAGE_BLOCK_BESIDE_SEEDS", 20), ("STORAGE_BLOCK_BESIDE_WRITES", 120)],
+    },
+    Proof {
         name: "volumes-power-taken-over",
         package: "storage-block",
         target: LIB,

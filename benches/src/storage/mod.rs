@@ -8,6 +8,7 @@ mod clones;
 pub mod corpus;
 pub mod imports;
 pub mod nbd;
+mod pause;
 pub mod space;
 
 use std::fs::File;
@@ -97,6 +98,7 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "import_processor_time" => imports::processor_time(bench),
         "import_two_processors" => imports::two_processors(bench),
         "snapshot_over_hash_and_write" => imports::snapshot(bench),
+        "snapshot_pause" => pause::under_load(bench),
         "space_of_20_clones" => space::of_clones(bench),
         "nbd_read_4k" => nbd::read_4k(bench),
         "nbd_write_4k" => nbd::write_4k(bench),

@@ -264,6 +264,7 @@ fn contents(disk: &Disk) -> Vec<u8> {
 }
 
 /// A generator of numbers that are the same in every run (SplitMix64).
+#[derive(Debug)]
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {

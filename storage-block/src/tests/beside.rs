@@ -134,6 +134,7 @@ fn record(seed: u64, writes: usize) -> (Recorded, usize) {
     let tape = Tape::record(&root);
     let beside = Beside::new(&root, tape.clone());
     let overlapped = AtomicUsize::new(0);
+    tape.set_unrest(seed);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             beside.every(0, |_| {
@@ -172,7 +173,9 @@ fn power_cuts_lose_nothing_that_was_promised_beside_others() {
             Ok(count) => states += count,
             Err(why) => panic!("seed {seed}: {why}"),
         }
-        println!("history {seed} of {seeds}: {states} disks after power cuts so far, {overlaps} flushes beside writes");
+        println!(
+            "history {seed} of {seeds}: {states} disks after power cuts so far, {overlaps} flushes beside writes"
+        );
     }
     assert!(overlaps > 0, "nobody has written while somebody flushed");
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use ami_core::Digest;
 
 use super::{contents, image, memory};
+use crate::format::{INDEX_HEADER, PACK_VERSION, record_len};
 use crate::keys::LocalKey;
 use crate::session::Session;
 use crate::testing::compare;
@@ -164,7 +165,12 @@ fn what_differs_from_what_is_missing_waits_for_it() {
             let file = std::fs::File::options().write(true).open(packs.join("00000000.pack")).unwrap();
             file.set_len(4096 + 100).unwrap();
         }),
-        ("a record has rotted", |packs| flip(&packs.join("00000000.index"), 64 + 9)),
+        ("records have rotted", |packs| {
+            let index = packs.join("00000000.index");
+            for record in [0, 1] {
+                flip(&index, (INDEX_HEADER + record * record_len(PACK_VERSION) + 9) as u64);
+            }
+        }),
     ];
     for (what, damage) in damages {
         let dir = tempfile::tempdir().unwrap();
@@ -175,7 +181,8 @@ fn what_differs_from_what_is_missing_waits_for_it() {
         let patched = {
             let store = open();
             let snapshot = store.snapshot(&base).unwrap();
-            let volume = Volume::create(&dir.path().join("volume"), Some(&snapshot), snapshot.size()).unwrap();
+            let volume =
+                Volume::create(&dir.path().join("volume"), Some(&snapshot), snapshot.size()).unwrap();
             volume.disk().write_at(&[9; 4096], 0).unwrap();
             let (patched, stats) = volume.snapshot(&store).unwrap();
             assert_eq!(stats.stored_bytes, 4096 + LEAF);
@@ -192,6 +199,10 @@ fn what_differs_from_what_is_missing_waits_for_it() {
             let swept = store.sweep().remove_unreferenced(&keep).unwrap();
             let missing = swept.missing + swept.unreadable;
             assert!(missing > 0 || what == "a pack is cut", "{what}: {swept:?}");
+            assert!(
+                packs.join("00000000.pack").exists(),
+                "{what}: a damage that may be undone is made good on"
+            );
         }
         store.import(&memory(&original), &mut |_| ()).unwrap();
         let read = |store: &Store| {
@@ -205,6 +216,39 @@ fn what_differs_from_what_is_missing_waits_for_it() {
         drop(store);
         read(&open());
     }
+}
+
+/// What others differ from is stored as a whole when it comes back, also where it could be stored as what differs itself.
+#[test]
+fn what_others_wait_for_is_stored_as_a_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    // With its manifest as much as a pack takes.
+    let open = || Store::with_pack_slots(dir.path().join("store"), 2).unwrap();
+    let volume = |name: &str, store: &Store, base: Digest| {
+        let base = store.snapshot(&base).unwrap();
+        Volume::create(&dir.path().join(name), Some(&base), base.size()).unwrap()
+    };
+    let first = image(1, 0, 1);
+    let mut second = first.clone();
+    second[..4096].fill(8);
+    let [first, second] =
+        [first, second].map(|image| open().import(&memory(&image), &mut |_| ()).unwrap().0.digest());
+    let patched = {
+        let (store, mut found) = (open(), vec![0; CHUNK]);
+        let volume = volume("patched", &store, second);
+        volume.disk().write_at(&[9; 4096], 4096).unwrap();
+        volume.disk().read_at(&mut found, 0).unwrap();
+        let (patched, stats) = volume.snapshot(&store).unwrap();
+        assert_eq!(stats.stored_bytes, 4096 + LEAF);
+        (patched.digest(), found)
+    };
+    std::fs::remove_file(dir.path().join("store/packs/00000001.index")).unwrap();
+    let store = open();
+    let again = volume("again", &store, first);
+    again.disk().write_at(&[8; 4096], 0).unwrap();
+    let (snapshot, _) = again.snapshot(&store).unwrap();
+    assert_eq!(snapshot.digest(), second);
+    compare(&store.snapshot(&patched.0).unwrap().disk(), &patched.1, "what waited for it");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 
 use crate::store::lock;
+use crate::testing::Random;
 
 /// Something done to a file or a name. Paths in a record are relative to the directory recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +48,8 @@ struct State {
     names: HashMap<PathBuf, FileId>,
     files: usize,
     fault: Option<Fault>,
+    /// Of the threads that have done something each lets others go first, now and then.
+    unrest: Option<Random>,
 }
 
 /// What becomes of an operation when so many have been recorded.
@@ -98,6 +101,11 @@ impl Tape {
         lock(&self.state).fault = fault;
     }
 
+    /// Has threads do things in other orders than those that they would be left to.
+    pub(crate) fn set_unrest(&self, seed: u64) {
+        lock(&self.state).unrest = Some(Random(seed));
+    }
+
     /// Whether a fault is still to come.
     pub(crate) fn fault(&self) -> Option<Fault> {
         lock(&self.state).fault
@@ -136,6 +144,9 @@ pub(crate) fn act<T>(
     state.fail()?;
     let done = act()?;
     state.note(&track.tape.root, track.file, op());
+    let yields = state.unrest.as_mut().map_or(0, |random| random.below(4) * random.below(10));
+    drop(state);
+    (0..yields).for_each(|_| std::thread::yield_now());
     Ok(done)
 }
 

@@ -119,10 +119,13 @@ impl Files {
     fn create_nameless(dir: &Path, base: Option<Digest>, size: u64) -> Result<Self> {
         let beside = parent(dir);
         let scratch = tempfile::Builder::new().prefix(".deleted-").tempdir_in(beside);
-        let scratch = scratch.map_err(|e| Error::io(e, format!("cannot create a file in {}", beside.display())))?;
+        let scratch =
+            scratch.map_err(|e| Error::io(e, format!("cannot create a file in {}", beside.display())))?;
         let files = Self::create(&scratch.path().join("volume"), false, base, size, None)?;
         *lock(&files.names) = Names::Gone;
-        scratch.close().map_err(|e| Error::io(e, format!("cannot remove a file from {}", beside.display())))?;
+        scratch
+            .close()
+            .map_err(|e| Error::io(e, format!("cannot remove a file from {}", beside.display())))?;
         Ok(files)
     }
 

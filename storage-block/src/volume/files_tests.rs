@@ -205,7 +205,8 @@ fn one_that_is_deleted_keeps_what_is_held_of_it() {
     compare(&other.disk(), &expected, "another that has its place by now");
     assert_eq!(fixture.told(), 1, "what has no name is nobody's volume");
     other.delete().unwrap();
-    let left: Vec<_> = std::fs::read_dir(fixture.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(fixture.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["store"]);
 }
 

@@ -118,7 +118,8 @@ fn a_discard_that_fails_half_way_is_flushed() {
         store.import(&image, &mut |_| ()).unwrap().0.digest()
     };
     // Its manifest's leaf, behind one chunk, as both are alike.
-    let pack = std::fs::File::options().write(true).open(dir.path().join("store/packs/00000000.pack")).unwrap();
+    let pack =
+        std::fs::File::options().write(true).open(dir.path().join("store/packs/00000000.pack")).unwrap();
     pack.write_all_at(&[0xff; 32], 4096 + (64 << 10)).unwrap();
     let store = Store::open(dir.path().join("store")).unwrap();
     let base = store.snapshot(&digest).unwrap();

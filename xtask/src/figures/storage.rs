@@ -50,6 +50,8 @@ const FIGURES: &[Figure] = &[
     at_least("import_two_processors", 1.2),
     // The time of a snapshot over that of hashing and writing the chunks that changed.
     at_most("snapshot_over_hash_and_write", 1.3),
+    // How long writers stand still for one while the disk has all to do that it can, in 95 of 100.
+    Figure { name: "snapshot_pause", unit: "ms", bar: Bar::AtMost(5.0), place: Place::Host },
     // The image and twenty clones over the image and what is private to them.
     at_most("space_of_20_clones", 1.3),
     // The server's speed in units of qemu-nbd's.
