@@ -52,7 +52,7 @@
 //! # How machines end
 //!
 //! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
-//! port `0xcf9` are [`Reset`]; a triple fault is [`TripleFault`], and a guest's kernel that says so on the port of
+//! port `0xcf9` are [`Reset`], as is [`Machine::reset`]; a triple fault is [`TripleFault`], and a guest's kernel that says so on the port of
 //! pvpanic is [`Panic`]; what KVM cannot go on with is [`ProcessorError`] with its reason, among them instructions
 //! that it cannot emulate, which a guest may choose to run. It and a triple fault come with the processor's
 //! registers as KVM tells them; on AMD's, a triple fault has reset them before. What fails outside of the guest is
