@@ -31,7 +31,8 @@
 //! - **Disks.** A disk's thread takes up requests from as many virtqueues as there are processors, 16 at most, and
 //!   answers them as they end, in any order. They are served by [`storage_block::Queue`], straight from and to the guest's memory: by
 //!   io_uring where the host's kernel allows it and the disk's bytes lie in a file, else by threads, which are made when
-//!   the guest first uses the disk. Which it is, is chosen then and not again, and is an event of `tracing`. A machine that is paused or saved has finished
+//!   the guest first uses the disk. Which it is, is chosen then and not again, is told by [`Machine::disk_engines`] and is an event of
+//!   `tracing`. A machine that is paused or saved has finished
 //!   what it had begun, and what a disk's limits had not let begin goes back to its virtqueue.
 //! - **Network ports.** A port's thread moves frames between the guest's memory and a cable. Where the port is on a TAP device
 //!   ([`Tap`](instance_core::net::Tap)) the host's kernel does, if it has vhost-net and the port no limits: the thread then

@@ -300,7 +300,7 @@ impl Shared {
             return Ok(());
         }
         let role = match placed.role {
-            Role::Disk(_) => "disk",
+            Role::Disk(..) => "disk",
             Role::Net(_) => "net",
             Role::Other(Other::Console) => "hvc",
             Role::Other(_) => "vsock",

@@ -5,6 +5,7 @@
 //! [`BootFile`]s, the console as a [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
 
 mod capabilities;
+mod engines;
 mod error;
 mod exit;
 mod exits;
@@ -20,6 +21,7 @@ use std::time::Instant;
 use ami_core::{AnyArch, Arm64, X86, X86_64};
 
 pub use self::capabilities::{Capabilities, Execution};
+pub use self::engines::DiskEngine;
 pub use self::error::{MachineError, MachineErrorKind};
 pub use self::exit::{ExitCause, ProcessorError, ProcessorErrorReason, X86Registers};
 pub use self::exits::VmExits;
@@ -299,6 +301,11 @@ pub trait Machine: fmt::Debug + Send + Sync {
     /// How often each of its processors has left its guest so far, the first processor first: it shows what a
     /// guest's devices cost it. Empty where the hypervisor does not count them.
     fn vm_exits(&self) -> Vec<VmExits> {
+        Vec::new()
+    }
+
+    /// What serves the requests of each of its disks, the first disk first. Empty where the hypervisor does not tell.
+    fn disk_engines(&self) -> Vec<DiskEngine> {
         Vec::new()
     }
 

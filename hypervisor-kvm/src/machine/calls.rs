@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::PoisonError;
 
 use instance_core::machine::{
-    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineState, NetSpec, VmExits,
+    Detach, DiskEngine, DiskSpec, ExitCause, Machine, MachineError, MachineState, NetSpec, VmExits,
 };
 use instance_core::net::MacAddress;
 use instance_core::watch::Watch;
@@ -91,6 +91,10 @@ impl Machine for KvmMachine {
 
     fn vm_exits(&self) -> Vec<VmExits> {
         self.shared.exits.iter().map(Exits::read).collect()
+    }
+
+    fn disk_engines(&self) -> Vec<DiskEngine> {
+        self.shared.devices.virtio.all().iter().filter_map(|placed| placed.disk_engine()).collect()
     }
 
     fn set_balloon(&self, mib: u32) -> Result<()> {
