@@ -22,7 +22,7 @@ use crate::serial::SerialPort;
 use crate::virtio::{Block, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
 use crate::{layout, memory};
 
-pub use bus::bus;
+pub use bus::{bus, bus_on_mmio};
 pub use devices::{clock, virtio_balloon, virtio_console, virtio_rng, virtio_vsock, vsock_streams};
 pub use queue::virtio_queue;
 pub use saved_machine::saved_machine;
@@ -229,17 +229,19 @@ mod tests {
 
     /// A whole machine's devices are made for each, which takes a while.
     #[test]
-    fn the_bus_holds_on_its_seeds() {
-        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds/kvm_bus");
-        let mut count = 0;
-        for seed in std::fs::read_dir(seeds).unwrap() {
-            let bytes = std::fs::read(seed.unwrap().path()).unwrap();
-            for len in (0..=bytes.len()).step_by(397).chain([bytes.len()]) {
-                super::bus(&bytes[..len]);
+    fn the_buses_hold_on_their_seeds() {
+        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
+        for (target, body) in [("kvm_bus", super::bus as Body), ("kvm_bus_mmio", super::bus_on_mmio)] {
+            let mut count = 0;
+            for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
+                let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+                for len in (0..=bytes.len()).step_by(397).chain([bytes.len()]) {
+                    body(&bytes[..len]);
+                }
+                count += 1;
             }
-            count += 1;
+            assert!(count > 2, "{target} has {count} seeds");
         }
-        assert!(count > 2, "{count} seeds");
     }
 
     /// These are long, and one that is cut short is mostly none.
