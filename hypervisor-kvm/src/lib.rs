@@ -1,8 +1,8 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
 //! [`Kvm`] makes machines of 64-bit and of 32-bit x86: a kernel loaded directly, virtio block devices, network
-//! ports, sockets, a console, an entropy device and a memory balloon on virtio-mmio or PCI, where a stock kernel finds
-//! them, a serial port, a clock, a power button, and nothing that an instance does not need.
+//! ports, sockets, a console, an entropy device and a memory balloon on PCI or, if asked for, on virtio-mmio, where a stock
+//! kernel finds them, a serial port, a clock, a power button, and nothing that an instance does not need.
 //!
 //! ```no_run
 //! use std::{fs::File, time::{Duration, Instant}};
@@ -226,7 +226,17 @@ impl Kvm {
         Ok(Self { inner, transport, confinement: None, vhost_net, cpu_level, cpu_model })
     }
 
-    /// The same, with another transport for the machines made by it.
+    /// The same, with another transport for the machines made by it. Without it that is [PCI](Transport::Pci). A machine that is
+    /// restored has the one that it had.
+    ///
+    /// ```
+    /// use hypervisor_kvm::{Kvm, Transport};
+    ///
+    /// if let Ok(kvm) = Kvm::open() {
+    ///     let kvm = kvm.with_transport(Transport::Mmio); // soonest up, but no volume comes or goes while it is
+    /// #   drop(kvm);
+    /// }
+    /// ```
     #[must_use]
     pub fn with_transport(self, transport: Transport) -> Self {
         Self { transport, ..self }

@@ -214,7 +214,9 @@ impl KvmMachine {
         if self.shared.devices.pci.is_some() {
             return Ok(());
         }
-        Err(unsupported(format!("machines on virtio-mmio {what} while they run; those on PCI do")))
+        Err(unsupported(format!(
+            "machines on virtio-mmio {what} while they run; those on PCI, the default transport, do"
+        )))
     }
 
     /// Publishes the next state, unless the machine has ended meanwhile.
