@@ -40,7 +40,8 @@ impl Guest {
         let ami = region.register_image(Ami::<A>::builder("guest"), source).unwrap();
         let instance = region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
         let mut console = instance.console().reader();
-        console.wait_for("GUEST READY\n", soon()).unwrap();
+        console.wait_for("GUEST READY", soon()).unwrap();
+        console.wait_for("\n", soon()).unwrap();
         Self { instance, console }
     }
 
