@@ -280,18 +280,36 @@ mod tests {
         assert!(count >= 10, "{count} seeds");
     }
 
+    #[test]
+    fn the_buses_hold_on_random_bytes() {
+        let mut random = RANDOM;
+        for len in [12, 120, 1200, 12_000].into_iter().cycle().take(20) {
+            let bytes = random_bytes(&mut random, len);
+            super::bus(&bytes);
+            super::bus_on_mmio(&bytes);
+        }
+    }
+
+    const RANDOM: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    /// At least so many, which are the same in every run.
+    fn random_bytes(random: &mut u64, len: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            *random ^= *random << 13;
+            *random ^= *random >> 7;
+            *random ^= *random << 17;
+            bytes.extend(random.to_le_bytes());
+        }
+        bytes
+    }
+
     /// Not a fuzzer's work, but that the bodies hold on bytes of any kind.
     #[test]
     fn the_bodies_hold_on_random_bytes() {
-        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = RANDOM;
         for len in (0..400).map(|n| n % 100 * 8) {
-            let mut bytes = Vec::new();
-            while bytes.len() < len {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                bytes.extend(random.to_le_bytes());
-            }
+            let bytes = random_bytes(&mut random, len);
             super::virtio_block(&bytes);
             super::virtio_net(&bytes);
             super::virtio_pci(&bytes);

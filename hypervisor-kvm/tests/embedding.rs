@@ -101,7 +101,8 @@ fn policy(name: &str) -> Option<i32> {
 }
 
 fn a_hook_may_end_the_machine_it_watches(kvm: &Kvm) {
-    let ends: [(fn(&dyn Machine), ExitCause); 2] = [
+    type End = (fn(&dyn Machine), ExitCause);
+    let ends: [End; 2] = [
         (|machine| machine.kill(), ExitCause::Killed),
         (|machine| machine.reset().unwrap(), ExitCause::Reset),
     ];
