@@ -50,6 +50,7 @@ fn kvm_conforms_with_linux() {
         link: Link::cable,
     };
     let bed = |kvm| bed_of(kvm, linux::boot("amd64", true), Architecture::X86_64);
+    println!("on PCI:");
     bed(&kvm).run();
     let only = |these: &'static [&str]| move |check: &str| these.iter().any(|what| check.contains(what));
     let confined = |kvm: &Kvm| kvm.clone().with_confinement(Confinement::new());

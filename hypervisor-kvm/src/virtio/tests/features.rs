@@ -15,9 +15,13 @@ const MQ: u64 = 1 << 22;
 
 /// The driver of a network device that offers all that one can.
 fn driver() -> Driver {
+    driver_on(Offloads::ALL, 2)
+}
+
+fn driver_on(takes: Offloads, pairs: usize) -> Driver {
     let (port, network) = link();
-    network.set_takes(Offloads::ALL);
-    let net = Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])), 2);
+    network.set_takes(takes);
+    let net = Net::new(&NetSpec::new(port, MacAddress([2, 0, 0, 0, 0, 1])), pairs);
     Driver::of(net, MemoryDisk::new(MIB).unwrap().into_disk())
 }
 
@@ -46,6 +50,20 @@ fn no_feature_is_accepted_without_those_that_it_requires() {
         accepted += u32::from(may_be(features));
     }
     assert!(may_be(offered) && accepted > 1 && accepted < 1 << bits.len());
+}
+
+/// Whatever the network takes: most drivers do so, of the features that they know.
+#[test]
+fn all_that_is_offered_may_be_accepted() {
+    for n in 0..16 {
+        let bit = |of: u32| n >> of & 1 == 1;
+        let mut takes = Offloads::NONE;
+        (takes.checksum, takes.tcp4, takes.tcp6) = (bit(0), bit(1), bit(2));
+        let mut driver = driver_on(takes, 1 + usize::from(bit(3)));
+        let offered = driver.offered();
+        driver.negotiate(offered);
+        assert_eq!(driver.status() & FEATURES_OK, FEATURES_OK, "{takes:?}: {offered:#x}");
+    }
 }
 
 /// A driver that was refused may think again, as the document has it: without a reset.
