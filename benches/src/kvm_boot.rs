@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
 use anyhow::{Context as _, ensure};
-use hypervisor_kvm::Kvm;
 use instance_core::console::Console;
 use instance_core::machine::{Boot, BootFile, ExitCause, Hypervisor as _, MachineSpec, MachineState};
 
+use crate::kvm::kvm_on_mmio;
 use crate::samples::{Measurement, median};
 
 /// How long it may take.
@@ -65,7 +65,7 @@ pub(crate) fn once(dir: &Path) -> anyhow::Result<()> {
     let boot = Boot::new(kernel?, Some(initrd?), COMMAND_LINE);
     let mut spec = MachineSpec::new("boot", Architecture::X86_64, boot, console.port());
     spec.memory_mib = MIB;
-    let machine = Kvm::open()?.create(spec)?;
+    let machine = kvm_on_mmio()?.create(spec)?;
     machine.start()?;
     let end = machine.state().wait(Instant::now() + PATIENCE, |state| state.exit_cause().is_some());
     ensure!(end == Ok(MachineState::Exited(ExitCause::Reset)), "the guest did not reboot: {end:?}");

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
 use anyhow::{Context as _, ensure};
-use hypervisor_kvm::Kvm;
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, Hypervisor as _, Machine, MachineSpec, VmExits};
 use io_uring::{IoUring, opcode, types};
@@ -19,6 +18,7 @@ use storage_block::RawFile;
 use tempfile::TempDir;
 
 use crate::guest;
+use crate::kvm::kvm_on_mmio;
 use crate::samples::{Measurement, median, median_speed};
 use crate::storage::Bench;
 
@@ -73,7 +73,7 @@ impl Storm {
         let mut spec = MachineSpec::new("storm", Architecture::X86_64, boot, console.port());
         spec.memory_mib = NonZeroU32::new(64).context("more than none")?;
         spec.disks = vec![DiskSpec::new(RawFile::open(&path, false)?.into_disk(), "vol-1")];
-        let machine = Kvm::open()?.create(spec)?;
+        let machine = kvm_on_mmio()?.create(spec)?;
         machine.start()?;
         console.reader().wait_for("GUEST READY\n", Instant::now() + PATIENCE)?;
         Ok(Self { machine, console, file, _dir: dir })

@@ -13,6 +13,7 @@ use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
 use storage_block::{Disk, MemoryDisk, RawFile};
 use tempfile::TempDir;
 
+use crate::kvm::kvm_on_mmio;
 use crate::samples::{Measurement, Rounds, median, median_ratio};
 use crate::{bare, guest};
 
@@ -105,7 +106,7 @@ pub fn bare_metal() -> anyhow::Result<Launcher<Kvm>> {
     let begins = elf.windows(bare::FIRST_INSTRUCTIONS.len()).any(|code| code == bare::FIRST_INSTRUCTIONS);
     ensure!(begins, "the bare-metal guest does not begin as the bare sequence does");
     let disk = MemoryDisk::new(1 << 20)?.into_disk();
-    Launcher::new(Kvm::open()?, &disk, DirectBoot::new(elf, None, ""))
+    Launcher::new(kvm_on_mmio()?, &disk, DirectBoot::new(elf, None, ""))
 }
 
 /// The baseline of [`bare_metal`]: KVM's system calls and nothing else.
@@ -119,7 +120,7 @@ pub fn bare_ioctls() -> anyhow::Result<Duration> {
 
 /// KVM, where it runs kernels on the processor.
 pub(crate) fn kvm_for_linux() -> anyhow::Result<Kvm> {
-    let kvm = Kvm::open()?;
+    let kvm = kvm_on_mmio()?;
     let execution = kvm.execution()?;
     ensure!(execution.is_hardware(), "KVM does not run Linux here: {execution:?}");
     Ok(kvm)

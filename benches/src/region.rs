@@ -84,6 +84,10 @@ impl Machine for NoMachine {
         self.become_(MachineState::Exited(ExitCause::PowerOff))
     }
 
+    fn reset(&self) -> Result<(), MachineError> {
+        self.become_(MachineState::Exited(ExitCause::Reset))
+    }
+
     fn kill(&self) {
         self.0.set(MachineState::Exited(ExitCause::Killed));
     }

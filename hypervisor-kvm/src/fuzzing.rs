@@ -22,7 +22,7 @@ use crate::serial::SerialPort;
 use crate::virtio::{Block, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
 use crate::{layout, memory};
 
-pub use bus::bus;
+pub use bus::{bus, bus_on_mmio};
 pub use devices::{clock, virtio_balloon, virtio_console, virtio_rng, virtio_vsock, vsock_streams};
 pub use queue::virtio_queue;
 pub use saved_machine::saved_machine;
@@ -229,17 +229,19 @@ mod tests {
 
     /// A whole machine's devices are made for each, which takes a while.
     #[test]
-    fn the_bus_holds_on_its_seeds() {
-        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds/kvm_bus");
-        let mut count = 0;
-        for seed in std::fs::read_dir(seeds).unwrap() {
-            let bytes = std::fs::read(seed.unwrap().path()).unwrap();
-            for len in (0..=bytes.len()).step_by(397).chain([bytes.len()]) {
-                super::bus(&bytes[..len]);
+    fn the_buses_hold_on_their_seeds() {
+        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds");
+        for (target, body) in [("kvm_bus", super::bus as Body), ("kvm_bus_mmio", super::bus_on_mmio)] {
+            let mut count = 0;
+            for seed in std::fs::read_dir(format!("{seeds}/{target}")).unwrap() {
+                let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+                for len in (0..=bytes.len()).step_by(397).chain([bytes.len()]) {
+                    body(&bytes[..len]);
+                }
+                count += 1;
             }
-            count += 1;
+            assert!(count > 2, "{target} has {count} seeds");
         }
-        assert!(count > 2, "{count} seeds");
     }
 
     /// These are long, and one that is cut short is mostly none.
@@ -278,18 +280,36 @@ mod tests {
         assert!(count >= 10, "{count} seeds");
     }
 
+    #[test]
+    fn the_buses_hold_on_random_bytes() {
+        let mut random = RANDOM;
+        for len in [12, 120, 1200, 12_000].into_iter().cycle().take(20) {
+            let bytes = random_bytes(&mut random, len);
+            super::bus(&bytes);
+            super::bus_on_mmio(&bytes);
+        }
+    }
+
+    const RANDOM: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    /// At least so many, which are the same in every run.
+    fn random_bytes(random: &mut u64, len: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            *random ^= *random << 13;
+            *random ^= *random >> 7;
+            *random ^= *random << 17;
+            bytes.extend(random.to_le_bytes());
+        }
+        bytes
+    }
+
     /// Not a fuzzer's work, but that the bodies hold on bytes of any kind.
     #[test]
     fn the_bodies_hold_on_random_bytes() {
-        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = RANDOM;
         for len in (0..400).map(|n| n % 100 * 8) {
-            let mut bytes = Vec::new();
-            while bytes.len() < len {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                bytes.extend(random.to_le_bytes());
-            }
+            let bytes = random_bytes(&mut random, len);
             super::virtio_block(&bytes);
             super::virtio_net(&bytes);
             super::virtio_pci(&bytes);

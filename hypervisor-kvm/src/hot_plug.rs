@@ -22,7 +22,8 @@ impl Shared {
         }
         check_descriptors([disk])?;
         let block = Block::new(disk.disk.clone(), &disk.serial, self.processors());
-        self.plug(ACTION, Role::Disk(saved::Disk::of(disk)), block, |_| Ok(()))
+        let role = Role::Disk(saved::Disk::of(disk), block.engine());
+        self.plug(ACTION, role, block, |_| Ok(()))
     }
 
     /// Gives the guest one more network port. One at a time calls this.

@@ -1,8 +1,8 @@
 //! Virtual machines in this process, on KVM: the [`Hypervisor`] that the others are measured by.
 //!
 //! [`Kvm`] makes machines of 64-bit and of 32-bit x86: a kernel loaded directly, virtio block devices, network
-//! ports, sockets, a console, an entropy device and a memory balloon on virtio-mmio or PCI, where a stock kernel finds
-//! them, a serial port, a clock, a power button, and nothing that an instance does not need.
+//! ports, sockets, a console, an entropy device and a memory balloon on PCI or, if asked for, on virtio-mmio, where a stock
+//! kernel finds them, a serial port, a clock, a power button, and nothing that an instance does not need.
 //!
 //! ```no_run
 //! use std::{fs::File, time::{Duration, Instant}};
@@ -31,7 +31,8 @@
 //! - **Disks.** A disk's thread takes up requests from as many virtqueues as there are processors, 16 at most, and
 //!   answers them as they end, in any order. They are served by [`storage_block::Queue`], straight from and to the guest's memory: by
 //!   io_uring where the host's kernel allows it and the disk's bytes lie in a file, else by threads, which are made when
-//!   the guest first uses the disk. Which it is, is chosen then and not again, and is an event of `tracing`. A machine that is paused or saved has finished
+//!   the guest first uses the disk. Which it is, is chosen then and not again, is told by [`Machine::disk_engines`] and is an event of
+//!   `tracing`. A machine that is paused or saved has finished
 //!   what it had begun, and what a disk's limits had not let begin goes back to its virtqueue.
 //! - **Network ports.** A port's thread moves frames between the guest's memory and a cable. Where the port is on a TAP device
 //!   ([`Tap`](instance_core::net::Tap)) the host's kernel does, if it has vhost-net and the port no limits: the thread then
@@ -52,7 +53,7 @@
 //! # How machines end
 //!
 //! A power-off by ACPI is [`PowerOff`]; ACPI's reset register, the keyboard controller's reset line and
-//! port `0xcf9` are [`Reset`]; a triple fault is [`TripleFault`], and a guest's kernel that says so on the port of
+//! port `0xcf9` are [`Reset`], as is [`Machine::reset`]; a triple fault is [`TripleFault`], and a guest's kernel that says so on the port of
 //! pvpanic is [`Panic`]; what KVM cannot go on with is [`ProcessorError`] with its reason, among them instructions
 //! that it cannot emulate, which a guest may choose to run. It and a triple fault come with the processor's
 //! registers as KVM tells them; on AMD's, a triple fault has reset them before. What fails outside of the guest is
@@ -225,7 +226,17 @@ impl Kvm {
         Ok(Self { inner, transport, confinement: None, vhost_net, cpu_level, cpu_model })
     }
 
-    /// The same, with another transport for the machines made by it.
+    /// The same, with another transport for the machines made by it. Without it that is [PCI](Transport::Pci). A machine that is
+    /// restored has the one that it had.
+    ///
+    /// ```
+    /// use hypervisor_kvm::{Kvm, Transport};
+    ///
+    /// if let Ok(kvm) = Kvm::open() {
+    ///     let kvm = kvm.with_transport(Transport::Mmio); // soonest up, but no volume comes or goes while it is
+    /// #   drop(kvm);
+    /// }
+    /// ```
     #[must_use]
     pub fn with_transport(self, transport: Transport) -> Self {
         Self { transport, ..self }

@@ -214,7 +214,9 @@ impl KvmMachine {
         if self.shared.devices.pci.is_some() {
             return Ok(());
         }
-        Err(unsupported(format!("machines on virtio-mmio {what} while they run; those on PCI do")))
+        Err(unsupported(format!(
+            "machines on virtio-mmio {what} while they run; those on PCI, the default transport, do"
+        )))
     }
 
     /// Publishes the next state, unless the machine has ended meanwhile.
@@ -300,7 +302,7 @@ impl Shared {
             return Ok(());
         }
         let role = match placed.role {
-            Role::Disk(_) => "disk",
+            Role::Disk(..) => "disk",
             Role::Net(_) => "net",
             Role::Other(Other::Console) => "hvc",
             Role::Other(_) => "vsock",

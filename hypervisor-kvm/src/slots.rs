@@ -247,7 +247,7 @@ mod tests {
             let device = VirtioDevice::late(&memory, Block::new(disk().disk, "vol-1", 1)).unwrap();
             Placed::new(number, role, device)
         };
-        let role = || Role::Disk(saved::Disk::of(&disk()));
+        let role = || Role::Disk(saved::Disk::of(&disk()), Arc::default());
         let slots = Slots::new(8, vec![placed(0, role()), placed(3, Role::Other(Other::Entropy))]);
         assert_eq!(slots.free(), Some(1));
         let late = slots.put(placed(5, role()));

@@ -40,7 +40,7 @@ fn without_hanging(what: &str, work: impl FnOnce() + Send + 'static) {
 fn machines_keep_to_themselves() {
     let Some(kvm) = common::kvm() else { return };
     no_descriptor_is_inherited(&kvm);
-    a_hook_may_kill_the_machine_it_watches(&kvm);
+    a_hook_may_end_the_machine_it_watches(&kvm);
     a_hook_that_panics_harms_nobody(&kvm);
     a_user_who_has_no_signals_left_can_kill(&kvm);
     who_moves_frames_takes_no_processor_from_others(&kvm);
@@ -100,20 +100,27 @@ fn policy(name: &str) -> Option<i32> {
     behind_name.split(' ').nth(BEHIND_NAME)?.parse().ok()
 }
 
-fn a_hook_may_kill_the_machine_it_watches(kvm: &Kvm) {
-    let (machine, _console) = made(kvm);
-    let machine = std::sync::Arc::new(machine);
-    let (state, killer) = (machine.state(), std::sync::Arc::downgrade(&machine));
-    state.subscribe(move |state| {
-        if let (MachineState::Running, Some(machine)) = (state, killer.upgrade()) {
-            machine.kill();
-        }
-    });
-    without_hanging("a hook that kills", move || {
-        let _ = machine.start();
-        drop(machine);
-    });
-    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
+fn a_hook_may_end_the_machine_it_watches(kvm: &Kvm) {
+    type End = (fn(&dyn Machine), ExitCause);
+    let ends: [End; 2] = [
+        (|machine| machine.kill(), ExitCause::Killed),
+        (|machine| machine.reset().unwrap(), ExitCause::Reset),
+    ];
+    for (end, cause) in ends {
+        let (machine, _console) = made(kvm);
+        let machine = std::sync::Arc::new(machine);
+        let (state, ender) = (machine.state(), std::sync::Arc::downgrade(&machine));
+        state.subscribe(move |state| {
+            if let (MachineState::Running, Some(machine)) = (state, ender.upgrade()) {
+                end(&**machine);
+            }
+        });
+        without_hanging("a hook that ends it", move || {
+            let _ = machine.start();
+            drop(machine);
+        });
+        assert_eq!(state.get(), MachineState::Exited(cause));
+    }
 }
 
 fn a_hook_that_panics_harms_nobody(kvm: &Kvm) {

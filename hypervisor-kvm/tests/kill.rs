@@ -1,4 +1,4 @@
-//! A guest that does not let go of its processors is killed at once.
+//! A guest that does not let go of its processors is killed and reset at once.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
 use instance_core::console::Console;
-use instance_core::machine::{ExitCause, Hypervisor, MachineSpec, MachineState};
+use instance_core::machine::{ExitCause, Hypervisor, Machine, MachineSpec, MachineState};
 
 const SOON: Duration = Duration::from_secs(20);
-/// What a kill may take.
+/// What a kill or a reset may take.
 const AT_ONCE: Duration = Duration::from_millis(100);
 /// When it is done, from when the guest says that it begins.
 const IN_THE_MIDDLE: Duration = Duration::from_millis(20);
@@ -23,19 +23,24 @@ const TRIES: usize = 4;
 /// A loop with interrupts off, which asks nothing of any device.
 #[test]
 fn a_guest_that_hangs_is_killed_at_once() {
-    is_killed_at_once("spin", "spinning");
+    is_ended_at_once("spin", "spinning", |machine| machine.kill(), ExitCause::Killed);
+}
+
+#[test]
+fn a_guest_that_hangs_is_reset_at_once() {
+    is_ended_at_once("spin", "spinning", |machine| machine.reset().unwrap(), ExitCause::Reset);
 }
 
 /// A list of pages for the balloon that takes long, each of which is given back by itself, and then another.
 #[test]
 fn a_guest_that_keeps_a_device_busy_is_killed_at_once() {
-    is_killed_at_once("hoard", "hoarding");
+    is_ended_at_once("hoard", "hoarding", |machine| machine.kill(), ExitCause::Killed);
 }
 
-fn is_killed_at_once(command: &str, says: &str) {
+fn is_ended_at_once(command: &str, says: &str, end: fn(&dyn Machine), cause: ExitCause) {
     let Some(kvm) = common::kvm() else { return };
-    let kills = || -> Vec<Duration> {
-        let kill = |_| {
+    let ends = || -> Vec<Duration> {
+        let one = |_| {
             let console = Console::new();
             let boot = common::guest::boot().unwrap();
             let mut spec = MachineSpec::new("hangs", Architecture::X86_64, boot, console.port());
@@ -51,20 +56,20 @@ fn is_killed_at_once(command: &str, says: &str) {
                 std::hint::spin_loop();
             }
             let begun = Instant::now();
-            machine.kill();
+            end(&*machine);
             let took = begun.elapsed();
-            assert_eq!(machine.state().get(), MachineState::Exited(ExitCause::Killed));
+            assert_eq!(machine.state().get(), MachineState::Exited(cause.clone()));
             took
         };
-        (0..KILLS).map(kill).collect()
+        (0..KILLS).map(one).collect()
     };
     let mut tried = Vec::new();
     while tried.len() < TRIES {
-        let took = kills();
+        let took = ends();
         if took.iter().all(|took| *took < AT_ONCE) {
             return;
         }
         tried.push(took);
     }
-    panic!("kills took {tried:?}");
+    panic!("it took {tried:?}");
 }

@@ -32,6 +32,7 @@ impl Guest {
         let ((port, network), (streams, host)) = (net::link(), vsock::cable());
         spec.nets = vec![NetSpec::new(port, "02:00:0a:00:00:0c".parse().unwrap())];
         spec.vsock = Some(VsockSpec::new(streams));
+        spec.virtio_console = Some(Console::new().port());
         let machine = kvm.create(spec).unwrap();
         machine.start().unwrap();
         let guest = Self { machine, console, _network: network, _streams: host };
@@ -74,6 +75,41 @@ fn who_breaks_the_rules_loses_one_device_until_it_is_reset() {
         guilty.says("read 0 0", "data before");
         for guest in [&guilty, &beside] {
             assert_eq!(guest.machine.state().get(), MachineState::Running, "{rule}");
+        }
+    }
+}
+
+/// Devices that have a thread of their own and such as the processor serves whose guest notifies, each by a queue that is read
+/// when it is notified.
+#[test]
+fn every_kind_of_device_is_lost_alone_and_comes_back() {
+    const OTHERS: [(&str, &str); 5] = [
+        ("network port", "1 1"),
+        ("console", "3 1"),
+        ("entropy", "4 0"),
+        ("balloon", "5 0"),
+        ("streams", "19 1"),
+    ];
+    let Some(kvm) = common::kvm() else { return };
+    let [guilty, beside] = [Guest::new(&kvm), Guest::new(&kvm)];
+    beside.says("write 0 0 beside", "wrote");
+    guilty.says("write 0 0 before", "wrote");
+    for (name, broken) in OTHERS {
+        println!("{name}");
+        guilty.says(&format!("misuse {broken}"), "broken");
+        guilty.says("read 0 0", "data before");
+        guilty.says("write 1 0 still", "wrote");
+        for (_, other) in OTHERS.iter().filter(|(other, _)| *other != name) {
+            guilty.says(&format!("use {other}"), "used");
+        }
+        guilty.says("ping x", "pong x");
+        beside.says("read 0 0", "data beside");
+        for (_, other) in OTHERS {
+            beside.says(&format!("use {other}"), "used");
+        }
+        guilty.says(&format!("use {broken}"), "used");
+        for guest in [&guilty, &beside] {
+            assert_eq!(guest.machine.state().get(), MachineState::Running, "{name}");
         }
     }
 }

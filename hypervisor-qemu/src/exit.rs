@@ -28,16 +28,18 @@ pub(crate) struct Evidence {
 }
 
 impl Evidence {
-    /// The cause, where the process ended with `status` and `killed` says whether that was asked for.
-    pub(crate) fn cause(&self, killed: bool, status: Option<ExitStatus>) -> ExitCause {
-        match self.shutdown.as_deref() {
-            Some("guest-shutdown") => ExitCause::PowerOff,
-            Some("guest-reset") if self.triple_fault.found => ExitCause::TripleFault(None),
-            Some("guest-reset") => ExitCause::Reset,
-            Some("guest-panic") => ExitCause::Panic,
-            _ if killed => ExitCause::Killed,
-            Some(reason) => ExitCause::HostFailure(format!("QEMU shut down for the reason `{reason}`")),
-            None => ExitCause::HostFailure(self.failure(status)),
+    /// The cause, where the process ended with `status` and that was `asked` for, or not.
+    pub(crate) fn cause(&self, asked: Option<&ExitCause>, status: Option<ExitStatus>) -> ExitCause {
+        match (self.shutdown.as_deref(), asked) {
+            (Some("guest-shutdown"), _) => ExitCause::PowerOff,
+            (Some("guest-reset"), _) if self.triple_fault.found => ExitCause::TripleFault(None),
+            (Some("guest-reset"), _) => ExitCause::Reset,
+            (Some("guest-panic"), _) => ExitCause::Panic,
+            (_, Some(asked)) => asked.clone(),
+            (Some(reason), None) => {
+                ExitCause::HostFailure(format!("QEMU shut down for the reason `{reason}`"))
+            }
+            (None, None) => ExitCause::HostFailure(self.failure(status)),
         }
     }
 
@@ -109,23 +111,27 @@ mod tests {
 
     #[test]
     fn causes() {
-        let check = |shutdown: Option<&str>, log: &str, killed: bool, expect: ExitCause| {
+        let check = |shutdown: Option<&str>, log: &str, asked: Option<ExitCause>, expect: ExitCause| {
             let mut evidence = Evidence { shutdown: shutdown.map(str::to_owned), ..Evidence::default() };
             evidence.triple_fault.push(log.as_bytes());
             evidence.stderr.push(b"\x1b[0mqemu: oops\n");
             let status = Some(ExitStatus::from_raw(0x100));
-            assert_eq!(evidence.cause(killed, status), expect, "{shutdown:?} {log} {killed}");
+            assert_eq!(evidence.cause(asked.as_ref(), status), expect, "{shutdown:?} {log} {asked:?}");
         };
         let host = |text: &str| ExitCause::HostFailure(text.to_owned());
-        check(Some("guest-shutdown"), "", false, ExitCause::PowerOff);
-        check(Some("guest-shutdown"), "", true, ExitCause::PowerOff);
-        check(Some("guest-reset"), "CPU Reset (CPU 0)", false, ExitCause::Reset);
-        check(Some("guest-reset"), "x\nTriple fault\n", false, ExitCause::TripleFault(None));
-        check(Some("guest-panic"), "", false, ExitCause::Panic);
-        check(Some("host-signal"), "", true, ExitCause::Killed);
-        check(Some("host-signal"), "", false, host("QEMU shut down for the reason `host-signal`"));
-        check(None, "", true, ExitCause::Killed);
-        check(None, "", false, host("QEMU ended with exit status: 1: [0mqemu: oops"));
+        let (killed, reset) = (Some(ExitCause::Killed), Some(ExitCause::Reset));
+        check(Some("guest-shutdown"), "", None, ExitCause::PowerOff);
+        check(Some("guest-shutdown"), "", killed.clone(), ExitCause::PowerOff);
+        check(Some("guest-shutdown"), "", reset.clone(), ExitCause::PowerOff);
+        check(Some("guest-reset"), "CPU Reset (CPU 0)", None, ExitCause::Reset);
+        check(Some("guest-reset"), "x\nTriple fault\n", None, ExitCause::TripleFault(None));
+        check(Some("guest-panic"), "", None, ExitCause::Panic);
+        check(Some("host-signal"), "", killed.clone(), ExitCause::Killed);
+        check(Some("host-signal"), "", reset.clone(), ExitCause::Reset);
+        check(Some("host-signal"), "", None, host("QEMU shut down for the reason `host-signal`"));
+        check(None, "", killed, ExitCause::Killed);
+        check(None, "", reset, ExitCause::Reset);
+        check(None, "", None, host("QEMU ended with exit status: 1: [0mqemu: oops"));
     }
 
     #[test]

@@ -40,7 +40,7 @@
 //! is told from one by TCG's log and becomes [`TripleFault`]; under KVM it cannot be, and is a [`Reset`]. A
 //! guest that reboots *by* a triple fault, Linux with `reboot=t`, has crashed in these terms. A kernel
 //! with a driver for `pvpanic` that panics is a [`Panic`]; another does what its command line says (`panic=-1`:
-//! a reset) or stands still.
+//! a reset) or stands still. A reset from the host ends the child as a kill does.
 //!
 //! # Errors and trust
 //!

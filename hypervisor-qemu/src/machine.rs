@@ -215,8 +215,30 @@ impl Machine for QemuMachine {
         self.shared.execute(action, (Command::BlockResize, resize))
     }
 
+    fn reset(&self) -> Result<(), MachineError> {
+        let wrong_state = |state: &MachineState| MachineError::wrong_state("reset", state);
+        match self.shared.state.get() {
+            MachineState::Running | MachineState::Paused => self.end(ExitCause::Reset),
+            state => return Err(wrong_state(&state)),
+        }
+        // The guest may have been faster, by its own end. Of a hook's call nothing has come yet.
+        match self.shared.state.get() {
+            state @ MachineState::Exited(_) if state.exit_cause() != Some(&ExitCause::Reset) => {
+                Err(wrong_state(&state))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn kill(&self) {
-        self.shared.kill();
+        self.end(ExitCause::Killed);
+    }
+}
+
+impl QemuMachine {
+    /// Ends the child and gives back its thread; the first cause stays.
+    fn end(&self, cause: ExitCause) {
+        self.shared.end(cause);
         // A watcher's hook runs in the supervisor, which cannot wait for itself.
         if thread::current().id() == self.supervisor_id {
             return;

@@ -4,12 +4,11 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use instance_core::machine::{MachineError, MachineErrorKind, MachineState};
+use instance_core::machine::{ExitCause, MachineError, MachineErrorKind, MachineState};
 use instance_core::watch::Publisher;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
@@ -59,7 +58,8 @@ pub(crate) struct Shared {
     /// Wakes the supervisor.
     pub(crate) wake: Arc<Waker>,
     requests: Mutex<Requests>,
-    killed: AtomicBool,
+    /// What the end of the child was asked for as, first.
+    asked_to_end: OnceLock<ExitCause>,
     /// How long an answer of QEMU's is waited for.
     answer_within: Duration,
 }
@@ -87,20 +87,21 @@ impl Shared {
             control,
             wake: Arc::new(Waker::new()?),
             requests: Mutex::default(),
-            killed: AtomicBool::new(false),
+            asked_to_end: OnceLock::new(),
             answer_within,
         })
     }
 
-    /// Asks for the end of the child.
-    pub(crate) fn kill(&self) {
-        self.killed.store(true, Ordering::SeqCst);
+    /// Asks for the end of the child, which is the machine's for this cause unless the guest is faster; the first one
+    /// stays.
+    pub(crate) fn end(&self, cause: ExitCause) {
+        let _ = self.asked_to_end.set(cause);
         self.wake.wake();
     }
 
-    /// Whether [`kill`](Self::kill) was called.
-    pub(crate) fn killed(&self) -> bool {
-        self.killed.load(Ordering::SeqCst)
+    /// For which cause its [`end`](Self::end) was asked for, if it was.
+    pub(crate) fn asked_to_end(&self) -> Option<&ExitCause> {
+        self.asked_to_end.get()
     }
 
     /// Gives a command, in order to `action`, and waits for its answer.

@@ -140,7 +140,7 @@ impl Supervisor {
                 self.evidence.failure = self.suspicion.take();
                 self.end_by = None;
             }
-            if overdue || self.shared.killed() {
+            if overdue || self.shared.asked_to_end().is_some() {
                 process.kill();
             }
             self.take_typed();
@@ -185,7 +185,7 @@ impl Supervisor {
         if self.attached {
             self.port.set_input_notifier(None);
         }
-        let cause = self.evidence.cause(self.shared.killed(), status);
+        let cause = self.evidence.cause(self.shared.asked_to_end(), status);
         tracing::debug!(%cause, "machine ended");
         self.shared.state.update(|state| {
             *state = MachineState::Exited(cause);

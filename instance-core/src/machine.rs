@@ -5,6 +5,7 @@
 //! [`BootFile`]s, the console as a [`ConsolePort`](crate::console::ConsolePort): a hypervisor looks up no file by name and knows no region.
 
 mod capabilities;
+mod engines;
 mod error;
 mod exit;
 mod exits;
@@ -20,6 +21,7 @@ use std::time::Instant;
 use ami_core::{AnyArch, Arm64, X86, X86_64};
 
 pub use self::capabilities::{Capabilities, Execution};
+pub use self::engines::DiskEngine;
 pub use self::error::{MachineError, MachineErrorKind};
 pub use self::exit::{ExitCause, ProcessorError, ProcessorErrorReason, X86Registers};
 pub use self::exits::VmExits;
@@ -163,12 +165,12 @@ impl Hypervisor for Box<dyn Hypervisor> {
 /// - Every method may be called from any thread; none but [`detach_disk`](Self::detach_disk) and
 ///   [`detach_net`](Self::detach_net) waits for the guest, and while it does the others go on.
 /// - The state moves only as [`MachineState`] says, and each change is published.
-/// - Hooks on the state may look and may kill; they must not start, pause or resume a machine, change its
+/// - Hooks on the state may look, may kill and may reset; they must not start, pause or resume a machine, change its
 ///   disks or network ports or drop the last handle of one.
 /// - Disks and network ports come and go only while the machine is running or paused; before, they belong in the
 ///   specification. The first disk of the specification stays as long as the machine.
-/// - A guest's reset ends the machine with [`ExitCause::Reset`]. Whoever owns it then makes a new
-///   one, because what the root disk boots may have changed.
+/// - A reset, the guest's own or [`reset`](Self::reset), ends the machine with [`ExitCause::Reset`]. Whoever owns
+///   it then makes a new one, because what the root disk boots may have changed.
 /// - When the machine has exited, no write of its guest is under way any more: its disks are as they
 ///   will stay. The guest's writes that it did not flush need not be durable.
 pub trait Machine: fmt::Debug + Send + Sync {
@@ -302,6 +304,11 @@ pub trait Machine: fmt::Debug + Send + Sync {
         Vec::new()
     }
 
+    /// What serves the requests of each of its disks, the first disk first. Empty where the hypervisor does not tell.
+    fn disk_engines(&self) -> Vec<DiskEngine> {
+        Vec::new()
+    }
+
     /// Asks the guest to leave `mib` MiB of its memory to the host, from now on. It obeys late, in part or never,
     /// and may take some back when it is short of memory. What it leaves is counted as the machine's no longer.
     ///
@@ -323,6 +330,31 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn balloon(&self) -> Result<u32, MachineError> {
         Err(MachineError::new(MachineErrorKind::Unsupported, "this machine's memory stays as it is"))
     }
+
+    /// Presses the reset button: ends the machine at once, whatever its guest does, as the guest's own reset does:
+    /// `Running` or `Paused` → `Exited(Reset)`. When it returns, the guest runs no more. A disk request that is
+    /// under way is waited for.
+    ///
+    /// ```
+    /// # use instance_core::{console::Console, testing::{FakeHypervisor, fake_kernel}};
+    /// # use instance_core::machine::{Boot, Hypervisor, MachineSpec};
+    /// use instance_core::machine::{ExitCause, MachineErrorKind};
+    ///
+    /// # let boot = Boot::new(fake_kernel("")?, None, "");
+    /// # let spec = MachineSpec::new("demo", ami_core::Architecture::X86_64, boot, Console::new().port());
+    /// let machine = FakeHypervisor::new().create(spec)?;
+    /// machine.start()?;
+    /// machine.reset()?;
+    /// assert_eq!(machine.state().get().exit_cause(), Some(&ExitCause::Reset));
+    /// assert_eq!(machine.reset().map_err(|e| e.kind()), Err(MachineErrorKind::WrongState));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`WrongState`](MachineErrorKind::WrongState) unless the machine is running or paused, also if it ends meanwhile
+    /// for another cause.
+    fn reset(&self) -> Result<(), MachineError>;
 
     /// Ends the machine at once, whatever its guest does: `Exited(Killed)`. Does nothing to one that
     /// has exited. When it returns, the guest runs no more. A disk request that is under way is waited

@@ -245,6 +245,10 @@ impl Machine for FrailMachine {
         if self.1.fails_at(SAVE_FAILS) { Err(host()) } else { self.0.save(to) }
     }
 
+    fn reset(&self) -> Result<(), MachineError> {
+        self.0.reset()
+    }
+
     fn kill(&self) {
         self.0.kill();
     }

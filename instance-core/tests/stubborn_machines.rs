@@ -49,6 +49,10 @@ impl Machine for Stubborn {
         Ok(())
     }
 
+    fn reset(&self) -> Result<(), MachineError> {
+        self.0.reset()
+    }
+
     fn kill(&self) {
         self.0.kill();
     }

@@ -119,6 +119,9 @@ answer() {
     panic) [ -e /sys/bus/platform/devices/QEMU0001:00/driver ] && echo c >/proc/sysrq-trigger; echo unsupported ;;
     show) read -r shown <"/sys/$2" && echo "show $shown" || echo error ;;
     vsock) vsock "$2" "$3" & ;;
+    # So many MiB of memory are used, and free again.
+    fill) dd if=/dev/zero of=/filled bs=1M count="$2" && echo filled || echo error ;;
+    drain) rm /filled && echo drained || echo error ;;
     spin) spin ;;
     *) echo unknown ;;
     esac

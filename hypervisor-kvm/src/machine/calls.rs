@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::PoisonError;
 
 use instance_core::machine::{
-    Detach, DiskSpec, ExitCause, Machine, MachineError, MachineState, NetSpec, VmExits,
+    Detach, DiskEngine, DiskSpec, ExitCause, Machine, MachineError, MachineState, NetSpec, VmExits,
 };
 use instance_core::net::MacAddress;
 use instance_core::watch::Watch;
@@ -93,6 +93,10 @@ impl Machine for KvmMachine {
         self.shared.exits.iter().map(Exits::read).collect()
     }
 
+    fn disk_engines(&self) -> Vec<DiskEngine> {
+        self.shared.devices.virtio.all().iter().filter_map(|placed| placed.disk_engine()).collect()
+    }
+
     fn set_balloon(&self, mib: u32) -> Result<()> {
         match self.shared.state.get() {
             MachineState::Running | MachineState::Paused => {}
@@ -107,8 +111,31 @@ impl Machine for KvmMachine {
         Ok(self.shared.balloon()?.1.actual_mib())
     }
 
+    /// Not in turn with other actions: it ends what they wait for.
+    fn reset(&self) -> Result<()> {
+        let wrong_state = |state: &MachineState| MachineError::wrong_state("reset", state);
+        match self.shared.state.get() {
+            MachineState::Running | MachineState::Paused => self.end(ExitCause::Reset),
+            state => return Err(wrong_state(&state)),
+        }
+        // A guest may have been faster, by its own end. Of a hook's call nothing has come yet.
+        match self.shared.state.get() {
+            state @ MachineState::Exited(_) if state.exit_cause() != Some(&ExitCause::Reset) => {
+                Err(wrong_state(&state))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn kill(&self) {
-        self.shared.end(ExitCause::Killed);
+        self.end(ExitCause::Killed);
+    }
+}
+
+impl KvmMachine {
+    /// Ends the machine and gives back its threads; the first cause stays.
+    fn end(&self, cause: ExitCause) {
+        self.shared.end(cause);
         // A watcher's hook runs in the last thread to leave, which cannot wait for itself.
         let slots = &self.shared.devices.virtio;
         if slots.is_own_thread() || self.shared.threads().vcpus.iter().any(Thread::is_current) {

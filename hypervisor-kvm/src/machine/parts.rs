@@ -145,8 +145,8 @@ impl Parts<'_> {
         let mut placed = Vec::new();
         for (&(place, queues), disk) in self.places.disks.iter().zip(self.disks) {
             let block = Block::new(disk.disk.clone(), &disk.serial, queues);
-            let device = self.served(place, goes_on, block)?;
-            placed.push(Placed::new(place, Role::Disk(saved::Disk::of(disk)), device));
+            let role = Role::Disk(saved::Disk::of(disk), block.engine());
+            placed.push(Placed::new(place, role, self.served(place, goes_on, block)?));
         }
         for (&(place, pairs), net) in self.places.nets.iter().zip(self.nets) {
             let device = match KernelNet::new(vhost_net, net, goes_on.then_some(pairs), &self.memory)? {
@@ -160,7 +160,7 @@ impl Parts<'_> {
             let (role, device) = match gone {
                 Gone::Disk(disk) => {
                     let block = Block::new(Gone::disk(disk)?, &disk.serial, *queues);
-                    (Role::Disk(disk.clone()), self.served(*place, goes_on, block)?)
+                    (Role::Disk(disk.clone(), block.engine()), self.served(*place, goes_on, block)?)
                 }
                 Gone::Net(port) => {
                     let net = Net::new(&Gone::net(port), Net::pairs_of(*queues));

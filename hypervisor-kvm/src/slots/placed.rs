@@ -1,9 +1,11 @@
 //! A device in its place, and what it is.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use instance_core::machine::DiskEngine;
 use instance_core::net::MacAddress;
+use storage_block::Engine;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_CONSOLE, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK};
 
 use crate::gone::Gone;
@@ -14,7 +16,8 @@ use crate::virtio::VirtioDevice;
 /// What a device is to the machine's user.
 #[derive(Debug)]
 pub(crate) enum Role {
-    Disk(saved::Disk),
+    /// With what serves it, as the device says: see [`Block::engine`](crate::virtio::Block::engine).
+    Disk(saved::Disk, Arc<OnceLock<Engine>>),
     Net(saved::Port),
     /// One of those that machines have besides.
     Other(Other),
@@ -49,7 +52,7 @@ impl Other {
 impl Role {
     /// The disk, if it is one.
     fn disk(&self) -> Option<&saved::Disk> {
-        if let Self::Disk(disk) = self { Some(disk) } else { None }
+        if let Self::Disk(disk, _) = self { Some(disk) } else { None }
     }
 
     /// The network port, if it is one.
@@ -80,7 +83,13 @@ impl Placed {
         self.role.disk().filter(|_| !self.is_hollow())
     }
 
-    /// The same as the guest knows it: it may have grown since it was plugged in.
+    /// What serves the disk that it has, if it has one.
+    pub(crate) fn disk_engine(&self) -> Option<DiskEngine> {
+        let Role::Disk(disk, engine) = &self.role else { return None };
+        (!self.is_hollow()).then(|| DiskEngine::new(disk.serial.clone(), engine.get().copied()))
+    }
+
+    /// The disk as the guest knows it: it may have grown since it was plugged in.
     pub(crate) fn known_disk(&self) -> Option<saved::Disk> {
         self.disk().map(|disk| self.as_known(disk))
     }
@@ -107,7 +116,7 @@ impl Placed {
     /// Its place and what it has lost, if it has.
     pub(crate) fn gone(&self) -> Option<(u8, Gone)> {
         let gone = match &self.role {
-            Role::Disk(disk) => Gone::Disk(self.as_known(disk)),
+            Role::Disk(disk, _) => Gone::Disk(self.as_known(disk)),
             Role::Net(net) => Gone::Net(net.clone()),
             Role::Other(_) => return None,
         };
@@ -130,7 +139,7 @@ impl Placed {
     /// Whether it may leave the machine: a disk, but for the first, or a network port.
     pub(crate) fn can_go(&self) -> bool {
         match self.role {
-            Role::Disk(_) => self.number > 0,
+            Role::Disk(..) => self.number > 0,
             Role::Net(_) => true,
             Role::Other(_) => false,
         }
@@ -139,7 +148,7 @@ impl Placed {
     /// As it is now. Nothing may be under way.
     pub(crate) fn save(&self) -> saved::Device {
         let role = match self.role {
-            Role::Disk(_) => saved::Role::Disk,
+            Role::Disk(..) => saved::Role::Disk,
             Role::Net(_) => saved::Role::Net,
             Role::Other(_) => saved::Role::Other,
         };

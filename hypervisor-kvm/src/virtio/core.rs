@@ -46,7 +46,7 @@ pub(crate) struct Core {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CoreState {
     pub(crate) kind: u32,
-    accepted: u64,
+    pub(super) accepted: u64,
     status: u32,
     generation: u32,
     pub(crate) rings: Vec<RingState>,
@@ -116,7 +116,8 @@ impl Core {
         (self.accepted, self.generation) = (state.accepted, state.generation);
         // What it negotiated stays negotiated, also where it would not be offered any more.
         self.offered |= self.accepted & self.device.served();
-        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_acceptable() {
+        // Versions before took a feature also without what it requires, and a driver that has it so keeps it.
+        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_there() {
             return Err(Malformed("the device lacks features that the driver uses"));
         }
         self.status = state.status & (DRIVER_BITS | VIRTIO_CONFIG_S_NEEDS_RESET);
@@ -238,7 +239,14 @@ impl Core {
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 { Effect::Notify } else { Effect::None }
     }
 
+    /// Whether the driver accepted what it was offered, and no feature without those that it requires.
     fn features_are_acceptable(&self) -> bool {
+        let accepted = |bit: u32| self.accepted & 1 << bit != 0;
+        let is_met = |&(feature, requires): &(u32, u32)| !accepted(feature) || accepted(requires);
+        self.features_are_there() && self.device.requirements().iter().all(is_met)
+    }
+
+    fn features_are_there(&self) -> bool {
         self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0
     }
 

@@ -50,6 +50,12 @@ pub(crate) trait Device: fmt::Debug + Send {
     /// The features of its type that are offered; those of the transport come to them.
     fn features(&self) -> u64;
 
+    /// Which of its features require which others, by their bits, a feature and what it requires at a time: a driver is not to
+    /// accept the one without the other (virtio 1.2, 2.2.1).
+    fn requirements(&self) -> &'static [(u32, u32)] {
+        &[]
+    }
+
     /// The features that it has for a driver which was offered them where its machine was saved; all that are offered are
     /// among them.
     fn served(&self) -> u64 {

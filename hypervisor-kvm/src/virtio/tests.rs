@@ -1,6 +1,7 @@
 //! Drivers, good and bad, against the device's logic: no machine is needed for it.
 
 mod configuration;
+mod features;
 mod rules;
 
 use storage_block::{Disk, MemoryDisk, RawFile};

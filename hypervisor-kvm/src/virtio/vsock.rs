@@ -4,6 +4,7 @@
 //! speak with whom.
 
 use instance_core::vsock::{Op, Packet, VsockPort, VsockSpec};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::chain::{Chain, Malformed};
@@ -50,9 +51,9 @@ pub(crate) struct Vsock {
     state: State,
 }
 
-/// What is the device's own to remember until the machine is saved: one that goes on has another address and no streams, and so
-/// nothing that is to be answered.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What is the device's own to remember: plain, as that of others is, and yet not in saved machines. One that goes on has
+/// another address and no streams, of which its guest is told, and so nothing of what was to be answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct State {
     cid: u32,
     /// The answer to a packet that no stream can have sent.
@@ -237,7 +238,7 @@ impl Device for Vsock {
 }
 
 /// `struct virtio_vsock_hdr` (virtio 1.2, 5.10.6).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Header {
     src_cid: u64,
     dst_cid: u64,

@@ -43,6 +43,7 @@ const SOURCES: &[&str] = &[
     "smbios.c",
     "storm.c",
     "queue.c",
+    "misuse.c",
     "vsock.c",
     "balloon.c",
     "console.c",

@@ -2,13 +2,23 @@
 
 #[allow(dead_code, reason = "shared with the benchmarks, which use the rest")]
 pub(crate) mod guest;
+#[allow(dead_code, reason = "for the tests of balloons")]
+pub(crate) mod held;
 #[allow(dead_code, reason = "for the tests that run in the lab")]
 pub(crate) mod linux;
 
-use hypervisor_kvm::Kvm;
+use hypervisor_kvm::{Kvm, Transport};
 
-/// This host's KVM, or `None` with a loud reason. Under CI and in the lab it must be there.
+/// This host's KVM, or `None` with a loud reason. Under CI and in the lab it must be there. Its machines are on virtio-mmio, where
+/// the bare-metal guest has its drivers.
+#[allow(dead_code, reason = "of those for which a guest is to find its devices there")]
 pub(crate) fn kvm() -> Option<Kvm> {
+    kvm_as_it_comes().map(|kvm| kvm.with_transport(Transport::Mmio))
+}
+
+/// The same with what whoever asks for nothing else has.
+#[allow(dead_code, reason = "of those for which the bare-metal guest need not find its devices")]
+pub(crate) fn kvm_as_it_comes() -> Option<Kvm> {
     match Kvm::open() {
         Ok(kvm) => Some(kvm),
         Err(error) => {

@@ -78,6 +78,12 @@ void hoard(void);
 /* time.c: nanoseconds by the clock that KVM gives its guests. */
 u64 kvm_clock(void);
 
+/* misuse.c: brings a device of this type up and makes more available in a queue of it than there can be; whether it then waits
+   for a reset. */
+int misuse(u32 type, u32 queue);
+/* Brings it up anew and gives it a buffer that is good; whether it uses that. */
+int use(u32 type, u32 queue);
+
 /* cpus.c */
 u32 count_cpus(const struct start_info *info);
 

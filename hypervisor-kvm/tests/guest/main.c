@@ -344,6 +344,12 @@ static void obey(char *line)
     } else if (is(command, "forget")) {
         forget_disk(number(&line));
         say("forgot\n");
+    } else if (is(command, "misuse")) {
+        u32 type = number(&line);
+        say(misuse(type, number(&line)) ? "broken\n" : "whole\n");
+    } else if (is(command, "use")) {
+        u32 type = number(&line);
+        say(use(type, number(&line)) ? "used\n" : "stuck\n");
     } else if (is(command, "storm")) {
         u32 disk = number(&line);
         enum request type = is(word(&line), "write") ? WRITE : READ;

@@ -29,7 +29,7 @@ use std::fmt;
 pub enum ExitCause {
     /// The guest powered itself off.
     PowerOff,
-    /// The guest reset itself: a reboot.
+    /// The guest reset itself, which is a reboot, or was reset by [`Machine::reset`](super::Machine::reset).
     Reset,
     /// The guest's kernel said that it panicked, by a device or a call that is there for that.
     Panic,
@@ -55,7 +55,7 @@ impl fmt::Display for ExitCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PowerOff => f.write_str("the guest powered off"),
-            Self::Reset => f.write_str("the guest rebooted"),
+            Self::Reset => f.write_str("the guest was reset"),
             Self::Panic => f.write_str("the guest crashed: its kernel panicked"),
             Self::TripleFault(None) => f.write_str("the guest crashed: triple fault"),
             Self::TripleFault(Some(registers)) => write!(f, "the guest crashed: triple fault {registers}"),

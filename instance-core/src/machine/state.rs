@@ -7,7 +7,7 @@ use super::ExitCause;
 /// ```text
 /// Created ──start──▶ Running ◀──pause/resume──▶ Paused ◀── Hypervisor::restore
 ///    │                  │                          │
-///    └──kill────────────┴── the guest, or kill ────┴──▶ Exited(cause)
+///    └──kill────────────┴─ the guest, reset, kill ─┴──▶ Exited(cause)
 /// ```
 ///
 /// ```

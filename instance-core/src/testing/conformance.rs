@@ -86,7 +86,7 @@ pub struct TestBed<'a> {
     pub foreign_architecture: Architecture,
     /// How long the guest may take to come up or to answer.
     pub patience: Duration,
-    /// Within what time a guest that spins must be dead after [`Machine::kill`].
+    /// Within what time a guest that spins must be dead after [`Machine::kill`] and [`Machine::reset`].
     pub kill_within: Duration,
     /// How many vCPUs the multiprocessor check asks for.
     pub vcpus: u32,
@@ -143,6 +143,8 @@ const CHECKS: &[Check] = &[
     ("sees a triple fault", life::sees_a_triple_fault),
     ("sees a panic", life::sees_a_panic),
     ("kills a guest that spins", life::kills_a_guest_that_spins),
+    ("resets a guest that spins", life::resets_a_guest_that_spins),
+    ("resets a guest that is paused", life::resets_a_guest_that_is_paused),
     ("stands still while paused", life::stands_still_while_paused),
     ("delivers the power button", life::delivers_the_power_button),
     ("runs two machines side by side", life::runs_two_machines_side_by_side),

@@ -64,6 +64,7 @@ pub(crate) fn conformance(sources: &Sources) -> anyhow::Result<Vec<u8>> {
         "printf",
         "readlink",
         "reboot",
+        "rm",
         "run-parts",
         "sh",
         "stty",

@@ -18,8 +18,8 @@ use crate::{bare_guest, guest, process};
 /// The package whose tests run in the lab.
 const PACKAGE: &str = "hypervisor-kvm";
 /// Its integration tests that run on a true KVM too, which the first one needs; the longest first.
-const TESTS: [&str; 8] =
-    ["linux", "conformance", "taps", "drops", "ends", "confinement", "kill", "processors"];
+const TESTS: [&str; 9] =
+    ["linux", "conformance", "taps", "drops", "volumes", "ends", "confinement", "kill", "processors"];
 /// The one of them that boots other kernels too.
 const OTHER_KERNELS: &str = "linux";
 /// The one of them that makes network devices.

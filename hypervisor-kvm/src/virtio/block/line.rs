@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "requests under way use the guest's memory, which is kept for as long")]
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use instance_core::machine::DiskSpec;
 use smallvec::SmallVec;
@@ -55,15 +55,14 @@ impl Line {
     pub(super) fn new(
         disk: &Disk,
         memory: &Memory,
-        chosen: &mut Option<Engine>,
+        chosen: &OnceLock<Engine>,
         serial: &[u8],
     ) -> Result<Self> {
-        let options = chosen.iter().copied().fold(QueueOptions::new(DEPTH), QueueOptions::engine);
+        let options = chosen.get().copied().into_iter().fold(QueueOptions::new(DEPTH), QueueOptions::engine);
         let mut queue = disk.queue_with(&options)?;
-        if chosen.is_none() {
+        if chosen.set(queue.engine()).is_ok() {
             let serial = serial.split(|byte| *byte == 0).next().unwrap_or_default().escape_ascii();
             tracing::info!(%serial, engine = ?queue.engine(), "a guest's disk is served");
-            *chosen = Some(queue.engine());
         }
         let ended = queue.fd().try_clone_to_owned();
         let ended = ended.map_err(|e| Error::io(e, "cannot duplicate the descriptor of a disk's queue"))?;

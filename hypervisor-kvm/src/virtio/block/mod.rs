@@ -11,7 +11,7 @@ mod unheard;
 
 use std::mem;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use slab::Slab;
@@ -50,7 +50,7 @@ pub(crate) struct Block {
     /// What is under way on the disk. None while that is not in use.
     line: Option<Line>,
     /// What serves it: chosen when it is first used, and not again when the driver has reset the device.
-    engine: Option<Engine>,
+    engine: Arc<OnceLock<Engine>>,
     /// It was said that the disk cannot be served.
     unserved: bool,
     /// The requests that are, by their tokens.
@@ -91,13 +91,18 @@ impl Block {
             kind: Kind::of(&disk),
             disk: Some(disk),
             line: None,
-            engine: None,
+            engine: Arc::default(),
             unserved: false,
             pending: Slab::new(),
             lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
             ends: Ends::default(),
             serial: id,
         }
+    }
+
+    /// What serves it, when that has been chosen.
+    pub(crate) fn engine(&self) -> Arc<OnceLock<Engine>> {
+        self.engine.clone()
     }
 
     /// Begins a request, or answers it at once: that only when nothing of its queue is under way, since what has not begun
@@ -143,7 +148,7 @@ impl Block {
         let line = match &mut self.line {
             Some(line) => line,
             none => {
-                none.insert(Line::new(disk, memory, &mut self.engine, &self.serial).map_err(|error| {
+                none.insert(Line::new(disk, memory, &self.engine, &self.serial).map_err(|error| {
                     // A guest asks as often as it likes.
                     match mem::replace(&mut self.unserved, true) {
                         false => tracing::warn!(%error, "a guest's disk cannot be served"),

@@ -11,6 +11,15 @@ use virtio_bindings::virtio_net::{
 /// Addresses and type, with a VLAN tag.
 const ETHERNET_MAX: usize = super::ETHERNET_LEN + 4;
 
+/// Which features require which (virtio 1.2, 5.1.3.1), of those that are offered.
+pub(super) const REQUIREMENTS: [(u32, u32); 5] = [
+    (VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_CSUM),
+    (VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_CSUM),
+    (VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_CSUM),
+    (VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_CSUM),
+    (VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ),
+];
+
 /// See the [module](self).
 #[derive(Debug)]
 pub(super) struct Config {

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 
-use self::config::{Config, taken_by_driver};
+use self::config::{Config, REQUIREMENTS, taken_by_driver};
 use self::deliver::{Delivery, deliver};
 use self::header::{HEADER_LEN, Header};
 pub(crate) use self::spares::{Shared as SharedSpares, Spares};
@@ -297,6 +297,10 @@ impl Device for Net {
 
     fn features(&self) -> u64 {
         self.config.features(self.offered)
+    }
+
+    fn requirements(&self) -> &'static [(u32, u32)] {
+        &REQUIREMENTS
     }
 
     fn queues(&self) -> usize {

@@ -22,7 +22,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Config, taken_by_driver};
+use super::{Config, REQUIREMENTS, taken_by_driver};
 use crate::error::{HostContext, Result, unsupported};
 use crate::memory::Memory;
 use crate::virtio::chain::Malformed;
@@ -251,6 +251,10 @@ impl Device for KernelNet {
 
     fn features(&self) -> u64 {
         self.config.features(Offloads::ALL)
+    }
+
+    fn requirements(&self) -> &'static [(u32, u32)] {
+        &REQUIREMENTS
     }
 
     fn queues(&self) -> usize {

@@ -5,9 +5,9 @@
 //!
 //! - Order of initialisation, bits of the status (2.1.1, 3.1.1): [`nothing_is_served_before_the_driver_is_ready`],
 //!   [`no_bit_of_the_status_is_taken_back`].
-//! - Only features that were offered, and no feature without another that it requires (2.2.1):
-//!   [`features_that_were_not_offered_are_not_accepted`]; `net::tests`: `a_driver_that_breaks_the_rules_is_stopped`;
-//!   `net::tests_of_pairs`: `several_pairs_without_a_queue_of_commands`.
+//! - Only features that were offered, and no feature without another that it requires (2.2.1, 5.1.3.1):
+//!   [`features_that_were_not_offered_are_not_accepted`]; `tests::features`; `net::tests`:
+//!   `a_driver_that_breaks_the_rules_is_stopped`.
 //! - What of a configuration is written (2.5, 5.1.4.1, 5.5.6): `tests::configuration`.
 //! - Size, place and alignment of a queue; not changed while in use (2.7.1, 4.2.2.2, 4.1.4.3.2):
 //!   [`a_queue_that_cannot_be_is_refused`], [`a_queue_in_use_is_not_moved`]; `pci_tests`:

@@ -21,6 +21,7 @@ pub(super) fn walks_the_states_of_its_life(bed: &TestBed<'_>) {
     assert_eq!(state.get(), MachineState::Created);
     wrong(machine.pause());
     wrong(machine.resume());
+    wrong(machine.reset());
     machine.start().expect("starts");
     assert_eq!(state.get(), MachineState::Running);
     wrong(machine.start());
@@ -35,6 +36,8 @@ pub(super) fn walks_the_states_of_its_life(bed: &TestBed<'_>) {
     machine.kill();
     wrong(machine.start());
     wrong(machine.pause());
+    wrong(machine.reset());
+    assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
     drop(machine);
 
     // One that never started ends as well, and tells its watchers.
@@ -101,6 +104,31 @@ pub(super) fn kills_a_guest_that_spins(bed: &TestBed<'_>) {
     let took = begun.elapsed();
     assert_eq!(guest.machine.state().get(), MachineState::Exited(ExitCause::Killed));
     assert!(took <= bed.kill_within, "killing took {took:?}");
+}
+
+pub(super) fn resets_a_guest_that_spins(bed: &TestBed<'_>) {
+    let mut guest = bed.up(Vec::new());
+    guest.tell("spin");
+    guest.hear("spinning");
+    let begun = Instant::now();
+    guest.machine.reset().expect("resets");
+    let took = begun.elapsed();
+    assert_eq!(guest.machine.state().get(), MachineState::Exited(ExitCause::Reset));
+    assert!(took <= bed.kill_within, "resetting took {took:?}");
+    // Too late to be of another cause.
+    guest.machine.kill();
+    assert_eq!(guest.machine.state().get(), MachineState::Exited(ExitCause::Reset));
+}
+
+/// What it was told while it stood still it never does.
+pub(super) fn resets_a_guest_that_is_paused(bed: &TestBed<'_>) {
+    let root = disk(2048);
+    let guest = bed.up(vec![DiskSpec::new(root.clone(), "root")]);
+    guest.machine.pause().expect("pauses");
+    guest.tell("write 0 1 late");
+    guest.machine.reset().expect("resets");
+    assert_eq!(guest.machine.state().get(), MachineState::Exited(ExitCause::Reset));
+    assert_eq!(word_at(&root, 1), "", "a guest that was reset wrote to its disk");
 }
 
 pub(super) fn stands_still_while_paused(bed: &TestBed<'_>) {

@@ -213,6 +213,21 @@ impl Machine for FakeMachine {
         }
     }
 
+    fn reset(&self) -> Result<(), MachineError> {
+        let reset = self.state.update(|state| {
+            let lives = matches!(state, MachineState::Running | MachineState::Paused);
+            if lives {
+                *state = MachineState::Exited(ExitCause::Reset);
+            }
+            lives
+        });
+        if !reset {
+            return Err(MachineError::wrong_state("reset", &self.state.get()));
+        }
+        self.kill();
+        Ok(())
+    }
+
     fn kill(&self) {
         exit(&self.state, ExitCause::Killed);
         self.signals.raise();
