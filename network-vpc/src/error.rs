@@ -47,7 +47,7 @@ pub enum ErrorKind {
     PermissionNotFound,
     /// There is no such interface.
     InterfaceNotFound,
-    /// The interface is plugged in.
+    /// An instance has the interface, or it is plugged in.
     InterfaceInUse,
     /// An address is not one of the subnet's that can be given.
     InvalidAddress,
@@ -89,6 +89,8 @@ pub enum ErrorKind {
     KeyPairDuplicate,
     /// A text is no public key of a kind that can be used.
     InvalidKeyFormat,
+    /// Another process or handle has the network's directory.
+    NetworkInUse,
     /// The state on disk cannot be read.
     Corrupt,
     /// The host refused or failed.
@@ -168,7 +170,7 @@ impl Error {
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::KeyPairDuplicate => "InvalidKeyPair.Duplicate",
             ErrorKind::InvalidKeyFormat => "InvalidKey.Format",
-            ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
+            ErrorKind::NetworkInUse | ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
         }
     }
 }

@@ -7,6 +7,7 @@ pub(crate) mod forwards;
 mod groups;
 mod interfaces;
 mod keys;
+mod lock;
 mod of_region;
 mod options;
 mod public;
@@ -26,6 +27,7 @@ use mio::{Poll, Waker};
 pub use self::dhcp_options::{DhcpOptions, DhcpSettings};
 use self::forwards::PublicOffers;
 pub use self::interfaces::InterfaceSpec;
+use self::lock::Lock;
 pub use self::options::NetworkOptions;
 use crate::edge::budget::Budget;
 use crate::edge::{Edge, Reach, WAKE};
@@ -69,6 +71,8 @@ struct Inner {
     plugged: Mutex<HashMap<NetworkInterfaceId, Plugged>>,
     fabric: Arc<Fabric>,
     model: Mutex<Model>,
+    /// Let go last.
+    _lock: Option<Lock>,
 }
 
 #[derive(Debug)]
@@ -81,7 +85,7 @@ struct Plugged {
 
 impl Network {
     /// Opens the network that is kept in a directory, or begins one, with the [options](NetworkOptions) that
-    /// are the defaults.
+    /// are the defaults. The directory is this network's for as long as one of its handles is there.
     ///
     /// # Errors
     ///
@@ -99,12 +103,14 @@ impl Network {
         NetworkOptions::new().in_memory(region)
     }
 
-    fn new(model: Model, file: Option<PathBuf>, options: NetworkOptions) -> Self {
+    fn new(model: Model, kept: Option<(PathBuf, Lock)>, options: NetworkOptions) -> Self {
         let (plugged, fabric) = Default::default();
+        let (file, _lock) = kept.unzip();
         let NetworkOptions { reach, conversations, sockets, elastic_pool } = options;
         let budget = Budget::new(sockets.unwrap_or_else(Budget::of_process));
         let model = Mutex::new(model);
-        Self(Arc::new(Inner { file, reach, conversations, budget, elastic_pool, plugged, fabric, model }))
+        let inner = Inner { file, reach, conversations, budget, elastic_pool, plugged, fabric, model, _lock };
+        Self(Arc::new(inner))
     }
 
     /// The VPCs.

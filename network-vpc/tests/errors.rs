@@ -189,7 +189,9 @@ fn of_options_and_keys(raised: &mut Raised) {
 fn of_the_host(raised: &mut Raised) {
     let dir = tempfile::tempdir().unwrap();
     let region = "eu-west-1".parse().unwrap();
-    drop(Network::open(dir.path(), &region).unwrap());
+    let first = Network::open(dir.path(), &region).unwrap();
+    raised.by(ErrorKind::NetworkInUse, "InternalError", Network::open(dir.path(), &region));
+    drop(first);
     std::fs::write(dir.path().join("network.json"), "{").unwrap();
     raised.by(ErrorKind::Corrupt, "InternalError", Network::open(dir.path(), &region));
     let in_a_file = Network::open(&dir.path().join("network.json"), &region);

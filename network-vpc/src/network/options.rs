@@ -7,6 +7,7 @@ use std::path::Path;
 use ami_core::RegionName;
 use ipnet::Ipv4Net;
 
+use super::lock::Lock;
 use super::{Network, file, vpcs};
 use crate::edge::Reach;
 use crate::{Error, Result};
@@ -78,12 +79,16 @@ impl NetworkOptions {
         self
     }
 
-    /// Opens the network that is kept in a directory, or begins one.
+    /// Opens the network that is kept in a directory, or begins one. The directory is that network's for as long as one of
+    /// its handles is there, or its process.
     ///
     /// # Errors
     ///
+    /// [`NetworkInUse`](crate::ErrorKind::NetworkInUse) while another has the directory,
     /// [`Corrupt`](crate::ErrorKind::Corrupt) for a state that cannot be read, or what the host refused.
     pub fn open(self, dir: &Path, region: &RegionName) -> Result<Network> {
+        fs::create_dir_all(dir).map_err(|e| Error::host(format!("cannot make {}", dir.display()), e))?;
+        let lock = Lock::take(dir)?;
         let path = dir.join(file::NAME);
         let there = match fs::read(&path) {
             Ok(bytes) => Some(file::parse(&bytes, &path)?),
@@ -94,14 +99,12 @@ impl NetworkOptions {
             Some(mut model) => {
                 // Nothing is plugged in yet, whatever was when it was kept.
                 model.interfaces.values_mut().for_each(|interface| interface.public_ip = None);
-                Ok(Network::new(model, Some(path), self))
+                Ok(Network::new(model, Some((path, lock)), self))
             }
             None => {
-                fs::create_dir_all(dir)
-                    .map_err(|e| Error::host(format!("cannot make {}", dir.display()), e))?;
                 let model = vpcs::first_model(region)?;
                 file::write(&path, &model)?;
-                Ok(Network::new(model, Some(path), self))
+                Ok(Network::new(model, Some((path, lock)), self))
             }
         }
     }
