@@ -80,6 +80,7 @@ mod dns;
 mod edge;
 mod elastic;
 mod error;
+mod fabric;
 mod firewall;
 mod fragments;
 #[cfg(any(test, fuzzing))]

@@ -31,8 +31,9 @@ use self::lock::Lock;
 pub use self::options::NetworkOptions;
 use crate::edge::budget::Budget;
 use crate::edge::{Edge, Reach, WAKE};
+use crate::fabric::Fabric;
 use crate::model::{MTU, Memberships, Model};
-use crate::port::{Fabric, Port};
+use crate::port::Port;
 use crate::{Error, ErrorKind, Metadata, NetworkInterface, Result, Subnet, Vpc};
 
 /// A region's network. Clones are the same.

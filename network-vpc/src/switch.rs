@@ -86,6 +86,12 @@ impl View {
     pub(crate) fn is_resolver(&self, address: Ipv4Addr) -> bool {
         address == RESOLVER || address == self.resolver()
     }
+
+    /// Whether no instance speaks from an address, not even for another: one of the network's own, or of no use outside.
+    fn is_nobodys(&self, address: Ipv4Addr) -> bool {
+        let is_own = [METADATA, LOCAL_CLIENT, self.router()].contains(&address) || self.is_resolver(address);
+        is_own || !self.vpc_cidr.contains(&address) && !is_outside(address)
+    }
 }
 
 /// The address that is so far behind a network's first.
@@ -132,7 +138,7 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
     if let Transport::Udp { source: 68, destination: 67 } = flow.transport {
         return answer::dhcp(view, packet).map(Verdict::Reply);
     }
-    if view.source_dest_check && !view.has(flow.source) {
+    if view.source_dest_check && !view.has(flow.source) || view.is_nobodys(flow.source) {
         return None;
     }
     let to = flow.destination;
@@ -153,7 +159,10 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
     let outside = to == LOCAL_CLIENT || is_outside(to) && view.routes.lead_out(to);
     let error = Flow::parse_error(packet);
     let allowed = match error {
-        Some(about) => table.allows_error(&view.policy, Direction::Egress, &flow, &about, now),
+        Some(about) => {
+            let by_rule = view.policy.allows(Direction::Egress, &flow);
+            table.allows_error(&view.policy, Direction::Egress, &about, by_rule, now)
+        }
         None => (is_local || outside) && table.allows(&view.policy, Direction::Egress, &flow, now),
     };
     if !allowed {
@@ -190,14 +199,36 @@ fn forward(view: &View, receiver: MacAddress, to: Ipv4Addr, mut frame: Frame) ->
     Some(frame)
 }
 
-/// Whether the interface lets a frame in that another sends it.
-pub(crate) fn admit(view: &View, table: &mut Conntrack, frame: &[u8], now: u32) -> bool {
+/// Who gives an interface a frame.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Giver<'a> {
+    /// Another interface.
+    Peer(&'a View),
+    /// The edge, for somebody outside.
+    Edge,
+}
+
+/// Whether the interface lets a frame in that another sends it. A group stands for its members, and for nobody who only has
+/// the address of one.
+pub(crate) fn admit(view: &View, from: Giver<'_>, table: &mut Conntrack, frame: &[u8], now: u32) -> bool {
     let Some(packet) = frame.get(ETHERNET_LEN..) else { return false };
-    match (Flow::parse_error(packet), Flow::parse(packet)) {
-        (Some(about), Some(error)) => {
-            table.allows_error(&view.policy, Direction::Ingress, &error, &about, now)
+    let Some(flow) = Flow::parse(packet) else { return false };
+    let is_itself = match from {
+        // It knows the router of its own subnet alone.
+        Giver::Peer(_) if view.is_nobodys(flow.source) => return false,
+        Giver::Peer(sender) => sender.has(flow.source),
+        Giver::Edge => false,
+    };
+    let policy = &view.policy;
+    match Flow::parse_error(packet) {
+        Some(about) => {
+            let by_rule = match is_itself {
+                true => policy.allows(Direction::Ingress, &flow),
+                false => policy.allows_stranger(&flow),
+            };
+            table.allows_error(policy, Direction::Ingress, &about, by_rule, now)
         }
-        (None, Some(flow)) => table.allows(&view.policy, Direction::Ingress, &flow, now),
-        (_, None) => false,
+        None if is_itself => table.allows(policy, Direction::Ingress, &flow, now),
+        None => table.allows_stranger(policy, &flow, now),
     }
 }
