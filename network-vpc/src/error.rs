@@ -25,6 +25,12 @@ pub enum ErrorKind {
     VpcNotFound,
     /// A VPC's block is not from /16 to /28.
     InvalidVpcRange,
+    /// There is a default VPC.
+    DefaultVpcAlreadyExists,
+    /// There is no default VPC for what was to be made in it.
+    DefaultVpcDoesNotExist,
+    /// The zone has a default subnet.
+    DefaultSubnetAlreadyExists,
     /// There is no such subnet.
     SubnetNotFound,
     /// A subnet's block is not from /16 to /28, or not in its VPC's.
@@ -138,6 +144,9 @@ impl Error {
         match self.kind {
             ErrorKind::VpcNotFound => "InvalidVpcID.NotFound",
             ErrorKind::InvalidVpcRange => "InvalidVpc.Range",
+            ErrorKind::DefaultVpcAlreadyExists => "DefaultVpcAlreadyExists",
+            ErrorKind::DefaultVpcDoesNotExist => "DefaultVpcDoesNotExist",
+            ErrorKind::DefaultSubnetAlreadyExists => "DefaultSubnetAlreadyExistsInAvailabilityZone",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::InvalidSubnetRange => "InvalidSubnet.Range",
             ErrorKind::SubnetConflict => "InvalidSubnet.Conflict",

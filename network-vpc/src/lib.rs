@@ -59,7 +59,7 @@
 //! What goes on outlives its rule, but not its peer: an interface that gets the address of one that was deleted goes
 //! on with nothing of what that one had begun.
 //!
-//! A network in a directory has one process at a time, as the region's lock sees to that is kept beside it.
+//! A network in a directory has one owner at a time, by a lock that goes with its last handle or its process.
 //!
 //! # The privileged alternative
 //!
@@ -95,7 +95,7 @@ mod port;
 mod routing;
 mod switch;
 
-pub use elastic::{Association, ElasticAddress};
+pub use elastic::{Association, ElasticAddress, PublicPort, PublicPorts};
 pub use error::{Error, ErrorKind, Result};
 pub use firewall::{Direction, Peer, Ports, Protocol, Rule};
 pub use key_pair::{CreatedKeyPair, KeyPair, KeyType};

@@ -14,7 +14,8 @@ mod public;
 mod routes;
 mod vpcs;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -30,7 +31,7 @@ pub use self::interfaces::InterfaceSpec;
 use self::lock::Lock;
 pub use self::options::NetworkOptions;
 use crate::edge::budget::Budget;
-use crate::edge::{Edge, Reach, WAKE};
+use crate::edge::{Carrier, Edge, Reach, WAKE};
 use crate::fabric::Fabric;
 use crate::model::{MTU, Memberships, Model};
 use crate::port::Port;
@@ -80,8 +81,9 @@ struct Inner {
 struct Plugged {
     port: Arc<Port>,
     edge: Edge,
-    /// Where it is listened for public addresses.
+    /// Where it is listened for public addresses, and where the host does not let us, and why.
     public: PublicOffers,
+    refused: BTreeMap<(Carrier, SocketAddr), String>,
 }
 
 impl Network {
@@ -119,7 +121,7 @@ impl Network {
         self.model().vpcs.values().cloned().collect()
     }
 
-    /// The VPC that is there from the beginning.
+    /// The VPC that is there from the beginning, or was [made](Self::create_default_vpc) in its place.
     ///
     /// # Errors
     ///
@@ -203,7 +205,8 @@ impl Network {
         let edge =
             Edge::start(poll, port.clone(), self.0.reach.clone(), self.0.budget.share()).map_err(refused)?;
         cable.set_stream_server(Some(edge.stream_server()));
-        let mut there = Plugged { port: port.clone(), edge, public: PublicOffers::new() };
+        let (public, refused) = Default::default();
+        let mut there = Plugged { port: port.clone(), edge, public, refused };
         self.listen_again(plugged, &there, &interface)?;
         there.offer(self.model().public_offers(&interface));
         self.0.fabric.add(&port);

@@ -8,7 +8,7 @@ use std::path::Path;
 use ami_core::SubnetId;
 use common::region::{image, open, spec};
 use instance_core::testing::FakeHypervisor;
-use network_vpc::{ErrorKind, Network, RouteState};
+use network_vpc::{ErrorKind, InterfaceSpec, Network, RouteState};
 
 /// What a launch takes that names no subnet.
 fn default_subnet(network: &Network) -> Option<SubnetId> {
@@ -48,6 +48,41 @@ fn a_launch_that_names_no_subnet_is_in_the_default_one() {
     drop((region, network));
     let (_, network) = open(dir.path(), FakeHypervisor::new());
     assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotFound);
+}
+
+/// With all that the first one had.
+#[test]
+fn a_default_vpc_and_its_subnet_are_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "eu-west-1".parse().unwrap();
+    let network = Network::open(dir.path(), &name).unwrap();
+    let (vpc, first) = (network.vpcs()[0].clone(), network.subnets()[0].clone());
+    network.delete_subnet(first.id).unwrap();
+    let conflicting = network.create_subnet(vpc.id, "172.31.4.0/24".parse().unwrap()).unwrap();
+    let made = network.create_default_subnet("eu-west-1a").unwrap();
+    assert_eq!((made.cidr.to_string().as_str(), made.default_for_az), ("172.31.16.0/20", true));
+    assert_eq!(network.interface_spec().unwrap(), InterfaceSpec::new(made.id));
+    for subnet in [conflicting.id, made.id] {
+        network.delete_subnet(subnet).unwrap();
+    }
+    let made = network.create_default_subnet("eu-west-1a").unwrap();
+    let mut expect = first.clone();
+    expect.id = made.id;
+    assert_eq!(made, expect, "as it was");
+
+    network.delete_subnet(made.id).unwrap();
+    network.detach_internet_gateway(network.internet_gateways()[0].id, vpc.id).unwrap();
+    network.delete_vpc(vpc.id).unwrap();
+    let again = network.create_default_vpc().unwrap();
+    assert_eq!((again.cidr, again.is_default, again.id == vpc.id), (vpc.cidr, true, false));
+    drop(network);
+    let network = Network::open(dir.path(), &name).unwrap();
+    assert_eq!(network.default_vpc().unwrap(), again.id);
+    (expect.id, expect.vpc_id) = (network.subnets()[0].id, again.id);
+    assert_eq!(network.subnets(), [expect]);
+    let main = network.main_route_table(again.id).unwrap();
+    assert_eq!(network.routes(main.id).unwrap()[0].state, RouteState::Active);
+    assert!(network.create_interface(network.interface_spec().unwrap()).is_ok());
 }
 
 fn of_old(dir: &Path, text: &str) -> Network {

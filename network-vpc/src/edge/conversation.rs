@@ -13,6 +13,8 @@ use super::names::Names;
 use super::pipe::Pipe;
 use super::wire::Key;
 use crate::metadata::Session;
+use crate::packet::{Flow, TcpFlags, Transport};
+use crate::port::Port;
 
 /// The most conversations of an interface with the world outside. More are refused, but where one of those that are over makes
 /// room.
@@ -111,6 +113,17 @@ impl Conversations {
             Kind::Client => hosts + clients < MOST && clients < MOST_OF_CLIENTS,
         }
     }
+}
+
+/// Whether the interface's groups let a client begin a conversation, whom the guest sees as the conversation's key says.
+pub(super) fn lets_in(port: &Port, real: Ipv4Addr, key: &Key) -> bool {
+    let ((own, destination), (shown, source)) = *key;
+    let flow = |client| {
+        let flags = TcpFlags { syn: true, ..TcpFlags::default() };
+        let transport = Transport::Tcp { source, destination, flags };
+        Flow { source: client, destination: own, transport }
+    };
+    port.admits(&flow(real), &flow(shown))
 }
 
 #[cfg(test)]

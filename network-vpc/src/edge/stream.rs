@@ -15,7 +15,7 @@ use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
 use super::budget::Opener;
-use super::conversation::{Conversation, Conversations, Kind, Other};
+use super::conversation::{Conversation, Conversations, Kind, Other, lets_in};
 use super::datagram::Datagrams;
 use super::names::Names;
 use super::pipe::{Pipe, is_connected};
@@ -25,7 +25,7 @@ use super::wire::Key;
 use super::{Entrance, Reach, Tokens, shown_as};
 use crate::answer::write_ethernet;
 use crate::metadata::Session;
-use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
+use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::{METADATA, ROUTER_MAC, View};
 
@@ -395,15 +395,4 @@ impl Streams {
             _ => None,
         }
     }
-}
-
-/// Whether the interface's groups let a client begin a conversation, whom the guest sees as the conversation's key says.
-fn lets_in(port: &Port, real: Ipv4Addr, key: &Key) -> bool {
-    let ((own, destination), (shown, source)) = *key;
-    let flow = |client| {
-        let flags = TcpFlags { syn: true, ..TcpFlags::default() };
-        let transport = Transport::Tcp { source, destination, flags };
-        Flow { source: client, destination: own, transport }
-    };
-    port.admits(&flow(real), &flow(shown))
 }
