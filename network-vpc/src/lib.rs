@@ -70,7 +70,7 @@
 //!
 //! # Left out
 //!
-//! More than one interface of an instance; IPv6, of which no frame passes; routes to anything but internet gateways; public addresses as guests reach them or
+//! More than one interface of an instance; IPv6, of which no frame passes; routes to anything but internet gateways and interfaces; public addresses as guests reach them or
 //! as the source of what goes out, pings of them, which the host's kernel answers itself, and protocols there but TCP and
 //! UDP; and rate limits.
 
@@ -102,4 +102,4 @@ pub use key_pair::{CreatedKeyPair, KeyPair, KeyType};
 pub use metadata::Metadata;
 pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
 pub use network::{DhcpOptions, DhcpSettings, InterfaceSpec, Network, NetworkOptions};
-pub use routing::{InternetGateway, Route, RouteState, RouteTable};
+pub use routing::{InternetGateway, Route, RouteState, RouteTable, RouteTarget};

@@ -12,7 +12,7 @@ use crate::answer;
 use crate::firewall::{Conntrack, Direction, Policy};
 use crate::network::DhcpSettings;
 use crate::packet::{Carries, ETHERNET_LEN, Ethernet, Flow, Transport, leaves_its_own};
-use crate::routing::Routes;
+use crate::routing::{Hop, Routes};
 
 #[cfg(test)]
 mod tests;
@@ -49,7 +49,7 @@ pub(crate) struct View {
     /// The ways out of the VPC.
     pub(crate) routes: Routes,
     pub(crate) dhcp: DhcpSettings,
-    /// Whether what it sends has to be from its own addresses.
+    /// Whether what it sends has to be from its own addresses, and what it gets for them.
     pub(crate) source_dest_check: bool,
     pub(crate) mtu: u16,
     /// The instance's name without its domain, and the domain.
@@ -156,22 +156,26 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
     }
     let is_local = view.vpc_cidr.contains(&to);
     // Clients that are seen so come in without a way out.
-    let outside = to == LOCAL_CLIENT || is_outside(to) && view.routes.lead_out(to);
+    let hop = match to {
+        LOCAL_CLIENT => Some(Hop::Out),
+        _ if is_local => Some(Hop::Interface(to)),
+        _ => view.routes.hop(to).filter(|_| is_outside(to)),
+    };
     let error = Flow::parse_error(packet);
     let allowed = match error {
         Some(about) => {
             let by_rule = view.policy.allows(Direction::Egress, &flow);
             table.allows_error(&view.policy, Direction::Egress, &about, by_rule, now)
         }
-        None => (is_local || outside) && table.allows(&view.policy, Direction::Egress, &flow, now),
+        None => hop.is_some() && table.allows(&view.policy, Direction::Egress, &flow, now),
     };
     if !allowed {
         return None;
     }
-    if !is_local {
-        return outside.then_some(Verdict::Edge(frame));
+    match hop? {
+        Hop::Out => Some(Verdict::Edge(frame)),
+        Hop::Interface(at) => forward(view, peers(at)?, to, frame).map(|frame| Verdict::Local(at, frame)),
     }
-    forward(view, peers(to)?, to, frame).map(|frame| Verdict::Local(to, frame))
 }
 
 /// Whether an address may be one outside: one host's, and of no special use.
@@ -213,6 +217,10 @@ pub(crate) enum Giver<'a> {
 pub(crate) fn admit(view: &View, from: Giver<'_>, table: &mut Conntrack, frame: &[u8], now: u32) -> bool {
     let Some(packet) = frame.get(ETHERNET_LEN..) else { return false };
     let Some(flow) = Flow::parse(packet) else { return false };
+    // A route may lead what is for others to one who does not pass it on.
+    if view.source_dest_check && !view.has(flow.destination) {
+        return false;
+    }
     let is_itself = match from {
         // It knows the router of its own subnet alone.
         Giver::Peer(_) if view.is_nobodys(flow.source) => return false,

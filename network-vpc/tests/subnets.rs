@@ -117,3 +117,29 @@ fn a_network_of_old_has_the_default_subnet_that_it_was_made_with() {
     let moved = second.replace("172.31.0.0/20", "172.31.16.0/20").replace("172.31.0.4", "172.31.16.4");
     assert_eq!(default_subnet(&of_old(dir.path(), &moved)), "subnet-08e0875d851bcb2b0".parse().ok());
 }
+
+/// What is kept, whatever it was that kept it, is kept as it was.
+#[test]
+fn a_network_of_today_and_one_of_before_keep_all_that_they_have() {
+    for (text, routes) in
+        [(include_str!("golden/network-3.json"), 1), (include_str!("golden/network-4.json"), 2)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let network = of_old(dir.path(), text);
+        let private = network.route_tables().into_iter().find(|table| !table.is_main).unwrap();
+        let there = network.routes(private.id).unwrap();
+        assert_eq!(there.len(), routes);
+        assert!(there.iter().all(|route| route.state == RouteState::Active), "{there:?}");
+        // It is written again with each change.
+        network.create_key_pair("new").unwrap();
+        network.delete_key_pair("new").unwrap();
+        let written = std::fs::read_to_string(dir.path().join("network.json")).unwrap();
+        let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        assert_eq!(json(&written), json(&text.replace("\"format\": 3", "\"format\": 4")));
+    }
+    let unknown = include_str!("golden/network-4.json").replace("\"format\": 4", "\"format\": 5");
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("network.json"), unknown).unwrap();
+    let refused = Network::open(dir.path(), &"eu-west-1".parse().unwrap()).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Corrupt);
+}

@@ -21,6 +21,7 @@ use crate::firewall::{Conntrack, Members, Peer, Policy, Rule};
 use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Session, Told};
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
+use crate::routing::{Hop, Routes};
 use crate::switch::{self, Giver, ROUTER_MAC, Verdict, View};
 use crate::{answer, dns};
 
@@ -43,7 +44,7 @@ pub(crate) fn view() -> Option<View> {
         address: OWN,
         secondary: Vec::new(),
         public: Vec::new(),
-        routes: crate::routing::Routes::new([(ipnet::Ipv4Net::default(), crate::RouteState::Active)]),
+        routes: Routes::new([(ipnet::Ipv4Net::default(), Some(Hop::Out))]),
         dhcp: crate::DhcpSettings::default(),
         source_dest_check: true,
         mtu: 1500,

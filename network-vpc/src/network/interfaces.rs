@@ -48,7 +48,8 @@ impl InterfaceSpec {
         self
     }
 
-    /// Whether it may send only what is from its own addresses, which is so unless this says otherwise.
+    /// Whether it may send only what is from its own addresses and gets only what is for them, which is so unless this says
+    /// otherwise.
     pub fn source_dest_check(mut self, on: bool) -> Self {
         self.source_dest_check = on;
         self
@@ -142,8 +143,9 @@ impl Network {
         })
     }
 
-    /// Whether an interface may send only what is from its own addresses: not so one of an instance that passes on what
-    /// others send. In force when this returns.
+    /// Whether an interface may send only what is from its own addresses, and gets only what is for them: not so one of an
+    /// instance that passes on what others send, to which [routes](Self::create_route) may lead. It is still in no group of
+    /// theirs, as far as rules go. In force when this returns.
     ///
     /// # Errors
     ///

@@ -64,9 +64,10 @@ impl NetworkOptions {
     /// How many sockets of the host's the conversations of all guests with the world outside have open at most: half of
     /// the descriptors that the process may have when the network is opened, and 32,768 at most, unless this says
     /// otherwise. Each network has its own, so who opens several says less. A guest gets
-    /// another as long as it has fewer than are left for all, so that one that opens what it can leaves half of them.
-    /// Where it gets none, its connection is refused, and of its datagrams the conversation that was silent longest
-    /// ends. Ports that are listened at are not counted: it is not guests who open them.
+    /// another as long as it has fewer than are left for all, so that one that opens what it can leaves half of them; of
+    /// these, clients from outside have three quarters at most.
+    /// Where it gets none, of its conversations by datagrams the one ends that was silent longest, and without one its
+    /// connection is refused. Ports that are listened at are not counted: it is not guests who open them.
     pub fn sockets(mut self, most: usize) -> Self {
         self.sockets = Some(most);
         self
