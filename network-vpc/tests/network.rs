@@ -87,6 +87,10 @@ fn subnets_are_routed_and_vpcs_are_apart() {
     assert_eq!(c.address, b.address);
     assert_reaches(&mut b, &mut a, 80);
     assert_cut_off(&mut c, &mut a, 80);
+    // Nor one whose address is nobody else's, so that an answer would find its way.
+    let alone = InterfaceSpec::new(subnet.id).private_ip("172.31.64.77".parse().unwrap());
+    let alone = network.create_interface(alone).unwrap();
+    assert_cut_off(&mut Guest::boot(network.plug(alone.id).unwrap()), &mut a, 80);
 }
 
 #[test]
