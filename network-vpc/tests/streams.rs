@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, Shutdown, TcpListener, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Instant;
 
@@ -17,7 +18,7 @@ use common::setup::{by_stream, open_interface, opened, options, own_address};
 use common::{Guest, PATIENCE, ROOM, SILENCE, assert_reaches};
 use hickory_proto::op::{Message, Query};
 use hickory_proto::rr::{Name, RecordType};
-use instance_core::net::{Frame, FrameStream, MacAddress, NetPort, Offloads};
+use instance_core::net::{self, Frame, FrameStream, MacAddress, NetPort, Offloads};
 use network_vpc::{ErrorKind, NetworkInterface};
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpPacket};
 
@@ -186,6 +187,39 @@ fn a_machine_that_sends_what_is_no_frame_loses_its_port() {
 fn a_guest_that_takes_long_frames_gets_them_whole() {
     if let Some(long_frames) = much_is_said(Offloads::ALL, 20, false) {
         assert!(long_frames > 60, "{long_frames} were long");
+    }
+}
+
+/// More waits for it than its queues hold; it takes all of that at once, and says nothing.
+#[test]
+fn what_waits_for_a_guest_comes_when_it_has_room() {
+    const CONVERSATIONS: usize = 40;
+    const MUCH: usize = 60_000;
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
+    let mut guest = Guest::boot(network.plug(open_interface(&network).id).unwrap());
+    let server = TcpListener::bind((own, 0)).unwrap();
+    let mut hosts = Vec::new();
+    for _ in 0..CONVERSATIONS {
+        guest.connect(PATIENCE, own, server.local_addr().unwrap().port()).unwrap();
+        hosts.push(server.accept().unwrap().0);
+    }
+    guest.work();
+    let (wake, woken) = channel();
+    guest.port.set_waker(Some(Arc::new(move || _ = wake.send(()))));
+    hosts.iter_mut().for_each(|host| host.write_all(&text(MUCH)).unwrap());
+    // As many as the cable holds.
+    let begun = Instant::now();
+    while guest.port.waiting() < net::FRAMES_KEPT {
+        assert!(begun.elapsed() < PATIENCE, "{} wait", guest.port.waiting());
+        thread::yield_now();
+    }
+    let mut heard = 0;
+    while heard < CONVERSATIONS * MUCH {
+        match guest.port.recv() {
+            Some(frame) => heard += frame.data.len().saturating_sub(14 + 40),
+            None => woken.recv_timeout(SILENCE * 2).unwrap_or_else(|_| panic!("only {heard} bytes came")),
+        }
     }
 }
 
