@@ -6,16 +6,29 @@ use std::net::Ipv4Addr;
 
 use instance_core::net::Frame;
 
-/// The most frames of a sender that wait, and the most senders.
+/// The most frames of a sender that wait, and the most peers.
 const SHARE: usize = 64;
-const SENDERS: usize = 256;
+const PEERS: usize = 256;
+
+/// Whose frames wait. The network itself has places that no peer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Sender {
+    /// Another instance, by its address.
+    Peer(Ipv4Addr),
+    /// What the network answers: ARP, DHCP, pings of the router, names.
+    Network,
+    /// Datagrams from outside.
+    Outside,
+    /// Conversations of TCP that end at the [edge](crate::edge).
+    Streams,
+}
 
 /// The frames that wait.
 #[derive(Debug, Default)]
 pub(crate) struct Backlog {
-    of: HashMap<Ipv4Addr, VecDeque<Frame>>,
+    of: HashMap<Sender, VecDeque<Frame>>,
     /// Whose turn it is. Every sender with frames is here once.
-    turns: VecDeque<Ipv4Addr>,
+    turns: VecDeque<Sender>,
 }
 
 impl Backlog {
@@ -24,13 +37,24 @@ impl Backlog {
     }
 
     /// Keeps a frame, unless its sender has its share of waiting ones.
-    pub(crate) fn push(&mut self, sender: Ipv4Addr, frame: Frame) {
-        if let Some(waiting) = self.of.get_mut(&sender) {
-            if waiting.len() < SHARE {
-                waiting.push_back(frame);
-            }
-        } else if self.of.len() < SENDERS {
-            self.of.insert(sender, VecDeque::from([frame]));
+    pub(crate) fn push(&mut self, sender: Sender, frame: Frame) {
+        self.fill(sender, &mut VecDeque::from([frame]));
+    }
+
+    /// Keeps so many frames of a sender's as it has a share left for, and leaves the others.
+    pub(crate) fn fill(&mut self, sender: Sender, frames: &mut VecDeque<Frame>) {
+        if frames.is_empty() {
+            return;
+        }
+        let is_known = self.of.contains_key(&sender);
+        // Those that are no peers are few.
+        if !is_known && matches!(sender, Sender::Peer(_)) && self.of.len() >= PEERS {
+            return;
+        }
+        let waiting = self.of.entry(sender).or_default();
+        let room = SHARE.saturating_sub(waiting.len()).min(frames.len());
+        waiting.extend(frames.drain(..room));
+        if !is_known {
             self.turns.push_back(sender);
         }
     }
@@ -60,8 +84,8 @@ impl Backlog {
 mod tests {
     use super::*;
 
-    const FLOOD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
-    const QUIET: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+    const FLOOD: Sender = Sender::Peer(Ipv4Addr::new(10, 0, 0, 1));
+    const QUIET: Sender = Sender::Peer(Ipv4Addr::new(10, 0, 0, 2));
 
     #[test]
     fn who_floods_loses_only_their_own() {
@@ -92,7 +116,24 @@ mod tests {
     #[test]
     fn senders_are_bounded() {
         let mut backlog = Backlog::default();
-        (0..10_000).for_each(|n| backlog.push(Ipv4Addr::from(n), Frame::new(vec![])));
-        assert_eq!((backlog.of.len(), backlog.turns.len()), (SENDERS, SENDERS));
+        let peers = (0..10_000).map(|n| Sender::Peer(Ipv4Addr::from(n)));
+        peers.for_each(|peer| backlog.push(peer, Frame::new(vec![])));
+        assert_eq!((backlog.of.len(), backlog.turns.len()), (PEERS, PEERS));
+        // The network has its place however many they are.
+        for (n, sender) in [Sender::Network, Sender::Outside, Sender::Streams].into_iter().enumerate() {
+            backlog.push(sender, Frame::new(vec![]));
+            assert_eq!((backlog.of.len(), backlog.turns.len()), (PEERS + 1 + n, PEERS + 1 + n), "{sender:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_sender_has_no_share_for_is_left_to_it() {
+        let mut backlog = Backlog::default();
+        let mut frames: VecDeque<_> = (0..100).map(|n| Frame::new(vec![n])).collect();
+        backlog.fill(Sender::Streams, &mut frames);
+        assert_eq!((frames.len(), frames[0].data[0]), (100 - SHARE, SHARE as u8));
+        backlog.drain(|_| Ok(()));
+        backlog.fill(Sender::Streams, &mut VecDeque::new());
+        assert!(backlog.is_empty());
     }
 }

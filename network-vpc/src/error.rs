@@ -25,6 +25,12 @@ pub enum ErrorKind {
     VpcNotFound,
     /// A VPC's block is not from /16 to /28.
     InvalidVpcRange,
+    /// There is a default VPC.
+    DefaultVpcAlreadyExists,
+    /// There is no default VPC for what was to be made in it.
+    DefaultVpcDoesNotExist,
+    /// The zone has a default subnet.
+    DefaultSubnetAlreadyExists,
     /// There is no such subnet.
     SubnetNotFound,
     /// A subnet's block is not from /16 to /28, or not in its VPC's.
@@ -47,7 +53,7 @@ pub enum ErrorKind {
     PermissionNotFound,
     /// There is no such interface.
     InterfaceNotFound,
-    /// The interface is plugged in.
+    /// An instance has the interface, or it is plugged in.
     InterfaceInUse,
     /// An address is not one of the subnet's that can be given.
     InvalidAddress,
@@ -89,6 +95,8 @@ pub enum ErrorKind {
     KeyPairDuplicate,
     /// A text is no public key of a kind that can be used.
     InvalidKeyFormat,
+    /// Another process or handle has the network's directory.
+    NetworkInUse,
     /// The state on disk cannot be read.
     Corrupt,
     /// The host refused or failed.
@@ -136,6 +144,9 @@ impl Error {
         match self.kind {
             ErrorKind::VpcNotFound => "InvalidVpcID.NotFound",
             ErrorKind::InvalidVpcRange => "InvalidVpc.Range",
+            ErrorKind::DefaultVpcAlreadyExists => "DefaultVpcAlreadyExists",
+            ErrorKind::DefaultVpcDoesNotExist => "DefaultVpcDoesNotExist",
+            ErrorKind::DefaultSubnetAlreadyExists => "DefaultSubnetAlreadyExistsInAvailabilityZone",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::InvalidSubnetRange => "InvalidSubnet.Range",
             ErrorKind::SubnetConflict => "InvalidSubnet.Conflict",
@@ -168,7 +179,7 @@ impl Error {
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::KeyPairDuplicate => "InvalidKeyPair.Duplicate",
             ErrorKind::InvalidKeyFormat => "InvalidKey.Format",
-            ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
+            ErrorKind::NetworkInUse | ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
         }
     }
 }

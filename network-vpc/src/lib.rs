@@ -59,7 +59,7 @@
 //! What goes on outlives its rule, but not its peer: an interface that gets the address of one that was deleted goes
 //! on with nothing of what that one had begun.
 //!
-//! A network in a directory has one process at a time, as the region's lock sees to that is kept beside it.
+//! A network in a directory has one owner at a time, by a lock that goes with its last handle or its process.
 //!
 //! # The privileged alternative
 //!
@@ -70,7 +70,7 @@
 //!
 //! # Left out
 //!
-//! More than one interface of an instance; IPv6, of which no frame passes; routes to anything but internet gateways; public addresses as guests reach them or
+//! More than one interface of an instance; IPv6, of which no frame passes; routes to anything but internet gateways and interfaces; public addresses as guests reach them or
 //! as the source of what goes out, pings of them, which the host's kernel answers itself, and protocols there but TCP and
 //! UDP; and rate limits.
 
@@ -80,6 +80,7 @@ mod dns;
 mod edge;
 mod elastic;
 mod error;
+mod fabric;
 mod firewall;
 mod fragments;
 #[cfg(any(test, fuzzing))]
@@ -94,11 +95,11 @@ mod port;
 mod routing;
 mod switch;
 
-pub use elastic::{Association, ElasticAddress};
+pub use elastic::{Association, ElasticAddress, PublicPort, PublicPorts};
 pub use error::{Error, ErrorKind, Result};
 pub use firewall::{Direction, Peer, Ports, Protocol, Rule};
 pub use key_pair::{CreatedKeyPair, KeyPair, KeyType};
 pub use metadata::Metadata;
 pub use model::{NetworkInterface, SecurityGroup, Subnet, Vpc};
 pub use network::{DhcpOptions, DhcpSettings, InterfaceSpec, Network, NetworkOptions};
-pub use routing::{InternetGateway, Route, RouteState, RouteTable};
+pub use routing::{InternetGateway, Route, RouteState, RouteTable, RouteTarget};

@@ -17,7 +17,7 @@ use crate::firewall::{Members, Policy};
 use crate::key_pair::KeyPair;
 use crate::network::DhcpOptions;
 use crate::network::forwards::PublicOffers;
-use crate::routing::{InternetGateway, RouteState, RouteTable, Routes};
+use crate::routing::{Hop, InternetGateway, RouteTable, RouteTarget, Routes};
 use crate::switch::{View, offset};
 use crate::{Error, ErrorKind, Result, Rule, dns};
 
@@ -104,8 +104,7 @@ pub struct NetworkInterface {
     pub(crate) has_public: bool,
     /// The groups it is in.
     pub groups: Vec<SecurityGroupId>,
-    /// Whether it may send only what is from its own addresses. Nothing comes to it that is for others, whatever this says: no
-    /// route leads to an interface.
+    /// Whether it may send only what is from its own addresses, and gets only what is for them.
     pub source_dest_check: bool,
     /// The instance that has it. It goes with one that it was made for, and not with one that was launched with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -179,7 +178,7 @@ pub(crate) struct Model {
 
 impl Model {
     /// The version of how it is kept.
-    pub(crate) const FORMAT: u32 = 3;
+    pub(crate) const FORMAT: u32 = 4;
 
     pub(crate) fn vpc(&self, id: VpcId) -> Result<&Vpc> {
         self.vpcs.get(&id).ok_or_else(|| not_found(ErrorKind::VpcNotFound, id))
@@ -238,10 +237,17 @@ impl Model {
         })
     }
 
-    /// What becomes of packets that take a route of a VPC's table.
-    pub(crate) fn route_state(&self, vpc: VpcId, gateway: InternetGatewayId) -> RouteState {
-        let leads = self.gateways.get(&gateway).is_some_and(|gateway| gateway.vpc_id == Some(vpc));
-        if leads { RouteState::Active } else { RouteState::Blackhole }
+    /// Where what takes a route of a VPC's goes next; nowhere, where it is a black hole.
+    pub(crate) fn hop(&self, vpc: VpcId, target: RouteTarget) -> Option<Hop> {
+        match target {
+            RouteTarget::InternetGateway(id) => {
+                self.gateways.get(&id).filter(|gateway| gateway.vpc_id == Some(vpc)).map(|_| Hop::Out)
+            }
+            RouteTarget::NetworkInterface(id) => {
+                let there = self.interfaces.get(&id).filter(|there| there.vpc_id == vpc);
+                there.map(|there| Hop::Interface(there.private_ip))
+            }
+        }
     }
 
     /// The addresses of a subnet that interfaces have.
@@ -318,7 +324,7 @@ impl Model {
             Some(id) => self.route_table(id)?,
             None => self.main_route_table(vpc.id)?,
         };
-        let routes = table.routes.iter().map(|(to, gateway)| (*to, self.route_state(vpc.id, *gateway)));
+        let routes = table.routes.iter().map(|(to, target)| (*to, self.hop(vpc.id, *target)));
         let options = vpc.dhcp_options_id.and_then(|id| self.dhcp_options.get(&id));
         let ingress = groups.iter().flat_map(|group| group.ingress.values());
         let egress = groups.iter().flat_map(|group| group.egress.values());

@@ -7,13 +7,15 @@ pub(crate) mod forwards;
 mod groups;
 mod interfaces;
 mod keys;
+mod lock;
 mod of_region;
 mod options;
 mod public;
 mod routes;
 mod vpcs;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,11 +28,13 @@ use mio::{Poll, Waker};
 pub use self::dhcp_options::{DhcpOptions, DhcpSettings};
 use self::forwards::PublicOffers;
 pub use self::interfaces::InterfaceSpec;
+use self::lock::Lock;
 pub use self::options::NetworkOptions;
 use crate::edge::budget::Budget;
-use crate::edge::{Edge, Reach, WAKE};
+use crate::edge::{Carrier, Edge, Reach, WAKE};
+use crate::fabric::Fabric;
 use crate::model::{MTU, Memberships, Model};
-use crate::port::{Fabric, Port};
+use crate::port::Port;
 use crate::{Error, ErrorKind, Metadata, NetworkInterface, Result, Subnet, Vpc};
 
 /// A region's network. Clones are the same.
@@ -69,19 +73,22 @@ struct Inner {
     plugged: Mutex<HashMap<NetworkInterfaceId, Plugged>>,
     fabric: Arc<Fabric>,
     model: Mutex<Model>,
+    /// Let go last.
+    _lock: Option<Lock>,
 }
 
 #[derive(Debug)]
 struct Plugged {
     port: Arc<Port>,
     edge: Edge,
-    /// Where it is listened for public addresses.
+    /// Where it is listened for public addresses, and where the host does not let us, and why.
     public: PublicOffers,
+    refused: BTreeMap<(Carrier, SocketAddr), String>,
 }
 
 impl Network {
     /// Opens the network that is kept in a directory, or begins one, with the [options](NetworkOptions) that
-    /// are the defaults.
+    /// are the defaults. The directory is this network's for as long as one of its handles is there.
     ///
     /// # Errors
     ///
@@ -99,12 +106,14 @@ impl Network {
         NetworkOptions::new().in_memory(region)
     }
 
-    fn new(model: Model, file: Option<PathBuf>, options: NetworkOptions) -> Self {
+    fn new(model: Model, kept: Option<(PathBuf, Lock)>, options: NetworkOptions) -> Self {
         let (plugged, fabric) = Default::default();
+        let (file, _lock) = kept.unzip();
         let NetworkOptions { reach, conversations, sockets, elastic_pool } = options;
         let budget = Budget::new(sockets.unwrap_or_else(Budget::of_process));
         let model = Mutex::new(model);
-        Self(Arc::new(Inner { file, reach, conversations, budget, elastic_pool, plugged, fabric, model }))
+        let inner = Inner { file, reach, conversations, budget, elastic_pool, plugged, fabric, model, _lock };
+        Self(Arc::new(inner))
     }
 
     /// The VPCs.
@@ -112,7 +121,7 @@ impl Network {
         self.model().vpcs.values().cloned().collect()
     }
 
-    /// The VPC that is there from the beginning.
+    /// The VPC that is there from the beginning, or was [made](Self::create_default_vpc) in its place.
     ///
     /// # Errors
     ///
@@ -196,7 +205,8 @@ impl Network {
         let edge =
             Edge::start(poll, port.clone(), self.0.reach.clone(), self.0.budget.share()).map_err(refused)?;
         cable.set_stream_server(Some(edge.stream_server()));
-        let mut there = Plugged { port: port.clone(), edge, public: PublicOffers::new() };
+        let (public, refused) = Default::default();
+        let mut there = Plugged { port: port.clone(), edge, public, refused };
         self.listen_again(plugged, &there, &interface)?;
         there.offer(self.model().public_offers(&interface));
         self.0.fabric.add(&port);

@@ -3,7 +3,7 @@
 //! What the machine sends is decided upon in the thread that sends it. What is for the [`edge`](crate::edge) waits
 //! for a thread of the interface's own, in a bounded queue: who floods fills only their own.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
@@ -13,62 +13,16 @@ use std::time::Instant;
 use ami_core::VpcId;
 use instance_core::net::{Frame, NetPort, Offloads, SendError};
 
-use crate::backlog::Backlog;
+use crate::backlog::{Backlog, Sender};
+use crate::fabric::Fabric;
 use crate::firewall::Conntrack;
 use crate::fragments::{self, Fragments};
 use crate::metadata::{self, Metadata, Secret, Told};
 use crate::packet::{ETHERNET_LEN, Flow};
-use crate::switch::{self, Verdict, View};
+use crate::switch::{self, Giver, Verdict, View};
 
 /// How many frames wait for the edge.
 const INBOX: usize = 512;
-
-/// All ports of a network, by where they are.
-#[derive(Debug, Default)]
-pub(crate) struct Fabric {
-    ports: RwLock<HashMap<(VpcId, Ipv4Addr), Arc<Port>>>,
-}
-
-impl Fabric {
-    pub(crate) fn find(&self, vpc: VpcId, address: Ipv4Addr) -> Option<Arc<Port>> {
-        self.ports.read().unwrap_or_else(PoisonError::into_inner).get(&(vpc, address)).cloned()
-    }
-
-    pub(crate) fn add(&self, port: &Arc<Port>) {
-        let view = port.view();
-        let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
-        ports.extend(view.addresses().map(|address| ((view.vpc, address), port.clone())));
-    }
-
-    /// Tells a port what is known of its interface now, which may have other addresses.
-    pub(crate) fn renew(&self, port: &Arc<Port>, view: View) {
-        let moved = !port.view().addresses().eq(view.addresses());
-        if moved {
-            let is_there = self.remove(port);
-            port.set_view(view);
-            if is_there {
-                self.add(port);
-            }
-        } else {
-            port.set_view(view);
-        }
-    }
-
-    /// Takes a port out, but for where another has its place by now. Says whether it was there.
-    pub(crate) fn remove(&self, port: &Arc<Port>) -> bool {
-        let view = port.view();
-        let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
-        let mut was_there = false;
-        for address in view.addresses() {
-            let at = (view.vpc, address);
-            if ports.get(&at).is_some_and(|there| Arc::ptr_eq(there, port)) {
-                ports.remove(&at);
-                was_there = true;
-            }
-        }
-        was_there
-    }
-}
 
 /// What a port and its edge share.
 pub(crate) struct Port {
@@ -80,7 +34,7 @@ pub(crate) struct Port {
     fabric: Weak<Fabric>,
     /// What of its packets is not complete.
     fragments: Mutex<Fragments>,
-    /// Frames of peers that the machine has no room for yet.
+    /// Frames that the machine has no room for yet.
     backlog: Mutex<Backlog>,
     /// The machine has made room, and nobody has looked at the backlog since.
     has_room: AtomicBool,
@@ -92,7 +46,7 @@ pub(crate) struct Port {
     edge_thread: OnceLock<ThreadId>,
     /// The edge has woken itself.
     edge_looks: AtomicBool,
-    /// The edge has frames that the machine had no room for.
+    /// The edge has frames of streams that there is no room for.
     pub(crate) stuck: AtomicBool,
     /// Held by whoever takes frames from the cable, so that they stay in order.
     pumping: Mutex<()>,
@@ -179,7 +133,7 @@ impl Port {
 
     /// Called when the machine has sent frames, has room again, or is gone.
     pub(crate) fn woken(&self) {
-        if self.stuck.load(Ordering::Acquire) || !self.is_plugged() {
+        if !self.is_plugged() {
             self.wake_edge();
         }
         self.catch_up();
@@ -214,12 +168,12 @@ impl Port {
         match verdict {
             Verdict::Drop => false,
             Verdict::Reply(answer) => {
-                self.send(Frame::new(answer));
+                self.answer(Frame::new(answer));
                 false
             }
             Verdict::Local(to, frame) => {
                 if let Some(receiver) = fabric.find(view.vpc, to) {
-                    receiver.receive(view.address, frame);
+                    receiver.receive(view, frame);
                 }
                 false
             }
@@ -238,18 +192,39 @@ impl Port {
     }
 
     /// Takes a frame from a peer, if the interface's groups let it in.
-    fn receive(&self, sender: Ipv4Addr, frame: Frame) {
+    fn receive(&self, sender: &View, frame: Frame) {
         let view = self.view();
-        if !switch::admit(&view, &mut self.table(), &frame.data, self.now()) {
-            return;
+        if switch::admit(&view, Giver::Peer(sender), &mut self.table(), &frame.data, self.now()) {
+            self.give(Sender::Peer(sender.address), fitting(frame, self.cable.peer_takes(), view.mtu));
         }
-        for frame in fitting(frame, self.cable.peer_takes(), view.mtu) {
+    }
+
+    /// Gives the machine frames, or has them wait for their turn. What there is no room for is lost, as on any network.
+    pub(crate) fn give(&self, sender: Sender, frames: Vec<Frame>) {
+        for frame in frames {
             let mut backlog = self.backlog();
             let refused = if backlog.is_empty() { self.offer(frame) } else { Err(frame) };
             if let Err(frame) = refused {
                 backlog.push(sender, frame);
             }
         }
+        self.look_again();
+    }
+
+    /// Gives the machine frames of streams in their order, or has them wait for their turn. Says whether there was room for all.
+    pub(crate) fn give_streams(&self, frames: &mut VecDeque<Frame>) -> bool {
+        {
+            let mut backlog = self.backlog();
+            if !backlog.is_empty() || !self.cable.send_all(frames) {
+                backlog.fill(Sender::Streams, frames);
+            }
+        }
+        self.look_again();
+        frames.is_empty()
+    }
+
+    /// Does what somebody else left to whoever had the backlog.
+    fn look_again(&self) {
         if self.has_room.load(Ordering::Acquire) {
             self.catch_up();
         }
@@ -264,6 +239,11 @@ impl Port {
             let Ok(mut backlog) = self.backlog.try_lock() else { return };
             self.has_room.store(false, Ordering::Release);
             backlog.drain(|frame| self.offer(frame));
+            drop(backlog);
+            // There is room for more of streams now, and it may be that nothing else tells.
+            if self.stuck.load(Ordering::Acquire) {
+                self.wake_edge();
+            }
         }
     }
 
@@ -279,12 +259,14 @@ impl Port {
         self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the machine is given of a frame from the edge: nothing, where the interface's groups do not let it in.
-    pub(crate) fn fitted(&self, frame: Frame, through_groups: bool) -> Vec<Frame> {
+    /// Whether the interface's groups let a frame from the edge in.
+    pub(crate) fn lets_in(&self, frame: &Frame) -> bool {
+        switch::admit(&self.view(), Giver::Edge, &mut self.table(), &frame.data, self.now())
+    }
+
+    /// What the machine is given of a frame of the network's.
+    pub(crate) fn fitted(&self, frame: Frame) -> Vec<Frame> {
         let view = self.view();
-        if through_groups && !switch::admit(&view, &mut self.table(), &frame.data, self.now()) {
-            return Vec::new();
-        }
         let is_whole =
             frame.segmentation.is_some() || frame.data.len() <= ETHERNET_LEN + usize::from(view.mtu);
         let frame = if is_whole {
@@ -295,14 +277,16 @@ impl Port {
         fitting(frame, self.cable.peer_takes(), view.mtu)
     }
 
-    /// A datagram from the edge, which is lost where the machine has no room for it.
-    pub(crate) fn send_from_edge(&self, frame: Frame, through_groups: bool) {
-        self.offer_all(&mut self.fitted(frame, through_groups).into());
+    /// Gives the machine a datagram from outside, if the interface's groups let it in.
+    pub(crate) fn give_from_outside(&self, frame: Frame) {
+        if self.lets_in(&frame) {
+            self.give(Sender::Outside, self.fitted(frame));
+        }
     }
 
-    /// Gives the machine frames, as far as it has room. Says whether it had room for all.
-    pub(crate) fn offer_all(&self, frames: &mut VecDeque<Frame>) -> bool {
-        self.cable.send_all(frames)
+    /// Gives the machine an answer of the network's own.
+    pub(crate) fn answer(&self, frame: Frame) {
+        self.give(Sender::Network, self.fitted(frame));
     }
 
     /// Whether a conversation may come in from outside, which the machine will see as `shown`.
@@ -329,13 +313,6 @@ impl Port {
     /// How many conversations are tracked.
     pub(crate) fn conversations(&self) -> usize {
         self.table().len()
-    }
-
-    /// Sends a frame; what finds no room is lost, as on any network.
-    fn send(&self, frame: Frame) {
-        for frame in frame.finish(self.cable.peer_takes()) {
-            let _ = self.cable.send(frame);
-        }
     }
 
     fn table(&self) -> MutexGuard<'_, Conntrack> {

@@ -1,9 +1,10 @@
 //! Ways out of a VPC, and which of a subnet's packets take them (VPC User Guide, "Configure route tables").
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::Ipv4Addr;
 
-use ami_core::{InternetGatewayId, RouteTableId, VpcId};
+use ami_core::{InternetGatewayId, NetworkInterfaceId, RouteTableId, VpcId};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
@@ -27,9 +28,41 @@ pub struct RouteTable {
     pub vpc_id: VpcId,
     /// Whether it is the one of all subnets that have no other.
     pub is_main: bool,
-    /// The gateway by destination; the most specific destination decides. A gateway that is not attached to the
-    /// VPC any more is a black hole.
-    pub routes: BTreeMap<Ipv4Net, InternetGatewayId>,
+    /// What is led to by destination; the most specific destination decides. A gateway that is not attached to the
+    /// VPC any more, and an interface that is gone, are black holes.
+    pub routes: BTreeMap<Ipv4Net, RouteTarget>,
+}
+
+/// What a route leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(untagged)]
+#[non_exhaustive]
+pub enum RouteTarget {
+    /// A way out of the VPC.
+    InternetGateway(InternetGatewayId),
+    /// An interface of the VPC, whose instance passes on what is for others: a NAT instance, or one that looks at what passes.
+    NetworkInterface(NetworkInterfaceId),
+}
+
+impl From<InternetGatewayId> for RouteTarget {
+    fn from(id: InternetGatewayId) -> Self {
+        Self::InternetGateway(id)
+    }
+}
+
+impl From<NetworkInterfaceId> for RouteTarget {
+    fn from(id: NetworkInterfaceId) -> Self {
+        Self::NetworkInterface(id)
+    }
+}
+
+impl fmt::Display for RouteTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InternetGateway(id) => id.fmt(f),
+            Self::NetworkInterface(id) => id.fmt(f),
+        }
+    }
 }
 
 /// A route of a [`RouteTable`], and what becomes of packets that take it.
@@ -38,8 +71,8 @@ pub struct RouteTable {
 pub struct Route {
     /// The addresses that it is for.
     pub destination: Ipv4Net,
-    /// The gateway that it leads to.
-    pub gateway_id: InternetGatewayId,
+    /// What it leads to.
+    pub target: RouteTarget,
     /// Whether it does.
     pub state: RouteState,
 }
@@ -48,27 +81,36 @@ pub struct Route {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RouteState {
-    /// They leave.
+    /// They go there.
     Active,
-    /// They are dropped: there is no such gateway, or it leads out of another VPC or out of none.
+    /// They are dropped: there is no such gateway, or it leads out of another VPC or out of none; or there is no such interface.
     Blackhole,
 }
 
 /// The routes of an interface's subnet, laid out for whoever asks of every packet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Routes(Vec<(Ipv4Net, RouteState)>);
+pub(crate) struct Routes(Vec<(Ipv4Net, Option<Hop>)>);
+
+/// Where packets go next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hop {
+    /// Out of the VPC.
+    Out,
+    /// To the interface with this address.
+    Interface(Ipv4Addr),
+}
 
 impl Routes {
-    pub(crate) fn new(routes: impl IntoIterator<Item = (Ipv4Net, RouteState)>) -> Self {
+    /// A route without a hop is a black hole.
+    pub(crate) fn new(routes: impl IntoIterator<Item = (Ipv4Net, Option<Hop>)>) -> Self {
         let mut routes: Vec<_> = routes.into_iter().collect();
         routes.sort_by_key(|(destination, _)| std::cmp::Reverse(destination.prefix_len()));
         Self(routes)
     }
 
-    /// Whether packets to an address leave the VPC.
-    pub(crate) fn lead_out(&self, to: Ipv4Addr) -> bool {
-        let route = self.0.iter().find(|(destination, _)| destination.contains(&to));
-        route.is_some_and(|(_, state)| *state == RouteState::Active)
+    /// Where packets to an address that is none of the VPC's go, if anywhere.
+    pub(crate) fn hop(&self, to: Ipv4Addr) -> Option<Hop> {
+        self.0.iter().find(|(destination, _)| destination.contains(&to)).and_then(|(_, hop)| *hop)
     }
 }
 
@@ -78,21 +120,22 @@ mod tests {
 
     #[test]
     fn the_most_specific_route_decides() {
-        let route = |net: &str, state| (net.parse::<Ipv4Net>().unwrap(), state);
+        let route = |net: &str, hop| (net.parse::<Ipv4Net>().unwrap(), hop);
+        let through = Some(Hop::Interface(Ipv4Addr::new(10, 0, 0, 9)));
         let routes = Routes::new([
-            route("198.51.100.128/25", RouteState::Active),
-            route("0.0.0.0/0", RouteState::Active),
-            route("198.51.100.0/24", RouteState::Blackhole),
+            route("198.51.100.128/25", through),
+            route("0.0.0.0/0", Some(Hop::Out)),
+            route("198.51.100.0/24", None),
         ]);
         for (to, expect) in [
-            ("203.0.113.1", true),
-            ("198.51.100.1", false),
-            ("198.51.100.127", false),
-            ("198.51.100.128", true),
-            ("198.51.101.1", true),
+            ("203.0.113.1", Some(Hop::Out)),
+            ("198.51.100.1", None),
+            ("198.51.100.127", None),
+            ("198.51.100.128", through),
+            ("198.51.101.1", Some(Hop::Out)),
         ] {
-            assert_eq!(routes.lead_out(to.parse().unwrap()), expect, "{to}");
+            assert_eq!(routes.hop(to.parse().unwrap()), expect, "{to}");
         }
-        assert!(!Routes::default().lead_out(Ipv4Addr::new(203, 0, 113, 1)));
+        assert_eq!(Routes::default().hop(Ipv4Addr::new(203, 0, 113, 1)), None);
     }
 }

@@ -12,7 +12,7 @@ use crate::answer;
 use crate::firewall::{Conntrack, Direction, Policy};
 use crate::network::DhcpSettings;
 use crate::packet::{Carries, ETHERNET_LEN, Ethernet, Flow, Transport, leaves_its_own};
-use crate::routing::Routes;
+use crate::routing::{Hop, Routes};
 
 #[cfg(test)]
 mod tests;
@@ -49,7 +49,7 @@ pub(crate) struct View {
     /// The ways out of the VPC.
     pub(crate) routes: Routes,
     pub(crate) dhcp: DhcpSettings,
-    /// Whether what it sends has to be from its own addresses.
+    /// Whether what it sends has to be from its own addresses, and what it gets for them.
     pub(crate) source_dest_check: bool,
     pub(crate) mtu: u16,
     /// The instance's name without its domain, and the domain.
@@ -85,6 +85,12 @@ impl View {
 
     pub(crate) fn is_resolver(&self, address: Ipv4Addr) -> bool {
         address == RESOLVER || address == self.resolver()
+    }
+
+    /// Whether no instance speaks from an address, not even for another: one of the network's own, or of no use outside.
+    fn is_nobodys(&self, address: Ipv4Addr) -> bool {
+        let is_own = [METADATA, LOCAL_CLIENT, self.router()].contains(&address) || self.is_resolver(address);
+        is_own || !self.vpc_cidr.contains(&address) && !is_outside(address)
     }
 }
 
@@ -132,7 +138,7 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
     if let Transport::Udp { source: 68, destination: 67 } = flow.transport {
         return answer::dhcp(view, packet).map(Verdict::Reply);
     }
-    if view.source_dest_check && !view.has(flow.source) {
+    if view.source_dest_check && !view.has(flow.source) || view.is_nobodys(flow.source) {
         return None;
     }
     let to = flow.destination;
@@ -150,19 +156,26 @@ fn route(view: &View, peers: Peers<'_>, table: &mut Conntrack, frame: Frame, now
     }
     let is_local = view.vpc_cidr.contains(&to);
     // Clients that are seen so come in without a way out.
-    let outside = to == LOCAL_CLIENT || is_outside(to) && view.routes.lead_out(to);
+    let hop = match to {
+        LOCAL_CLIENT => Some(Hop::Out),
+        _ if is_local => Some(Hop::Interface(to)),
+        _ => view.routes.hop(to).filter(|_| is_outside(to)),
+    };
     let error = Flow::parse_error(packet);
     let allowed = match error {
-        Some(about) => table.allows_error(&view.policy, Direction::Egress, &flow, &about, now),
-        None => (is_local || outside) && table.allows(&view.policy, Direction::Egress, &flow, now),
+        Some(about) => {
+            let by_rule = view.policy.allows(Direction::Egress, &flow);
+            table.allows_error(&view.policy, Direction::Egress, &about, by_rule, now)
+        }
+        None => hop.is_some() && table.allows(&view.policy, Direction::Egress, &flow, now),
     };
     if !allowed {
         return None;
     }
-    if !is_local {
-        return outside.then_some(Verdict::Edge(frame));
+    match hop? {
+        Hop::Out => Some(Verdict::Edge(frame)),
+        Hop::Interface(at) => forward(view, peers(at)?, to, frame).map(|frame| Verdict::Local(at, frame)),
     }
-    forward(view, peers(to)?, to, frame).map(|frame| Verdict::Local(to, frame))
 }
 
 /// Whether an address may be one outside: one host's, and of no special use.
@@ -190,14 +203,40 @@ fn forward(view: &View, receiver: MacAddress, to: Ipv4Addr, mut frame: Frame) ->
     Some(frame)
 }
 
-/// Whether the interface lets a frame in that another sends it.
-pub(crate) fn admit(view: &View, table: &mut Conntrack, frame: &[u8], now: u32) -> bool {
+/// Who gives an interface a frame.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Giver<'a> {
+    /// Another interface.
+    Peer(&'a View),
+    /// The edge, for somebody outside.
+    Edge,
+}
+
+/// Whether the interface lets a frame in that another sends it. A group stands for its members, and for nobody who only has
+/// the address of one.
+pub(crate) fn admit(view: &View, from: Giver<'_>, table: &mut Conntrack, frame: &[u8], now: u32) -> bool {
     let Some(packet) = frame.get(ETHERNET_LEN..) else { return false };
-    match (Flow::parse_error(packet), Flow::parse(packet)) {
-        (Some(about), Some(error)) => {
-            table.allows_error(&view.policy, Direction::Ingress, &error, &about, now)
+    let Some(flow) = Flow::parse(packet) else { return false };
+    // A route may lead what is for others to one who does not pass it on.
+    if view.source_dest_check && !view.has(flow.destination) {
+        return false;
+    }
+    let is_itself = match from {
+        // It knows the router of its own subnet alone.
+        Giver::Peer(_) if view.is_nobodys(flow.source) => return false,
+        Giver::Peer(sender) => sender.has(flow.source),
+        Giver::Edge => false,
+    };
+    let policy = &view.policy;
+    match Flow::parse_error(packet) {
+        Some(about) => {
+            let by_rule = match is_itself {
+                true => policy.allows(Direction::Ingress, &flow),
+                false => policy.allows_stranger(&flow),
+            };
+            table.allows_error(policy, Direction::Ingress, &about, by_rule, now)
         }
-        (None, Some(flow)) => table.allows(&view.policy, Direction::Ingress, &flow, now),
-        (_, None) => false,
+        None if is_itself => table.allows(policy, Direction::Ingress, &flow, now),
+        None => table.allows_stranger(policy, &flow, now),
     }
 }

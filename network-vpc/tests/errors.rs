@@ -35,6 +35,17 @@ where
     format!("{prefix}-0123456789abcdef0").parse().unwrap()
 }
 
+fn delete_default_vpc(network: &Network) {
+    let vpc = network.default_vpc().unwrap();
+    network.interfaces().iter().for_each(|there| network.delete_interface(there.id).unwrap());
+    network.subnets().iter().for_each(|there| network.delete_subnet(there.id).unwrap());
+    network
+        .internet_gateways()
+        .iter()
+        .for_each(|there| network.detach_internet_gateway(there.id, vpc).unwrap());
+    network.delete_vpc(vpc).unwrap();
+}
+
 fn of_vpcs_and_subnets(raised: &mut Raised) {
     let network = network();
     let vpc = network.default_vpc().unwrap();
@@ -49,6 +60,17 @@ fn of_vpcs_and_subnets(raised: &mut Raised) {
 
     network.create_interface(network.interface_spec().unwrap()).unwrap();
     raised.by(ErrorKind::DependencyViolation, "DependencyViolation", network.delete_vpc(vpc));
+
+    let there = network.create_default_vpc();
+    raised.by(ErrorKind::DefaultVpcAlreadyExists, "DefaultVpcAlreadyExists", there);
+    let kind = ErrorKind::DefaultSubnetAlreadyExists;
+    let there = network.create_default_subnet("eu-west-1a");
+    raised.by(kind, "DefaultSubnetAlreadyExistsInAvailabilityZone", there);
+    let nowhere = network.create_default_subnet("eu-west-1b");
+    raised.by(ErrorKind::InvalidParameter, "InvalidParameterValue", nowhere);
+    delete_default_vpc(&network);
+    let in_none = network.create_default_subnet("eu-west-1a");
+    raised.by(ErrorKind::DefaultVpcDoesNotExist, "DefaultVpcDoesNotExist", in_none);
 }
 
 fn of_groups(raised: &mut Raised) {
@@ -189,7 +211,9 @@ fn of_options_and_keys(raised: &mut Raised) {
 fn of_the_host(raised: &mut Raised) {
     let dir = tempfile::tempdir().unwrap();
     let region = "eu-west-1".parse().unwrap();
-    drop(Network::open(dir.path(), &region).unwrap());
+    let first = Network::open(dir.path(), &region).unwrap();
+    raised.by(ErrorKind::NetworkInUse, "InternalError", Network::open(dir.path(), &region));
+    drop(first);
     std::fs::write(dir.path().join("network.json"), "{").unwrap();
     raised.by(ErrorKind::Corrupt, "InternalError", Network::open(dir.path(), &region));
     let in_a_file = Network::open(&dir.path().join("network.json"), &region);

@@ -4,7 +4,8 @@
 mod common;
 
 use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
 
 use common::packets::{ROUTER, Way, datagram};
 use common::setup::{anywhere, boot, interface, network};
@@ -65,6 +66,64 @@ fn what_passes_on_for_others_is_let_to() {
         of_a.send(Frame::new(datagram(way, [4000, 9], b"hello"))).unwrap();
         assert_eq!(came(&of_b), expect, "{checked}");
     }
+}
+
+/// Whoever passes on what others send has none of their memberships, and is not the network itself.
+#[test]
+fn who_passes_on_for_others_is_in_no_group_of_theirs_and_no_client_of_the_host() {
+    let network = network();
+    let vpc = network.default_vpc().unwrap();
+    let member = interface(&network, "members", &[]);
+    let of_members = Rule::all(Peer::Group(member.groups[0]));
+    let friend = interface(&network, "friend", &[of_members]);
+    let server = interface(&network, "server", &[Rule::udp(9..=9, "127.0.0.1/32".parse().unwrap())]);
+    let open = interface(&network, "open", &[Rule::all(Peer::Cidr(anywhere()))]);
+    let far = network.create_subnet(vpc, "172.31.64.0/24".parse().unwrap()).unwrap().id;
+    let there = network.create_interface(InterfaceSpec::new(far).groups(open.groups.clone())).unwrap();
+    let router = network.interface_spec().unwrap().groups(open.groups.clone()).source_dest_check(false);
+    let router = network.create_interface(router).unwrap();
+    let [of_member, to_friend, to_server, to_open, to_there, of_router] =
+        [&member, &friend, &server, &open, &there, &router].map(|i| network.plug(i.id).unwrap().port);
+    let send = |by: &NetPort, mac: MacAddress, from: Ipv4Addr, port: u16, to: Ipv4Addr| {
+        let way = Way { macs: [mac, ROUTER], addresses: [from, to] };
+        by.send(Frame::new(datagram(way, [port, 9], b"hello"))).unwrap();
+    };
+    send(&of_router, router.mac, member.private_ip, 4000, friend.private_ip);
+    assert_eq!(came(&to_friend), 0, "who has a member's address is none");
+    send(&of_member, member.mac, member.private_ip, 4000, friend.private_ip);
+    assert_eq!(came(&to_friend), 1, "a member");
+    send(&of_router, router.mac, member.private_ip, 4000, open.private_ip);
+    assert_eq!(came(&to_open), 1, "what a rule names by its address");
+
+    // A client of the host's is there, and stays the only one.
+    let at = network.forward_udp(server.id, 9, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.send_to(b"hello", at).unwrap();
+    let begun = Instant::now();
+    while to_server.recv().is_none() {
+        assert!(begun.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(1)); // nothing tells a test that holds the port itself
+    }
+    let local_client = Ipv4Addr::new(169, 254, 0, 1);
+    send(&of_router, router.mac, local_client, client.local_addr().unwrap().port(), server.private_ip);
+    assert_eq!(came(&to_server), 0, "a client of the host's");
+
+    for (from, expect) in [
+        ([198, 51, 100, 7], 1),
+        ([169, 254, 0, 1], 0),
+        ([169, 254, 169, 254], 0),
+        ([169, 254, 169, 253], 0),
+        ([169, 254, 7, 7], 0),
+        ([172, 31, 0, 1], 0),
+        ([172, 31, 0, 2], 0),
+        ([127, 0, 0, 1], 0),
+        ([224, 0, 0, 1], 0),
+    ] {
+        send(&of_router, router.mac, from.into(), 4000, open.private_ip);
+        assert_eq!(came(&to_open), expect, "{from:?}");
+    }
+    send(&of_router, router.mac, Ipv4Addr::new(172, 31, 64, 1), 4000, there.private_ip);
+    assert_eq!(came(&to_there), 0, "another subnet's router");
 }
 
 #[test]

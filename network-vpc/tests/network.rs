@@ -12,7 +12,7 @@ use common::setup::{anywhere, boot, interface, network, own_address};
 use common::{Guest, PATIENCE, SILENCE, assert_reaches, reaches, together};
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
-use network_vpc::{Direction, InterfaceSpec, Metadata, Network, NetworkOptions, Peer, Rule};
+use network_vpc::{Direction, ErrorKind, InterfaceSpec, Metadata, Network, NetworkOptions, Peer, Rule};
 use smoltcp::socket::tcp;
 
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -70,7 +70,8 @@ fn security_groups_decide_who_gets_in() {
 fn subnets_are_routed_and_vpcs_are_apart() {
     let network = network();
     let vpc = network.default_vpc().unwrap();
-    let (_, mut a) = boot(&network, "a", &[]);
+    // Which everybody may reach who can.
+    let (_, mut a) = boot(&network, "a", &[Rule::all(Peer::Cidr(anywhere()))]);
     let group = network.create_security_group(vpc, "b", "").unwrap().id;
     network.authorize(group, Direction::Ingress, Rule::tcp(80, anywhere())).unwrap();
     let other = network.create_subnet(vpc, "172.31.64.0/24".parse().unwrap()).unwrap();
@@ -84,7 +85,12 @@ fn subnets_are_routed_and_vpcs_are_apart() {
     let stranger = network.create_interface(InterfaceSpec::new(subnet.id)).unwrap();
     let mut c = Guest::boot(network.plug(stranger.id).unwrap());
     assert_eq!(c.address, b.address);
+    assert_reaches(&mut b, &mut a, 80);
     assert_cut_off(&mut c, &mut a, 80);
+    // Nor one whose address is nobody else's, so that an answer would find its way.
+    let alone = InterfaceSpec::new(subnet.id).private_ip("172.31.64.77".parse().unwrap());
+    let alone = network.create_interface(alone).unwrap();
+    assert_cut_off(&mut Guest::boot(network.plug(alone.id).unwrap()), &mut a, 80);
 }
 
 #[test]
@@ -245,6 +251,27 @@ fn a_network_is_there_again_when_it_is_opened_again() {
     let client = TcpStream::connect(at).unwrap();
     guest.until(|guest| (guest.tcp(server).state() == tcp::State::Established).then_some(())).unwrap();
     drop(client);
+}
+
+#[test]
+fn a_network_has_one_owner_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = "eu-west-1".parse().unwrap();
+    let open = || Network::open(&dir.path().join("network"), &region);
+    let first = open().unwrap();
+    let refused = open().unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NetworkInUse);
+    let other = first.clone();
+    let made = first.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap();
+    drop(first);
+    assert_eq!(open().unwrap_err().kind(), ErrorKind::NetworkInUse, "a clone is the same");
+    drop(other);
+    assert!(open().unwrap().vpcs().contains(&made));
+    // Who cannot open it leaves it to others.
+    std::fs::write(dir.path().join("network/network.json"), "{").unwrap();
+    for _ in 0..2 {
+        assert_eq!(open().unwrap_err().kind(), ErrorKind::Corrupt);
+    }
 }
 
 #[test]

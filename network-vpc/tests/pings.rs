@@ -11,6 +11,7 @@ use common::setup::{anywhere, boot, interface, network, opened, options, own_add
 use common::{PATIENCE, SILENCE, together};
 use instance_core::net::{Frame, NetPort};
 use network_vpc::{NetworkInterface, Rule};
+use smoltcp::wire::Ipv4Packet;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// The answers that come to a port until there are so many, or for a while if there are to be none.
@@ -40,6 +41,27 @@ fn the_router_answers() {
     let router = Ipv4Addr::new(172, 31, 0, 1);
     send(&port, &here, router, (7, 3), b"are you there?");
     assert_eq!(pongs(&port, 1), [(router, 7, 3, b"are you there?".to_vec())]);
+}
+
+/// A frame of the guest's may be longer than the packets that it takes: what leaves cutting to others.
+#[test]
+fn the_router_answers_long_pings_in_fragments() {
+    let network = network();
+    let here = interface(&network, "a", &[]);
+    let port = network.plug(here.id).unwrap().port;
+    let data: Vec<u8> = (0..4000).map(|n| (n / 7) as u8).collect();
+    send(&port, &here, Ipv4Addr::new(172, 31, 0, 1), (7, 3), &data);
+    let mut whole = vec![0; 8 + data.len()];
+    let mut count = 0;
+    while let Some(frame) = port.recv() {
+        assert!(frame.data.len() <= 1514, "longer than the guest takes");
+        let ip = Ipv4Packet::new_checked(&frame.data[14..]).unwrap();
+        let at = usize::from(ip.frag_offset());
+        assert!(ip.verify_checksum() && ip.more_frags() == (at + ip.payload().len() < whole.len()));
+        whole[at..at + ip.payload().len()].copy_from_slice(ip.payload());
+        count += 1;
+    }
+    assert!(count == 3 && whole[8..] == data, "{count} fragments");
 }
 
 #[test]

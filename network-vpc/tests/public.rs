@@ -11,7 +11,7 @@ use common::region::{Idle, image, open, spec};
 use common::setup::anywhere;
 use instance_core::testing::FakeHypervisor;
 use instance_core::{ErrorKind, InstanceState, Region, RegionOptions};
-use network_vpc::{Direction, ElasticAddress, Network, NetworkOptions, Rule};
+use network_vpc::{Direction, ElasticAddress, Network, NetworkOptions, Peer, Protocol, PublicPort, Rule};
 
 /// A port that needs no privilege to be listened at.
 const PORT: u16 = 8643;
@@ -172,6 +172,47 @@ fn an_instance_that_is_gone_has_no_public_address_although_its_interface_stays()
 }
 
 /// A region whose network has so many public addresses.
+/// An address is of no use where the host does not let anybody come to it.
+#[test]
+fn a_public_address_says_where_it_is_listened_and_where_not() {
+    let network = common::setup::network();
+    let every = Rule::all(Peer::Cidr(anywhere()));
+    let rules = [Rule::tcp(PORT, anywhere()), Rule::tcp(PORT + 1, anywhere()), every];
+    let interface = common::setup::interface(&network, "web", &rules);
+    let udp = Rule::udp(PORT..=PORT, anywhere());
+    network.authorize(interface.groups[0], Direction::Ingress, udp).unwrap();
+    assert_eq!(network.public_ports(interface.id).unwrap(), [], "it has none");
+    let address = network.allocate_address().unwrap();
+    network.associate_address(address.allocation_id, interface.id, None).unwrap();
+    let ports = || {
+        let [there] = network.public_ports(interface.id).unwrap().try_into().unwrap();
+        assert_eq!((there.public_ip, there.private_ip), (address.public_ip, interface.private_ip));
+        let flat = |ports: &[PublicPort]| ports.iter().map(|p| (p.protocol, p.port)).collect::<Vec<_>>();
+        let (refused, why): (Vec<_>, Vec<_>) = there.refused.iter().cloned().unzip();
+        (flat(&there.listened), flat(&refused), why.concat(), there.not_offered)
+    };
+    let group = network.security_group(interface.groups[0]).unwrap();
+    let wide = group.ingress.iter().find(|(_, rule)| rule.protocol == Protocol::Any).map(|(id, _)| *id);
+    let wide = vec![wide.unwrap()];
+    assert_eq!(ports(), (vec![], vec![], String::new(), wide.clone()), "nothing is plugged in");
+
+    let taken = TcpListener::bind((address.public_ip, PORT + 1)).unwrap();
+    let machine = network.plug(interface.id).unwrap();
+    let both = vec![(Protocol::Tcp, PORT), (Protocol::Udp, PORT)];
+    let (listened, refused, why, not_offered) = ports();
+    assert_eq!((&listened, refused, not_offered), (&both, vec![(Protocol::Tcp, PORT + 1)], wide));
+    assert!(why.contains("in use"), "{why}");
+    assert!(TcpStream::connect((address.public_ip, PORT)).is_ok());
+
+    // It is tried again when something changes.
+    drop(taken);
+    network.revoke(interface.groups[0], ports().3[0]).unwrap();
+    let all = vec![(Protocol::Tcp, PORT), (Protocol::Tcp, PORT + 1), (Protocol::Udp, PORT)];
+    assert_eq!(ports(), (all, vec![], String::new(), vec![]));
+    drop(machine);
+    assert_eq!(ports().0, [], "nobody is there who would answer");
+}
+
 fn of_few(dir: &Path, pool: &str) -> (Region<FakeHypervisor>, Network) {
     let name = "eu-west-1".parse().unwrap();
     let options = NetworkOptions::new().resolver(None).elastic_pool(pool.parse().unwrap());

@@ -37,6 +37,8 @@ fn an_instance_has_a_place_for_as_long_as_it_is() {
     server.reboot().unwrap();
     server.stop(std::time::Duration::ZERO).unwrap();
     network.plug(place.interface_id).expect("a stopped instance is plugged in nowhere");
+    let in_use = network.delete_interface(place.interface_id).unwrap_err();
+    assert_eq!(in_use.code(), "InvalidNetworkInterface.InUse", "a stopped instance has it still");
     server.start().unwrap();
     assert_eq!(server.describe().network.as_ref(), Some(&place));
     server.terminate().unwrap();

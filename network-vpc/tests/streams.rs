@@ -3,18 +3,22 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Instant;
 
-use common::packets::{Way, datagram};
+use common::packets::{Way, datagram, ping};
 use common::setup::{by_stream, open_interface, opened, options, own_address};
 use common::{Guest, PATIENCE, ROOM, SILENCE, assert_reaches};
-use instance_core::net::{Frame, FrameStream, MacAddress, NetPort, Offloads};
+use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::{Name, RecordType};
+use instance_core::net::{self, Frame, FrameStream, MacAddress, NetPort, Offloads};
 use network_vpc::{ErrorKind, NetworkInterface};
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpPacket};
 
@@ -186,6 +190,39 @@ fn a_guest_that_takes_long_frames_gets_them_whole() {
     }
 }
 
+/// More waits for it than its queues hold; it takes all of that at once, and says nothing.
+#[test]
+fn what_waits_for_a_guest_comes_when_it_has_room() {
+    const CONVERSATIONS: usize = 40;
+    const MUCH: usize = 60_000;
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
+    let mut guest = Guest::boot(network.plug(open_interface(&network).id).unwrap());
+    let server = TcpListener::bind((own, 0)).unwrap();
+    let mut hosts = Vec::new();
+    for _ in 0..CONVERSATIONS {
+        guest.connect(PATIENCE, own, server.local_addr().unwrap().port()).unwrap();
+        hosts.push(server.accept().unwrap().0);
+    }
+    guest.work();
+    let (wake, woken) = channel();
+    guest.port.set_waker(Some(Arc::new(move || _ = wake.send(()))));
+    hosts.iter_mut().for_each(|host| host.write_all(&text(MUCH)).unwrap());
+    // As many as the cable holds.
+    let begun = Instant::now();
+    while guest.port.waiting() < net::FRAMES_KEPT {
+        assert!(begun.elapsed() < PATIENCE, "{} wait", guest.port.waiting());
+        thread::yield_now();
+    }
+    let mut heard = 0;
+    while heard < CONVERSATIONS * MUCH {
+        match guest.port.recv() {
+            Some(frame) => heard += frame.data.len().saturating_sub(14 + 40),
+            None => woken.recv_timeout(SILENCE * 2).unwrap_or_else(|_| panic!("only {heard} bytes came")),
+        }
+    }
+}
+
 #[test]
 fn guests_share_the_sockets_of_the_host() {
     let Some(own) = own_address() else { return };
@@ -254,6 +291,51 @@ fn a_guest_that_floods_takes_no_neighbours_share_of_the_edge() {
     }
     over.store(true, Ordering::Relaxed);
     sender.join().unwrap();
+}
+
+/// It takes nothing while another floods it, and then all that has waited.
+#[test]
+fn a_guest_that_is_flooded_has_its_answers_of_the_network() {
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
+    let [flooding, flooded] = [0, 1].map(|_| open_interface(&network));
+    let [flood, port] = [&flooding, &flooded].map(|interface| network.plug(interface.id).unwrap().port);
+    let resolver = Ipv4Addr::new(172, 31, 0, 2);
+    let router = Ipv4Addr::new(172, 31, 0, 1);
+    let way = |to| Way { macs: [flooded.mac, MacAddress(ROUTER)], addresses: [flooded.private_ip, to] };
+    let much = |count: usize| {
+        let way =
+            Way { macs: [flooding.mac, flooded.mac], addresses: [flooding.private_ip, flooded.private_ip] };
+        (0..count).for_each(|_| _ = flood.send(Frame::new(datagram(way, [4000, 9], b"flood"))));
+    };
+    much(10_000);
+    // A question of which the network knows the answer, pings of the router, and the beginning of a conversation with a service.
+    let mut question = Message::new();
+    let name = format!("{}.eu-west-1.compute.internal.", flooded.private_host_name());
+    question.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+    port.send(Frame::new(datagram(way(resolver), [5000, 53], &question.to_vec().unwrap()))).unwrap();
+    port.send(Frame::new(ping(way(router), 7, 3, b"there?"))).unwrap();
+    port.send(syn((flooded.mac, flooded.private_ip), Ipv4Addr::new(169, 254, 169, 254), 6000, 80)).unwrap();
+    // The edge has done all that when it sends what comes behind it, and its answer has come when that of the next does.
+    let host = UdpSocket::bind((own, 0)).unwrap();
+    host.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut bytes = [0; 10];
+    for _ in 0..2 {
+        let at = host.local_addr().unwrap().port();
+        port.send(Frame::new(datagram(way(own), [7000, at], b"hello"))).unwrap();
+        let (_, guest) = host.recv_from(&mut bytes).unwrap();
+        host.send_to(b"welcome", guest).unwrap();
+    }
+    much(1000);
+    let mut heard = BTreeSet::new();
+    while let Some(frame) = port.recv() {
+        let ip = Ipv4Packet::new_checked(&frame.data[14..]).unwrap();
+        if ip.src_addr() != flooding.private_ip {
+            heard.insert((ip.src_addr(), u8::from(ip.next_header())));
+        }
+    }
+    let metadata = Ipv4Addr::new(169, 254, 169, 254);
+    assert_eq!(heard, BTreeSet::from([(resolver, 17), (router, 1), (metadata, 6), (own, 17)]));
 }
 
 /// The receiver takes nothing while two send to it, and then all that has waited.

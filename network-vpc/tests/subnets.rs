@@ -8,7 +8,7 @@ use std::path::Path;
 use ami_core::SubnetId;
 use common::region::{image, open, spec};
 use instance_core::testing::FakeHypervisor;
-use network_vpc::{ErrorKind, Network, RouteState};
+use network_vpc::{ErrorKind, InterfaceSpec, Network, RouteState};
 
 /// What a launch takes that names no subnet.
 fn default_subnet(network: &Network) -> Option<SubnetId> {
@@ -42,13 +42,47 @@ fn a_launch_that_names_no_subnet_is_in_the_default_one() {
         network.delete_interface(interface.id).unwrap();
     }
     network.delete_subnet(default.id).unwrap();
-    for network in
-        [network.clone(), Network::open(&dir.path().join("network"), &"eu-west-1".parse().unwrap()).unwrap()]
-    {
-        assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotFound);
-    }
     let refused = region.run_instances(&ami, spec()).unwrap_err();
     assert_eq!(refused.kind(), instance_core::ErrorKind::SubnetNotFound);
+    assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotFound);
+    drop((region, network));
+    let (_, network) = open(dir.path(), FakeHypervisor::new());
+    assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotFound);
+}
+
+/// With all that the first one had.
+#[test]
+fn a_default_vpc_and_its_subnet_are_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "eu-west-1".parse().unwrap();
+    let network = Network::open(dir.path(), &name).unwrap();
+    let (vpc, first) = (network.vpcs()[0].clone(), network.subnets()[0].clone());
+    network.delete_subnet(first.id).unwrap();
+    let conflicting = network.create_subnet(vpc.id, "172.31.4.0/24".parse().unwrap()).unwrap();
+    let made = network.create_default_subnet("eu-west-1a").unwrap();
+    assert_eq!((made.cidr.to_string().as_str(), made.default_for_az), ("172.31.16.0/20", true));
+    assert_eq!(network.interface_spec().unwrap(), InterfaceSpec::new(made.id));
+    for subnet in [conflicting.id, made.id] {
+        network.delete_subnet(subnet).unwrap();
+    }
+    let made = network.create_default_subnet("eu-west-1a").unwrap();
+    let mut expect = first.clone();
+    expect.id = made.id;
+    assert_eq!(made, expect, "as it was");
+
+    network.delete_subnet(made.id).unwrap();
+    network.detach_internet_gateway(network.internet_gateways()[0].id, vpc.id).unwrap();
+    network.delete_vpc(vpc.id).unwrap();
+    let again = network.create_default_vpc().unwrap();
+    assert_eq!((again.cidr, again.is_default, again.id == vpc.id), (vpc.cidr, true, false));
+    drop(network);
+    let network = Network::open(dir.path(), &name).unwrap();
+    assert_eq!(network.default_vpc().unwrap(), again.id);
+    (expect.id, expect.vpc_id) = (network.subnets()[0].id, again.id);
+    assert_eq!(network.subnets(), [expect]);
+    let main = network.main_route_table(again.id).unwrap();
+    assert_eq!(network.routes(main.id).unwrap()[0].state, RouteState::Active);
+    assert!(network.create_interface(network.interface_spec().unwrap()).is_ok());
 }
 
 fn of_old(dir: &Path, text: &str) -> Network {
@@ -82,4 +116,30 @@ fn a_network_of_old_has_the_default_subnet_that_it_was_made_with() {
     // Where that one is gone, another of the default VPC's has its place, as it had then.
     let moved = second.replace("172.31.0.0/20", "172.31.16.0/20").replace("172.31.0.4", "172.31.16.4");
     assert_eq!(default_subnet(&of_old(dir.path(), &moved)), "subnet-08e0875d851bcb2b0".parse().ok());
+}
+
+/// What is kept, whatever it was that kept it, is kept as it was.
+#[test]
+fn a_network_of_today_and_one_of_before_keep_all_that_they_have() {
+    for (text, routes) in
+        [(include_str!("golden/network-3.json"), 1), (include_str!("golden/network-4.json"), 2)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let network = of_old(dir.path(), text);
+        let private = network.route_tables().into_iter().find(|table| !table.is_main).unwrap();
+        let there = network.routes(private.id).unwrap();
+        assert_eq!(there.len(), routes);
+        assert!(there.iter().all(|route| route.state == RouteState::Active), "{there:?}");
+        // It is written again with each change.
+        network.create_key_pair("new").unwrap();
+        network.delete_key_pair("new").unwrap();
+        let written = std::fs::read_to_string(dir.path().join("network.json")).unwrap();
+        let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        assert_eq!(json(&written), json(&text.replace("\"format\": 3", "\"format\": 4")));
+    }
+    let unknown = include_str!("golden/network-4.json").replace("\"format\": 4", "\"format\": 5");
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("network.json"), unknown).unwrap();
+    let refused = Network::open(dir.path(), &"eu-west-1".parse().unwrap()).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Corrupt);
 }

@@ -12,13 +12,13 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, UdpPacket};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::budget::{Permit, Share};
+use super::budget::{Opener, Permit, Share};
 use super::{Reach, Tokens};
 use crate::answer::{ipv4, udp_frame};
 use crate::dns;
 use crate::packet::{ECHO, ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
-use crate::switch::View;
+use crate::switch::{DNS, View};
 
 /// The most conversations of an interface; the one that was silent longest makes room, as it does where the network has
 /// no socket left for the interface.
@@ -26,6 +26,9 @@ pub(super) const MOST: usize = 512;
 
 /// How long one may be silent.
 pub(super) const SILENCE: Duration = Duration::from_secs(60);
+
+/// The same of one that asks for names, while there are questions without an answer: no resolver waits for longer.
+const UNANSWERED: Duration = Duration::from_secs(10);
 
 /// How many are read of a socket before others have their turn: whoever floods one holds up nothing else.
 pub(super) const TURN: usize = 64;
@@ -53,6 +56,9 @@ struct Conversation {
     socket: UdpSocket,
     _permit: Permit,
     last: Instant,
+    /// Of one that asks for names, how many questions have no answer: after the last one it is over, as who looks many names up
+    /// does so from many ports.
+    unanswered: Option<usize>,
 }
 
 impl Datagrams {
@@ -77,7 +83,7 @@ impl Datagrams {
                 let known = view.is_resolver(to).then(|| dns::answer(&view, udp.payload())).flatten();
                 if let Some(answer) = known {
                     let frame = udp_frame(&view, (to, at), own, &answer);
-                    port.send_from_edge(Frame::new(frame), false);
+                    port.answer(Frame::new(frame));
                     return;
                 }
                 self.pass_on(registry, port, key, udp.payload());
@@ -94,19 +100,30 @@ impl Datagrams {
             if self.conversations.len() >= MOST {
                 self.forget_oldest();
             }
-            let permit = self.share.take().or_else(|| {
-                self.forget_oldest();
-                self.share.take()
-            });
-            let Some(_permit) = permit else { return };
+            let Some(_permit) = self.permit(Opener::Guest) else { return };
             let Some(socket) = self.open(registry, key, to) else { return };
-            self.conversations.insert(key, Conversation { socket, _permit, last: Instant::now() });
+            let unanswered = matches!(key, Key::Udp(_, (_, DNS))).then_some(0);
+            let conversation = Conversation { socket, _permit, last: Instant::now(), unanswered };
+            self.conversations.insert(key, conversation);
         }
         if let Some(conversation) = self.conversations.get_mut(&key) {
             conversation.last = Instant::now();
+            conversation.unanswered.iter_mut().for_each(|count| *count += 1);
             // What the host does not take is lost, as datagrams are.
             let _ = conversation.socket.send(bytes);
         }
+    }
+
+    /// A socket for any conversation of the interface's with the world outside. Where there is none left, the conversation of
+    /// datagrams ends that was silent longest.
+    pub(super) fn permit(&mut self, opener: Opener) -> Option<Permit> {
+        self.share.take(opener).or_else(|| {
+            // Not for clients who have what they may have.
+            if self.share.may_have(opener) {
+                self.forget_oldest();
+            }
+            self.share.take(opener)
+        })
     }
 
     fn forget_oldest(&mut self) {
@@ -146,6 +163,7 @@ impl Datagrams {
                 let Ok(len) = conversation.socket.recv(&mut bytes) else { break };
                 more |= turn == TURN;
                 conversation.last = Instant::now();
+                conversation.unanswered.iter_mut().for_each(|count| *count = count.saturating_sub(1));
                 let frame = match *key {
                     Key::Udp(own, from) => udp_frame(&view, from, own, &bytes[..len]),
                     Key::Ping(own, from) => {
@@ -153,12 +171,25 @@ impl Datagrams {
                         frame
                     }
                 };
-                let from_service = matches!(*key, Key::Udp(_, (from, _)) if view.is_resolver(from));
-                port.send_from_edge(Frame::new(frame), !from_service);
+                match *key {
+                    Key::Udp(_, (from, _)) if view.is_resolver(from) => port.answer(Frame::new(frame)),
+                    _ => port.give_from_outside(Frame::new(frame)),
+                }
             }
         }
-        self.conversations.retain(|_, conversation| conversation.last.elapsed() < SILENCE);
+        self.conversations.retain(|_, conversation| !conversation.is_over());
         more
+    }
+}
+
+impl Conversation {
+    fn is_over(&self) -> bool {
+        let patience = match self.unanswered {
+            Some(0) => return true,
+            Some(_) => UNANSWERED,
+            None => SILENCE,
+        };
+        self.last.elapsed() >= patience
     }
 }
 

@@ -5,12 +5,14 @@
 //! them; datagrams are passed on as they are.
 
 pub(crate) mod budget;
+mod conversation;
 mod datagram;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod gather;
 mod names;
 mod pipe;
+mod questions;
 mod stack;
 mod stream;
 mod visitors;
@@ -160,7 +162,7 @@ impl Edge {
         let (over, orders) = (Arc::new(AtomicBool::new(false)), Orders::new());
         let name: String = format!("vpc-{}", port.view().address).chars().take(15).collect();
         let mut worker = Worker {
-            streams: Streams::new(&port.view(), reach.clone(), share.clone()),
+            streams: Streams::new(&port.view(), reach.clone()),
             datagrams: Datagrams::new(reach, share),
             visitors: Visitors::new(),
             machine: None,
@@ -249,12 +251,14 @@ impl Worker {
                 came += frame.len();
                 let Some(flow) = Flow::parse(packet) else { continue };
                 match flow.transport {
-                    Transport::Tcp { .. } => self.streams.take(registry, &view, &flow, frame),
+                    Transport::Tcp { .. } => {
+                        self.streams.take(registry, &mut self.datagrams, &view, &flow, frame);
+                    }
                     _ if self.visitors.take(&flow, packet) => {}
                     _ => self.datagrams.take(registry, &self.port, &flow, packet),
                 }
             }
-            self.streams.work(registry, &self.port);
+            self.streams.work(registry, &mut self.datagrams, &self.port);
             let more = self.datagrams.work(&self.port) | self.visitors.work(&self.port);
             let sent = self.serve(ServedStream::send);
             let sleep = match more | self.port.has_woken_itself() {

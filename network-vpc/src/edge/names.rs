@@ -8,7 +8,9 @@ use mio::{Interest, Registry};
 use smoltcp::socket::tcp;
 
 use super::Tokens;
-use super::budget::{Permit, Share};
+use super::budget::{Opener, Permit};
+use super::datagram::Datagrams;
+use super::pipe::settle;
 use crate::dns;
 use crate::switch::View;
 
@@ -41,14 +43,14 @@ impl Names {
         &mut self,
         guest: &mut tcp::Socket<'_>,
         view: &View,
-        (registry, tokens, share): (&Registry, &mut Tokens, &Share),
+        (registry, tokens, sockets): (&Registry, &mut Tokens, &mut Datagrams),
     ) -> io::Result<()> {
         // Who takes no answers is not listened to.
         while guest.can_recv() && self.answers.len() < LONGEST && self.questions.len() < LONGEST {
             let hear = |bytes: &mut [u8]| (self.hear(view, bytes), ());
             guest.recv(hear).map_err(|_| ErrorKind::ConnectionReset)?;
         }
-        self.ask(registry, tokens, share)?;
+        self.ask(registry, tokens, sockets)?;
         while guest.can_send() && !self.answers.is_empty() {
             let sent = guest.send_slice(&self.answers).map_err(|_| ErrorKind::ConnectionReset)?;
             self.answers.drain(..sent);
@@ -76,11 +78,12 @@ impl Names {
     }
 
     /// Passes questions on to the resolver, and takes what it says.
-    fn ask(&mut self, registry: &Registry, tokens: &mut Tokens, share: &Share) -> io::Result<()> {
+    fn ask(&mut self, registry: &Registry, tokens: &mut Tokens, sockets: &mut Datagrams) -> io::Result<()> {
         if self.upstream.is_none() && !self.questions.is_empty() {
             let resolver = self.resolver.ok_or(ErrorKind::ConnectionRefused)?;
-            let permit = share.take().ok_or(ErrorKind::ConnectionRefused)?;
+            let permit = sockets.permit(Opener::Guest).ok_or(ErrorKind::ConnectionRefused)?;
             let mut upstream = TcpStream::connect(resolver)?;
+            settle(&upstream);
             registry.register(&mut upstream, tokens.next(), Interest::READABLE | Interest::WRITABLE)?;
             self.upstream = Some((upstream, permit));
         }

@@ -2,12 +2,41 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::time::Duration;
 
 use mio::event::Event;
 use mio::net::TcpStream;
 use smoltcp::socket::tcp;
+use socket2::{SockRef, TcpKeepalive};
 
 use super::budget::Permit;
+
+/// How long a host may be silent before it is asked whether it is there, and how often it is asked before it is not: whoever
+/// vanishes without a word has a place for four minutes more.
+const SILENCE: Duration = Duration::from_secs(120);
+const ASKED_AGAIN: Duration = Duration::from_secs(30);
+const ASKED: u32 = 4;
+
+/// Has the host's kernel send at once what is written to a connection, and look whether the other end is still there.
+pub(super) fn settle(host: &TcpStream) {
+    let keep_alive = TcpKeepalive::new().with_time(SILENCE).with_interval(ASKED_AGAIN).with_retries(ASKED);
+    let settled = host.set_nodelay(true).and_then(|()| SockRef::from(host).set_tcp_keepalive(&keep_alive));
+    if let Err(error) = settled {
+        tracing::debug!(%error, "a connection goes on without its options");
+    }
+}
+
+/// Whether a connection that was begun is there.
+pub(super) fn is_connected(host: &TcpStream) -> io::Result<bool> {
+    if let Some(error) = host.take_error()? {
+        return Err(error);
+    }
+    match host.peer_addr() {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::NotConnected => Ok(false),
+        Err(e) => Err(e),
+    }
+}
 
 /// A connection of the host's.
 pub(super) struct Pipe {
@@ -25,6 +54,7 @@ pub(super) struct Pipe {
 
 impl Pipe {
     pub(super) fn new(host: TcpStream, permit: Permit) -> Self {
+        settle(&host);
         Self { host, _permit: permit, readable: true, writable: true, host_done: false, guest_done: false }
     }
 

@@ -2,8 +2,8 @@
 //! metadata service.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -11,26 +11,25 @@ use instance_core::net::Frame;
 use mio::event::Event;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Interest, Registry, Token};
-use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
-use super::budget::{Permit, Share};
+use super::budget::Opener;
+use super::conversation::{Conversation, Conversations, Kind, Other, lets_in};
+use super::datagram::Datagrams;
 use super::names::Names;
-use super::pipe::Pipe;
+use super::pipe::{Pipe, is_connected};
+use super::questions::serve;
 use super::stack::Stack;
 use super::wire::Key;
 use super::{Entrance, Reach, Tokens, shown_as};
 use crate::answer::write_ethernet;
 use crate::metadata::Session;
-use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
+use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::{METADATA, ROUTER_MAC, View};
 
-/// The most conversations of an interface. More are refused, but where one of those that are over makes room.
-const MOST: usize = 1024;
-
-/// The most of them that wait for what may still come of a guest (TIME-WAIT, RFC 9293, section 3.3.2). For more the oldest goes:
+/// The most conversations that wait for what may still come of a guest (TIME-WAIT, RFC 9293, section 3.3.2). For more the oldest goes:
 /// a guest whose last word is lost then hears that nobody is there.
 const MOST_WAITING: usize = 128;
 
@@ -45,9 +44,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(30);
 pub(super) struct Streams {
     stack: Stack,
     reach: Reach,
-    share: Share,
     tokens: Tokens,
-    conversations: HashMap<Key, Conversation>,
+    conversations: Conversations,
     /// Frames that the machine has had no room for.
     outbox: VecDeque<Frame>,
     /// Whose the host's connections are.
@@ -60,33 +58,13 @@ struct Listener {
     entrance: Entrance,
 }
 
-enum Conversation {
-    /// The host outside has not answered; with the frame by which the guest began.
-    Connecting { host: TcpStream, permit: Permit, token: Token, frame: Vec<u8>, until: Instant },
-    /// Both sides are there.
-    Open { socket: SocketHandle, other: Other, token: Option<Token> },
-    /// Nothing comes any more from either side, and the other side is let go; since when. What the guest has not
-    /// acknowledged it is still told.
-    Over { socket: SocketHandle, since: Instant },
-    /// What the guest is told of its end.
-    Ending { socket: SocketHandle, token: Option<Token> },
-}
-
-/// The other side of a conversation.
-enum Other {
-    Host(Pipe),
-    Metadata(Session),
-    Names(Names),
-}
-
 impl Streams {
-    pub(super) fn new(view: &View, reach: Reach, share: Share) -> Self {
+    pub(super) fn new(view: &View, reach: Reach) -> Self {
         Self {
             stack: Stack::new(view),
             reach,
-            share,
             tokens: Tokens(1),
-            conversations: HashMap::new(),
+            conversations: Conversations::default(),
             outbox: VecDeque::new(),
             owners: HashMap::new(),
             listeners: Vec::new(),
@@ -112,14 +90,25 @@ impl Streams {
     }
 
     /// A frame of the guest's.
-    pub(super) fn take(&mut self, registry: &Registry, view: &View, flow: &Flow, frame: Vec<u8>) {
+    pub(super) fn take(
+        &mut self,
+        registry: &Registry,
+        sockets: &mut Datagrams,
+        view: &View,
+        flow: &Flow,
+        frame: Vec<u8>,
+    ) {
         let Transport::Tcp { source, destination, flags } = flow.transport else { return };
         let key = ((flow.source, source), (flow.destination, destination));
-        if flags.syn && !flags.ack && self.is_free(&key) && self.has_room() {
+        let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
+        let kind = if is_service { Kind::Service } else { Kind::Host };
+        if flags.syn && !flags.ack && self.is_free(&key) && self.has_room(kind) {
             self.forget_waiting(key);
-            let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
             // The stack refuses what there is no socket for.
-            let refused = if is_service { self.serve(key, frame) } else { self.begin(registry, key, frame) };
+            let refused = match is_service {
+                true => self.serve(key, frame),
+                false => self.begin(registry, sockets, key, frame),
+            };
             refused.into_iter().for_each(|frame| self.stack.take(frame));
             return;
         }
@@ -131,22 +120,29 @@ impl Streams {
     }
 
     /// Those that only wait for what may still come of the guest, the oldest first.
-    fn waiting(&self) -> Vec<(Instant, Key)> {
-        let since = |(key, there): (&Key, &Conversation)| match there {
-            Conversation::Over { socket, since } if self.stack.waits(*socket) => Some((*since, *key)),
+    fn waiting(&self) -> Vec<(Instant, Key, Kind)> {
+        let since = |(key, kind, there): (&Key, Kind, &Conversation)| match there {
+            Conversation::Over { socket, since } if self.stack.waits(*socket) => Some((*since, *key, kind)),
             _ => None,
         };
         let mut waiting: Vec<_> = self.conversations.iter().filter_map(since).collect();
-        waiting.sort_unstable();
+        waiting.sort_unstable_by_key(|(since, key, _)| (*since, *key));
         waiting
     }
 
-    /// Whether there is room for another conversation: the oldest that only waits makes some.
-    fn has_room(&mut self) -> bool {
-        if self.conversations.len() >= MOST {
-            self.waiting().first().into_iter().for_each(|(_, key)| self.forget_waiting(*key));
+    /// Whether there is room for another conversation: the oldest of its kind that only waits makes some, or else the oldest that
+    /// it shares its room with.
+    fn has_room(&mut self, kind: Kind) -> bool {
+        let is_alike = |other: Kind| (kind == Kind::Service) == (other == Kind::Service);
+        for exactly in [true, false] {
+            if self.conversations.has_room(kind) {
+                break;
+            }
+            let goes = |other: Kind| other == kind || !exactly && is_alike(other);
+            let oldest = self.waiting().into_iter().find(|(.., other)| goes(*other));
+            oldest.into_iter().for_each(|(_, key, _)| self.forget_waiting(key));
         }
-        self.conversations.len() < MOST
+        self.conversations.has_room(kind)
     }
 
     /// Whether the key is free: one that only waits has its place no longer when its client or its guest begins anew.
@@ -159,7 +155,7 @@ impl Streams {
 
     /// Forgets a conversation that only waits, if there is one.
     fn forget_waiting(&mut self, key: Key) {
-        if let Some(Conversation::Over { socket, .. }) = self.conversations.remove(&key) {
+        if let Some((_, Conversation::Over { socket, .. })) = self.conversations.remove(&key) {
             self.stack.remove(&key, socket);
         }
     }
@@ -172,7 +168,8 @@ impl Streams {
             METADATA => Other::Metadata(Session::default()),
             _ => Other::Names(Names::new(self.reach.resolver)),
         };
-        self.conversations.insert(key, Conversation::Open { socket, other, token: None });
+        let open = Conversation::Open { socket, other, token: None, client: None };
+        self.conversations.insert(key, Kind::Service, open);
         self.stack.take_syn(key, frame);
         // Before another waits at the same place.
         self.stack.work();
@@ -180,12 +177,18 @@ impl Streams {
     }
 
     /// Begins a conversation with a host outside. Gives the frame back if that cannot be.
-    fn begin(&mut self, registry: &Registry, key: Key, frame: Vec<u8>) -> Option<Vec<u8>> {
+    fn begin(
+        &mut self,
+        registry: &Registry,
+        sockets: &mut Datagrams,
+        key: Key,
+        frame: Vec<u8>,
+    ) -> Option<Vec<u8>> {
         let (_, (address, port)) = key;
         if !self.reach.allows(address) {
             return Some(frame);
         }
-        let Some(permit) = self.share.take() else { return Some(frame) };
+        let Some(permit) = sockets.permit(Opener::Guest) else { return Some(frame) };
         let Ok(mut host) = TcpStream::connect(SocketAddr::new(address.into(), port)) else {
             return Some(frame);
         };
@@ -195,7 +198,8 @@ impl Streams {
         }
         let until = Instant::now() + CONNECT_WITHIN;
         self.owners.insert(token, key);
-        self.conversations.insert(key, Conversation::Connecting { host, permit, token, frame, until });
+        let connecting = Conversation::Connecting { host, permit, token, frame, until };
+        self.conversations.insert(key, Kind::Host, connecting);
         None
     }
 
@@ -208,26 +212,25 @@ impl Streams {
     }
 
     /// Moves what can be moved.
-    pub(super) fn work(&mut self, registry: &Registry, port: &Port) {
-        self.accept(registry, port);
+    pub(super) fn work(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) {
+        self.accept(registry, sockets, port);
         // The guest is answered below, when the other sides have made room.
         self.stack.hear();
-        let keys: Vec<Key> = self.conversations.keys().copied().collect();
-        for key in keys {
-            let Some(conversation) = self.conversations.remove(&key) else { continue };
+        for key in self.conversations.keys() {
+            let Some((kind, conversation)) = self.conversations.remove(&key) else { continue };
             let token = conversation.token();
-            match self.advance(registry, key, conversation, port) {
+            match self.advance(registry, sockets, key, conversation, port) {
                 Some(goes_on) => {
                     let let_go = token.filter(|_| goes_on.token().is_none());
                     let_go.and_then(|token| self.owners.remove(&token));
-                    self.conversations.insert(key, goes_on);
+                    self.conversations.insert(key, kind, goes_on);
                 }
                 None => drop(token.and_then(|token| self.owners.remove(&token))),
             }
         }
         let waiting = self.waiting();
         let too_many = waiting.len().saturating_sub(MOST_WAITING);
-        waiting[..too_many].iter().for_each(|(_, key)| self.forget_waiting(*key));
+        waiting[..too_many].iter().for_each(|(_, key, _)| self.forget_waiting(*key));
         loop {
             self.stack.work();
             let is_full = self.stack.is_full();
@@ -247,6 +250,7 @@ impl Streams {
     fn advance(
         &mut self,
         registry: &Registry,
+        sockets: &mut Datagrams,
         key: Key,
         conversation: Conversation,
         port: &Port,
@@ -254,7 +258,6 @@ impl Streams {
         match conversation {
             Conversation::Connecting { host, permit, token, frame, until } => match is_connected(&host) {
                 Ok(true) => {
-                    let _ = host.set_nodelay(true);
                     let Some(socket) = self.stack.expect(key) else {
                         self.stack.take(frame);
                         return None;
@@ -262,7 +265,7 @@ impl Streams {
                     self.stack.take_syn(key, frame);
                     self.stack.work();
                     let other = Other::Host(Pipe::new(host, permit));
-                    Some(Conversation::Open { socket, other, token: Some(token) })
+                    Some(Conversation::Open { socket, other, token: Some(token), client: None })
                 }
                 Ok(false) if Instant::now() < until => {
                     Some(Conversation::Connecting { host, permit, token, frame, until })
@@ -273,14 +276,14 @@ impl Streams {
                     None
                 }
             },
-            Conversation::Open { socket, mut other, token } => {
+            Conversation::Open { socket, mut other, token, client } => {
                 let stack = self.stack.get(socket);
                 let goes_on = stack.state() != tcp::State::Closed
                     && match &mut other {
                         Other::Host(pipe) => pipe.pump(stack).is_ok(),
                         Other::Metadata(session) => serve(session, stack, port),
                         Other::Names(names) => {
-                            names.pump(stack, &port.view(), (registry, &mut self.tokens, &self.share)).is_ok()
+                            names.pump(stack, &port.view(), (registry, &mut self.tokens, sockets)).is_ok()
                         }
                     };
                 if !goes_on {
@@ -294,7 +297,7 @@ impl Streams {
                 };
                 Some(match is_over {
                     true => Conversation::Over { socket, since: Instant::now() },
-                    false => Conversation::Open { socket, other, token },
+                    false => Conversation::Open { socket, other, token, client },
                 })
             }
             Conversation::Over { socket, since } => {
@@ -313,7 +316,7 @@ impl Streams {
     }
 
     /// Takes clients in whom the instance's groups let in.
-    fn accept(&mut self, registry: &Registry, port: &Port) {
+    fn accept(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) {
         let view = port.view();
         for n in 0..self.listeners.len() {
             let Entrance { port: inside, to, .. } = self.listeners[n].entrance;
@@ -321,19 +324,13 @@ impl Streams {
             while let Ok((mut host, client)) = self.listeners[n].socket.accept() {
                 let IpAddr::V4(real) = client.ip() else { continue };
                 let shown = shown_as(&view, real);
-                let flow = |source| {
-                    let flags = TcpFlags { syn: true, ..TcpFlags::default() };
-                    let transport = Transport::Tcp { source: client.port(), destination: inside, flags };
-                    Flow { source, destination: own, transport }
-                };
                 let key = ((own, inside), (shown, client.port()));
                 // Dropped, the connection is reset or closed: nobody is told why.
-                if !self.is_free(&key) || !self.has_room() || !port.admits(&flow(real), &flow(shown)) {
+                if !self.is_free(&key) || !self.has_room(Kind::Client) || !lets_in(port, real, &key) {
                     continue;
                 }
                 self.forget_waiting(key);
-                let Some(permit) = self.share.take() else { continue };
-                let _ = host.set_nodelay(true);
+                let Some(permit) = sockets.permit(Opener::Client) else { continue };
                 let (token, interest) = (self.tokens.next(), Interest::READABLE | Interest::WRITABLE);
                 if registry.register(&mut host, token, interest).is_err() {
                     continue;
@@ -341,7 +338,9 @@ impl Streams {
                 if let Some(socket) = self.stack.connect(key) {
                     let other = Other::Host(Pipe::new(host, permit));
                     self.owners.insert(token, key);
-                    self.conversations.insert(key, Conversation::Open { socket, other, token: Some(token) });
+                    let (token, client) = (Some(token), Some(real));
+                    let open = Conversation::Open { socket, other, token, client };
+                    self.conversations.insert(key, Kind::Client, open);
                 }
             }
         }
@@ -354,93 +353,46 @@ impl Streams {
         loop {
             if self.outbox.is_empty() {
                 while let Some(packet) = self.stack.next() {
-                    self.outbox.extend(fitted(packet, &self.stack, port, &view));
+                    let frames = self.fitted(packet, port, &view);
+                    self.outbox.extend(frames);
                 }
             }
             if self.outbox.is_empty() {
                 return true;
             }
-            if !port.offer_all(&mut self.outbox) {
+            if !port.give_streams(&mut self.outbox) {
                 // There may be room again by now, of which nobody tells any more.
                 port.stuck.store(true, Ordering::Release);
-                if !port.offer_all(&mut self.outbox) {
+                if !port.give_streams(&mut self.outbox) {
                     return false;
                 }
             }
         }
     }
-}
 
-/// What the machine is given of a packet of the stack's.
-fn fitted(mut packet: Vec<u8>, stack: &Stack, port: &Port, view: &View) -> Vec<Frame> {
-    write_ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, &mut packet);
-    let Some(flow) = Flow::parse(&packet[ETHERNET_LEN..]) else { return Vec::new() };
-    let frame = match flow.transport {
-        Transport::Tcp { source, destination, .. } => {
-            let longest = view.mtu - 40;
-            let size = stack.segment_size(&((flow.destination, destination), (flow.source, source)));
-            Frame::unfinished_tcp4(packet, size.map_or(longest, |size| size.clamp(SHORTEST, longest)))
-        }
-        _ => Frame::new(packet),
-    };
-    let from_service = flow.source == METADATA || view.is_resolver(flow.source);
-    port.fitted(frame, !from_service)
-}
+    /// What the machine is given of a packet of the stack's: nothing, where the interface's groups do not let it in.
+    fn fitted(&self, mut packet: Vec<u8>, port: &Port, view: &View) -> Vec<Frame> {
+        write_ethernet(ROUTER_MAC, view.mac, EthernetProtocol::Ipv4, &mut packet);
+        let Some(flow) = Flow::parse(&packet[ETHERNET_LEN..]) else { return Vec::new() };
+        let Transport::Tcp { source, destination, .. } = flow.transport else { return Vec::new() };
+        let key = ((flow.destination, destination), (flow.source, source));
+        let longest = view.mtu - 40;
+        let size = self.stack.segment_size(&key).map_or(longest, |size| size.clamp(SHORTEST, longest));
+        let frame = Frame::unfinished_tcp4(packet, size);
+        let from_service = flow.source == METADATA || view.is_resolver(flow.source);
+        // Who came in a while ago may have been forgotten since, as the guest does not answer yet, and nobody is let in as whom
+        // it sees.
+        let is_let_in = from_service
+            || port.lets_in(&frame)
+            || self.client(&key).is_some_and(|real| lets_in(port, real, &key)) && port.lets_in(&frame);
+        if is_let_in { port.fitted(frame) } else { Vec::new() }
+    }
 
-impl Conversation {
-    /// What tells its connection of the host's from others.
-    fn token(&self) -> Option<Token> {
-        match self {
-            Self::Connecting { token, .. } => Some(*token),
-            Self::Open { token, .. } | Self::Ending { token, .. } => *token,
-            Self::Over { .. } => None,
+    /// The address of the client who began a conversation.
+    fn client(&self, key: &Key) -> Option<Ipv4Addr> {
+        match self.conversations.get(key)? {
+            Conversation::Open { client, .. } => *client,
+            _ => None,
         }
     }
-}
-
-/// Whether a connection that was begun is there.
-fn is_connected(host: &TcpStream) -> io::Result<bool> {
-    if let Some(error) = host.take_error()? {
-        return Err(error);
-    }
-    match host.peer_addr() {
-        Ok(_) => Ok(true),
-        Err(e) if e.kind() == ErrorKind::NotConnected => Ok(false),
-        Err(e) => Err(e),
-    }
-}
-
-/// Answers the guest's questions. False when the conversation is over.
-fn serve(session: &mut Session, guest: &mut tcp::Socket<'_>, port: &Port) -> bool {
-    loop {
-        let mut heard = 0;
-        let hear = |bytes: &mut [u8]| {
-            heard = session.hear(bytes, || port.told());
-            (heard, ())
-        };
-        // What was heard before may be answered now that there is room for it.
-        if guest.can_recv() && guest.recv(hear).is_err() {
-            return false;
-        }
-        if heard == 0 {
-            session.hear(&[], || port.told());
-        }
-        guest.set_hop_limit(session.hops());
-        let mut said = 0;
-        while guest.can_send() && !session.answer().is_empty() {
-            match guest.send_slice(session.answer()) {
-                Ok(sent) => session.said(sent),
-                Err(_) => return false,
-            }
-            said += 1;
-        }
-        if heard == 0 && said == 0 {
-            break;
-        }
-    }
-    let has_ended = !guest.may_recv() && guest.state() != tcp::State::SynReceived;
-    if session.answer().is_empty() && (session.is_over() || has_ended) {
-        guest.close();
-    }
-    true
 }

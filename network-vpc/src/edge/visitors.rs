@@ -111,14 +111,12 @@ impl Visitors {
                         self.visitors.insert(key, visitor);
                     }
                 }
-                let frame = || Frame::new(udp_frame(&view, (shown, client.port()), own, &bytes[..len]));
-                let mut frames = port.fitted(frame(), true);
+                let frame = Frame::new(udp_frame(&view, (shown, client.port()), own, &bytes[..len]));
                 // The conversation of one who is known may be over, and nobody is let in as whom the guest sees.
-                if frames.is_empty() && is_known && port.admits(&flow(real), &flow(shown)) {
-                    frames = port.fitted(frame(), true);
+                if is_known && !port.lets_in(&frame) && !port.admits(&flow(real), &flow(shown)) {
+                    continue;
                 }
-                // What the machine has no room for is lost, as datagrams are.
-                port.offer_all(&mut frames.into());
+                port.give_from_outside(frame);
             }
         }
         self.visitors.retain(|_, visitor| visitor.last.elapsed() < SILENCE);

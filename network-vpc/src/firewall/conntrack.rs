@@ -60,14 +60,30 @@ impl Conntrack {
     /// Whether a packet belongs to a conversation that goes on, or `policy` allows it by itself. Whatever `policy`
     /// allows passes. `now` is in seconds.
     pub(crate) fn allows(&mut self, policy: &Policy, direction: Direction, flow: &Flow, now: u32) -> bool {
+        self.follow(policy, direction, flow, now, |flow| policy.allows(direction, flow))
+    }
+
+    /// The same of a packet that comes in from one who has not the address that it is from, and so is in no group.
+    pub(crate) fn allows_stranger(&mut self, policy: &Policy, flow: &Flow, now: u32) -> bool {
+        self.follow(policy, Direction::Ingress, flow, now, |flow| policy.allows_stranger(flow))
+    }
+
+    fn follow(
+        &mut self,
+        policy: &Policy,
+        direction: Direction,
+        flow: &Flow,
+        now: u32,
+        by_rule: impl Fn(&Flow) -> bool,
+    ) -> bool {
         let now = self.advance(now);
         if policy.leaves_untracked(direction, flow) {
             return true;
         }
         // What has nothing to tell its conversations by goes by the rules.
-        let Some(key) = Key::of(direction, flow) else { return policy.allows(direction, flow) };
+        let Some(key) = Key::of(direction, flow) else { return by_rule(flow) };
         let Some((slot, mut state)) = self.table.find(&key, now) else {
-            return policy.allows(direction, flow) && self.begin(key, direction, flow);
+            return by_rule(flow) && self.begin(key, direction, flow);
         };
         let from_inwards = direction == Direction::Ingress;
         let side = if state.inwards == from_inwards { Side::First } else { Side::Second };
@@ -78,8 +94,8 @@ impl Conntrack {
             Transport::Other(_) => Step::Hear,
         };
         match step {
-            Step::Ask => return policy.allows(direction, flow),
-            Step::BeginAnew => return policy.allows(direction, flow) && self.begin(key, direction, flow),
+            Step::Ask => return by_rule(flow),
+            Step::BeginAnew => return by_rule(flow) && self.begin(key, direction, flow),
             Step::Pass => self.table.set(slot, state),
             Step::Hear => {
                 self.table.set(slot, state);
@@ -105,7 +121,7 @@ impl Conntrack {
             return true;
         }
         let Some(key) = Key::of(Direction::Ingress, shown) else { return false };
-        if !policy.allows_from_outside(real) {
+        if !policy.allows_stranger(real) {
             return false;
         }
         let state = State { inwards: true, phase: Phase::Expected, ended: 0, numbers: [0; 2] };
@@ -114,23 +130,23 @@ impl Conntrack {
     }
 
     /// Whether an ICMP error may pass, which is about the packet `about`: because that one's conversation goes on, or
-    /// because `policy` allows `error` by itself.
+    /// because a rule allows the error by itself.
     pub(crate) fn allows_error(
         &mut self,
         policy: &Policy,
         direction: Direction,
-        error: &Flow,
         about: &Flow,
+        by_rule: bool,
         now: u32,
     ) -> bool {
         let now = self.advance(now);
         // The packet went the other way.
         let went = direction.opposite();
         let goes_on = || Key::of(went, about).is_some_and(|key| self.table.find(&key, now).is_some());
-        policy.leaves_untracked(went, about) || goes_on() || policy.allows(direction, error)
+        by_rule || policy.leaves_untracked(went, about) || goes_on()
     }
 
-    /// Forgets all conversations with these peers.
+    /// Forgets all conversations of which an end is gone.
     pub(crate) fn forget(&mut self, is_gone: impl Fn(Ipv4Addr) -> bool) {
         self.table.forget(is_gone);
     }
@@ -193,6 +209,13 @@ impl State {
                 _ if flags.sequence == first => Step::Pass,
                 _ => Step::BeginAnew,
             },
+            // It was let in before, and what has begun it was forgotten meanwhile: who may say so is whom it was let in for.
+            Side::First if self.phase == Phase::Expected && flags.ack && !flags.syn && !flags.rst => {
+                self.phase = Phase::GoesOn;
+                self.numbers = [flags.acknowledged, flags.sequence];
+                self.ended = u8::from(flags.fin);
+                Step::Promote(Class::Established)
+            }
             Side::First => {
                 let ahead = flags.acknowledged.wrapping_sub(second.wrapping_add(1));
                 if self.phase != Phase::Answered || !flags.ack || flags.rst || ahead > AHEAD {
@@ -278,8 +301,12 @@ impl Key {
             Transport::Other(number) => (0, 0, number),
         };
         Some(match direction {
-            Direction::Ingress => Self { peer: flow.source, peer_port: from, port: to, protocol },
-            Direction::Egress => Self { peer: flow.destination, peer_port: to, port: from, protocol },
+            Direction::Ingress => {
+                Self { own: flow.destination, peer: flow.source, peer_port: from, port: to, protocol }
+            }
+            Direction::Egress => {
+                Self { own: flow.source, peer: flow.destination, peer_port: to, port: from, protocol }
+            }
         })
     }
 }

@@ -77,8 +77,9 @@ impl Policy {
             .any(|allowed| allowed.covers(&flow.transport) && is_peer(&allowed.peers))
     }
 
-    /// The same of one who comes from outside the VPC, and so is in no group, whatever address it has.
-    pub(crate) fn allows_from_outside(&self, flow: &Flow) -> bool {
+    /// The same of a packet to the instance from one who is in no group, whatever address it is from: one outside the VPC, or who
+    /// passes it on for another.
+    pub(crate) fn allows_stranger(&self, flow: &Flow) -> bool {
         let is_peer = |peers: &Peers| matches!(peers, Peers::Net { .. }) && peers.have(flow.source);
         self.ingress.allowed.iter().any(|allowed| allowed.covers(&flow.transport) && is_peer(&allowed.peers))
     }

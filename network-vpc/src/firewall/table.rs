@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 
-/// A conversation, seen from the interface: the peer's address and port, and its own port. ICMP's echoes have their
+/// A conversation, seen from the interface: its own address and port, and the peer's. ICMP's echoes have their
 /// identifier as both ports, and protocols without ports have none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Key {
+    pub(super) own: Ipv4Addr,
     pub(super) peer: Ipv4Addr,
     pub(super) peer_port: u16,
     pub(super) port: u16,
@@ -94,6 +95,9 @@ struct Entry {
     before: u32,
     after: u32,
 }
+
+/// A million of them are to be remembered in 256 MiB, with the index, which is up to half empty.
+const _: () = assert!(size_of::<Entry>() <= 40 && size_of::<(Key, u32)>() <= 20);
 
 #[derive(Debug, Clone, Copy)]
 struct List {
@@ -255,10 +259,10 @@ impl Table {
         }
     }
 
-    /// Removes all of these peers. It looks at every one, which nothing else does.
+    /// Removes all between addresses of which one is gone. It looks at every one, which nothing else does.
     pub(super) fn forget(&mut self, is_gone: impl Fn(Ipv4Addr) -> bool) {
-        let gone: Vec<u32> =
-            self.index.iter().filter(|(key, _)| is_gone(key.peer)).map(|(_, at)| *at).collect();
+        let is_over = |key: &Key| is_gone(key.peer) || is_gone(key.own);
+        let gone: Vec<u32> = self.index.iter().filter(|(key, _)| is_over(key)).map(|(_, at)| *at).collect();
         gone.into_iter().for_each(|at| self.remove(Slot(at)));
     }
 

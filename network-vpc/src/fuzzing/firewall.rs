@@ -1,32 +1,34 @@
 //! Instances that send each other frames of their own making, through the switch and the firewalls of both, beside a plain
 //! model of what may arrive.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::Ipv4Addr;
 
 use ami_core::SecurityGroupId;
 use instance_core::net::{Frame, MacAddress};
 
 use super::conntrack::covers;
+use super::known::{Conversation, Known, conversation};
 use crate::firewall::{Conntrack, Direction, Members, Peer, Policy, Ports, Protocol, Rule};
 use crate::packet::{ECHO, ECHO_REPLY, Flow, TcpFlags, Transport};
-use crate::switch::{self, LOCAL_CLIENT, ROUTER_MAC, Verdict, View};
+use crate::switch::{self, Giver, LOCAL_CLIENT, ROUTER_MAC, Verdict, View};
 
 /// Two of a subnet and one of another.
 const ADDRESSES: [Ipv4Addr; 3] =
     [Ipv4Addr::new(10, 0, 0, 4), Ipv4Addr::new(10, 0, 0, 5), Ipv4Addr::new(10, 0, 1, 6)];
 const GROUPS: [&str; 2] = ["sg-0000000000000000a", "sg-0000000000000000b"];
 
-/// A protocol, the peer, its port and the own one.
-type Conversation = (u8, Ipv4Addr, u16, u16);
+/// The router of the third one's subnet.
+const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 1);
 
 struct Station {
     address: Ipv4Addr,
     mac: MacAddress,
     is_in: [bool; 2],
+    /// Whether it may pass on what is from others.
+    forwards: bool,
     table: Conntrack,
-    /// What a rule has ever let begin.
-    known: HashSet<Conversation>,
+    known: HashMap<Conversation, Known>,
 }
 
 struct World {
@@ -44,8 +46,9 @@ pub fn firewall(bytes: &[u8]) {
         address: ADDRESSES[usize::from(n)],
         mac: MacAddress([6, 0, 0, 0, 0, n + 4]),
         is_in: [true, n == 1],
+        forwards: false,
         table: Conntrack::new(1600),
-        known: HashSet::new(),
+        known: HashMap::new(),
     };
     let mut world = World { stations: [0, 1, 2].map(station), rules: Vec::new(), groups: [a, b], now: 0 };
     for step in bytes.chunks_exact(5) {
@@ -54,6 +57,7 @@ pub fn firewall(bytes: &[u8]) {
         match action % 16 {
             0 => world.rules.clear(),
             1..=3 => world.add_rule(a, b, c),
+            4 if b & 2 != 0 => world.stations[who].forwards ^= true,
             4 => world.stations[who].is_in[usize::from(b & 1)] ^= true,
             5 => world.now += u32::from(b),
             6 => world.changes_hands(who),
@@ -112,23 +116,42 @@ impl World {
         self.rules.iter().filter(move |(group, of, _)| is_in[*group] && *of == way).map(|(_, _, rule)| rule)
     }
 
-    /// What a rule says, word by word.
-    fn by_rule(&self, who: usize, way: Direction, peer: Ipv4Addr, transport: &Transport) -> bool {
+    /// What a rule says, word by word. `is_itself` says that the peer has the address.
+    fn by_rule(
+        &self,
+        who: usize,
+        way: Direction,
+        (peer, is_itself): (Ipv4Addr, bool),
+        transport: &Transport,
+    ) -> bool {
         self.of(who, way).any(|rule| {
             let names = match rule.peer {
                 Peer::Cidr(cidr) => cidr.contains(&peer),
                 Peer::Group(named) => self.stations.iter().any(|there| {
-                    there.address == peer && (0..2).any(|n| there.is_in[n] && self.groups[n] == named)
+                    is_itself
+                        && there.address == peer
+                        && (0..2).any(|n| there.is_in[n] && self.groups[n] == named)
                 }),
             };
             names && covers(rule, transport)
         })
     }
 
+    /// Whether a conversation goes on.
+    fn goes_on(&self, who: usize, way: Direction, flow: &Flow) -> bool {
+        self.stations[who].known.get(&conversation(way, flow)).is_some_and(|known| known.lives(self.now))
+    }
+
+    fn passed(&mut self, who: usize, way: Direction, flow: &Flow) {
+        let known = self.stations[who].known.entry(conversation(way, flow)).or_default();
+        known.passed(way, flow, self.now);
+    }
+
     fn view(&self, who: usize) -> Option<View> {
         let station = &self.stations[who];
         let mut view = super::view()?;
         (view.mac, view.address) = (station.mac, station.address);
+        view.source_dest_check = !station.forwards;
         view.subnet = ipnet::Ipv4Net::new_assert(station.address, 24).trunc();
         let members = |group: SecurityGroupId| {
             let is_in = |there: &&Station| (0..2).any(|n| there.is_in[n] && self.groups[n] == group);
@@ -145,29 +168,32 @@ impl World {
         let destination = self.stations.get(to).map_or(LOCAL_CLIENT, |there| there.address);
         let stranger = &self.stations[(from + 1) % 3];
         let mac = if lie & 1 == 0 { sender.mac } else { stranger.mac };
-        let source = if lie & 2 == 0 { sender.address } else { stranger.address };
-        let is_honest = lie & 3 == 0;
+        let source = [sender.address, stranger.address, LOCAL_CLIENT, ROUTER][usize::from(lie >> 1 & 3)];
+        let is_itself = source == sender.address;
+        // What it passes on is from somebody, as far as it knows.
+        let is_honest = mac == sender.mac
+            && (is_itself || sender.forwards && source != LOCAL_CLIENT && source != view.router());
         let flow = Flow { source, destination, transport };
         let frame = frame_of(mac, &flow, &message(&transport));
-        let by_rule = self.by_rule(from, Direction::Egress, destination, &transport);
-        let may = by_rule || sender.known.contains(&conversation(Direction::Egress, &flow));
+        let by_rule = self.by_rule(from, Direction::Egress, (destination, true), &transport);
+        let may = by_rule || self.goes_on(from, Direction::Egress, &flow);
         let verdict = self.decide(from, &view, frame);
         assert!(verdict == Verdict::Drop || is_honest && may, "{flow:?} leaves {from}, {lie}");
         assert!(verdict != Verdict::Drop || !is_honest || !by_rule, "{flow:?} is kept from leaving {from}");
-        if by_rule && is_honest {
-            self.stations[from].known.insert(conversation(Direction::Egress, &flow));
+        if verdict != Verdict::Drop {
+            self.passed(from, Direction::Egress, &flow);
         }
         match verdict {
             Verdict::Local(at, frame) => {
                 assert!(at == destination && frame.data[..6] == self.stations[to].mac.0);
-                let by_rule = self.by_rule(to, Direction::Ingress, source, &transport);
-                let may =
-                    by_rule || self.stations[to].known.contains(&conversation(Direction::Ingress, &flow));
-                let Some(passes) = self.admit(to, &frame.data) else { return };
-                assert!(passes || !by_rule, "{flow:?} is kept from {to}");
-                assert!(!passes || may, "{flow:?} is let in to {to}");
-                if by_rule {
-                    self.stations[to].known.insert(conversation(Direction::Ingress, &flow));
+                let is_sound = self.view(to).is_some_and(|view| view.router() != source);
+                let by_rule = self.by_rule(to, Direction::Ingress, (source, is_itself), &transport);
+                let may = by_rule || self.goes_on(to, Direction::Ingress, &flow);
+                let Some(passes) = self.admit(to, Giver::Peer(&view), &frame.data) else { return };
+                assert!(passes || !by_rule || !is_sound, "{flow:?} is kept from {to}");
+                assert!(!passes || may && is_sound, "{flow:?} is let in to {to}");
+                if passes {
+                    self.passed(to, Direction::Ingress, &flow);
                 }
             }
             Verdict::Edge(_) => assert_eq!(destination, LOCAL_CLIENT),
@@ -192,16 +218,15 @@ impl World {
         // At the sender of the error the packet had come in, and at its receiver gone out.
         let may = |world: &Self, who: usize, way: Direction, peer: Ipv4Addr| {
             let went = way.opposite();
-            let goes_on = world.by_rule(who, went, peer, &about)
-                || world.stations[who].known.contains(&conversation(went, &quoted));
-            world.by_rule(who, way, peer, &error) || lie & 1 == 0 && goes_on
+            let goes_on = world.by_rule(who, went, (peer, true), &about) || world.goes_on(who, went, &quoted);
+            world.by_rule(who, way, (peer, true), &error) || lie & 1 == 0 && goes_on
         };
         let leaves = may(self, from, Direction::Egress, other);
         let verdict = self.decide(from, &view, frame);
         assert!(verdict == Verdict::Drop || leaves, "an error about {quoted:?} leaves {from}");
         if let Verdict::Local(_, frame) = verdict {
             let arrives = may(self, to, Direction::Ingress, own);
-            let passes = self.admit(to, &frame.data);
+            let passes = self.admit(to, Giver::Peer(&view), &frame.data);
             assert!(passes != Some(true) || arrives, "an error about {quoted:?} is let in to {to}");
         }
     }
@@ -227,11 +252,13 @@ impl World {
         let passes = station.table.admit_as(&view.policy, &real, &shown, self.now);
         assert_eq!(passes, by_rule, "{real:?} at {who}");
         if passes {
-            station.known.insert(conversation(Direction::Ingress, &shown));
+            let known = station.known.entry(conversation(Direction::Ingress, &shown)).or_default();
+            known.admitted(self.now);
             let first = frame_of(ROUTER_MAC, &shown, &message(&transport));
             // Those of rules for everybody are not tracked, and seen by their own addresses.
             let untracked = view.policy.leaves_untracked(Direction::Ingress, &real);
-            assert!(untracked || self.admit(who, &first) == Some(true), "{shown:?} was admitted");
+            let first = self.admit(who, Giver::Edge, &first);
+            assert!(untracked || first == Some(true), "{shown:?} was admitted");
         }
     }
 
@@ -240,9 +267,9 @@ impl World {
         let gone = self.stations[who].address;
         for station in &mut self.stations {
             station.table.forget(|peer| peer == gone);
-            station.known.retain(|(_, peer, ..)| *peer != gone);
+            station.known.retain(|of, _| of.peer.0 != gone && of.own.0 != gone);
         }
-        (self.stations[who].table, self.stations[who].known) = (Conntrack::new(1600), HashSet::new());
+        (self.stations[who].table, self.stations[who].known) = (Conntrack::new(1600), HashMap::new());
     }
 
     fn decide(&mut self, from: usize, view: &View, frame: Vec<u8>) -> Verdict {
@@ -251,23 +278,9 @@ impl World {
         switch::decide(view, &peers, &mut self.stations[from].table, Frame::new(frame), self.now)
     }
 
-    fn admit(&mut self, to: usize, frame: &[u8]) -> Option<bool> {
+    fn admit(&mut self, to: usize, from: Giver<'_>, frame: &[u8]) -> Option<bool> {
         let view = self.view(to)?;
-        Some(switch::admit(&view, &mut self.stations[to].table, frame, self.now))
-    }
-}
-
-fn conversation(way: Direction, flow: &Flow) -> Conversation {
-    let (from, to) = match flow.transport {
-        Transport::Tcp { source, destination, .. } | Transport::Udp { source, destination } => {
-            (source, destination)
-        }
-        Transport::Icmp { id, .. } => (id, id),
-        Transport::Other(_) => (0, 0),
-    };
-    match way {
-        Direction::Ingress => (flow.transport.number(), flow.source, from, to),
-        Direction::Egress => (flow.transport.number(), flow.destination, to, from),
+        Some(switch::admit(&view, from, &mut self.stations[to].table, frame, self.now))
     }
 }
 

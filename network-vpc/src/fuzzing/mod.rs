@@ -3,6 +3,7 @@
 
 mod conntrack;
 mod firewall;
+mod known;
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -20,7 +21,8 @@ use crate::firewall::{Conntrack, Members, Peer, Policy, Rule};
 use crate::fragments::{self, Fragments};
 use crate::metadata::{Metadata, Secret, Session, Told};
 use crate::packet::{ETHERNET_LEN, Flow, TcpFlags, Transport};
-use crate::switch::{self, ROUTER_MAC, Verdict, View};
+use crate::routing::{Hop, Routes};
+use crate::switch::{self, Giver, ROUTER_MAC, Verdict, View};
 use crate::{answer, dns};
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
@@ -42,7 +44,7 @@ pub(crate) fn view() -> Option<View> {
         address: OWN,
         secondary: Vec::new(),
         public: Vec::new(),
-        routes: crate::routing::Routes::new([(ipnet::Ipv4Net::default(), crate::RouteState::Active)]),
+        routes: Routes::new([(ipnet::Ipv4Net::default(), Some(Hop::Out))]),
         dhcp: crate::DhcpSettings::default(),
         source_dest_check: true,
         mtu: 1500,
@@ -92,7 +94,7 @@ pub fn switch(bytes: &[u8]) {
                 let arrives = Flow::parse(&frame.data[ETHERNET_LEN..]);
                 assert_eq!(arrives.map(ports), decided.map(ports), "what arrives is what was decided about");
             }
-            let _ = switch::admit(&view, &mut table, &frame.data, 0);
+            let _ = switch::admit(&view, Giver::Peer(&view), &mut table, &frame.data, 0);
         }
         Verdict::Edge(frame) => {
             let flow = Flow::parse(&frame.data[ETHERNET_LEN..]);
@@ -103,7 +105,7 @@ pub fn switch(bytes: &[u8]) {
             assert!(flow.is_some_and(leaves));
         }
     }
-    let _ = switch::admit(&view, &mut table, data, 0);
+    let _ = switch::admit(&view, Giver::Edge, &mut table, data, 0);
 }
 
 /// What of a packet rules decide by; of a segment also whether a conversation begins with it.

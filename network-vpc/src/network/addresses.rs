@@ -51,7 +51,7 @@ impl Network {
     /// The address is listened at, while a machine is plugged in, at those ports of TCP and of UDP that rules of the
     /// interface's groups name one by one or in ranges of up to 64, and at the first 64 of each protocol; what comes in is
     /// then up to the rules, as in [`forward`]. Ports that the host does not give this process, such as those below 1024,
-    /// are not. A ping of the address is answered by the host's kernel, not by the guest.
+    /// are not: [`public_ports`](Self::public_ports) says where it is listened. A ping of the address is answered by the host's kernel, not by the guest.
     ///
     /// [`forward`]: Self::forward
     ///

@@ -180,6 +180,7 @@ impl Plugged {
 
     /// Listens for public addresses where that is wanted and the host lets us.
     pub(super) fn offer(&mut self, wanted: PublicOffers) {
+        self.refused.clear();
         for ((carrier, at), to) in wanted {
             if self.public.contains_key(&(carrier, at)) {
                 continue;
@@ -190,7 +191,10 @@ impl Plugged {
                     self.edge.listen(Forward { listener, entrance });
                     self.public.insert((carrier, at), to);
                 }
-                Err(error) => tracing::warn!(%error, %at, "a public address is not listened at"),
+                Err(error) => {
+                    tracing::warn!(%error, %at, "a public address is not listened at");
+                    self.refused.insert((carrier, at), error.to_string());
+                }
             }
         }
     }

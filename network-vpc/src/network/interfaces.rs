@@ -48,7 +48,8 @@ impl InterfaceSpec {
         self
     }
 
-    /// Whether it may send only what is from its own addresses, which is so unless this says otherwise.
+    /// Whether it may send only what is from its own addresses and gets only what is for them, which is so unless this says
+    /// otherwise.
     pub fn source_dest_check(mut self, on: bool) -> Self {
         self.source_dest_check = on;
         self
@@ -142,8 +143,9 @@ impl Network {
         })
     }
 
-    /// Whether an interface may send only what is from its own addresses: not so one of an instance that passes on what
-    /// others send. In force when this returns.
+    /// Whether an interface may send only what is from its own addresses, and gets only what is for them: not so one of an
+    /// instance that passes on what others send, to which [routes](Self::create_route) may lead. It is still in no group of
+    /// theirs, as far as rules go. In force when this returns.
     ///
     /// # Errors
     ///
@@ -228,24 +230,33 @@ impl Network {
         })
     }
 
-    /// Deletes an interface that is not plugged in.
+    /// Deletes an interface that no instance has, not even one that is stopped, and that is not plugged in.
     ///
     /// # Errors
     ///
     /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound), [`InterfaceInUse`](ErrorKind::InterfaceInUse), or what
     /// the host refused.
     pub fn delete_interface(&self, id: NetworkInterfaceId) -> Result<()> {
-        let plugged = self.plugged();
-        if plugged.get(&id).is_some_and(|plugged| plugged.port.is_plugged()) {
-            return Err(Error::new(ErrorKind::InterfaceInUse, format!("{id} is plugged in")));
-        }
-        drop(plugged);
-        self.pull_out(id);
-        self.change(|model| {
-            model.interface(id)?;
+        let mut plugged = self.plugged();
+        let is_plugged = plugged.get(&id).is_some_and(|plugged| plugged.port.is_plugged());
+        self.change_with(&mut plugged, |model| {
+            let used = match model.interface(id)?.instance_id {
+                Some(instance) => Some(format!("{instance} has {id}")),
+                None => is_plugged.then(|| format!("{id} is plugged in")),
+            };
+            if let Some(what) = used {
+                return Err(Error::new(ErrorKind::InterfaceInUse, what));
+            }
             model.remove_interface(id);
             Ok(())
-        })
+        })?;
+        // Its machine is gone, and nobody else may plug it in any more.
+        let before = plugged.remove(&id);
+        drop(plugged);
+        if let Some(before) = before {
+            self.0.fabric.remove(&before.port);
+        }
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use ami_core::RegionName;
 use ipnet::Ipv4Net;
 
+use super::lock::Lock;
 use super::{Network, file, vpcs};
 use crate::edge::Reach;
 use crate::{Error, Result};
@@ -63,9 +64,10 @@ impl NetworkOptions {
     /// How many sockets of the host's the conversations of all guests with the world outside have open at most: half of
     /// the descriptors that the process may have when the network is opened, and 32,768 at most, unless this says
     /// otherwise. Each network has its own, so who opens several says less. A guest gets
-    /// another as long as it has fewer than are left for all, so that one that opens what it can leaves half of them.
-    /// Where it gets none, its connection is refused, and of its datagrams the conversation that was silent longest
-    /// ends. Ports that are listened at are not counted: it is not guests who open them.
+    /// another as long as it has fewer than are left for all, so that one that opens what it can leaves half of them; of
+    /// these, clients from outside have three quarters at most.
+    /// Where it gets none, of its conversations by datagrams the one ends that was silent longest, and without one its
+    /// connection is refused. Ports that are listened at are not counted: it is not guests who open them.
     pub fn sockets(mut self, most: usize) -> Self {
         self.sockets = Some(most);
         self
@@ -78,12 +80,16 @@ impl NetworkOptions {
         self
     }
 
-    /// Opens the network that is kept in a directory, or begins one.
+    /// Opens the network that is kept in a directory, or begins one. The directory is that network's for as long as one of
+    /// its handles is there, or its process.
     ///
     /// # Errors
     ///
+    /// [`NetworkInUse`](crate::ErrorKind::NetworkInUse) while another has the directory,
     /// [`Corrupt`](crate::ErrorKind::Corrupt) for a state that cannot be read, or what the host refused.
     pub fn open(self, dir: &Path, region: &RegionName) -> Result<Network> {
+        fs::create_dir_all(dir).map_err(|e| Error::host(format!("cannot make {}", dir.display()), e))?;
+        let lock = Lock::take(dir)?;
         let path = dir.join(file::NAME);
         let there = match fs::read(&path) {
             Ok(bytes) => Some(file::parse(&bytes, &path)?),
@@ -94,14 +100,12 @@ impl NetworkOptions {
             Some(mut model) => {
                 // Nothing is plugged in yet, whatever was when it was kept.
                 model.interfaces.values_mut().for_each(|interface| interface.public_ip = None);
-                Ok(Network::new(model, Some(path), self))
+                Ok(Network::new(model, Some((path, lock)), self))
             }
             None => {
-                fs::create_dir_all(dir)
-                    .map_err(|e| Error::host(format!("cannot make {}", dir.display()), e))?;
                 let model = vpcs::first_model(region)?;
                 file::write(&path, &model)?;
-                Ok(Network::new(model, Some(path), self))
+                Ok(Network::new(model, Some((path, lock)), self))
             }
         }
     }

@@ -1,12 +1,13 @@
 //! Public addresses that interfaces have while their instances run (EC2 User Guide, "Public IPv4 addresses").
 
 use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 
-use ami_core::{NetworkInterfaceId, SubnetId};
+use ami_core::{NetworkInterfaceId, SecurityGroupRuleId, SubnetId};
 use ipnet::Ipv4Net;
 
 use super::{Network, Plugged, no_random};
+use crate::elastic::{self, PublicPort, PublicPorts};
 use crate::model::Model;
 use crate::switch::offset;
 use crate::{Error, ErrorKind, NetworkInterface, Result};
@@ -38,6 +39,55 @@ impl Network {
             model.subnet_mut(subnet)?.map_public_ip_on_launch = on;
             Ok(())
         })
+    }
+
+    /// At which ports clients come to the public addresses of an interface's, and at which the host does not let them: an address
+    /// is of use only where it is listened.
+    ///
+    /// ```
+    /// # use network_vpc::{Direction, Network, Rule};
+    /// # let network = Network::in_memory(&"us-east-1".parse()?)?;
+    /// # let group = network.create_security_group(network.default_vpc()?, "web", "")?;
+    /// network.authorize(group.id, Direction::Ingress, Rule::tcp(80, "0.0.0.0/0".parse()?))?;
+    /// # let interface = network.create_interface(network.interface_spec()?.groups([group.id]))?;
+    /// network.associate_address(network.allocate_address()?.allocation_id, interface.id, None)?;
+    /// let machine = network.plug(interface.id)?;
+    /// for address in network.public_ports(interface.id)? {
+    ///     for (at, why) in address.refused {
+    ///         eprintln!("nobody comes to port {} of {}: {why}", at.port, address.public_ip);
+    ///     }
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound).
+    pub fn public_ports(&self, id: NetworkInterfaceId) -> Result<Vec<PublicPorts>> {
+        let plugged = self.plugged();
+        let model = self.model();
+        let interface = model.interface(id)?;
+        let there = plugged.get(&id).filter(|there| there.port.is_plugged());
+        let not_offered = model.rules_not_offered(interface);
+        let ports = |(public_ip, private_ip): (Ipv4Addr, Ipv4Addr)| {
+            let mut ports = PublicPorts {
+                public_ip,
+                private_ip,
+                listened: Vec::new(),
+                refused: Vec::new(),
+                not_offered: not_offered.clone(),
+            };
+            let own = |at: &SocketAddr| at.ip() == public_ip;
+            if let Some(there) = there {
+                let listened = there.public.keys().filter(|(_, at)| own(at));
+                ports.listened = listened.map(|(by, at)| PublicPort::new(*by, at.port())).collect();
+                let refused = there.refused.iter().filter(|((_, at), _)| own(at));
+                let refused = refused.map(|((by, at), why)| (PublicPort::new(*by, at.port()), why.clone()));
+                ports.refused = refused.collect();
+            }
+            ports
+        };
+        Ok(model.public(interface).map(ports).collect())
     }
 
     /// Gives an interface a public address that is about to be plugged in, if it is to have one and has none.
@@ -113,6 +163,14 @@ impl Model {
     /// The public address by which an interface is reached at its primary one.
     pub(super) fn primary_public_ip(&self, interface: &NetworkInterface) -> Option<Ipv4Addr> {
         self.public(interface).find(|(_, own)| *own == interface.private_ip).map(|(public, _)| public)
+    }
+
+    /// The rules by which clients may come to an interface where it is listened at none of its public addresses for them.
+    pub(crate) fn rules_not_offered(&self, interface: &NetworkInterface) -> Vec<SecurityGroupRuleId> {
+        let groups = || interface.groups.iter().filter_map(|id| self.groups.get(id));
+        let offered = elastic::offered(groups().flat_map(|group| group.ingress.values()));
+        let rules = groups().flat_map(|group| &group.ingress);
+        rules.filter(|(_, rule)| elastic::is_left_out(rule, &offered)).map(|(id, _)| *id).collect()
     }
 
     /// Whether an interface is to have a public address while it is plugged in, and has none.

@@ -7,7 +7,7 @@ use ipnet::Ipv4Net;
 
 use super::{Network, no_random};
 use crate::model::Model;
-use crate::{Error, ErrorKind, InternetGateway, Result, Route, RouteTable};
+use crate::{Error, ErrorKind, InternetGateway, Result, Route, RouteState, RouteTable, RouteTarget};
 
 /// The most routes of a table (VPC User Guide, "Amazon VPC quotas").
 const MOST_ROUTES: usize = 500;
@@ -125,10 +125,13 @@ impl Network {
     pub fn routes(&self, id: RouteTableId) -> Result<Vec<Route>> {
         let model = self.model();
         let table = model.route_table(id)?;
-        let route = |(to, gateway): (&Ipv4Net, &InternetGatewayId)| Route {
+        let route = |(to, target): (&Ipv4Net, &RouteTarget)| Route {
             destination: *to,
-            gateway_id: *gateway,
-            state: model.route_state(table.vpc_id, *gateway),
+            target: *target,
+            state: match model.hop(table.vpc_id, *target) {
+                Some(_) => RouteState::Active,
+                None => RouteState::Blackhole,
+            },
         };
         Ok(table.routes.iter().map(route).collect())
     }
@@ -163,41 +166,53 @@ impl Network {
         })
     }
 
-    /// Adds a route.
+    /// Adds a route, to an internet gateway or to an interface. What leads to an interface comes to its machine if its
+    /// [check](Self::set_source_dest_check) is off and its groups let it in; where that passes it on to, the route table of its own
+    /// subnet says.
+    ///
+    /// ```
+    /// # use network_vpc::{InterfaceSpec, Network};
+    /// # let network = Network::in_memory(&"us-east-1".parse()?)?;
+    /// let nat = network.create_interface(network.interface_spec()?.source_dest_check(false))?;
+    /// let private = network.create_subnet(network.default_vpc()?, "172.31.64.0/20".parse()?)?;
+    /// let table = network.create_route_table(private.vpc_id)?;
+    /// network.create_route(table.id, "0.0.0.0/0".parse()?, nat.id)?;
+    /// network.set_route_table(private.id, Some(table.id))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
     /// [`RouteTableNotFound`](ErrorKind::RouteTableNotFound),
     /// [`InternetGatewayNotFound`](ErrorKind::InternetGatewayNotFound),
+    /// [`InterfaceNotFound`](ErrorKind::InterfaceNotFound),
     /// [`RouteAlreadyExists`](ErrorKind::RouteAlreadyExists), [`InvalidParameter`](ErrorKind::InvalidParameter) for a
-    /// gateway of another VPC or a destination within the table's own, [`RoutesLimit`](ErrorKind::RoutesLimit), or
-    /// what the host refused.
-    pub fn create_route(&self, id: RouteTableId, to: Ipv4Net, gateway: InternetGatewayId) -> Result<()> {
-        self.set_route(id, to.trunc(), gateway, false)
+    /// gateway or an interface of another VPC or a destination within the table's own,
+    /// [`RoutesLimit`](ErrorKind::RoutesLimit), or what the host refused.
+    pub fn create_route(&self, id: RouteTableId, to: Ipv4Net, target: impl Into<RouteTarget>) -> Result<()> {
+        self.set_route(id, to.trunc(), target.into(), false)
     }
 
-    /// Has a route of a table lead to another gateway.
+    /// Has a route of a table lead to something else.
     ///
     /// # Errors
     ///
     /// As [`create_route`](Self::create_route), and [`RouteNotFound`](ErrorKind::RouteNotFound).
-    pub fn replace_route(&self, id: RouteTableId, to: Ipv4Net, gateway: InternetGatewayId) -> Result<()> {
-        self.set_route(id, to.trunc(), gateway, true)
+    pub fn replace_route(&self, id: RouteTableId, to: Ipv4Net, target: impl Into<RouteTarget>) -> Result<()> {
+        self.set_route(id, to.trunc(), target.into(), true)
     }
 
-    fn set_route(
-        &self,
-        id: RouteTableId,
-        to: Ipv4Net,
-        gateway: InternetGatewayId,
-        there: bool,
-    ) -> Result<()> {
+    fn set_route(&self, id: RouteTableId, to: Ipv4Net, target: RouteTarget, there: bool) -> Result<()> {
         self.change(|model| {
             let table = model.route_table(id)?;
             let (is_there, is_full) = (table.routes.contains_key(&to), table.routes.len() >= MOST_ROUTES);
             let vpc = model.vpc(table.vpc_id)?;
-            if model.gateway(gateway)?.vpc_id != Some(vpc.id) {
-                let what = format!("{gateway} is not attached to {}, whose table {id} is", vpc.id);
+            match target {
+                RouteTarget::InternetGateway(gateway) => _ = model.gateway(gateway)?,
+                RouteTarget::NetworkInterface(interface) => _ = model.interface(interface)?,
+            }
+            if model.hop(vpc.id, target).is_none() {
+                let what = format!("{target} does not belong to {}, whose table {id} is", vpc.id);
                 return Err(Error::new(ErrorKind::InvalidParameter, what));
             }
             if vpc.cidr.contains(&to) {
@@ -218,7 +233,7 @@ impl Network {
                 }
                 _ => {}
             }
-            model.route_table_mut(id)?.routes.insert(to, gateway);
+            model.route_table_mut(id)?.routes.insert(to, target);
             Ok(())
         })
     }
@@ -272,7 +287,7 @@ pub(super) fn add_route_table(
     model: &mut Model,
     vpc_id: VpcId,
     is_main: bool,
-    routes: BTreeMap<Ipv4Net, InternetGatewayId>,
+    routes: BTreeMap<Ipv4Net, RouteTarget>,
 ) -> Result<RouteTable> {
     let id = RouteTableId::random().map_err(no_random)?;
     let table = RouteTable { id, vpc_id, is_main, routes };
@@ -283,6 +298,6 @@ pub(super) fn add_route_table(
 /// What the VPC that is there from the beginning has: a gateway, and a main table that leads everything to it.
 pub(super) fn lead_out(model: &mut Model, vpc: VpcId) -> Result<()> {
     let gateway = add_gateway(model, Some(vpc))?.id;
-    let everything = BTreeMap::from([(Ipv4Net::default(), gateway)]);
+    let everything = BTreeMap::from([(Ipv4Net::default(), gateway.into())]);
     add_route_table(model, vpc, true, everything).map(drop)
 }

@@ -111,7 +111,7 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Resu
         let one = launch(&region, &network, &image, with_script)?;
         Ok([one, launch(&region, &network, &image, spec()?)?])
     })?;
-    // The first one was started again for its image.
+    // The first one has gone on while its image was made.
     for server in more.iter().chain([&first]) {
         step("waiting for its page", || wait_for_page(server))?;
         let page = curl(&[&format!("http://{}/", server.web)])?;

@@ -7,8 +7,8 @@ use crate::prerequisites::PASST;
 pub(super) const AREA: Area = Area { name: "network", figures: FIGURES, tools: &[PASST], disk: None };
 
 const FIGURES: &[Figure] = &[
-    // Frames a second where the last of 100 rules allows them, as a share of those with a single rule: of a
-    // conversation that goes on, and where every frame begins one.
+    // Frames a second where the last of 100 rules allows them, as a share of those with none, of a conversation that goes on;
+    // and where every frame begins one, of those with the one rule without which none would pass.
     Figure { name: "firewall_100_rules_over_0", unit: "x", bar: Bar::AtLeast(0.8), place: Place::Host },
     Figure {
         name: "firewall_100_rules_over_0_beginning",

@@ -1,0 +1,163 @@
+//! The conversations over TCP of an interface, and how many of which kind there may be.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::time::Instant;
+
+use mio::Token;
+use mio::net::TcpStream;
+use smoltcp::iface::SocketHandle;
+
+use super::budget::Permit;
+use super::names::Names;
+use super::pipe::Pipe;
+use super::wire::Key;
+use crate::metadata::Session;
+use crate::packet::{Flow, TcpFlags, Transport};
+use crate::port::Port;
+
+/// The most conversations of an interface with the world outside. More are refused, but where one of those that are over makes
+/// room.
+const MOST: usize = 1024;
+
+/// The most of them that clients began: what they leave is the guest's own.
+const MOST_OF_CLIENTS: usize = MOST / 4 * 3;
+
+/// The most with the network's own services.
+const MOST_WITH_SERVICES: usize = 256;
+
+/// Who a conversation is with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A service of the network's.
+    Service,
+    /// One outside, with whom the guest began it.
+    Host,
+    /// One outside who began it.
+    Client,
+}
+
+pub(super) enum Conversation {
+    /// The host outside has not answered; with the frame by which the guest began.
+    Connecting { host: TcpStream, permit: Permit, token: Token, frame: Vec<u8>, until: Instant },
+    /// Both sides are there, or the other side is and the guest is asked. With the address of the client who began it.
+    Open { socket: SocketHandle, other: Other, token: Option<Token>, client: Option<Ipv4Addr> },
+    /// Nothing comes any more from either side, and the other side is let go; since when. What the guest has not
+    /// acknowledged it is still told.
+    Over { socket: SocketHandle, since: Instant },
+    /// What the guest is told of its end.
+    Ending { socket: SocketHandle, token: Option<Token> },
+}
+
+/// The other side of a conversation.
+pub(super) enum Other {
+    Host(Pipe),
+    Metadata(Session),
+    Names(Names),
+}
+
+impl Conversation {
+    /// What tells its connection of the host's from others.
+    pub(super) fn token(&self) -> Option<Token> {
+        match self {
+            Self::Connecting { token, .. } => Some(*token),
+            Self::Open { token, .. } | Self::Ending { token, .. } => *token,
+            Self::Over { .. } => None,
+        }
+    }
+}
+
+/// The conversations, counted by their kinds.
+#[derive(Default)]
+pub(super) struct Conversations {
+    of: HashMap<Key, (Kind, Conversation)>,
+    counts: [usize; 3],
+}
+
+impl Conversations {
+    pub(super) fn get(&self, key: &Key) -> Option<&Conversation> {
+        self.of.get(key).map(|(_, there)| there)
+    }
+
+    pub(super) fn get_mut(&mut self, key: &Key) -> Option<&mut Conversation> {
+        self.of.get_mut(key).map(|(_, there)| there)
+    }
+
+    pub(super) fn keys(&self) -> Vec<Key> {
+        self.of.keys().copied().collect()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&Key, Kind, &Conversation)> {
+        self.of.iter().map(|(key, (kind, there))| (key, *kind, there))
+    }
+
+    pub(super) fn insert(&mut self, key: Key, kind: Kind, conversation: Conversation) {
+        self.counts[kind as usize] += 1;
+        if let Some((before, _)) = self.of.insert(key, (kind, conversation)) {
+            self.counts[before as usize] -= 1;
+        }
+    }
+
+    pub(super) fn remove(&mut self, key: &Key) -> Option<(Kind, Conversation)> {
+        let (kind, conversation) = self.of.remove(key)?;
+        self.counts[kind as usize] -= 1;
+        Some((kind, conversation))
+    }
+
+    /// Whether there is room for another of a kind.
+    pub(super) fn has_room(&self, kind: Kind) -> bool {
+        let [services, hosts, clients] = self.counts;
+        match kind {
+            Kind::Service => services < MOST_WITH_SERVICES,
+            Kind::Host => hosts + clients < MOST,
+            Kind::Client => hosts + clients < MOST && clients < MOST_OF_CLIENTS,
+        }
+    }
+}
+
+/// Whether the interface's groups let a client begin a conversation, whom the guest sees as the conversation's key says.
+pub(super) fn lets_in(port: &Port, real: Ipv4Addr, key: &Key) -> bool {
+    let ((own, destination), (shown, source)) = *key;
+    let flow = |client| {
+        let flags = TcpFlags { syn: true, ..TcpFlags::default() };
+        let transport = Transport::Tcp { source, destination, flags };
+        Flow { source: client, destination: own, transport }
+    };
+    port.admits(&flow(real), &flow(shown))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_leave_room_for_the_guest_and_nobody_takes_that_of_services() {
+        let mut all = Conversations::default();
+        let key = |kind: Kind, n: usize| {
+            let port = |n| (Ipv4Addr::new(10, 0, 0, 4), n);
+            (port(kind as u16), port(n as u16))
+        };
+        let over = || Conversation::Over { socket: SocketHandle::default(), since: Instant::now() };
+        let fill = |all: &mut Conversations, kind: Kind| {
+            let mut count = 0;
+            while all.has_room(kind) {
+                all.insert(key(kind, count), kind, over());
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(fill(&mut all, Kind::Client), MOST_OF_CLIENTS);
+        assert_eq!(fill(&mut all, Kind::Host), MOST - MOST_OF_CLIENTS);
+        assert_eq!(fill(&mut all, Kind::Service), MOST_WITH_SERVICES);
+        // Whoever goes makes room, and who has another's place takes none.
+        let [client, host] = [key(Kind::Client, 0), key(Kind::Host, 0)];
+        assert!(all.remove(&client).is_some() && all.remove(&client).is_none());
+        for n in 0..2 {
+            assert!(all.has_room(Kind::Client) && all.has_room(Kind::Host), "{n}");
+            assert!(!all.has_room(Kind::Service), "{n}");
+            all.insert(host, Kind::Host, over());
+        }
+        all.insert(client, Kind::Client, over());
+        assert!(!all.has_room(Kind::Client) && !all.has_room(Kind::Host));
+    }
+}
