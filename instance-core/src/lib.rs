@@ -67,7 +67,11 @@ mod description;
 mod directory;
 mod error;
 mod forget;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod garbage;
+mod guest_agent;
 mod hibernation;
 mod image_calls;
 mod image_ids;

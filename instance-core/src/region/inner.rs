@@ -81,6 +81,8 @@ pub(crate) struct Inner {
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
     images: Known<ImageRecord>,
+    /// The port of guests' on which an agent may listen.
+    pub(crate) guest_agent: Option<u32>,
     pub(crate) watched_images: Watched,
     pub(crate) blocks: BlockStore,
     pub(crate) boot: BootCache,
@@ -143,7 +145,8 @@ impl Inner {
             network: options.network.take(),
             ebs_limits: options.ebs_limits,
             network_limits: options.network_limits,
-            vsock: options.vsock,
+            vsock: options.vsock || options.guest_agent.is_some(),
+            guest_agent: options.guest_agent,
             region,
             store,
             images: Known::default(),
