@@ -114,9 +114,11 @@ mod tags;
 mod tasks;
 pub mod testing;
 mod volume_modification;
+mod volume_states;
 mod volumes;
 pub mod vsock;
 pub mod watch;
+mod watched;
 
 pub use ami_core::StateReason;
 pub use capacity::Capacity;
@@ -141,7 +143,7 @@ pub use region::{Region, StateChange};
 #[cfg(feature = "sbom")]
 pub use sbom::{InstalledPackage, SoftwareBill};
 pub use scrub::RegionScrub;
-pub use snapshots::{SnapshotDescription, SnapshotState};
+pub use snapshots::{CreateSnapshots, PendingSnapshot, SnapshotDescription, SnapshotState};
 pub use ssh::SshAccess;
 pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
