@@ -5,13 +5,17 @@
 mod common;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use ami_core::VolumeId;
 use common::{TestRegion, ask, register, soon, spec};
 use instance_core::testing::{AgentSays, FakeAgent, FakeHypervisor};
-use instance_core::{CreateImage, ErrorKind, ImageConsistency, Instance, InstanceState, RegionOptions};
+use instance_core::{
+    CreateImage, ErrorKind, ImageConsistency, Instance, InstanceState, RegionOptions, SnapshotState,
+    VolumeSpec,
+};
 
 const PORT: u32 = 9999;
 const SYNC: &str = "guest-sync-delimited";
@@ -122,4 +126,55 @@ fn two_images_at_once_do_not_share_an_agent() {
     });
     assert_eq!(*made.lock().unwrap(), [ImageConsistency::FileSystemConsistent; 4]);
     assert_eq!(agent.asked().get(), [SYNC, FREEZE, THAW].repeat(4));
+}
+
+/// A snapshot is begun when the guest's file systems stand still already, and takes its time.
+#[test]
+fn nothing_stands_still_while_another_snapshot_is_stored() {
+    for seed in 1..20_u64 {
+        let dir = tempfile::tempdir().unwrap();
+        let (to_begin, begin) = mpsc::channel::<(TestRegion, VolumeId)>();
+        let (begun, is_begun) = mpsc::channel();
+        let begin = Mutex::new((begin, begun));
+        let agent = FakeAgent::behaving(PORT, move |name| {
+            let begin = begin.lock().unwrap();
+            let due = (name == FREEZE).then(|| begin.0.try_recv().ok()).flatten();
+            if let Some((region, volume)) = due {
+                let snapshot = region.begin_create_snapshot(volume, "").unwrap();
+                let (go, wait) = mpsc::channel::<()>();
+                let wait = Mutex::new(wait);
+                snapshot.watch().subscribe(move |_| {
+                    let _ = wait.lock().unwrap().recv();
+                });
+                begin.1.send((snapshot, go)).unwrap();
+            }
+            None
+        });
+        let (region, instance) = server(dir.path(), &agent);
+        let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+        let to = region.volume_disk(volume).unwrap();
+        // To so many places that storing it takes a while.
+        for place in 0..4000_u64 {
+            let block = [seed.to_le_bytes(), place.to_le_bytes()].concat().repeat(256);
+            to.write_at(&block, place << 16).unwrap();
+        }
+        drop(to);
+        region.attach_volume(volume, instance.id(), "/dev/sdf").unwrap();
+        to_begin.send((region.clone(), volume)).unwrap();
+        let other = instance.clone();
+        let making = thread::spawn(move || other.create_image("web").unwrap());
+        let (snapshot, go) = is_begun.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(agent.asked().wait(soon(), |asked| asked.iter().any(|name| name == THAW)).is_ok());
+        let pending = snapshot.describe().state == SnapshotState::Pending;
+        drop(go);
+        assert_eq!(making.join().unwrap().consistency, ImageConsistency::FileSystemConsistent);
+        snapshot.wait(soon()).unwrap();
+        assert_eq!(agent.frozen(), 0);
+        let times = agent.asked().get().len() / 3;
+        assert_eq!(agent.asked().get(), [SYNC, FREEZE, THAW].repeat(times));
+        if pending && times == 2 {
+            return;
+        }
+    }
+    panic!("every snapshot is stored before anybody can look");
 }

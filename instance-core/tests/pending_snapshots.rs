@@ -24,12 +24,13 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
-/// Writes so much that no store has that storing it takes a while.
+/// Writes to so many places what no store has that storing it takes a while.
 fn fill(region: &TestRegion, volume: VolumeId, seed: u64) {
-    let (from, to) = (disk(48, seed), region.volume_disk(volume).unwrap());
-    let mut bytes = vec![0; 48 << 20];
-    from.read_at(&mut bytes, 0).unwrap();
-    to.write_at(&bytes, 0).unwrap();
+    let to = region.volume_disk(volume).unwrap();
+    for place in 0..4000_u64 {
+        let block = [seed.to_le_bytes(), place.to_le_bytes()].concat().repeat(256);
+        to.write_at(&block, place << 16).unwrap();
+    }
     to.flush().unwrap();
 }
 
