@@ -31,6 +31,9 @@
 //!   [`LaunchSpec`], and [`Region::launch_from_template`] with what a [`LaunchTemplate`] keeps; images, instances, volumes, snapshots and tags are described by requests with EC2's
 //!   filters ([`Describe`], [`DescribeTags`], [`ami_core::DescribeImages`]). [`Capacity`] is what the host
 //!   holds.
+//! - [`Instance::create_image`] makes an image of a server that goes on, whose guest may have an
+//!   [agent](RegionOptions::guest_agent) flush its file systems for it; [`Region::begin_create_snapshot`] and
+//!   [`Region::create_snapshots`] make snapshots of volumes.
 //! - [`state_store`]: where a region keeps what it knows, if not in its own file.
 //! - [`machine`]: what a region asks of a hypervisor. [`testing`] has the suite that every hypervisor
 //!   passes, and one that runs nothing.

@@ -164,8 +164,9 @@ impl RegionOptions {
 
     /// Has [images of instances that run](crate::Instance::create_image) flush the guest's file systems and take the volumes
     /// while these stand still, in guests where QEMU's guest agent listens on this port of the guest's for streams. The machines
-    /// that are made from now on have a place for [streams](Self::vsock) then, too. Without an agent, or where it does not
-    /// do it within ten seconds, an image is crash-consistent and [says so](crate::CreatedImage::consistency).
+    /// that are made from now on have a place for [streams](Self::vsock) then, too; on a hypervisor without it none is made.
+    /// Without an agent, or where it does not do it within ten seconds, an image is crash-consistent and
+    /// [says so](crate::CreatedImage::consistency).
     ///
     /// Distributions have the agent as `qemu-guest-agent`. It waits for a device that is not there, unless it is told to listen
     /// by `/etc/qemu/qemu-ga.conf`:

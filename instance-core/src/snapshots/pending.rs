@@ -272,6 +272,9 @@ impl Inner {
     ) -> Vec<Result<SnapshotRecord>> {
         // Deleting and tagging wait.
         let _resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_cut_off = |snapshot: &PendingSnapshot, e: &Error| {
+            e.kind() == ErrorKind::Cancelled && snapshot.0.cut_off.load(Ordering::Acquire)
+        };
         let given_up = || Error::new(ErrorKind::Cancelled, "the snapshot was deleted while it was pending");
         let mut ends: Vec<Result<SnapshotRecord>> = Vec::new();
         for (nth, snapshot) in pending.iter().enumerate() {
@@ -284,7 +287,7 @@ impl Inner {
                     Some(content) => Ok(record.with(content)),
                     None => Err(Error::new(ErrorKind::Internal, "a volume was not stored")),
                 },
-                (Ok(Some(_)), Err(_)) if snapshot.0.cut_off.load(Ordering::Acquire) => {
+                (Ok(Some(_)), Err(e)) if is_cut_off(snapshot, e) => {
                     let what = "the region was closed while the snapshot was pending";
                     Err(Error::new(ErrorKind::Internal, what))
                 }
@@ -308,13 +311,12 @@ impl Inner {
         self.store.commit(|c| {
             for (snapshot, end) in pending.iter().zip(ends) {
                 let id = snapshot.id();
-                let gone = |e: &Error| e.kind() == ErrorKind::Cancelled;
                 match end {
                     Ok(record) => {
                         c.remove::<UnfinishedSnapshotRecord>(id);
                         c.put(record)?;
                     }
-                    Err(e) if gone(e) => c.remove::<UnfinishedSnapshotRecord>(id),
+                    Err(e) if e.kind() == ErrorKind::Cancelled => c.remove::<UnfinishedSnapshotRecord>(id),
                     Err(e) => {
                         c.remove::<SnapshotRecord>(id);
                         if let Some(record) = self.store.get::<UnfinishedSnapshotRecord>(&id.to_string())? {
