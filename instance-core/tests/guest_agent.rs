@@ -154,7 +154,7 @@ fn nothing_stands_still_while_another_snapshot_is_stored() {
         let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
         let to = region.volume_disk(volume).unwrap();
         // To so many places that storing it takes a while.
-        for place in 0..4000_u64 {
+        for place in 0..1500_u64 {
             let block = [seed.to_le_bytes(), place.to_le_bytes()].concat().repeat(256);
             to.write_at(&block, place << 16).unwrap();
         }

@@ -27,7 +27,7 @@ fn soon() -> Instant {
 /// Writes to so many places what no store has that storing it takes a while.
 fn fill(region: &TestRegion, volume: VolumeId, seed: u64) {
     let to = region.volume_disk(volume).unwrap();
-    for place in 0..4000_u64 {
+    for place in 0..1500_u64 {
         let block = [seed.to_le_bytes(), place.to_le_bytes()].concat().repeat(256);
         to.write_at(&block, place << 16).unwrap();
     }
