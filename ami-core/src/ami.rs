@@ -191,7 +191,7 @@ impl<A: Arch> Ami<A> {
         self.inner.manifest.digest()
     }
 
-    /// The same image in another region, for another owner, or under another name: a new id and the
+    /// The same image in another region, for another owner, or under another name, made now: a new id and the
     /// same digest. The content of its snapshots is not copied by this.
     ///
     /// ```
@@ -210,7 +210,7 @@ impl<A: Arch> Ami<A> {
     ///
     /// [`ErrorKind::MalformedName`].
     pub fn copy_to(&self, region: &RegionName, owner: &AccountId, name: &str) -> Result<Self, Error> {
-        Self::assemble(region.clone(), *owner, name.to_owned(), self.created(), self.manifest().clone())
+        Self::assemble(region.clone(), *owner, name.to_owned(), Timestamp::now(), self.manifest().clone())
     }
 
     /// The same image, with its architecture known only at run time.

@@ -119,7 +119,7 @@ impl Image {
         Self { state: ImageState::Pending, ..Self::new(ami) }
     }
 
-    /// The record of a copy of this image, made by the account `caller` for itself. Neither
+    /// The record of a copy of this image, made by the account `caller` for itself, now. Neither
     /// permissions nor tags are copied; the description is, and for which metadata service it is made.
     ///
     /// # Errors
@@ -143,7 +143,7 @@ impl Image {
         manifest: Manifest,
     ) -> Result<Self, Error> {
         self.authorize(caller, Action::Copy)?;
-        let ami = AnyAmi::assemble(region.clone(), *caller, name.to_owned(), self.ami.created(), manifest)?;
+        let ami = AnyAmi::assemble(region.clone(), *caller, name.to_owned(), Timestamp::now(), manifest)?;
         let product_codes = self.product_codes.clone();
         let source_image = Some(SourceImage { region: self.ami.region().clone(), id: self.id() });
         let (description, imds_support) = (self.description.clone(), self.imds_support);

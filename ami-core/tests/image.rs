@@ -215,7 +215,14 @@ fn a_copy_keeps_the_content_and_not_the_permissions() {
     image.tags_mut().insert("stage", "production").unwrap();
     image.set_description("described").unwrap();
     let there = region("eu-west-1");
+    let before = loop {
+        let now = Timestamp::now();
+        if now > image.ami().created() {
+            break now;
+        }
+    };
     let copy = image.copy_to(&account(FRIEND), &there, "mine").unwrap();
+    assert!((before..=Timestamp::now()).contains(&copy.ami().created()), "it was made when it was copied");
     assert_eq!(
         (copy.ami().owner(), copy.ami().region(), copy.ami().name()),
         (&account(FRIEND), &there, "mine")

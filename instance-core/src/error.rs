@@ -138,7 +138,7 @@ pub enum ErrorKind {
     InsufficientAddressCapacity,
     /// An image needs the snapshot.
     SnapshotInUse,
-    /// The state of an image or a volume does not allow it.
+    /// The state of an image, a volume or a snapshot does not allow it.
     IncorrectState,
     /// A text is no id of anything that can have tags.
     InvalidResourceId,

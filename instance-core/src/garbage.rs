@@ -29,7 +29,7 @@ impl Drop for Making<'_> {
     fn drop(&mut self) {
         self.held = None;
         if let Err(e) = self.region.collect_unless_making() {
-            // No reason for what was made not to be there; it goes with the next that goes.
+            // No reason for what was made not to be there: it is tried again.
             tracing::warn!(error = chain(&e), "cannot remove what nothing names");
         }
     }
@@ -68,7 +68,8 @@ impl Inner {
                 Err(TryLockError::WouldBlock) => return Ok(()),
             };
             self.garbage.store(false, Ordering::SeqCst);
-            self.collect_garbage()?;
+            // What stays goes when something else has been made, or removed.
+            self.collect_garbage().inspect_err(|_| self.garbage.store(true, Ordering::SeqCst))?;
         }
         Ok(())
     }

@@ -1,7 +1,6 @@
 //! States of images: who waits for them, and images whose content turns out to be damaged.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use ami_core::{Action, AmiId, Image, ImageState, StateReason};
@@ -9,19 +8,8 @@ use ami_core::{Action, AmiId, Image, ImageState, StateReason};
 use crate::error::chain;
 use crate::record::ImageRecord;
 use crate::region::{Inner, Region};
-use crate::watch::{Publisher, Watch};
+use crate::watch::Watch;
 use crate::{Error, ErrorKind, Result};
-
-/// The states of images that somebody has asked to watch.
-#[derive(Debug, Default)]
-pub(crate) struct Watched(Mutex<BTreeMap<AmiId, Arc<Publisher<ImageState>>>>);
-
-impl Watched {
-    // Nothing that is done under the lock panics half way.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<AmiId, Arc<Publisher<ImageState>>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 impl<H> Region<H> {
     /// The state of an image that the account sees, to wait for: by blocking with a deadline or as a future. It goes on when
@@ -60,8 +48,7 @@ impl<H> Region<H> {
         let _naming = inner.naming.read().unwrap_or_else(PoisonError::into_inner);
         let image = inner.image(id)?.image;
         image.authorize(self.account(), Action::See)?;
-        let mut watched = inner.watched_images.lock();
-        Ok(watched.entry(id).or_insert_with(|| Arc::new(Publisher::new(image.state()))).watch())
+        Ok(inner.watched_images.watch(id, image.state()))
     }
 
     /// Blocks until an image that the account sees is in `state`.
@@ -100,19 +87,12 @@ fn leads_to(from: ImageState, to: ImageState) -> bool {
 impl Inner {
     /// Tells those who watch an image of the state that it has come to. Nothing is held that they could want.
     pub(crate) fn tell_image(&self, id: AmiId) {
-        let Some(publisher) = self.watched_images.lock().get(&id).cloned() else { return };
-        // Looked at there, so that of two who tell the later one tells the later state.
-        publisher.update(|told| {
-            let now = match self.image(id) {
-                Ok(record) => record.image.state(),
-                Err(e) if e.kind() == ErrorKind::ImageNotFound => ImageState::Deregistered,
-                Err(_) => *told,
-            };
-            now != std::mem::replace(told, now)
-        });
-        if publisher.get() == ImageState::Deregistered {
-            self.watched_images.lock().remove(&id);
-        }
+        let look = |told: &ImageState| match self.image(id) {
+            Ok(record) => record.image.state(),
+            Err(e) if e.kind() == ErrorKind::ImageNotFound => ImageState::Deregistered,
+            Err(_) => *told,
+        };
+        self.watched_images.tell(id, look, |state| *state == ImageState::Deregistered);
     }
 
     /// Looks at an image with which something has failed: one whose content is damaged is invalid.

@@ -31,6 +31,9 @@
 //!   [`LaunchSpec`], and [`Region::launch_from_template`] with what a [`LaunchTemplate`] keeps; images, instances, volumes, snapshots and tags are described by requests with EC2's
 //!   filters ([`Describe`], [`DescribeTags`], [`ami_core::DescribeImages`]). [`Capacity`] is what the host
 //!   holds.
+//! - [`Instance::create_image`] makes an image of a server that goes on, whose guest may have an
+//!   [agent](RegionOptions::guest_agent) flush its file systems for it; [`Region::begin_create_snapshot`] and
+//!   [`Region::create_snapshots`] make snapshots of volumes.
 //! - [`state_store`]: where a region keeps what it knows, if not in its own file.
 //! - [`machine`]: what a region asks of a hypervisor. [`testing`] has the suite that every hypervisor
 //!   passes, and one that runs nothing.
@@ -67,7 +70,11 @@ mod description;
 mod directory;
 mod error;
 mod forget;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod garbage;
+mod guest_agent;
 mod hibernation;
 mod image_calls;
 mod image_ids;
@@ -110,9 +117,11 @@ mod tags;
 mod tasks;
 pub mod testing;
 mod volume_modification;
+mod volume_states;
 mod volumes;
 pub mod vsock;
 pub mod watch;
+mod watched;
 
 pub use ami_core::StateReason;
 pub use capacity::Capacity;
@@ -137,7 +146,7 @@ pub use region::{Region, StateChange};
 #[cfg(feature = "sbom")]
 pub use sbom::{InstalledPackage, SoftwareBill};
 pub use scrub::RegionScrub;
-pub use snapshots::{SnapshotDescription, SnapshotState};
+pub use snapshots::{CreateSnapshots, PendingSnapshot, SnapshotDescription, SnapshotState};
 pub use ssh::SshAccess;
 pub use state::{InstanceState, Transition};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};

@@ -68,7 +68,10 @@ impl Inner {
             cell.console.wake_readers();
             self.announce(&StateChange::of(&record.description));
         }
-        live.record = record;
+        let before = std::mem::replace(&mut live.record, record);
+        for attachment in before.description.attachments.iter().chain(&live.record.description.attachments) {
+            self.tell_volume(attachment.volume_id);
+        }
         if woken {
             self.remove_saved(cell.id);
         }

@@ -35,6 +35,7 @@ pub struct RegionOptions {
     pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) ebs_limits: bool,
     pub(crate) vsock: bool,
+    pub(crate) guest_agent: Option<u32>,
     pub(crate) network_limits: bool,
     /// How the content of images, snapshots and volumes is stored and read.
     pub(crate) blocks: StoreOptions,
@@ -42,8 +43,18 @@ pub struct RegionOptions {
 
 impl fmt::Debug for RegionOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, account, capacity, state_store, network, ebs_limits, network_limits, vsock, blocks } =
-            self;
+        let Self {
+            name,
+            account,
+            capacity,
+            state_store,
+            network,
+            ebs_limits,
+            network_limits,
+            vsock,
+            guest_agent,
+            blocks,
+        } = self;
         f.debug_struct("RegionOptions")
             .field("name", name)
             .field("account", account)
@@ -52,6 +63,7 @@ impl fmt::Debug for RegionOptions {
             .field("network", network)
             .field("ebs_limits", ebs_limits)
             .field("vsock", vsock)
+            .field("guest_agent", guest_agent)
             .field("network_limits", network_limits)
             .field("blocks", blocks)
             .finish()
@@ -68,6 +80,7 @@ impl Default for RegionOptions {
             network: None,
             ebs_limits: true,
             vsock: false,
+            guest_agent: None,
             network_limits: true,
             blocks: StoreOptions::new(),
         }
@@ -146,6 +159,57 @@ impl RegionOptions {
     #[must_use]
     pub fn vsock(mut self, on: bool) -> Self {
         self.vsock = on;
+        self
+    }
+
+    /// Has [images of instances that run](crate::Instance::create_image) flush the guest's file systems and take the volumes
+    /// while these stand still, in guests where QEMU's guest agent listens on this port of the guest's for streams. The machines
+    /// that are made from now on have a place for [streams](Self::vsock) then, too; on a hypervisor without it none is made.
+    /// Without an agent, or where it does not do it within ten seconds, an image is crash-consistent and
+    /// [says so](crate::CreatedImage::consistency).
+    ///
+    /// Distributions have the agent as `qemu-guest-agent`. It waits for a device that is not there, unless it is told to listen
+    /// by `/etc/qemu/qemu-ga.conf`:
+    ///
+    /// ```text
+    /// [general]
+    /// method = vsock-listen
+    /// path = 4294967295:9999
+    /// ```
+    ///
+    /// The first number is any address of the guest's, the second the port. Where the distribution's unit is bound to
+    /// that device, as Debian's is, one of the same name takes its place, `/etc/systemd/system/qemu-guest-agent.service`,
+    /// to be enabled by `systemctl enable --now qemu-guest-agent`:
+    ///
+    /// ```text
+    /// [Unit]
+    /// Description=QEMU Guest Agent
+    ///
+    /// [Service]
+    /// ExecStart=/usr/sbin/qemu-ga
+    /// Restart=always
+    /// RestartSec=1
+    ///
+    /// [Install]
+    /// WantedBy=multi-user.target
+    /// ```
+    ///
+    /// What else is to be done before and after, such as having a database write what it has in mind, scripts in the guest do,
+    /// which `qemu-ga --fsfreeze-hook` runs. The agent can do more than the region asks of it: who does not trust those who have
+    /// this process's end of the streams lets it have `guest-sync-delimited`, `guest-fsfreeze-freeze` and `guest-fsfreeze-thaw`
+    /// alone (`allow-rpcs`; all others by `block-rpcs` or `blacklist` where it is older).
+    ///
+    /// ```
+    /// use instance_core::RegionOptions;
+    /// use instance_core::testing::FakeHypervisor;
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let region = RegionOptions::new().guest_agent(9999).open(dir.path(), FakeHypervisor::new())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn guest_agent(mut self, port: u32) -> Self {
+        self.guest_agent = Some(port);
         self
     }
 

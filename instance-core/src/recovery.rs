@@ -35,6 +35,7 @@ impl Inner {
             changed.iter().try_for_each(|record| c.put(record))
         })?;
         self.recover_tasks()?;
+        self.recover_snapshots()?;
         let volumes = self.store.all::<VolumeRecord>()?;
         self.finish_growth(&volumes)?;
         let volumes: HashSet<String> = volumes.iter().map(|v| v.id.to_string()).collect();

@@ -2,36 +2,54 @@
 //!
 //! Those that images name are the images' and have no id.
 
-use std::sync::PoisonError;
+mod pending;
+mod take;
+mod unfinished;
 
-use ami_core::{AccountId, Digest, Page, SnapshotId, Tags, Timestamp, VolumeId, may_export};
+use std::collections::BTreeMap;
+use std::sync::PoisonError;
+use std::time::Instant;
+
+use ami_core::{AccountId, Digest, Page, SnapshotId, StateReason, Tags, Timestamp, VolumeId, may_export};
 use serde::{Deserialize, Serialize};
 use storage_block::Disk;
 
+pub use self::pending::PendingSnapshot;
+pub(crate) use self::pending::PendingSnapshots;
+pub use self::take::CreateSnapshots;
+use self::take::Wanted;
+use self::unfinished::{UnfinishedSnapshotRecord, is_unfinished};
+
 use crate::describe::{DescribeSnapshots, Filterable, tag_values};
 use crate::products::ProductCodes;
-use crate::record::{ImageRecord, SnapshotRecord, VolumeRecord};
+use crate::record::{ImageRecord, SnapshotRecord};
 use crate::region::{Inner, Region};
-use crate::storing::Instant;
-use crate::volumes::volume_not_found;
+use crate::tasks::kind_of;
+use crate::watch::{Publisher, Watch};
 use crate::{Error, ErrorKind, Result};
 
 const GIB: u64 = 1 << 30;
 
-/// The state of a snapshot. Making one is done when its call returns, so that there is one state to see.
+/// The state of a snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum SnapshotState {
+    /// It is being made, and nothing can be made of it yet.
+    Pending,
     /// All of it is there.
     Completed,
+    /// It could not be made. It is told of until it is deleted.
+    Error,
 }
 
 impl SnapshotState {
     /// EC2's name of it.
     pub const fn as_str(self) -> &'static str {
         match self {
+            Self::Pending => "pending",
             Self::Completed => "completed",
+            Self::Error => "error",
         }
     }
 }
@@ -61,21 +79,25 @@ pub struct SnapshotDescription {
     pub id: SnapshotId,
     /// The account that it belongs to.
     pub owner: AccountId,
-    /// Its content; not in EC2. A [`BlockDeviceMapping`](ami_core::BlockDeviceMapping) names it so.
-    pub digest: Digest,
+    /// Its content, once it is completed; not in EC2. A [`BlockDeviceMapping`](ami_core::BlockDeviceMapping) names it so.
+    pub digest: Option<Digest>,
     /// The volume that it was made of.
     pub volume_id: VolumeId,
     /// The size of that volume in GiB.
     pub volume_size_gib: u64,
     /// Its state.
     pub state: SnapshotState,
+    /// How much of it is stored, in percent.
+    pub progress: u8,
+    /// Why it could not be made.
+    pub state_reason: Option<StateReason>,
     /// What its user says of it.
     pub description: String,
     /// The key that wraps its data key, if it is encrypted, as it is if the volume was.
     pub kms_key_id: Option<String>,
     /// The products whose content it has: its bytes are not read by who does not sell them.
     pub product_codes: ProductCodes,
-    /// When it was made.
+    /// When it was begun: what it holds is the volume's of then.
     pub start_time: Timestamp,
     /// Its tags.
     pub tags: Tags,
@@ -86,10 +108,12 @@ impl From<SnapshotRecord> for SnapshotDescription {
         Self {
             id: record.id,
             owner: record.owner,
-            digest: record.digest,
+            digest: Some(record.digest),
             volume_id: record.volume_id,
             volume_size_gib: record.size.div_ceil(GIB),
             state: SnapshotState::Completed,
+            progress: 100,
+            state_reason: None,
             description: record.description,
             kms_key_id: record.kms_key_id,
             product_codes: record.product_codes,
@@ -109,12 +133,88 @@ impl<H> Region<H> {
     /// [disk](Self::volume_disk), [`InvalidParameter`](ErrorKind::InvalidParameter) for a description of more than 255 characters, [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or
     /// what the host met.
     pub fn create_snapshot(&self, volume: VolumeId, description: &str) -> Result<SnapshotDescription> {
-        if description.chars().count() > 255 {
-            let what = "the description of a snapshot has at most 255 characters";
-            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        let wanted = Wanted::Volume { id: volume, description: description.to_owned() };
+        let made = self.inner.create_snapshots(*self.account(), &wanted)?;
+        made.into_iter().next().ok_or_else(no_snapshot)
+    }
+
+    /// Begins the same, as EC2 does, and returns when the volume is taken: what is written to it from then on is not in the
+    /// snapshot. That is stored in a thread of its own, is [`Pending`](SnapshotState::Pending) until then, and nothing is made of
+    /// it ([`IncorrectState`](ErrorKind::IncorrectState)). It waits for another snapshot of the volume that is being stored.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot), and [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded)
+    /// with a hundred pending. What comes in the way later [the snapshot](PendingSnapshot::wait) says.
+    pub fn begin_create_snapshot(&self, volume: VolumeId, description: &str) -> Result<PendingSnapshot> {
+        let wanted = Wanted::Volume { id: volume, description: description.to_owned() };
+        let begun = self.inner.begin_snapshots(*self.account(), wanted)?;
+        begun.into_iter().next().ok_or_else(no_snapshot)
+    }
+
+    /// Makes snapshots of the volumes of an instance, all as they are at one instant, in the order in which it has them
+    /// (`CreateSnapshots`). It goes on meanwhile; what its guest holds in its page cache is not on the volumes. All of them come
+    /// to be, or none.
+    ///
+    /// # Errors
+    ///
+    /// [`InstanceNotFound`](ErrorKind::InstanceNotFound), [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) for one
+    /// that is pending or terminated, [`InvalidParameter`](ErrorKind::InvalidParameter) for a long description and to leave out
+    /// what is no data volume of it, [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) if no volume is left,
+    /// [`MalformedTagKey`](ErrorKind::MalformedTagKey), [`TagLimitExceeded`](ErrorKind::TagLimitExceeded),
+    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what the host met.
+    pub fn create_snapshots(&self, request: &CreateSnapshots) -> Result<Vec<SnapshotDescription>> {
+        self.inner.create_snapshots(*self.account(), &Wanted::Instance(request.clone()))
+    }
+
+    /// Begins the same, as [`begin_create_snapshot`](Self::begin_create_snapshot) does. If one of them could not be made none of
+    /// them is; those that are deleted meanwhile keep the others from nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshots`](Self::create_snapshots) and [`begin_create_snapshot`](Self::begin_create_snapshot).
+    pub fn begin_create_snapshots(&self, request: &CreateSnapshots) -> Result<Vec<PendingSnapshot>> {
+        self.inner.begin_snapshots(*self.account(), Wanted::Instance(request.clone()))
+    }
+
+    /// What is known of a snapshot of the account's, to wait for: by blocking with a deadline or as a future.
+    ///
+    /// # Errors
+    ///
+    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), or what reading the state store met.
+    pub fn watch_snapshot(&self, id: SnapshotId) -> Result<Watch<SnapshotDescription>> {
+        // In this order: one that ends between the two looks is found as it is then.
+        let pending = self.inner.pending_snapshots.get(id);
+        let all = self.inner.snapshots_of(*self.account())?;
+        let found =
+            all.into_iter().find(|snapshot| snapshot.id == id).ok_or_else(|| snapshot_not_found(id))?;
+        Ok(match pending {
+            Some(pending) => pending.watch(),
+            None => Publisher::new(found).watch(),
+        })
+    }
+
+    /// Blocks until a snapshot of the account's is completed, and gives what is known of it then (`aws ec2 wait
+    /// snapshot-completed`).
+    ///
+    /// # Errors
+    ///
+    /// As [`watch_snapshot`](Self::watch_snapshot); why it could not be made, and [`IncorrectState`](ErrorKind::IncorrectState)
+    /// if it is pending at the deadline.
+    pub fn wait_for_snapshot(&self, id: SnapshotId, deadline: Instant) -> Result<SnapshotDescription> {
+        match self.watch_snapshot(id)?.wait(deadline, |now| now.state != SnapshotState::Pending) {
+            Ok(now) if now.state == SnapshotState::Completed => Ok(now),
+            Ok(now) => {
+                let why =
+                    now.state_reason.as_ref().map_or_else(String::new, |why| format!(": {}", why.message));
+                let what = format!("the snapshot {id} could not be made{why}");
+                Err(Error::new(kind_of(now.state_reason.as_ref()), what))
+            }
+            Err(_) => {
+                let what = format!("the snapshot {id} is pending at the deadline");
+                Err(Error::new(ErrorKind::IncorrectState, what))
+            }
         }
-        let inner = &self.inner;
-        inner.making(|| inner.create_snapshot(*self.account(), volume, description)).map(Into::into)
     }
 
     /// The bytes of a snapshot of the account's, to read. They stay for as long as the disk, also when the snapshot is
@@ -122,15 +222,16 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`AuthFailure`](ErrorKind::AuthFailure) for one with a product
-    /// code, or what the host met.
+    /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`IncorrectState`](ErrorKind::IncorrectState) for one that is not
+    /// completed, [`AuthFailure`](ErrorKind::AuthFailure) for one with a product code, or what the host met.
     pub fn snapshot_disk(&self, id: SnapshotId) -> Result<Disk> {
         let record = self.inner.snapshot(*self.account(), id)?;
         may_export(&record.product_codes, &format!("the snapshot {id}"))?;
         Ok(self.inner.content(&record.digest)?.disk())
     }
 
-    /// Deletes a snapshot of the account's (`DeleteSnapshot`). Volumes that were made of it stay. Its bytes go as soon as
+    /// Deletes a snapshot of the account's (`DeleteSnapshot`), also one that is pending, which comes to nothing then, or could
+    /// not be made. Volumes that were made of it stay. Its bytes go as soon as
     /// nothing is being imported, copied or made an image or a snapshot of.
     ///
     /// # Errors
@@ -141,6 +242,17 @@ impl<H> Region<H> {
         let (inner, owner) = (&self.inner, *self.account());
         let naming = inner.naming.write().unwrap_or_else(PoisonError::into_inner);
         let resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.unfinished_snapshot(owner, id)?.is_some() {
+            inner.store.commit(|c| {
+                c.remove::<UnfinishedSnapshotRecord>(id);
+                Ok(())
+            })?;
+            // Whoever makes it collects what there is of it.
+            if let Some(pending) = inner.pending_snapshots.get(id) {
+                pending.give_up();
+            }
+            return Ok(());
+        }
         inner.snapshot(owner, id)?;
         let images = inner.store.all::<ImageRecord>()?;
         if let Some(image) = images.iter().find(|record| record.image.snapshots().any(|of| of == id)) {
@@ -155,7 +267,7 @@ impl<H> Region<H> {
         inner.collect_soon()
     }
 
-    /// The account's snapshots that the request asks for (`DescribeSnapshots`).
+    /// The account's snapshots that the request asks for (`DescribeSnapshots`), also those that are pending or could not be made.
     ///
     /// Filters: `description`, `encrypted`, `owner-id`, `progress`, `snapshot-id`, `start-time`, `status`,
     /// `tag:KEY`, `tag-key`, `volume-id`, `volume-size`.
@@ -168,72 +280,54 @@ impl<H> Region<H> {
     /// [`InvalidNextToken`](ErrorKind::InvalidNextToken), or what reading the state store met.
     pub fn describe_snapshots(&self, request: &DescribeSnapshots) -> Result<Page<SnapshotDescription>> {
         request.check::<SnapshotDescription>()?;
-        let mut records = self.inner.store.all::<SnapshotRecord>()?;
-        records.retain(|record| record.owner == *self.account());
-        request.answer(records, |record| record.id, |record| Some(record.into()), snapshot_not_found)
+        let all = self.inner.snapshots_of(*self.account())?;
+        request.answer(all, |snapshot| snapshot.id, Some, snapshot_not_found)
     }
 }
 
 impl Inner {
-    /// The record of a snapshot of this account's.
+    /// The record of a snapshot of this account's, of which something can be made.
     pub(crate) fn snapshot(&self, owner: AccountId, id: SnapshotId) -> Result<SnapshotRecord> {
+        // In this order: it may be completed between the two looks.
+        let unfinished = self.unfinished_snapshot(owner, id)?;
         let record: Option<SnapshotRecord> = self.store.get(&id.to_string())?;
-        record.filter(|record| record.owner == owner).ok_or_else(|| snapshot_not_found(id))
+        record.filter(|record| record.owner == owner).ok_or_else(|| match &unfinished {
+            Some(record) => is_unfinished(record),
+            None => snapshot_not_found(id),
+        })
     }
 
-    fn create_snapshot(&self, owner: AccountId, id: VolumeId, description: &str) -> Result<SnapshotRecord> {
-        let (volume, instant) = self.take_volume(owner, id)?;
-        let (snapshot, _) = instant.store(&mut |_| ())?.pop().ok_or_else(|| volume_not_found(id))?;
-        let record = SnapshotRecord {
-            id: SnapshotId::random().map_err(|e| Error::io(e, "cannot make an id"))?,
-            owner,
-            digest: snapshot.digest(),
-            volume_id: id,
-            // No less than its content, of which volumes are made by default.
-            size: volume.size.max(snapshot.size()),
-            description: description.to_owned(),
-            created: Timestamp::now(),
-            tags: Tags::new(),
-            kms_key_id: snapshot.key_id().map(str::to_owned),
-            product_codes: volume.product_codes,
-        };
-        self.store.commit(|c| c.put(&record))?;
-        Ok(record)
+    /// The snapshots of an account, also those that are not there yet, in the order of their ids.
+    pub(crate) fn snapshots_of(&self, owner: AccountId) -> Result<Vec<SnapshotDescription>> {
+        // In this order: those that are completed between the two looks are found twice.
+        let mut unfinished = self.store.all::<UnfinishedSnapshotRecord>()?;
+        let mut completed = self.store.all::<SnapshotRecord>()?;
+        unfinished.retain(|record| record.owner == owner);
+        completed.retain(|record| record.owner == owner);
+        let progress = |id| self.pending_snapshots.get(id).map_or(0, |pending| pending.describe().progress);
+        let unfinished = unfinished.into_iter().map(|record| (record.id, progress(record.id), record));
+        let mut all: BTreeMap<SnapshotId, SnapshotDescription> =
+            unfinished.map(|(id, progress, record)| (id, record.describe(progress.min(99)))).collect();
+        all.extend(completed.into_iter().map(|record| (record.id, record.into())));
+        Ok(all.into_values().collect())
     }
 
-    /// A volume as it is now, wherever it is. Nothing is held while it is stored.
-    fn take_volume(&self, owner: AccountId, id: VolumeId) -> Result<(VolumeRecord, Instant<'_>)> {
-        loop {
-            self.volume(owner, id)?;
-            let holder = self.directory.attached(id);
-            if let Some(holder) = holder {
-                let cell = self.cell(owner, holder.id)?;
-                let mut live = self.hold_to_freeze(&cell);
-                let attachments = &live.record.description.attachments;
-                let open = attachments.iter().zip(&live.volumes).find(|(a, _)| a.volume_id == id);
-                if let Some((_, open)) = open {
-                    return Ok((self.volume(owner, id)?, self.freeze(vec![(id, open.clone())])));
-                }
-                if attachments.iter().any(|a| a.volume_id == id) {
-                    let volume = self.volume(owner, id)?;
-                    self.settle_volumes(&mut live)?;
-                    return Ok((volume, self.freeze(vec![(id, self.open_volume(id)?)])));
-                }
-            }
-            // Attaching and deleting wait.
-            let resources = self.resources.lock().unwrap_or_else(PoisonError::into_inner);
-            let volume = self.volume(owner, id)?;
-            // It may have been attached or detached since it was looked for.
-            if self.directory.attached(id).is_some() {
-                continue;
-            }
-            if self.storing.open(id).is_none() {
-                return Ok((volume, self.freeze(vec![(id, self.open_volume(id)?)])));
-            }
-            drop(resources);
-            self.storing.wait(id);
-        }
+    /// Makes snapshots, in one commit.
+    fn create_snapshots(&self, owner: AccountId, wanted: &Wanted) -> Result<Vec<SnapshotDescription>> {
+        wanted.check()?;
+        self.making(|| {
+            let (unfinished, instant) = self.take_wanted(owner, wanted)?;
+            let stored = instant.store(&mut |_| ())?;
+            let made = unfinished.into_iter().zip(&stored).map(|(record, (content, _))| record.with(content));
+            let records: Vec<SnapshotRecord> = made.collect();
+            self.store.commit(|c| records.iter().try_for_each(|record| c.put(record)))?;
+            Ok(records.into_iter().map(Into::into).collect())
+        })
     }
+}
+
+fn no_snapshot() -> Error {
+    Error::new(ErrorKind::Internal, "no volume was stored")
 }
 
 fn snapshot_not_found(id: SnapshotId) -> Error {
@@ -260,7 +354,7 @@ impl Filterable for SnapshotDescription {
             "description" => vec![self.description.clone()],
             "encrypted" => vec![self.kms_key_id.is_some().to_string()],
             "owner-id" => vec![self.owner.to_string()],
-            "progress" => vec!["100%".to_owned()],
+            "progress" => vec![format!("{}%", self.progress)],
             "snapshot-id" => vec![self.id.to_string()],
             "start-time" => vec![self.start_time.to_string()],
             "status" => vec![self.state.as_str().to_owned()],

@@ -9,7 +9,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use ami_core::VolumeId;
 use storage_block::{FrozenVolumes, Progress, Snapshot, SnapshotStats, Volume};
 
-use crate::instance::{Cell, Hold};
+use crate::instance::{Cell, Hold, Live};
 use crate::region::Inner;
 use crate::{Error, Result};
 
@@ -73,12 +73,16 @@ impl Inner {
     pub(crate) fn hold_to_freeze<'c>(&self, cell: &'c Cell) -> Hold<'c> {
         loop {
             let live = cell.hold(self.supervisor.reports());
-            let attachments = &live.record.description.attachments;
-            let storing = attachments.iter().map(|a| a.volume_id).find(|id| self.storing.open(*id).is_some());
-            let Some(id) = storing else { return live };
+            let Some(id) = self.storing_of(&live) else { return live };
             drop(live);
             self.storing.wait(id);
         }
+    }
+
+    /// One of an instance's volumes that is being stored.
+    pub(crate) fn storing_of(&self, live: &Live) -> Option<VolumeId> {
+        let attachments = &live.record.description.attachments;
+        attachments.iter().map(|a| a.volume_id).find(|id| self.storing.open(*id).is_some())
     }
 
     /// Takes volumes as they are now. Whoever calls keeps everybody else from opening them, and knows that none is being

@@ -12,7 +12,7 @@ use crate::describe::{Condition, Filterable, MIN_RESULTS, filters_and_page};
 use crate::instance::{Cell, Hold};
 use crate::launch_template::LaunchTemplateRecord;
 use crate::modify::check_alive;
-use crate::record::{ImageRecord, InstanceRecord, SnapshotRecord, VolumeRecord};
+use crate::record::{ImageRecord, InstanceRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::{Error, ErrorKind, Result};
 
@@ -175,7 +175,7 @@ impl Inner {
         for description in self.directory.all(owner) {
             all.push((description.id.into(), description.tags.clone().try_into()?));
         }
-        let snapshots = self.store.all::<SnapshotRecord>()?.into_iter().filter(|s| s.owner == owner);
+        let snapshots = self.snapshots_of(owner)?.into_iter();
         all.extend(snapshots.map(|s| (s.id.into(), s.tags)));
         all.extend(self.templates(owner)?.into_iter().map(|r| (r.template.id.into(), r.template.tags)));
         let volumes = self.store.all::<VolumeRecord>()?.into_iter().filter(|v| v.owner == owner);
@@ -222,7 +222,13 @@ impl Inner {
             change(record.image.tags_mut())?;
             images.push(record);
         }
+        let mut unfinished = Vec::new();
         for id in &sorted.snapshots {
+            if let Some(mut record) = self.unfinished_snapshot(owner, *id)? {
+                change(&mut record.tags)?;
+                unfinished.push(record);
+                continue;
+            }
             let mut record = self.snapshot(owner, *id)?;
             change(&mut record.tags)?;
             snapshots.push(record);
@@ -241,6 +247,7 @@ impl Inner {
             instances.iter().try_for_each(|record| c.put(record))?;
             images.iter().try_for_each(|record| c.put(record))?;
             snapshots.iter().try_for_each(|record| c.put(record))?;
+            unfinished.iter().try_for_each(|record| c.put(record))?;
             templates.iter().try_for_each(|record| c.put(record))?;
             volumes.iter().try_for_each(|record| c.put(record))
         })?;

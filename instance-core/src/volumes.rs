@@ -17,7 +17,7 @@ use crate::{Error, ErrorKind, InstanceState, Result};
 pub(crate) const GIB: u64 = 1 << 30;
 
 /// The state of a volume. Making and deleting are done when their calls return, so that nobody sees a volume
-/// in between.
+/// in between. [`Region::watch_volume`] shows it in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -26,6 +26,8 @@ pub enum VolumeState {
     Available,
     /// It is attached to an instance.
     InUse,
+    /// It is there no more, which only who [watches](Region::watch_volume) it sees.
+    Deleted,
 }
 
 impl VolumeState {
@@ -34,6 +36,7 @@ impl VolumeState {
         match self {
             Self::Available => "available",
             Self::InUse => "in-use",
+            Self::Deleted => "deleted",
         }
     }
 }
@@ -198,10 +201,14 @@ impl<H> Region<H> {
     /// met.
     pub fn delete_volume(&self, id: VolumeId) -> Result<()> {
         let inner = &self.inner;
-        let _resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
+        let resources = inner.resources.lock().unwrap_or_else(PoisonError::into_inner);
         inner.volume(*self.account(), id)?;
         inner.check_free_to_go(id)?;
-        inner.remove_volumes(&[id])
+        let removed = inner.remove_volumes(&[id]);
+        drop(resources);
+        // Its files may have stayed when its record has gone.
+        inner.tell_volume(id);
+        removed
     }
 
     /// The account's volumes that the request asks for (`DescribeVolumes`), those that outlived their

@@ -13,16 +13,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ami_core::{
-    Ami, AnyAmi, BlockDeviceMapping, Catalog, Grantee, Image, ModifyImageAttribute, VolumeType, X86_64,
+    Ami, AnyAmi, BlockDeviceMapping, Catalog, Grantee, Image, ModifyImageAttribute, ResourceId, VolumeType,
+    X86_64,
 };
 use common::{TestRegion, ask, disk, register};
 use crashes::{Shared, open};
 use instance_core::testing::tiny_elf;
 use instance_core::{
-    CopyImage, DescribeCopyImageTasks, DescribeCreateImageTasks, DescribeExportImageTasks,
+    CopyImage, CreateSnapshots, DescribeCopyImageTasks, DescribeCreateImageTasks, DescribeExportImageTasks,
     DescribeImportImageTasks, DescribeLaunchTemplateVersions, DescribeLaunchTemplates, DescribeSnapshots,
     DescribeTags, DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, ModifyVolume, ShutdownBehavior,
-    TaskDescription, TaskStatus, VolumeDescription, VolumeSpec,
+    SnapshotState, TaskDescription, TaskStatus, VolumeDescription, VolumeSpec,
 };
 use storage_block::{Store, Volume};
 
@@ -53,10 +54,16 @@ fn told(region: &TestRegion) -> BTreeSet<String> {
         let at = volume.attachment.map(|a| (a.instance_id, a.device_name));
         all.insert(format!("{} {} of {} GiB at {at:?}", volume.id, volume.volume_type, volume.size_gib));
     }
-    for snapshot in region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items {
+    let snapshots = region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items;
+    // That one has come to nothing is told as well, as of tasks.
+    let (snapshots, failed): (Vec<_>, Vec<_>) =
+        snapshots.into_iter().partition(|one| one.state == SnapshotState::Completed);
+    let has_failed = |id: ResourceId| failed.iter().any(|one| ResourceId::from(one.id) == id);
+    for snapshot in snapshots {
         all.insert(format!("{} of {}", snapshot.id, snapshot.volume_id));
     }
-    for tag in region.describe_tags(&DescribeTags::new()).unwrap().items {
+    let tags = region.describe_tags(&DescribeTags::new()).unwrap().items;
+    for tag in tags.into_iter().filter(|tag| !has_failed(tag.resource_id)) {
         all.insert(format!("{} has {}={}", tag.resource_id, tag.key, tag.value));
     }
     for template in region.describe_launch_templates(&DescribeLaunchTemplates::new()).unwrap().items {
@@ -191,6 +198,14 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
     world.call("tag", |r| r.create_tags(&[volume.into(), one.id().into()], &[("stage", "test")]));
     world.call("untag", |r| r.delete_tags(&[volume.into(), one.id().into()], &[("stage", None)]));
     let snapshot = world.call("create snapshot", |r| r.create_snapshot(volume, "of it")).id;
+    let begun = world.call("begin create snapshot", |r| r.begin_create_snapshot(volume, "")?.wait(soon())).id;
+    world.call("delete what was begun", |r| r.delete_snapshot(begun));
+    let of_all = CreateSnapshots::new(one.id()).exclude_boot_volume(true).tag("of", "all");
+    world.call("create snapshots", |r| r.create_snapshots(&of_all));
+    world.call("begin create snapshots", |r| {
+        let begun = r.begin_create_snapshots(&of_all)?;
+        begun.iter().map(|one| one.wait(soon())).collect::<instance_core::Result<Vec<_>>>()
+    });
     world.call("detach", |r| r.detach_volume(volume));
     world.call("delete volume", |r| r.delete_volume(volume));
     world.call("delete snapshot", |r| r.delete_snapshot(snapshot));

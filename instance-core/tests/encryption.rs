@@ -192,7 +192,7 @@ fn images_are_encrypted_where_they_are_registered() {
     ask(&region.launch(&of_snapshot, spec()).unwrap(), "read 0 0", WORD);
 
     // What is encrypted is said to be.
-    let hidden = BlockDeviceMapping::ebs("/dev/sdf", backup.digest, 1);
+    let hidden = BlockDeviceMapping::ebs("/dev/sdf", backup.digest.unwrap(), 1);
     let source = ImageSource::new(&content).boot(boot());
     let hiding =
         region.register_image(Ami::<X86_64>::builder("hiding").block_device(hidden), source).unwrap_err();

@@ -175,7 +175,7 @@ fn a_launch_changes_the_disks_of_its_instance_alone() {
     let with = |gib| {
         LaunchSpec::new("t2.nano".parse().unwrap()).block_device(BlockDeviceMapping::ebs(
             "/dev/sdh",
-            snapshot.digest,
+            snapshot.digest.unwrap(),
             gib,
         ))
     };

@@ -141,7 +141,7 @@ fn what_is_sold_is_launched_by_who_accepts_its_terms_and_carried_away_by_nobody(
     let of_snapshot = ImageSource::of_snapshot(snapshot.id).boot(boot());
     let again = buyer.register_image(Ami::<X86_64>::builder("again"), of_snapshot).unwrap();
     assert_eq!(codes_of(&buyer, &again.into_any()), [code()]);
-    let named = with_second_disk(&buyer, "by-digest", snapshot.digest).unwrap();
+    let named = with_second_disk(&buyer, "by-digest", snapshot.digest.unwrap()).unwrap();
     assert_eq!(codes_of(&buyer, &named.into_any()), [code()]);
     let volume = buyer.create_volume(VolumeSpec::of_snapshot(snapshot.id)).unwrap();
     assert!(volume.product_codes.iter().eq([&code()]));

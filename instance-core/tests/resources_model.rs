@@ -9,7 +9,7 @@ mod common;
 mod random;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ami_core::{Ami, Grantee, InstanceId, ModifyImageAttribute, ResourceId, SnapshotId, VolumeId, X86_64};
 use common::TestRegion;
@@ -192,7 +192,19 @@ impl World {
                 check(format!("grow {id} to {gib} GiB"), found, expected)
             }
             (12, Some(id), ..) if model.snapshots.len() < MOST => {
-                let made = region.create_snapshot(id, "");
+                let made = match self.random.below(3) {
+                    0 => region.create_snapshot(id, ""),
+                    1 => region
+                        .begin_create_snapshot(id, "")
+                        .and_then(|pending| pending.wait(Instant::now() + Duration::from_secs(30))),
+                    _ => {
+                        // One that is given up before or after it is there.
+                        if let Ok(pending) = region.begin_create_snapshot(id, "") {
+                            region.delete_snapshot(pending.id()).unwrap();
+                        }
+                        region.create_snapshot(id, "")
+                    }
+                };
                 let expected = model.volume(who, id).map(|volume| volume.gib);
                 if let (Ok(made), Ok(gib)) = (&made, expected) {
                     let snapshot = Snapshot { owner: who, volume: id, gib, tags: Tags::new() };

@@ -13,6 +13,7 @@ use super::spec::{CreateImage, ImageConsistency};
 use crate::boot_cache::BootPlan;
 use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
+use crate::guest_agent::{self, Frozen};
 use crate::images::gib;
 use crate::instance::{Cell, Hold, Live, PowerOffFor};
 use crate::launch::plan;
@@ -73,13 +74,65 @@ impl Content {
 
 impl Inner {
     pub(super) fn take_moment(&self, cell: &Cell, image: &CreateImage) -> Result<Moment<'_>> {
+        let with_agent = self.guest_agent.filter(|_| image.no_reboot);
+        let _agent = with_agent.map(|_| cell.agent());
         let mut live = self.hold_to_freeze(cell);
-        let state = live.record.description.state;
-        let begun = Clock::now();
-        if matches!(state, InstanceState::Running | InstanceState::Stopped) {
+        if matches!(live.record.description.state, InstanceState::Running | InstanceState::Stopped) {
             // What cannot be is refused before anything is done.
             self.draft(&live, image)?;
         }
+        let mut frozen = None;
+        if let Some(port) = with_agent {
+            (live, frozen) = self.let_freeze(cell, live, port);
+        }
+        // It is held no longer when the guest is to go on, which may take its time.
+        let moment = self.take_moment_of(cell, live, image);
+        let flushed = frozen.is_some_and(Frozen::thaw);
+        let moment = moment?;
+        Ok(match flushed {
+            true => Moment { consistency: ImageConsistency::FileSystemConsistent, ..moment },
+            false => moment,
+        })
+    }
+
+    /// Has the guest of a running instance flush its file systems, which stand still from then on, if it has an agent that does.
+    fn let_freeze<'c>(&self, cell: &'c Cell, mut live: Hold<'c>, port: u32) -> (Hold<'c>, Option<Frozen>) {
+        loop {
+            let runs = live.machine.is_some() && live.record.description.state == InstanceState::Running;
+            let Some(vsock) = live.vsock.clone().filter(|_| runs) else { return (live, None) };
+            let generation = live.generation;
+            // Not held meanwhile: others may stop or terminate it.
+            drop(live);
+            let frozen = guest_agent::freeze(&vsock, port).inspect_err(|e| {
+                tracing::info!(instance = %cell.id, error = %e, "an image is crash-consistent");
+            });
+            live = cell.hold(self.supervisor.reports());
+            if self.storing_of(&live).is_none() {
+                return match frozen {
+                    Ok(frozen) if live.generation == generation => (live, Some(frozen)),
+                    // That of a machine that is gone; it has nobody to wait for.
+                    _ => (live, None),
+                };
+            }
+            // A snapshot of one of its volumes has begun, and nothing stands still for as long as that is stored.
+            drop(live);
+            let again = frozen.map(drop).is_ok();
+            live = self.hold_to_freeze(cell);
+            if !again {
+                return (live, None);
+            }
+        }
+    }
+
+    /// Takes an instance that is held, and lets it go.
+    fn take_moment_of<'c>(
+        &self,
+        cell: &'c Cell,
+        mut live: Hold<'c>,
+        image: &CreateImage,
+    ) -> Result<Moment<'_>> {
+        let state = live.record.description.state;
+        let begun = Clock::now();
         let (taken, consistency) = match (&live.machine, state) {
             (Some(_), InstanceState::Running) if !image.no_reboot => {
                 let (held, consistency) = self.shut_down(cell, live)?;

@@ -9,7 +9,8 @@ use ami_core::{AnyAmi, BlockDeviceMapping};
 ///
 /// **EC2 reboots a running instance unless it is told not to; this does not unless it is told to.** The instance stands
 /// still for milliseconds, all its volumes are taken at that instant, and [`ImageConsistency`] says what that makes of
-/// them; nobody loses a server's memory who only asked for an image of it.
+/// them; nobody loses a server's memory who only asked for an image of it. A guest with an
+/// [agent](crate::RegionOptions::guest_agent) flushes its file systems before, and has them stand still for that.
 ///
 /// ```
 /// # use ami_core::{Ami, BlockDeviceMapping, X86_64};
@@ -102,9 +103,11 @@ impl From<String> for CreateImage {
 #[non_exhaustive]
 pub enum ImageConsistency {
     /// As after a power failure: what the guest had flushed is there, all volumes are of the same instant, and file systems
-    /// with a journal mend themselves. What was in its page cache alone is not there; have it `sync` first, or reboot.
+    /// with a journal mend themselves. What was in its page cache alone is not there: have it `sync` first, or reboot, or give
+    /// it an [agent](crate::RegionOptions::guest_agent).
     CrashConsistent,
-    /// The guest had shut itself down: its file systems are whole, with all that it had written.
+    /// The guest had shut itself down, or its agent says that its file systems were flushed and stood still: they are
+    /// whole, with all that it had written.
     FileSystemConsistent,
 }
 

@@ -30,6 +30,8 @@ pub(crate) struct Cell {
     live: Mutex<Live>,
     /// What is known of its machine, for status checks, which wait for nothing that is done to it.
     boot: Mutex<Option<Boot>>,
+    /// Held while its guest's agent is asked to freeze, and until it has thawed: it has one client at a time.
+    agent: Mutex<()>,
 }
 
 /// What changes, under the lock that every action on the instance holds.
@@ -92,11 +94,17 @@ impl Cell {
                 waits_for_room: false,
             }),
             boot: Mutex::new(None),
+            agent: Mutex::default(),
         }
     }
 
     pub(crate) fn boot(&self) -> MutexGuard<'_, Option<Boot>> {
         self.boot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for whoever else has its guest freeze. Taken before it is [held](Self::hold).
+    pub(crate) fn agent(&self) -> MutexGuard<'_, ()> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for whatever else is done to the instance, then holds it.

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use ami_core::{AccountId, AmiId, Digest, InstanceId, RegionName};
+use ami_core::{AccountId, AmiId, Digest, ImageState, InstanceId, RegionName, VolumeId};
 use storage_block::{Snapshot, Store as BlockStore};
 
 use super::StateChange;
@@ -17,7 +17,6 @@ use crate::boot_cache::BootCache;
 use crate::capacity::Meter;
 use crate::directory::{Directory, not_found};
 use crate::forget::Remembered;
-use crate::image_states::Watched;
 use crate::instance::Cell;
 use crate::launch::{InFlight, Tokens};
 use crate::lock::Lock;
@@ -26,11 +25,13 @@ use crate::migrate::migrate;
 use crate::network::Network;
 use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
+use crate::snapshots::PendingSnapshots;
 use crate::store::{JournaledStore, Known, Store};
 use crate::storing::Storing;
 use crate::supervisor::Supervisor;
 use crate::tasks::Tasks;
-use crate::{Error, ErrorKind, Result};
+use crate::watched::Watched;
+use crate::{Error, ErrorKind, Result, VolumeState};
 
 /// What users' handles share: with the last of them the region is closed, then and there.
 ///
@@ -54,6 +55,7 @@ impl Deref for Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        self.0.pending_snapshots.cut_off();
         self.0.tasks.stop();
         self.0.supervisor.stop();
     }
@@ -72,16 +74,20 @@ pub(crate) struct Inner {
     pub(crate) in_flight: InFlight,
     pub(crate) tasks: Tasks,
     pub(crate) storing: Storing,
+    pub(crate) pending_snapshots: PendingSnapshots,
     pub(crate) meter: Meter,
     pub(crate) hypervisor: Box<dyn Hypervisor>,
     pub(crate) network: Option<Box<dyn Network>>,
     pub(crate) ebs_limits: bool,
     pub(crate) network_limits: bool,
     pub(crate) vsock: bool,
+    /// The port of guests' on which an agent may listen.
+    pub(crate) guest_agent: Option<u32>,
     pub(crate) region: RegionRecord,
     pub(crate) store: Store,
     images: Known<ImageRecord>,
-    pub(crate) watched_images: Watched,
+    pub(crate) watched_images: Watched<AmiId, ImageState>,
+    pub(crate) watched_volumes: Watched<VolumeId, VolumeState>,
     pub(crate) blocks: BlockStore,
     pub(crate) boot: BootCache,
     /// Held for reading while an image is made, and for writing while what nothing names is collected, which
@@ -138,16 +144,19 @@ impl Inner {
             in_flight: InFlight::default(),
             tasks: Tasks::default(),
             storing: Storing::default(),
+            pending_snapshots: PendingSnapshots::default(),
             meter: Meter::new(options.capacity),
             hypervisor,
             network: options.network.take(),
             ebs_limits: options.ebs_limits,
             network_limits: options.network_limits,
-            vsock: options.vsock,
+            vsock: options.vsock || options.guest_agent.is_some(),
+            guest_agent: options.guest_agent,
             region,
             store,
             images: Known::default(),
             watched_images: Watched::default(),
+            watched_volumes: Watched::default(),
             blocks,
             boot,
             making_images: RwLock::default(),

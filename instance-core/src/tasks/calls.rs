@@ -233,15 +233,17 @@ impl Inner {
             let done = own.told_end(done.unwrap_or_else(panicked));
             own.end(&region.write_end(&own, done));
         };
-        match thread::Builder::new().name("image-task".to_owned()).spawn(run) {
-            Ok(thread) => {
-                let mut threads = self.tasks.threads();
-                threads.retain(|thread| !thread.is_finished());
-                threads.push(thread);
-                Ok(())
-            }
-            Err(e) => Err(Error::io(e, "cannot start a thread for a task")),
-        }
+        self.spawn_task("image-task", run)
+    }
+
+    /// Has a thread do something that is waited for when the region is closed.
+    pub(crate) fn spawn_task(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+        let spawned = thread::Builder::new().name(name.to_owned()).spawn(run);
+        let thread = spawned.map_err(|e| Error::io(e, "cannot start a thread for a task"))?;
+        let mut threads = self.tasks.threads();
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+        Ok(())
     }
 
     /// Writes down what a task has come to, and gives it. If it cannot be, the task is taken for one that was cut off.

@@ -4,7 +4,7 @@ use ami_core::{AccountId, AmiId, StateReason, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::Done;
-use super::unfinished::reason_of;
+use super::reason_of;
 use crate::Result;
 use crate::error::chain;
 

@@ -24,7 +24,7 @@ pub use self::import::ImportImage;
 pub(crate) use self::record::{TaskId, put_completed};
 use self::record::{TaskRecord, is_long_gone};
 pub use self::unfinished::UnfinishedImage;
-use self::unfinished::kind_of;
+pub(crate) use self::unfinished::{kind_of, reason_of};
 use crate::describe::Describe;
 use crate::error::chain;
 use crate::watch::{Publisher, Watch};
@@ -115,12 +115,35 @@ struct State<Id> {
     ended: Mutex<Option<(Timestamp, Option<Failure>)>>,
 }
 
-/// Why a task has failed, for everybody who waits for it.
+/// Why something has failed, for everybody who waits for it.
 #[derive(Debug, Clone)]
-struct Failure {
+pub(crate) struct Failure {
     kind: ErrorKind,
     code: &'static str,
     text: String,
+}
+
+impl Failure {
+    pub(crate) fn of(error: &Error) -> Self {
+        Self { kind: error.kind(), code: error.code(), text: chain(error) }
+    }
+
+    pub(crate) fn error(&self) -> Error {
+        Error::new(self.kind, self.text.clone()).with_code(self.code)
+    }
+}
+
+/// How much is done, in percent, which is not all before it has ended.
+pub(crate) fn percent(done: u64, total: u64) -> u8 {
+    percent_of_part(done, total, 0, 1)
+}
+
+/// The same of something of several parts, of which it is at the `nth`, from 0.
+fn percent_of_part(done: u64, total: u64, nth: usize, of: usize) -> u8 {
+    let part = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or_default().min(100);
+    let (nth, of) = (nth as u128, of as u128);
+    let percent = (nth * 100 + part).checked_div(of).unwrap_or_default().min(99);
+    u8::try_from(percent).unwrap_or_default()
 }
 
 impl<Id> Clone for Task<Id> {
@@ -218,7 +241,7 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
         match self.watch().wait(deadline, |task| task.status.has_ended()) {
             Ok(task) if task.status == TaskStatus::Completed => Ok(task),
             Ok(task) => Err(match self.ended().as_ref().and_then(|(_, failure)| failure.clone()) {
-                Some(failure) => Error::new(failure.kind, failure.text).with_code(failure.code),
+                Some(failure) => failure.error(),
                 None => Error::new(kind_of(task.state_reason.as_ref()), task.status_message),
             }),
             Err(task) => {
@@ -261,11 +284,7 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
 
     /// The same of something of several parts, of which it is at the `nth`, from 0.
     pub(crate) fn reach_part(&self, done: u64, total: u64, nth: usize, of: usize) {
-        let part = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or_default().min(100);
-        let (nth, of) = (nth as u128, of as u128);
-        // What is done is not all before it has ended.
-        let percent = (nth * 100 + part).checked_div(of).unwrap_or_default().min(99);
-        let percent = u8::try_from(percent).unwrap_or_default();
+        let percent = percent_of_part(done, total, nth, of);
         self.0.told.update(|task| {
             let news = percent > task.progress;
             task.progress = task.progress.max(percent);
@@ -274,7 +293,7 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
     }
 
     fn end(&self, with: &Result<Done>) {
-        let failure = with.as_ref().err().map(|e| Failure { kind: e.kind(), code: e.code(), text: chain(e) });
+        let failure = with.as_ref().err().map(Failure::of);
         // Before it is told: whoever is told finds it.
         *self.ended() = Some((Timestamp::now(), failure));
         self.0.told.update(|task| {

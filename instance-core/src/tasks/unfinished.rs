@@ -179,7 +179,7 @@ impl<Id: fmt::Display> TaskDescription<Id> {
 }
 
 /// Why something has failed, in EC2's words: they say whose fault it was.
-pub(super) fn reason_of(why: &Error) -> StateReason {
+pub(crate) fn reason_of(why: &Error) -> StateReason {
     let code = match (why.kind(), why.code()) {
         (ErrorKind::Cancelled, _) => CANCELLED.to_owned(),
         (ErrorKind::InsufficientCapacity, _) | (_, "InternalError") => format!("Server.{}", why.code()),
@@ -189,7 +189,7 @@ pub(super) fn reason_of(why: &Error) -> StateReason {
 }
 
 /// The kind of what has failed for a reason, by its code, which is all that is kept of it.
-pub(super) fn kind_of(reason: Option<&StateReason>) -> ErrorKind {
+pub(crate) fn kind_of(reason: Option<&StateReason>) -> ErrorKind {
     let code = reason.map_or("", |reason| reason.code.as_str());
     let code = code.strip_prefix("Client.").or(code.strip_prefix("Server.")).unwrap_or(code);
     match CANCELLED.strip_prefix("Client.") == Some(code) {

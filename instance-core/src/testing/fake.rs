@@ -7,6 +7,7 @@
 mod guest;
 mod machine;
 mod memory;
+mod streams;
 
 use std::io;
 use std::sync::Arc;
@@ -15,11 +16,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ami_core::{Architecture, Arm64, X86, X86_64};
 use machine::FakeMachine;
 use memory::Memory;
+use streams::{FakeStreams, Program};
 
 use crate::machine::{
     Boot, BootFile, Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind,
     MachineSpec, MachineState, RestoreSpec, Runs,
 };
+use crate::vsock::{VsockPort, VsockSpec};
 
 const MAX_DISKS: usize = 32;
 const MAX_NETS: usize = 15;
@@ -87,6 +90,7 @@ pub fn tiny_elf() -> Vec<u8> {
 pub struct FakeHypervisor {
     architectures: Vec<Architecture>,
     fail_next: Arc<AtomicBool>,
+    streams: Program,
 }
 
 impl FakeHypervisor {
@@ -97,7 +101,7 @@ impl FakeHypervisor {
 
     /// One that claims to run these.
     pub fn with_architectures(architectures: Vec<Architecture>) -> Self {
-        Self { architectures, fail_next: Arc::default() }
+        Self { architectures, fail_next: Arc::default(), streams: Program::default() }
     }
 
     /// Makes the next [`create`](Hypervisor::create) fail as if the host had refused.
@@ -119,6 +123,44 @@ impl FakeHypervisor {
     /// ```
     pub fn fail_next_create(&self) {
         self.fail_next.store(true, Ordering::SeqCst);
+    }
+
+    /// Has its guests do this with their [streams](crate::vsock), where they have a place for them: it is called in the guest's
+    /// thread, while that runs and is not paused, when there is a packet for it, all of which it takes. It must not block. Without
+    /// it nobody listens in a guest.
+    ///
+    /// ```
+    /// use std::time::{Duration, Instant};
+    /// use instance_core::console::Console;
+    /// use instance_core::machine::{Boot, Hypervisor, MachineSpec};
+    /// use instance_core::testing::{FakeHypervisor, fake_kernel};
+    /// use instance_core::vsock::{self, Op, Packet, VsockSpec};
+    ///
+    /// // Takes whoever connects, and says nothing.
+    /// let hypervisor = FakeHypervisor::new().on_streams(|port| {
+    ///     while let Some(packet) = port.next(usize::MAX) {
+    ///         if packet.op == Op::Request {
+    ///             port.deliver(Packet { op: Op::Response, buf_alloc: 1 << 16, fwd_cnt: 0, ..packet });
+    ///         }
+    ///     }
+    /// });
+    /// let console = Console::new();
+    /// let boot = Boot::new(fake_kernel("")?, None, "");
+    /// let mut spec = MachineSpec::new("demo", ami_core::Architecture::X86_64, boot, console.port());
+    /// let (port, streams) = vsock::cable();
+    /// spec.vsock = Some(VsockSpec::new(port));
+    /// let machine = hypervisor.create(spec)?;
+    /// machine.start()?;
+    /// streams.connect(9999, Instant::now() + Duration::from_secs(10))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn on_streams(self, program: impl Fn(&VsockPort) + Send + Sync + 'static) -> Self {
+        Self { streams: Program::new(program), ..self }
+    }
+
+    fn streams(&self, spec: Option<VsockSpec>) -> Option<FakeStreams> {
+        spec.map(|spec| FakeStreams::new(spec, &self.streams))
     }
 }
 
@@ -142,6 +184,7 @@ impl Hypervisor for FakeHypervisor {
         capabilities.hot_plug = true;
         capabilities.live_growth = true;
         capabilities.save = true;
+        capabilities.vsock = true;
         capabilities
     }
 
@@ -155,13 +198,15 @@ impl Hypervisor for FakeHypervisor {
             return Err(MachineError::new(MachineErrorKind::Host, "the fake host was told to refuse"));
         }
         check_kernel(&spec.boot)?;
-        let memory = Memory::new(&spec);
-        Ok(Box::new(FakeMachine::new(MachineState::Created, memory, spec.disks, spec.nets, spec.console)))
+        let (memory, streams) = (Memory::new(&spec), self.streams(spec.vsock));
+        let ports = (spec.nets, streams);
+        Ok(Box::new(FakeMachine::new(MachineState::Created, memory, spec.disks, ports, spec.console)))
     }
 
     fn restore(&self, mut spec: RestoreSpec) -> Result<Box<dyn Machine>, MachineError> {
         let memory = Memory::restore(&mut spec)?;
-        let machine = FakeMachine::new(MachineState::Paused, memory, spec.disks, spec.nets, spec.console);
+        let ports = (spec.nets, self.streams(spec.vsock));
+        let machine = FakeMachine::new(MachineState::Paused, memory, spec.disks, ports, spec.console);
         machine.run_guest()?;
         Ok(Box::new(machine))
     }

@@ -7,7 +7,7 @@ use ami_core::{Ami, AmiId, AnyAmi, BlockDeviceMapping, X86_64};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DescribeSnapshots, DescribeVolumes, DirectBoot, ImageSource, Instance, InstanceState, LaunchSpec, Region,
-    Result, VolumeSpec, VolumeState,
+    Result, SnapshotState, VolumeSpec, VolumeState,
 };
 use storage_block::MemoryDisk;
 
@@ -134,7 +134,9 @@ fn act_on_resources(
     word: &str,
 ) -> Result<()> {
     let volumes = region.describe_volumes(&DescribeVolumes::new())?.items;
-    let snapshots = region.describe_snapshots(&DescribeSnapshots::new())?.items;
+    let mut snapshots = region.describe_snapshots(&DescribeSnapshots::new())?.items;
+    // What a kill has cut off is no more than its name.
+    snapshots.retain(|snapshot| snapshot.state == SnapshotState::Completed);
     let free: Vec<_> = volumes.iter().filter(|v| v.state == VolumeState::Available).collect();
     let of_snapshot = random.one(&snapshots).map(|s| s.id);
     match random.below(7) {
@@ -154,8 +156,15 @@ fn act_on_resources(
         2 if snapshots.len() < 4 => {
             let Some(volume) = random.one(&volumes) else { return Ok(()) };
             say(&format!("begin snapshot {}", volume.id));
-            let made = region.create_snapshot(volume.id, word)?;
-            say(&format!("done {} {}", made.id, made.digest.to_hex()));
+            let made = match random.below(2) {
+                0 => region.create_snapshot(volume.id, word)?,
+                _ => region.begin_create_snapshot(volume.id, word)?.wait(soon())?,
+            };
+            say(&format!(
+                "done {} {}",
+                made.id,
+                made.digest.map(|digest| digest.to_hex()).unwrap_or_default()
+            ));
         }
         3 => {
             let Some(id) = of_snapshot else { return Ok(()) };

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use ami_core::{AnyAmi, Digest, X86_64};
-use instance_core::{DescribeSnapshots, DescribeVolumes, InstanceState, LaunchSpec, VolumeDescription};
+use instance_core::{
+    DescribeSnapshots, DescribeVolumes, InstanceState, LaunchSpec, SnapshotState, VolumeDescription,
+};
 
 use super::child::{kernel, two_once};
 use super::{PLACES, TestRegion, ask};
@@ -304,6 +306,9 @@ impl Model {
     fn check_resources(&self, region: &TestRegion, when: &str) {
         let (volumes, snapshots) = resources(region);
         assert_eq!(snapshots, self.snapshots, "snapshots, {when}");
+        let left = region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items;
+        let mut left = left.into_iter().filter(|snapshot| snapshot.state != SnapshotState::Completed);
+        assert!(left.all(|snapshot| snapshot.state == SnapshotState::Error), "a snapshot is pending, {when}");
         let own = self.instances.iter().flat_map(|(id, i)| i.volumes.iter().map(move |v| (v, Some(id))));
         let others = self.kept.keys().map(|v| (v, self.attached.get(v)));
         let expected: BTreeMap<String, Option<String>> =
@@ -373,7 +378,8 @@ fn resources(region: &TestRegion) -> (BTreeMap<String, Option<String>>, BTreeMap
     let snapshots = region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items.into_iter();
     (
         volumes.map(|v| (v.id.to_string(), holder(&v))).collect(),
-        snapshots.map(|s| (s.id.to_string(), s.digest.to_hex())).collect(),
+        // Those that could not be made have none.
+        snapshots.filter_map(|s| Some((s.id.to_string(), s.digest?.to_hex()))).collect(),
     )
 }
 

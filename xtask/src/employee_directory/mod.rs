@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use anyhow::{Context as _, Result, bail, ensure};
 use instance_core::machine::Hypervisor;
-use instance_core::{Instance, InstanceState, LaunchSpec, Region, RegionOptions};
+use instance_core::{ImageConsistency, Instance, InstanceState, LaunchSpec, Region, RegionOptions};
 use network_vpc::{Direction, Network, Rule};
 use quick_start::BuiltImage;
 
@@ -28,6 +28,9 @@ use ssh::Ssh;
 
 /// How long a guest may take to boot, and to do what its user data says, on a processor that is emulated.
 const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// What is written last, and not flushed by whoever writes it.
+const LAST_WRITTEN: &str = "/home/debian/last-written";
 
 /// A photo, as far as anybody looks.
 const PHOTO: &[u8] = b"\x89PNG\r\n\x1a\nnot much of a picture";
@@ -61,8 +64,13 @@ struct Server {
 fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Result<()> {
     let name = "eu-west-1".parse()?;
     let network = Network::open(&dir.join("network"), &name)?;
-    let region =
-        RegionOptions::new().name(name).network(network.clone()).open(dir.join("region"), hypervisor)?;
+    let mut options = RegionOptions::new().name(name).network(network.clone());
+    // Without streams the guest's agent is not heard.
+    let with_agent = hypervisor.capabilities().vsock;
+    if with_agent {
+        options = options.guest_agent(user_data::AGENT);
+    }
+    let region = options.open(dir.join("region"), hypervisor)?;
     let ami = step("registering the image", || Ok(disk.register(&region)?.ami().typed::<X86_64>()?))?;
     let key = network.create_key_pair("operator")?;
     let group = network.create_security_group(network.default_vpc()?, "web", "the employee directory")?.id;
@@ -104,8 +112,7 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Resu
     first_boots(&shell, "first\n").context("at its second boot")?;
     let mut session = shell.echo()?;
 
-    let created = step("making an image of it", || Ok(first.instance.create_image("employee-directory")?))?;
-    let image = created.ami.typed::<X86_64>()?;
+    let image = step("making an image of it", || make_image(&first.instance, &shell, with_agent))?;
     let more = step("launching two more", || {
         let with_script = spec()?.user_data(user_data::first_boot("twin"));
         let one = launch(&region, &network, &image, with_script)?;
@@ -118,7 +125,13 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Resu
         ensure!(page.contains("Ada Lovelace"), "{} has other employees: {page}", server.instance.id());
     }
     step("seeing what the script of one of them did", || {
-        first_boots(&log_in(dir, &more[0], &identity)?, "first\ntwin\n")
+        let twin = log_in(dir, &more[0], &identity)?;
+        first_boots(&twin, "first\ntwin\n")?;
+        if with_agent {
+            let written = twin.run(&format!("cat {LAST_WRITTEN}"))?;
+            ensure!(written == "at last\n", "what was written last is {written:?} in the image");
+        }
+        Ok(())
     })?;
     step("closing port 80", || {
         network.revoke(group, web)?;
@@ -133,6 +146,25 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Resu
     })?;
     ensure!(network.interfaces().is_empty(), "interfaces are left: {:?}", network.interfaces());
     Ok(())
+}
+
+/// Makes an image of an instance that goes on, whose guest has something in its page cache alone, if its agent can be asked to
+/// write that.
+fn make_image(instance: &Instance, shell: &Ssh, with_agent: bool) -> Result<Ami<X86_64>> {
+    // What has been installed is written before, so that no more is left than is soon done by an emulated processor.
+    let is_there = "systemctl is-active --quiet qemu-guest-agent || systemctl status qemu-guest-agent >&2";
+    shell.run(&format!("{{ {is_there}; }} && sync")).context("its agent is not there")?;
+    shell.run(&format!("echo at last > {LAST_WRITTEN}"))?;
+    let created = instance.create_image("employee-directory")?;
+    if with_agent && created.consistency != ImageConsistency::FileSystemConsistent {
+        let said =
+            shell.run("sudo journalctl -b --no-pager -u qemu-guest-agent; lsmod | grep vsock; true")?;
+        bail!(
+            "its agent did not have its file systems stand still, and the image is {}:\n{said}",
+            created.consistency
+        );
+    }
+    Ok(created.ami.typed::<X86_64>()?)
 }
 
 /// EC2's smallest with memory enough for Debian's package manager.

@@ -1,5 +1,5 @@
 //! What the first instance is given to do: install a web server and the application, with its data on the second
-//! volume.
+//! volume, and an agent that has its file systems stand still for an image.
 
 use serde_json::{Value, json};
 
@@ -8,6 +8,9 @@ pub(super) const DATA: &str = "/srv/employee-directory";
 
 /// To which file the scripts of [`first_boot`] add a line.
 pub(super) const FIRST_BOOTS: &str = "/var/log/first-boots";
+
+/// Where the guest's agent listens.
+pub(super) const AGENT: u32 = 9999;
 
 /// Between the parts.
 const BOUNDARY: &str = "a-part-of-the-user-data";
@@ -41,10 +44,19 @@ fn cloud_config() -> String {
                 include_str!("../../guest/employee-directory/app.service"),
             ),
             file("/etc/nginx/conf.d/app.conf", include_str!("../../guest/employee-directory/nginx.conf")),
+            // Any address of the guest's.
+            file("/etc/qemu/qemu-ga.conf", &format!("[general]\nmethod = vsock-listen\npath = {}:{AGENT}\n", u32::MAX)),
+            file(
+                "/etc/systemd/system/qemu-guest-agent.service",
+                include_str!("../../guest/employee-directory/agent.service"),
+            ),
         ],
         "package_update": true,
-        "packages": ["nginx-light"],
+        "packages": ["nginx-light", "qemu-guest-agent"],
         "runcmd": [
+            ["systemctl", "daemon-reload"],
+            ["systemctl", "enable", "qemu-guest-agent"],
+            ["systemctl", "restart", "qemu-guest-agent"],
             ["rm", "-f", "/etc/nginx/sites-enabled/default"],
             ["systemctl", "enable", "--now", "employee-directory"],
             ["systemctl", "reload-or-restart", "nginx"],

@@ -7,6 +7,7 @@ use storage_block::SECTOR;
 
 use super::machine::{Signals, exit, lock};
 use super::memory::{self, Memory};
+use super::streams::FakeStreams;
 use crate::console::ConsolePort;
 use crate::machine::{DiskSpec, ExitCause, MachineState, NetSpec};
 use crate::net::Frame;
@@ -46,6 +47,7 @@ pub(super) struct FakeGuest {
     pub(super) memory: Arc<Mutex<Memory>>,
     /// Plugged in for as long as it runs.
     pub(super) nets: Vec<FakePort>,
+    pub(super) streams: Option<FakeStreams>,
 }
 
 impl FakeGuest {
@@ -73,6 +75,9 @@ impl FakeGuest {
         }
         let mut memory = lock(&self.memory);
         if self.nets.iter().zip(&memory.nets).any(|(net, memory)| net.serve(memory)) {
+            return true;
+        }
+        if self.streams.as_ref().is_some_and(FakeStreams::serve) {
             return true;
         }
         let mut byte = [0];
@@ -134,6 +139,14 @@ impl FakeGuest {
         for net in &self.nets {
             let signals = self.signals.clone();
             net.0.port.set_waker(Some(Arc::new(move || signals.raise())));
+        }
+    }
+
+    /// Has packets wake the guest.
+    pub(super) fn take_up_streams(&self) {
+        if let Some(streams) = &self.streams {
+            let signals = self.signals.clone();
+            streams.port.set_waker(Some(Arc::new(move || signals.raise())));
         }
     }
 

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use super::MAX_DISKS;
 use super::guest::{FakeGuest, FakePort};
 use super::memory::Memory;
+use super::streams::FakeStreams;
 use crate::console::ConsolePort;
 use crate::machine::{
     Detach, DiskSpec, ExitCause, Machine, MachineError, MachineErrorKind, MachineState, NetSpec,
@@ -51,6 +52,8 @@ pub(super) struct FakeMachine {
     memory: Arc<Mutex<Memory>>,
     /// The network ports, until the guest has them.
     nets: Mutex<Vec<NetSpec>>,
+    /// The same for streams.
+    streams: Mutex<Option<FakeStreams>>,
 }
 
 impl FakeMachine {
@@ -58,7 +61,7 @@ impl FakeMachine {
         state: MachineState,
         memory: Memory,
         disks: Vec<DiskSpec>,
-        nets: Vec<NetSpec>,
+        (nets, streams): (Vec<NetSpec>, Option<FakeStreams>),
         console: ConsolePort,
     ) -> Self {
         Self {
@@ -72,6 +75,7 @@ impl FakeMachine {
             busy: Arc::default(),
             memory: Arc::new(Mutex::new(memory)),
             nets: Mutex::new(nets),
+            streams: Mutex::new(streams),
         }
     }
 
@@ -89,8 +93,10 @@ impl FakeMachine {
             disks: self.disks.clone(),
             memory: self.memory.clone(),
             nets: nets.into_iter().map(FakePort).collect(),
+            streams: lock(&self.streams).take(),
         };
         guest.take_up_nets();
+        guest.take_up_streams();
         let spawned = std::thread::Builder::new().name("fake-machine".to_owned()).spawn(move || guest.run());
         *lock(&self.thread) = Some(spawned.map_err(|e| {
             MachineError::new(MachineErrorKind::Host, "cannot start the machine's thread").with_source(e)
@@ -236,6 +242,7 @@ impl Machine for FakeMachine {
             let _ = thread.join();
         }
         lock(&self.nets).clear();
+        *lock(&self.streams) = None;
         lock(&self.disks).clear();
         self.console.set_input_notifier(None);
     }
