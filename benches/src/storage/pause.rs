@@ -27,7 +27,7 @@ pub(super) fn under_load(bench: &Bench) -> anyhow::Result<Measurement> {
     let volume = Volume::create(&dir.path().join("volume"), None, size)?;
     let (over, written) = (AtomicBool::new(false), AtomicU64::new(0));
     let order = shuffled(size / WRITE);
-    let write = |disk: Disk, from: usize| -> storage_block::Result<()> {
+    let write = &|disk: Disk, from: usize| -> storage_block::Result<()> {
         let bytes = vec![7; WRITE as usize];
         for (number, at) in order.iter().cycle().skip(from).enumerate() {
             if over.load(Ordering::Acquire) {
@@ -45,7 +45,10 @@ pub(super) fn under_load(bench: &Bench) -> anyhow::Result<Measurement> {
     let freezes = bench.rounds(200).rounds.max(20);
     let mut paused: Vec<Duration> = Vec::new();
     thread::scope(|scope| {
-        let writers = [0, order.len() / 2].map(|from| scope.spawn(|| write(volume.disk(), from)));
+        let writers = [0, order.len() / 2].map(|from| scope.spawn({
+            let disk = volume.disk();
+            move || write(disk, from)
+        }));
         for _ in 0..freezes {
             let before = written.load(Ordering::Acquire);
             paused.push(Volume::freeze([&volume], &store).paused());
