@@ -97,8 +97,6 @@ impl Inner {
     /// Removes the files of a volume that no machine has. Those of one that is being stored go with the end of that.
     pub(crate) fn remove_volume_files(&self, id: VolumeId) -> Result<()> {
         let removed = match self.storing.open(id) {
-            // There is nothing of it, and nobody who could write to it.
-            Some(volume) if !volume.has_files() => Ok(()),
             Some(volume) => volume.delete(),
             None => Volume::remove(&self.paths.volume(id)),
         };

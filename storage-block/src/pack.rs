@@ -221,7 +221,10 @@ impl Index {
         let sound = |id: &Id| self.places.get(id).filter(|_| !self.damaged.contains(id));
         let whole = |id: &Id| sound(id).is_some_and(|place| place.patch.is_none());
         sound(id).is_some_and(|place| match place.patch {
-            None | Some(Patch { base: HOLE, .. }) => true,
+            None => true,
+            // What waits for it needs it as a whole.
+            Some(_) if self.lone.contains_key(id) => false,
+            Some(Patch { base: HOLE, .. }) => true,
             Some(Patch { base, .. }) => whole(&base),
         })
     }

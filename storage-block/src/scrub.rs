@@ -70,7 +70,7 @@ impl Store {
         let broken = |why: &String| Error::new(ErrorKind::Corrupt, why.clone());
         report.damages.extend(read(&inner.index).broken.values().map(broken));
         let roots = open_roots(self, &mut report)?;
-        let keys = keys_of(inner, &roots);
+        let keys = keys_of(inner, &roots)?;
         let (mut objects, copied): (Vec<Lies>, HashSet<Id>) = {
             let index = read(&inner.index);
             let place = |(id, place): (&Id, Place)| {
@@ -141,17 +141,23 @@ fn of_what_is_stored(error: Error) -> Result<Error> {
 }
 
 /// The keys of the chunks that are encrypted, as far as they are at hand. Manifests that cannot be read are found later.
-fn keys_of(inner: &Arc<Inner>, roots: &[Arc<Root>]) -> HashMap<Id, EncryptionKey> {
+fn keys_of(inner: &Arc<Inner>, roots: &[Arc<Root>]) -> Result<HashMap<Id, EncryptionKey>> {
     let mut keys = HashMap::new();
     for root in roots {
         let Some(key) = root.key() else { continue };
         let snapshot = Snapshot::new(Arc::clone(inner), Arc::clone(root));
         for leaf in 0..root.leaves.len() {
-            let ids = snapshot.leaf_ids(leaf).unwrap_or_default();
+            let ids = match snapshot.leaf_ids(leaf) {
+                Ok(ids) => ids,
+                Err(error) => {
+                    of_what_is_stored(error)?;
+                    continue;
+                }
+            };
             keys.extend(ids.into_iter().filter(|id| *id != HOLE).map(|id| (id, key.clone())));
         }
     }
-    keys
+    Ok(keys)
 }
 
 fn check_object(inner: &Inner, id: &Id, key: Option<&EncryptionKey>, report: &mut ScrubReport) -> Result<()> {

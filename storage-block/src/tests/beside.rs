@@ -24,6 +24,18 @@ struct Beside {
     over: AtomicBool,
 }
 
+/// Ends all that goes on when it is dropped, if that is not to be by a panic alone.
+struct Over<'b>(&'b AtomicBool, bool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        let Self(over, by_panic) = *self;
+        if !by_panic || std::thread::panicking() {
+            over.store(true, Ordering::Release);
+        }
+    }
+}
+
 impl Beside {
     /// A volume over a snapshot that is zero nowhere: what is lost of it is missed.
     fn new(root: &Path, tape: Arc<Tape>) -> Self {
@@ -56,6 +68,7 @@ impl Beside {
 
     /// Does something at its own pace, each time that so many more writes, and one, have returned.
     fn every(&self, writes: usize, act: impl Fn(u64)) {
+        let _over = Over(&self.over, true);
         let (mut next, mut done) = (0, 0);
         while !self.is_over() {
             if self.written.load(Ordering::Acquire) > next {
@@ -147,15 +160,15 @@ fn record(seed: u64, writes: usize) -> (Recorded, usize) {
         });
         scope.spawn(|| beside.every(8, |_| beside.snapshot().unwrap()));
         scope.spawn(|| beside.every(12, |done| beside.import_and_collect(seed * 100 + done).unwrap()));
+        let _over = Over(&beside.over, false);
         let mut random = Random(seed);
         for number in 1..=writes {
             beside.write(&mut random).unwrap();
             // Nobody is left behind.
-            while number % 8 == 0 && beside.flushes() * 8 < number {
+            while number % 8 == 0 && beside.flushes() * 8 < number && !beside.is_over() {
                 std::thread::yield_now();
             }
         }
-        beside.over.store(true, Ordering::Release);
     });
     let (ledger, taken_over) = (lock(&beside.ledger).clone(), Vec::new());
     (Recorded { steps: tape.steps(), ledger, taken_over }, overlapped.into_inner())

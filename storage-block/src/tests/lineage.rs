@@ -230,8 +230,10 @@ fn who_stores_may_import_wherever_it_was_frozen() {
             let made = frozen.store(&mut |_| drop(imported.get_or_insert_with(import).clone())).unwrap();
             (made, imported)
         });
-        storing.join().unwrap();
-        assert_eq!(sweep.join().unwrap().snapshots, 2, "nobody holds them any more");
+        let (made, imported) = storing.join().unwrap();
+        assert_eq!(sweep.join().unwrap().snapshots, 0, "they are open");
+        made[0].0.verify().unwrap();
+        imported.unwrap().verify().unwrap();
     });
 }
 

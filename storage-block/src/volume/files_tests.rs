@@ -190,7 +190,7 @@ fn one_that_cannot_be_made_is_made_later() {
 fn one_that_is_deleted_keeps_what_is_held_of_it() {
     let fixture = Fixture::new();
     let volume = fixture.make();
-    let held = volume.disk();
+    let (held, again) = (volume.disk(), volume.clone());
     volume.delete().unwrap();
     assert!(!fixture.path().exists());
     let other = fixture.make();
@@ -201,6 +201,8 @@ fn one_that_is_deleted_keeps_what_is_held_of_it() {
     let mut expected = fixture.new_bytes();
     expected[..4096].fill(1);
     compare(&held, &expected, "what is held");
+    again.delete().unwrap();
+    assert!(fixture.path().exists(), "what stands there is not what was deleted");
     expected[..4096].fill(2);
     compare(&other.disk(), &expected, "another that has its place by now");
     assert_eq!(fixture.told(), 1, "what has no name is nobody's volume");

@@ -302,6 +302,9 @@ impl Volume {
         let Some(files) = self.0.files_or_delete() else { return Ok(()) };
         // Nobody flushes meanwhile, and from then on nobody names a file.
         let _log = lock(&files.log);
+        if files.are_deleted() {
+            return Ok(());
+        }
         remove_files(&self.0.dir)?;
         *lock(&files.names) = Names::Gone;
         Ok(())
