@@ -267,6 +267,8 @@ fn what_others_wait_for_is_stored_as_a_whole_beside_what_differs() {
     };
     let first = open().import(&memory(&image(1, 0, 1)), &mut |_| ()).unwrap().0.digest();
     let (second, bytes) = change("second", first, 0, 8);
+    // So that the one lies in another pack than the other.
+    open().import(&memory(&image(1, 0, 5)), &mut |_| ()).unwrap();
     let packs = dir.path().join("store/packs");
     flip(&packs.join("00000001.pack"), 4096 + 9);
     let number = {
@@ -275,6 +277,7 @@ fn what_others_wait_for_is_stored_as_a_whole_beside_what_differs() {
         assert_eq!(store.import(&memory(&bytes), &mut |_| ()).unwrap().1.stored_bytes, CHUNK as u64);
         store.0.find_open(Kind::Chunk, ami_core::Digest::of(&bytes).as_bytes()).unwrap().pack.number
     };
+    assert_ne!(number, 1);
     let (third, expected) = change("third", second, 4096, 9);
     std::fs::remove_file(packs.join(format!("{number:08x}.index"))).unwrap();
     let store = open();
