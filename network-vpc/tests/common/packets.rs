@@ -33,6 +33,12 @@ fn packet(way: Way, protocol: IpProtocol, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// The question which hardware address another has.
+pub(crate) fn who_has(mac: MacAddress, own: Ipv4Addr, wanted: Ipv4Addr) -> Vec<u8> {
+    let kind = [0, 1, 8, 0, 6, 4, 0, 1];
+    [&[0xff; 6][..], &mac.0, &[8, 6], &kind, &mac.0, &own.octets(), &[0; 6], &wanted.octets()].concat()
+}
+
 /// A datagram of UDP.
 pub(crate) fn datagram(way: Way, ports: [u16; 2], text: &[u8]) -> Vec<u8> {
     let mut datagram = [&[0; 8], text].concat();
