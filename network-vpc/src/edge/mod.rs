@@ -4,6 +4,7 @@
 //! One thread an interface. TCP is spoken with the guest by a stack in user space and with the host's sockets by
 //! them; datagrams are passed on as they are.
 
+mod asked;
 pub(crate) mod budget;
 mod conversation;
 mod datagram;
