@@ -9,6 +9,10 @@ use instance_core::net::{Frame, NetPort, SendError};
 
 use crate::backlog::{Backlog, Sender};
 
+/// How many frames that waited a thread gives before it leaves the others to the edge: who sends one is not held up by those
+/// who flood the same machine.
+const AT_ONCE: usize = 64;
+
 pub(crate) struct Outlet {
     cable: NetPort,
     /// Never held while the machine is given something.
@@ -20,8 +24,17 @@ struct State {
     backlog: Backlog,
     /// A thread gives the machine frames, and looks at what waits before it stops.
     is_giving: bool,
-    /// The machine has made room, which that thread has not looked at yet. Not set where there is none.
+    /// The machine has made room, which nobody has looked at yet. Not set where nothing waits for it.
     has_room: bool,
+}
+
+/// What became of frames that waited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Given {
+    /// The machine was given some.
+    pub(crate) some: bool,
+    /// Others wait for which it may have room, and somebody has to [catch up](Outlet::catch_up).
+    pub(crate) is_behind: bool,
 }
 
 impl Outlet {
@@ -30,12 +43,12 @@ impl Outlet {
     }
 
     /// Gives the machine frames in their order, or has them wait for their turn, and leaves those that there is no room for.
-    /// Says whether others were given that waited.
-    pub(crate) fn give(&self, sender: Sender, frames: &mut VecDeque<Frame>) -> bool {
+    pub(crate) fn give(&self, sender: Sender, frames: &mut VecDeque<Frame>) -> Given {
         let mut state = self.lock();
         if state.is_giving || !state.backlog.is_empty() {
             state.backlog.fill(sender, frames);
-            return false;
+            let is_left_to_others = state.is_giving || !state.has_room;
+            return if is_left_to_others { Given::default() } else { self.give_on(state) };
         }
         state.is_giving = true;
         drop(state);
@@ -46,24 +59,21 @@ impl Outlet {
         self.give_on(state)
     }
 
-    /// Gives the machine what has waited for it, as far as it has room. Says whether it was given something.
-    pub(crate) fn catch_up(&self) -> bool {
+    /// Gives the machine what has waited for it, as far as it has room.
+    pub(crate) fn catch_up(&self) -> Given {
         let mut state = self.lock();
-        if state.is_giving {
-            state.has_room = true;
-            return false;
+        if !state.is_giving && state.backlog.is_empty() {
+            return Given::default();
         }
-        if state.backlog.is_empty() {
-            return false;
-        }
-        (state.is_giving, state.has_room) = (true, true);
-        self.give_on(state)
+        state.has_room = true;
+        if state.is_giving { Given::default() } else { self.give_on(state) }
     }
 
-    /// Goes on in the thread that gives, until there is nothing more or no room.
-    fn give_on<'a>(&'a self, mut state: MutexGuard<'a, State>) -> bool {
-        let mut gave = false;
-        while mem::take(&mut state.has_room) {
+    /// Goes on in the thread that gives, until there is nothing more or no room, or it has done enough.
+    fn give_on<'a>(&'a self, mut state: MutexGuard<'a, State>) -> Given {
+        state.is_giving = true;
+        let mut gave = 0;
+        while gave < AT_ONCE && mem::take(&mut state.has_room) {
             while let Some((sender, frame)) = state.backlog.next() {
                 drop(state);
                 let refused = self.offer(frame).err();
@@ -72,11 +82,16 @@ impl Outlet {
                     state.backlog.put_back(sender, frame);
                     break;
                 }
-                gave = true;
+                gave += 1;
+                if gave == AT_ONCE {
+                    state.has_room = true;
+                    break;
+                }
             }
         }
         state.is_giving = false;
-        gave
+        state.has_room &= !state.backlog.is_empty();
+        Given { some: gave > 0, is_behind: state.has_room }
     }
 
     /// Gives the machine a frame, which comes back if it has no room.
@@ -125,8 +140,34 @@ mod tests {
                 }
             }
         })));
-        assert!(outlet.give(SENDER, &mut frames(1)));
+        assert_eq!(outlet.give(SENDER, &mut frames(1)), Given { some: true, is_behind: false });
         assert!(!outlet.lock().is_giving && outlet.lock().backlog.is_empty());
+        machine.set_waker(None);
+    }
+
+    /// It may never end what others have for the same machine.
+    #[test]
+    fn who_gives_one_frame_does_not_give_all_that_come_meanwhile() {
+        let (machine, network) = net::link();
+        let outlet = Arc::new(Outlet::new(network));
+        let (again, port, taken) = (outlet.clone(), machine.clone(), Arc::new(AtomicUsize::new(0)));
+        let count = taken.clone();
+        machine.set_waker(Some(Arc::new(move || {
+            while port.recv().is_some() {
+                if count.fetch_add(1, Ordering::Relaxed) < 1000 {
+                    again.give(SENDER, &mut frames(1));
+                }
+            }
+        })));
+        let behind = Given { some: true, is_behind: true };
+        assert_eq!(outlet.give(SENDER, &mut frames(1)), behind);
+        assert_eq!(taken.load(Ordering::Relaxed), 1 + AT_ONCE);
+        // Who comes next goes on, and what comes with it has its turn.
+        assert_eq!(outlet.give(SENDER, &mut frames(1)), behind);
+        assert_eq!(taken.load(Ordering::Relaxed), 1 + 2 * AT_ONCE);
+        while outlet.catch_up().is_behind {}
+        assert_eq!(taken.load(Ordering::Relaxed), 1002);
+        assert!(!outlet.lock().has_room && outlet.lock().backlog.is_empty());
         machine.set_waker(None);
     }
 
@@ -135,7 +176,7 @@ mod tests {
         let (machine, network) = net::link();
         let outlet = Arc::new(Outlet::new(network.clone()));
         let gives_on = outlet.clone();
-        network.set_waker(Some(Arc::new(move || _ = gives_on.catch_up())));
+        network.set_waker(Some(Arc::new(move || while gives_on.catch_up().is_behind {})));
         let mut many: VecDeque<_> = (0..FRAMES_KEPT + 100).map(|n| Frame::new(vec![0; 60 + n])).collect();
         outlet.give(SENDER, &mut many);
         assert!(!many.is_empty() && many.len() < 100, "some wait and some are left: {}", many.len());
@@ -153,7 +194,7 @@ mod tests {
         let (machine, network) = net::link();
         let outlet = Arc::new(Outlet::new(network.clone()));
         let gives_on = outlet.clone();
-        network.set_waker(Some(Arc::new(move || _ = gives_on.catch_up())));
+        network.set_waker(Some(Arc::new(move || while gives_on.catch_up().is_behind {})));
         let given = AtomicUsize::new(0);
         let mut taken = 0;
         thread::scope(|scope| {
@@ -163,7 +204,10 @@ mod tests {
                     scope.spawn(move || {
                         for _ in 0..5000 {
                             let mut one = [Frame::new(vec![n; 60])].into();
-                            outlet.give(Sender::Peer([10, 0, 0, n].into()), &mut one);
+                            let mut behind = outlet.give(Sender::Peer([10, 0, 0, n].into()), &mut one);
+                            while behind.is_behind {
+                                behind = outlet.catch_up();
+                            }
                             given.fetch_add(1 - one.len(), Ordering::Relaxed);
                         }
                     })

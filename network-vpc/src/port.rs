@@ -18,7 +18,7 @@ use crate::fabric::Fabric;
 use crate::firewall::Conntrack;
 use crate::fragments::{self, Fragments};
 use crate::metadata::{self, Metadata, Secret, Told};
-use crate::outlet::Outlet;
+use crate::outlet::{Given, Outlet};
 use crate::packet::{ETHERNET_LEN, Flow};
 use crate::switch::{self, Giver, Verdict, View};
 
@@ -134,7 +134,7 @@ impl Port {
         if !self.is_plugged() {
             self.wake_edge();
         }
-        self.tell_edge(self.outlet.catch_up());
+        self.catch_up();
         // Whoever holds it takes what is there; it looks once more after it let go.
         while self.cable.waiting() > 0 {
             let Ok(_one) = self.pumping.try_lock() else { return };
@@ -199,20 +199,26 @@ impl Port {
 
     /// Gives the machine frames, or has them wait for their turn. What there is no room for is lost, as on any network.
     pub(crate) fn give(&self, sender: Sender, frames: Vec<Frame>) {
-        let gave = self.outlet.give(sender, &mut frames.into());
-        self.tell_edge(gave);
+        let given = self.outlet.give(sender, &mut frames.into());
+        self.tell_edge(given);
     }
 
     /// Gives the machine frames of streams in their order, or has them wait for their turn. Says whether there was room for all.
     pub(crate) fn give_streams(&self, frames: &mut VecDeque<Frame>) -> bool {
-        let gave = self.outlet.give(Sender::Streams, frames);
-        self.tell_edge(gave);
+        let given = self.outlet.give(Sender::Streams, frames);
+        self.tell_edge(given);
         frames.is_empty()
     }
 
-    /// There may be room for more of streams, as something was given that waited, and it may be that nothing else tells.
-    fn tell_edge(&self, gave: bool) {
-        if gave && self.stuck.load(Ordering::Acquire) {
+    /// Gives the machine what has waited for it, as far as it has room.
+    pub(crate) fn catch_up(&self) {
+        self.tell_edge(self.outlet.catch_up());
+    }
+
+    /// What is left is the edge's to give. And there may be room for more of streams, as something was given that waited, of which
+    /// nothing else may tell.
+    fn tell_edge(&self, given: Given) {
+        if given.is_behind || given.some && self.stuck.load(Ordering::Acquire) {
             self.wake_edge();
         }
     }

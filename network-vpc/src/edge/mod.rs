@@ -244,6 +244,7 @@ impl Worker {
             let received = self.serve(ServedStream::receive);
             // What this thread brings about from here on is looked at in the next turn.
             self.port.has_woken_itself();
+            self.port.catch_up();
             let registry = self.poll.registry();
             let view = self.port.view();
             let mut came = 0;
