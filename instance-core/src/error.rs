@@ -118,6 +118,10 @@ pub enum ErrorKind {
     KeyUnavailable,
     /// There is no such key pair.
     KeyPairNotFound,
+    /// There is no default VPC to be launched into, and no subnet was named.
+    VpcNotSpecified,
+    /// The default VPC has no default subnet to be launched into, and no other was named.
+    SubnetNotSpecified,
     /// There is no such subnet.
     SubnetNotFound,
     /// A subnet has no address left.
@@ -277,6 +281,8 @@ impl Error {
             ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
             ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
+            ErrorKind::VpcNotSpecified => "VPCIdNotSpecified",
+            ErrorKind::SubnetNotSpecified => "MissingInput",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::SubnetFull => "InsufficientFreeAddressesInSubnet",
             ErrorKind::SecurityGroupNotFound => "InvalidGroup.NotFound",

@@ -116,7 +116,9 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     ///
     /// [`NetworkInterfaceNotFound`](crate::ErrorKind::NetworkInterfaceNotFound),
     /// [`NetworkInterfaceInUse`](crate::ErrorKind::NetworkInterfaceInUse),
-    /// [`SubnetNotFound`](crate::ErrorKind::SubnetNotFound),
+    /// [`SubnetNotFound`](crate::ErrorKind::SubnetNotFound); of a request that names no subnet,
+    /// [`VpcNotSpecified`](crate::ErrorKind::VpcNotSpecified) and
+    /// [`SubnetNotSpecified`](crate::ErrorKind::SubnetNotSpecified), where there is no default one;
     /// [`SecurityGroupNotFound`](crate::ErrorKind::SecurityGroupNotFound),
     /// [`AddressInUse`](crate::ErrorKind::AddressInUse), [`SubnetFull`](crate::ErrorKind::SubnetFull),
     /// [`InsufficientAddressCapacity`](crate::ErrorKind::InsufficientAddressCapacity), if no public address is left,

@@ -38,7 +38,11 @@ impl Network for Refusing {
             }
             PlacementRequest { interface_id: Some(_), .. } => ErrorKind::NetworkInterfaceInUse,
             PlacementRequest { subnet_id: Some(_), .. } => ErrorKind::SubnetNotFound,
-            PlacementRequest { private_ip: Some(_), .. } => ErrorKind::AddressInUse,
+            PlacementRequest { private_ip: Some(address), .. } => match address.octets()[3] {
+                1 => ErrorKind::VpcNotSpecified,
+                2 => ErrorKind::SubnetNotSpecified,
+                _ => ErrorKind::AddressInUse,
+            },
             PlacementRequest { public_ip: Some(true), .. } => ErrorKind::InsufficientAddressCapacity,
             PlacementRequest { public_ip: Some(false), .. } => ErrorKind::AddressLimitExceeded,
             PlacementRequest { security_groups, .. } if !security_groups.is_empty() => {
@@ -230,6 +234,8 @@ fn of_networks(raised: &mut Raised, dir: &std::path::Path) {
     raised.by("InvalidKeyPair.NotFound", launch(nano().key_name("none")));
     raised.by("InvalidSubnetID.NotFound", launch(nano().subnet(gone::<SubnetId>("subnet"))));
     raised.by("InvalidGroup.NotFound", launch(nano().security_group(gone::<SecurityGroupId>("sg"))));
+    raised.by("VPCIdNotSpecified", launch(nano().private_ip([10, 0, 0, 1].into())));
+    raised.by("MissingInput", launch(nano().private_ip([10, 0, 0, 2].into())));
     raised.by("InvalidIPAddress.InUse", launch(nano().private_ip([10, 0, 0, 9].into())));
     raised.by("InsufficientAddressCapacity", launch(nano().associate_public_ip_address(true)));
     raised.by("AddressLimitExceeded", launch(nano().associate_public_ip_address(false)));

@@ -29,16 +29,13 @@ pub(crate) struct Backlog {
     of: HashMap<Sender, VecDeque<Frame>>,
     /// Whose turn it is. Every sender with frames is here once.
     turns: VecDeque<Sender>,
+    /// The one whose turn has come, and that was not taken.
+    refused: Option<(Sender, Frame)>,
 }
 
 impl Backlog {
     pub(crate) fn is_empty(&self) -> bool {
-        self.turns.is_empty()
-    }
-
-    /// Keeps a frame, unless its sender has its share of waiting ones.
-    pub(crate) fn push(&mut self, sender: Sender, frame: Frame) {
-        self.fill(sender, &mut VecDeque::from([frame]));
+        self.turns.is_empty() && self.refused.is_none()
     }
 
     /// Keeps so many frames of a sender's as it has a share left for, and leaves the others.
@@ -59,24 +56,25 @@ impl Backlog {
         }
     }
 
-    /// Gives frames to `take` in turn, until there are no more or one comes back.
-    pub(crate) fn drain(&mut self, mut take: impl FnMut(Frame) -> Result<(), Frame>) {
-        while let Some(sender) = self.turns.pop_front() {
-            let Some(waiting) = self.of.get_mut(&sender) else { continue };
-            let refused = waiting.pop_front().map_or(Ok(()), &mut take).err();
-            let is_full = refused.is_some();
-            if let Some(frame) = refused {
-                waiting.push_front(frame);
-                self.turns.push_front(sender);
-            } else if waiting.is_empty() {
-                self.of.remove(&sender);
-            } else {
-                self.turns.push_back(sender);
-            }
-            if is_full {
-                return;
-            }
+    /// The frame whose turn it is.
+    pub(crate) fn next(&mut self) -> Option<(Sender, Frame)> {
+        if let Some(refused) = self.refused.take() {
+            return Some(refused);
         }
+        let sender = self.turns.pop_front()?;
+        let waiting = self.of.get_mut(&sender)?;
+        let frame = waiting.pop_front()?;
+        if waiting.is_empty() {
+            self.of.remove(&sender);
+        } else {
+            self.turns.push_back(sender);
+        }
+        Some((sender, frame))
+    }
+
+    /// Keeps the frame whose turn it was, which nobody has taken: it is the next one again.
+    pub(crate) fn put_back(&mut self, sender: Sender, frame: Frame) {
+        self.refused = Some((sender, frame));
     }
 }
 
@@ -87,41 +85,39 @@ mod tests {
     const FLOOD: Sender = Sender::Peer(Ipv4Addr::new(10, 0, 0, 1));
     const QUIET: Sender = Sender::Peer(Ipv4Addr::new(10, 0, 0, 2));
 
+    fn push(backlog: &mut Backlog, sender: Sender, bytes: Vec<u8>) {
+        backlog.fill(sender, &mut [Frame::new(bytes)].into());
+    }
+
     #[test]
     fn who_floods_loses_only_their_own() {
         let mut backlog = Backlog::default();
-        (0..1000).for_each(|n| backlog.push(FLOOD, Frame::new(vec![1, n as u8])));
-        (0..3).for_each(|n| backlog.push(QUIET, Frame::new(vec![2, n])));
-        let mut room = 5;
+        (0..1000).for_each(|n| push(&mut backlog, FLOOD, vec![1, n as u8]));
+        (0..3).for_each(|n| push(&mut backlog, QUIET, vec![2, n]));
         let mut came = Vec::new();
-        let mut take = |frame: Frame| {
-            if room == 0 {
-                return Err(frame);
-            }
-            room -= 1;
-            came.push(frame.data);
-            Ok(())
-        };
-        backlog.drain(&mut take);
+        for _ in 0..5 {
+            // What is not taken at first is the next one still.
+            let (sender, frame) = backlog.next().unwrap();
+            backlog.put_back(sender, frame);
+            came.push(backlog.next().unwrap().1.data);
+        }
         assert_eq!(came, [[1, 0], [2, 0], [1, 1], [2, 1], [1, 2]]);
-        let mut rest = Vec::new();
-        backlog.drain(|frame| {
-            rest.push(frame.data);
-            Ok(())
-        });
+        let rest: Vec<_> = std::iter::from_fn(|| backlog.next()).map(|(_, frame)| frame.data).collect();
         assert_eq!((rest.len(), &rest[..2]), (SHARE - 3 + 1, &[vec![2, 2], vec![1, 3]][..]));
         assert!(backlog.is_empty());
+        backlog.put_back(QUIET, Frame::new(vec![]));
+        assert!(!backlog.is_empty());
     }
 
     #[test]
     fn senders_are_bounded() {
         let mut backlog = Backlog::default();
         let peers = (0..10_000).map(|n| Sender::Peer(Ipv4Addr::from(n)));
-        peers.for_each(|peer| backlog.push(peer, Frame::new(vec![])));
+        peers.for_each(|peer| push(&mut backlog, peer, vec![]));
         assert_eq!((backlog.of.len(), backlog.turns.len()), (PEERS, PEERS));
         // The network has its place however many they are.
         for (n, sender) in [Sender::Network, Sender::Outside, Sender::Streams].into_iter().enumerate() {
-            backlog.push(sender, Frame::new(vec![]));
+            push(&mut backlog, sender, vec![]);
             assert_eq!((backlog.of.len(), backlog.turns.len()), (PEERS + 1 + n, PEERS + 1 + n), "{sender:?}");
         }
     }
@@ -132,7 +128,7 @@ mod tests {
         let mut frames: VecDeque<_> = (0..100).map(|n| Frame::new(vec![n])).collect();
         backlog.fill(Sender::Streams, &mut frames);
         assert_eq!((frames.len(), frames[0].data[0]), (100 - SHARE, SHARE as u8));
-        backlog.drain(|_| Ok(()));
+        while backlog.next().is_some() {}
         backlog.fill(Sender::Streams, &mut VecDeque::new());
         assert!(backlog.is_empty());
     }

@@ -49,6 +49,9 @@ pub struct PublicPorts {
     pub public_ip: Ipv4Addr,
     /// Which of the interface's addresses it leads to.
     pub private_ip: Ipv4Addr,
+    /// Whether an internet gateway leads out of the interface's VPC. Where none does nobody comes in either, and it is listened
+    /// nowhere.
+    pub has_gateway: bool,
     /// The ports at which it is listened; none while no machine is plugged in.
     pub listened: Vec<PublicPort>,
     /// Those that the host does not give this process, as those below 1024 mostly, each with the reason.

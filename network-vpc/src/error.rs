@@ -29,6 +29,10 @@ pub enum ErrorKind {
     DefaultVpcAlreadyExists,
     /// There is no default VPC for what was to be made in it.
     DefaultVpcDoesNotExist,
+    /// There is no default VPC, and no other was named.
+    VpcNotSpecified,
+    /// The default VPC has no default subnet, and no other was named.
+    SubnetNotSpecified,
     /// The zone has a default subnet.
     DefaultSubnetAlreadyExists,
     /// There is no such subnet.
@@ -146,6 +150,8 @@ impl Error {
             ErrorKind::InvalidVpcRange => "InvalidVpc.Range",
             ErrorKind::DefaultVpcAlreadyExists => "DefaultVpcAlreadyExists",
             ErrorKind::DefaultVpcDoesNotExist => "DefaultVpcDoesNotExist",
+            ErrorKind::VpcNotSpecified => "VPCIdNotSpecified",
+            ErrorKind::SubnetNotSpecified => "MissingInput",
             ErrorKind::DefaultSubnetAlreadyExists => "DefaultSubnetAlreadyExistsInAvailabilityZone",
             ErrorKind::SubnetNotFound => "InvalidSubnetID.NotFound",
             ErrorKind::InvalidSubnetRange => "InvalidSubnet.Range",
@@ -179,7 +185,8 @@ impl Error {
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
             ErrorKind::KeyPairDuplicate => "InvalidKeyPair.Duplicate",
             ErrorKind::InvalidKeyFormat => "InvalidKey.Format",
-            ErrorKind::NetworkInUse | ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
+            ErrorKind::NetworkInUse => "ResourceInUse",
+            ErrorKind::Corrupt | ErrorKind::Host => "InternalError",
         }
     }
 }

@@ -90,6 +90,7 @@ mod key_pair;
 mod metadata;
 mod model;
 mod network;
+mod outlet;
 mod packet;
 mod port;
 mod routing;

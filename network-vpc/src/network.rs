@@ -125,11 +125,11 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`VpcNotFound`](ErrorKind::VpcNotFound) if it was deleted.
+    /// [`VpcNotSpecified`](ErrorKind::VpcNotSpecified) if it was deleted: another has to be named.
     pub fn default_vpc(&self) -> Result<VpcId> {
         let model = self.model();
         let default = model.vpcs.values().find(|vpc| vpc.is_default).map(|vpc| vpc.id);
-        default.ok_or_else(|| Error::new(ErrorKind::VpcNotFound, "there is no default VPC"))
+        default.ok_or_else(|| Error::new(ErrorKind::VpcNotSpecified, "there is no default VPC: name one"))
     }
 
     /// The subnets.

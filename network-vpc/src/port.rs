@@ -11,13 +11,14 @@ use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use ami_core::VpcId;
-use instance_core::net::{Frame, NetPort, Offloads, SendError};
+use instance_core::net::{Frame, NetPort, Offloads};
 
-use crate::backlog::{Backlog, Sender};
+use crate::backlog::Sender;
 use crate::fabric::Fabric;
 use crate::firewall::Conntrack;
 use crate::fragments::{self, Fragments};
 use crate::metadata::{self, Metadata, Secret, Told};
+use crate::outlet::{Given, Outlet};
 use crate::packet::{ETHERNET_LEN, Flow};
 use crate::switch::{self, Giver, Verdict, View};
 
@@ -34,10 +35,8 @@ pub(crate) struct Port {
     fabric: Weak<Fabric>,
     /// What of its packets is not complete.
     fragments: Mutex<Fragments>,
-    /// Frames that the machine has no room for yet.
-    backlog: Mutex<Backlog>,
-    /// The machine has made room, and nobody has looked at the backlog since.
-    has_room: AtomicBool,
+    /// Through which the machine is given frames.
+    outlet: Outlet,
     /// The next number of a packet from the edge that has to be cut.
     next_id: AtomicU16,
     /// Frames for the edge.
@@ -74,11 +73,10 @@ impl Port {
             metadata: RwLock::default(),
             secret: Secret::random()?,
             table: Mutex::new(Conntrack::new(conversations)),
+            outlet: Outlet::new(cable.clone()),
             cable,
             fabric: Arc::downgrade(fabric),
             fragments: Mutex::default(),
-            backlog: Mutex::default(),
-            has_room: AtomicBool::new(false),
             next_id: AtomicU16::new(0),
             inbox: Mutex::default(),
             edge,
@@ -201,62 +199,28 @@ impl Port {
 
     /// Gives the machine frames, or has them wait for their turn. What there is no room for is lost, as on any network.
     pub(crate) fn give(&self, sender: Sender, frames: Vec<Frame>) {
-        for frame in frames {
-            let mut backlog = self.backlog();
-            let refused = if backlog.is_empty() { self.offer(frame) } else { Err(frame) };
-            if let Err(frame) = refused {
-                backlog.push(sender, frame);
-            }
-        }
-        self.look_again();
+        let given = self.outlet.give(sender, &mut frames.into());
+        self.tell_edge(given);
     }
 
     /// Gives the machine frames of streams in their order, or has them wait for their turn. Says whether there was room for all.
     pub(crate) fn give_streams(&self, frames: &mut VecDeque<Frame>) -> bool {
-        {
-            let mut backlog = self.backlog();
-            if !backlog.is_empty() || !self.cable.send_all(frames) {
-                backlog.fill(Sender::Streams, frames);
-            }
-        }
-        self.look_again();
+        let given = self.outlet.give(Sender::Streams, frames);
+        self.tell_edge(given);
         frames.is_empty()
     }
 
-    /// Does what somebody else left to whoever had the backlog.
-    fn look_again(&self) {
-        if self.has_room.load(Ordering::Acquire) {
-            self.catch_up();
-        }
-    }
-
     /// Gives the machine what has waited for it, as far as it has room.
-    fn catch_up(&self) {
-        self.has_room.store(true, Ordering::Release);
-        while self.has_room.load(Ordering::Acquire) {
-            // Whoever holds it looks again when done: that may be who called this, in whose hands a frame was
-            // taken at once.
-            let Ok(mut backlog) = self.backlog.try_lock() else { return };
-            self.has_room.store(false, Ordering::Release);
-            backlog.drain(|frame| self.offer(frame));
-            drop(backlog);
-            // There is room for more of streams now, and it may be that nothing else tells.
-            if self.stuck.load(Ordering::Acquire) {
-                self.wake_edge();
-            }
-        }
+    pub(crate) fn catch_up(&self) {
+        self.tell_edge(self.outlet.catch_up());
     }
 
-    /// Gives the machine a frame, which comes back if it has no room.
-    fn offer(&self, frame: Frame) -> Result<(), Frame> {
-        match self.cable.send(frame) {
-            Err(SendError::Full(frame)) => Err(frame),
-            Ok(()) | Err(SendError::Disconnected) => Ok(()),
+    /// What is left is the edge's to give. And there may be room for more of streams, as something was given that waited, of which
+    /// nothing else may tell.
+    fn tell_edge(&self, given: Given) {
+        if given.is_behind || given.some && self.stuck.load(Ordering::Acquire) {
+            self.wake_edge();
         }
-    }
-
-    fn backlog(&self) -> MutexGuard<'_, Backlog> {
-        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the interface's groups let a frame from the edge in.

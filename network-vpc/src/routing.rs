@@ -83,7 +83,8 @@ pub struct Route {
 pub enum RouteState {
     /// They go there.
     Active,
-    /// They are dropped: there is no such gateway, or it leads out of another VPC or out of none; or there is no such interface.
+    /// They are dropped: there is no such gateway, or it leads out of another VPC or out of none; or there is no such interface,
+    /// or no instance that has it.
     Blackhole,
 }
 

@@ -3,12 +3,18 @@
 
 mod common;
 
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::io::{ErrorKind, Read};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
-use common::Guest;
-use common::setup::{anywhere, boot, opened, options};
+use common::packets::{ROUTER, Way, is_reset, segment};
+use common::setup::{anywhere, boot, opened, options, own_address};
+use common::{Guest, PATIENCE};
+use instance_core::net::Frame;
 use network_vpc::{Metadata, Rule};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use socket2::{Domain, Socket, Type};
@@ -96,4 +102,97 @@ fn a_guest_may_ask_for_its_metadata_again_and_again() {
         guest.next_port = 50_000;
         assert_eq!(request(&mut guest).as_deref(), Some(&b"401"[..]));
     }
+}
+
+/// A guest that only looks on while many clients come, and asks what is left of conversations.
+struct Witness {
+    guest: Guest,
+    frames: Receiver<Frame>,
+}
+
+impl Witness {
+    fn new(guest: Guest) -> Self {
+        let (frame, frames) = channel();
+        let port = guest.port.clone();
+        guest.port.set_waker(Some(Arc::new(move || {
+            std::iter::from_fn(|| port.recv()).for_each(|came| _ = frame.send(came));
+        })));
+        Self { guest, frames }
+    }
+
+    /// Says something in a conversation that is over, which is remembered for a while from then on if it was.
+    fn speak(&self, to: Ipv4Addr, ports: [u16; 2]) {
+        let way = Way { macs: [self.guest.mac, ROUTER], addresses: [self.guest.address, to] };
+        for acknowledged in [0, i32::MIN] {
+            self.guest.port.send(Frame::new(segment(way, ports, acknowledged))).unwrap();
+        }
+    }
+
+    fn is_remembered(&self, to: Ipv4Addr, ports: [u16; 2]) -> bool {
+        while self.frames.try_recv().is_ok() {}
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            // Nobody is answered twice in a second.
+            self.speak(to, ports);
+            while let Ok(frame) = self.frames.recv_timeout(Duration::from_millis(300)) {
+                if let Some(reset) = is_reset(&frame.data, ports) {
+                    return !reset;
+                }
+            }
+        }
+        panic!("nothing is answered to {ports:?}");
+    }
+}
+
+/// Waits until a client is let go.
+fn is_turned_away(mut client: TcpStream) {
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let end = client.read(&mut [0]);
+    assert!(end.as_ref().map_or_else(|e| e.kind() == ErrorKind::ConnectionReset, |len| *len == 0), "{end:?}");
+}
+
+#[test]
+fn clients_who_do_not_get_in_end_nothing() {
+    // As many as an interface has at once.
+    const CLIENTS: usize = 768;
+    let Some(own) = own_address() else { return };
+    let most = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).unwrap();
+    let network = opened(options().reach_host(true).sockets(4096));
+    let (server, mut guest) = boot(&network, "web", &[Rule::tcp(80, "127.0.0.1/32".parse().unwrap())]);
+    let at = network.forward(server.id, 80, "127.0.0.1:0".parse().unwrap()).unwrap();
+
+    let host = TcpListener::bind((own, 0)).unwrap();
+    let socket = guest.connect(PATIENCE, own, host.local_addr().unwrap().port()).unwrap();
+    let of_host = (own, [guest.next_port, host.local_addr().unwrap().port()]);
+    drop(host.accept().unwrap());
+    becomes(&mut guest, socket, tcp::State::CloseWait);
+    guest.tcp(socket).close();
+    becomes(&mut guest, socket, tcp::State::Closed);
+    let mut port = 0;
+    comes_and_goes(&mut guest, || {
+        let client = TcpStream::connect(at).unwrap();
+        port = client.local_addr().unwrap().port();
+        client
+    });
+    let of_client = (Ipv4Addr::new(169, 254, 0, 1), [80, port]);
+
+    let witness = Witness::new(guest);
+    let mut clients = Vec::new();
+    for n in 1..CLIENTS {
+        clients.push(TcpStream::connect(at).unwrap());
+        if n % 50 == 0 {
+            [of_host, of_client].iter().for_each(|(to, ports)| witness.speak(*to, *ports));
+        }
+    }
+    let is_remembered = |(to, ports)| witness.is_remembered(to, ports);
+    assert!(is_remembered(of_host) && is_remembered(of_client));
+    is_turned_away(connect("127.0.0.2:0".parse().unwrap(), at));
+    assert!(is_remembered(of_client), "the rules keep the other out");
+    // One has the place of who has gone.
+    clients.push(TcpStream::connect(at).unwrap());
+    is_turned_away(TcpStream::connect(at).unwrap());
+    assert_eq!(network.open_sockets(), CLIENTS);
+    assert!(!is_remembered(of_client));
+    assert!(is_remembered(of_host), "which makes no room for more clients");
 }

@@ -35,10 +35,11 @@ where
     format!("{prefix}-0123456789abcdef0").parse().unwrap()
 }
 
-fn delete_default_vpc(network: &Network) {
+fn delete_default_vpc(raised: &mut Raised, network: &Network) {
     let vpc = network.default_vpc().unwrap();
     network.interfaces().iter().for_each(|there| network.delete_interface(there.id).unwrap());
     network.subnets().iter().for_each(|there| network.delete_subnet(there.id).unwrap());
+    raised.by(ErrorKind::SubnetNotSpecified, "MissingInput", network.interface_spec());
     network
         .internet_gateways()
         .iter()
@@ -68,7 +69,8 @@ fn of_vpcs_and_subnets(raised: &mut Raised) {
     raised.by(kind, "DefaultSubnetAlreadyExistsInAvailabilityZone", there);
     let nowhere = network.create_default_subnet("eu-west-1b");
     raised.by(ErrorKind::InvalidParameter, "InvalidParameterValue", nowhere);
-    delete_default_vpc(&network);
+    delete_default_vpc(raised, &network);
+    raised.by(ErrorKind::VpcNotSpecified, "VPCIdNotSpecified", network.interface_spec());
     let in_none = network.create_default_subnet("eu-west-1a");
     raised.by(ErrorKind::DefaultVpcDoesNotExist, "DefaultVpcDoesNotExist", in_none);
 }
@@ -212,7 +214,7 @@ fn of_the_host(raised: &mut Raised) {
     let dir = tempfile::tempdir().unwrap();
     let region = "eu-west-1".parse().unwrap();
     let first = Network::open(dir.path(), &region).unwrap();
-    raised.by(ErrorKind::NetworkInUse, "InternalError", Network::open(dir.path(), &region));
+    raised.by(ErrorKind::NetworkInUse, "ResourceInUse", Network::open(dir.path(), &region));
     drop(first);
     std::fs::write(dir.path().join("network.json"), "{").unwrap();
     raised.by(ErrorKind::Corrupt, "InternalError", Network::open(dir.path(), &region));

@@ -5,13 +5,17 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
+use common::packets::{ROUTER, who_has};
 use common::setup::{anywhere, boot, interface, network, own_address};
 use common::{Guest, PATIENCE, SILENCE, assert_reaches, reaches, together};
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
+use instance_core::net::Frame;
 use network_vpc::{Direction, ErrorKind, InterfaceSpec, Metadata, Network, NetworkOptions, Peer, Rule};
 use smoltcp::socket::tcp;
 
@@ -288,30 +292,39 @@ fn an_interface_has_one_machine_and_lets_it_go() {
 }
 
 #[test]
-fn a_machine_that_takes_its_frames_at_once_gets_all_of_them() {
+fn a_machine_that_takes_and_answers_its_frames_at_once_gets_all_of_them() {
+    const FRAMES: usize = 5000;
+    const ARP: [u8; 2] = [8, 6];
     let network = network();
     let (_, mut a) = boot(&network, "a", &[]);
     let b = interface(&network, "b", &[Rule::all(Peer::Cidr(anywhere()))]);
     let spec = network.plug(b.id).unwrap();
     // In whatever thread they come, also the one that brings them.
-    let (taken, port) = (std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0)), spec.port.clone());
-    let count = taken.clone();
-    spec.port.set_waker(Some(std::sync::Arc::new(move || {
-        while port.recv().is_some() {
-            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+    let (frame, frame_came) = channel();
+    let (port, question) = (spec.port.clone(), who_has(b.mac, b.private_ip, a.router));
+    spec.port.set_waker(Some(Arc::new(move || {
+        while let Some(came) = port.recv() {
+            if came.data[12..14] != ARP {
+                // The network answers it, to who is being given a frame.
+                port.send(Frame::new(question.clone())).unwrap();
+            }
+            let _ = frame.send(came);
         }
     })));
-    const FRAMES: usize = 5000;
-    let mut sent = 0;
-    a.until(|guest| {
-        for _ in 0..50 {
-            guest.tell(b.private_ip, 9, b"hello");
-            guest.work();
+    let (done, is_done) = channel();
+    let sender = thread::spawn(move || {
+        for _ in 0..FRAMES {
+            a.tell(b.private_ip, 9, b"hello");
+            a.work();
         }
-        sent += 50;
-        (sent == FRAMES).then_some(())
+        done.send(()).unwrap();
     });
-    // The first asks for the hardware address, and its socket is gone when that is known.
-    assert_eq!(taken.load(std::sync::atomic::Ordering::SeqCst), FRAMES - 1);
+    is_done.recv_timeout(PATIENCE).expect("who sends goes on");
+    sender.join().unwrap();
     spec.port.set_waker(None);
+    let (answers, frames): (Vec<_>, Vec<_>) =
+        frame_came.iter().partition(|frame: &Frame| frame.data[12..14] == ARP);
+    // The first asks for the hardware address, and its socket is gone when that is known.
+    assert_eq!((frames.len(), answers.len()), (FRAMES - 1, FRAMES - 1));
+    assert!(answers.iter().all(|answer| answer.data[6..12] == ROUTER.0));
 }

@@ -11,7 +11,9 @@ use common::region::{Idle, image, open, spec};
 use common::setup::anywhere;
 use instance_core::testing::FakeHypervisor;
 use instance_core::{ErrorKind, InstanceState, Region, RegionOptions};
-use network_vpc::{Direction, ElasticAddress, Network, NetworkOptions, Peer, Protocol, PublicPort, Rule};
+use network_vpc::{
+    Direction, ElasticAddress, InterfaceSpec, Network, NetworkOptions, Peer, Protocol, PublicPort, Rule,
+};
 
 /// A port that needs no privilege to be listened at.
 const PORT: u16 = 8643;
@@ -171,7 +173,6 @@ fn an_instance_that_is_gone_has_no_public_address_although_its_interface_stays()
     assert_eq!((next.public_ip(), server.public_ip()), (Some(address.public_ip), None));
 }
 
-/// A region whose network has so many public addresses.
 /// An address is of no use where the host does not let anybody come to it.
 #[test]
 fn a_public_address_says_where_it_is_listened_and_where_not() {
@@ -187,6 +188,7 @@ fn a_public_address_says_where_it_is_listened_and_where_not() {
     let ports = || {
         let [there] = network.public_ports(interface.id).unwrap().try_into().unwrap();
         assert_eq!((there.public_ip, there.private_ip), (address.public_ip, interface.private_ip));
+        assert!(there.has_gateway);
         let flat = |ports: &[PublicPort]| ports.iter().map(|p| (p.protocol, p.port)).collect::<Vec<_>>();
         let (refused, why): (Vec<_>, Vec<_>) = there.refused.iter().cloned().unzip();
         (flat(&there.listened), flat(&refused), why.concat(), there.not_offered)
@@ -213,6 +215,28 @@ fn a_public_address_says_where_it_is_listened_and_where_not() {
     assert_eq!(ports().0, [], "nobody is there who would answer");
 }
 
+#[test]
+fn a_public_address_says_that_no_way_leads_in() {
+    let network = common::setup::network();
+    let vpc = network.create_vpc("10.0.0.0/16".parse().unwrap()).unwrap().id;
+    let subnet = network.create_subnet(vpc, "10.0.0.0/24".parse().unwrap()).unwrap().id;
+    let group = network.create_security_group(vpc, "web", "").unwrap().id;
+    network.authorize(group, Direction::Ingress, Rule::tcp(PORT, anywhere())).unwrap();
+    let spec = InterfaceSpec::new(subnet).groups([group]).associate_public_ip_address(true);
+    let id = network.create_interface(spec).unwrap().id;
+    let _machine = network.plug(id).unwrap();
+    let ports = || {
+        let [there] = network.public_ports(id).unwrap().try_into().unwrap();
+        assert_eq!((there.refused, there.not_offered), (vec![], vec![]));
+        (there.has_gateway, there.listened.len())
+    };
+    assert_eq!(ports(), (false, 0));
+    let gateway = network.create_internet_gateway().unwrap().id;
+    network.attach_internet_gateway(gateway, vpc).unwrap();
+    assert_eq!(ports(), (true, 1));
+}
+
+/// A region whose network has so many public addresses.
 fn of_few(dir: &Path, pool: &str) -> (Region<FakeHypervisor>, Network) {
     let name = "eu-west-1".parse().unwrap();
     let options = NetworkOptions::new().resolver(None).elastic_pool(pool.parse().unwrap());

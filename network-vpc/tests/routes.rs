@@ -90,6 +90,10 @@ fn what_a_route_leads_to_an_interface_comes_to_it() {
     let state = || network.routes(table.id).unwrap()[0].state;
     assert_eq!(state(), RouteState::Active);
     drop(of_router);
+    assert_eq!(state(), RouteState::Blackhole, "nothing is at it");
+    let again = network.plug(passes_on.id).unwrap();
+    assert_eq!(state(), RouteState::Active);
+    drop(again);
     network.delete_interface(passes_on.id).unwrap();
     assert_eq!(state(), RouteState::Blackhole);
     send(&of_behind, behind.mac, [behind.private_ip, WORLD], [4000, 9]);

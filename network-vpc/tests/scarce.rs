@@ -20,12 +20,17 @@ const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
 /// A host that gives every datagram back, and where.
 fn echo(at: Ipv4Addr) -> SocketAddr {
+    answers(at, |bytes| bytes.to_vec())
+}
+
+/// A host that answers every datagram, and where.
+fn answers(at: Ipv4Addr, answer: impl Fn(&[u8]) -> Vec<u8> + Send + 'static) -> SocketAddr {
     let socket = UdpSocket::bind((at, 0)).unwrap();
     let at = socket.local_addr().unwrap();
     thread::spawn(move || {
         let mut bytes = [0; 512];
         while let Ok((len, from)) = socket.recv_from(&mut bytes) {
-            socket.send_to(&bytes[..len], from)?;
+            socket.send_to(&answer(&bytes[..len]), from)?;
         }
         std::io::Result::Ok(())
     });
@@ -35,16 +40,23 @@ fn echo(at: Ipv4Addr) -> SocketAddr {
 /// A question that is the resolver's to answer.
 const QUESTION: &[u8] = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x07example\x03com\0\0\x01\0\x01";
 
+/// An answer to one, without what was asked for.
+fn answer(question: &[u8]) -> Vec<u8> {
+    let mut answer = question.to_vec();
+    answer[2] |= 0x80;
+    answer
+}
+
 #[test]
 fn looking_names_up_takes_no_sockets_from_what_comes_then() {
     let Some(own) = own_address() else { return };
     // Of which six are an interface's that is alone.
-    let resolver = echo(Ipv4Addr::LOCALHOST);
+    let resolver = answers(Ipv4Addr::LOCALHOST, answer);
     let network = opened(options().reach_host(true).sockets(12).resolver(Some(resolver)));
     let mut guest = Guest::boot(network.plug(open_interface(&network).id).unwrap());
     let at = guest.resolvers[0];
     for _ in 0..6 {
-        assert_eq!(guest.ask(at, 53, QUESTION).as_deref(), Some(QUESTION));
+        assert_eq!(guest.ask(at, 53, QUESTION), Some(answer(QUESTION)));
     }
     // It is given its answer first.
     guest.until(|_| (network.open_sockets() == 0).then_some(())).expect("what was answered is over");
@@ -63,9 +75,9 @@ fn looking_names_up_takes_no_sockets_from_what_comes_then() {
     assert!(guest.connect(PATIENCE, own, at).is_none(), "there are no more");
 }
 
-/// As resolvers ask for both kinds of addresses at once.
-#[test]
-fn two_questions_from_one_port_have_two_answers() {
+/// Asks at the network's resolver, which is the socket, from one port, and is answered when all is asked, each answer only when the
+/// one before has come. Of a question there are these answers.
+fn asks_and_is_answered(questions: &[Vec<u8>], answers: impl Fn(&[u8]) -> Vec<Vec<u8>>) {
     let resolver = UdpSocket::bind("127.0.0.1:0").unwrap();
     resolver.set_read_timeout(Some(PATIENCE)).unwrap();
     let network = opened(options().resolver(resolver.local_addr().ok()));
@@ -77,24 +89,41 @@ fn two_questions_from_one_port_have_two_answers() {
     let way = Way { macs: [interface.mac, ROUTER], addresses: [interface.private_ip, to] };
     let mut bytes = [0; 512];
     let mut asked = Vec::new();
-    for id in [1, 2] {
-        let question = [&[0, id], &QUESTION[2..]].concat();
-        port.send(Frame::new(datagram(way, [4000, 53], &question))).unwrap();
+    for question in questions {
+        port.send(Frame::new(datagram(way, [4000, 53], question))).unwrap();
         let (len, from) = resolver.recv_from(&mut bytes).unwrap();
-        assert_eq!(bytes[..len], question);
+        assert_eq!(bytes[..len], *question);
         asked.push((question, from));
     }
-    // The second one only when the first one has come.
-    for (answer, to) in &asked {
-        resolver.send_to(answer, to).unwrap();
+    let all =
+        asked.iter().flat_map(|(question, from)| answers(question).into_iter().map(move |one| (one, from)));
+    for (answer, to) in all {
+        resolver.send_to(&answer, to).unwrap();
         let frame = loop {
             match port.recv() {
                 Some(frame) => break frame,
                 None => woken.recv_timeout(PATIENCE).expect("an answer comes"),
             }
         };
-        assert_eq!(frame.data[42..], *answer);
+        assert_eq!(frame.data[42..], answer);
     }
+}
+
+/// As resolvers ask for both kinds of addresses at once.
+#[test]
+fn two_questions_from_one_port_have_two_answers() {
+    let question = |id| [&[0, id], &QUESTION[2..]].concat();
+    asks_and_is_answered(&[question(1), question(2)], |question| vec![answer(question)]);
+}
+
+/// What else is sent to the port of names has no end that anybody could know; nor has what comes but an answer to a question.
+#[test]
+fn what_is_no_question_may_have_many_answers() {
+    asks_and_is_answered(&[b"hello".to_vec()], |_| vec![b"welcome".to_vec(); 3]);
+    asks_and_is_answered(&[QUESTION.to_vec(), b"hello".to_vec()], |question| vec![question.to_vec(); 2]);
+    let of_others =
+        |question: &[u8]| vec![question.to_vec(), [&[9], &answer(question)[1..]].concat(), answer(question)];
+    asks_and_is_answered(&[QUESTION.to_vec()], of_others);
 }
 
 /// Clients that come in and say nothing, and those of them whom the guest has.

@@ -7,8 +7,9 @@ use std::path::Path;
 
 use ami_core::SubnetId;
 use common::region::{image, open, spec};
+use instance_core::ErrorKind as RegionErrorKind;
 use instance_core::testing::FakeHypervisor;
-use network_vpc::{ErrorKind, InterfaceSpec, Network, RouteState};
+use network_vpc::{ErrorKind, InterfaceSpec, Network, RouteState, RouteTarget};
 
 /// What a launch takes that names no subnet.
 fn default_subnet(network: &Network) -> Option<SubnetId> {
@@ -43,11 +44,19 @@ fn a_launch_that_names_no_subnet_is_in_the_default_one() {
     }
     network.delete_subnet(default.id).unwrap();
     let refused = region.run_instances(&ami, spec()).unwrap_err();
-    assert_eq!(refused.kind(), instance_core::ErrorKind::SubnetNotFound);
-    assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotFound);
+    assert_eq!((refused.kind(), refused.code()), (RegionErrorKind::SubnetNotSpecified, "MissingInput"));
+    assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotSpecified);
     drop((region, network));
-    let (_, network) = open(dir.path(), FakeHypervisor::new());
-    assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotFound);
+    let (region, network) = open(dir.path(), FakeHypervisor::new());
+    assert_eq!(network.interface_spec().unwrap_err().kind(), ErrorKind::SubnetNotSpecified);
+    // Nor that of the VPC.
+    let vpc = network.default_vpc().unwrap();
+    network.subnets().iter().for_each(|left| network.delete_subnet(left.id).unwrap());
+    network.detach_internet_gateway(network.internet_gateways()[0].id, vpc).unwrap();
+    network.delete_vpc(vpc).unwrap();
+    let refused = region.run_instances(&ami, spec()).unwrap_err();
+    assert_eq!((refused.kind(), refused.code()), (RegionErrorKind::VpcNotSpecified, "VPCIdNotSpecified"));
+    assert_eq!(network.default_vpc().unwrap_err().kind(), ErrorKind::VpcNotSpecified);
 }
 
 /// With all that the first one had.
@@ -129,7 +138,11 @@ fn a_network_of_today_and_one_of_before_keep_all_that_they_have() {
         let private = network.route_tables().into_iter().find(|table| !table.is_main).unwrap();
         let there = network.routes(private.id).unwrap();
         assert_eq!(there.len(), routes);
-        assert!(there.iter().all(|route| route.state == RouteState::Active), "{there:?}");
+        for route in there {
+            // The instance is gone whose interface is led to.
+            let leads_out = matches!(route.target, RouteTarget::InternetGateway(_));
+            assert_eq!(route.state == RouteState::Active, leads_out, "{route:?}");
+        }
         // It is written again with each change.
         network.create_key_pair("new").unwrap();
         network.delete_key_pair("new").unwrap();

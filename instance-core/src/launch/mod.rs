@@ -116,7 +116,8 @@ impl<H> Region<H> {
     /// the image's root device is to be,
     /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`MalformedTagKey`](ErrorKind::MalformedTagKey),
     /// [`TagLimitExceeded`](ErrorKind::TagLimitExceeded), [`KeyPairNotFound`](ErrorKind::KeyPairNotFound),
-    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound),
+    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound), or with no subnet named and no default one
+    /// [`VpcNotSpecified`](ErrorKind::VpcNotSpecified) and [`SubnetNotSpecified`](ErrorKind::SubnetNotSpecified),
     /// [`SecurityGroupNotFound`](ErrorKind::SecurityGroupNotFound), [`AddressInUse`](ErrorKind::AddressInUse),
     /// [`SubnetFull`](ErrorKind::SubnetFull),
     /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity),

@@ -106,12 +106,31 @@ impl Conversations {
 
     /// Whether there is room for another of a kind.
     pub(super) fn has_room(&self, kind: Kind) -> bool {
-        let [services, hosts, clients] = self.counts;
-        match kind {
-            Kind::Service => services < MOST_WITH_SERVICES,
-            Kind::Host => hosts + clients < MOST,
-            Kind::Client => hosts + clients < MOST && clients < MOST_OF_CLIENTS,
+        is_room(self.counts, kind)
+    }
+
+    /// Which of those that only wait, the oldest first, makes room for another of a kind where there is none: one of the same
+    /// kind, or else one that it shares its room with. None goes to no use.
+    pub(super) fn who_goes(&self, kind: Kind, waiting: &[(Instant, Key, Kind)]) -> Option<Key> {
+        if self.has_room(kind) {
+            return None;
         }
+        let is_of_use = |gone: Kind| {
+            let mut counts = self.counts;
+            counts[gone as usize] = counts[gone as usize].saturating_sub(1);
+            is_room(counts, kind)
+        };
+        let of_use = || waiting.iter().filter(|(.., gone)| is_of_use(*gone));
+        let goes = of_use().find(|(.., gone)| *gone == kind).or_else(|| of_use().next());
+        goes.map(|(_, key, _)| *key)
+    }
+}
+
+fn is_room([services, hosts, clients]: [usize; 3], kind: Kind) -> bool {
+    match kind {
+        Kind::Service => services < MOST_WITH_SERVICES,
+        Kind::Host => hosts + clients < MOST,
+        Kind::Client => hosts + clients < MOST && clients < MOST_OF_CLIENTS,
     }
 }
 
@@ -130,22 +149,55 @@ pub(super) fn lets_in(port: &Port, real: Ipv4Addr, key: &Key) -> bool {
 mod tests {
     use super::*;
 
+    fn key(kind: Kind, n: usize) -> Key {
+        let port = |n| (Ipv4Addr::new(10, 0, 0, 4), n);
+        (port(kind as u16), port(n as u16))
+    }
+
+    fn over() -> Conversation {
+        Conversation::Over { socket: SocketHandle::default(), since: Instant::now() }
+    }
+
+    fn fill(all: &mut Conversations, kind: Kind) -> usize {
+        let mut count = 0;
+        while all.has_room(kind) {
+            all.insert(key(kind, count), kind, over());
+            count += 1;
+        }
+        count
+    }
+
+    /// Who has as many as it may have makes none of another kind go: that would be to no use.
+    #[test]
+    fn who_only_waits_goes_where_that_makes_room() {
+        let mut all = Conversations::default();
+        let waits = |kind, n| (Instant::now(), key(kind, n), kind);
+        let every =
+            [waits(Kind::Service, 0), waits(Kind::Host, 0), waits(Kind::Client, 0), waits(Kind::Client, 1)];
+        let [service, host, client, _] = every.map(|(_, key, _)| Some(key));
+        assert_eq!(all.who_goes(Kind::Client, &every), None, "there is room");
+        fill(&mut all, Kind::Client);
+        assert_eq!(all.who_goes(Kind::Client, &every), client);
+        assert_eq!(all.who_goes(Kind::Client, &every[..2]), None, "clients are as many as they may be");
+        assert_eq!(all.who_goes(Kind::Host, &every), None);
+        fill(&mut all, Kind::Host);
+        assert_eq!(all.who_goes(Kind::Client, &every[..2]), None);
+        assert_eq!(all.who_goes(Kind::Host, &every), host);
+        assert_eq!(all.who_goes(Kind::Host, &every[2..]), client);
+        fill(&mut all, Kind::Service);
+        assert_eq!(all.who_goes(Kind::Service, &every), service);
+        assert_eq!(all.who_goes(Kind::Service, &every[1..]), None);
+        // Where the guest has more than it is left, it makes room for clients.
+        let gone = [0, 1, 2].map(|n| all.remove(&key(Kind::Client, n)));
+        assert!(gone.iter().all(Option::is_some));
+        (1000..1003).for_each(|n| all.insert(key(Kind::Host, n), Kind::Host, over()));
+        assert_eq!(all.who_goes(Kind::Client, &every[..2]), host);
+        assert_eq!(all.who_goes(Kind::Client, &every), client);
+    }
+
     #[test]
     fn clients_leave_room_for_the_guest_and_nobody_takes_that_of_services() {
         let mut all = Conversations::default();
-        let key = |kind: Kind, n: usize| {
-            let port = |n| (Ipv4Addr::new(10, 0, 0, 4), n);
-            (port(kind as u16), port(n as u16))
-        };
-        let over = || Conversation::Over { socket: SocketHandle::default(), since: Instant::now() };
-        let fill = |all: &mut Conversations, kind: Kind| {
-            let mut count = 0;
-            while all.has_room(kind) {
-                all.insert(key(kind, count), kind, over());
-                count += 1;
-            }
-            count
-        };
         assert_eq!(fill(&mut all, Kind::Client), MOST_OF_CLIENTS);
         assert_eq!(fill(&mut all, Kind::Host), MOST - MOST_OF_CLIENTS);
         assert_eq!(fill(&mut all, Kind::Service), MOST_WITH_SERVICES);

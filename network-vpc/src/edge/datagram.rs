@@ -12,6 +12,7 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, UdpPacket};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::asked::Asked;
 use super::budget::{Opener, Permit, Share};
 use super::{Reach, Tokens};
 use crate::answer::{ipv4, udp_frame};
@@ -56,9 +57,9 @@ struct Conversation {
     socket: UdpSocket,
     _permit: Permit,
     last: Instant,
-    /// Of one that asks for names, how many questions have no answer: after the last one it is over, as who looks many names up
-    /// does so from many ports.
-    unanswered: Option<usize>,
+    /// What one has asked that may ask for names: after the last answer it is over, as who looks many names up does so from
+    /// many ports.
+    asked: Option<Asked>,
 }
 
 impl Datagrams {
@@ -102,13 +103,14 @@ impl Datagrams {
             }
             let Some(_permit) = self.permit(Opener::Guest) else { return };
             let Some(socket) = self.open(registry, key, to) else { return };
-            let unanswered = matches!(key, Key::Udp(_, (_, DNS))).then_some(0);
-            let conversation = Conversation { socket, _permit, last: Instant::now(), unanswered };
+            let asked = matches!(key, Key::Udp(_, (_, DNS))).then(Asked::default);
+            let conversation = Conversation { socket, _permit, last: Instant::now(), asked };
             self.conversations.insert(key, conversation);
         }
         if let Some(conversation) = self.conversations.get_mut(&key) {
             conversation.last = Instant::now();
-            conversation.unanswered.iter_mut().for_each(|count| *count += 1);
+            // Whoever says something else is in a conversation like others, of which nobody knows the end.
+            conversation.asked.take_if(|asked| !asked.ask(bytes));
             // What the host does not take is lost, as datagrams are.
             let _ = conversation.socket.send(bytes);
         }
@@ -163,7 +165,7 @@ impl Datagrams {
                 let Ok(len) = conversation.socket.recv(&mut bytes) else { break };
                 more |= turn == TURN;
                 conversation.last = Instant::now();
-                conversation.unanswered.iter_mut().for_each(|count| *count = count.saturating_sub(1));
+                conversation.asked.iter_mut().for_each(|asked| asked.answer(&bytes[..len]));
                 let frame = match *key {
                     Key::Udp(own, from) => udp_frame(&view, from, own, &bytes[..len]),
                     Key::Ping(own, from) => {
@@ -184,8 +186,8 @@ impl Datagrams {
 
 impl Conversation {
     fn is_over(&self) -> bool {
-        let patience = match self.unanswered {
-            Some(0) => return true,
+        let patience = match &self.asked {
+            Some(asked) if asked.is_answered() => return true,
             Some(_) => UNANSWERED,
             None => SILENCE,
         };

@@ -4,6 +4,7 @@
 //! One thread an interface. TCP is spoken with the guest by a stack in user space and with the host's sockets by
 //! them; datagrams are passed on as they are.
 
+mod asked;
 pub(crate) mod budget;
 mod conversation;
 mod datagram;
@@ -243,6 +244,7 @@ impl Worker {
             let received = self.serve(ServedStream::receive);
             // What this thread brings about from here on is looked at in the next turn.
             self.port.has_woken_itself();
+            self.port.catch_up();
             let registry = self.poll.registry();
             let view = self.port.view();
             let mut came = 0;

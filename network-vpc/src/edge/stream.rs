@@ -130,17 +130,11 @@ impl Streams {
         waiting
     }
 
-    /// Whether there is room for another conversation: the oldest of its kind that only waits makes some, or else the oldest that
-    /// it shares its room with.
+    /// Whether there is room for another conversation: one that only waits may make some.
     fn has_room(&mut self, kind: Kind) -> bool {
-        let is_alike = |other: Kind| (kind == Kind::Service) == (other == Kind::Service);
-        for exactly in [true, false] {
-            if self.conversations.has_room(kind) {
-                break;
-            }
-            let goes = |other: Kind| other == kind || !exactly && is_alike(other);
-            let oldest = self.waiting().into_iter().find(|(.., other)| goes(*other));
-            oldest.into_iter().for_each(|(_, key, _)| self.forget_waiting(key));
+        if !self.conversations.has_room(kind) {
+            let goes = self.conversations.who_goes(kind, &self.waiting());
+            goes.into_iter().for_each(|key| self.forget_waiting(key));
         }
         self.conversations.has_room(kind)
     }
@@ -326,7 +320,8 @@ impl Streams {
                 let shown = shown_as(&view, real);
                 let key = ((own, inside), (shown, client.port()));
                 // Dropped, the connection is reset or closed: nobody is told why.
-                if !self.is_free(&key) || !self.has_room(Kind::Client) || !lets_in(port, real, &key) {
+                // Nor does anything go for those whom the rules keep out.
+                if !self.is_free(&key) || !lets_in(port, real, &key) || !self.has_room(Kind::Client) {
                     continue;
                 }
                 self.forget_waiting(key);

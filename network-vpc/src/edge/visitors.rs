@@ -14,6 +14,7 @@ use smoltcp::wire::{Ipv4Packet, UdpPacket};
 use super::datagram::{LONGEST, MOST, SILENCE, TURN};
 use super::{Entrance, Tokens, shown_as};
 use crate::answer::udp_frame;
+use crate::backlog::Sender;
 use crate::packet::{Flow, Transport};
 use crate::port::Port;
 
@@ -113,10 +114,10 @@ impl Visitors {
                 }
                 let frame = Frame::new(udp_frame(&view, (shown, client.port()), own, &bytes[..len]));
                 // The conversation of one who is known may be over, and nobody is let in as whom the guest sees.
-                if is_known && !port.lets_in(&frame) && !port.admits(&flow(real), &flow(shown)) {
-                    continue;
+                let again = || is_known && port.admits(&flow(real), &flow(shown)) && port.lets_in(&frame);
+                if port.lets_in(&frame) || again() {
+                    port.give(Sender::Outside, port.fitted(frame));
                 }
-                port.give_from_outside(frame);
             }
         }
         self.visitors.retain(|_, visitor| visitor.last.elapsed() < SILENCE);

@@ -61,13 +61,14 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`SubnetNotFound`](ErrorKind::SubnetNotFound) if there is none any more: no other takes its place.
+    /// [`VpcNotSpecified`](ErrorKind::VpcNotSpecified) if there is no default VPC any more, and
+    /// [`SubnetNotSpecified`](ErrorKind::SubnetNotSpecified) if that has no default subnet: no other takes its place.
     pub fn interface_spec(&self) -> Result<InterfaceSpec> {
         let vpc = self.default_vpc()?;
         let model = self.model();
         let subnet = model.subnets.values().find(|subnet| subnet.vpc_id == vpc && subnet.default_for_az);
         let subnet = subnet.ok_or_else(|| {
-            Error::new(ErrorKind::SubnetNotFound, format!("{vpc} has no default subnet: name one"))
+            Error::new(ErrorKind::SubnetNotSpecified, format!("{vpc} has no default subnet: name one"))
         })?;
         Ok(InterfaceSpec::new(subnet.id))
     }

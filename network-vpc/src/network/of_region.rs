@@ -19,6 +19,8 @@ impl From<Error> for instance_core::Error {
     fn from(error: Error) -> Self {
         use instance_core::ErrorKind as Region;
         let kind = match error.kind() {
+            ErrorKind::VpcNotSpecified => Region::VpcNotSpecified,
+            ErrorKind::SubnetNotSpecified => Region::SubnetNotSpecified,
             ErrorKind::SubnetNotFound => Region::SubnetNotFound,
             ErrorKind::SubnetFull => Region::SubnetFull,
             ErrorKind::GroupNotFound => Region::SecurityGroupNotFound,
@@ -29,6 +31,7 @@ impl From<Error> for instance_core::Error {
             ErrorKind::InterfaceInUse => Region::NetworkInterfaceInUse,
             ErrorKind::KeyPairNotFound => Region::KeyPairNotFound,
             ErrorKind::InvalidAddress | ErrorKind::InvalidParameter => Region::InvalidParameter,
+            ErrorKind::NetworkInUse => Region::RegionInUse,
             ErrorKind::Corrupt => Region::Corrupt,
             _ => Region::Internal,
         };

@@ -69,10 +69,12 @@ impl Network {
         let interface = model.interface(id)?;
         let there = plugged.get(&id).filter(|there| there.port.is_plugged());
         let not_offered = model.rules_not_offered(interface);
+        let has_gateway = model.gateway_of(interface.vpc_id).is_some();
         let ports = |(public_ip, private_ip): (Ipv4Addr, Ipv4Addr)| {
             let mut ports = PublicPorts {
                 public_ip,
                 private_ip,
+                has_gateway,
                 listened: Vec::new(),
                 refused: Vec::new(),
                 not_offered: not_offered.clone(),

@@ -117,20 +117,29 @@ impl Network {
         self.model().main_route_table(vpc).cloned()
     }
 
-    /// The routes of a table, and which of them are black holes.
+    /// The routes of a table, and which of them are black holes, as those are that lead to an interface at which nothing is.
     ///
     /// # Errors
     ///
     /// [`RouteTableNotFound`](ErrorKind::RouteTableNotFound).
     pub fn routes(&self, id: RouteTableId) -> Result<Vec<Route>> {
+        let plugged = self.plugged();
         let model = self.model();
         let table = model.route_table(id)?;
+        let is_there = |target: RouteTarget| match target {
+            RouteTarget::InternetGateway(_) => true,
+            // What is sent there is dropped by itself.
+            RouteTarget::NetworkInterface(id) => {
+                model.interface(id).is_ok_and(|there| there.instance_id.is_some())
+                    || plugged.get(&id).is_some_and(|there| there.port.is_plugged())
+            }
+        };
         let route = |(to, target): (&Ipv4Net, &RouteTarget)| Route {
             destination: *to,
             target: *target,
             state: match model.hop(table.vpc_id, *target) {
-                Some(_) => RouteState::Active,
-                None => RouteState::Blackhole,
+                Some(_) if is_there(*target) => RouteState::Active,
+                _ => RouteState::Blackhole,
             },
         };
         Ok(table.routes.iter().map(route).collect())

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use instance_core::net::MacAddress;
 use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, UdpPacket};
+use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, TcpPacket, TcpSeqNumber, UdpPacket};
 
 /// The subnets' router.
 pub(crate) const ROUTER: MacAddress = MacAddress([0x0a, 0, 0, 0, 0, 1]);
@@ -33,6 +33,12 @@ fn packet(way: Way, protocol: IpProtocol, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// The question which hardware address another has.
+pub(crate) fn who_has(mac: MacAddress, own: Ipv4Addr, wanted: Ipv4Addr) -> Vec<u8> {
+    let kind = [0, 1, 8, 0, 6, 4, 0, 1];
+    [&[0xff; 6][..], &mac.0, &[8, 6], &kind, &mac.0, &own.octets(), &[0; 6], &wanted.octets()].concat()
+}
+
 /// A datagram of UDP.
 pub(crate) fn datagram(way: Way, ports: [u16; 2], text: &[u8]) -> Vec<u8> {
     let mut datagram = [&[0; 8], text].concat();
@@ -42,6 +48,28 @@ pub(crate) fn datagram(way: Way, ports: [u16; 2], text: &[u8]) -> Vec<u8> {
     udp.set_len((8 + text.len()) as u16);
     udp.fill_checksum(&way.addresses[0].into(), &way.addresses[1].into());
     packet(way, IpProtocol::Udp, &datagram)
+}
+
+/// A segment of TCP in the midst of a conversation, which acknowledges this.
+pub(crate) fn segment(way: Way, ports: [u16; 2], acknowledged: i32) -> Vec<u8> {
+    let mut segment = [0; 20];
+    let mut tcp = TcpPacket::new_unchecked(&mut segment[..]);
+    tcp.set_src_port(ports[0]);
+    tcp.set_dst_port(ports[1]);
+    tcp.set_header_len(20);
+    tcp.set_ack(true);
+    tcp.set_ack_number(TcpSeqNumber(acknowledged));
+    tcp.set_window_len(1000);
+    tcp.fill_checksum(&way.addresses[0].into(), &way.addresses[1].into());
+    packet(way, IpProtocol::Tcp, &segment)
+}
+
+/// Whether a frame says to a port from another that there is no such conversation. None of other frames.
+pub(crate) fn is_reset(frame: &[u8], ports: [u16; 2]) -> Option<bool> {
+    let ip =
+        Ipv4Packet::new_checked(frame.get(14..)?).ok().filter(|ip| ip.next_header() == IpProtocol::Tcp)?;
+    let tcp = TcpPacket::new_checked(ip.payload()).ok()?;
+    ([tcp.dst_port(), tcp.src_port()] == ports).then(|| tcp.rst())
 }
 
 /// A ping.
