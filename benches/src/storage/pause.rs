@@ -45,10 +45,12 @@ pub(super) fn under_load(bench: &Bench) -> anyhow::Result<Measurement> {
     let freezes = bench.rounds(200).rounds.max(20);
     let mut paused: Vec<Duration> = Vec::new();
     thread::scope(|scope| {
-        let writers = [0, order.len() / 2].map(|from| scope.spawn({
-            let disk = volume.disk();
-            move || write(disk, from)
-        }));
+        let writers = [0, order.len() / 2].map(|from| {
+            scope.spawn({
+                let disk = volume.disk();
+                move || write(disk, from)
+            })
+        });
         for _ in 0..freezes {
             let before = written.load(Ordering::Acquire);
             paused.push(Volume::freeze([&volume], &store).paused());
