@@ -179,6 +179,22 @@ fn file_systems_do_not_stand_still_for_as_long_as_the_host_takes() {
     assert!(!frozen.thaw(), "they stood still for less than it took");
 }
 
+#[test]
+fn the_time_that_flushing_takes_is_part_of_that() {
+    let agent = FakeAgent::behaving(PORT, |name| {
+        if name == FREEZE_NAME {
+            thread::sleep(HELD * 2 / 3);
+        }
+        None
+    });
+    let (_machine, vsock, turns) = guest(&agent);
+    let _frozen = freeze(&turns, &vsock).unwrap();
+    let begun = Instant::now();
+    let thawed = |asked: &Vec<String>| asked.iter().any(|name| name == THAW_NAME);
+    assert!(agent.asked().wait(soon(), thawed).is_ok());
+    assert!(begun.elapsed() < HELD, "they stood still for {:?} more", begun.elapsed());
+}
+
 /// There are always some bytes to read, and few enough not to be too many.
 #[test]
 fn who_always_says_something_is_listened_to_until_the_deadline() {
