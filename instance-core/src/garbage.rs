@@ -5,7 +5,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{PoisonError, RwLockReadGuard, TryLockError};
+use std::sync::{MutexGuard, PoisonError, RwLockReadGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use ami_core::{AmiId, Digest, VolumeId};
 
@@ -16,6 +17,9 @@ use crate::record::{FormerImage, ImageRecord, InstanceRecord, SnapshotRecord, Vo
 use crate::region::Inner;
 use crate::store::Record;
 use crate::{Error, InstanceState, Result};
+
+/// For how long what could not be collected is left to whoever removes something: to look for it takes long in a large region.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// Somebody makes something that has content, or looks at some: none is collected meanwhile. What there is to collect then,
 /// whoever ends last collects.
@@ -28,6 +32,9 @@ pub(crate) struct Making<'r> {
 impl Drop for Making<'_> {
     fn drop(&mut self) {
         self.held = None;
+        if self.region.collect_again().is_some_and(|at| Instant::now() < at) {
+            return;
+        }
         if let Err(e) = self.region.collect_unless_making() {
             // No reason for what was made not to be there: it is tried again.
             tracing::warn!(error = chain(&e), "cannot remove what nothing names");
@@ -68,10 +75,17 @@ impl Inner {
                 Err(TryLockError::WouldBlock) => return Ok(()),
             };
             self.garbage.store(false, Ordering::SeqCst);
-            // What stays goes when something else has been made, or removed.
-            self.collect_garbage().inspect_err(|_| self.garbage.store(true, Ordering::SeqCst))?;
+            let collected = self.collect_garbage();
+            // What stays goes when something else has been made later, or removed.
+            *self.collect_again() = collected.is_err().then(|| Instant::now() + AGAIN);
+            collected.inspect_err(|_| self.garbage.store(true, Ordering::SeqCst))?;
         }
         Ok(())
+    }
+
+    /// From when on those who have made something collect again.
+    fn collect_again(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.collect_again.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes every snapshot and boot file that no image, no snapshot of a user's, no volume and no launch
@@ -199,5 +213,41 @@ pub(crate) fn remove_any(path: &Path) -> std::io::Result<()> {
     match path.symlink_metadata()?.is_dir() {
         true => fs::remove_dir_all(path),
         false => fs::remove_file(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use ami_core::{Ami, X86_64};
+    use storage_block::MemoryDisk;
+
+    use super::*;
+    use crate::testing::{FakeHypervisor, tiny_elf};
+    use crate::{DirectBoot, ImageSource, Region, VolumeSpec};
+
+    #[test]
+    fn what_cannot_be_collected_is_not_looked_for_all_the_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
+        let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+        disk.write_at(&[7; 4096], 0).unwrap();
+        let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+        let ami = region.register_image(Ami::<X86_64>::builder("base"), source).unwrap();
+        let stored = fs::read_dir(dir.path().join("blocks/snapshots")).unwrap();
+        let content = stored.map(|entry| entry.unwrap().path()).next().unwrap();
+        let aside = dir.path().join("aside");
+        fs::rename(&content, &aside).unwrap();
+        fs::create_dir_all(content.join("in the way")).unwrap();
+        region.deregister_image(ami.id()).unwrap_err();
+        fs::remove_dir_all(&content).unwrap();
+        fs::rename(&aside, &content).unwrap();
+        region.create_volume(VolumeSpec::new(1)).unwrap();
+        assert!(content.exists(), "it was looked for a moment ago");
+        *region.inner.collect_again() = Some(Instant::now());
+        region.create_volume(VolumeSpec::new(1)).unwrap();
+        assert!(!content.exists(), "it is time");
+        assert_eq!(*region.inner.collect_again(), None);
     }
 }

@@ -40,7 +40,8 @@ impl Instance {
     /// [started](Self::start) its guest goes on as if nothing had been, but for the time. It has to be launched with
     /// [`hibernation`](method@crate::LaunchSpec::hibernation). Where it cannot be saved it is
     /// [stopped](Self::stop) with this patience, as EC2 does, and its state's reason says why. Does nothing to one that is
-    /// stopped. While its memory is written other calls on it wait.
+    /// stopped. While its memory is written other calls on it wait. It waits itself while the guest's file systems stand
+    /// still for [an image](crate::RegionOptions::guest_agent).
     ///
     /// What it has saved is as secret as its root volume: encrypted if that is. EC2 asks for an encrypted root volume;
     /// here it need not be. While it hibernates its volumes neither come nor go nor grow. Images and snapshots that
@@ -79,6 +80,8 @@ impl Instance {
 
 impl Inner {
     fn hibernate(&self, cell: &Cell, patience: Duration) -> Result<()> {
+        // What stands still for an image would do so for ever when it is woken: nobody would be there to have it go on.
+        let turn = cell.agent();
         let mut live = cell.hold(self.supervisor.reports());
         check_ebs_root(&live.record.description, "hibernated")?;
         check_stoppable(&live.record.description)?;
@@ -89,11 +92,15 @@ impl Inner {
         self.can_save().map_err(|what| Error::new(ErrorKind::Unsupported, what))?;
         let state = live.record.description.state;
         if matches!(state, InstanceState::Stopped | InstanceState::Stopping) {
+            drop(turn);
             return self.stop_held(cell, live, patience, user_initiated());
         }
         let reason = StateReason::new("Client.UserInitiatedHibernate", "asked for by the user");
         self.transition(cell, &mut live, Transition::Stop, Some(reason.clone()))?;
-        match self.save(cell, &live) {
+        let unthawed = live.vsock.as_ref().and_then(|vsock| turn.owes(vsock));
+        let saved = self.save(cell, &live).map(|saved| SavedRecord { unthawed, ..saved });
+        drop(turn);
+        match saved {
             Ok(saved) => {
                 live.end_machine().inspect_err(|_| self.remove_saved(cell.id))?;
                 self.power_off(&mut live);
@@ -140,7 +147,7 @@ impl Inner {
             None => save_open(machine, &path),
         };
         saved
-            .map(|len| SavedRecord { len, vsock: live.vsock.is_some() })
+            .map(|len| SavedRecord { len, vsock: live.vsock.is_some(), unthawed: None })
             .inspect_err(|_| self.remove_saved(cell.id))
     }
 
@@ -162,7 +169,12 @@ impl Inner {
         };
         let spec = RestoreSpec::new(cell.id.to_string(), machine, cell.console.port());
         match self.restore(cell, live, spec, saved.vsock)? {
-            Ok(()) => Ok(Ok(())),
+            Ok(()) => {
+                if let (Some(vsock), Some(port)) = (&live.vsock, saved.unthawed) {
+                    cell.turns().owe(vsock, port);
+                }
+                Ok(Ok(()))
+            }
             Err(e) if matches!(e.kind(), MachineErrorKind::Saved | MachineErrorKind::Unsupported) => lost(&e),
             Err(e) => Err(Error::machine(e, format!("cannot restore the machine of {}", cell.id))),
         }
@@ -172,7 +184,13 @@ impl Inner {
     pub(crate) fn go_on(&self, cell: &Cell, live: &mut Live) -> Result<()> {
         match live.machine.as_deref().filter(|machine| machine.state().get() == MachineState::Paused) {
             Some(machine) => match machine.resume() {
-                Ok(()) => Ok(()),
+                Ok(()) => {
+                    let thawed = live.vsock.as_ref().map(|vsock| cell.turns().thaw_owed(vsock));
+                    if let Some(Err(e)) = thawed {
+                        tracing::warn!(instance = %cell.id, error = chain(&e), "its file systems may stand still");
+                    }
+                    Ok(())
+                }
                 Err(e) => Err(self.not_resumed(cell, live, e)),
             },
             None => Ok(()),

@@ -222,7 +222,10 @@ impl Inner {
         self.power_off(live);
         let doomed = live.record.description.attachments.iter().filter(|a| a.delete_on_termination);
         let doomed: Vec<_> = doomed.map(|a| a.volume_id).collect();
-        self.remove_volumes(&doomed)?;
+        let removed = self.remove_volumes(&doomed);
+        // Their files may have stayed when their records have gone.
+        doomed.iter().for_each(|id| self.tell_volume(*id));
+        removed?;
         self.transition(cell, live, Transition::Terminated, Some(reason))?;
         // Once only: by another time it may be another's.
         self.release_place(&live.record.description);

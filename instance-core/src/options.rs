@@ -165,8 +165,13 @@ impl RegionOptions {
     /// Has [images of instances that run](crate::Instance::create_image) flush the guest's file systems and take the volumes
     /// while these stand still, in guests where QEMU's guest agent listens on this port of the guest's for streams. The machines
     /// that are made from now on have a place for [streams](Self::vsock) then, too; on a hypervisor without it none is made.
-    /// Without an agent, or where it does not do it within ten seconds, an image is crash-consistent and
-    /// [says so](crate::CreatedImage::consistency).
+    /// Without an agent, or where the file systems are not flushed and the volumes not taken within ten seconds, an image is
+    /// crash-consistent and [says so](crate::CreatedImage::consistency).
+    ///
+    /// When those have passed at the latest the guest is told to have its file systems go on, and is told again for a minute where
+    /// it does not say that they do, such as by an agent that was killed meanwhile; one that hibernates then is told when it is woken.
+    /// What the agent has frozen for somebody else it refuses to freeze, and that is left to them; a file system that was frozen
+    /// without it, by `fsfreeze`, goes on with the others.
     ///
     /// Distributions have the agent as `qemu-guest-agent`. It waits for a device that is not there, unless it is told to listen
     /// by `/etc/qemu/qemu-ga.conf`:

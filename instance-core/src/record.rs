@@ -176,6 +176,9 @@ pub(crate) struct SavedRecord {
     /// Whether it has a place for streams.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) vsock: bool,
+    /// The port of its guest's agent, if that had still to have file systems go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) unthawed: Option<u32>,
 }
 
 /// What is shared is stored as what it is.

@@ -300,7 +300,10 @@ impl Inner {
     /// The snapshots of an account, also those that are not there yet, in the order of their ids.
     pub(crate) fn snapshots_of(&self, owner: AccountId) -> Result<Vec<SnapshotDescription>> {
         // In this order: those that are completed between the two looks are found twice.
-        let mut unfinished = self.store.all::<UnfinishedSnapshotRecord>()?;
+        let mut unfinished = Vec::new();
+        for record in self.store.all::<UnfinishedSnapshotRecord>()? {
+            unfinished.extend(self.as_it_is(record)?);
+        }
         let mut completed = self.store.all::<SnapshotRecord>()?;
         unfinished.retain(|record| record.owner == owner);
         completed.retain(|record| record.owner == owner);

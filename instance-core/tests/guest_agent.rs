@@ -5,9 +5,10 @@
 mod common;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ami_core::VolumeId;
 use common::{TestRegion, ask, register, soon, spec};
@@ -20,6 +21,7 @@ use instance_core::{
 const PORT: u32 = 9999;
 const SYNC: &str = "guest-sync-delimited";
 const FREEZE: &str = "guest-fsfreeze-freeze";
+const STATUS: &str = "guest-fsfreeze-status";
 const THAW: &str = "guest-fsfreeze-thaw";
 
 fn open(dir: &Path, agent: &FakeAgent, options: RegionOptions) -> TestRegion {
@@ -78,7 +80,7 @@ fn an_image_without_the_guests_part_is_crash_consistent_and_says_so() {
     };
     check(FakeAgent::new(PORT), RegionOptions::new().vsock(true), &[]);
     check(FakeAgent::new(PORT), RegionOptions::new().guest_agent(PORT + 1), &[]);
-    check(behaving(FREEZE, "{\"error\": {}}\n"), with_agent(), &[SYNC, FREEZE, THAW, SYNC]);
+    check(behaving(FREEZE, "{\"error\": {}}\n"), with_agent(), &[SYNC, FREEZE, STATUS, THAW]);
     check(behaving(THAW, "{\"return\": 1}\n"), with_agent(), &[SYNC, FREEZE, THAW]);
 }
 
@@ -108,6 +110,97 @@ fn an_instance_goes_its_way_while_its_guest_freezes() {
     let making = begin("terminated", 3);
     instance.terminate().unwrap();
     assert_eq!(making.join().unwrap().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+}
+
+fn hibernating(region: &TestRegion) -> Instance {
+    region.launch(&register(region), spec().hibernation(true)).unwrap()
+}
+
+fn count(asked: &[String], name: &str) -> usize {
+    asked.iter().filter(|asked| *asked == name).count()
+}
+
+#[test]
+fn nothing_is_saved_while_it_stands_still_for_an_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let server: Arc<OnceLock<Instance>> = Arc::default();
+    let (sleeping, sleeper) = mpsc::channel();
+    let agent = FakeAgent::behaving(PORT, {
+        let server = server.clone();
+        move |name| {
+            if name == FREEZE {
+                let instance = server.get().unwrap().clone();
+                let hibernates = instance.clone();
+                let asleep = thread::spawn(move || hibernates.hibernate(Duration::ZERO));
+                // It must not begin; there is nothing to wait for but that.
+                let _ =
+                    instance.wait_for(InstanceState::Stopping, Instant::now() + Duration::from_millis(500));
+                sleeping.send((instance.state(), asleep)).unwrap();
+            }
+            None
+        }
+    });
+    let region = open(dir.path(), &agent, RegionOptions::new().guest_agent(PORT));
+    let instance = server.get_or_init(|| hibernating(&region));
+    let made = instance.create_image("web").unwrap();
+    let (state, asleep) = sleeper.recv().unwrap();
+    asleep.join().unwrap().unwrap();
+    assert_eq!((state, instance.state()), (InstanceState::Running, InstanceState::Stopped));
+    assert_eq!((made.consistency, agent.frozen()), (ImageConsistency::FileSystemConsistent, 0));
+    instance.start().unwrap();
+    assert_eq!(agent.asked().get(), [SYNC, FREEZE, THAW]);
+}
+
+/// The agent comes back when its guest has been woken, in a region that asks no agents.
+#[test]
+fn what_stands_still_when_it_is_saved_goes_on_when_it_is_woken() {
+    let dir = tempfile::tempdir().unwrap();
+    let deaf = Arc::new(AtomicBool::new(true));
+    let agent = FakeAgent::behaving(PORT, {
+        let deaf = deaf.clone();
+        move |name| (name == THAW && deaf.load(SeqCst)).then_some(AgentSays::HangUp)
+    });
+    let region = open(dir.path(), &agent, RegionOptions::new().guest_agent(PORT));
+    let instance = hibernating(&region);
+    assert_eq!(instance.create_image("web").unwrap().consistency, ImageConsistency::CrashConsistent);
+    instance.hibernate(Duration::ZERO).unwrap();
+    let (id, asked) = (instance.id(), count(&agent.asked().get(), THAW));
+    assert_eq!(agent.frozen(), 2);
+    drop((instance, region));
+    deaf.store(false, SeqCst);
+    let region = open(dir.path(), &agent, RegionOptions::new());
+    let instance = region.instance(id).unwrap();
+    instance.start().unwrap();
+    let thawed = |now: &Vec<String>| count(now, THAW) > asked;
+    assert!(agent.asked().wait(soon(), thawed).is_ok(), "{:?}", agent.asked().get());
+    assert_eq!(agent.frozen(), 0);
+    ask(&instance, "ping pong", "pong pong");
+}
+
+/// A volume that comes while the others stand still has file systems that do not.
+#[test]
+fn what_was_attached_meanwhile_did_not_stand_still() {
+    let dir = tempfile::tempdir().unwrap();
+    let server: Arc<OnceLock<(TestRegion, VolumeId, Instance)>> = Arc::default();
+    let agent = FakeAgent::behaving(PORT, {
+        let server = server.clone();
+        let once = AtomicBool::new(true);
+        move |name| {
+            if name == FREEZE && once.swap(false, SeqCst) {
+                let (region, volume, instance) = server.get().unwrap();
+                region.attach_volume(*volume, instance.id(), "/dev/sdf").unwrap();
+            }
+            None
+        }
+    });
+    let (region, instance) = self::server(dir.path(), &agent);
+    let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+    let (_, _, instance) = server.get_or_init(|| (region, volume, instance));
+    let made = instance.create_image("web").unwrap();
+    assert_eq!(made.ami.manifest().block_device_mappings().len(), 2);
+    assert_eq!((made.consistency, agent.frozen()), (ImageConsistency::CrashConsistent, 0));
+    assert_eq!(agent.asked().get(), [SYNC, FREEZE, THAW]);
+    assert_eq!(instance.create_image("web-2").unwrap().consistency, ImageConsistency::FileSystemConsistent);
 }
 
 #[test]

@@ -263,9 +263,9 @@ fn a_region_that_is_closed_cuts_its_snapshots_off() {
     assert_eq!(contents(dir.path()), [""; 0]);
 }
 
-/// A store that refuses to have snapshots completed.
+/// A store that refuses to have snapshots completed, or to have anything noted of one.
 #[derive(Debug, Clone, Default)]
-struct Refusing(Arc<MemoryStateStore>, Arc<AtomicBool>);
+struct Refusing(Arc<MemoryStateStore>, Arc<AtomicBool>, Arc<AtomicBool>);
 
 impl StateStore for Refusing {
     fn get(&self, table: &str, key: &str) -> instance_core::Result<Option<Vec<u8>>> {
@@ -278,7 +278,10 @@ impl StateStore for Refusing {
 
     fn apply(&self, changes: &[Change], durability: Durability) -> instance_core::Result<()> {
         let completes = |change: &Change| change.table == "snapshots" && change.value.is_some();
-        match changes.iter().any(completes) && self.1.load(SeqCst) {
+        let notes = |change: &Change| change.table.ends_with("snapshots");
+        let refuses = changes.iter().any(completes) && self.1.load(SeqCst)
+            || changes.iter().any(notes) && self.2.load(SeqCst);
+        match refuses {
             true => Err(Error::new(ErrorKind::InsufficientCapacity, "the store is full")),
             false => self.0.apply(changes, durability),
         }
@@ -303,6 +306,12 @@ fn a_snapshot_that_cannot_be_written_down_could_not_be_made() {
     let [left] = &described(&region)[..] else { panic!("{:?}", described(&region)) };
     assert_eq!((left.id, left.state), (pending.id(), SnapshotState::Error));
     assert_eq!(left.state_reason.clone().unwrap().code, "Server.InsufficientInstanceCapacity");
+    check(
+        &pending.cancel().unwrap_err(),
+        ErrorKind::IncorrectState,
+        "IncorrectState",
+        &["could not be made"],
+    );
     assert_eq!(contents(dir.path()), [""; 0]);
     store.1.store(false, SeqCst);
     drop(region);
@@ -310,4 +319,21 @@ fn a_snapshot_that_cannot_be_written_down_could_not_be_made() {
     assert_eq!(described(&region).len(), 1);
     region.delete_snapshot(pending.id()).unwrap();
     region.begin_create_snapshot(id, "").unwrap().wait(soon()).unwrap();
+}
+
+#[test]
+fn nobody_waits_for_a_snapshot_whose_end_cannot_be_written_down() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), Refusing::default());
+    let options = RegionOptions::new().state_store(store.clone());
+    let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
+    let id = volume(&region);
+    let (pending, go) = begin_slowly(&region, id);
+    store.2.store(true, SeqCst);
+    drop(go);
+    let refused = pending.wait(soon()).unwrap_err();
+    check(&refused, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &["full"]);
+    check_left(&region, pending.id(), "could not be written down");
+    store.2.store(false, SeqCst);
+    region.delete_snapshot(pending.id()).unwrap();
+    assert_eq!(described(&region), []);
 }

@@ -4,6 +4,7 @@
 #[path = "common/region.rs"]
 mod common;
 
+use std::fs;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
@@ -11,7 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use ami_core::BlockDeviceMapping;
-use common::{open, register, soon, spec};
+use common::{ask, open, register, soon, spec};
 use instance_core::{ErrorKind, VolumeSpec, VolumeState};
 
 #[test]
@@ -71,4 +72,22 @@ fn volumes_that_go_with_their_instance_are_deleted_and_others_available() {
         assert!(matches!(refused.kind(), ErrorKind::IncorrectState | ErrorKind::VolumeNotFound), "{refused}");
     });
     region.delete_volume(data).unwrap();
+}
+
+#[test]
+fn who_waits_for_the_end_of_a_volume_is_told_though_its_files_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let server = region.launch(&register(&region), spec()).unwrap();
+    ask(&server, "write 0 0 word", "wrote");
+    let root = server.describe().attachments[0].volume_id;
+    let path = dir.path().join("volumes").join(root.to_string());
+    for file in fs::read_dir(&path).unwrap() {
+        let file = file.unwrap().path();
+        fs::remove_file(&file).unwrap();
+        fs::create_dir_all(file.join("in the way")).unwrap();
+    }
+    let watch = region.watch_volume(root).unwrap();
+    assert!(server.terminate().is_err(), "its files are in the way");
+    assert_eq!(watch.get(), VolumeState::Deleted);
 }

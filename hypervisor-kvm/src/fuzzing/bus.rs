@@ -56,6 +56,17 @@ fn vm() -> Option<&'static VmFd> {
     vm.as_ref()
 }
 
+/// Whether there is KVM, without which the bodies do nothing. Under CI there is.
+#[cfg(test)]
+pub(super) fn can_run() -> bool {
+    let can = vm().is_some();
+    if !can {
+        assert!(std::env::var_os("CI").is_none(), "there is no KVM, and CI needs it");
+        eprintln!("SKIPPED: there is no KVM");
+    }
+    can
+}
+
 /// A guest that does what it likes with ports and addresses. It ejects no device that has to stay, and ends its machine by nothing but
 /// what ends machines.
 pub fn bus(bytes: &[u8]) {

@@ -13,7 +13,7 @@ use super::spec::{CreateImage, ImageConsistency};
 use crate::boot_cache::BootPlan;
 use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
-use crate::guest_agent::{self, Frozen};
+use crate::guest_agent::{self, Frozen, Turn};
 use crate::images::gib;
 use crate::instance::{Cell, Hold, Live, PowerOffFor};
 use crate::launch::plan;
@@ -72,22 +72,33 @@ impl Content {
     }
 }
 
+fn volumes_of(live: &Live) -> Vec<VolumeId> {
+    live.record.description.attachments.iter().map(|a| a.volume_id).collect()
+}
+
 impl Inner {
     pub(super) fn take_moment(&self, cell: &Cell, image: &CreateImage) -> Result<Moment<'_>> {
         let with_agent = self.guest_agent.filter(|_| image.no_reboot);
-        let _agent = with_agent.map(|_| cell.agent());
-        let mut live = self.hold_to_freeze(cell);
+        let (turn, live) = match with_agent {
+            Some(port) => {
+                let (turn, live) = self.hold_with_agent(cell);
+                (Some((turn, port)), live)
+            }
+            None => (None, self.hold_to_freeze(cell)),
+        };
         if matches!(live.record.description.state, InstanceState::Running | InstanceState::Stopped) {
             // What cannot be is refused before anything is done.
             self.draft(&live, image)?;
         }
-        let mut frozen = None;
-        if let Some(port) = with_agent {
-            (live, frozen) = self.let_freeze(cell, live, port);
-        }
+        let (live, frozen) = match turn {
+            Some((turn, port)) => self.let_freeze(cell, turn, live, port),
+            None => (live, None),
+        };
+        // Who has attached a volume since has had its guest mount what does not stand still.
+        let same = frozen.as_ref().is_some_and(|(_, volumes)| *volumes == volumes_of(&live));
         // It is held no longer when the guest is to go on, which may take its time.
         let moment = self.take_moment_of(cell, live, image);
-        let flushed = frozen.is_some_and(Frozen::thaw);
+        let flushed = frozen.is_some_and(|(frozen, _)| frozen.thaw()) && same;
         let moment = moment?;
         Ok(match flushed {
             true => Moment { consistency: ImageConsistency::FileSystemConsistent, ..moment },
@@ -95,32 +106,51 @@ impl Inner {
         })
     }
 
+    /// Holds an instance of whose volumes none is being stored, and has its guest's agent, which others wait for no longer
+    /// than it takes.
+    fn hold_with_agent<'c>(&self, cell: &'c Cell) -> (Turn<'c>, Hold<'c>) {
+        loop {
+            drop(self.hold_to_freeze(cell));
+            let turn = cell.agent();
+            let live = cell.hold(self.supervisor.reports());
+            if self.storing_of(&live).is_none() {
+                return (turn, live);
+            }
+        }
+    }
+
     /// Has the guest of a running instance flush its file systems, which stand still from then on, if it has an agent that does.
-    fn let_freeze<'c>(&self, cell: &'c Cell, mut live: Hold<'c>, port: u32) -> (Hold<'c>, Option<Frozen>) {
+    /// Gives the volumes that it had then.
+    fn let_freeze<'c>(
+        &self,
+        cell: &'c Cell,
+        mut turn: Turn<'c>,
+        mut live: Hold<'c>,
+        port: u32,
+    ) -> (Hold<'c>, Option<(Frozen<'c>, Vec<VolumeId>)>) {
         loop {
             let runs = live.machine.is_some() && live.record.description.state == InstanceState::Running;
             let Some(vsock) = live.vsock.clone().filter(|_| runs) else { return (live, None) };
-            let generation = live.generation;
+            let (generation, volumes) = (live.generation, volumes_of(&live));
             // Not held meanwhile: others may stop or terminate it.
             drop(live);
-            let frozen = guest_agent::freeze(&vsock, port).inspect_err(|e| {
+            let frozen = guest_agent::freeze(turn, &vsock, port).inspect_err(|e| {
                 tracing::info!(instance = %cell.id, error = %e, "an image is crash-consistent");
             });
             live = cell.hold(self.supervisor.reports());
             if self.storing_of(&live).is_none() {
                 return match frozen {
-                    Ok(frozen) if live.generation == generation => (live, Some(frozen)),
+                    Ok(frozen) if live.generation == generation => (live, Some((frozen, volumes))),
                     // That of a machine that is gone; it has nobody to wait for.
                     _ => (live, None),
                 };
             }
             // A snapshot of one of its volumes has begun, and nothing stands still for as long as that is stored.
             drop(live);
-            let again = frozen.map(drop).is_ok();
-            live = self.hold_to_freeze(cell);
-            if !again {
-                return (live, None);
+            if frozen.map(drop).is_err() {
+                return (self.hold_to_freeze(cell), None);
             }
+            (turn, live) = self.hold_with_agent(cell);
         }
     }
 

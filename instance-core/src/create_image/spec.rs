@@ -107,7 +107,8 @@ pub enum ImageConsistency {
     /// it an [agent](crate::RegionOptions::guest_agent).
     CrashConsistent,
     /// The guest had shut itself down, or its agent says that its file systems were flushed and stood still: they are
-    /// whole, with all that it had written.
+    /// whole, with all that it had written. Of one that was mounted while the others stood still already it says nothing: that
+    /// is as after a power failure.
     FileSystemConsistent,
 }
 

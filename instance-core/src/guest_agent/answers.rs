@@ -6,15 +6,16 @@ use serde::Deserialize;
 
 /// The longest answer that is taken: a number, or why something failed, with a path in it.
 const LINE: usize = 16 << 10;
-/// The most that is passed over of what was for whoever asked before.
+/// The most that is passed over of what was for whoever asked before, and of what is nothing.
 const STALE: usize = 256 << 10;
 /// What the answer comes after that a conversation begins with. It is in no text (QEMU, `guest-sync-delimited`).
 pub(crate) const SENTINEL: u8 = 0xff;
 
-/// An answer to a command whose result is a number.
+/// An answer to a command whose result is a number or a word.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
     Number(u64),
+    Text(String),
     /// The agent could not, and says why.
     Refused(String),
 }
@@ -23,8 +24,15 @@ pub(crate) enum Answer {
 #[derive(Deserialize)]
 struct Said {
     #[serde(rename = "return")]
-    number: Option<u64>,
+    result: Option<Outcome>,
     error: Option<Refusal>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Outcome {
+    Number(u64),
+    Text(String),
 }
 
 #[derive(Deserialize)]
@@ -36,9 +44,10 @@ struct Refusal {
 impl Answer {
     fn of(line: &[u8]) -> io::Result<Self> {
         match serde_json::from_slice(line) {
-            Ok(Said { number: Some(number), error: None }) => Ok(Self::Number(number)),
-            Ok(Said { number: None, error: Some(refusal) }) => Ok(Self::Refused(refusal.desc)),
-            Ok(_) => Err(nonsense("the agent's answer is neither a number nor an error")),
+            Ok(Said { result: Some(Outcome::Number(number)), error: None }) => Ok(Self::Number(number)),
+            Ok(Said { result: Some(Outcome::Text(text)), error: None }) => Ok(Self::Text(text)),
+            Ok(Said { result: None, error: Some(refusal) }) => Ok(Self::Refused(refusal.desc)),
+            Ok(_) => Err(nonsense("the agent's answer is neither a result nor an error")),
             Err(_) => Err(nonsense("the agent's answer is none")),
         }
     }
@@ -66,7 +75,7 @@ impl Answers {
     pub(crate) fn next(&mut self) -> io::Result<Option<Answer>> {
         loop {
             match self.line()? {
-                Some(line) if line.iter().all(u8::is_ascii_whitespace) => {}
+                Some(line) if line.iter().all(u8::is_ascii_whitespace) => self.pass_over(line.len() + 1)?,
                 line => return line.map(|line| Answer::of(&line)).transpose(),
             }
         }
@@ -126,7 +135,7 @@ impl Answers {
     }
 }
 
-fn nonsense(what: &str) -> io::Error {
+pub(super) fn nonsense(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
@@ -154,6 +163,7 @@ mod tests {
             (r#"{"return": 18446744073709551616}"#, nonsense()),
             (r#"{"return": 1e999}"#, nonsense()),
             (r#"{"return": -1}"#, nonsense()),
+            (r#"{"return": "frozen"}"#, Ok(Answer::Text("frozen".to_owned()))),
             (r#"{"return": {}}"#, nonsense()),
             (r#"{"return": 1, "error": {"desc": "both"}}"#, nonsense()),
             (r#"{"event": "of whatever"}"#, nonsense()),
@@ -202,6 +212,19 @@ mod tests {
                     Err(e) => break e,
                 }
                 assert!(answers.kept() <= LINE && heard <= 2 * STALE, "{heard} bytes");
+            };
+            assert_eq!(ended.kind(), io::ErrorKind::InvalidData);
+        }
+        for said in [&[b'\n'; 4096][..], b" \n", b"\r\n"] {
+            let (mut answers, mut heard) = (Answers::default(), 0);
+            let ended = loop {
+                answers.hear(said);
+                heard += said.len();
+                match answers.next() {
+                    Ok(answer) => assert_eq!(answer, None),
+                    Err(e) => break e,
+                }
+                assert!(answers.kept() == 0 && heard <= 2 * STALE, "{heard} bytes");
             };
             assert_eq!(ended.kind(), io::ErrorKind::InvalidData);
         }

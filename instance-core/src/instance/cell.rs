@@ -10,6 +10,7 @@ use crate::capacity::Claim;
 use crate::console::Console;
 use crate::description::{Attachment, InstanceDescription, StateReason};
 use crate::error::chain;
+use crate::guest_agent::{Turn, Turns};
 use crate::machine::{DiskSpec, Machine};
 use crate::net::FrameLimits;
 use crate::record::InstanceRecord;
@@ -30,8 +31,8 @@ pub(crate) struct Cell {
     live: Mutex<Live>,
     /// What is known of its machine, for status checks, which wait for nothing that is done to it.
     boot: Mutex<Option<Boot>>,
-    /// Held while its guest's agent is asked to freeze, and until it has thawed: it has one client at a time.
-    agent: Mutex<()>,
+    /// Who has its guest's file systems stand still.
+    agent: Arc<Turns>,
 }
 
 /// What changes, under the lock that every action on the instance holds.
@@ -94,7 +95,7 @@ impl Cell {
                 waits_for_room: false,
             }),
             boot: Mutex::new(None),
-            agent: Mutex::default(),
+            agent: Arc::default(),
         }
     }
 
@@ -102,9 +103,14 @@ impl Cell {
         self.boot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for whoever else has its guest freeze. Taken before it is [held](Self::hold).
-    pub(crate) fn agent(&self) -> MutexGuard<'_, ()> {
-        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Waits for whoever else has its guest freeze, and until that has thawed. Taken before it is [held](Self::hold).
+    pub(crate) fn agent(&self) -> Turn<'_> {
+        Turn::take(&self.agent)
+    }
+
+    /// What its guest's agent has still to be told.
+    pub(crate) fn turns(&self) -> &Arc<Turns> {
+        &self.agent
     }
 
     /// Waits for whatever else is done to the instance, then holds it.

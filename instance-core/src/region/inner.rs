@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Instant;
 
 use ami_core::{AccountId, AmiId, Digest, ImageState, InstanceId, RegionName, VolumeId};
 use storage_block::{Snapshot, Store as BlockStore};
@@ -95,6 +96,8 @@ pub(crate) struct Inner {
     pub(crate) making_images: RwLock<()>,
     /// There may be something to collect: what was being made has failed, or what named content has gone.
     pub(crate) garbage: AtomicBool,
+    /// Something could not be collected: from when on whoever has made something tries again.
+    pub(crate) collect_again: Mutex<Option<Instant>>,
     /// Held for reading for the moment in which a launch looks at its image and names what it needs of it, and for writing for
     /// that in which an image comes or goes: a launch finds all of an image or none of it, and no two have a name.
     pub(crate) naming: RwLock<()>,
@@ -161,6 +164,7 @@ impl Inner {
             boot,
             making_images: RwLock::default(),
             garbage: AtomicBool::new(false),
+            collect_again: Mutex::default(),
             naming: RwLock::default(),
             placing: Mutex::default(),
             resources: Mutex::default(),

@@ -77,15 +77,24 @@ impl PendingSnapshot {
         self.0.told.watch()
     }
 
-    /// Gives it up, as [deleting](crate::Region::delete_snapshot) it does. It leaves nothing. Does nothing to one that was given up.
+    /// Gives it up. It leaves nothing once it has [ended](Self::wait); if its process ends before, it is one that could not be
+    /// made when the region is opened again. One that is [deleted](crate::Region::delete_snapshot) is gone for good at once. Does
+    /// nothing to one that was given up.
     ///
     /// # Errors
     ///
-    /// [`IncorrectState`](ErrorKind::IncorrectState) if it is completed. Whoever cancels when it is all but done may find it
-    /// completed in the end.
+    /// [`IncorrectState`](ErrorKind::IncorrectState) if it is completed, or could not be made: that is deleted. Whoever cancels
+    /// when it is all but done may find it completed in the end.
     pub fn cancel(&self) -> Result<()> {
-        if self.describe().state == SnapshotState::Completed {
-            let what = format!("the snapshot {} is completed", self.id());
+        let ended = match self.describe().state {
+            SnapshotState::Pending => None,
+            SnapshotState::Completed => Some("is completed"),
+            // One that was given up ends so, too.
+            SnapshotState::Error if self.is_given_up() => None,
+            SnapshotState::Error => Some("could not be made"),
+        };
+        if let Some(ended) = ended {
+            let what = format!("the snapshot {} {ended}", self.id());
             return Err(Error::new(ErrorKind::IncorrectState, what));
         }
         self.give_up();

@@ -100,7 +100,27 @@ impl Inner {
         id: SnapshotId,
     ) -> Result<Option<UnfinishedSnapshotRecord>> {
         let record: Option<UnfinishedSnapshotRecord> = self.store.get(&id.to_string())?;
-        Ok(record.filter(|record| record.owner == owner))
+        record.filter(|record| record.owner == owner).map_or(Ok(None), |record| self.as_it_is(record))
+    }
+
+    /// What has become of one that was not there yet, if nothing else has. Of one that nobody makes, and whose end could not be
+    /// written down, nobody need wait for the end.
+    pub(super) fn as_it_is(
+        &self,
+        record: UnfinishedSnapshotRecord,
+    ) -> Result<Option<UnfinishedSnapshotRecord>> {
+        // Whoever makes it is there before its record is, and goes when its end is written down: in this order, it has ended.
+        if record.failed.is_some() || self.pending_snapshots.get(record.id).is_some() {
+            return Ok(Some(record));
+        }
+        let ended: Option<UnfinishedSnapshotRecord> = self.store.get(&record.id.to_string())?;
+        Ok(ended.map(|mut record| {
+            record.failed.get_or_insert_with(|| {
+                let what = "what has become of the snapshot could not be written down";
+                StateReason::new("Server.InternalError", what)
+            });
+            record
+        }))
     }
 
     /// Those that were being made when their process ended could not be.

@@ -73,7 +73,11 @@ struct State {
     streams: BTreeMap<u32, Vec<u8>>,
     /// What is said to it without end.
     endless: BTreeMap<u32, Vec<u8>>,
+    /// How many bytes were said to it.
+    sent: BTreeMap<u32, u32>,
     frozen: u64,
+    /// How many connections it takes no notice of.
+    away: u32,
 }
 
 impl FakeAgent {
@@ -101,29 +105,44 @@ impl FakeAgent {
         self.state().frozen
     }
 
+    /// Has it be away for the next connections, so many, as one is that is being restarted: the guest refuses them.
+    pub fn refuse_next(&self, connections: u32) {
+        self.state().away = connections;
+    }
+
     /// Does what there is to do, in the guest whose end of the streams this is.
     pub fn serve(&self, port: &VsockPort) {
-        while let Some(Packet { host_port, guest_port, op, .. }) = port.next(usize::MAX) {
+        while let Some(Packet { host_port, guest_port, op, buf_alloc, fwd_cnt }) = port.next(usize::MAX) {
             let say = |op: Op| {
                 if port.has_room() {
+                    if let Op::Data(bytes) = &op {
+                        self.sent(host_port, bytes.len());
+                    }
                     port.deliver(Packet { host_port, guest_port, op, buf_alloc: ROOM, fwd_cnt: 0 });
                 }
             };
             match op {
-                Op::Request if guest_port == self.0.port => {
+                Op::Request if guest_port == self.0.port && self.is_there() => {
                     self.state().streams.insert(host_port, Vec::new());
                     say(Op::Response);
                 }
                 Op::Request => say(Op::Reset),
                 Op::Data(bytes) => self.hear(host_port, &bytes).into_iter().for_each(say),
                 Op::CreditUpdate => {
-                    let more = self.state().endless.get(&host_port).cloned();
-                    more.into_iter().for_each(|more| say(Op::Data(more)));
+                    let more = self.state().endless.get(&host_port).cloned().unwrap_or_default();
+                    let has_room = || {
+                        let waiting = self.sent(host_port, 0).wrapping_sub(fwd_cnt);
+                        waiting as usize + more.len() <= buf_alloc as usize
+                    };
+                    while !more.is_empty() && has_room() && port.has_room() {
+                        say(Op::Data(more.clone()));
+                    }
                 }
                 Op::Shutdown { .. } | Op::Reset => {
                     let mut state = self.state();
                     let known = state.streams.remove(&host_port).is_some();
                     state.endless.remove(&host_port);
+                    state.sent.remove(&host_port);
                     drop(state);
                     if known && op != Op::Reset {
                         say(Op::Reset);
@@ -132,6 +151,19 @@ impl FakeAgent {
                 Op::Response | Op::CreditRequest => {}
             }
         }
+    }
+
+    /// Counts what is said, and gives how much that is.
+    fn sent(&self, host_port: u32, count: usize) -> u32 {
+        let mut state = self.state();
+        let sent = state.sent.entry(host_port).or_default();
+        *sent = sent.wrapping_add(count as u32);
+        *sent
+    }
+
+    fn is_there(&self) -> bool {
+        let away = &mut self.state().away;
+        std::mem::replace(away, away.saturating_sub(1)) == 0
     }
 
     // Nothing that is done under the lock panics half way.
@@ -160,10 +192,11 @@ impl FakeAgent {
     fn answer(&self, host_port: u32, line: &[u8]) -> Option<Op> {
         let command: Value = serde_json::from_slice(line).unwrap_or_default();
         let name = command["execute"].as_str().unwrap_or_default();
-        // Who says something else, or nothing, may have done it all the same; who hangs up has not.
+        // Who says something else, or nothing, may have done it all the same; who hangs up has not, nor who says that it cannot.
         let says = (self.0.behaviour)(name);
-        let usual = match says {
+        let usual = match &says {
             Some(AgentSays::HangUp) => Vec::new(),
+            Some(AgentSays::Bytes(bytes)) if bytes.starts_with(b"{\"error\"") => Vec::new(),
             _ => self.obey(name, &command["arguments"]["id"]),
         };
         let says = says.unwrap_or(AgentSays::Bytes(usual));
@@ -195,6 +228,8 @@ impl FakeAgent {
                 state.frozen = FILE_SYSTEMS;
                 number(FILE_SYSTEMS)
             }
+            "guest-fsfreeze-status" if state.frozen == 0 => b"{\"return\": \"thawed\"}\n".to_vec(),
+            "guest-fsfreeze-status" => b"{\"return\": \"frozen\"}\n".to_vec(),
             "guest-fsfreeze-thaw" => number(std::mem::take(&mut state.frozen)),
             _ => b"{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"it has been disabled\"}}\n"
                 .to_vec(),

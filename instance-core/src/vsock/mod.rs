@@ -43,6 +43,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -108,6 +109,8 @@ struct Shared {
     waker: Mutex<Option<Waker>>,
     /// The machine's end has gone.
     unplugged: AtomicBool,
+    /// Notified when it has.
+    gone: Condvar,
 }
 
 impl Shared {
@@ -207,6 +210,20 @@ impl Vsock {
             State::Broken => Err(stream::broken()),
             State::Connecting | State::Connected | State::Closed => Ok(stream),
         }
+    }
+}
+
+impl Vsock {
+    /// Whether these are the same end of the same cable.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Waits until there is no machine any more, or until the deadline; says whether there is none.
+    pub(crate) fn ends_by(&self, deadline: Instant) -> bool {
+        let never = |_: &mut Hub| None::<Infallible>;
+        let ended = self.0.wait_for(&self.0.gone, Some(deadline), never);
+        ended.is_err_and(|e| e.kind() == io::ErrorKind::NotConnected)
     }
 }
 
@@ -316,5 +333,6 @@ impl Drop for End {
         self.0.unplugged.store(true, Ordering::Release);
         hub.reset();
         hub.wake_all();
+        self.0.gone.notify_all();
     }
 }
