@@ -106,7 +106,7 @@ impl OpenOptions {
     ///
     /// What describes the image is checked here; tables that say where data lies are checked as they are
     /// read, and what they get wrong is then [`Corrupt`](storage_block::ErrorKind::Corrupt). The size of
-    /// a disk is rounded up to whole sectors, with zeroes.
+    /// a disk is rounded up to whole sectors, with zeroes, but for that of a raw image, which has to be of whole sectors.
     ///
     /// # Errors
     ///

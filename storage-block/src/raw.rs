@@ -61,6 +61,7 @@ impl RawFile {
         let opened = OpenOptions::new().read(true).write(!read_only).open(path);
         let file = opened.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
         Self::from_file(file, read_only)
+            .map_err(|e| Error::with_source(e.kind(), format!("{} is no disk", path.display()), e))
     }
 
     /// Takes an open file, whose size is fixed from here on.
@@ -245,7 +246,12 @@ pub(crate) fn write_zeroes(file: &impl FileExt, mut offset: u64, mut len: u64) -
 fn next_data(file: &File, offset: u64, size: u64) -> std::io::Result<Option<Range<u64>>> {
     let start = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
         Ok(start) => start,
-        Err(Errno::NXIO) => return Ok(None),
+        // It ends before that, which is as it should be where all the rest is a hole.
+        Err(Errno::NXIO) if file.metadata()?.len() >= size => return Ok(None),
+        Err(Errno::NXIO) => {
+            let what = "it has been cut since it was opened";
+            return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, what));
+        }
         // Not every file system and no block device knows its holes.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset < size).then_some(offset..size)),
         Err(error) => return Err(error.into()),
@@ -261,6 +267,19 @@ fn next_data(file: &File, offset: u64, size: u64) -> std::io::Result<Option<Rang
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What is missing of a file is no hole, for whoever imports it.
+    #[test]
+    fn a_file_that_is_cut_is_not_taken_for_holes() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 << 20).unwrap();
+        let disk = RawFile::from_file(file.try_clone().unwrap(), true).unwrap().into_disk();
+        assert_eq!(disk.next_data(0).unwrap(), None);
+        file.set_len(1 << 20).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let imported = crate::Store::open(dir.path()).unwrap().import(&disk, &mut |_| ());
+        assert_eq!(imported.map(drop).map_err(|e| e.kind()), Err(ErrorKind::Io));
+    }
 
     /// A synchronisation that fails is not made good by one that has nothing left to write.
     #[test]

@@ -342,7 +342,10 @@ impl Drop for Inner {
 
 fn check_size(size: u64) -> Result<()> {
     if size % BLOCK != 0 || size > MAX_SIZE {
-        return Err(Error::invalid_size(size, "is not a multiple of 4096 bytes up to 64 TiB"));
+        return Err(Error::invalid_size(
+            size,
+            "is not a multiple of 4096 bytes up to 64 TiB, to which the size of a snapshot is rounded up for it",
+        ));
     }
     Ok(())
 }
@@ -360,8 +363,8 @@ fn remove_files(dir: &Path) -> Result<()> {
     let overlay = dir.join(OVERLAY);
     gone(fs::remove_file(&overlay), &overlay)?;
     match fs::remove_dir(dir) {
-        // What others have there stays, and so does the directory.
-        Err(e) if is_not_empty(&e) => return sync_dir(dir),
+        // What others have there stays, and so does the directory; and so does one that is called `.` by who is in it.
+        Err(e) if is_not_empty(&e) || e.kind() == std::io::ErrorKind::InvalidInput => return sync_dir(dir),
         removed => gone(removed, dir)?,
     }
     let parent = parent(dir);
