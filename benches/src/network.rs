@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use instance_core::net::{Frame, MacAddress, NetPort};
+use instance_core::net::{Checksum, Frame, MacAddress, NetPort, Protocol, Segmentation};
 use network_vpc::{Direction, Network, NetworkInterface, NetworkOptions, Rule};
 
 use crate::samples::{Measurement, ProcessorTime, Rounds, median_ratio};
@@ -95,9 +95,19 @@ impl Segment {
         let pseudo = 6 + (20 + payload) as u32;
         let sum = checksum(&data[26..], pseudo);
         data[50..52].copy_from_slice(&sum.to_be_bytes());
-        Frame::new(data)
+        let mut frame = Frame::new(data);
+        // What is longer than a packet may be is several, cut by whom it comes to.
+        if payload > usize::from(SEGMENT) {
+            frame.checksum = Checksum::Partial { start: 34, offset: 16 };
+            frame.segmentation =
+                Some(Segmentation { protocol: Protocol::Tcp4, size: SEGMENT, header_len: 54 });
+        }
+        frame
     }
 }
+
+/// The most bytes of a segment in a packet of a VPC's.
+const SEGMENT: u16 = 1460;
 
 /// The Internet's (RFC 1071).
 fn checksum(bytes: &[u8], begin: u32) -> u16 {
