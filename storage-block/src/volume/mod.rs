@@ -131,7 +131,8 @@ impl Volume {
     ///
     /// # Errors
     ///
-    /// [`NotFound`](ErrorKind::NotFound) if there is none, or its snapshot is gone;
+    /// [`NotFound`](ErrorKind::NotFound) if there is none, nor a whole one, as where a crash came while it was made, or its
+    /// snapshot is gone;
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) if it is encrypted and the store does not have its key;
     /// [`InUse`](ErrorKind::InUse); [`Corrupt`](ErrorKind::Corrupt).
     pub fn open(dir: &Path, store: &Store) -> Result<Self> {
