@@ -174,7 +174,13 @@ impl Shared {
                 failed("it does not read them")
             }
             Err(Errno::AGAIN) => failed("it does not read them"),
-            Err(errno) => failed(&errno.to_string()),
+            // One that was ended meanwhile hears nothing any more.
+            Err(errno) => match self.asked_to_end() {
+                Some(cause) => {
+                    Err(MachineError::wrong_state(command.name(), &MachineState::Exited(cause.clone())))
+                }
+                None => failed(&errno.to_string()),
+            },
         }
     }
 
