@@ -233,7 +233,7 @@ impl Kvm {
     /// use hypervisor_kvm::{Kvm, Transport};
     ///
     /// if let Ok(kvm) = Kvm::open() {
-    ///     let kvm = kvm.with_transport(Transport::Mmio); // soonest up, but no volume comes or goes while it is
+    ///     let kvm = kvm.with_transport(Transport::Mmio); // no bus, and no volume that comes or goes
     /// #   drop(kvm);
     /// }
     /// ```

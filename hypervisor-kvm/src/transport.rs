@@ -23,7 +23,7 @@ use crate::layout;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Transport {
-    /// Each at an address and with an interrupt of its own, which ACPI names: the smallest, and the fastest to boot. What a
+    /// Each at an address and with an interrupt of its own, which ACPI names: no bus has to be searched. What a
     /// machine is made with is what it has: no volume is attached to an instance that runs.
     Mmio,
     /// On a PCI bus, with interrupts that are messages (MSI-X), as EC2's instances have their devices. Disks and network ports
