@@ -5,6 +5,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -13,10 +14,11 @@ use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, MachineSpec};
 use storage_block::{BlockBackend, Disk, Result};
 
-/// A disk whose second sector takes as long as the thread is there that has asked for it.
+/// A disk whose second sector takes until one of its machine's threads has ended. Not the one that has asked for it: the
+/// last to end waits for the disk.
 #[derive(Debug)]
 struct Slow {
-    thread: Mutex<mpsc::Receiver<File>>,
+    threads: Mutex<mpsc::Receiver<Vec<File>>>,
 }
 
 impl BlockBackend for Slow {
@@ -27,10 +29,11 @@ impl BlockBackend for Slow {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         buf.fill(0);
         if offset == 512 {
-            let thread = self.thread.lock().unwrap().recv().unwrap();
+            let threads = self.threads.lock().unwrap().recv().unwrap();
             let until = soon();
             // It cannot be read of a thread that has ended.
-            while thread.read_at(&mut [0], 0).is_ok() && Instant::now() < until {
+            let all_run = || threads.iter().all(|thread| thread.read_at(&mut [0], 0).is_ok());
+            while all_run() && Instant::now() < until {
                 std::thread::yield_now();
             }
         }
@@ -68,11 +71,12 @@ fn limit_descriptors(to: libc::rlim_t) -> libc::rlim_t {
     }
 }
 
-/// The status of a thread of this process, by its name.
-fn thread(name: &str) -> File {
+/// The status of each thread of a machine.
+fn threads(machine: &str) -> Vec<File> {
     let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-    let is_named = |task: &std::path::PathBuf| fs::read_to_string(task.join("comm")).unwrap().trim() == name;
-    File::open(tasks.into_iter().find(is_named).unwrap().join("stat")).unwrap()
+    let name = |task: &PathBuf| fs::read_to_string(task.join("comm")).unwrap();
+    let tasks = tasks.filter(|task| name(task).starts_with(&format!("{machine}/")));
+    tasks.map(|task| File::open(task.join("stat")).unwrap()).collect()
 }
 
 /// A device's thread that may wait for no descriptors any more. Alone in its file: the limit is the process's.
@@ -80,7 +84,7 @@ fn thread(name: &str) -> File {
 fn a_device_that_cannot_be_served_ends_its_machine() {
     let Some(kvm) = common::kvm() else { return };
     let (tell, told) = mpsc::channel();
-    let disk = Disk::new(Slow { thread: Mutex::new(told) }).unwrap();
+    let disk = Disk::new(Slow { threads: Mutex::new(told) }).unwrap();
     let console = Console::new();
     let boot = common::guest::boot().unwrap();
     let mut spec = MachineSpec::new("fails", Architecture::X86_64, boot, console.port());
@@ -92,7 +96,9 @@ fn a_device_that_cannot_be_served_ends_its_machine() {
     // It has what it needs to read.
     console.write_all(b"read 0 0\n", soon()).unwrap();
     reader.wait_for("data \n", soon()).unwrap();
-    tell.send(thread("fails/disk0")).unwrap();
+    let threads = threads("fails");
+    assert!(threads.len() >= 2, "a processor and a disk: {threads:?}");
+    tell.send(threads).unwrap();
     let before = limit_descriptors(0);
     console.write_all(b"read 0 1\n", soon()).unwrap();
     let end = machine.state().wait(soon(), |state| state.exit_cause().is_some());

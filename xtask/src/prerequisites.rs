@@ -38,9 +38,7 @@ pub(crate) const QEMU_X86_64: Tool = Tool::new("qemu-system-x86_64", "qemu-syste
 /// Makes sure that `tools` are there. A command calls this once, with all that it needs, before it does
 /// anything else: who may not install packages gets one line to run and not several.
 pub(crate) fn require(tools: &[Tool]) -> anyhow::Result<()> {
-    let mut packages: Vec<&str> = tools.iter().filter(|t| !t.is_there()).map(Tool::package).collect();
-    packages.sort_unstable();
-    packages.dedup();
+    let packages = missing(tools);
     if packages.is_empty() {
         return Ok(());
     }
@@ -59,7 +57,20 @@ pub(crate) fn require(tools: &[Tool]) -> anyhow::Result<()> {
         update_package_lists()?;
         install(&packages)?;
     }
-    Ok(())
+    // Where a package of another release stood in the way, as a backport of `qemu-utils` does in that of QEMU, apt has
+    // removed it.
+    match missing(tools) {
+        removed if removed.is_empty() => Ok(()),
+        removed => install(&removed),
+    }
+}
+
+/// The packages of those that are not there.
+fn missing(tools: &[Tool]) -> Vec<&'static str> {
+    let mut packages: Vec<&str> = tools.iter().filter(|t| !t.is_there()).map(Tool::package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
 }
 
 /// Fetches apt's package lists anew; needs root.
