@@ -77,7 +77,7 @@ fn set_interrupt_pins(vcpu: &VcpuFd) -> Result<()> {
 }
 
 /// Sets bits of MSRs, as firmware does.
-fn set_msrs(vcpu: &VcpuFd) -> Result<()> {
+pub(crate) fn set_msrs(vcpu: &VcpuFd) -> Result<()> {
     for (index, bits) in [(MSR_MISC_ENABLE, FAST_STRINGS), (MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)] {
         let entry = kvm_msr_entry { index, ..Default::default() };
         let mut msrs = Msrs::from_entries(&[entry]).host("no memory for an MSR")?;

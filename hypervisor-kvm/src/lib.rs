@@ -217,7 +217,7 @@ impl Kvm {
         (capabilities.balloon, capabilities.vsock, capabilities.virtio_console) = (true, true, true);
         capabilities.save = saved::NEEDED.into_iter().all(|cap| device.check_extension(cap));
         let msrs = device.get_msr_index_list().host("KVM did not tell which registers it has")?;
-        let msrs = capabilities.save.then(|| Arc::from(msrs.as_slice()));
+        let msrs = capabilities.save.then(|| saved::msrs_to_save(msrs.as_slice()));
         let (stacks, spares, execution) = Default::default();
         let inner = Arc::new(Inner { device, stacks, spares, cpuid, msrs, capabilities, execution });
         let cpu_level = CpuLevel::highest(&inner.cpuid);

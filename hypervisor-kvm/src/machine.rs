@@ -133,7 +133,9 @@ impl KvmMachine {
             .map(|number| vm.create_vcpu(number as u64).host("KVM did not make a processor"))
             .collect::<Result<Vec<_>>>()?;
         state.check_processors(kvm.cpu_model(), loaded.version, &processors)?;
+        let msrs = kvm.msrs();
         for (vcpu, processor) in processors.iter().zip(&state.processors) {
+            processor.check_msrs(msrs.as_deref().unwrap_or_default())?;
             // Before its counter, which is what it is at this speed.
             state.speed.restore(kvm.device(), vcpu)?;
             processor.restore(vcpu)?;
@@ -276,19 +278,22 @@ impl Shared {
         let processor = |vcpu: &Mutex<VcpuFd>| Processor::save(&lock(vcpu), msrs);
         let devices = &self.devices;
         let placed = devices.virtio.all();
+        // Once: a disk may be found to have grown meanwhile.
+        let virtio: Vec<_> = placed.iter().map(|placed| placed.save()).collect();
+        let all = || placed.iter().zip(&virtio);
         Ok(saved::State {
             transport: if devices.pci.is_some() { Transport::Pci } else { Transport::Mmio },
             memory_mib: (self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20) as u32,
-            disks: placed.iter().filter_map(|placed| placed.known_disk()).collect(),
+            disks: all().filter_map(|(placed, saved)| placed.known_disk(saved)).collect(),
             nets: placed.iter().filter_map(|placed| placed.net().cloned()).collect(),
-            gone: placed.iter().filter_map(|placed| placed.gone()).collect(),
+            gone: all().filter_map(|(placed, saved)| placed.gone(saved)).collect(),
             speed: self.processors.first().map(|first| Speed::of(&lock(first))).unwrap_or_default(),
             serial: devices.serial.save(),
             power: devices.power.save(),
             rtc: devices.rtc.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             pci: devices.pci.as_ref().map(Bus::save),
             hot_plug: devices.virtio.save(),
-            virtio: placed.iter().map(|placed| placed.save()).collect(),
+            virtio,
             processors: self.processors.iter().map(processor).collect::<Result<_>>()?,
             // After the processors, whose state may still reach the interrupt controllers.
             platform: Platform::save(&self.vm)?,

@@ -1,6 +1,7 @@
 //! Saved machines: what is in one, and how it lies in a file (`docs/saved-machine-format.md`).
 
 mod file;
+mod msrs;
 mod platform;
 mod processor;
 mod speed;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::file::{Loaded, write};
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::file::{VERSION, decode, encode};
+pub(crate) use self::msrs::to_save as msrs_to_save;
 pub(crate) use self::platform::Platform;
 pub(crate) use self::processor::Processor;
 pub(crate) use self::speed::Speed;
@@ -75,6 +77,13 @@ pub(crate) struct Device {
     pub(crate) place: u8,
     pub(crate) role: Role,
     pub(crate) state: DeviceState,
+}
+
+impl Device {
+    /// The disk that it was made of as its guest knows it.
+    pub(crate) fn as_known(&self, disk: &Disk) -> Disk {
+        Disk { size: self.state.disk_size().unwrap_or(disk.size), ..disk.clone() }
+    }
 }
 
 /// What a device is: the next of the disks, of the network ports, or of the others.

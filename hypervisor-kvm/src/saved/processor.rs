@@ -1,18 +1,16 @@
 //! A processor as it is saved.
 
 use kvm_bindings::{
-    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    CpuId, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
     kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use crate::cpu_model;
+use super::msrs;
 use crate::error::{HostContext, Result, saved};
+use crate::{cpu, cpu_model};
 
-/// `IA32_TSC_DEADLINE`: when the local APIC's timer ends. It is lost where it is written before the APIC is told
-/// that it works so, and before the time stamp counter that it is compared with.
-const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// `EFER`, and AMD's nested virtualisation in it: KVM looks whether CPUID has that only where the guest sets it.
 const MSR_EFER: u32 = 0xc000_0080;
 const EFER_SVME: u64 = 1 << 12;
@@ -33,8 +31,8 @@ pub(crate) struct Processor {
 }
 
 impl Processor {
-    /// The processor as it is now; `msrs` are those that KVM may be asked for.
-    pub(crate) fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self> {
+    /// The processor as it is now; `registers` are the MSRs that are [to be saved](msrs::to_save).
+    pub(crate) fn save(vcpu: &VcpuFd, registers: &[u32]) -> Result<Self> {
         const CONTEXT: &str = "KVM did not tell a processor's state";
         // First: it has the processor take up what other processors have sent to it.
         let mp_state = vcpu.get_mp_state().host(CONTEXT)?;
@@ -50,7 +48,7 @@ impl Processor {
             xcrs: vcpu.get_xcrs().host(CONTEXT)?,
             debugregs: vcpu.get_debug_regs().host(CONTEXT)?,
             lapic: vcpu.get_lapic().host(CONTEXT)?,
-            msrs: get_msrs(vcpu, msrs)?,
+            msrs: msrs::get(vcpu, registers)?,
             events: vcpu.get_vcpu_events().host(CONTEXT)?,
         })
     }
@@ -69,6 +67,11 @@ impl Processor {
         Ok(())
     }
 
+    /// Refuses MSRs that no processor of this host's machines has, of which `registers` are [to be saved](msrs::to_save).
+    pub(crate) fn check_msrs(&self, registers: &[u32]) -> Result<()> {
+        msrs::check(&self.msrs, registers)
+    }
+
     /// Makes a new processor this one.
     pub(crate) fn restore(&self, vcpu: &VcpuFd) -> Result<()> {
         let refused = "KVM did not take the state of a saved processor";
@@ -85,7 +88,11 @@ impl Processor {
         set(unsafe { vcpu.set_xsave(&self.xsave) })?;
         set(vcpu.set_debug_regs(&self.debugregs))?;
         set(vcpu.set_lapic(&self.lapic))?;
-        set_msrs(vcpu, &self.msrs)?;
+        if !self.msrs.iter().any(|msr| msr.index == msrs::MTRR_DEF_TYPE) {
+            // Of one that was saved without the types of memory, they are as firmware leaves them.
+            cpu::set_msrs(vcpu)?;
+        }
+        msrs::set(vcpu, &self.msrs)?;
         set(vcpu.set_vcpu_events(&self.events))
     }
 
@@ -100,38 +107,4 @@ impl Processor {
     pub(crate) fn change(&mut self) -> (&mut Vec<kvm_cpuid_entry2>, &mut kvm_sregs, &mut Vec<kvm_msr_entry>) {
         (&mut self.cpuid, &mut self.sregs, &mut self.msrs)
     }
-}
-
-/// Those of the registers that this processor has, in the order in which they have to be set.
-fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
-    let (last, first): (Vec<u32>, _) = indices.iter().partition(|index| **index == MSR_TSC_DEADLINE);
-    let entries: Vec<_> =
-        first.into_iter().chain(last).map(|index| kvm_msr_entry { index, ..Default::default() }).collect();
-    let (mut rest, mut known) = (&entries[..], Vec::new());
-    while !rest.is_empty() {
-        let mut msrs = Msrs::from_entries(rest).host("there are more MSRs than KVM takes")?;
-        let told = vcpu.get_msrs(&mut msrs).host("KVM did not tell a processor's MSRs")?;
-        known.extend_from_slice(&msrs.as_slice()[..told]);
-        // KVM stops at the first that it does not have.
-        rest = rest.get(told + 1..).unwrap_or_default();
-    }
-    Ok(known)
-}
-
-fn set_msrs(vcpu: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<()> {
-    let refused = |what: String| saved(format!("KVM did not take {what} of a saved processor"));
-    let mut rest = msrs;
-    while !rest.is_empty() {
-        let entries = Msrs::from_entries(rest).map_err(|e| refused("the MSRs".to_owned()).with_source(e))?;
-        let taken = vcpu.set_msrs(&entries).map_err(|e| refused("the MSRs".to_owned()).with_source(e))?;
-        let Some(stopped_at) = rest.get(taken) else { return Ok(()) };
-        // Some can be read and not written. It does no harm where it has the value.
-        let mut own = Msrs::from_entries(&[*stopped_at]).host("no memory for an MSR")?;
-        let told = vcpu.get_msrs(&mut own).host("KVM did not tell an MSR")?;
-        if told != 1 || own.as_slice()[0].data != stopped_at.data {
-            return Err(refused(format!("MSR {:#x}", stopped_at.index)));
-        }
-        rest = &rest[taken + 1..];
-    }
-    Ok(())
 }

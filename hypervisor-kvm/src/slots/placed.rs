@@ -89,13 +89,9 @@ impl Placed {
         (!self.is_hollow()).then(|| DiskEngine::new(disk.serial.clone(), engine.get().copied()))
     }
 
-    /// The disk as the guest knows it: it may have grown since it was plugged in.
-    pub(crate) fn known_disk(&self) -> Option<saved::Disk> {
-        self.disk().map(|disk| self.as_known(disk))
-    }
-
-    fn as_known(&self, disk: &saved::Disk) -> saved::Disk {
-        saved::Disk { size: self.device.save().disk_size().unwrap_or(disk.size), ..disk.clone() }
+    /// The disk as the guest of the [saved](Self::save) device knows it: it may have grown since it was plugged in.
+    pub(crate) fn known_disk(&self, saved: &saved::Device) -> Option<saved::Disk> {
+        self.disk().map(|disk| saved.as_known(disk))
     }
 
     /// The network port that it is plugged into, if it is.
@@ -113,10 +109,10 @@ impl Placed {
         self.net().is_some_and(|net| net.mac == mac.0)
     }
 
-    /// Its place and what it has lost, if it has.
-    pub(crate) fn gone(&self) -> Option<(u8, Gone)> {
+    /// The place of the [saved](Self::save) device and what it has lost, if it has.
+    pub(crate) fn gone(&self, saved: &saved::Device) -> Option<(u8, Gone)> {
         let gone = match &self.role {
-            Role::Disk(disk, _) => Gone::Disk(self.as_known(disk)),
+            Role::Disk(disk, _) => Gone::Disk(saved.as_known(disk)),
             Role::Net(net) => Gone::Net(net.clone()),
             Role::Other(_) => return None,
         };

@@ -70,7 +70,7 @@ impl Backend {
 
 impl BlockBackend for Backend {
     fn size(&self) -> u64 {
-        1 << 20
+        1 << 27
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -91,7 +91,8 @@ impl BlockBackend for Backend {
         if self.flushes_fail { Err(Error::new(ErrorKind::Io, "as it should")) } else { Ok(()) }
     }
 
-    fn write_zeroes(&self, _: u64, _: u64) -> Result<()> {
+    fn write_zeroes(&self, offset: u64, _: u64) -> Result<()> {
+        self.wait(offset);
         Ok(())
     }
 }

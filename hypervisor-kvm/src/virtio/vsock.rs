@@ -60,22 +60,29 @@ struct State {
     refusal: Option<Header>,
     /// The guest is to be told that its streams are no more: it continues what was saved of another machine.
     transport_reset: bool,
+    /// Of that it is told before any packet comes to it, if its driver has a buffer for it: what comes is of streams that
+    /// are new.
+    events_first: bool,
 }
 
 impl Vsock {
     /// A device that is plugged in as `spec` says.
     pub(crate) fn new(spec: &VsockSpec) -> Self {
-        let state = State { cid: spec.cid, refusal: None, transport_reset: false };
+        let state = State { cid: spec.cid, refusal: None, transport_reset: false, events_first: false };
         Self { port: Some(spec.port.clone()), state }
     }
 
     /// Has the guest told that its streams are no more.
     pub(crate) fn break_streams(&mut self) {
-        self.state.transport_reset = true;
+        (self.state.transport_reset, self.state.events_first) = (true, true);
     }
 
     /// Moves packets to the driver. False if there is nothing to do before the next packet or buffer.
     fn receive(&mut self, ring: &mut Running<'_>) -> Result<bool, Malformed> {
+        if std::mem::take(&mut self.state.events_first) {
+            // The next time, when the other queues have had their turn.
+            return Ok(true);
+        }
         let Some(port) = self.port.clone() else { return Ok(false) };
         for _ in 0..BATCH {
             if self.state.refusal.is_none() && !port.has_next() {
@@ -103,15 +110,15 @@ impl Vsock {
         Ok(true)
     }
 
-    /// Moves packets from the driver to their streams. False if there is nothing to do before the next packet, or
-    /// before the driver has taken answers.
+    /// Moves packets from the driver to their streams. False if there was none, or none can be taken before the driver has
+    /// taken answers. After some, the queue to the driver has its turn: they are answered there, and nobody else says so.
     fn transmit(&mut self, ring: &mut Running<'_>) -> Result<bool, Malformed> {
         let Some(port) = self.port.clone() else { return Ok(false) };
-        for _ in 0..BATCH {
+        for taken in 0..BATCH {
             if self.state.refusal.is_some() || !port.has_room() {
-                return Ok(false);
+                return Ok(taken > 0);
             }
-            let Some(chain) = ring.next()? else { return Ok(false) };
+            let Some(chain) = ring.next()? else { return Ok(taken > 0) };
             self.take_packet(&port, &chain, ring)?;
             ring.put_used(&chain, 0)?;
         }
@@ -223,7 +230,7 @@ impl Device for Vsock {
 
     /// A driver that begins has no streams.
     fn reset(&mut self) {
-        (self.state.refusal, self.state.transport_reset) = (None, false);
+        self.state = State { refusal: None, transport_reset: false, events_first: false, ..self.state };
         if let Some(port) = &self.port {
             port.reset();
         }

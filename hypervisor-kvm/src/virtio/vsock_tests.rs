@@ -13,6 +13,7 @@ use super::chain::Malformed;
 use super::core::Step;
 use super::device::Device;
 use super::driver::{BUFFERS, Driver, WRITE};
+use super::mmio::Mmio;
 use super::ring::Ring;
 use super::vsock::{EVENTS, RECEIVE, TRANSMIT, Vsock};
 use crate::memory;
@@ -263,6 +264,48 @@ fn what_is_for_nobody_is_refused_or_dropped() {
     ] {
         assert_eq!(refused(packet.clone()), [], "{packet:?}");
     }
+}
+
+/// A driver need not want to know that its packets were taken. Whoever serves it looks again all the same, since the answers
+/// are in another queue.
+#[test]
+fn a_packet_that_nobody_is_told_of_is_answered() {
+    let (port, _host) = vsock::cable();
+    let mut spec = VsockSpec::new(port);
+    spec.cid = CID;
+    let mut driver = Driver::with_event_indices(Vsock::new(&spec), 3);
+    driver.offer(RECEIVE, 0, &[(RECEIVED, BUFFER_LEN, WRITE)]);
+    driver.offer(RECEIVE, 1, &[(RECEIVED, BUFFER_LEN, WRITE)]);
+    driver.put(SENT, &Sent::new((7, 80), REQUEST).to_bytes());
+    for (answered, step) in [(1, Step::Served { interrupt: true }), (2, Step::Served { interrupt: false })] {
+        // By its event index, which stays zero, it wants to know of the first alone.
+        driver.offer(TRANSMIT, 0, &[(SENT, HEADER as u32, 0)]);
+        assert_eq!(driver.step(TRANSMIT), step);
+        driver.step(RECEIVE);
+        assert_eq!(driver.used(RECEIVE), answered);
+        assert_eq!(driver.step(TRANSMIT), Step::Idle);
+    }
+}
+
+/// Where it were told later, what has come since would be of streams that are no more, too.
+#[test]
+fn a_guest_that_is_continued_is_told_so_first() {
+    let (port, host) = vsock::cable();
+    let mut spec = VsockSpec::new(port);
+    spec.cid = CID;
+    let mut guest = Guest { driver: Driver::new(Vsock::new(&spec), 3, 0), host, seen: 0 };
+    let saved = guest.device.save();
+    let mut device = Vsock::new(&spec);
+    device.break_streams();
+    guest.driver.device = Mmio::new(device);
+    guest.driver.device.restore(&guest.driver.memory, &saved).unwrap();
+    guest.offer_buffer(0, BUFFER_LEN);
+    guest.offer(EVENTS, 0, &[(SENT, 8, WRITE)]);
+    guest.send(&Sent::new((7, 80), REQUEST));
+    assert_eq!((guest.step(RECEIVE), guest.used(RECEIVE)), (Step::Served { interrupt: false }, 0));
+    assert!(matches!(guest.step(EVENTS), Step::Served { .. }));
+    assert!(matches!(guest.step(RECEIVE), Step::Served { .. }));
+    assert_eq!((guest.used(EVENTS), guest.ops()), (1, vec![RST]));
 }
 
 #[test]

@@ -245,13 +245,33 @@ impl Queue {
         self.give_back();
         let cancelled = self.backlog.drain(..).map(|Request { token, owned: buffer, .. }| Completion {
             token,
-            result: Err(Error::new(ErrorKind::Cancelled, "it was cancelled before it began")),
+            result: Err(cancelled()),
             buffer,
         });
         self.ready.extend(cancelled);
         if self.signal.watched() && !self.ready.is_empty() {
             self.signal.event.signal();
         }
+    }
+
+    /// Gives up all that can be: as [`cancel`](Self::cancel), and requests that wait for a thread are reported as cancelled
+    /// too, before those that were pushed after them, while others that were pushed between them go on.
+    ///
+    /// ```
+    /// use storage_block::MemoryDisk;
+    ///
+    /// let mut queue = MemoryDisk::new(1 << 20)?.into_disk().queue(8)?;
+    /// (0..8).for_each(|token| queue.flush(token));
+    /// queue.submit();
+    /// queue.abandon();
+    /// assert_eq!(std::iter::from_fn(|| queue.wait()).count(), 8); // done or cancelled, each is reported
+    /// # Ok::<(), storage_block::Error>(())
+    /// ```
+    pub fn abandon(&mut self) {
+        for slot in self.pool.take_back() {
+            self.finish(slot, Err(cancelled()));
+        }
+        self.cancel();
     }
 
     /// Reports a request that has ended, if one has, and begins others that have waited for that. It does
@@ -377,6 +397,10 @@ impl Queue {
     fn enqueue(&mut self, request: Request) {
         self.backlog.push_back(request);
     }
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "it was cancelled before it began")
 }
 
 impl Drop for Queue {

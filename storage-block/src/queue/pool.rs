@@ -87,6 +87,13 @@ impl Pool {
         }
     }
 
+    /// Takes the jobs back that no thread has begun, and says of which slots they are.
+    pub(super) fn take_back(&mut self) -> Vec<usize> {
+        let waiting = std::mem::take(&mut lock(&self.shared.jobs).waiting);
+        self.running -= waiting.len();
+        waiting.into_iter().map(|job| job.slot).collect()
+    }
+
     /// Takes what has ended.
     pub(super) fn collect(&mut self, mut each: impl FnMut(Done)) {
         if self.running == 0 || self.shared.done_count.load(Ordering::Acquire) == 0 {

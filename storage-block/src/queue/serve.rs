@@ -127,7 +127,7 @@ impl Queue {
         }
     }
 
-    fn finish(&mut self, slot: usize, result: Result<()>) {
+    pub(super) fn finish(&mut self, slot: usize, result: Result<()>) {
         finish(&mut self.slots, &mut self.free, &mut self.ready, slot, result);
     }
 }

@@ -315,6 +315,30 @@ fn cancelling() {
     assert_eq!((began.try_iter().collect::<Vec<_>>(), queue.in_flight()), (vec![4 * 8192], 0));
 }
 
+/// As cancelling, and of what was submitted that for which there is no thread yet.
+#[test]
+fn abandoning() {
+    let (began, has_begun) = channel();
+    let (let_go, go_on) = channel();
+    let disk = Disk::new(Gated { began: Mutex::new(began), go_on: Mutex::new(go_on) }).unwrap();
+    let mut queue = disk.queue_with(&QueueOptions::new(4).threads(1)).unwrap();
+    (0..6).for_each(|token| queue.read(token, token * 8192, vec![0; 512]));
+    queue.submit();
+    assert_eq!(has_begun.recv(), Ok(0));
+    queue.abandon();
+    let mut abandoned: Vec<_> = std::iter::from_fn(|| queue.completed())
+        .map(|done| (done.token, done.result.unwrap_err().kind()))
+        .collect();
+    abandoned.sort_by_key(|(token, _)| *token);
+    assert_eq!(abandoned, [1, 2, 3, 4, 5].map(|token| (token, ErrorKind::Cancelled)));
+    drop(let_go);
+    assert_eq!(queue.wait().map(|done| (done.token, done.result.is_ok())), Some((0, true)));
+    assert_eq!((queue.in_flight(), has_begun.try_iter().count()), (0, 0));
+    // It goes on.
+    queue.read(6, 0, vec![0; 512]);
+    assert!(queue.wait().unwrap().result.is_ok());
+}
+
 /// Dropping a queue waits for what has begun and for nothing else.
 #[test]
 fn dropping_waits() {

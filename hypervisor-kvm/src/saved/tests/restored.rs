@@ -175,11 +175,47 @@ fn what_no_new_machine_has_is_refused() {
         }),
         "EFER.SVME",
     );
+    let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    refused(
+        changed(|p| p.change().2.push(kvm_msr_entry { index: 0x1234_5678, ..Default::default() })),
+        "have MSR 0x12345678, here none",
+    );
+    // What a processor tells of itself is that of the host's, whatever a file says.
+    for index in [0x8b, 0x10a] {
+        let mut state = state(&kvm, VERSION, "mmio");
+        state.processors[0].change().2.push(msr(index, u64::MAX));
+        let mut again = saved_again(&*restore(&kvm, VERSION, &state).unwrap());
+        assert!(again.processors[0].change().2.iter().all(|msr| msr.index != index));
+    }
     // Another processor, but in files of a time in which that was made up.
     refused(changed(|p| one(p).eax ^= 0x10), "CPUID leaf 0x1.0, EAX");
     let mut earlier = state(&kvm, 2, "pci");
     one(&mut earlier.processors[0]).eax ^= 0x10;
     assert!(restore(&kvm, 2, &earlier).is_ok());
+}
+
+/// KVM has them and lists them not.
+#[test]
+fn types_of_memory_go_on() {
+    const MTRRS: [(u32, u64); 4] =
+        [(0x2ff, 0xc06), (0x200, 0xc000_0000), (0x201, 0xf_c000_0800), (0x250, 0x0606_0606_0606_0606)];
+    let Some(kvm) = kvm() else { return };
+    let mut state = state(&kvm, VERSION, "mmio");
+    let of = |state: &mut State, index| {
+        let msrs = state.processors[0].change().2;
+        msrs.iter().find(|msr| msr.index == index).map(|msr| msr.data)
+    };
+    assert_eq!(of(&mut state, 0x2ff), Some(0x806), "as firmware leaves it");
+    for (index, data) in MTRRS {
+        let msrs = state.processors[0].change().2;
+        msrs.iter_mut().find(|msr| msr.index == index).unwrap().data = data;
+    }
+    let mut again = saved_again(&*restore(&kvm, VERSION, &state).unwrap());
+    assert_eq!(MTRRS.map(|(index, _)| of(&mut again, index)), MTRRS.map(|(_, data)| Some(data)));
+    // Of a file that has none, as those of before.
+    state.processors[0].change().2.retain(|msr| !(0x200..=0x2ff).contains(&msr.index) || msr.index == 0x277);
+    let mut again = saved_again(&*restore(&kvm, VERSION, &state).unwrap());
+    assert_eq!(of(&mut again, 0x2ff), Some(0x806));
 }
 
 #[test]

@@ -39,6 +39,7 @@ pub(super) struct Answer {
 pub(super) struct Pending {
     pub(super) lane: usize,
     pub(super) stage: Stage,
+    pub(super) bytes: u64,
     /// If all goes well.
     pub(super) answer: Answer,
 }

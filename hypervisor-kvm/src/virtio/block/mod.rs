@@ -41,6 +41,9 @@ pub(crate) const QUEUES_MAX: usize = 16;
 /// How many requests are taken up before the driver hears of those that have ended: few enough for it to get on
 /// meanwhile.
 const BATCH: usize = 16;
+/// The most bytes that are under way, but for a request that is larger by itself: who ends the machine, or takes memory
+/// back, waits for them.
+const BYTES_MAX: u64 = 16 << 20;
 
 /// A block device.
 #[derive(Debug)]
@@ -55,6 +58,8 @@ pub(crate) struct Block {
     unserved: bool,
     /// The requests that are, by their tokens.
     pending: Slab<Pending>,
+    /// How many bytes these read and write.
+    bytes: u64,
     /// What each virtqueue is to be told.
     lanes: Vec<Lane>,
     ends: Ends,
@@ -70,6 +75,8 @@ enum Refusal {
     Io,
     /// It is not among those that the driver was offered.
     Unsupported,
+    /// Too much is under way.
+    NotYet,
 }
 
 impl From<Malformed> for Refusal {
@@ -94,6 +101,7 @@ impl Block {
             engine: Arc::default(),
             unserved: false,
             pending: Slab::new(),
+            bytes: 0,
             lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
             ends: Ends::default(),
             serial: id,
@@ -121,6 +129,7 @@ impl Block {
             Ok(None) => return Ok(true),
             Err(Refusal::Io) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Refusal::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Refusal::NotYet) => return Ok(false),
             Err(Refusal::Malformed(why)) => return Err(why),
         };
         let lane = &mut self.lanes[lane];
@@ -144,6 +153,10 @@ impl Block {
             request.chain.writable.write(memory, 0, &self.serial[..len])?;
             return Ok(Some(len as u32));
         };
+        let bytes = op.bytes();
+        if self.bytes > 0 && self.bytes + bytes > BYTES_MAX {
+            return Err(Refusal::NotYet);
+        }
         let disk = self.disk.as_ref().ok_or(Refusal::Io)?;
         let line = match &mut self.line {
             Some(line) => line,
@@ -196,7 +209,8 @@ impl Block {
             stage = Stage::Whole;
         }
         let answer = Answer::to(request, (VIRTIO_BLK_S_OK, written));
-        entry.insert(Pending { lane, stage, answer });
+        entry.insert(Pending { lane, stage, bytes, answer });
+        self.bytes += bytes;
         self.lanes[lane].under_way += 1;
         Ok(None)
     }
@@ -227,10 +241,11 @@ impl Block {
             pending.stage = Stage::Flush;
             return Some(token);
         }
-        let Pending { lane, stage, mut answer } = self.pending.remove(token as usize);
+        let Pending { lane, stage, bytes, mut answer } = self.pending.remove(token as usize);
+        self.bytes -= bytes;
         let lane = &mut self.lanes[lane];
         lane.under_way -= 1;
-        if cancelled && stage != Stage::Flush {
+        if cancelled && stage != Stage::Flush && self.disk.is_some() {
             lane.left += 1;
             return None;
         }
@@ -262,6 +277,13 @@ impl Block {
             let result =
                 if flushed { Ok(()) } else { Err(Error::new(ErrorKind::Io, "the disk's flush failed")) };
             self.ended(Completion { token, result, buffer: None });
+        }
+    }
+
+    /// Gives up what is not at work on the disk.
+    fn abandon(&mut self) {
+        if let Some(line) = &mut self.line {
+            line.queue().abandon();
         }
     }
 
@@ -366,8 +388,10 @@ impl Device for Block {
     }
 
     fn reset(&mut self) {
+        self.abandon();
         self.line = None;
         self.pending.clear();
+        self.bytes = 0;
         self.lanes.fill_with(Lane::default);
         self.ends = Ends::default();
         self.refresh();
@@ -375,7 +399,8 @@ impl Device for Block {
 
     fn end(&mut self) {
         self.disk = None;
-        // What has not begun fails when it is taken up again.
+        // It fails, as does what is taken up after it.
+        self.abandon();
         self.finish();
         self.line = None;
     }

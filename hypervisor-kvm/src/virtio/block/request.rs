@@ -51,6 +51,16 @@ pub(super) enum Op {
     WriteZeroes { sector: u64, len: u64 },
 }
 
+impl Op {
+    /// How many bytes it takes some time to read or write.
+    pub(super) fn bytes(self) -> u64 {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } | Self::WriteZeroes { len, .. } => len,
+            Self::Flush | Self::Discard { .. } => 0,
+        }
+    }
+}
+
 impl<'a> Request<'a> {
     pub(super) fn read(memory: &Memory, chain: &'a Chain) -> Result<Self, Malformed> {
         let mut header = [0; HEADER_LEN as usize];

@@ -183,6 +183,39 @@ fn requests_of_a_disk_that_was_taken_by_force_fail() {
     assert!((0..8).all(|n| guest.status(0, n) == IOERR));
 }
 
+/// However long a guest's requests are, whoever ends its machine waits for few of them.
+#[test]
+fn long_requests_are_not_under_way_together() {
+    const WRITE_ZEROES: u32 = 13;
+    let (disk, did, go_on) = gated(3);
+    let mut guest = Guest::new(&disk, 1, 0);
+    for (n, mib) in [(0, 12), (1, 4), (2, 4), (3, 64)] {
+        let sectors = mib << 11;
+        let at = request_at(0, n);
+        guest.0.put(at, &[u64::from(WRITE_ZEROES).to_le_bytes(), [0; 8]].concat());
+        guest.0.put(at + 512, &[u64::from(n).to_le_bytes(), u64::to_le_bytes(sectors)].concat());
+        guest.0.put(at + 16, &[NONE]);
+        guest.0.offer(0, n * 3, &[(at, 16, 0), (at + 512, 16, 0), (at + 16, 1, WRITE)]);
+    }
+    let taken = |guest: &Guest| guest.0.device.save().core.rings[0].at.unwrap().0;
+    guest.0.step(0);
+    assert_eq!(taken(&guest), 2, "16 MiB are");
+    guest.0.step(0);
+    assert_eq!(taken(&guest), 2);
+    go_on.send(()).unwrap();
+    while guest.0.used(0) == 0 {
+        poll(&mut [PollFd::new(&guest.0.device.ended().unwrap(), PollFlags::IN)], None).unwrap();
+        guest.0.step(0);
+    }
+    let then = taken(&guest);
+    assert!((2..=3).contains(&then), "{then}");
+    drop(go_on);
+    guest.serve(0, 4);
+    assert_eq!(taken(&guest), 4, "one that is longer by itself is served, too");
+    assert!((0..4).all(|n| guest.status(0, n) == OK));
+    drop(did);
+}
+
 /// The guest's memory stays for as long as a request uses it, whoever has let go of it.
 #[test]
 fn the_memory_outlives_the_requests() {

@@ -321,6 +321,8 @@ impl Device for Net {
     }
 
     fn stop(&mut self, queue: usize) {
+        // Other queues that wait for the limits say so when they are looked at, which they are now.
+        (self.receive.delay, self.transmit.delay) = (None, None);
         if let Some(pair) = self.pairs.get_mut(queue / 2).filter(|_| queue.is_multiple_of(2)) {
             pair.flows = false;
         }
@@ -349,6 +351,7 @@ impl Device for Net {
     }
 
     fn end(&mut self) {
+        (self.receive.delay, self.transmit.delay) = (None, None);
         if let Some(port) = self.port.take() {
             port.set_waker(None);
         }

@@ -57,3 +57,22 @@ fn frames_to_the_guest_wait_in_the_cable_when_the_limit_is_reached() {
     assert_eq!(guest.received(0), [0, 1, 2, 3]);
     assert_eq!(guest.driver.device.due_in(), None);
 }
+
+/// Nobody looks again and again for what cannot be any more.
+#[test]
+fn what_waits_for_a_limit_is_not_looked_after_when_it_is_taken_back() {
+    let waiting = || {
+        let (_, limits) = only(1);
+        let mut guest = Guest::limited(0, |spec| spec.transmit_limits = limits);
+        (0..2).for_each(|_| _ = guest.send(0, &frame(7, true, 0)));
+        assert!(guest.driver.device.due_in().is_some());
+        guest
+    };
+    let mut guest = waiting();
+    guest.driver.device.end();
+    assert_eq!(guest.driver.device.due_in(), None, "the port is gone");
+    let mut guest = waiting();
+    guest.driver.set(reg::VIRTIO_MMIO_QUEUE_SEL, transmit(0) as u32);
+    guest.driver.set(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+    assert_eq!(guest.driver.device.due_in(), None, "the queue is the driver's");
+}
