@@ -7,6 +7,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use ami_core::{VolumeId, X86_64};
 use common::failing::{Failing, How};
@@ -17,7 +18,10 @@ use instance_core::machine::{
 };
 use instance_core::testing::FakeHypervisor;
 use instance_core::watch::Watch;
-use instance_core::{ErrorKind, Instance, LaunchSpec, Region, RegionOptions, VolumeSpec};
+use instance_core::{ErrorKind, Instance, InstanceState, LaunchSpec, Region, RegionOptions, VolumeSpec};
+
+/// What a record says of an instance that is stopped.
+const STOPPED: &str = "\"state\":\"stopped\"";
 
 /// Makes machines that take no disks back once they are told so.
 #[derive(Debug, Clone, Default)]
@@ -141,4 +145,38 @@ fn a_volume_whose_detachment_cannot_be_committed_is_still_there_and_no_other_in_
     assert_eq!(said_by(&region, second), "other");
     assert_eq!(server.describe().attachments.len(), 2);
     region.delete_volume(first).unwrap();
+}
+
+#[test]
+fn an_instance_whose_failed_start_could_not_be_written_down_is_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, store, hypervisor, server) = world(dir.path());
+    server.stop(Duration::ZERO).unwrap();
+    hypervisor.0.fail_next_create();
+    store.set(How::Refuses(STOPPED));
+    assert_eq!(server.start().unwrap_err().kind(), ErrorKind::Internal);
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Pending, 0));
+    store.set(How::Works);
+    server.start().unwrap();
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Running, 1));
+    ask(&server, "ping again", "pong again");
+}
+
+#[test]
+fn an_instance_whose_lost_machine_could_not_be_written_down_gets_no_other_but_by_a_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, store, _, server) = world(dir.path());
+    store.set(How::Refuses(STOPPED));
+    server.console().write_all(b"crash\n", Instant::now() + Duration::from_secs(20)).unwrap();
+    store.wait_for_refusal();
+    for reboot in [Instance::reboot, |i: &Instance| i.reboot_within(Duration::from_secs(20))] {
+        assert_eq!(reboot(&server).unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+    }
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Running, 0));
+    store.set(How::Works);
+    assert_eq!(server.reboot().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+    server.start().unwrap();
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Running, 1));
+    ask(&server, "ping again", "pong again");
+    server.reboot().unwrap();
 }
