@@ -305,8 +305,8 @@ impl Inner {
         }
         // What is no volume the image has as its parent had it.
         let others = manifest.block_device_mappings().iter().filter(|m| m.as_ebs().is_none());
-        let taken: Vec<String> = mappings.iter().map(|m| m.device_name().to_owned()).collect();
-        mappings.extend(others.filter(|m| !taken.iter().any(|name| name == m.device_name())).cloned());
+        let is_taken = |m: &&BlockDeviceMapping| disks.iter().any(|(attachment, _)| is_at(m, attachment));
+        mappings.extend(others.filter(|m| !is_taken(m)).cloned());
         for change in &image.block_devices {
             let at = disks.iter().zip(contents).find(|((attachment, _), _)| is_at(change, attachment));
             match (at, change.content()) {
