@@ -24,8 +24,10 @@ use crate::{InstanceState, Result};
 /// A region, kept in a directory and owned by this handle's process.
 ///
 /// One owner at a time: the directory is locked, and the lock goes with the process. Clones are the
-/// same region; the last of them and of its [`Instance`]s closes it, which ends its machines. Their
-/// instances are found `stopped` when it is opened again; those whose root device is instance store are gone.
+/// same region; the last of them and of its [`Instance`]s closes it, which ends its machines and waits for its tasks. Where the
+/// last goes in a thread of the region's own, as a [hook](crate::watch::Watch::subscribe) may have it, nothing is waited for,
+/// and the region is closed when those threads have ended. Its instances are found `stopped` when it is opened again; those
+/// whose root device is instance store are gone.
 ///
 /// `H` is the hypervisor. Where its type is known, launching an image that it cannot run does not
 /// compile; `Region<Box<dyn Hypervisor>>`, the default, finds out when the image is launched.

@@ -57,8 +57,17 @@ impl Deref for Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         self.0.pending_snapshots.cut_off();
-        self.0.tasks.stop();
-        self.0.supervisor.stop();
+        self.0.tasks.cut_off();
+        // Who is told of something in one of these threads may drop the last handle there, while others of them wait for what
+        // this one holds, or for who is told. The region is closed with the last of them.
+        let waits = !self.0.tasks.is_own_thread() && !self.0.supervisor.is_own_thread();
+        if waits {
+            self.0.tasks.join();
+        }
+        self.0.supervisor.close();
+        if waits {
+            self.0.supervisor.join();
+        }
     }
 }
 

@@ -365,18 +365,26 @@ impl Tasks {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends them all and waits for them; called in a task's own thread, it does not wait for that.
-    pub(crate) fn stop(&self) {
+    /// Ends them all, soon.
+    pub(crate) fn cut_off(&self) {
         self.imports.cut_off_all();
         self.exports.cut_off_all();
         self.copies.cut_off_all();
         self.creations.cut_off_all();
+    }
+
+    /// Whether the caller's is the thread of one of them.
+    pub(crate) fn is_own_thread(&self) -> bool {
+        let current = std::thread::current().id();
+        self.threads().iter().any(|thread| thread.thread().id() == current)
+    }
+
+    /// Waits for their ends. Not to be called in a thread of theirs.
+    pub(crate) fn join(&self) {
         let threads = std::mem::take(&mut *self.threads());
         for thread in threads {
-            if thread.thread().id() != std::thread::current().id() {
-                // What it panicked with has been told.
-                let _ = thread.join();
-            }
+            // What it panicked with has been told.
+            let _ = thread.join();
         }
     }
 }
