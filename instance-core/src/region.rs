@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use ami_core::{AccountId, InstanceId, Page, RegionName};
 
@@ -166,6 +166,7 @@ impl<H> Region<H> {
     /// The account's instances, in the order of their ids. Those that were terminated are among them for an
     /// hour, also where the region is closed and opened meanwhile.
     pub fn instances(&self) -> Vec<Instance> {
+        self.inner.forget_terminated(Instant::now());
         let theirs = self.inner.directory.all(self.account);
         let cells = self.inner.cells();
         let cells = theirs.iter().filter_map(|d| cells.get(&d.id));
@@ -190,6 +191,7 @@ impl<H> Region<H> {
     /// [`InvalidParameterCombination`](crate::ErrorKind::InvalidParameterCombination) for ids in pages, and
     /// [`InvalidNextToken`](crate::ErrorKind::InvalidNextToken).
     pub fn describe_instances(&self, request: &DescribeInstances) -> Result<Page<InstanceDescription>> {
+        self.inner.forget_terminated(Instant::now());
         self.inner.directory.describe(self.account, request, self.inner.network.as_deref())
     }
 
@@ -199,6 +201,7 @@ impl<H> Region<H> {
     ///
     /// [`InstanceNotFound`](crate::ErrorKind::InstanceNotFound).
     pub fn instance(&self, id: InstanceId) -> Result<Instance> {
+        self.inner.forget_terminated(Instant::now());
         Ok(Instance::new(self.inner.clone(), self.inner.cell(self.account, id)?))
     }
 
