@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use ami_core::{InstanceId, RootDeviceType, Timestamp};
 
@@ -13,20 +13,10 @@ use crate::error::chain;
 use crate::instance::{Cell, Hold, Live, PowerOffFor};
 use crate::machine::{ExitCause, Machine, MachineErrorKind};
 use crate::record::InstanceRecord;
-use crate::region::{Inner, StateChange};
+use crate::region::Inner;
+use crate::state_changes::StateChange;
 use crate::store::Changes;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
-
-impl StateChange {
-    pub(crate) fn of(description: &InstanceDescription) -> Self {
-        Self {
-            instance_id: description.id,
-            state: description.state,
-            reason: description.state_reason.clone(),
-            at: SystemTime::now(),
-        }
-    }
-}
 
 impl Inner {
     pub(crate) fn transition(
@@ -66,7 +56,7 @@ impl Inner {
         cell.description.set(record.description.clone());
         if moved {
             cell.console.wake_readers();
-            self.announce(&StateChange::of(&record.description));
+            self.listeners.tell(&StateChange::of(&record.description));
         }
         let before = std::mem::replace(&mut live.record, record);
         for attachment in before.description.attachments.iter().chain(&live.record.description.attachments) {

@@ -10,7 +10,8 @@ use crate::error::chain;
 use crate::instance::{Cell, Hold};
 use crate::machine::Boot;
 use crate::record::{InstanceRecord, VolumeRecord};
-use crate::region::{Inner, StateChange};
+use crate::region::Inner;
+use crate::state_changes::StateChange;
 use crate::volumes::volume_not_found;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
@@ -130,7 +131,7 @@ impl Inner {
         }
         // Whoever waits to act on it finds that it is gone, and writes nothing down of it.
         live.record.enter(InstanceState::Terminated, Some(reason_of(why)));
-        self.announce(&StateChange::of(&live.record.description));
+        self.listeners.tell(&StateChange::of(&live.record.description));
         self.directory.remove(cell.id);
         cell.description.set(live.record.description.clone());
     }
