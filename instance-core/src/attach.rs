@@ -217,8 +217,9 @@ impl Inner {
         if live.machine.is_none() {
             return self.change(&cell, &mut live, record);
         }
-        self.unplug_volume(&cell, &mut live, place, how)?;
-        self.change(&cell, &mut live, record)
+        let volume = self.unplug_volume(&cell, &mut live, place, how)?;
+        let detached = self.change(&cell, &mut live, record);
+        detached.inspect_err(|_| plug_again(&mut live, place, volume))
     }
 
     /// Makes the volumes that an instance was launched with durable, unless they are known to be.
@@ -238,22 +239,22 @@ impl Inner {
         settled.and_then(|()| self.store.later(|c| c.put(&live.record)))
     }
 
-    /// Takes a volume from a machine, with all on the disk that its guest has written.
-    fn unplug_volume(&self, cell: &Cell, live: &mut Live, place: usize, how: Detach) -> Result<()> {
+    /// Takes a volume from a machine, and gives it, with all on the disk that its guest has written.
+    fn unplug_volume(&self, cell: &Cell, live: &mut Live, place: usize, how: Detach) -> Result<Volume> {
         let id = live.record.description.attachments[place].volume_id;
-        with_machine(live, |machine| machine.detach_disk(&serial(id), how))
-            .map_err(|e| refused(e, format!("cannot detach {id} from {} while it runs", cell.id)))?;
+        let detached = with_machine(live, |machine| machine.detach_disk(&serial(id), how));
+        match detached {
+            // One that could not be plugged in again has gone from the machine already.
+            Err(e) if e.kind() == MachineErrorKind::NoSuchDisk => {}
+            detached => detached
+                .map_err(|e| refused(e, format!("cannot detach {id} from {} while it runs", cell.id)))?,
+        }
         let volume = live.volumes.remove(place);
-        let flushed = volume.disk().flush();
-        if let Err(e) = flushed {
-            // The instance still has it, as far as anybody has been told.
-            if let Err(e) = with_machine(live, |machine| machine.attach_disk(disk_of(live, id, &volume))) {
-                tracing::error!(volume = %id, error = chain(&e), "a volume that was detached is not back");
-            }
-            live.volumes.insert(place, volume);
+        if let Err(e) = volume.disk().flush() {
+            plug_again(live, place, volume);
             return Err(Error::storage(e, format!("cannot flush {id}")));
         }
-        Ok(())
+        Ok(volume)
     }
 
     pub(crate) fn modify_volume(
@@ -361,6 +362,16 @@ impl Inner {
             _ => Error::storage(e, format!("cannot open the volume {id}")),
         })
     }
+}
+
+/// Gives a volume back to a machine that it was taken from: the instance still has it, as far as anybody has been told.
+fn plug_again(live: &mut Live, place: usize, volume: Volume) {
+    let id = live.record.description.attachments[place].volume_id;
+    if let Err(e) = with_machine(live, |machine| machine.attach_disk(disk_of(live, id, &volume))) {
+        tracing::error!(volume = %id, error = chain(&e), "a volume that was detached is not back");
+    }
+    // In any case: volumes go by the places of their attachments.
+    live.volumes.insert(place, volume);
 }
 
 /// That an instance has no disk of this name: neither a volume, nor instance store.

@@ -63,7 +63,8 @@ impl InstanceRecord {
 }
 
 impl Inner {
-    /// Forgets those that were terminated long before `now`. Handles of them stay good.
+    /// Forgets those that were terminated long before `now`. Handles of them stay good. Whoever asks for instances does it, and
+    /// who launches or terminates some.
     pub(crate) fn forget_terminated(&self, now: Instant) {
         let old = self.terminated.take_old(now);
         if old.is_empty() {
@@ -94,7 +95,9 @@ impl Inner {
 mod tests {
     use super::*;
     use crate::testing::{FakeHypervisor, tiny_elf};
-    use crate::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region};
+    use crate::{
+        DescribeInstanceStatus, DescribeInstances, DirectBoot, ErrorKind, ImageSource, LaunchSpec, Region,
+    };
     use ami_core::{Ami, X86_64};
 
     fn register(region: &Region<FakeHypervisor>) -> Ami<X86_64> {
@@ -155,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn launching_and_terminating_forget() {
+    fn launching_terminating_and_asking_forget() {
         let dir = tempfile::tempdir().unwrap();
         let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
         let ami = register(&region);
@@ -163,14 +166,27 @@ mod tests {
             let gone = region.launch(&ami, spec()).unwrap();
             gone.terminate().unwrap();
             let long_ago = Instant::now().checked_sub(REMEMBERED).unwrap();
-            *region.inner.terminated.lock().back_mut().unwrap() = (long_ago, gone.id());
+            let mut remembered = region.inner.terminated.lock();
+            remembered.pop_back();
+            remembered.push_front((long_ago, gone.id()));
             gone.id()
         };
         let id = old();
         let running = region.launch(&ami, spec()).unwrap();
-        assert!(region.instance(id).is_err(), "a launch forgets");
+        assert!(!region.inner.cells().contains_key(&id), "a launch forgets");
         let id = old();
         running.terminate().unwrap();
-        assert!(region.instance(id).is_err(), "a termination forgets");
+        assert!(!region.inner.cells().contains_key(&id), "a termination forgets");
+        let id = old();
+        assert_eq!(region.instance(id).unwrap_err().kind(), ErrorKind::InstanceNotFound);
+        let id = old();
+        assert!(region.instances().iter().all(|instance| instance.id() != id));
+        let id = old();
+        let all = region.describe_instances(&DescribeInstances::new()).unwrap().items;
+        assert!(!all.is_empty() && all.iter().all(|instance| instance.id != id));
+        let id = old();
+        let all = DescribeInstanceStatus::new().include_all_instances(true);
+        let all = region.describe_instance_status(&all).unwrap().items;
+        assert!(!all.is_empty() && all.iter().all(|status| status.instance_id != id));
     }
 }

@@ -93,18 +93,22 @@ impl Inner {
     pub(crate) fn collect_garbage(&self) -> Result<()> {
         // No snapshot comes to be from here on that is not kept.
         let sweep = self.blocks.sweep();
-        // Before the records: what a launch needs is in the one or in the other at every moment.
-        let launches = self.in_flight.needs();
+        // First what launches begin with, which can go meanwhile and does not come; then what those need that are under
+        // way; then what they leave. So what a launch needs is found in one of them, whenever it begins and ends.
+        let former = self.store.all::<FormerImage>()?;
         let images = self.store.all::<ImageRecord>()?;
+        let snapshots = self.store.all::<SnapshotRecord>()?;
+        let launches = self.in_flight.needs();
+        let volumes = self.store.all::<VolumeRecord>()?;
+        let instances = self.instances_that_live()?;
         let mut keep: HashSet<Digest> = images.iter().flat_map(snapshots_of).collect();
+        keep.extend(snapshots.iter().map(|snapshot| snapshot.digest));
         keep.extend(launches.iter().flat_map(|launch| &launch.contents));
-        keep.extend(self.store.all::<VolumeRecord>()?.iter().filter_map(|v| v.base));
-        keep.extend(self.store.all::<SnapshotRecord>()?.iter().map(|s| s.digest));
+        keep.extend(volumes.iter().filter_map(|volume| volume.base));
         sweep
             .remove_unreferenced(&keep)
             .map_err(|e| Error::storage(e, "cannot remove the snapshots that nothing names"))?;
-        let instances = self.instances_that_live()?;
-        self.forget_former_images(&launches, &instances)?;
+        self.forget_former_images(former, &launches, &instances)?;
         let plans = (images.iter().filter_map(|i| i.boot.as_ref()))
             .chain(instances.iter().filter_map(|i| i.direct_boot.as_ref()))
             .chain(launches.iter().filter_map(|launch| launch.direct_boot.as_ref()));
@@ -152,9 +156,14 @@ impl Inner {
         Ok(is_needed(image, &launches, &instances))
     }
 
-    /// Forgets the deregistered images that no instance was made from any more.
-    fn forget_former_images(&self, launches: &[Needs], instances: &[InstanceRecord]) -> Result<()> {
-        let mut former = self.store.all::<FormerImage>()?;
+    /// Forgets those of the deregistered images that no instance was made from any more. No more are made: their ids are not
+    /// used again.
+    fn forget_former_images(
+        &self,
+        mut former: Vec<FormerImage>,
+        launches: &[Needs],
+        instances: &[InstanceRecord],
+    ) -> Result<()> {
         former.retain(|f| !is_needed(f.0.ami().id(), launches, instances));
         self.store.commit(|c| {
             former.iter().for_each(|f| c.remove::<FormerImage>(f.key()));

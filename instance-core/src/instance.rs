@@ -163,8 +163,9 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// As [`start`](Self::start), but the instance must be running, whatever its root device is; it is stopped if no new
-    /// machine can be made, or terminated where its root device is instance store.
+    /// As [`start`](Self::start), but the instance must be running, whatever its root device is, and have its machine: where
+    /// one was lost and that could not be written down, it is to be started. It is stopped if no new machine can be made, or
+    /// terminated where its root device is instance store.
     pub fn reboot(&self) -> Result<()> {
         self.region.reboot(&self.cell, Duration::ZERO)
     }

@@ -108,6 +108,7 @@ pub mod shell;
 mod snapshots;
 mod ssh;
 mod state;
+mod state_changes;
 pub mod state_store;
 mod status;
 mod store;
@@ -142,13 +143,14 @@ pub use launch_template::{
 pub use metadata_options::{HttpTokens, MetadataOptions};
 pub use nocloud::NoCloudSeed;
 pub use options::RegionOptions;
-pub use region::{Region, StateChange};
+pub use region::Region;
 #[cfg(feature = "sbom")]
 pub use sbom::{InstalledPackage, SoftwareBill};
 pub use scrub::RegionScrub;
 pub use snapshots::{CreateSnapshots, PendingSnapshot, SnapshotDescription, SnapshotState};
 pub use ssh::SshAccess;
 pub use state::{InstanceState, Transition};
+pub use state_changes::{StateChange, StateChanges};
 pub use status::{DescribeInstanceStatus, InstanceStatus, Status};
 pub use tags::{DescribeTags, TagDescription};
 pub use tasks::{

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use ami_core::{InstanceId, RootDeviceType, Timestamp};
 
@@ -13,20 +13,10 @@ use crate::error::chain;
 use crate::instance::{Cell, Hold, Live, PowerOffFor};
 use crate::machine::{ExitCause, Machine, MachineErrorKind};
 use crate::record::InstanceRecord;
-use crate::region::{Inner, StateChange};
+use crate::region::Inner;
+use crate::state_changes::StateChange;
 use crate::store::Changes;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
-
-impl StateChange {
-    pub(crate) fn of(description: &InstanceDescription) -> Self {
-        Self {
-            instance_id: description.id,
-            state: description.state,
-            reason: description.state_reason.clone(),
-            at: SystemTime::now(),
-        }
-    }
-}
 
 impl Inner {
     pub(crate) fn transition(
@@ -66,7 +56,7 @@ impl Inner {
         cell.description.set(record.description.clone());
         if moved {
             cell.console.wake_readers();
-            self.announce(&StateChange::of(&record.description));
+            self.listeners.tell(&StateChange::of(&record.description));
         }
         let before = std::mem::replace(&mut live.record, record);
         for attachment in before.description.attachments.iter().chain(&live.record.description.attachments) {
@@ -133,13 +123,14 @@ impl Inner {
     pub(crate) fn start(&self, cell: &Cell) -> Result<()> {
         let mut live = cell.hold(self.supervisor.reports());
         check_ebs_root(&live.record.description, "started")?;
-        if live.record.description.state == InstanceState::Running {
-            if live.machine.is_some() {
-                return Ok(());
+        match (live.record.description.state, &live.machine) {
+            (InstanceState::Running, Some(_)) => return Ok(()),
+            // Its machine was lost, or could not be made when it was last started, and that could not be recorded then.
+            (InstanceState::Running | InstanceState::Pending, None) => {
+                let reason = StateReason::new("Server.InternalError", "the machine was lost");
+                self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
             }
-            // Its machine was lost, and that could not be recorded then.
-            let reason = StateReason::new("Server.InternalError", "the machine was lost");
-            self.transition(cell, &mut live, Transition::Lost, Some(reason))?;
+            _ => {}
         }
         let mut record = live.after(Transition::Start, None)?;
         record.description.check_root_volume()?;
@@ -162,7 +153,7 @@ impl Inner {
     pub(crate) fn reboot(&self, cell: &Cell, patience: Duration) -> Result<()> {
         let mut live = cell.hold(self.supervisor.reports());
         let generation = live.generation;
-        check_running(&live.record.description)?;
+        check_running(&live)?;
         // Who makes an image has it boot anew, too.
         if live.powers_off_for().is_none() {
             live.set_powers_off_for(Some(PowerOffFor::Reboot));
@@ -172,7 +163,7 @@ impl Inner {
         if live.generation == generation && live.powers_off_for() == Some(PowerOffFor::Reboot) {
             live.set_powers_off_for(None);
         }
-        check_running(&live.record.description)?;
+        check_running(&live)?;
         // Whoever saw its guest power itself off may have been faster.
         if live.generation == generation { self.reset(cell, &mut live) } else { Ok(()) }
     }
@@ -360,14 +351,15 @@ pub(crate) fn asked_to_power_off(machine: &dyn Machine, patience: Duration) -> b
     pressed.is_ok()
 }
 
-fn check_running(description: &InstanceDescription) -> Result<()> {
-    match description.state {
-        InstanceState::Running => Ok(()),
-        state => {
-            let what = format!("{} is {state}, in which it cannot be rebooted", description.id);
-            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
-        }
-    }
+fn check_running(live: &Live) -> Result<()> {
+    let InstanceDescription { id, state, .. } = &*live.record.description;
+    let what = match (state, &live.machine) {
+        (InstanceState::Running, Some(_)) => return Ok(()),
+        // Which could not be recorded. To start it finds out whether there is room for another.
+        (InstanceState::Running, None) => format!("{id} has lost its machine; start it again"),
+        (state, _) => format!("{id} is {state}, in which it cannot be rebooted"),
+    };
+    Err(Error::new(ErrorKind::IncorrectInstanceState, what))
 }
 
 /// That the instance is not protected against being stopped.

@@ -6,26 +6,28 @@ mod paths;
 use std::fmt;
 use std::marker::PhantomData;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, PoisonError};
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::Instant;
 
 use ami_core::{AccountId, InstanceId, Page, RegionName};
 
 pub(crate) use self::inner::{Inner, Owner};
 pub(crate) use self::paths::Paths;
+use crate::Result;
 use crate::describe::DescribeInstances;
-use crate::description::{InstanceDescription, StateReason};
+use crate::description::InstanceDescription;
 use crate::instance::Instance;
 use crate::machine::{Capabilities, Hypervisor};
 use crate::options::RegionOptions;
-use crate::{InstanceState, Result};
+use crate::state_changes::{StateChanges, Whose};
 
 /// A region, kept in a directory and owned by this handle's process.
 ///
 /// One owner at a time: the directory is locked, and the lock goes with the process. Clones are the
-/// same region; the last of them and of its [`Instance`]s closes it, which ends its machines. Their
-/// instances are found `stopped` when it is opened again; those whose root device is instance store are gone.
+/// same region; the last of them and of its [`Instance`]s closes it, which ends its machines and waits for its tasks. Where the
+/// last goes in a thread of the region's own, as a [hook](crate::watch::Watch::subscribe) may have it, nothing is waited for,
+/// and the region is closed when those threads have ended. Its instances are found `stopped` when it is opened again; those
+/// whose root device is instance store are gone.
 ///
 /// `H` is the hypervisor. Where its type is known, launching an image that it cannot run does not
 /// compile; `Region<Box<dyn Hypervisor>>`, the default, finds out when the image is launched.
@@ -164,6 +166,7 @@ impl<H> Region<H> {
     /// The account's instances, in the order of their ids. Those that were terminated are among them for an
     /// hour, also where the region is closed and opened meanwhile.
     pub fn instances(&self) -> Vec<Instance> {
+        self.inner.forget_terminated(Instant::now());
         let theirs = self.inner.directory.all(self.account);
         let cells = self.inner.cells();
         let cells = theirs.iter().filter_map(|d| cells.get(&d.id));
@@ -188,6 +191,7 @@ impl<H> Region<H> {
     /// [`InvalidParameterCombination`](crate::ErrorKind::InvalidParameterCombination) for ids in pages, and
     /// [`InvalidNextToken`](crate::ErrorKind::InvalidNextToken).
     pub fn describe_instances(&self, request: &DescribeInstances) -> Result<Page<InstanceDescription>> {
+        self.inner.forget_terminated(Instant::now());
         self.inner.directory.describe(self.account, request, self.inner.network.as_deref())
     }
 
@@ -197,10 +201,11 @@ impl<H> Region<H> {
     ///
     /// [`InstanceNotFound`](crate::ErrorKind::InstanceNotFound).
     pub fn instance(&self, id: InstanceId) -> Result<Instance> {
+        self.inner.forget_terminated(Instant::now());
         Ok(Instance::new(self.inner.clone(), self.inner.cell(self.account, id)?))
     }
 
-    /// Every change of state of every instance, of whatever account, from now on.
+    /// Every change of state of the account's instances, from now on.
     ///
     /// A change of an instance that was launched is told when it is committed, and so durable. What is told of a launch that is
     /// under way need not be: its instances are `pending` from when they are to be seen, which no crash keeps, until the one
@@ -222,24 +227,32 @@ impl<H> Region<H> {
     /// assert!(log.join().is_ok());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn state_changes(&self) -> Receiver<StateChange> {
-        let (sender, receiver) = mpsc::channel();
-        self.inner.listeners.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
-        receiver
+    pub fn state_changes(&self) -> StateChanges {
+        self.inner.listeners.add(Whose::Account(self.account))
     }
-}
 
-/// A change of an instance's state ("EC2 Instance State-change Notification"), from
-/// [`Region::state_changes`], which shows it in use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct StateChange {
-    /// Whose.
-    pub instance_id: InstanceId,
-    /// The state that it has now.
-    pub state: InstanceState,
-    /// Why, where there is something to say.
-    pub reason: Option<StateReason>,
-    /// When.
-    pub at: SystemTime,
+    /// The same of every instance, of whatever account: for who runs the region.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, Grantee, ModifyImageAttribute, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ImageSource, InstanceState, LaunchSpec, Region};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// # let share = ModifyImageAttribute::new().add_launch_permission(Grantee::All);
+    /// # region.modify_image_attribute(ami.id(), &share)?;
+    /// let (all, own) = (region.all_state_changes(), region.state_changes());
+    /// let friend = region.as_account("210987654321".parse()?);
+    /// friend.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+    /// let told: Vec<_> = all.try_iter().map(|change| (change.owner, change.state)).collect();
+    /// assert_eq!(told, [InstanceState::Pending, InstanceState::Running].map(|state| (*friend.account(), state)));
+    /// assert_eq!(own.try_iter().count(), 0);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn all_state_changes(&self) -> StateChanges {
+        self.inner.listeners.add(Whose::All)
+    }
 }

@@ -80,7 +80,7 @@ impl Supervisor {
                 }
             }
         };
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self.threads();
         threads.push(thread::Builder::new().name("region".to_owned()).spawn(follow)?);
         threads.push(thread::Builder::new().name("volumes".to_owned()).spawn(settle)?);
         Ok(())
@@ -91,16 +91,26 @@ impl Supervisor {
         self.reports.clone()
     }
 
-    /// Ends the threads and waits for them; called in one of them, it does not wait for the other.
-    pub(crate) fn stop(&self) {
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the caller's is one of the threads.
+    pub(crate) fn is_own_thread(&self) -> bool {
+        let current = thread::current().id();
+        self.threads().iter().any(|thread| thread.thread().id() == current)
+    }
+
+    /// Ends the threads, soon.
+    pub(crate) fn close(&self) {
         // A thread that has ended already listens no more.
         let _ = self.reports.ended.send(Message::Close);
         self.reports.unsettled.close();
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        // A watcher that is told in such a thread may drop the last handle of a region.
-        if threads.iter().any(|t| t.thread().id() == thread::current().id()) {
-            return;
-        }
+    }
+
+    /// Waits for their ends. Not to be called in one of them.
+    pub(crate) fn join(&self) {
+        let threads = std::mem::take(&mut *self.threads());
         for thread in threads {
             let _ = thread.join();
         }

@@ -222,6 +222,26 @@ fn an_image_is_what_is_asked_for() {
     assert_eq!(files(&dir.path().join("blocks")), before);
 }
 
+/// Device names are names of disks: `/dev/xvdb` is `/dev/sdb`, of which an image has one.
+#[test]
+fn a_volume_in_the_place_of_instance_store_is_in_the_image_in_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let store = BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0");
+    let other = BlockDeviceMapping::ephemeral("/dev/sdc", "ephemeral1");
+    let parent =
+        server(&region).create_image(CreateImage::new("parent").block_device(store).block_device(other));
+    // Its type has no instance store, whose places are free.
+    let instance = launched(&region, &parent.unwrap().ami);
+    let volume = region.create_volume(VolumeSpec::new(1)).unwrap();
+    region.attach_volume(volume.id, instance.id(), "/dev/xvdb").unwrap();
+    let made = instance.create_image("child").unwrap().ami;
+    let disks = made.manifest().block_device_mappings().iter();
+    let mut disks: Vec<_> = disks.map(|m| (m.device_name(), m.content().is_some())).collect();
+    disks.sort_unstable();
+    assert_eq!(disks, [("/dev/sdc", false), ("/dev/sdf", true), ("/dev/xvda", true), ("/dev/xvdb", true)]);
+}
+
 #[test]
 fn a_task_makes_an_image_and_can_be_ended() {
     let dir = tempfile::tempdir().unwrap();

@@ -3,46 +3,14 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+use common::failing::{Failing, How};
 use common::{TestRegion, ask, disk, register};
-use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
-    DescribeVolumes, Error, ErrorKind, LaunchSpec, RegionOptions, Result, VolumeModificationState, VolumeSpec,
+    DescribeVolumes, ErrorKind, LaunchSpec, RegionOptions, VolumeModificationState, VolumeSpec,
 };
-
-/// A store that fails, and has made the changes all the same or not.
-#[derive(Debug, Clone, Default)]
-struct Failing(Arc<MemoryStateStore>, Arc<AtomicU8>);
-
-const WORKS: u8 = 0;
-const FAILS: u8 = 1;
-/// Once, after it has made them.
-const FAILS_LATE: u8 = 2;
-
-impl StateStore for Failing {
-    fn get(&self, table: &str, key: &str) -> Result<Option<Vec<u8>>> {
-        self.0.get(table, key)
-    }
-
-    fn scan(&self, table: &str) -> Result<Vec<(String, Vec<u8>)>> {
-        self.0.scan(table)
-    }
-
-    fn apply(&self, changes: &[Change], durability: Durability) -> Result<()> {
-        let how = self.1.load(Ordering::SeqCst);
-        if how != FAILS {
-            self.0.apply(changes, durability)?;
-        }
-        if how == FAILS_LATE {
-            self.1.store(WORKS, Ordering::SeqCst);
-        }
-        if how == WORKS { Ok(()) } else { Err(Error::new(ErrorKind::Internal, "the store's disk is gone")) }
-    }
-}
 
 fn size_of(region: &TestRegion, id: ami_core::VolumeId) -> u64 {
     region.describe_volumes(&DescribeVolumes::new().id(id)).unwrap().items[0].size_gib
@@ -51,17 +19,17 @@ fn size_of(region: &TestRegion, id: ami_core::VolumeId) -> u64 {
 #[test]
 fn a_growth_that_cannot_be_committed_has_not_been() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Failing::default();
+    let store = Failing::new();
     let open =
         || RegionOptions::new().state_store(store.clone()).open(dir.path(), FakeHypervisor::new()).unwrap();
     let mut region = open();
     let id = region.create_volume(VolumeSpec::new(1)).unwrap().id;
     let mut size = 1;
-    for how in [FAILS, FAILS_LATE] {
+    for how in [How::Fails, How::FailsLate] {
         for closed in [false, true] {
-            store.1.store(how, Ordering::SeqCst);
+            store.set(how);
             assert_eq!(region.grow_volume(id, 20).unwrap_err().kind(), ErrorKind::Internal);
-            store.1.store(WORKS, Ordering::SeqCst);
+            store.set(How::Works);
             if closed {
                 drop(region);
                 region = open();
@@ -86,16 +54,16 @@ fn a_growth_that_cannot_be_committed_has_not_been() {
 #[test]
 fn a_guest_sees_the_size_that_its_volume_is_said_to_have() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Failing::default();
+    let store = Failing::new();
     let region =
         RegionOptions::new().state_store(store.clone()).open(dir.path(), FakeHypervisor::new()).unwrap();
     let ami = register(&region, "base", &disk(1, 7)).unwrap();
     let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
     let data = server.describe().attachments[1].volume_id;
     region.grow_volume(data, 2).unwrap();
-    store.1.store(FAILS, Ordering::SeqCst);
+    store.set(How::Fails);
     region.grow_volume(data, 20).unwrap_err();
-    store.1.store(WORKS, Ordering::SeqCst);
+    store.set(How::Works);
     let seen = |size: u64| {
         assert_eq!(ask(&server, "size 1", "size"), (size << 30).to_string());
         assert_eq!(size_of(&region, data), size);

@@ -128,12 +128,12 @@ fn whoever_hears_of_a_state_finds_it() {
     let region = open(dir.path());
     let ami = register(&region);
     for _ in 0..50 {
-        let changes = region.state_changes();
+        let mut changes = region.state_changes();
         let launched = std::thread::spawn({
             let (region, ami) = (region.clone(), ami.clone());
             move || region.launch(&ami, spec()).unwrap()
         });
-        let change = changes.iter().find(|change| change.state == InstanceState::Running).unwrap();
+        let change = changes.find(|change| change.state == InstanceState::Running).unwrap();
         let state = region.instance(change.instance_id).unwrap().state();
         assert_eq!(state, InstanceState::Running);
         launched.join().unwrap().terminate().unwrap();

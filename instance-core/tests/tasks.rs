@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AmiBuilder, BlockDeviceMapping, ImdsSupport, X86_64};
 use common::slow::slow;
-use common::{check, disk, everything, files, launch, open, register};
+use common::{check, disk, everything, files, launch, open, register, told, try_open};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DescribeExportImageTasks, DescribeImportImageTasks, DirectBoot, ErrorKind, Exported, ImportImage,
-    RegionOptions, TaskDescription, TaskStatus, Tell,
+    InstanceState, RegionOptions, TaskDescription, TaskStatus, Tell,
 };
 use storage_block::Disk;
 use storage_block::keys::LocalKey;
@@ -180,6 +180,46 @@ fn closing_a_region_ends_its_tasks_and_nothing_is_left_of_them() {
     let kept =
         |all: Vec<String>| -> Vec<String> { all.into_iter().filter(|n| !n.contains("/packs")).collect() };
     assert_eq!(kept(after), kept(before));
+}
+
+/// Who is told of something in such a thread may hold what tasks wait for.
+#[test]
+fn a_region_that_is_closed_in_a_thread_of_its_own_waits_for_no_task() {
+    let dir = tempfile::tempdir().unwrap();
+    let region = open(dir.path());
+    let ami = register(&region, "base", &disk(1, 7)).unwrap();
+    let server = launch(&region, &ami).unwrap();
+    let ((go, wait), (begun, has_begun)) = (mpsc::channel::<()>(), mpsc::channel());
+    let wait = move |_: &Disk, _: &mut Tell<'_>| {
+        begun.send(())?;
+        Ok(wait.recv()?)
+    };
+    let task = region.export_image(ami.id(), "/dev/xvda", wait).unwrap();
+    has_begun.recv().unwrap();
+    let (dropped, is_dropped) = mpsc::channel();
+    let last = Mutex::new(Some((region, go)));
+    server.watch().subscribe(move |_| {
+        let Some((region, go)) = last.lock().unwrap().take() else { return };
+        drop(region);
+        dropped.send(()).unwrap();
+        drop(go);
+    });
+    let console = server.console();
+    drop(server);
+    console.write_all(b"crash\n", soon()).unwrap();
+    is_dropped.recv_timeout(Duration::from_secs(20)).unwrap();
+    let ended = task.wait(soon()).unwrap_err();
+    check(&ended, ErrorKind::Internal, "InternalError", &["the region was closed"]);
+    let region = loop {
+        match try_open(dir.path()) {
+            // With the last of its threads.
+            Err(e) if e.kind() == ErrorKind::RegionInUse => std::thread::yield_now(),
+            opened => break opened.unwrap_or_else(|e| panic!("{}", told(&e))),
+        }
+    };
+    assert_eq!(region.images().unwrap().len(), 1);
+    assert_eq!(region.instances()[0].state(), InstanceState::Stopped);
+    assert_eq!(region.export_image_task(task.id()).unwrap().describe(), task.describe());
 }
 
 #[test]

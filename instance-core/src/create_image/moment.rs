@@ -305,9 +305,8 @@ impl Inner {
         }
         // What is no volume the image has as its parent had it.
         let others = manifest.block_device_mappings().iter().filter(|m| m.as_ebs().is_none());
-        let taken: Vec<String> = mappings.iter().map(|m| m.device_name().to_owned()).collect();
-        mappings.extend(others.filter(|m| !taken.iter().any(|name| name == m.device_name())).cloned());
-        let mut changes = Vec::new();
+        let is_taken = |m: &&BlockDeviceMapping| disks.iter().any(|(attachment, _)| is_at(m, attachment));
+        mappings.extend(others.filter(|m| !is_taken(m)).cloned());
         for change in &image.block_devices {
             let at = disks.iter().zip(contents).find(|((attachment, _), _)| is_at(change, attachment));
             match (at, change.content()) {
@@ -318,11 +317,9 @@ impl Inner {
                 (None, Some(named)) => codes.extend(self.codes_of_content(&instance.owner, named)?),
                 _ => {}
             }
-            let stays_encrypted = at.is_some_and(|(_, content)| content.encrypted);
-            changes.push(if stays_encrypted { change.clone().encrypted(true) } else { change.clone() });
         }
         let root = (manifest.root_device_name(), RootDeviceType::Ebs);
-        let mappings = plan::changed(root, mappings, &changes)?;
+        let mappings = plan::changed(root, mappings, &image.block_devices)?;
         for (mapping, content) in mappings.iter().filter_map(|m| Some((m, m.content()?))) {
             let known = disks.iter().zip(contents).find(|((attachment, _), _)| is_at(mapping, attachment));
             let size = match known {

@@ -65,7 +65,8 @@ impl CreateImage {
     }
 
     /// Adds a disk to the instance's, or changes what the image says of one: its size, its type, whether it goes with an
-    /// instance. [`BlockDeviceMapping::no_device`] leaves a volume out, but for the root volume.
+    /// instance, each of which it has, as [at a launch](method@crate::LaunchSpec::block_device). What is encrypted stays so.
+    /// [`BlockDeviceMapping::no_device`] leaves a volume out, but for the root volume.
     pub fn block_device(mut self, mapping: BlockDeviceMapping) -> Self {
         self.block_devices.push(mapping);
         self

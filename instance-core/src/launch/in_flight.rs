@@ -1,7 +1,7 @@
 //! What launches that are under way need, though no record says so yet.
 //!
-//! A launch writes its records once, when its machines run: whatever looks for what is still needed has to
-//! look here too, and here first.
+//! A launch writes its records once, when its machines run: whatever looks for what is still needed has to look here too,
+//! before it looks for those records, and after it has looked for what launches begin with.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,7 +1,5 @@
 //! Making what a launch asks for: volumes, machines and their records, or nothing.
 
-use std::sync::Arc;
-
 use ami_core::{InstanceId, VolumeId};
 use storage_block::{Snapshot, Volume, VolumeOptions};
 
@@ -12,7 +10,8 @@ use crate::error::chain;
 use crate::instance::{Cell, Hold};
 use crate::machine::Boot;
 use crate::record::{InstanceRecord, VolumeRecord};
-use crate::region::{Inner, StateChange};
+use crate::region::Inner;
+use crate::state_changes::StateChange;
 use crate::volumes::volume_not_found;
 use crate::{Error, ErrorKind, InstanceState, Result, Transition};
 
@@ -130,11 +129,11 @@ impl Inner {
         if let Err(e) = self.forget(&live.record.description).and(left) {
             tracing::error!(instance = %cell.id, error = chain(&e), "a failed launch left something behind");
         }
-        let mut gone = live.record.description.clone();
-        Arc::make_mut(&mut gone).enter(InstanceState::Terminated, Some(reason_of(why)));
-        self.announce(&StateChange::of(&gone));
+        // Whoever waits to act on it finds that it is gone, and writes nothing down of it.
+        live.record.enter(InstanceState::Terminated, Some(reason_of(why)));
+        self.listeners.tell(&StateChange::of(&live.record.description));
         self.directory.remove(cell.id);
-        cell.description.set(gone);
+        cell.description.set(live.record.description.clone());
     }
 }
 

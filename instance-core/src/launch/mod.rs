@@ -36,7 +36,8 @@ use crate::instance::{Cell, Hold, Instance};
 use crate::machine::{Boot, Runs};
 use crate::products::ProductCodes;
 use crate::record::{ImageRecord, InstanceRecord, LaunchedFrom};
-use crate::region::{Inner, Region, StateChange};
+use crate::region::{Inner, Region};
+use crate::state_changes::StateChange;
 use crate::{Error, ErrorKind, InstanceState, InstanceType, Result};
 
 /// What a launch gave.
@@ -214,7 +215,7 @@ impl Inner {
             let description = cell.description.get();
             self.directory.set(description.clone());
             self.cells().insert(cell.id, cell.clone());
-            self.announce(&StateChange::of(&description));
+            self.listeners.tell(&StateChange::of(&description));
         }
         let min = usize::try_from(launch.parameters.min_count).unwrap_or(usize::MAX);
         let outcome = self.make(&mut launching, &boot, min);

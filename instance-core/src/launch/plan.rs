@@ -83,17 +83,18 @@ pub(crate) fn changed(
     Ok(disks)
 }
 
-/// The image's disk with what a change says of the rest, and its content unless the change names another.
+/// The image's disk with what a change says of the rest, and its content unless the change names another. What is encrypted
+/// stays so: a change that does not ask for it says nothing against it.
 fn merged(disk: &BlockDeviceMapping, change: &BlockDeviceMapping, ebs: &Ebs) -> BlockDeviceMapping {
     let content = ebs.snapshot().or_else(|| disk.as_ebs()?.snapshot());
     let (name, size) = (disk.device_name(), ebs.volume_size_gib());
-    match content {
+    let merged = match content {
         Some(content) => BlockDeviceMapping::ebs(name, *content, size)
             .volume_type(ebs.volume_type())
-            .delete_on_termination(ebs.delete_on_termination())
-            .encrypted(ebs.encrypted()),
+            .delete_on_termination(ebs.delete_on_termination()),
         None => change.clone(),
-    }
+    };
+    merged.encrypted(ebs.encrypted() || disk.as_ebs().is_some_and(Ebs::encrypted))
 }
 
 fn invalid<T>(what: String) -> Result<T> {
@@ -203,6 +204,51 @@ impl Inner {
                 Err(e) => Err(Error::storage(e, "cannot encrypt a volume")),
             },
             false => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ami_core::VolumeType;
+
+    use super::*;
+
+    #[test]
+    fn a_change_of_a_disk_keeps_its_content_and_that_it_is_encrypted() {
+        let (content, other) = (Digest::of(b"root"), Digest::of(b"other"));
+        let root = |encrypted| BlockDeviceMapping::ebs("/dev/xvda", content, 8).encrypted(encrypted);
+        let data = |encrypted| BlockDeviceMapping::blank("/dev/sdf", 8).encrypted(encrypted);
+        let larger = |name: &str| BlockDeviceMapping::blank(name, 9);
+        // The image's disk, a change, and what comes of them.
+        let table = [
+            (
+                root(true),
+                larger("/dev/sda1"),
+                BlockDeviceMapping::ebs("/dev/xvda", content, 9).encrypted(true),
+            ),
+            (root(false), larger("/dev/xvda"), BlockDeviceMapping::ebs("/dev/xvda", content, 9)),
+            (root(false), larger("/dev/xvda").encrypted(true), {
+                BlockDeviceMapping::ebs("/dev/xvda", content, 9).encrypted(true)
+            }),
+            (data(true), larger("/dev/xvdf"), larger("/dev/xvdf").encrypted(true)),
+            (data(false), larger("/dev/xvdf"), larger("/dev/xvdf")),
+            (data(true), BlockDeviceMapping::ebs("/dev/sdf", other, 9), {
+                BlockDeviceMapping::ebs("/dev/sdf", other, 9).encrypted(true)
+            }),
+            // These it says itself, whether or not it was asked to.
+            (data(true).delete_on_termination(false).volume_type(VolumeType::Gp2), larger("/dev/sdf"), {
+                larger("/dev/sdf").encrypted(true)
+            }),
+            (data(true), BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral0"), {
+                BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral0")
+            }),
+            (BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral0"), larger("/dev/sdf"), larger("/dev/sdf")),
+        ];
+        let name: DeviceName = "/dev/xvda".parse().unwrap();
+        for (disk, change, expected) in table {
+            let changed = changed((&name, RootDeviceType::Ebs), vec![disk], &[change]).unwrap();
+            assert_eq!(changed, [expected]);
         }
     }
 }

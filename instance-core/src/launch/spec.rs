@@ -148,8 +148,10 @@ impl LaunchSpec {
 
     /// A disk in the place of the image's at that device name, or beside the image's.
     ///
-    /// One that names no content keeps that of the image's disk there and changes the rest, such as the size.
-    /// [`NoDevice`](ami_core::BlockDeviceKind::NoDevice) leaves the image's disk out.
+    /// One that names no content keeps that of the image's disk there and changes the rest, such as the size. What is
+    /// encrypted in the image is so in any case. All else is as the mapping has it, whether or not it was asked for: in the place of a
+    /// gp2 volume that outlives its instances it is of gp3 and goes with them, unless it is told otherwise. EC2 takes
+    /// from the image what a mapping leaves out. [`NoDevice`](ami_core::BlockDeviceKind::NoDevice) leaves the image's disk out.
     #[must_use]
     pub fn block_device(mut self, mapping: BlockDeviceMapping) -> Self {
         self.block_devices.push(mapping);

@@ -5,14 +5,12 @@ use std::fs;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
 use ami_core::{AccountId, AmiId, Digest, ImageState, InstanceId, RegionName, VolumeId};
 use storage_block::{Snapshot, Store as BlockStore};
 
-use super::StateChange;
 use super::paths::Paths;
 use crate::boot_cache::BootCache;
 use crate::capacity::Meter;
@@ -27,6 +25,7 @@ use crate::network::Network;
 use crate::options::RegionOptions;
 use crate::record::{ImageRecord, RegionRecord};
 use crate::snapshots::PendingSnapshots;
+use crate::state_changes::Listeners;
 use crate::store::{JournaledStore, Known, Store};
 use crate::storing::Storing;
 use crate::supervisor::Supervisor;
@@ -57,8 +56,17 @@ impl Deref for Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         self.0.pending_snapshots.cut_off();
-        self.0.tasks.stop();
-        self.0.supervisor.stop();
+        self.0.tasks.cut_off();
+        // Who is told of something in one of these threads may drop the last handle there, while others of them wait for what
+        // this one holds, or for who is told. The region is closed with the last of them.
+        let waits = !self.0.tasks.is_own_thread() && !self.0.supervisor.is_own_thread();
+        if waits {
+            self.0.tasks.join();
+        }
+        self.0.supervisor.close();
+        if waits {
+            self.0.supervisor.join();
+        }
     }
 }
 
@@ -106,7 +114,7 @@ pub(crate) struct Inner {
     /// Held while the record of a volume or a snapshot is looked at and changed. Taken after an instance and
     /// after `naming`, where these are held too.
     pub(crate) resources: Mutex<()>,
-    pub(crate) listeners: Mutex<Vec<Sender<StateChange>>>,
+    pub(crate) listeners: Listeners,
     pub(crate) paths: Paths,
     _lock: Lock,
 }
@@ -168,7 +176,7 @@ impl Inner {
             naming: RwLock::default(),
             placing: Mutex::default(),
             resources: Mutex::default(),
-            listeners: Mutex::default(),
+            listeners: Listeners::default(),
             paths,
             _lock: lock,
         });
@@ -202,12 +210,6 @@ impl Inner {
             }
             _ => Error::storage(e, format!("cannot open the content {digest}")),
         })
-    }
-
-    /// Tells whoever listens.
-    pub(crate) fn announce(&self, change: &StateChange) {
-        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
-        listeners.retain(|listener| listener.send(change.clone()).is_ok());
     }
 }
 

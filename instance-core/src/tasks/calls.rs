@@ -313,5 +313,15 @@ mod tests {
         drop(region);
         let region = Region::open(dir.path(), FakeHypervisor::new()).unwrap();
         assert_eq!(region.import_image_task(task.id()).unwrap().describe(), ended);
+
+        // An hour later it is told of no more, whether or not another has begun.
+        let known = region.inner.tasks.imports.lock()[&task.id()].clone();
+        let hour = |millis: u64| {
+            let at = Timestamp::now().as_unix_millis() - 60 * 60 * 1000 + millis;
+            *known.ended() = Timestamp::from_unix_millis(at).map(|at| (at, None));
+            region.describe_import_image_tasks(&DescribeImportImageTasks::new()).unwrap().items.len()
+        };
+        assert_eq!((hour(60_000), hour(0)), (1, 0));
+        assert_eq!(region.import_image_task(task.id()).unwrap_err().kind(), ErrorKind::TaskNotFound);
     }
 }

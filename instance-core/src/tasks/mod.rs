@@ -255,6 +255,11 @@ impl<Id: Copy + fmt::Display + Send + Sync + 'static> Task<Id> {
         self.0.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether it has ended so long before `now` that it is told of no more.
+    fn has_long_gone(&self, now: Timestamp) -> bool {
+        self.ended().as_ref().is_some_and(|(at, _)| is_long_gone(*at, now))
+    }
+
     pub(crate) fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
     }
@@ -333,9 +338,8 @@ impl<Id: TaskId> Shelf<Id> {
     fn add(&self, task: &Task<Id>) -> Result<Vec<Id>> {
         let (now, owner) = (Timestamp::now(), task.describe().owner);
         let mut tasks = self.lock();
-        let long_gone = |task: &Task<Id>| task.ended().as_ref().is_some_and(|(at, _)| is_long_gone(*at, now));
         let forgotten: Vec<Id> =
-            tasks.iter().filter(|(_, task)| long_gone(task)).map(|(id, _)| *id).collect();
+            tasks.iter().filter(|(_, task)| task.has_long_gone(now)).map(|(id, _)| *id).collect();
         tasks.retain(|id, _| !forgotten.contains(id));
         let active = |task: &&Task<Id>| {
             let told = task.describe();
@@ -350,8 +354,11 @@ impl<Id: TaskId> Shelf<Id> {
         Ok(forgotten)
     }
 
+    /// Those of an account that are told of.
     fn of(&self, owner: AccountId) -> Vec<Task<Id>> {
-        self.lock().values().filter(|task| task.describe().owner == owner).cloned().collect()
+        let now = Timestamp::now();
+        let told_of = |task: &&Task<Id>| task.describe().owner == owner && !task.has_long_gone(now);
+        self.lock().values().filter(told_of).cloned().collect()
     }
 
     fn cut_off_all(&self) {
@@ -365,18 +372,26 @@ impl Tasks {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends them all and waits for them; called in a task's own thread, it does not wait for that.
-    pub(crate) fn stop(&self) {
+    /// Ends them all, soon.
+    pub(crate) fn cut_off(&self) {
         self.imports.cut_off_all();
         self.exports.cut_off_all();
         self.copies.cut_off_all();
         self.creations.cut_off_all();
+    }
+
+    /// Whether the caller's is the thread of one of them.
+    pub(crate) fn is_own_thread(&self) -> bool {
+        let current = std::thread::current().id();
+        self.threads().iter().any(|thread| thread.thread().id() == current)
+    }
+
+    /// Waits for their ends. Not to be called in a thread of theirs.
+    pub(crate) fn join(&self) {
         let threads = std::mem::take(&mut *self.threads());
         for thread in threads {
-            if thread.thread().id() != std::thread::current().id() {
-                // What it panicked with has been told.
-                let _ = thread.join();
-            }
+            // What it panicked with has been told.
+            let _ = thread.join();
         }
     }
 }

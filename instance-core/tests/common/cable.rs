@@ -1,7 +1,9 @@
 //! A network with one place.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::collections::HashSet;
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use ami_core::{BlockDeviceMapping, InstanceId, NetworkInterfaceId};
@@ -17,11 +19,17 @@ const MAC: MacAddress = MacAddress([2, 0, 10, 0, 0, 12]);
 pub(crate) struct Cable {
     ends: Arc<Mutex<Vec<NetPort>>>,
     told: Arc<Mutex<Vec<BlockDeviceMapping>>>,
+    released: Arc<AtomicUsize>,
 }
 
 impl Cable {
     pub(crate) fn told(&self) -> Vec<BlockDeviceMapping> {
         self.told.lock().unwrap().clone()
+    }
+
+    /// How often a place was given up.
+    pub(crate) fn released(&self) -> usize {
+        self.released.load(SeqCst)
     }
 }
 
@@ -48,6 +56,7 @@ impl Network for Cable {
     }
 
     fn release(&self, _: &NetworkPlacement) -> Result<()> {
+        self.released.fetch_add(1, SeqCst);
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod cable;
+pub(crate) mod failing;
 pub(crate) mod slow;
 
 use std::collections::BTreeMap;

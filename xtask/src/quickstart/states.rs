@@ -1,12 +1,11 @@
 //! The instances' changes of state, told as they come and kept for the report.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, anyhow};
-use instance_core::{InstanceState, StateChange};
+use instance_core::{InstanceState, StateChanges};
 use serde::Serialize;
 
 use super::display::Display;
@@ -30,7 +29,7 @@ pub(crate) type Changes = BTreeMap<String, Vec<Change>>;
 pub(crate) struct Watcher(JoinHandle<Changes>);
 
 impl Watcher {
-    pub(crate) fn start(changes: Receiver<StateChange>, display: Display) -> Self {
+    pub(crate) fn start(changes: StateChanges, display: Display) -> Self {
         Self(thread::spawn(move || {
             let mut lives: BTreeMap<String, Life> = BTreeMap::new();
             for change in changes {

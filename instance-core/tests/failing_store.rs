@@ -1,0 +1,182 @@
+//! What is done to instances while the store fails: what they have stays theirs, and they can be told to go on.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use ami_core::{VolumeId, X86_64};
+use common::failing::{Failing, How};
+use common::{ask, disk, register};
+use instance_core::machine::{
+    Capabilities, Detach, DiskSpec, Execution, Hypervisor, Machine, MachineError, MachineErrorKind,
+    MachineSpec, MachineState, Runs,
+};
+use instance_core::testing::FakeHypervisor;
+use instance_core::watch::Watch;
+use instance_core::{ErrorKind, Instance, InstanceState, LaunchSpec, Region, RegionOptions, VolumeSpec};
+
+/// What a record says of an instance that is stopped.
+const STOPPED: &str = "\"state\":\"stopped\"";
+
+/// Makes machines that take no disks back once they are told so.
+#[derive(Debug, Clone, Default)]
+struct Picky(FakeHypervisor, Arc<AtomicBool>);
+
+#[derive(Debug)]
+struct PickyMachine(Box<dyn Machine>, Arc<AtomicBool>);
+
+impl Machine for PickyMachine {
+    fn state(&self) -> Watch<MachineState> {
+        self.0.state()
+    }
+
+    fn start(&self) -> Result<(), MachineError> {
+        self.0.start()
+    }
+
+    fn pause(&self) -> Result<(), MachineError> {
+        self.0.pause()
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        self.0.resume()
+    }
+
+    fn power_button(&self) -> Result<(), MachineError> {
+        self.0.power_button()
+    }
+
+    fn attach_disk(&self, disk: DiskSpec) -> Result<(), MachineError> {
+        match self.1.load(Ordering::SeqCst) {
+            true => Err(MachineError::new(MachineErrorKind::Host, "it does not want it back")),
+            false => self.0.attach_disk(disk),
+        }
+    }
+
+    fn detach_disk(&self, serial: &str, how: Detach) -> Result<(), MachineError> {
+        self.0.detach_disk(serial, how)
+    }
+
+    fn save(&self, to: &File) -> Result<(), MachineError> {
+        self.0.save(to)
+    }
+
+    fn reset(&self) -> Result<(), MachineError> {
+        self.0.reset()
+    }
+
+    fn kill(&self) {
+        self.0.kill();
+    }
+}
+
+impl Hypervisor for Picky {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        self.0.execution()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        Ok(Box::new(PickyMachine(self.0.create(spec)?, self.1.clone())))
+    }
+}
+
+impl Runs<X86_64> for Picky {}
+
+/// A region whose store may fail, with a server that has a disk of its own beside its root.
+fn world(dir: &Path) -> (Region<Picky>, Failing, Picky, Instance) {
+    let (store, hypervisor) = (Failing::new(), Picky::default());
+    let options = || RegionOptions::new().state_store(store.clone());
+    let ami = register(&options().open(dir, FakeHypervisor::new()).unwrap(), "base", &disk(1, 7)).unwrap();
+    let region = options().open(dir, hypervisor.clone()).unwrap();
+    let server = region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
+    (region, store, hypervisor, server)
+}
+
+/// What a volume begins with in a snapshot that is made of it now.
+fn said_by(region: &Region<Picky>, id: VolumeId) -> String {
+    let snapshot = region.create_snapshot(id, "").unwrap();
+    let copy = region.create_volume(VolumeSpec::of_snapshot(snapshot.id)).unwrap();
+    let mut bytes = [0; 5];
+    region.volume_disk(copy.id).unwrap().read_at(&mut bytes, 0).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[test]
+fn a_volume_whose_detachment_cannot_be_committed_is_still_there_and_no_other_in_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, store, hypervisor, server) = world(dir.path());
+    let first = server.describe().attachments[1].volume_id;
+    let second = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+    region.attach_volume(second, server.id(), "/dev/sdg").unwrap();
+    ask(&server, "write 1 0 first", "wrote");
+    ask(&server, "write 2 0 other", "wrote");
+    let mut names = 0..;
+    let mut check = || {
+        let told: Vec<_> = server.describe().attachments.iter().map(|a| a.volume_id).collect();
+        assert_eq!(told[1..], [first, second]);
+        assert_eq!([first, second].map(|id| said_by(&region, id)), ["first", "other"]);
+        let image = server.create_image(format!("child-{}", names.next().unwrap())).unwrap().ami;
+        let spec = LaunchSpec::new("t2.nano".parse().unwrap());
+        let child = region.launch(&image.typed::<X86_64>().unwrap(), spec).unwrap();
+        assert_eq!([1, 2].map(|n| ask(&child, &format!("read {n} 0"), "data ")), ["first", "other"]);
+        child.terminate().unwrap();
+    };
+    for (picky, disks) in [(false, "3"), (true, "2")] {
+        hypervisor.1.store(picky, Ordering::SeqCst);
+        for detach in [Region::detach_volume, Region::force_detach_volume] {
+            store.set(How::Fails);
+            assert_eq!(detach(&region, first).unwrap_err().kind(), ErrorKind::Internal);
+            store.set(How::Works);
+            assert_eq!(ask(&server, "disks", "disks "), disks);
+            check();
+        }
+    }
+    // Nor is one kept that its machine has no more.
+    region.detach_volume(first).unwrap();
+    assert_eq!(said_by(&region, second), "other");
+    assert_eq!(server.describe().attachments.len(), 2);
+    region.delete_volume(first).unwrap();
+}
+
+#[test]
+fn an_instance_whose_failed_start_could_not_be_written_down_is_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, store, hypervisor, server) = world(dir.path());
+    server.stop(Duration::ZERO).unwrap();
+    hypervisor.0.fail_next_create();
+    store.set(How::Refuses(STOPPED));
+    assert_eq!(server.start().unwrap_err().kind(), ErrorKind::Internal);
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Pending, 0));
+    store.set(How::Works);
+    server.start().unwrap();
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Running, 1));
+    ask(&server, "ping again", "pong again");
+}
+
+#[test]
+fn an_instance_whose_lost_machine_could_not_be_written_down_gets_no_other_but_by_a_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, store, _, server) = world(dir.path());
+    store.set(How::Refuses(STOPPED));
+    server.console().write_all(b"crash\n", Instant::now() + Duration::from_secs(20)).unwrap();
+    store.wait_for_refusal();
+    for reboot in [Instance::reboot, |i: &Instance| i.reboot_within(Duration::from_secs(20))] {
+        assert_eq!(reboot(&server).unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+    }
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Running, 0));
+    store.set(How::Works);
+    assert_eq!(server.reboot().unwrap_err().kind(), ErrorKind::IncorrectInstanceState);
+    server.start().unwrap();
+    assert_eq!((server.state(), region.used_capacity().0), (InstanceState::Running, 1));
+    ask(&server, "ping again", "pong again");
+    server.reboot().unwrap();
+}
