@@ -293,7 +293,8 @@ fn clear_half_made(dir: &Path) -> Result<()> {
 fn clear_lone_indices(packs: &Path) -> Result<()> {
     for name in read_dir(packs)? {
         if let Some(number) = crate::pack::number_of(&name, "index") {
-            if !crate::pack::pack_path(packs, number).exists() {
+            // One that cannot be looked at is there.
+            if matches!(crate::pack::pack_path(packs, number).try_exists(), Ok(false)) {
                 let path = packs.join(&name);
                 fs::remove_file(&path)
                     .map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;

@@ -7,6 +7,7 @@ mod corrupt;
 mod crash;
 mod discard;
 mod encryption;
+pub(crate) mod fault;
 mod forged;
 mod freeze;
 mod full_disk;
@@ -25,6 +26,7 @@ pub(crate) mod replay;
 mod scrub;
 mod store;
 pub(crate) mod tape;
+mod unreadable;
 mod verification;
 
 use std::path::Path;
