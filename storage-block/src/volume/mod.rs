@@ -151,6 +151,11 @@ impl Volume {
         if base.as_ref().is_some_and(|base| base.size() > header.size) {
             return Err(Error::corrupt(dir, "the volume is smaller than its snapshot"));
         }
+        // No such volume is ever made: somebody has put another log there, by which all that is written from now on would
+        // stand in the overlay, and in snapshots of it, for anybody to read.
+        if header.key.is_none() && base.as_ref().is_some_and(Snapshot::encrypted) {
+            return Err(Error::corrupt(dir, "its snapshot is encrypted, and its log has no key"));
+        }
         let failed = |e| Error::io(e, format!("cannot open {}", path.display()));
         let len = overlay.metadata().map_err(failed)?.len();
         if len < map.overlay_end() * BLOCK {
