@@ -303,6 +303,40 @@ impl Index {
         });
     }
 
+    /// Forgets one pack of which nothing is alive any more, with what was dead in it and what differed from that. The cost is
+    /// that of what is forgotten, however much else there is.
+    pub(crate) fn forget_dead(&mut self, number: u32, dead: &Dead) {
+        self.packs.remove(&number);
+        self.unsure.remove(&number);
+        for id in &dead.objects {
+            // It may be found elsewhere by now, if it is not only here.
+            if self.places.get(id).is_some_and(|place| place.pack == number) {
+                self.remove(id);
+            }
+        }
+        for id in &dead.patches {
+            let base = self.places.get(id).and_then(|place| place.patch).map_or(HOLE, |patch| patch.base);
+            if base != HOLE && self.places.get(&base).is_none_or(|base| base.patch.is_some()) {
+                self.remove(id);
+            }
+        }
+        // Of these there are few.
+        self.lone.retain(|_, patches| {
+            patches.retain(|(_, place)| place.pack != number);
+            !patches.is_empty()
+        });
+        self.copies.retain(|_, copies| {
+            copies.retain(|copy| copy.pack != number);
+            !copies.is_empty()
+        });
+    }
+
+    fn remove(&mut self, id: &Id) {
+        self.places.remove(id);
+        self.damaged.remove(id);
+        self.copies.remove(id);
+    }
+
     /// The error of an object that no pack has, as far as anybody knows.
     pub(crate) fn lost(&self, kind: Kind, id: &Id) -> Error {
         let mut what = format!("no pack holds the {} {}", kind.name(), hex::encode(id));
@@ -432,6 +466,15 @@ impl Index {
         }
         Ok(())
     }
+}
+
+/// What goes with a pack of which nothing is alive any more.
+#[derive(Debug, Default)]
+pub(crate) struct Dead {
+    /// The objects that lie in it, as far as they are not to be found elsewhere.
+    pub(crate) objects: Vec<Id>,
+    /// Those, elsewhere, that are stored as what differs from one of them.
+    pub(crate) patches: Vec<Id>,
 }
 
 /// What a pack's index says that means something only when all are known.

@@ -8,7 +8,7 @@ use ami_core::Digest;
 
 use crate::format::{HOLE, Id, Kind, PACK_HEADER, Slot, UNIT};
 use crate::fs;
-use crate::pack::{self, Index, Pack, Taken};
+use crate::pack::{self, Dead, Index, Pack, Taken};
 use crate::places::Place;
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
@@ -191,6 +191,8 @@ struct Victim {
     objects: Vec<(Id, Place)>,
     /// What the objects take up.
     alive: u64,
+    /// What is not alive in it.
+    dead: Dead,
     /// What is taken of the pack, if it would be appended to.
     open: Option<Taken>,
 }
@@ -202,16 +204,23 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
     let dead = half_alive.iter().take_while(|victim| victim.alive == 0).count();
     let dead: Vec<Arc<Pack>> = half_alive.drain(..dead).map(|victim| victim.pack).collect();
     let freed = dead.iter().map(|pack| file_len(&pack.path)).sum::<Result<u64>>()?;
-    reclaimed.packs = dead.len() as u64;
-    drop_packs(inner, dead)?;
-    reclaimed.bytes = freed;
+    let numbers: Vec<u32> = dead.iter().map(|pack| pack.number).collect();
+    if !numbers.is_empty() {
+        // From here on nobody takes what was in them for stored, or looks for it there; who did has them open.
+        write(&inner.index).forget(&numbers);
+    }
+    reclaimed.packs += dead.len() as u64;
+    delete_packs(inner, dead)?;
+    reclaimed.bytes += freed;
     let mut left = half_alive.into_iter();
     for victim in left.by_ref() {
         let carried = carry(inner, &victim);
         match carried {
             Ok(written) => {
                 let len = file_len(&victim.pack.path)?;
-                drop_packs(inner, vec![victim.pack])?;
+                // From here on nobody takes what was in it for stored, or looks for it there; who did has it open.
+                write(&inner.index).forget_dead(victim.pack.number, &victim.dead);
+                delete_packs(inner, vec![victim.pack])?;
                 reclaimed.packs += 1;
                 reclaimed.bytes += len.saturating_sub(written);
             }
@@ -241,21 +250,61 @@ fn victims(inner: &Inner, live: &HashSet<Id>, missing: bool) -> Result<Vec<Victi
     for (id, place) in index.places.iter().filter(|(id, _)| live.contains(*id)) {
         objects.entry(place.pack).or_default().push((*id, place));
     }
-    let mut victims = Vec::new();
+    let mut victims: Vec<Victim> = Vec::new();
     let spared = if missing { index.with_more() } else { HashSet::new() };
     for (number, pack) in index.packs.iter().filter(|(number, _)| !spared.contains(*number)) {
         let mut objects = objects.remove(number).unwrap_or_default();
         objects.sort_unstable_by_key(|(_, place)| place.slot.start);
         let alive = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum::<u64>();
         if alive * 2 <= file_len(&pack.path)?.saturating_sub(PACK_HEADER) {
-            victims.push(Victim { pack: Arc::clone(pack), objects, alive, open: None });
+            victims.push(Victim {
+                pack: Arc::clone(pack),
+                objects,
+                alive,
+                dead: Dead::default(),
+                open: None,
+            });
         }
     }
     for victim in &mut victims {
         victim.open = index.open.remove(&victim.pack.number);
     }
+    find_dead(&index, live, &mut victims);
     victims.sort_by_key(|victim| victim.alive);
     Ok(victims)
+}
+
+/// Notes what goes with each pack that is rewritten: once for all of them, as that takes a look at every object there is.
+/// What has nothing alive is forgotten without.
+fn find_dead(index: &Index, live: &HashSet<Id>, victims: &mut [Victim]) {
+    // Here they are in the order of their numbers.
+    let numbers: Vec<u32> =
+        victims.iter().filter(|victim| victim.alive > 0).map(|victim| victim.pack.number).collect();
+    if numbers.is_empty() {
+        return;
+    }
+    let mut dead: Vec<Dead> = numbers.iter().map(|_| Dead::default()).collect();
+    let place_of = |pack: u32| numbers.binary_search(&pack).ok();
+    for (id, place) in index.places.iter().filter(|(id, _)| !live.contains(*id)) {
+        if let Some(at) = place_of(place.pack) {
+            dead[at].objects.push(*id);
+        }
+        // What something that is alive differs from is alive itself.
+        let base = place.patch.map(|patch| patch.base).filter(|base| *base != HOLE && !live.contains(base));
+        let base = base.and_then(|base| index.places.get(&base));
+        if let Some(at) = base.and_then(|base| place_of(base.pack)) {
+            dead[at].patches.push(*id);
+        }
+    }
+    // Who finds damage meanwhile has these take the place of what they are copies of.
+    for (id, copies) in &index.copies {
+        for at in copies.iter().filter_map(|copy| place_of(copy.pack)) {
+            dead[at].objects.push(*id);
+        }
+    }
+    for (victim, dead) in victims.iter_mut().filter(|victim| victim.alive > 0).zip(dead) {
+        victim.dead = dead;
+    }
 }
 
 /// Stores what is alive in a pack elsewhere; how many bytes that has taken.
@@ -286,15 +335,13 @@ fn read_to_carry(inner: &Inner, pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec
     Ok(stored)
 }
 
-/// Forgets what is in packs and deletes them. Their names go before those of their indices, so that a crash leaves lone
-/// indices, which opening clears away, and never a pack without one. None of it takes room.
-fn drop_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
+/// Deletes packs that are forgotten. Their names go before those of their indices, so that a crash leaves lone indices,
+/// which opening clears away, and never a pack without one. None of it takes room, and what it gives back is there when nobody
+/// has the packs open any more.
+fn delete_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
     if packs.is_empty() {
         return Ok(());
     }
-    let numbers: Vec<u32> = packs.iter().map(|pack| pack.number).collect();
-    // From here on nobody takes what was in them for stored, or looks for it there; who did has them open.
-    write(&inner.index).forget(&numbers);
     let dir = &inner.packs_dir();
     let failed = |e, number| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
     for (at, pack) in packs.iter().enumerate() {
@@ -306,7 +353,7 @@ fn drop_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
         }
     }
     sync_dir(dir)?;
-    for &number in &numbers {
+    for number in packs.iter().map(|pack| pack.number) {
         fs::remove_file(&pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
     }
     Ok(())

@@ -25,6 +25,7 @@ mod queue;
 pub(crate) mod replay;
 mod scrub;
 mod store;
+mod sweep;
 pub(crate) mod tape;
 mod unreadable;
 mod verification;

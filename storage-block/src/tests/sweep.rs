@@ -1,0 +1,101 @@
+//! What a sweep forgets.
+
+use std::collections::HashSet;
+
+use ami_core::Digest;
+
+use super::{image, memory};
+use crate::places::VISITED;
+use crate::session::{Session, prepare};
+use crate::store::read;
+use crate::testing::Random;
+use crate::{Snapshot, Store, Volume};
+
+/// Every object that is known is to be found where it is known to be.
+fn check_index(store: &Store, what: &str) {
+    let index = read(&store.0.index);
+    for (id, place) in index.places.iter() {
+        assert!(index.find(id).is_some(), "{what}: {place:?} is nowhere");
+    }
+    for (id, copies) in &index.copies {
+        assert!(index.places.contains_key(id), "{what}: copies of nothing");
+        let is_there = |pack: &u32| index.packs.contains_key(pack);
+        assert!(copies.iter().all(|copy| is_there(&copy.pack)), "{what}: {copies:?}");
+    }
+}
+
+/// Fills so many packs with two images each, and says which the smaller ones are: a quarter of each pack is theirs.
+fn half_alive(store: &Store, packs: usize) -> HashSet<Digest> {
+    let kept = (0..packs as u64).map(|number| {
+        let kept = store.import(&memory(&image(1, 0, 100 + number)), &mut |_| ()).unwrap().0.digest();
+        store.import(&memory(&image(6, 0, 500 + number)), &mut |_| ()).unwrap();
+        kept
+    });
+    kept.collect()
+}
+
+/// A sweep looks at all there is so many times, and not so many times for each pack that it rewrites.
+#[test]
+fn rewriting_a_pack_costs_what_is_in_it() {
+    let mut per_object = Vec::new();
+    for packs in [2, 16] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::with_pack_slots(dir.path().to_owned(), 7).unwrap();
+        let keep = half_alive(&store, packs);
+        let objects = read(&store.0.index).places.len();
+        VISITED.set(0);
+        let swept = store.sweep().remove_unreferenced(&keep).unwrap();
+        let visited = VISITED.get();
+        assert!(swept.packs >= packs as u64, "{swept:?}");
+        check_index(&store, "after a sweep");
+        per_object.push(visited as f64 / objects as f64);
+        keep.iter().for_each(|digest| store.snapshot(digest).unwrap().verify().unwrap());
+    }
+    assert!(per_object[1] <= per_object[0] + 1.0, "{per_object:?} looks at each object");
+}
+
+/// Has chunks stored in two places: who imports them does so while another has stored them, and nobody knows.
+fn side_by_side(store: &Store, bytes: &[u8], import: impl FnOnce() -> Snapshot) -> Snapshot {
+    let mut session = Session::begin(&store.0);
+    for chunk in bytes.chunks(1 << 16) {
+        session.put(&prepare(&store.0, chunk, None, None), chunk).unwrap();
+    }
+    let imported = import();
+    session.finish(|_| Ok(())).unwrap();
+    imported
+}
+
+/// What is forgotten is what goes, with what differs from it, whichever packs these lie in and whatever else is in several places.
+#[test]
+fn what_a_sweep_has_forgotten_is_stored_again() {
+    for (seed, twice) in (0..20).flat_map(|seed| [(seed, false), (seed, true)]) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::with_pack_slots(dir.path().join("store"), 4).unwrap();
+        let mut random = Random(seed);
+        let mut made: Vec<(Digest, Vec<u8>)> = Vec::new();
+        for number in 0..6u64 {
+            let mut bytes = image(3, 0, seed * 10 + number);
+            let import = || store.import(&memory(&bytes), &mut |_| ()).unwrap().0;
+            let base = if twice && number % 3 == 0 { side_by_side(&store, &bytes, import) } else { import() };
+            made.push((base.digest(), bytes.clone()));
+            // And one that differs little, which may come to lie in another pack.
+            let path = dir.path().join(format!("volume-{number}"));
+            let volume = Volume::create(&path, Some(&base), base.size()).unwrap();
+            let at = random.below(3) << 16;
+            volume.disk().write_at(&[9; 4096], at).unwrap();
+            bytes[at as usize..][..4096].fill(9);
+            made.push((volume.snapshot(&store).unwrap().0.digest(), bytes));
+        }
+        let keep: HashSet<Digest> =
+            made.iter().filter(|_| random.below(3) == 0).map(|(digest, _)| *digest).collect();
+        let what = format!("seed {seed}, some twice: {twice}");
+        store.sweep().remove_unreferenced(&keep).unwrap();
+        check_index(&store, &what);
+        keep.iter().for_each(|digest| store.snapshot(digest).unwrap().verify().unwrap());
+        for (digest, bytes) in &made {
+            let (snapshot, _) = store.import(&memory(bytes), &mut |_| ()).unwrap();
+            assert_eq!(snapshot.digest(), *digest, "{what}");
+            snapshot.verify().unwrap_or_else(|error| panic!("{what}: {error}"));
+        }
+    }
+}
