@@ -49,7 +49,7 @@ pub struct Reclaimed {
     /// pack goes: importing what they held [mends](Store::import) them, and whoever does not keep them gives them up.
     pub unreadable: u64,
     /// Chunks of snapshots to be kept that no pack is known to hold. As long as there are some, packs stay whose indices are
-    /// damaged, and those with chunks that are stored as what differs from what is missing: importing that mends them.
+    /// damaged or missing, and those with chunks that are stored as what differs from what is missing: importing that mends them.
     pub missing: u64,
 }
 
@@ -90,7 +90,8 @@ impl Sweep {
     /// Removes every snapshot that is not in `keep` and not open, and the chunks that no other has.
     ///
     /// A volume's snapshot counts as open while the volume is; `keep` has to name those of all volumes that are
-    /// not. Packs without a live object are deleted, and then those at most half alive are rewritten, one after the other as
+    /// not. Packs of which nobody knows what is in them are deleted where nothing that is kept is missing or known to be
+    /// damaged. Packs without a live object are deleted, and then those at most half alive are rewritten, one after the other as
     /// far as there is room; what is alive is durable in its new place before its old one goes, so that a crash at any moment
     /// loses nothing. A snapshot that is opened meanwhile is kept if it is still there.
     ///
@@ -140,6 +141,14 @@ impl Sweep {
             reclaimed.missing = (named - live.len()) as u64;
         }
         settle_copies(inner, &live)?;
+        // Where something that is kept is missing or damaged, they may be whole again some time.
+        let whole = {
+            let index = read(&inner.index);
+            live.iter().all(|id| index.has(id))
+        };
+        if whole && reclaimed.missing == 0 {
+            delete_broken(inner, &mut reclaimed)?;
+        }
         sweep(inner, &live, &mut reclaimed)?;
         Ok(reclaimed)
     }
@@ -355,6 +364,36 @@ fn delete_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
     sync_dir(dir)?;
     for number in packs.iter().map(|pack| pack.number) {
         fs::remove_file(&pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
+    }
+    Ok(())
+}
+
+/// Deletes the packs of which nobody knows what is in them, as nothing is missed that could be. What they take up is given
+/// back. Nobody else goes to them, so they are forgotten when they are gone.
+fn delete_broken(inner: &Inner, reclaimed: &mut Reclaimed) -> Result<()> {
+    let broken: Vec<u32> = read(&inner.index).broken.keys().copied().collect();
+    if broken.is_empty() {
+        return Ok(());
+    }
+    let dir = &inner.packs_dir();
+    let remove = |path: &Path| match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(e, format!("cannot remove {}", path.display())))
+        }
+        _ => Ok(()),
+    };
+    for number in &broken {
+        let path = pack::pack_path(dir, *number);
+        // What cannot even be looked at is counted for nothing.
+        let len = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        remove(&path)?;
+        reclaimed.packs += 1;
+        reclaimed.bytes += len;
+    }
+    sync_dir(dir)?;
+    for number in &broken {
+        remove(&pack::index_path(dir, *number))?;
+        write(&inner.index).broken.remove(number);
     }
     Ok(())
 }

@@ -1,9 +1,10 @@
-//! What a sweep forgets.
+//! What a sweep forgets, and in which order it deletes.
 
 use std::collections::HashSet;
 
 use ami_core::Digest;
 
+use super::tape::{Op, Tape};
 use super::{image, memory};
 use crate::places::VISITED;
 use crate::session::{Session, prepare};
@@ -97,5 +98,64 @@ fn what_a_sweep_has_forgotten_is_stored_again() {
             assert_eq!(snapshot.digest(), *digest, "{what}");
             snapshot.verify().unwrap_or_else(|error| panic!("{what}: {error}"));
         }
+    }
+}
+
+/// A pack of which nobody knows what is in it goes when nothing is missed any more, and not before.
+#[test]
+fn a_broken_pack_goes_when_nothing_is_missing() {
+    type Damage = fn(&std::path::Path);
+    let damages: [(&str, Damage); 2] = [
+        ("it is missing", |index| std::fs::remove_file(index).unwrap()),
+        ("it is no index", |index| std::fs::write(index, [1; 100]).unwrap()),
+    ];
+    for (what, damage) in damages {
+        let dir = tempfile::tempdir().unwrap();
+        let tape = Tape::record(dir.path());
+        let open = || Store::with_pack_slots(dir.path().to_owned(), 4).unwrap();
+        let images = [image(3, 0, 1), image(3, 0, 2)];
+        let import = |store: &Store, number: usize| {
+            store.import(&memory(&images[number]), &mut |_| ()).unwrap().0.digest()
+        };
+        let keep = HashSet::from([0, 1].map(|number| import(&open(), number)));
+        let packs = dir.path().join("packs");
+        damage(&packs.join("00000000.index"));
+        let pack = packs.join("00000000.pack");
+        let store = open();
+        let swept = |store: &Store| store.sweep().remove_unreferenced(&keep).unwrap();
+        assert_eq!(swept(&store).unreadable, 1, "{what}");
+        assert!(pack.exists(), "{what}");
+        // What was in it is there again, and something else is damaged that may have been in it, too.
+        import(&store, 0);
+        let mut bytes = std::fs::read(packs.join("00000001.pack")).unwrap();
+        bytes[4096 + 9] ^= 1;
+        std::fs::write(packs.join("00000001.pack"), bytes).unwrap();
+        assert_eq!(store.scrub(&mut |_| ()).unwrap().damages.len(), 2, "{what}");
+        assert_eq!(swept(&store).missing, 0, "{what}");
+        assert!(pack.exists(), "{what}: it goes while something is damaged");
+        import(&store, 1);
+
+        let (at, len) = (tape.position(), std::fs::metadata(&pack).unwrap().len());
+        let swept = swept(&store);
+        assert!(swept.packs > 0 && swept.bytes >= len, "{what}: {swept:?}");
+        let packs_dir = std::path::PathBuf::from("packs");
+        let steps = tape.steps().split_off(at);
+        let done = |op: &Op| steps.iter().position(|step| step.op == *op);
+        let removed = done(&Op::Remove { path: packs_dir.join("00000000.pack") }).unwrap();
+        let synced = done(&Op::SyncDir { path: packs_dir.clone() }).unwrap();
+        assert!(removed < synced, "{what}");
+        // A crash in between leaves a lone index, which opening clears away.
+        if let Some(index) = done(&Op::Remove { path: packs_dir.join("00000000.index") }) {
+            assert!(synced < index, "{what}");
+        }
+        assert!(!pack.exists() && !packs.join("00000000.index").exists(), "{what}");
+        let is_clean = |store: &Store| {
+            let report = store.scrub(&mut |_| ()).unwrap();
+            assert!(report.damaged_snapshots.is_empty(), "{what}: {report:?}");
+            assert!(report.damages.iter().all(|error| !error.to_string().contains("index")), "{report:?}");
+        };
+        is_clean(&store);
+        drop(store);
+        is_clean(&open());
     }
 }
