@@ -54,15 +54,23 @@ pub struct Reclaimed {
 }
 
 /// The turn of one who removes what nobody needs, by [`Store::sweep`], which shows it in use.
+///
+/// As long as there is one, others who store wait for its end. The thread that holds it cannot: its imports and its snapshots of
+/// volumes fail with [`InUse`](ErrorKind::InUse). So they do on the thread that took it, where another has it now, until that
+/// [removes](Self::remove_unreferenced) something. Another [`Store::sweep`] and
+/// [`Volume::freeze`](crate::Volume::freeze), which never fail, must not be called there: they would wait for ever.
 #[derive(Debug)]
 #[must_use = "nothing is removed yet, and nobody can store anything until it is dropped"]
 pub struct Sweep {
     store: Store,
-    _turn: Sweeping,
+    turn: Sweeping,
 }
 
 impl Store {
     /// Waits for imports and snapshots under way, and keeps others from beginning until it is dropped; all else goes on.
+    ///
+    /// A thread that holds a [`Sweep`] of the store, or has begun to store something in it, as who is told of an import's
+    /// progress has and who holds [`FrozenVolumes`](crate::FrozenVolumes), would wait for itself, and for ever.
     ///
     /// Whoever decides what to keep decides it now: no snapshot comes to be that he does not know of. One that has, and
     /// that nobody has noted yet, is kept as long as it is open, which is as long as its maker holds on to it.
@@ -82,7 +90,7 @@ impl Store {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn sweep(&self) -> Sweep {
-        Sweep { _turn: self.0.turns.sweep(), store: self.clone() }
+        Sweep { turn: self.0.turns.sweep(), store: self.clone() }
     }
 }
 
@@ -101,6 +109,7 @@ impl Sweep {
     ///
     /// What the file system says, and then a later call finishes the work.
     pub fn remove_unreferenced(self, keep: &HashSet<Digest>) -> Result<Reclaimed> {
+        self.turn.move_here();
         let inner = &*self.store.0;
         let all = self.store.snapshots()?;
         let (mut kept, mut dropped): (Vec<Digest>, Vec<Digest>) =

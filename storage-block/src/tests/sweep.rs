@@ -1,6 +1,8 @@
-//! What a sweep forgets, and in which order it deletes.
+//! What a sweep forgets, in which order it deletes, and who must not wait for it.
 
 use std::collections::HashSet;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use ami_core::Digest;
 
@@ -10,7 +12,7 @@ use crate::places::VISITED;
 use crate::session::{Session, prepare};
 use crate::store::read;
 use crate::testing::Random;
-use crate::{Snapshot, Store, Volume};
+use crate::{ErrorKind, Snapshot, Store, Volume};
 
 /// Every object that is known is to be found where it is known to be.
 fn check_index(store: &Store, what: &str) {
@@ -158,4 +160,47 @@ fn a_broken_pack_goes_when_nothing_is_missing() {
         drop(store);
         is_clean(&open());
     }
+}
+
+/// Who holds a sweep would wait for itself.
+#[test]
+fn who_holds_a_sweep_is_told_that_it_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let volume = Volume::create(&dir.path().join("volume"), None, 1 << 20).unwrap();
+    let (tell, told) = mpsc::channel();
+    let holder = {
+        let (store, volume) = (store.clone(), volume.clone());
+        std::thread::spawn(move || {
+            let import = || store.import(&memory(&image(1, 0, 1)), &mut |_| ()).map(drop);
+            let sweep = store.sweep();
+            tell.send((import(), volume.snapshot(&store).map(drop))).unwrap();
+            // In the hands of another, who has done with it, it is in nobody's way.
+            let other = std::thread::spawn(move || sweep.remove_unreferenced(&HashSet::new()));
+            other.join().unwrap().unwrap();
+            tell.send((import(), volume.snapshot(&store).map(drop))).unwrap();
+        })
+    };
+    let next = || {
+        let (import, snapshot) = told.recv_timeout(Duration::from_secs(20)).expect("it waits for itself");
+        [import, snapshot].map(|result| result.map_err(|error| (error.kind(), error.to_string())))
+    };
+    let in_use: Result<(), _> = Err((ErrorKind::InUse, "this thread holds a sweep of the store".to_owned()));
+    assert_eq!(next(), [in_use.clone(), in_use]);
+    assert_eq!(next(), [Ok(()), Ok(())]);
+    holder.join().unwrap();
+}
+
+/// Others wait until it is over, whoever has it by then.
+#[test]
+fn others_wait_for_a_sweep() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let sweep = store.sweep();
+    std::thread::scope(|scope| {
+        let import = scope.spawn(|| store.import(&memory(&image(1, 0, 1)), &mut |_| ()).map(drop));
+        let swept = scope.spawn(|| sweep.remove_unreferenced(&HashSet::new()));
+        assert_eq!(swept.join().unwrap().unwrap().snapshots, 0);
+        import.join().unwrap().unwrap();
+    });
 }
