@@ -12,7 +12,7 @@ use ami_core::Digest;
 
 pub(crate) use closing::{CLOSING_BYTES, Closing, encode_closing, parse_closing};
 pub(crate) use key::{KEY_CHECK, KEY_ID_MAX, KEY_MAX, WRAPPED_MAX, WrappedKey, encode_key, parse_key};
-pub(crate) use name::{LOG_NAME, log_name, parse_log_name};
+pub(crate) use name::{LOG_NAME, is_name_of_other_version, log_name, parse_log_name};
 pub(crate) use pack::*;
 pub(crate) use root::{RootParts, encode_root, parse_root};
 
@@ -164,6 +164,11 @@ pub(crate) fn encode_volume(header: &VolumeHeader) -> Vec<u8> {
     let crc = crc32c::crc32c(&bytes[..at]);
     put(&mut bytes, at, &crc.to_le_bytes());
     bytes
+}
+
+/// Whether these are the first bytes of a volume's log, of whatever version.
+pub(crate) fn is_volume(bytes: &[u8]) -> bool {
+    bytes.starts_with(VOLUME_MAGIC)
 }
 
 pub(crate) fn parse_volume(bytes: &[u8]) -> Result<VolumeHeader, Wrong> {

@@ -316,8 +316,9 @@ impl Volume {
         Ok(())
     }
 
-    /// Deletes the volume in `dir`, whole or half-made, without opening it, and `dir` where nothing is left in it. It is no
-    /// error if there is nothing.
+    /// Deletes the volume in `dir`, whole or half-made, without opening it, and `dir` where nothing is left in it. Files of others
+    /// stay: where there is no overlay, a `log` goes only if it begins as a volume's does, or is empty. It is no error if there
+    /// is nothing, or nothing of a volume's.
     ///
     /// # Errors
     ///
@@ -365,8 +366,8 @@ fn remove_files(dir: &Path) -> Result<()> {
         }
         _ => Ok(()),
     };
-    Log::remove(dir)?;
     let overlay = dir.join(OVERLAY);
+    Log::remove(dir, overlay.symlink_metadata().is_ok())?;
     gone(fs::remove_file(&overlay), &overlay)?;
     match fs::remove_dir(dir) {
         // What others have there stays, and so does the directory; and so does one that is called `.` by who is in it.
