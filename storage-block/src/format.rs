@@ -28,6 +28,8 @@ pub(crate) const LEAF_BYTES: usize = LEAF_IDS * Digest::LEN;
 pub(crate) const LEAF_SPAN: u64 = CHUNK * LEAF_IDS as u64;
 /// Bytes of a snapshot's root before its leaf digests.
 pub(crate) const ROOT_HEADER: usize = 64;
+/// Bytes of the longest root: that of the largest disk, with the longest key.
+pub(crate) const ROOT_MAX: usize = ROOT_HEADER + (MAX_SIZE / LEAF_SPAN) as usize * Digest::LEN + KEY_MAX;
 /// Where the first batch of a volume's log begins.
 pub(crate) const LOG_HEADER: u64 = 4096;
 /// Batches begin at multiples of this, so that a torn write never touches an older batch.
@@ -57,7 +59,7 @@ pub(crate) const SALT: usize = 32;
 const _: () = {
     assert!(VERSION == 3);
     assert!(CHUNK == 65536 && BLOCK == 4096 && LEAF_IDS == 1024 && LEAF_BYTES == 32768);
-    assert!(LEAF_SPAN == 64 << 20 && ROOT_HEADER == 64);
+    assert!(LEAF_SPAN == 64 << 20 && ROOT_HEADER == 64 && ROOT_MAX == (32 << 20) + 64 + KEY_MAX);
     assert!(LOG_HEADER == 4096 && LOG_ALIGN == 512 && BATCH_HEADER == 32 && BATCH_RECORD == 16);
     assert!(BATCH_MAX == 65536 && Digest::LEN == 32);
     assert!(LOG_CRC_1 == 64 && LOG_CRC == 4092 && SALT == 32 && 100 + KEY_MAX <= LOG_CRC);
