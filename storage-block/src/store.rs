@@ -67,7 +67,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`InUse`](ErrorKind::InUse) if it is open already, or what the file system says. A damaged pack is none: what it
+    /// [`InUse`](ErrorKind::InUse) if it is open already, [`NotFound`](ErrorKind::NotFound) if there is none and none
+    /// is [to be made](StoreOptions::create), or what the file system says. A damaged pack is none: what it
     /// holds cannot be read, [`scrub`](Self::scrub) reports it, and all else is there.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(dir, &StoreOptions::new())
@@ -84,6 +85,9 @@ impl Store {
         // The lock is made last: where it is, the names above it are durable.
         let lock = dir.join("lock");
         let new = !lock.exists();
+        if new && !options.create {
+            return Err(Error::new(ErrorKind::NotFound, format!("there is no store in {}", dir.display())));
+        }
         for made in [&packs, &snapshots] {
             fs::create_dir_all(made)
                 .map_err(|e| Error::io(e, format!("cannot create {}", made.display())))?;
