@@ -24,6 +24,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 /// assert_eq!(socket.uri("vol-1"), "nbd+unix:///vol-1?socket=/run/a%20disk.sock");
 /// let port = Address::from(std::net::SocketAddr::from(([127, 0, 0, 1], 10809)));
 /// assert_eq!(port.uri(""), "nbd://127.0.0.1:10809/");
+/// assert_eq!((Address::from("/run/a disk.sock"), Address::from("127.0.0.1:10809")), (socket, port));
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -69,6 +70,13 @@ impl From<&Path> for Address {
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Self {
         Self::Tcp(address)
+    }
+}
+
+impl From<&str> for Address {
+    /// A port if it reads as one, such as `127.0.0.1:10809` or `[::1]:10809`, and else the path of a socket.
+    fn from(address: &str) -> Self {
+        address.parse().map_or_else(|_| Self::Unix(address.into()), Self::Tcp)
     }
 }
 
