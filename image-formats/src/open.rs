@@ -129,8 +129,10 @@ impl OpenOptions {
         match format {
             Format::Raw => {
                 self.check_size(source.len())?;
+                let name = source.name().to_owned();
                 let raw = RawFile::from_file(source.into_file(), true);
-                raw.map(RawFile::into_disk).map_err(|e| Error::disk(e, "cannot be a raw image"))
+                raw.map(|raw| raw.named(name).into_disk())
+                    .map_err(|e| Error::disk(e, "cannot be a raw image"))
             }
             Format::Qcow2 => qcow2::open(source, self),
             Format::Vmdk => vmdk::open(source, self, directory.filter(|_| self.extents_beside)),

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use storage_block::{BlockBackend, Capabilities, ErrorKind};
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// What an image is asked; what it is not asked as a disk, [`ReadOnly`] answers for all of them.
 pub(crate) trait ReadImage: fmt::Debug + Send + Sync + 'static {
@@ -21,7 +21,21 @@ pub(crate) trait ReadImage: fmt::Debug + Send + Sync + 'static {
 
 /// An image as a disk.
 #[derive(Debug)]
-pub(crate) struct ReadOnly<I>(pub(crate) I);
+pub(crate) struct ReadOnly<I> {
+    image: I,
+    /// Of the file, for errors: who reads the disk may have many.
+    name: String,
+}
+
+impl<I: ReadImage> ReadOnly<I> {
+    pub(crate) fn new(image: I, name: String) -> Self {
+        Self { image, name }
+    }
+
+    fn said<T>(&self, result: Result<T>) -> storage_block::Result<T> {
+        result.map_err(|e| e.about(&self.name).into_disk_error())
+    }
+}
 
 /// What an image says to being written, which a [`Disk`](storage_block::Disk) never asks for.
 fn refused() -> storage_block::Error {
@@ -30,7 +44,7 @@ fn refused() -> storage_block::Error {
 
 impl<I: ReadImage> BlockBackend for ReadOnly<I> {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.image.size()
     }
 
     fn read_only(&self) -> bool {
@@ -44,7 +58,7 @@ impl<I: ReadImage> BlockBackend for ReadOnly<I> {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> storage_block::Result<()> {
-        self.0.read(buf, offset).map_err(Error::into_disk_error)
+        self.said(self.image.read(buf, offset))
     }
 
     fn write_at(&self, _: &[u8], _: u64) -> storage_block::Result<()> {
@@ -60,6 +74,6 @@ impl<I: ReadImage> BlockBackend for ReadOnly<I> {
     }
 
     fn next_data(&self, offset: u64) -> storage_block::Result<Option<Range<u64>>> {
-        self.0.next_data(offset).map_err(Error::into_disk_error)
+        self.said(self.image.next_data(offset))
     }
 }

@@ -15,6 +15,7 @@ use crate::{Error, Result};
 pub(crate) struct Source {
     file: File,
     len: u64,
+    name: String,
 }
 
 impl Source {
@@ -22,9 +23,11 @@ impl Source {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let no_waiting = OFlags::NONBLOCK.bits() as i32;
         let file = OpenOptions::new().read(true).custom_flags(no_waiting).open(path);
-        Self::from_file(file.map_err(|e| Error::io(e, "cannot be opened"))?)
+        let source = Self::from_file(file.map_err(|e| Error::io(e, "cannot be opened"))?)?;
+        Ok(Self { name: path.display().to_string(), ..source })
     }
 
+    /// One that errors call the image, for want of a name.
     pub(crate) fn from_file(mut file: File) -> Result<Self> {
         let metadata = file.metadata().map_err(|e| Error::io(e, "cannot be looked at"))?;
         let len = if metadata.is_file() {
@@ -34,11 +37,16 @@ impl Source {
         } else {
             return Err(unsupported("is neither a file nor a block device"));
         };
-        Ok(Self { file, len })
+        Ok(Self { file, len, name: "the image".to_owned() })
     }
 
     pub(crate) fn len(&self) -> u64 {
         self.len
+    }
+
+    /// What errors call it that come when it is read as a disk.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     pub(crate) fn into_file(self) -> File {

@@ -5,8 +5,8 @@ mod common;
 
 use std::path::Path;
 
-use common::{KIB, MIB, check, content, data, have_qemu_img, qemu_img, raw_file};
-use image_formats::{ErrorKind, Format, OpenOptions, open};
+use common::{KIB, MIB, check, content, data, disk, go_on, have_qemu_img, qemu_img, raw_file};
+use image_formats::{ErrorKind, ExportOptions, Format, OpenOptions, export, open};
 use storage_block::Store;
 
 /// Has `qemu-img` make an image of a disk of 9 MiB and some sectors, and opens that.
@@ -178,4 +178,19 @@ fn tells_formats_apart() {
     let pipe = dir.path().join("pipe");
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     assert_eq!(Format::probe(&pipe).map_err(|e| e.kind()), Err(ErrorKind::Unsupported), "and does not wait");
+}
+
+/// Whoever reads many images is told which of them it is that cannot be read.
+#[test]
+fn what_cannot_be_read_later_is_named() {
+    for format in [Format::Raw, Format::Qcow2, Format::Vmdk] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("upload");
+        let made = disk(&content(MIB));
+        export(&made, &path, &ExportOptions::new(format), &mut go_on).unwrap();
+        let image = open(&path, format).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        let error = image.read_at(&mut vec![0; MIB], 0).unwrap_err().to_string();
+        assert_eq!(error.matches(path.to_str().unwrap()).count(), 1, "{format}: {error}");
+    }
 }

@@ -4,6 +4,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::path::Path;
 
+use rustix::io::Errno;
+
 /// A result of this crate.
 ///
 /// ```
@@ -46,7 +48,7 @@ pub enum ErrorKind {
     NoSpace,
     /// No snapshot or volume of that name.
     NotFound,
-    /// Bytes on disk are not what their digest, checksum or format says.
+    /// Bytes on disk are not what their digest, checksum or format says, or the disk does not give back what is in a pack.
     Corrupt,
     /// Another process, or another handle of this one, has it open.
     InUse,
@@ -116,6 +118,17 @@ impl Error {
             _ => ErrorKind::Io,
         };
         Self::made(kind, context.into(), Some(Box::new(source)))
+    }
+
+    /// The same of the packs and their indices, which others may have copies of: what the disk or the file system has lost
+    /// there is damaged like what it gives back wrong, and what goes for that goes for it.
+    #[cold]
+    pub(crate) fn stored(source: std::io::Error, context: impl Into<String>) -> Self {
+        const LOST: [Errno; 5] = [Errno::IO, Errno::UCLEAN, Errno::BADMSG, Errno::REMOTEIO, Errno::NODATA];
+        match Errno::from_io_error(&source) {
+            Some(errno) if LOST.contains(&errno) => Self::with_source(ErrorKind::Corrupt, context, source),
+            _ => Self::io(source, context),
+        }
     }
 
     pub(crate) fn with_source(

@@ -12,7 +12,7 @@ use ami_core::Digest;
 
 pub(crate) use closing::{CLOSING_BYTES, Closing, encode_closing, parse_closing};
 pub(crate) use key::{KEY_CHECK, KEY_ID_MAX, KEY_MAX, WRAPPED_MAX, WrappedKey, encode_key, parse_key};
-pub(crate) use name::{LOG_NAME, log_name, parse_log_name};
+pub(crate) use name::{LOG_NAME, is_name_of_other_version, log_name, parse_log_name};
 pub(crate) use pack::*;
 pub(crate) use root::{RootParts, encode_root, parse_root};
 
@@ -28,6 +28,8 @@ pub(crate) const LEAF_BYTES: usize = LEAF_IDS * Digest::LEN;
 pub(crate) const LEAF_SPAN: u64 = CHUNK * LEAF_IDS as u64;
 /// Bytes of a snapshot's root before its leaf digests.
 pub(crate) const ROOT_HEADER: usize = 64;
+/// Bytes of the longest root: that of the largest disk, with the longest key.
+pub(crate) const ROOT_MAX: usize = ROOT_HEADER + (MAX_SIZE / LEAF_SPAN) as usize * Digest::LEN + KEY_MAX;
 /// Where the first batch of a volume's log begins.
 pub(crate) const LOG_HEADER: u64 = 4096;
 /// Batches begin at multiples of this, so that a torn write never touches an older batch.
@@ -57,7 +59,7 @@ pub(crate) const SALT: usize = 32;
 const _: () = {
     assert!(VERSION == 3);
     assert!(CHUNK == 65536 && BLOCK == 4096 && LEAF_IDS == 1024 && LEAF_BYTES == 32768);
-    assert!(LEAF_SPAN == 64 << 20 && ROOT_HEADER == 64);
+    assert!(LEAF_SPAN == 64 << 20 && ROOT_HEADER == 64 && ROOT_MAX == (32 << 20) + 64 + KEY_MAX);
     assert!(LOG_HEADER == 4096 && LOG_ALIGN == 512 && BATCH_HEADER == 32 && BATCH_RECORD == 16);
     assert!(BATCH_MAX == 65536 && Digest::LEN == 32);
     assert!(LOG_CRC_1 == 64 && LOG_CRC == 4092 && SALT == 32 && 100 + KEY_MAX <= LOG_CRC);
@@ -164,6 +166,11 @@ pub(crate) fn encode_volume(header: &VolumeHeader) -> Vec<u8> {
     let crc = crc32c::crc32c(&bytes[..at]);
     put(&mut bytes, at, &crc.to_le_bytes());
     bytes
+}
+
+/// Whether these are the first bytes of a volume's log, of whatever version.
+pub(crate) fn is_volume(bytes: &[u8]) -> bool {
+    bytes.starts_with(VOLUME_MAGIC)
 }
 
 pub(crate) fn parse_volume(bytes: &[u8]) -> Result<VolumeHeader, Wrong> {

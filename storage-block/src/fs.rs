@@ -2,8 +2,8 @@
 //!
 //! Whatever changes a file or a name, or makes either durable, is done here and by the standard library's
 //! names, so that a test can record it and play it back into every state that a crash could leave. Nothing
-//! is added to the calls outside of tests. Reading needs no recording, and paths are looked at and listed with
-//! [`std::fs`].
+//! is added to the calls outside of tests. Reading needs no recording, but tests can have it fail; paths are looked at and
+//! listed with [`std::fs`].
 
 use std::fs::{Metadata, OpenOptions};
 use std::io::{self, Read};
@@ -16,7 +16,10 @@ use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags};
 
 use crate::store::parent;
 #[cfg(test)]
-use crate::tests::tape::{self, Op};
+use crate::tests::{
+    fault,
+    tape::{self, Op},
+};
 use crate::{IoBuf, buffer};
 
 /// Does something that changes a file, and in tests has it recorded.
@@ -168,6 +171,8 @@ fn to_vec(bufs: &[IoBuf<'_>]) -> Vec<u8> {
 
 impl Read for File {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        #[cfg(test)]
+        fault::check_next(&self.file, buf.len())?;
         self.file.read(buf)
     }
 }
@@ -175,6 +180,8 @@ impl Read for File {
 impl FileExt for File {
     #[inline]
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        #[cfg(test)]
+        fault::check(&self.file, offset, buf.len())?;
         self.file.read_at(buf, offset)
     }
 

@@ -57,7 +57,8 @@ impl Store {
     /// # Errors
     ///
     /// [`InvalidSize`](crate::ErrorKind::InvalidSize) above 64 TiB, [`NoSpace`](crate::ErrorKind::NoSpace),
-    /// [`Cancelled`](crate::ErrorKind::Cancelled), what the disk says to being read.
+    /// [`Cancelled`](crate::ErrorKind::Cancelled), [`InUse`](crate::ErrorKind::InUse) if this thread holds a
+    /// [sweep](crate::Sweep) of the store, what the disk says to being read.
     pub fn import(
         &self,
         disk: &Disk,
@@ -91,6 +92,7 @@ impl Store {
         if size > MAX_SIZE {
             return Err(Error::invalid_size(size, "is more than 64 TiB"));
         }
+        self.0.turns.check_not_here()?;
         let mut report = Reporter::begin(size, progress)?;
         let mut session = Session::begin(&self.0);
         let store = session.store();

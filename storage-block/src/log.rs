@@ -2,6 +2,7 @@
 
 mod window;
 
+use std::io::Read as _;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -174,8 +175,11 @@ impl Log {
         let mut logs = Self::names(dir)?;
         logs.retain(|path| !path.ends_with(TEMPORARY));
         match (logs.pop(), logs.is_empty()) {
-            // Who opens this is told that it is not there.
-            (None, _) => Ok(dir.join(PLAIN)),
+            // Who opens this is told what is wrong with its name, or that it is not there.
+            (None, _) => {
+                let other = list(dir)?.into_iter().find(|name| name.starts_with(LOG_NAME));
+                Ok(dir.join(other.as_deref().unwrap_or(PLAIN)))
+            }
             (Some(log), true) => Ok(log),
             (Some(_), false) => Err(Error::corrupt(dir, "it has two logs")),
         }
@@ -183,21 +187,25 @@ impl Log {
 
     /// Whether there is anything in a directory that is or was to be a log.
     pub(crate) fn is_there(dir: &Path) -> Result<bool> {
-        Self::names(dir).map(|names| !names.is_empty())
+        let later = list(dir)?.iter().any(|name| format::is_name_of_other_version(name));
+        Ok(later || !Self::names(dir)?.is_empty())
     }
 
-    /// Removes whatever is or was to be a log in a volume's directory.
-    pub(crate) fn remove(dir: &Path) -> Result<()> {
-        Self::names(dir)?.iter().try_for_each(|path| remove(path))
+    /// Removes whatever is or was to be a log in a directory. What is called as others call their files, too, is taken for one
+    /// if there is an overlay, or if there is nothing in it but what is in a log.
+    pub(crate) fn remove(dir: &Path, overlay: bool) -> Result<()> {
+        for path in Self::names(dir)? {
+            let telling = path.file_name().and_then(|name| name.to_str()).is_some_and(is_telling);
+            if overlay || telling || begins_as_log(&path)? {
+                remove(&path)?;
+            }
+        }
+        Ok(())
     }
 
     fn names(dir: &Path) -> Result<Vec<PathBuf>> {
-        let is_log = |name: &String| name == PLAIN || name == TEMPORARY || name.starts_with(LOG_NAME);
-        match read_dir(dir) {
-            Ok(names) => Ok(names.iter().filter(|name| is_log(name)).map(|name| dir.join(name)).collect()),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
+        let is_log = |name: &String| name == PLAIN || name == TEMPORARY || is_telling(name);
+        Ok(list(dir)?.iter().filter(|name| is_log(name)).map(|name| dir.join(name)).collect())
     }
 
     pub(crate) fn header(&self) -> &VolumeHeader {
@@ -395,6 +403,35 @@ impl Log {
         let file = self.file.try_clone().map_err(|e| Error::io(e, "cannot duplicate a file"))?;
         let mut log = Self::new(self.path.clone(), file, self.header.clone());
         Ok(log.replay()?.runs(0, self.header.size / BLOCK))
+    }
+}
+
+/// Whether it is a name that says what a header would; who else has something beside a volume may call it by one that
+/// begins alike.
+fn is_telling(name: &str) -> bool {
+    format::parse_log_name(name).is_ok()
+}
+
+/// Whether a file begins as a log does, or as one that a crash kept from having anything in it. What cannot be a log's is not.
+fn begins_as_log(path: &Path) -> Result<bool> {
+    if !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Ok(false);
+    }
+    let failed = |e| Error::io(e, format!("cannot look into {}", path.display()));
+    let mut begin = Vec::new();
+    let file = match File::open(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        file => file.map_err(failed)?,
+    };
+    file.take(LOG_ALIGN as u64).read_to_end(&mut begin).map_err(failed)?;
+    Ok(format::is_volume(&begin) || crate::import::is_zero(&begin))
+}
+
+/// The names in a directory, which need not be there.
+fn list(dir: &Path) -> Result<Vec<String>> {
+    match read_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        names => names,
     }
 }
 

@@ -33,19 +33,41 @@ pub struct StoreOptions {
     pub(crate) keys: Keys,
     pub(crate) verify: Verify,
     pub(crate) cache: usize,
+    pub(crate) create: bool,
     pub(crate) pack_units: u32,
 }
 
 impl StoreOptions {
-    /// No compression, no keys, chunks verified by their checksums when they are first read.
+    /// No compression, no keys, chunks verified by their checksums when they are first read; a store is made where there is
+    /// none.
     pub fn new() -> Self {
         Self {
             compression: Compression::None,
             keys: Keys(None),
             verify: Verify::default(),
             cache: CACHE,
+            create: true,
             pack_units: PACK_UNITS,
         }
+    }
+
+    /// Whether a store is made where there is none; otherwise that is an error, which tells of a mistyped directory.
+    ///
+    /// ```
+    /// use storage_block::{ErrorKind, Store, StoreOptions};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let typo = dir.path().join("stroe");
+    /// let there = StoreOptions::new().create(false);
+    /// assert_eq!(Store::open_with(&typo, &there).err().map(|e| e.kind()), Some(ErrorKind::NotFound));
+    /// assert!(!typo.exists());
+    /// drop(Store::open(&typo)?);
+    /// Store::open_with(&typo, &there)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn create(mut self, create: bool) -> Self {
+        self.create = create;
+        self
     }
 
     /// Whether what is stored from now on is compressed.

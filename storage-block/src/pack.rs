@@ -51,11 +51,11 @@ impl Pack {
     #[cold]
     fn open(&self) -> Result<&File> {
         let open = File::open_writable(&self.path);
-        let file = open.map_err(|e| Error::io(e, format!("cannot open {}", self.path.display())))?;
+        let file = open.map_err(|e| Error::stored(e, format!("cannot open {}", self.path.display())))?;
         let mut header = vec![0; PACK_HEADER as usize];
         file.read_exact_at(&mut header, 0).map_err(|e| match e.kind() {
             std::io::ErrorKind::UnexpectedEof => Error::corrupt(&self.path, "it ends before its header does"),
-            _ => Error::io(e, format!("cannot read the header of {}", self.path.display())),
+            _ => Error::stored(e, format!("cannot read the header of {}", self.path.display())),
         })?;
         let version =
             format::check_pack_header(&header, self.number).map_err(|why| Error::corrupt(&self.path, why))?;
@@ -92,7 +92,7 @@ impl Pack {
             std::io::ErrorKind::UnexpectedEof => self.cut_short(start),
             _ => {
                 let what = format!("cannot read slot {} of {}", self.slot_name(start), self.path.display());
-                Error::io(error, what)
+                Error::stored(error, what)
             }
         }
     }
@@ -303,6 +303,40 @@ impl Index {
         });
     }
 
+    /// Forgets one pack of which nothing is alive any more, with what was dead in it and what differed from that. The cost is
+    /// that of what is forgotten, however much else there is.
+    pub(crate) fn forget_dead(&mut self, number: u32, dead: &Dead) {
+        self.packs.remove(&number);
+        self.unsure.remove(&number);
+        for id in &dead.objects {
+            // It may be found elsewhere by now, if it is not only here.
+            if self.places.get(id).is_some_and(|place| place.pack == number) {
+                self.remove(id);
+            }
+        }
+        for id in &dead.patches {
+            let base = self.places.get(id).and_then(|place| place.patch).map_or(HOLE, |patch| patch.base);
+            if base != HOLE && self.places.get(&base).is_none_or(|base| base.patch.is_some()) {
+                self.remove(id);
+            }
+        }
+        // Of these there are few.
+        self.lone.retain(|_, patches| {
+            patches.retain(|(_, place)| place.pack != number);
+            !patches.is_empty()
+        });
+        self.copies.retain(|_, copies| {
+            copies.retain(|copy| copy.pack != number);
+            !copies.is_empty()
+        });
+    }
+
+    fn remove(&mut self, id: &Id) {
+        self.places.remove(id);
+        self.damaged.remove(id);
+        self.copies.remove(id);
+    }
+
     /// The error of an object that no pack has, as far as anybody knows.
     pub(crate) fn lost(&self, kind: Kind, id: &Id) -> Error {
         let mut what = format!("no pack holds the {} {}", kind.name(), hex::encode(id));
@@ -350,7 +384,8 @@ impl Index {
                 // The other packs are as good as ever.
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     tracing::warn!(%error, "a damaged pack is left alone");
-                    index.broken.insert(number, error.to_string());
+                    let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+                    index.broken.insert(number, format!("{error}{}", cause.unwrap_or_default()));
                 }
                 loaded => loaded?,
             }
@@ -373,17 +408,19 @@ impl Index {
         // Records that a process wrote and did not live to make durable are relied on from here on.
         let mut bytes = Vec::new();
         let read = File::open(&index_path).and_then(|file| {
-            let sync = file.sync_data();
+            let synced = file.sync_data();
             // One byte more than there can be is enough to see that there is too much.
             file.take(format::index_max(PACK_VERSION) as u64 + 1).read_to_end(&mut bytes)?;
-            sync
+            Ok(synced)
         });
         match read {
-            Ok(()) => {}
+            Ok(synced) => {
+                synced.map_err(|e| Error::io(e, format!("cannot make {} durable", index_path.display())))?;
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 return Err(Error::corrupt(&index_path, "it is missing, and its pack is not"));
             }
-            Err(e) => return Err(Error::io(e, format!("cannot read {}", index_path.display()))),
+            Err(e) => return Err(Error::stored(e, format!("cannot read {}", index_path.display()))),
         }
         let version =
             format::check_index_header(&bytes, number).map_err(|why| Error::corrupt(&index_path, why))?;
@@ -391,7 +428,7 @@ impl Index {
             return Err(Error::corrupt(&index_path, "it speaks of more slots than a pack has"));
         }
         let len = std::fs::metadata(&path)
-            .map_err(|e| Error::io(e, format!("cannot look at {}", path.display())))?
+            .map_err(|e| Error::stored(e, format!("cannot look at {}", path.display())))?
             .len();
         let pack = Pack::new(number, path, version);
         let records = bytes[INDEX_HEADER..].chunks_exact(format::record_len(version));
@@ -429,6 +466,15 @@ impl Index {
         }
         Ok(())
     }
+}
+
+/// What goes with a pack of which nothing is alive any more.
+#[derive(Debug, Default)]
+pub(crate) struct Dead {
+    /// The objects that lie in it, as far as they are not to be found elsewhere.
+    pub(crate) objects: Vec<Id>,
+    /// Those, elsewhere, that are stored as what differs from one of them.
+    pub(crate) patches: Vec<Id>,
 }
 
 /// What a pack's index says that means something only when all are known.

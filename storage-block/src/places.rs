@@ -16,6 +16,12 @@ pub(crate) struct Place {
     pub(crate) patch: Option<Patch>,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How many objects this thread has gone through, one after the other.
+    pub(crate) static VISITED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 /// The places of objects by their names.
 ///
 /// A store has one for each of its chunks, 16.8 million in a TiB. So the objects stand in a list one after the other, 48
@@ -102,6 +108,8 @@ impl Places {
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&Id, Place)> {
+        #[cfg(test)]
+        VISITED.with(|visited| visited.set(visited.get() + self.len()));
         self.objects.iter().map(|object| (&object.id, self.place(object)))
     }
 

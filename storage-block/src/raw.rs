@@ -2,6 +2,7 @@
 
 mod device;
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;
@@ -42,6 +43,8 @@ const OF_A_FILE: Capabilities = Capabilities {
 #[derive(Debug)]
 pub struct RawFile {
     file: File,
+    /// What errors call it.
+    name: String,
     size: u64,
     read_only: bool,
     capabilities: Capabilities,
@@ -61,6 +64,7 @@ impl RawFile {
         let opened = OpenOptions::new().read(true).write(!read_only).open(path);
         let file = opened.map_err(|e| Error::io(e, format!("cannot open {}", path.display())))?;
         Self::from_file(file, read_only)
+            .map(|raw| raw.named(path.display()))
             .map_err(|e| Error::with_source(e.kind(), format!("{} is no disk", path.display()), e))
     }
 
@@ -94,7 +98,26 @@ impl RawFile {
         if size % SECTOR != 0 {
             return Err(Error::invalid_size(size, "is not a multiple of 512 bytes"));
         }
-        Ok(Self { file, size, read_only, capabilities, failed: AtomicBool::new(false) })
+        let (name, failed) = ("the image".to_owned(), AtomicBool::new(false));
+        Ok(Self { file, name, size, read_only, capabilities, failed })
+    }
+
+    /// Has errors call it by this name, which is that of its file unless it came [without](Self::from_file).
+    ///
+    /// ```
+    /// use storage_block::RawFile;
+    ///
+    /// let file = tempfile::tempfile()?;
+    /// file.set_len(1 << 20)?;
+    /// let disk = RawFile::from_file(file.try_clone()?, true)?.named("the upload").into_disk();
+    /// file.set_len(0)?;
+    /// let cut = disk.read_at(&mut [0; 512], 4096).map_err(|e| e.to_string());
+    /// assert_eq!(cut, Err("cannot read 512 bytes at 4096 of the upload".to_owned()));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn named(mut self, name: impl fmt::Display) -> Self {
+        self.name = name.to_string();
+        self
     }
 
     /// Makes a new, sparse image that reads as zeroes.
@@ -113,7 +136,7 @@ impl RawFile {
         let file = file.map_err(|e| Error::io(e, context()))?;
         file.set_len(size).map_err(|e| Error::io(e, context()))?;
         let (capabilities, failed) = (of_a_file(&file, size, false), AtomicBool::new(false));
-        Ok(Self { file, size, read_only: false, capabilities, failed })
+        Ok(Self { file, name: path.display().to_string(), size, read_only: false, capabilities, failed })
     }
 
     /// A handle to it.
@@ -125,12 +148,13 @@ impl RawFile {
     fn synced(&self, result: std::io::Result<()>) -> Result<()> {
         result.map_err(|e| {
             self.failed.store(true, Ordering::Release);
-            Error::io(e, "cannot flush the image")
+            Error::io(e, format!("cannot flush {}", self.name))
         })
     }
 
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
-        zero_range(&self.file, offset, len).map_err(|e| Error::io(e, "cannot zero a part of the image"))
+        zero_range(&self.file, offset, len)
+            .map_err(|e| Error::io(e, format!("cannot zero {len} bytes at {offset} of {}", self.name)))
     }
 }
 
@@ -145,18 +169,21 @@ impl BlockBackend for RawFile {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let read = self.file.read_exact_at(buf, offset);
-        read.map_err(|e| Error::io(e, format!("cannot read {} bytes at {offset} of the image", buf.len())))
+        read.map_err(|e| {
+            Error::io(e, format!("cannot read {} bytes at {offset} of {}", buf.len(), self.name))
+        })
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         let written = self.file.write_all_at(buf, offset);
-        written
-            .map_err(|e| Error::io(e, format!("cannot write {} bytes at {offset} of the image", buf.len())))
+        written.map_err(|e| {
+            Error::io(e, format!("cannot write {} bytes at {offset} of {}", buf.len(), self.name))
+        })
     }
 
     fn write_vectored_at(&self, mut bufs: &mut [IoBuf<'_>], offset: u64) -> Result<()> {
         let written = write_all_at(self.file.as_fd(), &mut bufs, offset);
-        written.map_err(|e| Error::io(e, format!("cannot write at {offset} of the image")))
+        written.map_err(|e| Error::io(e, format!("cannot write at {offset} of {}", self.name)))
     }
 
     fn flush(&self) -> Result<()> {
@@ -165,7 +192,7 @@ impl BlockBackend for RawFile {
         }
         // The kernel says once that it could not write something, and forgets it.
         if self.failed.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Io, "an earlier flush of the image has failed"));
+            return Err(Error::new(ErrorKind::Io, format!("an earlier flush of {} has failed", self.name)));
         }
         self.synced(self.file.sync_data())
     }
@@ -184,7 +211,7 @@ impl BlockBackend for RawFile {
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
         let found = next_data(&self.file, offset, self.size);
-        found.map_err(|e| Error::io(e, "cannot look for holes in the image"))
+        found.map_err(|e| Error::io(e, format!("cannot look for holes in {}", self.name)))
     }
 }
 
@@ -279,6 +306,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let imported = crate::Store::open(dir.path()).unwrap().import(&disk, &mut |_| ());
         assert_eq!(imported.map(drop).map_err(|e| e.kind()), Err(ErrorKind::Io));
+    }
+
+    /// Who has many disks is told which.
+    #[test]
+    fn errors_name_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data.raw");
+        let made = RawFile::create(&path, 1 << 20).unwrap();
+        let opened = RawFile::open(&path, false).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        for disk in [made, opened] {
+            let error = disk.read_at(&mut [0; 512], 4096).unwrap_err();
+            assert_eq!(error.to_string(), format!("cannot read 512 bytes at 4096 of {}", path.display()));
+            let error = disk.next_data(0).unwrap_err();
+            assert_eq!(error.to_string(), format!("cannot look for holes in {}", path.display()));
+        }
     }
 
     /// A synchronisation that fails is not made good by one that has nothing left to write.

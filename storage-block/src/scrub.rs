@@ -179,13 +179,22 @@ fn check_place(
     key: Option<&EncryptionKey>,
     report: &mut ScrubReport,
 ) -> Result<(), (Error, bool)> {
-    let found = read(&inner.index).find_at(id, place);
-    let Some(found) = found else {
+    // The guard keeps the pack's file there until it is open.
+    let found = {
+        let index = read(&inner.index);
+        index.find_at(id, place).map(|found| (found.open(), found))
+    };
+    let Some((opened, found)) = found else {
         return check_object(inner, id, key, report).map_err(|error| (error, false));
     };
     report.objects += 1;
     let keyless = found.slot.encoding.encrypted() && key.is_none();
     report.without_key += u64::from(keyless);
+    match opened {
+        Err(error) if error.kind() != ErrorKind::Corrupt => return Err((error, false)),
+        // One that is damaged says so again.
+        _ => {}
+    }
     inner.check_found(id, &found, |object| match keyless {
         true => object.read_keyless(),
         false => object.read_checked(key),

@@ -123,9 +123,27 @@ impl Snapshot {
     /// Fills `buf` from `offset`; what lies beyond the end reads as zeroes.
     pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         match self.plain(offset, buf.len() as u64) {
-            Some((pack, start)) => pack.read(start, offset % CHUNK, buf),
+            Some((pack, start)) => match pack.read(start, offset % CHUNK, buf) {
+                Err(error) if error.kind() == ErrorKind::Corrupt => self.read_elsewhere(buf, offset),
+                read => read,
+            },
             None => self.read_parts(buf, offset),
         }
+    }
+
+    /// Reads what cannot be read from where it was when it was verified, from wherever it is whole now. If that is
+    /// nowhere, this is who says what is wrong.
+    #[cold]
+    fn read_elsewhere(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
+        while !buf.is_empty() {
+            let len = (CHUNK - offset % CHUNK).min(buf.len() as u64) as usize;
+            let (part, rest) = buf.split_at_mut(len);
+            let id = self.chunk_id(offset / CHUNK)?;
+            let bytes = self.store.read_object(Kind::Chunk, &id, self.root.key())?;
+            part.copy_from_slice(&bytes[(offset % CHUNK) as usize..][..len]);
+            (buf, offset) = (rest, offset + len as u64);
+        }
+        Ok(())
     }
 
     /// The pack and the slot that bytes within one chunk can be read from as they are. Most reads are of such, and to find
@@ -146,7 +164,10 @@ impl Snapshot {
             let (part, rest) = buf.split_at_mut(len as usize);
             match found {
                 Extent::Hole => part.fill(0),
-                Extent::Plain(pack, start) => pack.read(start, offset % CHUNK, part)?,
+                Extent::Plain(pack, start) => match pack.read(start, offset % CHUNK, part) {
+                    Err(error) if error.kind() == ErrorKind::Corrupt => self.read_elsewhere(part, offset)?,
+                    read => read?,
+                },
                 Extent::Chunk(table, place) => self.read_chunk(table, place, offset % CHUNK, part)?,
             }
             (buf, offset) = (rest, offset + len);

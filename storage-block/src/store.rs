@@ -1,6 +1,7 @@
 //! The store: the directory of packs and snapshots, and who may use it.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -10,7 +11,7 @@ use ami_core::Digest;
 use rustix::fs::FlockOperation;
 
 use crate::cache::Cache;
-use crate::format::WrappedKey;
+use crate::format::{self, WrappedKey};
 use crate::fs::{self, File};
 use crate::keys::{EncryptionKey, KeyContext};
 use crate::options::{Keys, StoreOptions};
@@ -66,7 +67,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`InUse`](ErrorKind::InUse) if it is open already, or what the file system says. A damaged pack is none: what it
+    /// [`InUse`](ErrorKind::InUse) if it is open already, [`NotFound`](ErrorKind::NotFound) if there is none and none
+    /// is [to be made](StoreOptions::create), or what the file system says. A damaged pack is none: what it
     /// holds cannot be read, [`scrub`](Self::scrub) reports it, and all else is there.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(dir, &StoreOptions::new())
@@ -83,6 +85,9 @@ impl Store {
         // The lock is made last: where it is, the names above it are durable.
         let lock = dir.join("lock");
         let new = !lock.exists();
+        if new && !options.create {
+            return Err(Error::new(ErrorKind::NotFound, format!("there is no store in {}", dir.display())));
+        }
         for made in [&packs, &snapshots] {
             fs::create_dir_all(made)
                 .map_err(|e| Error::io(e, format!("cannot create {}", made.display())))?;
@@ -192,20 +197,25 @@ impl Inner {
             return Ok(root);
         }
         let path = self.root_path(digest);
-        let bytes = match std::fs::read(&path) {
+        let bytes = match read_root(&path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 return Err(Error::new(ErrorKind::NotFound, format!("there is no snapshot {digest}")));
             }
             Err(e) => return Err(Error::io(e, format!("cannot read {}", path.display()))),
         };
+        if bytes.len() > format::ROOT_MAX {
+            return Err(Error::corrupt(&path, "it is longer than the root of any snapshot"));
+        }
         let root = Root::parse(*digest, &bytes).map_err(|why| Error::corrupt(&path, why))?;
         Ok(remember(&mut roots, root))
     }
 
     /// Whether there is a root of this name that is what its name says.
     pub(crate) fn has_root(&self, digest: &Digest, bytes: &[u8]) -> bool {
-        std::fs::read(self.root_path(digest)).is_ok_and(|found| found == bytes)
+        let path = self.root_path(digest);
+        let is_as_long = |metadata: std::fs::Metadata| metadata.len() == bytes.len() as u64;
+        std::fs::metadata(&path).is_ok_and(is_as_long) && read_root(&path).is_ok_and(|found| found == bytes)
     }
 
     /// Writes a root where it is found from now on. Its objects are durable already. A failure may leave it there.
@@ -225,6 +235,13 @@ impl Inner {
         }
         Ok(root)
     }
+}
+
+/// The bytes of a root, or of what is longer than any: enough of it to see that.
+fn read_root(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(format::ROOT_MAX as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn remember(roots: &mut HashMap<Digest, Weak<Root>>, root: Root) -> Arc<Root> {
@@ -293,7 +310,8 @@ fn clear_half_made(dir: &Path) -> Result<()> {
 fn clear_lone_indices(packs: &Path) -> Result<()> {
     for name in read_dir(packs)? {
         if let Some(number) = crate::pack::number_of(&name, "index") {
-            if !crate::pack::pack_path(packs, number).exists() {
+            // One that cannot be looked at is there.
+            if matches!(crate::pack::pack_path(packs, number).try_exists(), Ok(false)) {
                 let path = packs.join(&name);
                 fs::remove_file(&path)
                     .map_err(|e| Error::io(e, format!("cannot remove {}", path.display())))?;

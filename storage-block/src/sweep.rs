@@ -8,7 +8,7 @@ use ami_core::Digest;
 
 use crate::format::{HOLE, Id, Kind, PACK_HEADER, Slot, UNIT};
 use crate::fs;
-use crate::pack::{self, Index, Pack, Taken};
+use crate::pack::{self, Dead, Index, Pack, Taken};
 use crate::places::Place;
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
@@ -49,20 +49,28 @@ pub struct Reclaimed {
     /// pack goes: importing what they held [mends](Store::import) them, and whoever does not keep them gives them up.
     pub unreadable: u64,
     /// Chunks of snapshots to be kept that no pack is known to hold. As long as there are some, packs stay whose indices are
-    /// damaged, and those with chunks that are stored as what differs from what is missing: importing that mends them.
+    /// damaged or missing, and those with chunks that are stored as what differs from what is missing: importing that mends them.
     pub missing: u64,
 }
 
 /// The turn of one who removes what nobody needs, by [`Store::sweep`], which shows it in use.
+///
+/// As long as there is one, others who store wait for its end. The thread that holds it cannot: its imports and its snapshots of
+/// volumes fail with [`InUse`](ErrorKind::InUse). So they do on the thread that took it, where another has it now, until that
+/// [removes](Self::remove_unreferenced) something. Another [`Store::sweep`] and
+/// [`Volume::freeze`](crate::Volume::freeze), which never fail, must not be called there: they would wait for ever.
 #[derive(Debug)]
 #[must_use = "nothing is removed yet, and nobody can store anything until it is dropped"]
 pub struct Sweep {
     store: Store,
-    _turn: Sweeping,
+    turn: Sweeping,
 }
 
 impl Store {
     /// Waits for imports and snapshots under way, and keeps others from beginning until it is dropped; all else goes on.
+    ///
+    /// A thread that holds a [`Sweep`] of the store, or has begun to store something in it, as who is told of an import's
+    /// progress has and who holds [`FrozenVolumes`](crate::FrozenVolumes), would wait for itself, and for ever.
     ///
     /// Whoever decides what to keep decides it now: no snapshot comes to be that he does not know of. One that has, and
     /// that nobody has noted yet, is kept as long as it is open, which is as long as its maker holds on to it.
@@ -82,7 +90,7 @@ impl Store {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn sweep(&self) -> Sweep {
-        Sweep { _turn: self.0.turns.sweep(), store: self.clone() }
+        Sweep { turn: self.0.turns.sweep(), store: self.clone() }
     }
 }
 
@@ -90,7 +98,8 @@ impl Sweep {
     /// Removes every snapshot that is not in `keep` and not open, and the chunks that no other has.
     ///
     /// A volume's snapshot counts as open while the volume is; `keep` has to name those of all volumes that are
-    /// not. Packs without a live object are deleted, and then those at most half alive are rewritten, one after the other as
+    /// not. Packs of which nobody knows what is in them are deleted where nothing that is kept is missing or known to be
+    /// damaged. Packs without a live object are deleted, and then those at most half alive are rewritten, one after the other as
     /// far as there is room; what is alive is durable in its new place before its old one goes, so that a crash at any moment
     /// loses nothing. A snapshot that is opened meanwhile is kept if it is still there.
     ///
@@ -100,6 +109,7 @@ impl Sweep {
     ///
     /// What the file system says, and then a later call finishes the work.
     pub fn remove_unreferenced(self, keep: &HashSet<Digest>) -> Result<Reclaimed> {
+        self.turn.move_here();
         let inner = &*self.store.0;
         let all = self.store.snapshots()?;
         let (mut kept, mut dropped): (Vec<Digest>, Vec<Digest>) =
@@ -140,6 +150,14 @@ impl Sweep {
             reclaimed.missing = (named - live.len()) as u64;
         }
         settle_copies(inner, &live)?;
+        // Where something that is kept is missing or damaged, they may be whole again some time.
+        let whole = {
+            let index = read(&inner.index);
+            live.iter().all(|id| index.has(id))
+        };
+        if whole && reclaimed.missing == 0 {
+            delete_broken(inner, &mut reclaimed)?;
+        }
         sweep(inner, &live, &mut reclaimed)?;
         Ok(reclaimed)
     }
@@ -191,6 +209,8 @@ struct Victim {
     objects: Vec<(Id, Place)>,
     /// What the objects take up.
     alive: u64,
+    /// What is not alive in it.
+    dead: Dead,
     /// What is taken of the pack, if it would be appended to.
     open: Option<Taken>,
 }
@@ -202,16 +222,23 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
     let dead = half_alive.iter().take_while(|victim| victim.alive == 0).count();
     let dead: Vec<Arc<Pack>> = half_alive.drain(..dead).map(|victim| victim.pack).collect();
     let freed = dead.iter().map(|pack| file_len(&pack.path)).sum::<Result<u64>>()?;
-    reclaimed.packs = dead.len() as u64;
-    drop_packs(inner, dead)?;
-    reclaimed.bytes = freed;
+    let numbers: Vec<u32> = dead.iter().map(|pack| pack.number).collect();
+    if !numbers.is_empty() {
+        // From here on nobody takes what was in them for stored, or looks for it there; who did has them open.
+        write(&inner.index).forget(&numbers);
+    }
+    reclaimed.packs += dead.len() as u64;
+    delete_packs(inner, dead)?;
+    reclaimed.bytes += freed;
     let mut left = half_alive.into_iter();
     for victim in left.by_ref() {
         let carried = carry(inner, &victim);
         match carried {
             Ok(written) => {
                 let len = file_len(&victim.pack.path)?;
-                drop_packs(inner, vec![victim.pack])?;
+                // From here on nobody takes what was in it for stored, or looks for it there; who did has it open.
+                write(&inner.index).forget_dead(victim.pack.number, &victim.dead);
+                delete_packs(inner, vec![victim.pack])?;
                 reclaimed.packs += 1;
                 reclaimed.bytes += len.saturating_sub(written);
             }
@@ -241,21 +268,61 @@ fn victims(inner: &Inner, live: &HashSet<Id>, missing: bool) -> Result<Vec<Victi
     for (id, place) in index.places.iter().filter(|(id, _)| live.contains(*id)) {
         objects.entry(place.pack).or_default().push((*id, place));
     }
-    let mut victims = Vec::new();
+    let mut victims: Vec<Victim> = Vec::new();
     let spared = if missing { index.with_more() } else { HashSet::new() };
     for (number, pack) in index.packs.iter().filter(|(number, _)| !spared.contains(*number)) {
         let mut objects = objects.remove(number).unwrap_or_default();
         objects.sort_unstable_by_key(|(_, place)| place.slot.start);
         let alive = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum::<u64>();
         if alive * 2 <= file_len(&pack.path)?.saturating_sub(PACK_HEADER) {
-            victims.push(Victim { pack: Arc::clone(pack), objects, alive, open: None });
+            victims.push(Victim {
+                pack: Arc::clone(pack),
+                objects,
+                alive,
+                dead: Dead::default(),
+                open: None,
+            });
         }
     }
     for victim in &mut victims {
         victim.open = index.open.remove(&victim.pack.number);
     }
+    find_dead(&index, live, &mut victims);
     victims.sort_by_key(|victim| victim.alive);
     Ok(victims)
+}
+
+/// Notes what goes with each pack that is rewritten: once for all of them, as that takes a look at every object there is.
+/// What has nothing alive is forgotten without.
+fn find_dead(index: &Index, live: &HashSet<Id>, victims: &mut [Victim]) {
+    // Here they are in the order of their numbers.
+    let numbers: Vec<u32> =
+        victims.iter().filter(|victim| victim.alive > 0).map(|victim| victim.pack.number).collect();
+    if numbers.is_empty() {
+        return;
+    }
+    let mut dead: Vec<Dead> = numbers.iter().map(|_| Dead::default()).collect();
+    let place_of = |pack: u32| numbers.binary_search(&pack).ok();
+    for (id, place) in index.places.iter().filter(|(id, _)| !live.contains(*id)) {
+        if let Some(at) = place_of(place.pack) {
+            dead[at].objects.push(*id);
+        }
+        // What something that is alive differs from is alive itself.
+        let base = place.patch.map(|patch| patch.base).filter(|base| *base != HOLE && !live.contains(base));
+        let base = base.and_then(|base| index.places.get(&base));
+        if let Some(at) = base.and_then(|base| place_of(base.pack)) {
+            dead[at].patches.push(*id);
+        }
+    }
+    // Who finds damage meanwhile has these take the place of what they are copies of.
+    for (id, copies) in &index.copies {
+        for at in copies.iter().filter_map(|copy| place_of(copy.pack)) {
+            dead[at].objects.push(*id);
+        }
+    }
+    for (victim, dead) in victims.iter_mut().filter(|victim| victim.alive > 0).zip(dead) {
+        victim.dead = dead;
+    }
 }
 
 /// Stores what is alive in a pack elsewhere; how many bytes that has taken.
@@ -286,15 +353,13 @@ fn read_to_carry(inner: &Inner, pack: &Pack, slot: &Slot, id: &Id) -> Result<Vec
     Ok(stored)
 }
 
-/// Forgets what is in packs and deletes them. Their names go before those of their indices, so that a crash leaves lone
-/// indices, which opening clears away, and never a pack without one. None of it takes room.
-fn drop_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
+/// Deletes packs that are forgotten. Their names go before those of their indices, so that a crash leaves lone indices,
+/// which opening clears away, and never a pack without one. None of it takes room, and what it gives back is there when nobody
+/// has the packs open any more.
+fn delete_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
     if packs.is_empty() {
         return Ok(());
     }
-    let numbers: Vec<u32> = packs.iter().map(|pack| pack.number).collect();
-    // From here on nobody takes what was in them for stored, or looks for it there; who did has them open.
-    write(&inner.index).forget(&numbers);
     let dir = &inner.packs_dir();
     let failed = |e, number| Error::io(e, format!("cannot remove pack {number} of {}", dir.display()));
     for (at, pack) in packs.iter().enumerate() {
@@ -306,8 +371,38 @@ fn drop_packs(inner: &Inner, packs: Vec<Arc<Pack>>) -> Result<()> {
         }
     }
     sync_dir(dir)?;
-    for &number in &numbers {
+    for number in packs.iter().map(|pack| pack.number) {
         fs::remove_file(&pack::index_path(dir, number)).map_err(|e| failed(e, number))?;
+    }
+    Ok(())
+}
+
+/// Deletes the packs of which nobody knows what is in them, as nothing is missed that could be. What they take up is given
+/// back. Nobody else goes to them, so they are forgotten when they are gone.
+fn delete_broken(inner: &Inner, reclaimed: &mut Reclaimed) -> Result<()> {
+    let broken: Vec<u32> = read(&inner.index).broken.keys().copied().collect();
+    if broken.is_empty() {
+        return Ok(());
+    }
+    let dir = &inner.packs_dir();
+    let remove = |path: &Path| match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(e, format!("cannot remove {}", path.display())))
+        }
+        _ => Ok(()),
+    };
+    for number in &broken {
+        let path = pack::pack_path(dir, *number);
+        // What cannot even be looked at is counted for nothing.
+        let len = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        remove(&path)?;
+        reclaimed.packs += 1;
+        reclaimed.bytes += len;
+    }
+    sync_dir(dir)?;
+    for number in &broken {
+        remove(&pack::index_path(dir, *number))?;
+        write(&inner.index).broken.remove(number);
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 use crate::store::lock;
+use crate::{Error, ErrorKind, Result};
 
 /// Whose turn it is.
 #[derive(Debug, Default)]
@@ -18,7 +19,8 @@ struct State {
     storing: Vec<ThreadId>,
     /// Sweeps that wait for those who store.
     waiting: usize,
-    sweeping: bool,
+    /// The thread that sweeps, as far as is known: who holds a sweep may hand it on.
+    sweeping: Option<ThreadId>,
 }
 
 /// Somebody stores, until it is dropped.
@@ -38,12 +40,14 @@ impl Turns {
     /// it.
     pub(crate) fn store(self: &Arc<Self>) -> Storing {
         let this = thread::current().id();
-        self.store_unless(|state| state.sweeping || (state.waiting > 0 && !state.storing.contains(&this)))
+        self.store_unless(|state| {
+            state.sweeping.is_some() || (state.waiting > 0 && !state.storing.contains(&this))
+        })
     }
 
     /// The same ahead of sweeps that wait, for who cannot wait until all others have stored what they store.
     pub(crate) fn store_soon(self: &Arc<Self>) -> Storing {
-        self.store_unless(|state| state.sweeping)
+        self.store_unless(|state| state.sweeping.is_some())
     }
 
     fn store_unless(self: &Arc<Self>, not_now: impl Fn(&State) -> bool) -> Storing {
@@ -61,13 +65,21 @@ impl Turns {
     pub(crate) fn sweep(self: &Arc<Self>) -> Sweeping {
         let mut state = lock(&self.state);
         state.waiting += 1;
-        while state.sweeping || !state.storing.is_empty() {
+        while state.sweeping.is_some() || !state.storing.is_empty() {
             state = self.wait(state);
         }
         state.waiting -= 1;
-        state.sweeping = true;
+        state.sweeping = Some(thread::current().id());
         drop(state);
         Sweeping(Arc::clone(self))
+    }
+
+    /// An error on the thread that sweeps: it would wait for itself.
+    pub(crate) fn check_not_here(&self) -> Result<()> {
+        if lock(&self.state).sweeping == Some(thread::current().id()) {
+            return Err(Error::new(ErrorKind::InUse, "this thread holds a sweep of the store"));
+        }
+        Ok(())
     }
 
     /// Whether a sweep waits for those who store.
@@ -103,9 +115,39 @@ impl Drop for Storing {
     }
 }
 
+impl Sweeping {
+    /// Who goes on is this thread, from now on.
+    pub(crate) fn move_here(&self) {
+        lock(&self.0.state).sweeping = Some(thread::current().id());
+    }
+}
+
 impl Drop for Sweeping {
     fn drop(&mut self) {
-        lock(&self.0.state).sweeping = false;
+        lock(&self.0.state).sweeping = None;
         self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_goes_on_with_a_sweep_is_who_must_not_store() {
+        let turns = Arc::<Turns>::default();
+        let sweep = turns.sweep();
+        let check = || turns.check_not_here().map_err(|error| error.kind());
+        assert_eq!(check(), Err(ErrorKind::InUse));
+        let elsewhere = thread::scope(|scope| {
+            let go_on = || {
+                sweep.move_here();
+                check()
+            };
+            scope.spawn(go_on).join().unwrap()
+        });
+        assert_eq!((check(), elsewhere), (Ok(()), Err(ErrorKind::InUse)));
+        drop(sweep);
+        drop(turns.store());
     }
 }

@@ -39,11 +39,13 @@ pub(crate) fn is_one(head: &[u8]) -> bool {
 
 /// Opens an image to be read.
 pub(crate) fn open(source: Source, options: &OpenOptions) -> Result<Disk> {
+    let name = source.name().to_owned();
     let tables = Arc::new(Tables::load(source, options)?);
     let opened =
         contain(|| Qcow2::<Guard>::builder(Guard::new(&tables)).open(DenyImplicitOpenGate::default()));
     let image = FormatAccess::new(opened.map_err(|e| e.into_error("the qcow2 image cannot be opened"))?);
-    Disk::new(ReadOnly(Image { image, tables })).map_err(|e| Error::disk(e, "the qcow2 image is no disk"))
+    let image = ReadOnly::new(Image { image, tables }, name);
+    Disk::new(image).map_err(|e| Error::disk(e, "the qcow2 image is no disk"))
 }
 
 /// A qcow2 image as a disk.

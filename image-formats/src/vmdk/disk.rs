@@ -81,6 +81,7 @@ pub(super) fn assemble(descriptor: &Descriptor, directory: Option<&Path>) -> Res
                     )));
                 }
                 let raw = RawFile::from_file(source.into_file(), true).map_err(unreadable)?;
+                let raw = raw.named(format_args!("the extent {name:.80}"));
                 Extent::Flat(raw.into_disk(), start.unwrap_or(0), size)
             }
             Place::Sparse(name) => {

@@ -33,6 +33,7 @@ pub(crate) fn is_one(head: &[u8]) -> bool {
 
 /// Opens an image to be read. Extents may lie in `directory`, if there is one.
 pub(crate) fn open(source: Source, options: &OpenOptions, directory: Option<&Path>) -> Result<Disk> {
+    let name = source.name().to_owned();
     let image = if Descriptor::is_one(&source.head(SECTOR as usize)?) {
         let descriptor = Descriptor::parse(&source)?;
         options.check_size(descriptor.size())?;
@@ -42,5 +43,5 @@ pub(crate) fn open(source: Source, options: &OpenOptions, directory: Option<&Pat
         descriptor.check_alone(sparse.size())?;
         Image::new(vec![Extent::Sparse(sparse)])
     };
-    Disk::new(ReadOnly(image)).map_err(|e| Error::disk(e, "the VMDK image is no disk"))
+    Disk::new(ReadOnly::new(image, name)).map_err(|e| Error::disk(e, "the VMDK image is no disk"))
 }

@@ -43,6 +43,14 @@ pub(crate) fn parse_log_name(name: &str) -> Result<(u64, Option<Digest>), Wrong>
     }
 }
 
+/// Whether it may be such a name of a version that is not known here, of which no more is known than its number.
+pub(crate) fn is_name_of_other_version(name: &str) -> bool {
+    let version =
+        name.strip_prefix(LOG_NAME).and_then(|said| said.split_once('-')).map(|(version, _)| version);
+    // Other files are called after years.
+    version.is_some_and(|version| version != VERSION && version.len() < 3 && version.parse::<u8>().is_ok())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,5 +88,15 @@ mod tests {
         }
         assert!(parse_log_name(&name.replace("log-1", "log-2")).unwrap_err().contains("version 1"));
         assert!(parse_log_name("log").is_err());
+        for (name, other) in [
+            (name.replace("log-1", "log-2"), true),
+            (name.clone(), false),
+            (name.replace("1000", "2000"), false),
+            ("log-2026-11-30.txt".to_owned(), false),
+            ("log-rotate".to_owned(), false),
+            ("log".to_owned(), false),
+        ] {
+            assert_eq!(is_name_of_other_version(&name), other, "{name}");
+        }
     }
 }

@@ -24,6 +24,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 /// assert_eq!(socket.uri("vol-1"), "nbd+unix:///vol-1?socket=/run/a%20disk.sock");
 /// let port = Address::from(std::net::SocketAddr::from(([127, 0, 0, 1], 10809)));
 /// assert_eq!(port.uri(""), "nbd://127.0.0.1:10809/");
+/// assert_eq!((Address::from("/run/a disk.sock"), Address::from("127.0.0.1:10809")), (socket, port));
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -72,6 +73,13 @@ impl From<SocketAddr> for Address {
     }
 }
 
+impl From<&str> for Address {
+    /// A port if it reads as one, such as `127.0.0.1:10809` or `[::1]:10809`, and else the path of a socket.
+    fn from(address: &str) -> Self {
+        address.parse().map_or_else(|_| Self::Unix(address.into()), Self::Tcp)
+    }
+}
+
 impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -99,10 +107,15 @@ pub(super) fn tune_unix(stream: OwnedFd) -> OwnedFd {
     stream
 }
 
-/// A connected socket, made not to wait for more to send, and to notice when the other side's host is gone.
+/// A connected socket, made not to wait for more to send, and to notice within two minutes when the other side's host is
+/// gone.
 pub(super) fn tune_tcp(stream: TcpStream) -> io::Result<OwnedFd> {
     stream.set_nodelay(true)?;
     sockopt::set_socket_keepalive(&stream, true)?;
+    // The system's own would take hours.
+    sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60))?;
+    sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(10))?;
+    sockopt::set_tcp_keepcnt(&stream, 6)?;
     Ok(stream.into())
 }
 
@@ -136,4 +149,26 @@ fn escape(bytes: &[u8]) -> String {
         }
     }
     escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// Who is gone without a word holds a place of the server's no longer than this.
+    #[test]
+    fn both_sides_notice_soon_that_the_other_is_gone() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::Tcp(listener.local_addr().unwrap());
+        let client = address.connect(Duration::from_secs(10)).unwrap();
+        let server = tune_tcp(listener.accept().unwrap().0).unwrap();
+        for socket in [client, server] {
+            assert!(sockopt::socket_keepalive(&socket).unwrap());
+            let idle = sockopt::tcp_keepidle(&socket).unwrap();
+            let probes = sockopt::tcp_keepintvl(&socket).unwrap() * sockopt::tcp_keepcnt(&socket).unwrap();
+            assert_eq!(idle + probes, Duration::from_secs(120));
+        }
+    }
 }

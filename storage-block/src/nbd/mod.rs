@@ -29,7 +29,7 @@
 //! from there. There are no weaker modes.
 //!
 //! Clients are not trusted with more than the disk: nothing is reserved on their word beyond 32 MiB for each of four
-//! requests of a connection, there are at most [`MAX_CONNECTIONS`], whoever is not through the handshake in ten seconds is
+//! requests of a connection, there are at most [`MAX_CONNECTIONS`] or what the server is told, whoever is not through the handshake in ten seconds is
 //! cut off, and so is whoever breaks the protocol. The errors they get are numbers alone. Servers are not trusted
 //! either: one that sends what it was not asked for, or nothing, makes an error of every request, and never a panic
 //! or a wait without end. That the bytes it sends are the right ones has to be believed.

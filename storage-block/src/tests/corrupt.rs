@@ -170,3 +170,30 @@ fn a_sweep_goes_on_where_a_chunk_is_lost() {
     assert!(first == bytes[..1 << 16]);
     assert!(snapshot.verify().unwrap_err().to_string().starts_with("no pack holds the chunk"));
 }
+
+/// A root that is longer than any can be is refused for that, and not read into memory.
+#[test]
+fn a_root_is_read_no_further_than_one_can_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = image(1, 0, 1);
+    let store = Store::open(dir.path()).unwrap();
+    let digest = store.import(&memory(&bytes), &mut |_| ()).unwrap().0.digest();
+    let path = dir.path().join("snapshots").join(digest.to_hex());
+    let root = std::fs::read(&path).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    for (len, expected) in [
+        (crate::format::ROOT_MAX as u64, "does not have the digest"),
+        (crate::format::ROOT_MAX as u64 + 1, "longer than the root of any snapshot"),
+        // More than any memory.
+        (1 << 42, "longer than the root of any snapshot"),
+    ] {
+        file.set_len(len).unwrap();
+        let error = store.snapshot(&digest).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(!store.0.has_root(&digest, &root));
+    }
+    // Whoever has it once more mends it.
+    store.import(&memory(&bytes), &mut |_| ()).unwrap().0.verify().unwrap();
+    assert!(store.0.has_root(&digest, &root));
+}

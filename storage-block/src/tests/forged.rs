@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use super::memory;
 use crate::codec::NO_KEY;
-use crate::format;
+use crate::format::{self, Run, State};
 use crate::keys::LocalKey;
-use crate::{Compression, Digest, ErrorKind, Snapshot, Store, StoreOptions};
+use crate::log::Log;
+use crate::{Compression, Digest, ErrorKind, Snapshot, Store, StoreOptions, Volume, VolumeOptions};
 
 /// A snapshot without a key that names the chunks of another.
 fn without_key(dir: &std::path::Path, store: &Store, of: &Snapshot) -> Snapshot {
@@ -54,4 +55,35 @@ fn what_is_in_memory_needs_its_key_too() {
         assert!(refused.to_string().contains(NO_KEY), "{refused}");
         assert!(buf.iter().all(|byte| *byte == 0));
     }
+}
+
+/// A volume of an encrypted snapshot whose log somebody has replaced by one without a key, which nothing would be encrypted
+/// by any more.
+#[test]
+fn a_volume_stays_encrypted_whatever_its_log_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = StoreOptions::new().keys(Arc::new(LocalKey::from_bytes([1; 32])));
+    let store = Store::open_with(dir.path().join("store"), &options).unwrap();
+    let key = store.new_key(None).unwrap();
+    let (base, _) = store.import_encrypted(&memory(&[7; 1 << 16]), &key, &mut |_| ()).unwrap();
+    let path = dir.path().join("volume");
+    // A log whose name says all, as a new volume's does, and one that has a header.
+    for flushed in [false, true] {
+        drop(Volume::create(&path, Some(&base), base.size()).unwrap());
+        std::fs::remove_file(path.join("log")).unwrap();
+        let mut log = Log::create(&path, base.size(), Some(base.digest()), None).unwrap();
+        if flushed {
+            let run = Run { first: 0, count: 1, state: State::Overlay };
+            assert!(log.append(&[run]).is_ok());
+        }
+        drop(log);
+        let error = Volume::open(&path, &store).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(error.to_string().contains("its log has no key"), "{error}");
+        Volume::remove(&path).unwrap();
+    }
+    // A volume that is encrypted under a key of its own may begin as anything, and the other way round there is none.
+    let (plain, _) = store.import(&memory(&[8; 1 << 16]), &mut |_| ()).unwrap();
+    drop(VolumeOptions::new().encrypt(&key).create(&path, Some(&plain), plain.size()).unwrap());
+    assert!(Volume::open(&path, &store).unwrap().encrypted());
 }

@@ -7,6 +7,7 @@ mod corrupt;
 mod crash;
 mod discard;
 mod encryption;
+pub(crate) mod fault;
 mod forged;
 mod freeze;
 mod full_disk;
@@ -24,7 +25,9 @@ mod queue;
 pub(crate) mod replay;
 mod scrub;
 mod store;
+mod sweep;
 pub(crate) mod tape;
+mod unreadable;
 mod verification;
 
 use std::path::Path;

@@ -2,13 +2,15 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use ami_core::Digest;
 
+use super::fault::Bad;
 use super::{image, memory};
 use crate::keys::LocalKey;
 use crate::session::{Session, prepare};
+use crate::store::lock;
 use crate::testing::compare;
 use crate::{Compression, ErrorKind, ScrubReport, Store, StoreOptions, Volume};
 
@@ -181,4 +183,34 @@ fn everything_goes_on_during_a_scrub() {
         }
         churn.join().unwrap();
     });
+}
+
+/// A sweep may delete a pack at any moment in which nobody looks at the index, and what cannot be opened then is no damage.
+#[test]
+fn packs_are_opened_while_they_are_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = image(2, 0, 1);
+    {
+        let store = Store::open(dir.path()).unwrap();
+        let mut session = Session::begin(&store.0);
+        for chunk in bytes.chunks(1 << 16) {
+            session.put(&prepare(&store.0, chunk, None, None), chunk).unwrap();
+        }
+        store.import(&memory(&bytes), &mut |_| ()).unwrap();
+        session.finish(|_| Ok(())).unwrap();
+    }
+    let store = Store::open(dir.path()).unwrap();
+    let held = Arc::new(Mutex::new(Vec::new()));
+    let watched: Vec<Bad> = (0..2)
+        .map(|pack| {
+            let (store, held) = (store.clone(), Arc::clone(&held));
+            Bad::act(&dir.path().join(format!("packs/{pack:08}.pack")), 0..8, move || {
+                lock(&held).push((pack, store.0.index.try_write().is_err()));
+                Ok(())
+            })
+        })
+        .collect();
+    store.scrub(&mut |_| ()).unwrap();
+    assert_eq!(*lock(&held), [(0, true), (1, true)]);
+    drop(watched);
 }

@@ -10,7 +10,7 @@ use ami_core::Digest;
 use super::{copy_dir, image, memory};
 use crate::format::{self, Kind, unit_offset};
 use crate::testing::compare;
-use crate::{ErrorKind, MemoryDisk, RawFile, Store, Volume};
+use crate::{ErrorKind, MemoryDisk, RawFile, Store, StoreOptions, Volume};
 
 const CHUNK: u64 = 64 << 10;
 const LEAF: u64 = 32 << 10;
@@ -435,4 +435,23 @@ fn a_sweep_that_waits_holds_up_no_reader() {
         snapshot.verify().unwrap();
         imported.verify().unwrap();
     });
+}
+
+#[test]
+fn a_store_is_made_where_it_may_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let open = |create| {
+        let options = StoreOptions::new().create(create);
+        Store::open_with(&path, &options).map(drop).map_err(|error| (error.kind(), error.to_string()))
+    };
+    let none = Err((ErrorKind::NotFound, format!("there is no store in {}", path.display())));
+    assert_eq!(open(false), none);
+    assert!(!path.exists());
+    // Nor is a directory of something else one.
+    std::fs::create_dir(&path).unwrap();
+    assert_eq!(open(false), none);
+    assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+    assert_eq!(open(true), Ok(()));
+    assert_eq!(open(false), Ok(()));
 }

@@ -341,3 +341,54 @@ fn one_that_is_encrypted_is_made_at_once() {
     let clone = fixture.make_in(&fixture.dir.path().join("clone"), Some(&encrypted));
     assert!(clone.has_files() && clone.encrypted());
 }
+
+/// Whoever has files beside a volume, or in a directory that somebody takes for one's, keeps them.
+#[test]
+fn files_of_others_are_no_volumes() {
+    let fixture = Fixture::new();
+    let path = fixture.path();
+    let strays = ["log-2026-11-30.txt", "log-rotate", "log-1-1000-none-5a4ce2d2"];
+    let others: &[(&str, &[u8])] = &[("log", b"Nov 30 it rained"), ("log.tmp", b"Nov 29"), (strays[0], b"")];
+    std::fs::create_dir(&path).unwrap();
+    for (name, content) in others {
+        std::fs::write(path.join(name), content).unwrap();
+    }
+    Volume::remove(&path).unwrap();
+    for (name, content) in others {
+        assert_eq!(std::fs::read(path.join(name)).unwrap(), *content, "{name}");
+        std::fs::remove_file(path.join(name)).unwrap();
+    }
+    // What begins alike is no second log.
+    let key = fixture.store.new_key(None).unwrap();
+    for (key, flushed) in [(None, false), (None, true), (Some(&key), true)] {
+        let options = key.map_or_else(VolumeOptions::new, |key| VolumeOptions::new().encrypt(key));
+        strays.iter().for_each(|name| std::fs::write(path.join(name), b"x").unwrap());
+        let volume = options.create(&path, None, SIZE).unwrap();
+        if flushed {
+            volume.disk().write_at(&[1; 4096], 0).unwrap();
+            volume.disk().flush().unwrap();
+        }
+        drop(volume);
+        let volume = Volume::open(&path, &fixture.store).unwrap();
+        volume.disk().write_at(&[2; 4096], 4096).unwrap();
+        volume.disk().flush().unwrap();
+        drop(volume);
+        Volume::remove(&path).unwrap();
+        let mut left: Vec<_> =
+            std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        let mut expected = strays.map(std::ffi::OsString::from);
+        expected.sort();
+        assert_eq!(left, expected);
+    }
+    strays.iter().for_each(|name| std::fs::remove_file(path.join(name)).unwrap());
+    // And a log that a crash has left alone is one, with something in it or without.
+    for (name, content) in
+        [("log", &b"BLKVOLM\0"[..]), ("log", b""), ("log.tmp", b""), ("log.tmp", &[0; 600])]
+    {
+        std::fs::create_dir_all(&path).unwrap();
+        std::fs::write(path.join(name), content).unwrap();
+        Volume::remove(&path).unwrap();
+        assert!(!path.exists(), "{name} of {} bytes", content.len());
+    }
+}

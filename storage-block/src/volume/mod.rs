@@ -151,6 +151,11 @@ impl Volume {
         if base.as_ref().is_some_and(|base| base.size() > header.size) {
             return Err(Error::corrupt(dir, "the volume is smaller than its snapshot"));
         }
+        // No such volume is ever made: somebody has put another log there, by which all that is written from now on would
+        // stand in the overlay, and in snapshots of it, for anybody to read.
+        if header.key.is_none() && base.as_ref().is_some_and(Snapshot::encrypted) {
+            return Err(Error::corrupt(dir, "its snapshot is encrypted, and its log has no key"));
+        }
         let failed = |e| Error::io(e, format!("cannot open {}", path.display()));
         let len = overlay.metadata().map_err(failed)?.len();
         if len < map.overlay_end() * BLOCK {
@@ -311,8 +316,9 @@ impl Volume {
         Ok(())
     }
 
-    /// Deletes the volume in `dir`, whole or half-made, without opening it, and `dir` where nothing is left in it. It is no
-    /// error if there is nothing.
+    /// Deletes the volume in `dir`, whole or half-made, without opening it, and `dir` where nothing is left in it. Files of others
+    /// stay: where there is no overlay, a `log` goes only if it begins as a volume's does, or is empty. It is no error if there
+    /// is nothing, or nothing of a volume's.
     ///
     /// # Errors
     ///
@@ -360,8 +366,8 @@ fn remove_files(dir: &Path) -> Result<()> {
         }
         _ => Ok(()),
     };
-    Log::remove(dir)?;
     let overlay = dir.join(OVERLAY);
+    Log::remove(dir, overlay.symlink_metadata().is_ok())?;
     gone(fs::remove_file(&overlay), &overlay)?;
     match fs::remove_dir(dir) {
         // What others have there stays, and so does the directory; and so does one that is called `.` by who is in it.

@@ -62,10 +62,13 @@ impl Volume {
         store: &Store,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Snapshot, SnapshotStats)> {
+        store.0.turns.check_not_here()?;
         Ok(Self::freeze([self], store).store(progress)?.swap_remove(0))
     }
 
     /// Holds on to what several volumes are at one instant, for snapshots of them all in `store`.
+    ///
+    /// A thread that holds a [sweep](crate::Sweep) of the store must not: it would wait for itself, and for ever.
     ///
     /// No write is in one of the snapshots that began after a write that is missing in another had returned. It waits
     /// for other snapshots of these volumes; if one of them is named twice there is one snapshot of it, and it is

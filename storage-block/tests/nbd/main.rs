@@ -273,6 +273,21 @@ fn one_connection_too_many_is_closed() {
     }
 }
 
+/// As many as the server is told, one of whom makes room for the next.
+#[test]
+fn a_server_serves_as_many_as_it_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
+    let server = nbd::Server::builder().export("", disk).max_connections(2);
+    let server = server.bind(dir.path().join("socket")).unwrap();
+    let mut served = [connect(&server), connect(&server)];
+    assert!(hung_up(&mut UnixStream::connect(path(&server)).unwrap()));
+    for stream in &mut served {
+        stream.write_all(&request(0, 3, 0, 0)).unwrap();
+        assert_eq!(reply(stream), 0);
+    }
+}
+
 #[test]
 fn ports_are_for_this_host_alone() {
     let (_dir, _server, disk) = server(1 << 20);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::net::Shutdown;
 
 use super::connection::Connection;
-use super::{Listener, MAX_CONNECTIONS, Shared};
+use super::{Listener, Shared};
 use crate::store::lock;
 
 pub(super) fn accept(shared: &Arc<Shared>, listener: &Listener) {
@@ -32,7 +32,7 @@ pub(super) fn accept(shared: &Arc<Shared>, listener: &Listener) {
                 continue;
             }
         };
-        if threads.len() >= MAX_CONNECTIONS {
+        if threads.len() >= shared.max_connections {
             tracing::warn!("a connection over NBD is one too many");
             continue;
         }

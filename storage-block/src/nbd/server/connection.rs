@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::HANDSHAKE;
 use super::answer::answer;
 use super::exports::Exports;
 use super::input::{Input, SMALL};
 use super::negotiation::{Agreed, Negotiation, Then, Tls};
 use super::replies::Replies;
+use super::{HANDSHAKE, SENDING};
 use crate::limit::Stop;
 use crate::nbd::channel::Channel;
 use crate::nbd::proto::{self, Command, Request, ask};
@@ -31,6 +31,8 @@ pub(in crate::nbd) struct Connection<'s> {
     channel: Channel,
     stopping: &'s Arc<Stop>,
     pub(in crate::nbd) handshake_timeout: Duration,
+    /// How long a client may take nothing of what is sent to it.
+    send_timeout: Duration,
     #[cfg(feature = "tls")]
     pub(in crate::nbd) tls: Option<&'s crate::nbd::TlsServer>,
 }
@@ -42,6 +44,7 @@ impl<'s> Connection<'s> {
             channel: Channel::new(socket),
             stopping,
             handshake_timeout: HANDSHAKE,
+            send_timeout: SENDING,
             #[cfg(feature = "tls")]
             tls: None,
         }
@@ -53,7 +56,7 @@ impl<'s> Connection<'s> {
         let mut agreed = self.handshake();
         if let Ok(Some(agreed)) = &mut agreed {
             agreed.disk = agreed.disk.clone().until(self.stopping);
-            self.channel.unlimit(None, None)?;
+            self.channel.unlimit(None, Some(self.send_timeout))?;
             let service = Service {
                 connection: &self,
                 agreed,
@@ -212,5 +215,38 @@ impl Service<'_> {
         }
         replies.clear();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::MemoryDisk;
+
+    /// A client that asks and asks, and takes no answer.
+    #[test]
+    fn who_takes_nothing_loses_its_place() {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            let exports = Exports::default();
+            exports.add("", MemoryDisk::new(1 << 20).unwrap().into_disk()).unwrap();
+            let stopping = Arc::default();
+            let mut connection = Connection::new(&exports, Arc::new(server.into()), &stopping);
+            connection.send_timeout = Duration::from_millis(50);
+            tell.send(connection.serve()).unwrap();
+        });
+        client.write_all(&u32::from(proto::HANDSHAKE_FLAGS).to_be_bytes()).unwrap();
+        client.write_all(&proto::option(proto::OPT_EXPORT_NAME, &[])).unwrap();
+        for handle in 0..16 {
+            let request = Request { flags: 0, command: Command::Read, handle, offset: 0, len: 1 << 20 };
+            client.write_all(&request.encode()).unwrap();
+        }
+        let ended = told.recv_timeout(Duration::from_secs(20)).expect("it keeps its place");
+        ended.unwrap();
     }
 }

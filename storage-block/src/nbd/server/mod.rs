@@ -28,7 +28,8 @@ use super::address::{stale, tune_tcp, tune_unix, with_short};
 use crate::limit::Stop;
 use crate::{Disk, Error, ErrorKind, Result};
 
-/// Connections served at the same time; further ones are closed at once.
+/// Connections served at the same time, unless a server is [told another number](ServerBuilder::max_connections); further ones
+/// are closed at once.
 ///
 /// ```
 /// use storage_block::nbd::MAX_CONNECTIONS;
@@ -40,6 +41,9 @@ pub const MAX_CONNECTIONS: usize = 32;
 
 /// A client that is not through the handshake by then is cut off.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// A client that takes nothing for so long of what it has asked for is cut off.
+const SENDING: Duration = Duration::from_secs(60);
 
 /// Serves disks until it is dropped, which ends its threads, closes its connections and removes its
 /// socket.
@@ -73,6 +77,7 @@ struct Shared {
     /// The sockets of the connections.
     sockets: Mutex<HashMap<u64, Arc<OwnedFd>>>,
     handshake: Duration,
+    max_connections: usize,
     #[cfg(feature = "tls")]
     tls: Option<super::TlsServer>,
 }
@@ -82,6 +87,7 @@ struct Shared {
 pub struct ServerBuilder {
     exports: Vec<(String, Disk)>,
     handshake: Duration,
+    max_connections: usize,
     #[cfg(feature = "tls")]
     tls: Option<super::TlsServer>,
 }
@@ -96,6 +102,22 @@ impl ServerBuilder {
     /// A client that has not chosen an export so long after it connected is cut off; ten seconds if not said.
     pub fn handshake_timeout(mut self, timeout: Duration) -> Self {
         self.handshake = timeout;
+        self
+    }
+
+    /// Serves so many connections at the same time; [`MAX_CONNECTIONS`] if not said. A client that asks for nothing keeps its
+    /// place for as long as its host is there; one that takes nothing for a minute of what it has asked for loses it, and so
+    /// does, over TCP, within two minutes one whose host is gone.
+    ///
+    /// ```
+    /// use storage_block::nbd;
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let server = nbd::Server::builder().max_connections(256).bind(dir.path().join("disks.sock"))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn max_connections(mut self, most: usize) -> Self {
+        self.max_connections = most;
         self
     }
 
@@ -148,6 +170,7 @@ impl ServerBuilder {
             stopping: Arc::default(),
             sockets: Mutex::default(),
             handshake: self.handshake,
+            max_connections: self.max_connections,
             #[cfg(feature = "tls")]
             tls: self.tls,
         });
@@ -208,6 +231,7 @@ impl Server {
         ServerBuilder {
             exports: Vec::new(),
             handshake: HANDSHAKE,
+            max_connections: MAX_CONNECTIONS,
             #[cfg(feature = "tls")]
             tls: None,
         }
