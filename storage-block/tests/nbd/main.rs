@@ -160,6 +160,7 @@ fn dropping_the_server_ends_everything() {
     let (_dir, server, disk) = server(32 << 20);
     // Clients that are silent, in the handshake and after it, and one that reads no reply.
     let mut handshake = UnixStream::connect(path(&server)).unwrap();
+    handshake.read_exact(&mut [0; 18]).unwrap();
     let mut silent = connect(&server);
     let mut deaf = connect(&server);
     for _ in 0..8 {
@@ -168,7 +169,6 @@ fn dropping_the_server_ends_everything() {
     let path = path(&server).to_owned();
     drop(server);
     assert!(!path.exists());
-    handshake.read_exact(&mut [0; 18]).unwrap();
     assert!(hung_up(&mut handshake) && hung_up(&mut silent));
     // Nobody else holds the disk's backend any more, so the socket can be served again.
     nbd::Server::bind(path, disk).unwrap();
