@@ -144,6 +144,11 @@ impl Stack {
         self.sockets.get::<tcp::Socket<'_>>(handle).state() == tcp::State::TimeWait
     }
 
+    /// Whether a conversation waits for its beginning: the guest has not begun it, or has taken that back.
+    pub(super) fn listens(&self, handle: SocketHandle) -> bool {
+        self.sockets.get::<tcp::Socket<'_>>(handle).is_listening()
+    }
+
     /// Has a guest that has no room for what waits for it asked for it again soon.
     pub(super) fn ask_for_room(&mut self, handle: SocketHandle) {
         let socket = self.get(handle);

@@ -11,6 +11,7 @@ use instance_core::net::Frame;
 use mio::event::Event;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Interest, Registry, Token};
+use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
@@ -28,6 +29,9 @@ use crate::metadata::Session;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::{METADATA, ROUTER_MAC, View};
+
+#[cfg(test)]
+mod tests;
 
 /// The most conversations that wait for what may still come of a guest (TIME-WAIT, RFC 9293, section 3.3.2). For more the oldest goes:
 /// a guest whose last word is lost then hears that nobody is there.
@@ -51,6 +55,8 @@ pub(super) struct Streams {
     /// Whose the host's connections are.
     owners: HashMap<Token, Key>,
     listeners: Vec<Listener>,
+    /// The guest may have taken back what it had begun.
+    was_reset: bool,
 }
 
 struct Listener {
@@ -68,6 +74,7 @@ impl Streams {
             outbox: VecDeque::new(),
             owners: HashMap::new(),
             listeners: Vec::new(),
+            was_reset: false,
         }
     }
 
@@ -102,14 +109,18 @@ impl Streams {
         let key = ((flow.source, source), (flow.destination, destination));
         let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
         let kind = if is_service { Kind::Service } else { Kind::Host };
+        self.was_reset |= flags.rst;
+        if flags.syn && !flags.ack && self.was_reset {
+            self.hear();
+        }
         if flags.syn && !flags.ack && self.is_free(&key) && self.has_room(kind) {
             self.forget_waiting(key);
             // The stack refuses what there is no socket for.
-            let refused = match is_service {
-                true => self.serve(key, frame),
-                false => self.begin(registry, sockets, key, frame),
-            };
-            refused.into_iter().for_each(|frame| self.stack.take(frame));
+            if is_service {
+                self.serve(key, frame);
+            } else if let Some(refused) = self.begin(registry, sockets, key, frame) {
+                self.stack.take(refused);
+            }
             return;
         }
         match self.conversations.get(&key) {
@@ -154,20 +165,51 @@ impl Streams {
         }
     }
 
-    /// Begins a conversation with a service of the network's. Gives the frame back if there is no room.
-    fn serve(&mut self, key: Key, frame: Vec<u8>) -> Option<Vec<u8>> {
+    /// Has the stack take in what the guest has sent, and ends the conversations that it has taken back before they were there:
+    /// their sockets listen again (RFC 9293, section 3.10.7.4), and would have whatever it begins next at the same place.
+    fn hear(&mut self) {
+        self.was_reset = false;
+        self.stack.hear();
+        let listens = |(key, _, there): (&Key, Kind, &Conversation)| match there {
+            Conversation::Open { socket, .. } if self.stack.listens(*socket) => Some(*key),
+            _ => None,
+        };
+        let taken_back: Vec<_> = self.conversations.iter().filter_map(listens).collect();
+        for key in taken_back {
+            if let Some((_, Conversation::Open { socket, token, .. })) = self.conversations.remove(&key) {
+                token.and_then(|token| self.owners.remove(&token));
+                self.stack.remove(&key, socket);
+            }
+        }
+    }
+
+    /// The socket of a conversation that the guest begins by `frame`. None if there can be none, or the stack takes that for no
+    /// beginning: its socket would have the next one at the same place.
+    fn expect(&mut self, key: Key, frame: Vec<u8>) -> Option<SocketHandle> {
+        let Some(socket) = self.stack.expect(key) else {
+            self.stack.take(frame);
+            return None;
+        };
+        self.stack.take_syn(key, frame);
+        // Before another waits at the same place.
+        self.stack.work();
+        if self.stack.listens(socket) {
+            self.stack.remove(&key, socket);
+            return None;
+        }
+        Some(socket)
+    }
+
+    /// Begins a conversation with a service of the network's.
+    fn serve(&mut self, key: Key, frame: Vec<u8>) {
         let (_, (at, _)) = key;
-        let Some(socket) = self.stack.expect(key) else { return Some(frame) };
+        let Some(socket) = self.expect(key, frame) else { return };
         let other = match at {
             METADATA => Other::Metadata(Session::default()),
             _ => Other::Names(Names::new(self.reach.resolver)),
         };
         let open = Conversation::Open { socket, other, token: None, client: None };
         self.conversations.insert(key, Kind::Service, open);
-        self.stack.take_syn(key, frame);
-        // Before another waits at the same place.
-        self.stack.work();
-        None
     }
 
     /// Begins a conversation with a host outside. Gives the frame back if that cannot be.
@@ -209,7 +251,7 @@ impl Streams {
     pub(super) fn work(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) {
         self.accept(registry, sockets, port);
         // The guest is answered below, when the other sides have made room.
-        self.stack.hear();
+        self.hear();
         for key in self.conversations.keys() {
             let Some((kind, conversation)) = self.conversations.remove(&key) else { continue };
             let token = conversation.token();
@@ -252,13 +294,8 @@ impl Streams {
         match conversation {
             Conversation::Connecting { host, permit, token, frame, until } => match is_connected(&host) {
                 Ok(true) => {
-                    let Some(socket) = self.stack.expect(key) else {
-                        self.stack.take(frame);
-                        return None;
-                    };
-                    self.stack.take_syn(key, frame);
-                    self.stack.work();
                     let other = Other::Host(Pipe::new(host, permit));
+                    let socket = self.expect(key, frame)?;
                     Some(Conversation::Open { socket, other, token: Some(token), client: None })
                 }
                 Ok(false) if Instant::now() < until => {
