@@ -58,6 +58,12 @@ impl Stack {
         StackInstant::from_micros(i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX))
     }
 
+    /// Has it be so much later than it is.
+    #[cfg(test)]
+    pub(super) fn let_pass(&mut self, time: Duration) {
+        self.began = self.began.checked_sub(time).unwrap_or(self.began);
+    }
+
     /// A frame of the guest's, for when there is work to do.
     pub(super) fn take(&mut self, frame: Vec<u8>) {
         self.wire.take(frame);

@@ -309,14 +309,14 @@ impl Streams {
             },
             Conversation::Open { socket, mut other, token, client } => {
                 let stack = self.stack.get(socket);
-                let goes_on = stack.state() != tcp::State::Closed
-                    && match &mut other {
-                        Other::Host(pipe) => pipe.pump(stack).is_ok(),
-                        Other::Metadata(session) => serve(session, stack, port),
-                        Other::Names(names) => {
-                            names.pump(stack, &port.view(), (registry, &mut self.tokens, sockets)).is_ok()
-                        }
-                    };
+                let goes_on = match &mut other {
+                    Other::Host(pipe) => pipe.pump(stack).is_ok(),
+                    _ if stack.state() == tcp::State::Closed => false,
+                    Other::Metadata(session) => serve(session, stack, port),
+                    Other::Names(names) => {
+                        names.pump(stack, &port.view(), (registry, &mut self.tokens, sockets)).is_ok()
+                    }
+                };
                 if !goes_on {
                     stack.abort();
                     return Some(Conversation::Ending { socket, token });
@@ -326,10 +326,11 @@ impl Streams {
                     Other::Host(pipe) => pipe.is_over(),
                     Other::Metadata(_) | Other::Names(_) => self.stack.waits(socket),
                 };
-                Some(match is_over {
-                    true => Conversation::Over { socket, since: Instant::now() },
-                    false => Conversation::Open { socket, other, token, client },
-                })
+                if is_over {
+                    let over = Conversation::Over { socket, since: Instant::now() };
+                    return self.advance(registry, sockets, key, over, port);
+                }
+                Some(Conversation::Open { socket, other, token, client })
             }
             Conversation::Over { socket, since } => {
                 if self.stack.get(socket).state() == tcp::State::Closed {

@@ -1,5 +1,5 @@
-use std::io::Read as _;
-use std::net::{TcpListener as Server, TcpStream as Host};
+use std::io::{ErrorKind, Read as _};
+use std::net::{Shutdown, TcpListener as Server, TcpStream as Host};
 use std::sync::Arc;
 
 use instance_core::net::{self, NetPort};
@@ -201,4 +201,48 @@ fn what_the_stack_takes_for_no_beginning_leaves_nothing() {
         guest.says(segment(other, RST, [1000, 0], &[]));
         guest.turn();
     }
+}
+
+/// Long after it is over for the guest.
+#[test]
+fn a_host_that_reads_late_hears_all_that_a_guest_has_said() {
+    let own = crate::fuzzing::view().unwrap().address;
+    let mut guest = Interface::new();
+    let (server, there) = server();
+    let key = ((own, 4000), there);
+    guest.says(segment(key, SYN, [99, 0], &[]));
+    let acknowledged = guest.is_answered(key).0.wrapping_add(1);
+    let mut host = accepted(&server);
+    let socket = guest.socket(key).unwrap();
+    let mut said = Vec::new();
+    // Until the host's kernel has no more room.
+    while guest.streams.stack.get(socket).recv_queue() == 0 {
+        let piece = vec![(said.len() / 50_000) as u8; 50_000];
+        guest.says(segment(key, ACK, [100 + said.len() as i32, acknowledged], &piece));
+        said.extend(piece);
+        guest.turn();
+    }
+    let end = 100 + said.len() as i32;
+    guest.says(segment(key, ACK | FIN, [end, acknowledged], &[]));
+    guest.turn();
+    host.shutdown(Shutdown::Write).unwrap();
+    let begun = Instant::now();
+    while guest.streams.stack.get(socket).state() != tcp::State::LastAck && begun.elapsed() < PATIENCE {
+        guest.turn();
+    }
+    guest.says(segment(key, ACK, [end + 1, acknowledged.wrapping_add(1)], &[]));
+    guest.turn();
+    host.set_nonblocking(true).unwrap();
+    let (mut heard, mut bytes) = (Vec::<u8>::new(), [0; 65_536]);
+    while begun.elapsed() < PATIENCE {
+        match host.read(&mut bytes) {
+            Ok(0) => break,
+            Ok(len) => heard.extend(&bytes[..len]),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => guest.turn(),
+            Err(e) => panic!("{e} behind {} of {} bytes", heard.len(), said.len()),
+        }
+    }
+    assert!(heard == said, "{} of {} bytes", heard.len(), said.len());
+    guest.turn();
+    assert!(guest.streams.conversations.keys().is_empty() && guest.streams.owners.is_empty());
 }
