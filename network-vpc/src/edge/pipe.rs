@@ -165,5 +165,16 @@ impl Pipe {
     }
 }
 
+impl Drop for Pipe {
+    /// Has the other side hear that the guest has broken off what it was saying, if it has: an orderly end would say that all has
+    /// come.
+    fn drop(&mut self) {
+        if !self.guest_done {
+            // Fails where the other side is gone.
+            let _ = SockRef::from(&self.host).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;
