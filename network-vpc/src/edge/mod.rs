@@ -260,8 +260,8 @@ impl Worker {
                     _ => self.datagrams.take(registry, &self.port, &flow, packet),
                 }
             }
-            self.streams.work(registry, &mut self.datagrams, &self.port);
-            let more = self.datagrams.work(&self.port) | self.visitors.work(&self.port);
+            let clients = self.streams.work(registry, &mut self.datagrams, &self.port);
+            let more = clients | self.datagrams.work(&self.port) | self.visitors.work(&self.port);
             let sent = self.serve(ServedStream::send);
             let sleep = match more | self.port.has_woken_itself() {
                 true => Duration::ZERO,

@@ -2,19 +2,19 @@
 //! metadata service.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use instance_core::net::Frame;
 use mio::event::Event;
-use mio::net::{TcpListener, TcpStream};
+use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
+use self::clients::Listener;
 use super::budget::Opener;
 use super::conversation::{Conversation, Conversations, Kind, Other, lets_in};
 use super::datagram::Datagrams;
@@ -23,13 +23,14 @@ use super::pipe::{Pipe, is_connected};
 use super::questions::serve;
 use super::stack::Stack;
 use super::wire::Key;
-use super::{Entrance, Reach, Tokens, shown_as};
+use super::{Reach, Tokens};
 use crate::answer::write_ethernet;
 use crate::metadata::Session;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::{METADATA, ROUTER_MAC, View};
 
+mod clients;
 #[cfg(test)]
 mod tests;
 
@@ -59,11 +60,6 @@ pub(super) struct Streams {
     was_reset: bool,
 }
 
-struct Listener {
-    socket: TcpListener,
-    entrance: Entrance,
-}
-
 impl Streams {
     pub(super) fn new(view: &View, reach: Reach) -> Self {
         Self {
@@ -76,24 +72,6 @@ impl Streams {
             listeners: Vec::new(),
             was_reset: false,
         }
-    }
-
-    /// Offers a port of the instance's to the world.
-    pub(super) fn listen(
-        &mut self,
-        registry: &Registry,
-        socket: std::net::TcpListener,
-        entrance: Entrance,
-    ) -> io::Result<()> {
-        socket.set_nonblocking(true)?;
-        let mut socket = TcpListener::from_std(socket);
-        registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
-        self.listeners.push(Listener { socket, entrance });
-        Ok(())
-    }
-
-    pub(super) fn unlisten(&mut self, at: SocketAddr) {
-        self.listeners.retain(|listener| listener.entrance.at != at);
     }
 
     /// A frame of the guest's.
@@ -247,9 +225,9 @@ impl Streams {
         }
     }
 
-    /// Moves what can be moved.
-    pub(super) fn work(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) {
-        self.accept(registry, sockets, port);
+    /// Moves what can be moved. Says whether there may be more clients than it has looked at.
+    pub(super) fn work(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) -> bool {
+        let more = self.accept(registry, sockets, port);
         // The guest is answered below, when the other sides have made room.
         self.hear();
         for key in self.conversations.keys() {
@@ -271,7 +249,7 @@ impl Streams {
             self.stack.work();
             let is_full = self.stack.is_full();
             if !self.send(port) || !is_full {
-                break;
+                return more;
             }
         }
     }
@@ -343,38 +321,6 @@ impl Streams {
             Conversation::Ending { socket, .. } => {
                 self.stack.remove(&key, socket);
                 None
-            }
-        }
-    }
-
-    /// Takes clients in whom the instance's groups let in.
-    fn accept(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) {
-        let view = port.view();
-        for n in 0..self.listeners.len() {
-            let Entrance { port: inside, to, .. } = self.listeners[n].entrance;
-            let own = to.unwrap_or(view.address);
-            while let Ok((mut host, client)) = self.listeners[n].socket.accept() {
-                let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = shown_as(&view, real);
-                let key = ((own, inside), (shown, client.port()));
-                // Dropped, the connection is reset or closed: nobody is told why.
-                // Nor does anything go for those whom the rules keep out.
-                if !self.is_free(&key) || !lets_in(port, real, &key) || !self.has_room(Kind::Client) {
-                    continue;
-                }
-                self.forget_waiting(key);
-                let Some(permit) = sockets.permit(Opener::Client) else { continue };
-                let (token, interest) = (self.tokens.next(), Interest::READABLE | Interest::WRITABLE);
-                if registry.register(&mut host, token, interest).is_err() {
-                    continue;
-                }
-                if let Some(socket) = self.stack.connect(key) {
-                    let other = Other::Host(Pipe::new(host, permit));
-                    self.owners.insert(token, key);
-                    let (token, client) = (Some(token), Some(real));
-                    let open = Conversation::Open { socket, other, token, client };
-                    self.conversations.insert(key, Kind::Client, open);
-                }
             }
         }
     }

@@ -7,8 +7,9 @@ use mio::{Events, Poll, Waker};
 use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpPacket, TcpSeqNumber};
 use socket2::SockRef;
 
-use super::super::WAKE;
 use super::super::budget::Budget;
+use super::super::datagram::TURN;
+use super::super::{Entrance, WAKE};
 use super::*;
 use crate::fabric::Fabric;
 use crate::firewall::{Members, Peer, Policy, Rule};
@@ -56,6 +57,10 @@ impl Interface {
         self.poll.poll(&mut events, Some(Duration::ZERO)).unwrap();
         events.iter().for_each(|event| self.streams.notice(event));
         self.streams.work(self.poll.registry(), &mut self.sockets, &self.port);
+    }
+
+    fn accepts(&mut self) -> bool {
+        self.streams.accept(self.poll.registry(), &mut self.sockets, &self.port)
     }
 
     /// Where what it is answered begins: it is waited for, and accepts the conversation.
@@ -245,4 +250,19 @@ fn a_host_that_reads_late_hears_all_that_a_guest_has_said() {
     assert!(heard == said, "{} of {} bytes", heard.len(), said.len());
     guest.turn();
     assert!(guest.streams.conversations.keys().is_empty() && guest.streams.owners.is_empty());
+}
+
+/// More of them wait than are looked at in a turn, and nobody is told again of those that do.
+#[test]
+fn clients_who_come_in_crowds_leave_others_their_turn() {
+    let mut guest = Interface::new();
+    let (server, _) = server();
+    let at = server.local_addr().unwrap();
+    let clients: Vec<_> = (0..TURN + 2).map(|_| Host::connect(at).unwrap()).collect();
+    let entrance = Entrance { at, port: 80, to: None };
+    guest.streams.listen(guest.poll.registry(), server, entrance).unwrap();
+    assert!(guest.accepts(), "of {} there are more", clients.len());
+    assert!(guest.streams.listeners[0].socket.accept().is_ok(), "they wait");
+    assert!(!guest.accepts());
+    assert!(guest.streams.listeners[0].socket.accept().is_err(), "it has looked at all");
 }
