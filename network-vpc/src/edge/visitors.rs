@@ -91,7 +91,7 @@ impl Visitors {
                 let Ok((len, client)) = door.socket.recv_from(&mut bytes) else { break };
                 more |= turn == TURN;
                 let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = shown_as(&view, real);
+                let shown = shown_as(&view, real, &door.entrance);
                 let key = (own, (shown, client.port()));
                 let flow = |source| {
                     let transport = Transport::Udp { source: client.port(), destination: own.1 };

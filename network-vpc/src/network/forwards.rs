@@ -19,7 +19,8 @@ impl Network {
     /// then, the instance is plugged in with another, which [`interface`](Self::interface) says.
     ///
     /// Clients get in whom the interface's groups let in, by their own addresses; none of them is a member of a group. The
-    /// guest sees those of the host itself as 169.254.0.1, and those whose addresses are among its VPC's.
+    /// guest sees those of the host itself as 169.254.0.1, and those whose addresses are among its VPC's or have no route out of its
+    /// subnet, so that it can answer them.
     ///
     /// ```
     /// # use network_vpc::Network;

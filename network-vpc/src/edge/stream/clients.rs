@@ -44,14 +44,14 @@ impl Streams {
         let mut more = false;
         let view = port.view();
         for n in 0..self.listeners.len() {
-            let Entrance { port: inside, to, .. } = self.listeners[n].entrance;
-            let own = to.unwrap_or(view.address);
+            let entrance = self.listeners[n].entrance;
+            let own = entrance.to.unwrap_or(view.address);
             for turn in 1..=TURN {
                 let Ok((mut host, client)) = self.listeners[n].socket.accept() else { break };
                 more |= turn == TURN;
                 let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = shown_as(&view, real);
-                let key = ((own, inside), (shown, client.port()));
+                let shown = shown_as(&view, real, &entrance);
+                let key = ((own, entrance.port), (shown, client.port()));
                 // Dropped, the connection is reset or closed: nobody is told why.
                 // Nor does anything go for those whom the rules keep out.
                 if !self.is_free(&key) || !lets_in(port, real, &key) || !self.has_room(Kind::Client) {
