@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket as StdUdpSocket};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use instance_core::net::Frame;
 use mio::net::UdpSocket;
@@ -14,6 +14,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::asked::Asked;
 use super::budget::{Opener, Permit, Share};
+use super::pace::{Pace, Side};
 use super::{Reach, Tokens};
 use crate::answer::{ipv4, udp_frame};
 use crate::dns;
@@ -25,10 +26,7 @@ use crate::switch::{DNS, View};
 /// no socket left for the interface.
 pub(super) const MOST: usize = 512;
 
-/// How long one may be silent.
-pub(super) const SILENCE: Duration = Duration::from_secs(60);
-
-/// The same of one that asks for names, while there are questions without an answer: no resolver waits for longer.
+/// How long one may be silent that asks for names, while there are questions without an answer: no resolver waits for longer.
 const UNANSWERED: Duration = Duration::from_secs(10);
 
 /// How many are read of a socket before others have their turn: whoever floods one holds up nothing else.
@@ -56,7 +54,7 @@ pub(super) struct Datagrams {
 struct Conversation {
     socket: UdpSocket,
     _permit: Permit,
-    last: Instant,
+    pace: Pace,
     /// What one has asked that may ask for names: after the last answer it is over, as who looks many names up does so from
     /// many ports.
     asked: Option<Asked>,
@@ -104,11 +102,11 @@ impl Datagrams {
             let Some(_permit) = self.permit(Opener::Guest) else { return };
             let Some(socket) = self.open(registry, key, to) else { return };
             let asked = matches!(key, Key::Udp(_, (_, DNS))).then(Asked::default);
-            let conversation = Conversation { socket, _permit, last: Instant::now(), asked };
+            let conversation = Conversation { socket, _permit, pace: Pace::begun(Side::Guest), asked };
             self.conversations.insert(key, conversation);
         }
         if let Some(conversation) = self.conversations.get_mut(&key) {
-            conversation.last = Instant::now();
+            conversation.pace.said(Side::Guest);
             // Whoever says something else is in a conversation like others, of which nobody knows the end.
             conversation.asked.take_if(|asked| !asked.ask(bytes));
             // What the host does not take is lost, as datagrams are.
@@ -129,7 +127,7 @@ impl Datagrams {
     }
 
     fn forget_oldest(&mut self) {
-        let oldest = self.conversations.iter().min_by_key(|(_, there)| there.last).map(|(key, _)| *key);
+        let oldest = self.conversations.iter().min_by_key(|(_, there)| there.pace.last).map(|(key, _)| *key);
         oldest.map(|key| self.conversations.remove(&key));
     }
 
@@ -164,7 +162,7 @@ impl Datagrams {
             for turn in 1..=TURN {
                 let Ok(len) = conversation.socket.recv(&mut bytes) else { break };
                 more |= turn == TURN;
-                conversation.last = Instant::now();
+                conversation.pace.said(Side::Other);
                 conversation.asked.iter_mut().for_each(|asked| asked.answer(&bytes[..len]));
                 let frame = match *key {
                     Key::Udp(own, from) => udp_frame(&view, from, own, &bytes[..len]),
@@ -186,12 +184,10 @@ impl Datagrams {
 
 impl Conversation {
     fn is_over(&self) -> bool {
-        let patience = match &self.asked {
-            Some(asked) if asked.is_answered() => return true,
-            Some(_) => UNANSWERED,
-            None => SILENCE,
-        };
-        self.last.elapsed() >= patience
+        match &self.asked {
+            Some(asked) => asked.is_answered() || self.pace.last.elapsed() >= UNANSWERED,
+            None => self.pace.is_over(),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ mod datagram;
 pub(crate) mod fuzzing;
 mod gather;
 mod names;
+mod pace;
 mod pipe;
 mod questions;
 mod stack;

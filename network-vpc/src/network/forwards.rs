@@ -39,8 +39,8 @@ impl Network {
         self.forward_by(Carrier::Tcp, id, port, at)
     }
 
-    /// The same for a port of UDP. A client that has been silent for a minute begins anew, and of more than 512 the one that
-    /// was silent longest makes room.
+    /// The same for a port of UDP. A conversation that has been silent for a minute begins anew, or for three where both sides have
+    /// spoken twice in turn, and of more than 512 the one that was silent longest makes room.
     ///
     /// ```
     /// # use network_vpc::{Direction, Network, Rule};
