@@ -160,7 +160,7 @@ impl Datagrams {
         let mut bytes = vec![0; if self.conversations.is_empty() { 0 } else { LONGEST }];
         for (key, conversation) in &mut self.conversations {
             for turn in 1..=TURN {
-                let Ok(len) = conversation.socket.recv(&mut bytes) else { break };
+                let Some(len) = received(&conversation.socket, &mut bytes) else { break };
                 more |= turn == TURN;
                 conversation.pace.said(Side::Other);
                 conversation.asked.iter_mut().for_each(|asked| asked.answer(&bytes[..len]));
@@ -189,6 +189,19 @@ impl Conversation {
             None => self.pace.is_over(),
         }
     }
+}
+
+/// What has come next. What became of datagrams of the guest's (ICMP), which the kernel tells before, is passed over: nobody would be
+/// told again of what is behind it.
+fn received(socket: &UdpSocket, bytes: &mut [u8]) -> Option<usize> {
+    for _ in 0..TURN {
+        match socket.recv(bytes) {
+            Ok(len) => return Some(len),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            Err(_) => {}
+        }
+    }
+    None
 }
 
 fn connect(to: SocketAddr) -> io::Result<UdpSocket> {
@@ -221,4 +234,22 @@ fn echo_reply(view: &View, from: Ipv4Addr, own: (Ipv4Addr, u16), bytes: &[u8]) -
     let mut frame = ipv4(view, from, to, IpProtocol::Icmp, reply.buffer_len());
     reply.emit(&mut Icmpv4Packet::new_unchecked(&mut frame[ETHERNET_LEN + 20..]), &capabilities);
     Some(frame)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_come_is_found_behind_an_error() {
+        let there = StdUdpSocket::bind("127.78.5.2:0").unwrap().local_addr().unwrap();
+        let socket = connect(there).unwrap();
+        // Nobody is there, which the kernel says at once.
+        socket.send(b"hello").unwrap();
+        let host = StdUdpSocket::bind(there).unwrap();
+        host.send_to(b"welcome", socket.local_addr().unwrap()).unwrap();
+        let mut bytes = [0; 16];
+        assert_eq!(received(&socket, &mut bytes), Some(7));
+        assert_eq!(received(&socket, &mut bytes), None);
+    }
 }

@@ -42,6 +42,9 @@ impl Network {
     /// The same for a port of UDP. A conversation that has been silent for a minute begins anew, or for three where both sides have
     /// spoken twice in turn, and of more than 512 the one that was silent longest makes room.
     ///
+    /// At 0.0.0.0 a client may be answered from another of the host's addresses than it spoke to, and not take that for an answer: an
+    /// address of its own for each is better.
+    ///
     /// ```
     /// # use network_vpc::{Direction, Network, Rule};
     /// # let network = Network::in_memory(&"us-east-1".parse()?)?;
