@@ -32,9 +32,12 @@ pub(crate) fn answer(view: &View, question: &[u8]) -> Option<Vec<u8>> {
     let (known, records) = if domain.zone_of(name) {
         let address = address_of(name, &domain).filter(|address| view.vpc_cidr.contains(address));
         let asked = [RecordType::A, RecordType::ANY].contains(&query.query_type());
-        (address.is_some(), address.filter(|_| asked).map(|address| RData::A(A(address))))
+        // The domain itself is there, and has nothing.
+        let is_domain = name.iter().count() == domain.iter().count();
+        (address.is_some() || is_domain, address.filter(|_| asked).map(|address| RData::A(A(address))))
     } else {
-        let address = name.parse_arpa_name().ok()?;
+        // A name of a part of an address is that of a zone.
+        let address = name.parse_arpa_name().ok().filter(|address| address.prefix_len() == 32)?;
         let std::net::IpAddr::V4(address) = address.addr() else { return None };
         if !view.vpc_cidr.contains(&address) {
             return None;
@@ -69,4 +72,38 @@ fn address_of(name: &Name, domain: &Name) -> Option<Ipv4Addr> {
     let address: Ipv4Addr = label.strip_prefix("ip-")?.replace('-', ".").parse().ok()?;
     // Each address has one name.
     (host_name(address) == label).then_some(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::op::Query;
+
+    use super::*;
+
+    #[test]
+    fn zones_are_not_taken_for_instances() {
+        let view = crate::fuzzing::view().unwrap();
+        let check = |name: &str, kind, expect: Option<(ResponseCode, usize)>| {
+            let mut question = Message::new();
+            question.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+            let answer = answer(&view, &question.to_vec().unwrap());
+            let answer = answer.map(|answer| Message::from_vec(&answer).unwrap());
+            let said = answer.map(|answer| (answer.response_code(), answer.answers().len()));
+            assert_eq!(said, expect, "{name} {kind}");
+        };
+        let (there, none, unknown) = (
+            Some((ResponseCode::NoError, 1)),
+            Some((ResponseCode::NoError, 0)),
+            Some((ResponseCode::NXDomain, 0)),
+        );
+        check("12.0.0.10.in-addr.arpa.", RecordType::PTR, there);
+        check("12.0.0.10.in-addr.arpa.", RecordType::A, none);
+        check("0.0.10.in-addr.arpa.", RecordType::PTR, None);
+        check("0.10.in-addr.arpa.", RecordType::SOA, None);
+        check("12.0.1.11.in-addr.arpa.", RecordType::PTR, None);
+        check("ip-10-0-0-12.ec2.internal.", RecordType::A, there);
+        check("ec2.internal.", RecordType::A, none);
+        check("EC2.internal.", RecordType::ANY, none);
+        check("other.ec2.internal.", RecordType::A, unknown);
+    }
 }

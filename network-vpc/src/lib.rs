@@ -72,7 +72,8 @@
 //!
 //! More than one interface of an instance; IPv6, of which no frame passes; routes to anything but internet gateways and interfaces; public addresses as guests reach them or
 //! as the source of what goes out, pings of them, which the host's kernel answers itself, and protocols there but TCP and
-//! UDP; and rate limits.
+//! UDP; what is told of packets that did not arrive (ICMP), which ends at the host: a guest hears that a connection is refused, and of
+//! a datagram or a ping nothing; how many hops a packet may go, of which those outside the network count none; and rate limits.
 
 mod answer;
 mod backlog;

@@ -25,7 +25,8 @@ pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// The resolver, at an address that is the same everywhere; it is also the third of the VPC's.
 pub(crate) const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 253);
 
-/// As which a guest sees a client on the host itself, or any whose own address means something else inside: one of the VPC's.
+/// As which a guest sees a client on the host itself, or any whose own address means something else inside, as one of the VPC's, or
+/// leads nowhere.
 pub(crate) const LOCAL_CLIENT: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 1);
 
 /// The port of HTTP, at which metadata is served, and of DNS.

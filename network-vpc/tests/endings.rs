@@ -7,6 +7,7 @@ use std::io::{ErrorKind, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::packets::{ROUTER, Way, is_reset, segment};
@@ -58,6 +59,69 @@ fn clients_that_go_first_leave_room_for_others() {
         comes_and_goes(&mut guest, || TcpStream::connect(at).unwrap());
     }
     assert_eq!(network.open_sockets(), 0);
+}
+
+/// Whether the other end of a connection was reset; it may also have ended in order.
+fn is_reset_of(mut connection: TcpStream) -> bool {
+    connection.set_read_timeout(Some(PATIENCE)).unwrap();
+    match connection.read(&mut [0]) {
+        Ok(0) => false,
+        Err(e) if e.kind() == ErrorKind::ConnectionReset => true,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn who_is_cut_off_hears_that_it_is_no_orderly_end() {
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
+    let (interface, mut guest) = boot(&network, "web", &[Rule::tcp(80, anywhere())]);
+    let at = network.forward(interface.id, 80, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let host = TcpListener::bind((own, 0)).unwrap();
+    let port = host.local_addr().unwrap().port();
+
+    // The guest breaks it off.
+    let socket = guest.connect(PATIENCE, own, port).unwrap();
+    let of_host = host.accept().unwrap().0;
+    guest.tcp(socket).abort();
+    guest.work();
+    assert!(is_reset_of(of_host), "a host");
+    let socket = guest.listen(80);
+    let client = TcpStream::connect(at).unwrap();
+    becomes(&mut guest, socket, tcp::State::Established);
+    guest.tcp(socket).abort();
+    guest.work();
+    assert!(is_reset_of(client), "a client");
+    guest.sockets.remove(socket);
+
+    // It takes nobody in.
+    let (client, begun) = (TcpStream::connect(at).unwrap(), Instant::now());
+    while network.open_sockets() == 0 {
+        assert!(begun.elapsed() < PATIENCE);
+        thread::yield_now();
+    }
+    guest.until(|_| (network.open_sockets() == 0).then_some(())).expect("it is refused");
+    assert!(is_reset_of(client), "a client who is refused");
+
+    // It had said that it says no more.
+    let socket = guest.connect(PATIENCE, own, port).unwrap();
+    let mut of_host = host.accept().unwrap().0;
+    guest.say(socket, b"hello");
+    guest.tcp(socket).close();
+    becomes(&mut guest, socket, tcp::State::FinWait2);
+    guest.tcp(socket).abort();
+    guest.work();
+    guest.until(|_| (network.open_sockets() == 0).then_some(())).expect("it is over");
+    of_host.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut heard = Vec::new();
+    of_host.read_to_end(&mut heard).unwrap();
+    assert_eq!(heard, b"hello");
+
+    // It is gone.
+    guest.connect(PATIENCE, own, port).unwrap();
+    let of_host = host.accept().unwrap().0;
+    network.unplug(interface.id);
+    assert!(is_reset_of(of_host), "a host of a guest that is gone");
 }
 
 /// The guest sees them all as one, so that the second has the first one's place.

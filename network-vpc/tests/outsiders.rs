@@ -53,6 +53,46 @@ fn a_client_whose_address_is_one_of_the_vpcs_is_answered() {
     assert_eq!(seen, Some(IpAddress::Ipv4(LOCAL_CLIENT)));
 }
 
+/// Without a gateway, and where the way to it leads through another instance.
+#[test]
+fn a_client_to_whom_no_route_leads_is_answered() {
+    let Some(own) = own_address() else { return };
+    let network = opened(options());
+    for is_led_elsewhere in [false, true] {
+        let vpc = network.create_vpc("10.9.0.0/16".parse().unwrap()).unwrap().id;
+        let subnet = network.create_subnet(vpc, "10.9.1.0/24".parse().unwrap()).unwrap().id;
+        let group = network.create_security_group(vpc, "served", "").unwrap().id;
+        // By its own address.
+        let client = Rule::all(Peer::Cidr(Ipv4Net::from(own)));
+        network.authorize(group, Direction::Ingress, client).unwrap();
+        let spec = InterfaceSpec::new(subnet).groups([group]);
+        let server = network.create_interface(spec.clone()).unwrap();
+        if is_led_elsewhere {
+            let other = network.create_interface(spec).unwrap().id;
+            network.create_route(network.main_route_table(vpc).unwrap().id, anywhere(), other).unwrap();
+        }
+        let at = network.forward(server.id, 80, (own, 0).into()).unwrap();
+        let names = network.forward_udp(server.id, 53, (own, 0).into()).unwrap();
+        let mut guest = Guest::boot(network.plug(server.id).unwrap());
+        let socket = guest.listen(80);
+        let mut client = TcpStream::connect(at).unwrap();
+        let is_there =
+            |guest: &mut Guest| (guest.tcp(socket).state() == tcp::State::Established).then_some(());
+        guest.until(is_there).expect("it comes in");
+        guest.say(socket, b"x");
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(client.read(&mut [0; 2]).unwrap(), 1);
+        let remote = guest.tcp(socket).remote_endpoint().unwrap().addr;
+        assert_eq!(remote, IpAddress::Ipv4(LOCAL_CLIENT));
+
+        let client = UdpSocket::bind((own, 0)).unwrap();
+        client.send_to(b"hello", names).unwrap();
+        let begun = Instant::now();
+        let from = sender(&guest.port, IpProtocol::Udp, || begun.elapsed() > PATIENCE);
+        assert_eq!(from, Some(LOCAL_CLIENT));
+    }
+}
+
 /// From whom a packet of a protocol comes to a port, before `is_over`.
 fn sender(port: &NetPort, protocol: IpProtocol, mut is_over: impl FnMut() -> bool) -> Option<Ipv4Addr> {
     loop {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket as StdUdpSocket};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use instance_core::net::Frame;
 use mio::net::UdpSocket;
@@ -14,6 +14,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::asked::Asked;
 use super::budget::{Opener, Permit, Share};
+use super::pace::{Pace, Side};
 use super::{Reach, Tokens};
 use crate::answer::{ipv4, udp_frame};
 use crate::dns;
@@ -25,10 +26,7 @@ use crate::switch::{DNS, View};
 /// no socket left for the interface.
 pub(super) const MOST: usize = 512;
 
-/// How long one may be silent.
-pub(super) const SILENCE: Duration = Duration::from_secs(60);
-
-/// The same of one that asks for names, while there are questions without an answer: no resolver waits for longer.
+/// How long one may be silent that asks for names, while there are questions without an answer: no resolver waits for longer.
 const UNANSWERED: Duration = Duration::from_secs(10);
 
 /// How many are read of a socket before others have their turn: whoever floods one holds up nothing else.
@@ -56,7 +54,7 @@ pub(super) struct Datagrams {
 struct Conversation {
     socket: UdpSocket,
     _permit: Permit,
-    last: Instant,
+    pace: Pace,
     /// What one has asked that may ask for names: after the last answer it is over, as who looks many names up does so from
     /// many ports.
     asked: Option<Asked>,
@@ -104,11 +102,11 @@ impl Datagrams {
             let Some(_permit) = self.permit(Opener::Guest) else { return };
             let Some(socket) = self.open(registry, key, to) else { return };
             let asked = matches!(key, Key::Udp(_, (_, DNS))).then(Asked::default);
-            let conversation = Conversation { socket, _permit, last: Instant::now(), asked };
+            let conversation = Conversation { socket, _permit, pace: Pace::begun(Side::Guest), asked };
             self.conversations.insert(key, conversation);
         }
         if let Some(conversation) = self.conversations.get_mut(&key) {
-            conversation.last = Instant::now();
+            conversation.pace.said(Side::Guest);
             // Whoever says something else is in a conversation like others, of which nobody knows the end.
             conversation.asked.take_if(|asked| !asked.ask(bytes));
             // What the host does not take is lost, as datagrams are.
@@ -129,7 +127,7 @@ impl Datagrams {
     }
 
     fn forget_oldest(&mut self) {
-        let oldest = self.conversations.iter().min_by_key(|(_, there)| there.last).map(|(key, _)| *key);
+        let oldest = self.conversations.iter().min_by_key(|(_, there)| there.pace.last).map(|(key, _)| *key);
         oldest.map(|key| self.conversations.remove(&key));
     }
 
@@ -162,9 +160,9 @@ impl Datagrams {
         let mut bytes = vec![0; if self.conversations.is_empty() { 0 } else { LONGEST }];
         for (key, conversation) in &mut self.conversations {
             for turn in 1..=TURN {
-                let Ok(len) = conversation.socket.recv(&mut bytes) else { break };
+                let Some(len) = received(&conversation.socket, &mut bytes) else { break };
                 more |= turn == TURN;
-                conversation.last = Instant::now();
+                conversation.pace.said(Side::Other);
                 conversation.asked.iter_mut().for_each(|asked| asked.answer(&bytes[..len]));
                 let frame = match *key {
                     Key::Udp(own, from) => udp_frame(&view, from, own, &bytes[..len]),
@@ -186,13 +184,24 @@ impl Datagrams {
 
 impl Conversation {
     fn is_over(&self) -> bool {
-        let patience = match &self.asked {
-            Some(asked) if asked.is_answered() => return true,
-            Some(_) => UNANSWERED,
-            None => SILENCE,
-        };
-        self.last.elapsed() >= patience
+        match &self.asked {
+            Some(asked) => asked.is_answered() || self.pace.last.elapsed() >= UNANSWERED,
+            None => self.pace.is_over(),
+        }
     }
+}
+
+/// What has come next. What became of datagrams of the guest's (ICMP), which the kernel tells before, is passed over: nobody would be
+/// told again of what is behind it.
+fn received(socket: &UdpSocket, bytes: &mut [u8]) -> Option<usize> {
+    for _ in 0..TURN {
+        match socket.recv(bytes) {
+            Ok(len) => return Some(len),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            Err(_) => {}
+        }
+    }
+    None
 }
 
 fn connect(to: SocketAddr) -> io::Result<UdpSocket> {
@@ -225,4 +234,22 @@ fn echo_reply(view: &View, from: Ipv4Addr, own: (Ipv4Addr, u16), bytes: &[u8]) -
     let mut frame = ipv4(view, from, to, IpProtocol::Icmp, reply.buffer_len());
     reply.emit(&mut Icmpv4Packet::new_unchecked(&mut frame[ETHERNET_LEN + 20..]), &capabilities);
     Some(frame)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_come_is_found_behind_an_error() {
+        let there = StdUdpSocket::bind("127.78.5.2:0").unwrap().local_addr().unwrap();
+        let socket = connect(there).unwrap();
+        // Nobody is there, which the kernel says at once.
+        socket.send(b"hello").unwrap();
+        let host = StdUdpSocket::bind(there).unwrap();
+        host.send_to(b"welcome", socket.local_addr().unwrap()).unwrap();
+        let mut bytes = [0; 16];
+        assert_eq!(received(&socket, &mut bytes), Some(7));
+        assert_eq!(received(&socket, &mut bytes), None);
+    }
 }

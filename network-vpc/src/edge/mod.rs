@@ -12,6 +12,7 @@ mod datagram;
 pub(crate) mod fuzzing;
 mod gather;
 mod names;
+mod pace;
 mod pipe;
 mod questions;
 mod stack;
@@ -39,6 +40,7 @@ use self::stream::Streams;
 use self::visitors::Visitors;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
+use crate::routing::Hop;
 use crate::switch::{LOCAL_CLIENT, View, is_outside};
 
 /// The token of the waker. Sockets have others.
@@ -260,8 +262,8 @@ impl Worker {
                     _ => self.datagrams.take(registry, &self.port, &flow, packet),
                 }
             }
-            self.streams.work(registry, &mut self.datagrams, &self.port);
-            let more = self.datagrams.work(&self.port) | self.visitors.work(&self.port);
+            let clients = self.streams.work(registry, &mut self.datagrams, &self.port);
+            let more = clients | self.datagrams.work(&self.port) | self.visitors.work(&self.port);
             let sent = self.serve(ServedStream::send);
             let sleep = match more | self.port.has_woken_itself() {
                 true => Duration::ZERO,
@@ -345,9 +347,11 @@ fn is_own(address: Ipv4Addr) -> bool {
 }
 
 /// As whom a guest sees a client: as itself, where what the guest answers to that address comes back here.
-fn shown_as(view: &View, client: Ipv4Addr) -> Ipv4Addr {
+fn shown_as(view: &View, client: Ipv4Addr, entrance: &Entrance) -> Ipv4Addr {
     let means_another = view.vpc_cidr.contains(&client) || !is_outside(client);
-    if means_another { LOCAL_CLIENT } else { client }
+    // At a public address whoever no way leads to has no answer, as in EC2.
+    let is_out_of_reach = entrance.to.is_none() && view.routes.hop(client) != Some(Hop::Out);
+    if means_another || is_out_of_reach { LOCAL_CLIENT } else { client }
 }
 
 impl Reach {

@@ -1,8 +1,9 @@
 //! A connection of the host's, and the guest's that goes on in it.
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::event::Event;
 use mio::net::TcpStream;
@@ -16,6 +17,9 @@ use super::budget::Permit;
 const SILENCE: Duration = Duration::from_secs(120);
 const ASKED_AGAIN: Duration = Duration::from_secs(30);
 const ASKED: u32 = 4;
+
+/// How long a host may take nothing of what a guest that is gone has left for it.
+const TAKES_WITHIN: Duration = Duration::from_secs(120);
 
 /// Has the host's kernel send at once what is written to a connection, and look whether the other end is still there.
 pub(super) fn settle(host: &TcpStream) {
@@ -46,6 +50,12 @@ pub(super) struct Pipe {
     /// again until it has said so.
     readable: bool,
     writable: bool,
+    /// The guest has said that it sends no more, and of what it has said this is left: what the stack forgets when the conversation
+    /// is over for it, which may be long before the host takes it. No more than the stack has room for.
+    guest_ended: bool,
+    left: VecDeque<u8>,
+    /// Since when the host takes nothing of it, where the guest is gone.
+    waits: Option<Instant>,
     /// The host has said that it sends no more.
     host_done: bool,
     /// The host has been told that the guest sends no more.
@@ -55,7 +65,17 @@ pub(super) struct Pipe {
 impl Pipe {
     pub(super) fn new(host: TcpStream, permit: Permit) -> Self {
         settle(&host);
-        Self { host, _permit: permit, readable: true, writable: true, host_done: false, guest_done: false }
+        Self {
+            host,
+            _permit: permit,
+            readable: true,
+            writable: true,
+            guest_ended: false,
+            left: VecDeque::new(),
+            waits: None,
+            host_done: false,
+            guest_done: false,
+        }
     }
 
     /// Something has happened to the host's socket.
@@ -65,13 +85,37 @@ impl Pipe {
     }
 
     /// Whether both have said that they say no more, and the host has all that the guest has said and the stack all that the host
-    /// has.
+    /// has; or the guest is gone.
     pub(super) fn is_over(&self) -> bool {
         self.host_done && self.guest_done
     }
 
     /// Moves bytes both ways. An error is the end of both.
     pub(super) fn pump(&mut self, guest: &mut tcp::Socket<'_>) -> io::Result<()> {
+        if guest.state() == tcp::State::Closed {
+            if !self.guest_ended {
+                return Err(ErrorKind::ConnectionReset.into());
+            }
+            // What it has said is whole; of what the host still says nobody hears.
+            self.host_done = true;
+        }
+        while !self.left.is_empty() && self.writable {
+            match self.host.write(self.left.as_slices().0) {
+                Ok(len) => {
+                    self.left.drain(..len);
+                    self.waits = None;
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.writable = false,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if guest.state() == tcp::State::Closed && !self.left.is_empty() {
+            let since = *self.waits.get_or_insert_with(Instant::now);
+            if since.elapsed() >= TAKES_WITHIN {
+                return Err(ErrorKind::TimedOut.into());
+            }
+        }
         while guest.can_recv() && self.writable {
             let mut written = Ok(0);
             let received = guest.recv(|bytes| {
@@ -86,11 +130,15 @@ impl Pipe {
                 Err(e) => return Err(e),
             }
         }
-        let guest_ended = matches!(
+        self.guest_ended |= matches!(
             guest.state(),
             tcp::State::CloseWait | tcp::State::LastAck | tcp::State::Closing | tcp::State::TimeWait
         );
-        if guest_ended && guest.recv_queue() == 0 && !self.guest_done {
+        while self.guest_ended && guest.can_recv() {
+            let received = guest.recv(|bytes| (bytes.len(), self.left.extend(&*bytes)));
+            received.map_err(|_| ErrorKind::ConnectionReset)?;
+        }
+        if self.guest_ended && self.left.is_empty() && !self.guest_done {
             self.guest_done = true;
             // Fails where the other side has gone, which is seen below.
             let _ = self.host.shutdown(Shutdown::Write);
@@ -116,3 +164,17 @@ impl Pipe {
         Ok(())
     }
 }
+
+impl Drop for Pipe {
+    /// Has the other side hear that the guest has broken off what it was saying, if it has: an orderly end would say that all has
+    /// come.
+    fn drop(&mut self) {
+        if !self.guest_done {
+            // Fails where the other side is gone.
+            let _ = SockRef::from(&self.host).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -58,6 +58,12 @@ impl Stack {
         StackInstant::from_micros(i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX))
     }
 
+    /// Has it be so much later than it is.
+    #[cfg(test)]
+    pub(super) fn let_pass(&mut self, time: Duration) {
+        self.began = self.began.checked_sub(time).unwrap_or(self.began);
+    }
+
     /// A frame of the guest's, for when there is work to do.
     pub(super) fn take(&mut self, frame: Vec<u8>) {
         self.wire.take(frame);
@@ -142,6 +148,11 @@ impl Stack {
     /// Whether a conversation is over, and only waits for what may still come of the guest.
     pub(super) fn waits(&self, handle: SocketHandle) -> bool {
         self.sockets.get::<tcp::Socket<'_>>(handle).state() == tcp::State::TimeWait
+    }
+
+    /// Whether a conversation waits for its beginning: the guest has not begun it, or has taken that back.
+    pub(super) fn listens(&self, handle: SocketHandle) -> bool {
+        self.sockets.get::<tcp::Socket<'_>>(handle).is_listening()
     }
 
     /// Has a guest that has no room for what waits for it asked for it again soon.

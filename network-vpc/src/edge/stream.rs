@@ -2,18 +2,19 @@
 //! metadata service.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use instance_core::net::Frame;
 use mio::event::Event;
-use mio::net::{TcpListener, TcpStream};
+use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
+use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetProtocol;
 
+use self::clients::Listener;
 use super::budget::Opener;
 use super::conversation::{Conversation, Conversations, Kind, Other, lets_in};
 use super::datagram::Datagrams;
@@ -22,12 +23,16 @@ use super::pipe::{Pipe, is_connected};
 use super::questions::serve;
 use super::stack::Stack;
 use super::wire::Key;
-use super::{Entrance, Reach, Tokens, shown_as};
+use super::{Reach, Tokens};
 use crate::answer::write_ethernet;
 use crate::metadata::Session;
 use crate::packet::{ETHERNET_LEN, Flow, Transport};
 use crate::port::Port;
 use crate::switch::{METADATA, ROUTER_MAC, View};
+
+mod clients;
+#[cfg(test)]
+mod tests;
 
 /// The most conversations that wait for what may still come of a guest (TIME-WAIT, RFC 9293, section 3.3.2). For more the oldest goes:
 /// a guest whose last word is lost then hears that nobody is there.
@@ -51,11 +56,8 @@ pub(super) struct Streams {
     /// Whose the host's connections are.
     owners: HashMap<Token, Key>,
     listeners: Vec<Listener>,
-}
-
-struct Listener {
-    socket: TcpListener,
-    entrance: Entrance,
+    /// The guest may have taken back what it had begun.
+    was_reset: bool,
 }
 
 impl Streams {
@@ -68,25 +70,8 @@ impl Streams {
             outbox: VecDeque::new(),
             owners: HashMap::new(),
             listeners: Vec::new(),
+            was_reset: false,
         }
-    }
-
-    /// Offers a port of the instance's to the world.
-    pub(super) fn listen(
-        &mut self,
-        registry: &Registry,
-        socket: std::net::TcpListener,
-        entrance: Entrance,
-    ) -> io::Result<()> {
-        socket.set_nonblocking(true)?;
-        let mut socket = TcpListener::from_std(socket);
-        registry.register(&mut socket, self.tokens.next(), Interest::READABLE)?;
-        self.listeners.push(Listener { socket, entrance });
-        Ok(())
-    }
-
-    pub(super) fn unlisten(&mut self, at: SocketAddr) {
-        self.listeners.retain(|listener| listener.entrance.at != at);
     }
 
     /// A frame of the guest's.
@@ -102,14 +87,18 @@ impl Streams {
         let key = ((flow.source, source), (flow.destination, destination));
         let is_service = flow.destination == METADATA || view.is_resolver(flow.destination);
         let kind = if is_service { Kind::Service } else { Kind::Host };
+        self.was_reset |= flags.rst;
+        if flags.syn && !flags.ack && self.was_reset {
+            self.hear();
+        }
         if flags.syn && !flags.ack && self.is_free(&key) && self.has_room(kind) {
             self.forget_waiting(key);
             // The stack refuses what there is no socket for.
-            let refused = match is_service {
-                true => self.serve(key, frame),
-                false => self.begin(registry, sockets, key, frame),
-            };
-            refused.into_iter().for_each(|frame| self.stack.take(frame));
+            if is_service {
+                self.serve(key, frame);
+            } else if let Some(refused) = self.begin(registry, sockets, key, frame) {
+                self.stack.take(refused);
+            }
             return;
         }
         match self.conversations.get(&key) {
@@ -154,20 +143,51 @@ impl Streams {
         }
     }
 
-    /// Begins a conversation with a service of the network's. Gives the frame back if there is no room.
-    fn serve(&mut self, key: Key, frame: Vec<u8>) -> Option<Vec<u8>> {
+    /// Has the stack take in what the guest has sent, and ends the conversations that it has taken back before they were there:
+    /// their sockets listen again (RFC 9293, section 3.10.7.4), and would have whatever it begins next at the same place.
+    fn hear(&mut self) {
+        self.was_reset = false;
+        self.stack.hear();
+        let listens = |(key, _, there): (&Key, Kind, &Conversation)| match there {
+            Conversation::Open { socket, .. } if self.stack.listens(*socket) => Some(*key),
+            _ => None,
+        };
+        let taken_back: Vec<_> = self.conversations.iter().filter_map(listens).collect();
+        for key in taken_back {
+            if let Some((_, Conversation::Open { socket, token, .. })) = self.conversations.remove(&key) {
+                token.and_then(|token| self.owners.remove(&token));
+                self.stack.remove(&key, socket);
+            }
+        }
+    }
+
+    /// The socket of a conversation that the guest begins by `frame`. None if there can be none, or the stack takes that for no
+    /// beginning: its socket would have the next one at the same place.
+    fn expect(&mut self, key: Key, frame: Vec<u8>) -> Option<SocketHandle> {
+        let Some(socket) = self.stack.expect(key) else {
+            self.stack.take(frame);
+            return None;
+        };
+        self.stack.take_syn(key, frame);
+        // Before another waits at the same place.
+        self.stack.work();
+        if self.stack.listens(socket) {
+            self.stack.remove(&key, socket);
+            return None;
+        }
+        Some(socket)
+    }
+
+    /// Begins a conversation with a service of the network's.
+    fn serve(&mut self, key: Key, frame: Vec<u8>) {
         let (_, (at, _)) = key;
-        let Some(socket) = self.stack.expect(key) else { return Some(frame) };
+        let Some(socket) = self.expect(key, frame) else { return };
         let other = match at {
             METADATA => Other::Metadata(Session::default()),
             _ => Other::Names(Names::new(self.reach.resolver)),
         };
         let open = Conversation::Open { socket, other, token: None, client: None };
         self.conversations.insert(key, Kind::Service, open);
-        self.stack.take_syn(key, frame);
-        // Before another waits at the same place.
-        self.stack.work();
-        None
     }
 
     /// Begins a conversation with a host outside. Gives the frame back if that cannot be.
@@ -205,11 +225,11 @@ impl Streams {
         }
     }
 
-    /// Moves what can be moved.
-    pub(super) fn work(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) {
-        self.accept(registry, sockets, port);
+    /// Moves what can be moved. Says whether there may be more clients than it has looked at.
+    pub(super) fn work(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) -> bool {
+        let more = self.accept(registry, sockets, port);
         // The guest is answered below, when the other sides have made room.
-        self.stack.hear();
+        self.hear();
         for key in self.conversations.keys() {
             let Some((kind, conversation)) = self.conversations.remove(&key) else { continue };
             let token = conversation.token();
@@ -229,7 +249,7 @@ impl Streams {
             self.stack.work();
             let is_full = self.stack.is_full();
             if !self.send(port) || !is_full {
-                break;
+                return more;
             }
         }
     }
@@ -252,13 +272,8 @@ impl Streams {
         match conversation {
             Conversation::Connecting { host, permit, token, frame, until } => match is_connected(&host) {
                 Ok(true) => {
-                    let Some(socket) = self.stack.expect(key) else {
-                        self.stack.take(frame);
-                        return None;
-                    };
-                    self.stack.take_syn(key, frame);
-                    self.stack.work();
                     let other = Other::Host(Pipe::new(host, permit));
+                    let socket = self.expect(key, frame)?;
                     Some(Conversation::Open { socket, other, token: Some(token), client: None })
                 }
                 Ok(false) if Instant::now() < until => {
@@ -272,14 +287,14 @@ impl Streams {
             },
             Conversation::Open { socket, mut other, token, client } => {
                 let stack = self.stack.get(socket);
-                let goes_on = stack.state() != tcp::State::Closed
-                    && match &mut other {
-                        Other::Host(pipe) => pipe.pump(stack).is_ok(),
-                        Other::Metadata(session) => serve(session, stack, port),
-                        Other::Names(names) => {
-                            names.pump(stack, &port.view(), (registry, &mut self.tokens, sockets)).is_ok()
-                        }
-                    };
+                let goes_on = match &mut other {
+                    Other::Host(pipe) => pipe.pump(stack).is_ok(),
+                    _ if stack.state() == tcp::State::Closed => false,
+                    Other::Metadata(session) => serve(session, stack, port),
+                    Other::Names(names) => {
+                        names.pump(stack, &port.view(), (registry, &mut self.tokens, sockets)).is_ok()
+                    }
+                };
                 if !goes_on {
                     stack.abort();
                     return Some(Conversation::Ending { socket, token });
@@ -289,10 +304,11 @@ impl Streams {
                     Other::Host(pipe) => pipe.is_over(),
                     Other::Metadata(_) | Other::Names(_) => self.stack.waits(socket),
                 };
-                Some(match is_over {
-                    true => Conversation::Over { socket, since: Instant::now() },
-                    false => Conversation::Open { socket, other, token, client },
-                })
+                if is_over {
+                    let over = Conversation::Over { socket, since: Instant::now() };
+                    return self.advance(registry, sockets, key, over, port);
+                }
+                Some(Conversation::Open { socket, other, token, client })
             }
             Conversation::Over { socket, since } => {
                 if self.stack.get(socket).state() == tcp::State::Closed {
@@ -305,38 +321,6 @@ impl Streams {
             Conversation::Ending { socket, .. } => {
                 self.stack.remove(&key, socket);
                 None
-            }
-        }
-    }
-
-    /// Takes clients in whom the instance's groups let in.
-    fn accept(&mut self, registry: &Registry, sockets: &mut Datagrams, port: &Port) {
-        let view = port.view();
-        for n in 0..self.listeners.len() {
-            let Entrance { port: inside, to, .. } = self.listeners[n].entrance;
-            let own = to.unwrap_or(view.address);
-            while let Ok((mut host, client)) = self.listeners[n].socket.accept() {
-                let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = shown_as(&view, real);
-                let key = ((own, inside), (shown, client.port()));
-                // Dropped, the connection is reset or closed: nobody is told why.
-                // Nor does anything go for those whom the rules keep out.
-                if !self.is_free(&key) || !lets_in(port, real, &key) || !self.has_room(Kind::Client) {
-                    continue;
-                }
-                self.forget_waiting(key);
-                let Some(permit) = sockets.permit(Opener::Client) else { continue };
-                let (token, interest) = (self.tokens.next(), Interest::READABLE | Interest::WRITABLE);
-                if registry.register(&mut host, token, interest).is_err() {
-                    continue;
-                }
-                if let Some(socket) = self.stack.connect(key) {
-                    let other = Other::Host(Pipe::new(host, permit));
-                    self.owners.insert(token, key);
-                    let (token, client) = (Some(token), Some(real));
-                    let open = Conversation::Open { socket, other, token, client };
-                    self.conversations.insert(key, Kind::Client, open);
-                }
             }
         }
     }

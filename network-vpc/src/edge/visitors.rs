@@ -4,14 +4,14 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::Instant;
 
 use instance_core::net::Frame;
 use mio::net::UdpSocket;
 use mio::{Interest, Registry};
 use smoltcp::wire::{Ipv4Packet, UdpPacket};
 
-use super::datagram::{LONGEST, MOST, SILENCE, TURN};
+use super::datagram::{LONGEST, MOST, TURN};
+use super::pace::{Pace, Side};
 use super::{Entrance, Tokens, shown_as};
 use crate::answer::udp_frame;
 use crate::backlog::Sender;
@@ -37,7 +37,7 @@ struct Visitor {
     /// Where the client came in.
     at: SocketAddr,
     client: SocketAddr,
-    last: Instant,
+    pace: Pace,
 }
 
 impl Visitors {
@@ -69,7 +69,7 @@ impl Visitors {
         let Transport::Udp { source, destination } = flow.transport else { return false };
         let key = ((flow.source, source), (flow.destination, destination));
         let Some(visitor) = self.visitors.get_mut(&key) else { return false };
-        visitor.last = Instant::now();
+        visitor.pace.said(Side::Guest);
         let payload =
             Ipv4Packet::new_checked(packet).ok().and_then(|ip| UdpPacket::new_checked(ip.payload()).ok());
         let door = self.doors.iter().find(|door| door.entrance.at == visitor.at);
@@ -91,7 +91,7 @@ impl Visitors {
                 let Ok((len, client)) = door.socket.recv_from(&mut bytes) else { break };
                 more |= turn == TURN;
                 let IpAddr::V4(real) = client.ip() else { continue };
-                let shown = shown_as(&view, real);
+                let shown = shown_as(&view, real, &door.entrance);
                 let key = (own, (shown, client.port()));
                 let flow = |source| {
                     let transport = Transport::Udp { source: client.port(), destination: own.1 };
@@ -101,14 +101,15 @@ impl Visitors {
                 match self.visitors.get_mut(&key) {
                     // One whom the guest could not tell from another.
                     Some(there) if there.client != client || there.at != door.entrance.at => continue,
-                    Some(there) => there.last = Instant::now(),
+                    Some(there) => there.pace.said(Side::Other),
                     None if !port.admits(&flow(real), &flow(shown)) => continue,
                     None => {
                         if self.visitors.len() >= MOST {
-                            let oldest = self.visitors.iter().min_by_key(|(_, there)| there.last);
+                            let oldest = self.visitors.iter().min_by_key(|(_, there)| there.pace.last);
                             oldest.map(|(key, _)| *key).map(|key| self.visitors.remove(&key));
                         }
-                        let visitor = Visitor { at: door.entrance.at, client, last: Instant::now() };
+                        let pace = Pace::begun(Side::Other);
+                        let visitor = Visitor { at: door.entrance.at, client, pace };
                         self.visitors.insert(key, visitor);
                     }
                 }
@@ -120,7 +121,7 @@ impl Visitors {
                 }
             }
         }
-        self.visitors.retain(|_, visitor| visitor.last.elapsed() < SILENCE);
+        self.visitors.retain(|_, visitor| !visitor.pace.is_over());
         more
     }
 }

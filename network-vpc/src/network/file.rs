@@ -1,7 +1,8 @@
 //! The file that a network is kept in.
 
-use std::fs::File;
-use std::io::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -12,6 +13,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// Its name in the network's directory.
 pub(super) const NAME: &str = "network.json";
+
+/// That of the one that is to take its place.
+const NEW: &str = "network.json.new";
 
 pub(super) fn parse(bytes: &[u8], file: &Path) -> Result<Model> {
     #[derive(Deserialize)]
@@ -48,11 +52,43 @@ pub(super) fn parse(bytes: &[u8], file: &Path) -> Result<Model> {
 /// Replaces the file: it holds the one or the other, whatever happens.
 pub(super) fn write(file: &Path, model: &Model) -> Result<()> {
     let failed = |e: std::io::Error| Error::host(format!("cannot write {}", file.display()), e);
-    let dir = file.parent().unwrap_or(Path::new("."));
     let json = serde_json::to_vec_pretty(model).map_err(|e| failed(e.into()))?;
-    let mut written = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
-    written.write_all(&json).map_err(failed)?;
-    written.as_file().sync_all().map_err(failed)?;
-    written.persist(file).map_err(|e| failed(e.error))?;
+    // The directory has one owner, who finds here what was left by one that was killed.
+    let new = file.with_file_name(NEW);
+    let replaced = write_new(&new, &json).and_then(|()| fs::rename(&new, file));
+    replaced.map_err(|e| {
+        // It may fail for want of room.
+        let _ = fs::remove_file(&new);
+        failed(e)
+    })?;
+    let dir = file.parent().unwrap_or(Path::new("."));
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)
+}
+
+fn write_new(new: &Path, json: &[u8]) -> io::Result<()> {
+    let mut new = File::options().create(true).truncate(true).write(true).mode(0o600).open(new)?;
+    new.write_all(json)?;
+    new.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_written_to_its_end_is_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(NAME);
+        let model = vpcs::first_model(&"us-east-1".parse().unwrap()).unwrap();
+        fs::write(dir.path().join(NEW), vec![b'x'; 100_000]).unwrap();
+        write(&file, &model).unwrap();
+        let there: Vec<_> = dir.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(there, [NAME]);
+        assert!(parse(&fs::read(&file).unwrap(), &file).unwrap().vpcs == model.vpcs);
+        // What fails leaves nothing either.
+        fs::remove_file(&file).unwrap();
+        fs::create_dir(&file).unwrap();
+        assert!(write(&file, &model).is_err());
+        assert_eq!(dir.path().read_dir().unwrap().count(), 1);
+    }
 }

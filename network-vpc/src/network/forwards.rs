@@ -15,11 +15,12 @@ pub(crate) type PublicOffers = BTreeMap<(Carrier, SocketAddr), Ipv4Addr>;
 
 impl Network {
     /// Has a port of TCP of an interface reached at an address of the host's, and says which: with port 0, a free one is
-    /// taken. It stays so when the network is opened again, but for one that was not asked for: if that is taken by
+    /// taken. If it was reached at another, it is no longer. It stays so when the network is opened again, but for one that was not asked for: if that is taken by
     /// then, the instance is plugged in with another, which [`interface`](Self::interface) says.
     ///
     /// Clients get in whom the interface's groups let in, by their own addresses; none of them is a member of a group. The
-    /// guest sees those of the host itself as 169.254.0.1, and those whose addresses are among its VPC's.
+    /// guest sees those of the host itself as 169.254.0.1, and those whose addresses are among its VPC's or have no route out of its
+    /// subnet, so that it can answer them.
     ///
     /// ```
     /// # use network_vpc::Network;
@@ -38,8 +39,11 @@ impl Network {
         self.forward_by(Carrier::Tcp, id, port, at)
     }
 
-    /// The same for a port of UDP. A client that has been silent for a minute begins anew, and of more than 512 the one that
-    /// was silent longest makes room.
+    /// The same for a port of UDP. A conversation that has been silent for a minute begins anew, or for three where both sides have
+    /// spoken twice in turn, and of more than 512 the one that was silent longest makes room.
+    ///
+    /// At 0.0.0.0 a client may be answered from another of the host's addresses than it spoke to, and not take that for an answer: an
+    /// address of its own for each is better.
     ///
     /// ```
     /// # use network_vpc::{Direction, Network, Rule};
@@ -93,17 +97,20 @@ impl Network {
         self.model().interface(id)?;
         let listener = Listener::bind(carrier, at).map_err(refused)?;
         let at = listener.local_addr().map_err(refused)?;
-        self.stop_forwarding_by(carrier, id, port)?;
         let mut plugged = self.plugged();
-        self.change_with(&mut plugged, |model| {
+        // In one step: nobody finds it forwarded to nowhere, and of two who forward it the last has it.
+        let before = self.change_with(&mut plugged, |model| {
             let (forwards, chosen) = model.interface_mut(id)?.forwards_mut(carrier);
-            forwards.insert(port, at);
-            if is_chosen {
-                chosen.insert(port);
-            }
-            Ok(())
+            match is_chosen {
+                true => chosen.insert(port),
+                false => chosen.remove(&port),
+            };
+            Ok(forwards.insert(port, at))
         })?;
         if let Some(plugged) = plugged.get(&id) {
+            if let Some(before) = before {
+                plugged.edge.unlisten(carrier, before);
+            }
             plugged.edge.listen(Forward { listener, entrance: Entrance { at, port, to: None } });
         }
         Ok(at)
