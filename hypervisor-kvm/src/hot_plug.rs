@@ -60,6 +60,8 @@ impl Shared {
         let taken = slots.all().iter().filter(|placed| counts(placed)).count();
         let is_console = |placed: &Placed| matches!(placed.role, Role::Other(Other::Console));
         let most = Transport::Pci.device_places(slots.find(is_console).is_some());
+        // The first is for a disk that stays.
+        let most = most - usize::from(slots.get(0).is_none());
         let Some(number) = slots.free().filter(|_| taken < most) else {
             let why = if taken < most {
                 "the places that are left are held by what was taken by force, until the guest lets go of it"

@@ -21,6 +21,7 @@ use super::mmio::Mmio;
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
+const WRITE_ZEROES: u32 = 13;
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -129,6 +130,15 @@ impl Guest {
         let data = (at + 512, SECTOR as u32, if kind == IN { WRITE } else { 0 });
         let chain = if kind == FLUSH { vec![header, status] } else { vec![header, data, status] };
         self.0.offer(queue, n * 3, &chain);
+    }
+
+    /// The `n`th request, to write so many MiB of zeroes.
+    fn offer_zeroes(&mut self, queue: usize, n: u16, sector: u64, mib: u64) {
+        let at = request_at(queue, n);
+        self.0.put(at, &[u64::from(WRITE_ZEROES).to_le_bytes(), [0; 8]].concat());
+        self.0.put(at + 512, &[sector.to_le_bytes(), u64::to_le_bytes(mib << 11)].concat());
+        self.0.put(at + 16, &[NONE]);
+        self.0.offer(queue, n * 3, &[(at, 16, 0), (at + 512, 16, 0), (at + 16, 1, WRITE)]);
     }
 
     /// The heads' numbers of what was used, in this order.

@@ -116,6 +116,8 @@ pub(super) fn tune_tcp(stream: TcpStream) -> io::Result<OwnedFd> {
     sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60))?;
     sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(10))?;
     sockopt::set_tcp_keepcnt(&stream, 6)?;
+    // It is not asked for a sign of life while it has still to take something.
+    sockopt::set_tcp_user_timeout(&stream, 120_000)?;
     Ok(stream.into())
 }
 
@@ -167,6 +169,8 @@ mod tests {
         for socket in [client, server] {
             assert!(sockopt::socket_keepalive(&socket).unwrap());
             let idle = sockopt::tcp_keepidle(&socket).unwrap();
+            // Also where something is under way, when it is not asked.
+            assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 120_000);
             let probes = sockopt::tcp_keepintvl(&socket).unwrap() * sockopt::tcp_keepcnt(&socket).unwrap();
             assert_eq!(idle + probes, Duration::from_secs(120));
         }

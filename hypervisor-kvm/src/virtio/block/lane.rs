@@ -16,6 +16,8 @@ pub(super) struct Lane {
     pub(super) answers: Vec<Answer>,
     /// How many of its requests are under way.
     pub(super) under_way: usize,
+    /// How many bytes these read and write.
+    pub(super) bytes: u64,
     /// How many of the requests that were last taken from it have never begun, and are the next ones again.
     pub(super) left: u16,
     /// Its driver has been asked to notify of the next request, which has not been taken.

@@ -41,9 +41,11 @@ pub(crate) const QUEUES_MAX: usize = 16;
 /// How many requests are taken up before the driver hears of those that have ended: few enough for it to get on
 /// meanwhile.
 const BATCH: usize = 16;
-/// The most bytes that are under way, but for a request that is larger by itself: who ends the machine, or takes memory
-/// back, waits for them.
+/// The most bytes that are under way, but for a request of each queue that is larger by itself: who ends the machine, or takes
+/// memory back, waits for them. Each queue has its share, so that none waits for what others begin, but for one of many some
+/// more, which keeps the disk busy by itself.
 const BYTES_MAX: u64 = 16 << 20;
+const BYTES_OF_A_QUEUE: u64 = 4 << 20;
 
 /// A block device.
 #[derive(Debug)]
@@ -58,8 +60,6 @@ pub(crate) struct Block {
     unserved: bool,
     /// The requests that are, by their tokens.
     pending: Slab<Pending>,
-    /// How many bytes these read and write.
-    bytes: u64,
     /// What each virtqueue is to be told.
     lanes: Vec<Lane>,
     ends: Ends,
@@ -101,7 +101,6 @@ impl Block {
             engine: Arc::default(),
             unserved: false,
             pending: Slab::new(),
-            bytes: 0,
             lanes: (0..queues.clamp(1, QUEUES_MAX)).map(|_| Lane::default()).collect(),
             ends: Ends::default(),
             serial: id,
@@ -154,7 +153,9 @@ impl Block {
             return Ok(Some(len as u32));
         };
         let bytes = op.bytes();
-        if self.bytes > 0 && self.bytes + bytes > BYTES_MAX {
+        let share = (BYTES_MAX / self.lanes.len() as u64).max(BYTES_OF_A_QUEUE);
+        let under_way = self.lanes[lane].bytes;
+        if under_way > 0 && under_way + bytes > share {
             return Err(Refusal::NotYet);
         }
         let disk = self.disk.as_ref().ok_or(Refusal::Io)?;
@@ -210,7 +211,7 @@ impl Block {
         }
         let answer = Answer::to(request, (VIRTIO_BLK_S_OK, written));
         entry.insert(Pending { lane, stage, bytes, answer });
-        self.bytes += bytes;
+        self.lanes[lane].bytes += bytes;
         self.lanes[lane].under_way += 1;
         Ok(None)
     }
@@ -242,8 +243,8 @@ impl Block {
             return Some(token);
         }
         let Pending { lane, stage, bytes, mut answer } = self.pending.remove(token as usize);
-        self.bytes -= bytes;
         let lane = &mut self.lanes[lane];
+        lane.bytes -= bytes;
         lane.under_way -= 1;
         if cancelled && stage != Stage::Flush && self.disk.is_some() {
             lane.left += 1;
@@ -391,7 +392,6 @@ impl Device for Block {
         self.abandon();
         self.line = None;
         self.pending.clear();
-        self.bytes = 0;
         self.lanes.fill_with(Lane::default);
         self.ends = Ends::default();
         self.refresh();

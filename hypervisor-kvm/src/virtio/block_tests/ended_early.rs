@@ -186,34 +186,45 @@ fn requests_of_a_disk_that_was_taken_by_force_fail() {
 /// However long a guest's requests are, whoever ends its machine waits for few of them.
 #[test]
 fn long_requests_are_not_under_way_together() {
-    const WRITE_ZEROES: u32 = 13;
-    let (disk, did, go_on) = gated(3);
+    let (disk, _did, go_on) = gated(3);
     let mut guest = Guest::new(&disk, 1, 0);
     for (n, mib) in [(0, 12), (1, 4), (2, 4), (3, 64)] {
-        let sectors = mib << 11;
-        let at = request_at(0, n);
-        guest.0.put(at, &[u64::from(WRITE_ZEROES).to_le_bytes(), [0; 8]].concat());
-        guest.0.put(at + 512, &[u64::from(n).to_le_bytes(), u64::to_le_bytes(sectors)].concat());
-        guest.0.put(at + 16, &[NONE]);
-        guest.0.offer(0, n * 3, &[(at, 16, 0), (at + 512, 16, 0), (at + 16, 1, WRITE)]);
+        guest.offer_zeroes(0, n, n.into(), mib);
     }
-    let taken = |guest: &Guest| guest.0.device.save().core.rings[0].at.unwrap().0;
     guest.0.step(0);
-    assert_eq!(taken(&guest), 2, "16 MiB are");
+    assert_eq!(taken(&guest, 0), 2, "16 MiB are");
     guest.0.step(0);
-    assert_eq!(taken(&guest), 2);
+    assert_eq!(taken(&guest, 0), 2);
     go_on.send(()).unwrap();
     while guest.0.used(0) == 0 {
         poll(&mut [PollFd::new(&guest.0.device.ended().unwrap(), PollFlags::IN)], None).unwrap();
         guest.0.step(0);
     }
-    let then = taken(&guest);
-    assert!((2..=3).contains(&then), "{then}");
+    assert!((2..=3).contains(&taken(&guest, 0)), "{}", taken(&guest, 0));
     drop(go_on);
     guest.serve(0, 4);
-    assert_eq!(taken(&guest), 4, "one that is longer by itself is served, too");
-    assert!((0..4).all(|n| guest.status(0, n) == OK));
-    drop(did);
+    assert!((0..4).all(|n| guest.status(0, n) == OK), "one that is longer by itself is served, too");
+}
+
+/// The first queue could begin a request whenever one of its own ends, and leave no room for another's for ever.
+#[test]
+fn long_requests_do_not_wait_for_those_of_other_queues() {
+    let (disk, _did, _go_on) = gated(4);
+    let mut guest = Guest::new(&disk, 2, 0);
+    (0..2).for_each(|n| guest.offer_zeroes(0, n, n.into(), 8));
+    guest.offer_zeroes(1, 0, 2, 64);
+    guest.offer_zeroes(1, 1, 3, 1);
+    guest.0.step(0);
+    guest.0.step(1);
+    assert_eq!([0, 1].map(|queue| taken(&guest, queue)), [1, 1], "8 MiB of each, or one request");
+    drop(_go_on);
+    guest.serve(0, 2);
+    guest.serve(1, 2);
+}
+
+/// How many requests of a queue were taken up.
+fn taken(guest: &Guest, queue: usize) -> u16 {
+    guest.0.device.save().core.rings[queue].at.unwrap().0
 }
 
 /// The guest's memory stays for as long as a request uses it, whoever has let go of it.
