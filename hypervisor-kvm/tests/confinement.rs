@@ -9,7 +9,7 @@ use std::io;
 use std::net::UdpSocket;
 use std::path::Path;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ami_core::Architecture;
 use hypervisor_kvm::{Confinement, Kvm};
@@ -17,11 +17,7 @@ use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, Hypervisor, Machine, MachineSpec};
 use storage_block::{BlockBackend, Disk, MemoryDisk, Result, Volume, VolumeOptions};
 
-use common::{guest, kvm};
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
-}
+use common::{PATIENCE, guest, kvm, soon};
 
 /// Whether things that a machine has no use for could be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +100,7 @@ fn could(kvm: &Kvm) -> [Could; 2] {
     };
     let (machine, console) = up(kvm, vec![DiskSpec::new(Disk::new(trying).unwrap(), "vol-1")]);
     console.write_all(b"read 0 0\n", soon()).unwrap();
-    let on_disk = told.recv_timeout(Duration::from_secs(20)).unwrap();
+    let on_disk = told.recv_timeout(PATIENCE).unwrap();
     drop(machine);
 
     // The processor's thread is the only one, and so the last: the hook runs in it.
@@ -116,7 +112,7 @@ fn could(kvm: &Kvm) -> [Could; 2] {
         }
     });
     console.write_all(b"poweroff\n", soon()).unwrap();
-    [on_disk, told.recv_timeout(Duration::from_secs(20)).unwrap()]
+    [on_disk, told.recv_timeout(PATIENCE).unwrap()]
 }
 
 #[test]

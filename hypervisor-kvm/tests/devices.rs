@@ -8,18 +8,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ami_core::Architecture;
 use common::held::private_bytes;
+use common::soon;
 use hypervisor_kvm::Kvm;
 use instance_core::console::{Console, ConsoleReader, ConsoleSize};
 use instance_core::machine::{
     ExitCause, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, RestoreSpec, SavedMachine,
 };
 use instance_core::vsock::{self, VsockSpec};
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
 
 /// A guest that is up, and its console.
 struct Guest {

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
+use common::soon;
 use hypervisor_kvm::{Confinement, Kvm, Transport};
 use instance_core::console::Console;
 use instance_core::machine::{
@@ -100,7 +101,7 @@ impl Kinds {
             TRANSPORTS.map(|transport| {
                 let Made { machine, console, _outside } = kinds.new_one(transport, true, false);
                 machine.start().unwrap();
-                console.reader().wait_for("GUEST READY\n", Instant::now() + Duration::from_secs(20)).unwrap();
+                console.reader().wait_for("GUEST READY\n", soon()).unwrap();
                 machine.pause().unwrap();
                 let file = tempfile::tempfile().unwrap();
                 machine.save(&file).unwrap();

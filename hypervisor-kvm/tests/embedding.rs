@@ -4,17 +4,16 @@
 mod common;
 
 use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ami_core::Architecture;
+use common::{PATIENCE, soon};
 use hypervisor_kvm::{Confinement, Kvm};
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, Machine, MachineSpec, MachineState, NetSpec};
 use instance_core::net;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use storage_block::MemoryDisk;
-
-const SOON: Duration = Duration::from_secs(20);
 
 /// A machine that was made, not started, and its console.
 fn made(kvm: &Kvm) -> (Box<dyn Machine>, Console) {
@@ -32,7 +31,7 @@ fn without_hanging(what: &str, work: impl FnOnce() + Send + 'static) {
         work();
         let _ = done.send(());
     });
-    assert!(finished.recv_timeout(SOON).is_ok(), "{what} hangs");
+    assert!(finished.recv_timeout(PATIENCE).is_ok(), "{what} hangs");
 }
 
 /// One test, because limits and descriptors are the whole process's.
@@ -49,7 +48,7 @@ fn machines_keep_to_themselves() {
 fn no_descriptor_is_inherited(kvm: &Kvm) {
     let (machine, console) = made(kvm);
     machine.start().unwrap();
-    console.reader().wait_for("GUEST READY", Instant::now() + SOON).unwrap();
+    console.reader().wait_for("GUEST READY", soon()).unwrap();
     for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         // The standard ones are, and the directory's own is gone by now.
@@ -79,7 +78,7 @@ fn who_moves_frames_takes_no_processor_from_others(kvm: &Kvm) {
             ("waits/net1", libc::SCHED_BATCH),
         ] {
             // A thread says first how it is called.
-            let end = Instant::now() + SOON;
+            let end = soon();
             while policy(name) != Some(expect) {
                 assert!(Instant::now() < end, "{name} is scheduled by {:?}", policy(name));
                 std::thread::yield_now();
@@ -128,7 +127,7 @@ fn a_hook_that_panics_harms_nobody(kvm: &Kvm) {
     let state = machine.state();
     state.subscribe(|state| panic!("a hook that was told {state:?}"));
     machine.start().unwrap();
-    console.reader().wait_for("GUEST READY", Instant::now() + SOON).unwrap();
+    console.reader().wait_for("GUEST READY", soon()).unwrap();
     without_hanging("the end after a hook's panic", move || drop(machine));
     assert_eq!(state.get(), MachineState::Exited(ExitCause::Killed));
 }
@@ -136,8 +135,8 @@ fn a_hook_that_panics_harms_nobody(kvm: &Kvm) {
 fn a_user_who_has_no_signals_left_can_kill(kvm: &Kvm) {
     let (machine, console) = made(kvm);
     machine.start().unwrap();
-    console.write_all(b"spin\n", Instant::now() + SOON).unwrap();
-    console.reader().wait_for("spinning", Instant::now() + SOON).unwrap();
+    console.write_all(b"spin\n", soon()).unwrap();
+    console.reader().wait_for("spinning", soon()).unwrap();
     let before = getrlimit(Resource::Sigpending);
     setrlimit(Resource::Sigpending, Rlimit { current: Some(0), ..before }).unwrap();
     without_hanging("a kill without signals", move || machine.kill());

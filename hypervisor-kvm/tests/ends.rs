@@ -3,15 +3,13 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
 use ami_core::Architecture;
 use instance_core::console::Console;
 use instance_core::machine::{
     ExitCause, Hypervisor, MachineSpec, ProcessorErrorReason, RestoreSpec, SavedMachine,
 };
 
-use common::{guest, kvm};
+use common::{guest, kvm, soon};
 
 /// How the machine of a guest that is told so ends.
 fn end_by(command: &str) -> Option<ExitCause> {
@@ -20,10 +18,9 @@ fn end_by(command: &str) -> Option<ExitCause> {
     let spec = MachineSpec::new(command, Architecture::X86_64, guest::boot().unwrap(), console.port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
-    let soon = Instant::now() + Duration::from_secs(20);
-    console.reader().wait_for("GUEST READY\n", soon).unwrap();
-    console.write_all(format!("{command}\n").as_bytes(), soon).unwrap();
-    let end = machine.state().wait(soon, |state| state.exit_cause().is_some()).unwrap();
+    console.reader().wait_for("GUEST READY\n", soon()).unwrap();
+    console.write_all(format!("{command}\n").as_bytes(), soon()).unwrap();
+    let end = machine.state().wait(soon(), |state| state.exit_cause().is_some()).unwrap();
     Some(end.exit_cause().unwrap().clone())
 }
 
@@ -57,8 +54,7 @@ fn memory_that_is_gone_is_told_with_the_error_of_the_kernel() {
     let spec = MachineSpec::new("cut", Architecture::X86_64, guest::boot().unwrap(), console.port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
-    let soon = Instant::now() + Duration::from_secs(20);
-    console.reader().wait_for("GUEST READY\n", soon).unwrap();
+    console.reader().wait_for("GUEST READY\n", soon()).unwrap();
     machine.pause().unwrap();
     let file = tempfile::tempfile().unwrap();
     machine.save(&file).unwrap();
@@ -66,7 +62,7 @@ fn memory_that_is_gone_is_told_with_the_error_of_the_kernel() {
     let restored = kvm.restore(RestoreSpec::new("cut", saved, Console::new().port())).unwrap();
     file.set_len(4096).unwrap();
     restored.resume().unwrap();
-    let end = restored.state().wait(soon, |state| state.exit_cause().is_some()).unwrap();
+    let end = restored.state().wait(soon(), |state| state.exit_cause().is_some()).unwrap();
     let Some(ExitCause::ProcessorError(error)) = end.exit_cause() else { panic!("{end:?}") };
     assert_eq!(error.reason, ProcessorErrorReason::RunFailed(libc::EFAULT));
     assert!(error.registers.is_some());

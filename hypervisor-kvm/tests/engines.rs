@@ -3,19 +3,14 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
 use ami_core::Architecture;
+use common::soon;
 use hypervisor_kvm::{Confinement, Kvm};
 use instance_core::console::Console;
 use instance_core::machine::{Detach, DiskEngine, DiskSpec, Hypervisor, Machine, MachineSpec};
 use storage_block::{Disk, Engine, MemoryDisk, QueueOptions, RawFile};
 
 const SIZE: u64 = 1 << 20;
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
-}
 
 fn in_file() -> Disk {
     let file = tempfile::tempfile().unwrap();

@@ -4,18 +4,14 @@
 mod common;
 
 use std::num::NonZeroU32;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ami_core::Architecture;
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, Hypervisor, Machine, MachineSpec, VmExits};
 use storage_block::MemoryDisk;
 
-use common::{guest, kvm};
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(60)
-}
+use common::{guest, kvm, soon};
 
 /// A machine with two processors and a disk of 1 MiB.
 fn up() -> Option<(Box<dyn Machine>, Console)> {

@@ -6,9 +6,10 @@ mod common;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, BlockDeviceMapping, X86};
+use common::soon;
 use hypervisor_kvm::{Kvm, Transport};
 use instance_core::machine::Hypervisor;
 use instance_core::{DirectBoot, ImageSource, Instance, LaunchSpec, Region, RegionOptions};
@@ -16,17 +17,15 @@ use storage_block::MemoryDisk;
 use storage_block::keys::LocalKey;
 
 fn ask(instance: &Instance, line: &str, answer: &str) {
-    let soon = Instant::now() + Duration::from_secs(20);
     let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(answer, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+    reader.wait_for(answer, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
 }
 
 /// Has the guest's agent say what it is told, by a stream.
 fn echo(instance: &Instance) {
-    let soon = Instant::now() + Duration::from_secs(20);
-    let mut stream = instance.vsock().unwrap().connect(7, soon).unwrap();
-    stream.set_deadline(Some(soon));
+    let mut stream = instance.vsock().unwrap().connect(7, soon()).unwrap();
+    stream.set_deadline(Some(soon()));
     stream.write_all(b"hello").unwrap();
     let mut answer = [0; 5];
     stream.read_exact(&mut answer).unwrap();

@@ -7,9 +7,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Mutex, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ami_core::Architecture;
+use common::soon;
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, ExitCause, Hypervisor, MachineSpec};
 use storage_block::{BlockBackend, Disk, Result};
@@ -51,10 +52,6 @@ impl BlockBackend for Slow {
     fn write_zeroes(&self, _: u64, _: u64) -> Result<()> {
         Ok(())
     }
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
 }
 
 /// Sets how many descriptors the process may have, and says how many it might.

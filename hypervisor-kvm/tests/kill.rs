@@ -7,10 +7,10 @@ use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
+use common::soon;
 use instance_core::console::Console;
 use instance_core::machine::{ExitCause, Hypervisor, Machine, MachineSpec, MachineState};
 
-const SOON: Duration = Duration::from_secs(20);
 /// What a kill or a reset may take.
 const AT_ONCE: Duration = Duration::from_millis(100);
 /// When it is done, from when the guest says that it begins.
@@ -48,8 +48,8 @@ fn is_ended_at_once(command: &str, says: &str, end: fn(&dyn Machine), cause: Exi
             spec.vcpus = NonZeroU32::new(2).unwrap();
             let machine = kvm.create(spec).unwrap();
             machine.start().unwrap();
-            console.write_all(format!("{command}\n").as_bytes(), Instant::now() + SOON).unwrap();
-            console.reader().wait_for(says, Instant::now() + SOON).unwrap();
+            console.write_all(format!("{command}\n").as_bytes(), soon()).unwrap();
+            console.reader().wait_for(says, soon()).unwrap();
             // What it does then takes longer than this.
             let moment = Instant::now() + IN_THE_MIDDLE;
             while Instant::now() < moment {

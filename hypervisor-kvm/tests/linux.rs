@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ami_core::Architecture;
 use common::held::private_bytes;
 use common::linux;
+use common::{PATIENCE, soon};
 use hypervisor_kvm::{Confinement, CpuLevel, Kvm, Transport};
 use instance_core::console::{Console, ConsoleReader, ConsoleSize};
 use instance_core::machine::{
@@ -20,8 +21,6 @@ use instance_core::testing::conformance::{Link, TestBed};
 use instance_core::vsock::{self, Stream, Vsock, VsockSpec};
 
 /// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 #[test]
 fn kvm_conforms_with_linux() {
     let Some(kvm) = common::kvm_as_it_comes() else { return };
@@ -93,7 +92,7 @@ fn boots_by_the_64_bit_entry(kvm: &Kvm) {
     let spec = MachineSpec::new("64-bit", Architecture::X86_64, linux::boot("amd64", false), console.port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
-    let soon = Instant::now() + PATIENCE;
+    let soon = soon();
     console.reader().wait_for("GUEST READY", soon).unwrap();
     console.write_all(b"poweroff\n", soon).unwrap();
     let end = machine.state().wait(soon, |state| state.exit_cause().is_some()).unwrap();
@@ -142,7 +141,7 @@ struct Guest {
 impl Guest {
     /// The first line of a file under `/sys`.
     fn show(&mut self, file: &str) -> String {
-        let soon = Instant::now() + PATIENCE;
+        let soon = soon();
         self.console.write_all(format!("show {file}\n").as_bytes(), soon).unwrap();
         loop {
             let line = self.reader.wait_for("\n", soon).unwrap();
@@ -158,7 +157,7 @@ impl Guest {
 
     /// What `open` gives of the host's end of a stream, which the guest's program is told of and says that it has.
     fn stream(&mut self, told: &str, says: &str, open: impl FnOnce() -> Stream) -> Stream {
-        let soon = Instant::now() + PATIENCE;
+        let soon = soon();
         self.console.write_all(format!("vsock {told}\n").as_bytes(), soon).unwrap();
         self.reader.wait_for(&format!("vsock: {says}"), soon).unwrap();
         let mut stream = open();
@@ -168,7 +167,7 @@ impl Guest {
 
     /// Either side opens a stream, which comes back whole from the guest, and ends.
     fn echoes_streams(&mut self, host: &Vsock) {
-        let soon = Instant::now() + PATIENCE;
+        let soon = soon();
         let listener = host.listen(5000).unwrap();
         let from_guest = self.stream("connect 5000", "connected", || listener.accept(soon).unwrap());
         self.echoes(from_guest);
@@ -186,12 +185,12 @@ impl Guest {
         writing.join().unwrap().unwrap();
         assert!(got == all, "the guest's echo is not what it was sent");
         drop(stream);
-        self.reader.wait_for("vsock: ended", Instant::now() + PATIENCE).unwrap();
+        self.reader.wait_for("vsock: ended", soon()).unwrap();
     }
 
     /// Waits for a balloon of so many MiB.
     fn wait_for_balloon(&self, mib: u32) {
-        let soon = Instant::now() + PATIENCE;
+        let soon = soon();
         self.machine.set_balloon(mib).unwrap();
         while self.machine.balloon().unwrap() != mib {
             assert!(Instant::now() < soon, "{} MiB, not {mib}", self.machine.balloon().unwrap());
@@ -201,7 +200,7 @@ impl Guest {
 
     /// Waits until an interrupt of ACPI's has come so often.
     fn wait_for_event(&mut self, times: &str) {
-        let soon = Instant::now() + PATIENCE;
+        let soon = soon();
         loop {
             let shown = self.show("firmware/acpi/interrupts/gpe00");
             assert!(shown.contains("enabled"), "{shown}");
@@ -226,7 +225,7 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
     let mut guest = Guest { machine, reader: console.reader(), console };
-    guest.reader.wait_for("GUEST READY", Instant::now() + PATIENCE).unwrap();
+    guest.reader.wait_for("GUEST READY", soon()).unwrap();
 
     let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let before = now();
@@ -237,12 +236,11 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     // Its driver has asked for a pair of queues for each processor, and was given them.
     assert_eq!(guest.show("class/net/eth0/queues/tx-1/tx_timeout"), "0");
     // Its driver answers that nobody listens there.
-    let refused = host.connect(9999, Instant::now() + PATIENCE).unwrap_err();
+    let refused = host.connect(9999, soon()).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
     guest.echoes_streams(&host);
     let listener = host.listen(6000).unwrap();
-    let _broken =
-        guest.stream("connect 6000", "connected", || listener.accept(Instant::now() + PATIENCE).unwrap());
+    let _broken = guest.stream("connect 6000", "connected", || listener.accept(soon()).unwrap());
     talk(&terminal, "hello", "said hello");
     wait_for_size(&terminal, "43 132");
     terminal.resize(ConsoleSize { columns: 90, rows: 30 });
@@ -270,7 +268,7 @@ fn has_drivers_for_every_device(kvm: &Kvm) {
     let mut guest = Guest { machine, reader: console.reader(), console };
     guest.machine.resume().unwrap();
     // The stream that it had when it was saved has another end than the host's.
-    guest.reader.wait_for("vsock: reset", Instant::now() + PATIENCE).unwrap();
+    guest.reader.wait_for("vsock: reset", soon()).unwrap();
     guest.wait_for_event("1");
     guest.echoes_streams(&host);
     guest.wait_for_balloon(48);
@@ -316,13 +314,13 @@ fn net_port() -> (NetSpec, NetPort) {
 /// What the guest says at its second console to what it is told there.
 fn talk(terminal: &Console, told: &str, said: &str) {
     let mut reader = terminal.reader_from_now();
-    terminal.write_all(format!("{told}\n").as_bytes(), Instant::now() + PATIENCE).unwrap();
-    reader.wait_for(said, Instant::now() + PATIENCE).unwrap();
+    terminal.write_all(format!("{told}\n").as_bytes(), soon()).unwrap();
+    reader.wait_for(said, soon()).unwrap();
 }
 
 /// Waits until the guest knows of a second console of this size: rows and columns.
 fn wait_for_size(terminal: &Console, size: &str) {
-    let soon = Instant::now() + PATIENCE;
+    let soon = soon();
     let mut reader = terminal.reader_from_now();
     loop {
         terminal.write_all(b"size\n", soon).unwrap();

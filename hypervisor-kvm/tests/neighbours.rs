@@ -4,9 +4,8 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
 use ami_core::Architecture;
+use common::soon;
 use hypervisor_kvm::Kvm;
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, Hypervisor, Machine, MachineSpec, MachineState, NetSpec};
@@ -47,10 +46,6 @@ impl Guest {
         let said = reader.wait_for("\n", soon()).unwrap();
         assert_eq!(String::from_utf8_lossy(&said), format!("{answer}\n"), "{line}");
     }
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
 }
 
 #[test]

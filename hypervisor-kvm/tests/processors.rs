@@ -6,17 +6,16 @@ mod common;
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
+use common::soon;
 use instance_core::console::Console;
 use instance_core::machine::{Hypervisor, MachineSpec, RestoreSpec, SavedMachine};
 
 /// How long a guest may take that starts many processors, each of which has to have its turn.
-const PATIENCE: Duration = Duration::from_secs(100);
-
 #[track_caller]
 fn number(console: &Console, word: &str) -> u64 {
     let mut reader = console.reader_from_now();
-    console.write_all(format!("{word}\n").as_bytes(), Instant::now() + PATIENCE).unwrap();
-    let answer = reader.wait_for("\n", Instant::now() + PATIENCE).unwrap();
+    console.write_all(format!("{word}\n").as_bytes(), soon()).unwrap();
+    let answer = reader.wait_for("\n", soon()).unwrap();
     String::from_utf8(answer).unwrap().trim().strip_prefix(word).unwrap().trim().parse().unwrap()
 }
 
@@ -31,7 +30,7 @@ fn as_many_processors_as_there_can_be_come_up() {
     spec.vcpus = most.try_into().unwrap();
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
-    console.reader().wait_for("GUEST READY\n", Instant::now() + PATIENCE).unwrap();
+    console.reader().wait_for("GUEST READY\n", soon()).unwrap();
     assert_eq!(number(&console, "cpus"), 64);
     // All of them are called back.
     machine.pause().unwrap();
@@ -73,7 +72,7 @@ fn the_clock_of_kvm_stands_still_in_a_file_alone() {
     let spec = MachineSpec::new("clock", Architecture::X86_64, boot, console.port());
     let machine = kvm.create(spec).unwrap();
     machine.start().unwrap();
-    console.reader().wait_for("GUEST READY\n", Instant::now() + PATIENCE).unwrap();
+    console.reader().wait_for("GUEST READY\n", soon()).unwrap();
     let read = |console: &Console| When::of(|| number(console, "kvmclock"));
     let (at_first, first) = read(&console);
     wait();

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ami_core::Architecture;
+use common::soon;
 use hypervisor_kvm::{Kvm, Transport};
 use instance_core::console::Console;
 use instance_core::machine::{
@@ -22,12 +23,6 @@ use storage_block::{BlockBackend, Disk, MemoryDisk, RawFile};
 
 const MAC: &str = "02:00:0a:00:00:0c";
 const HEADER: usize = 32;
-const PATIENCE: Duration = Duration::from_secs(20);
-
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
-
 fn disk() -> Disk {
     disk_of(1)
 }

@@ -11,11 +11,7 @@ use ami_core::Architecture;
 use instance_core::console::Console;
 use instance_core::machine::{Hypervisor, Machine, MachineSpec};
 
-use common::{guest, kvm};
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
-}
+use common::{guest, kvm, soon};
 
 /// A machine with this name that is up, and its console.
 fn up(name: &str) -> Option<(Box<dyn Machine>, Console)> {

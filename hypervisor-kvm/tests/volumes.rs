@@ -3,10 +3,10 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ami_core::{Ami, Arch, VolumeId, X86, X86_64};
-use common::linux;
+use common::{linux, soon};
 use hypervisor_kvm::Kvm;
 use instance_core::console::ConsoleReader;
 use instance_core::machine::{Hypervisor, Runs};
@@ -17,12 +17,7 @@ use instance_core::{
 use storage_block::MemoryDisk;
 
 /// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
-const PATIENCE: Duration = Duration::from_secs(120);
 const SECTOR: usize = 512;
-
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
 
 /// An instance whose guest is up, and what it says.
 struct Guest {

@@ -6,18 +6,13 @@ mod common;
 use std::path::Path;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use common::{TestRegion, check, disk, everything, open, register, told};
+use common::{PATIENCE, TestRegion, check, disk, everything, open, register, soon, told};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
     CopyImage, CopyImageTask, DescribeCopyImageTasks, ErrorKind, RegionOptions, TaskDescription, TaskStatus,
 };
 use storage_block::keys::{DataKey, KeyContext, KeyProvider, LocalKey};
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
 
 /// Keys that let nobody have one before they are told to, or their teller is gone, and tell who has asked.
 struct Held(LocalKey, Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
@@ -118,7 +113,7 @@ fn a_copy_that_fails_waits_for_no_other_nor_does_anybody_for_it() {
     let (to, go, asked) = held_and_heard(&path);
     let ami = register(&from, "base", &disk(8, 7)).unwrap();
     let long = to.begin_copy_image_from(&from, ami.id(), encrypted("long")).unwrap();
-    asked.recv_timeout(Duration::from_secs(30)).unwrap();
+    asked.recv_timeout(PATIENCE).unwrap();
     register(&to, "taken", &disk(1, 1)).unwrap();
     let refused = to.begin_copy_image_from(&from, ami.id(), CopyImage::new("taken")).unwrap();
     assert_eq!(refused.wait(soon()).unwrap_err().kind(), ErrorKind::ImageNameDuplicate);

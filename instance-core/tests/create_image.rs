@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use ami_core::{AnyAmi, BlockDeviceKind, BlockDeviceMapping, ImageState, VolumeType, X86_64};
-use common::{TestRegion, ask, files, open, register, soon, spec};
+use common::{PATIENCE, TestRegion, ask, files, open, register, soon, spec};
 use instance_core::{
     CreateImage, CreateImageTask, DescribeCreateImageTasks, ErrorKind, ImageConsistency, Instance,
     InstanceState, ShutdownBehavior, TaskStatus, VolumeSpec,
@@ -43,7 +43,7 @@ fn begin_slowly(instance: &Instance, name: &str) -> (CreateImageTask, mpsc::Send
         let _ = stands.send(());
         let _ = wait.lock().unwrap().recv();
     });
-    is_standing.recv_timeout(Duration::from_secs(20)).unwrap();
+    is_standing.recv_timeout(PATIENCE).unwrap();
     (task, go)
 }
 

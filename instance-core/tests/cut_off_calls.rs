@@ -10,13 +10,13 @@ use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{
     Ami, AnyAmi, BlockDeviceMapping, Catalog, Grantee, Image, ModifyImageAttribute, ResourceId, VolumeType,
     X86_64,
 };
-use common::{TestRegion, ask, disk, register};
+use common::{TestRegion, ask, disk, register, soon};
 use crashes::{Shared, open};
 use instance_core::testing::tiny_elf;
 use instance_core::{
@@ -26,10 +26,6 @@ use instance_core::{
     SnapshotState, TaskDescription, TaskStatus, VolumeDescription, VolumeSpec,
 };
 use storage_block::{Store, Volume};
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(60)
-}
 
 /// Everything that a region tells, in words that do not depend on whether a machine was lost.
 fn told(region: &TestRegion) -> BTreeSet<String> {

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt::Debug;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{
     AccountId, Ami, BlockDeviceMapping, CopyImageTaskId, CreateImageTaskId, DescribeImages,
@@ -13,7 +13,7 @@ use ami_core::{
     ModifyImageAttribute, NetworkInterfaceId, ProductCode, ProductCodeKind, ResourceId, SecurityGroupId,
     SnapshotId, SubnetId, VolumeId, X86_64,
 };
-use common::{TestRegion, disk, register};
+use common::{TestRegion, disk, register, soon};
 use instance_core::machine::NetSpec;
 use instance_core::network::{Guest, Network, NetworkPlacement, PlacementRequest};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
@@ -209,8 +209,7 @@ fn of_templates_and_tasks(raised: &mut Raised, region: &TestRegion, ami: &Ami<X8
     raised.by("ResourceLimitExceeded", region.export_image(ami.id(), "/dev/xvda", wait));
     for task in tasks {
         task.cancel().unwrap();
-        let soon = Instant::now() + Duration::from_secs(20);
-        task.watch().wait(soon, |task| task.status.has_ended()).unwrap();
+        task.watch().wait(soon(), |task| task.status.has_ended()).unwrap();
     }
 }
 

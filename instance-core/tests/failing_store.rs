@@ -7,11 +7,11 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{VolumeId, X86_64};
 use common::failing::{Failing, How};
-use common::{ask, disk, register};
+use common::{ask, disk, register, soon};
 use instance_core::machine::{
     Capabilities, Detach, DiskSpec, Execution, Hypervisor, Machine, MachineError, MachineErrorKind,
     MachineSpec, MachineState, Runs,
@@ -167,7 +167,7 @@ fn an_instance_whose_lost_machine_could_not_be_written_down_gets_no_other_but_by
     let dir = tempfile::tempdir().unwrap();
     let (region, store, _, server) = world(dir.path());
     store.set(How::Refuses(STOPPED));
-    server.console().write_all(b"crash\n", Instant::now() + Duration::from_secs(20)).unwrap();
+    server.console().write_all(b"crash\n", soon()).unwrap();
     store.wait_for_refusal();
     for reboot in [Instance::reboot, |i: &Instance| i.reboot_within(Duration::from_secs(20))] {
         assert_eq!(reboot(&server).unwrap_err().kind(), ErrorKind::IncorrectInstanceState);

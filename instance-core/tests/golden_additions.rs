@@ -8,10 +8,10 @@ mod records;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, BlockDeviceMapping, VolumeType, X86_64};
-use common::{TestRegion, ask, files};
+use common::{TestRegion, ask, files, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DescribeExportImageTasks, DescribeImportImageTasks, DescribeSnapshots, DescribeVolumes, DirectBoot,
@@ -24,10 +24,6 @@ use storage_block::{Disk, MemoryDisk};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2-additions")
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
 }
 
 fn disk(word: &str) -> Disk {

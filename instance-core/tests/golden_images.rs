@@ -6,10 +6,10 @@ mod common;
 mod records;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, Image, ImageState, ImdsSupport, X86_64};
-use common::TestRegion;
+use common::{TestRegion, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, RegionOptions};
 use records::{counts, fields, make_small, old_region, records};
@@ -22,10 +22,6 @@ fn golden() -> PathBuf {
 fn open(dir: &Path) -> TestRegion {
     let options = RegionOptions::new().name("eu-central-1".parse().unwrap());
     options.open(dir, FakeHypervisor::new()).unwrap()
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
 }
 
 fn disk(word: &str) -> Disk {

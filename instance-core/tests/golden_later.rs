@@ -6,10 +6,10 @@ mod common;
 mod records;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, Grantee, ModifyImageAttribute, ProductCode, ProductCodeKind, X86_64};
-use common::{TestRegion, ask};
+use common::{TestRegion, ask, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DescribeCreateImageTasks, DescribeSnapshots, DescribeVolumes, DirectBoot, ImageConsistency, ImageSource,
@@ -56,7 +56,7 @@ fn make(dir: &Path) {
     server.stop(Duration::from_secs(20)).unwrap();
     buyer.create_snapshot(server.describe().attachments[0].volume_id, "").unwrap();
     let task = server.begin_create_image("changed").unwrap();
-    task.wait(Instant::now() + Duration::from_secs(20)).unwrap();
+    task.wait(soon()).unwrap();
 }
 
 /// Not a test: writes the golden region, once.

@@ -6,10 +6,9 @@ mod common;
 mod records;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use ami_core::{Ami, RootDeviceType, X86_64};
-use common::{TestRegion, ask};
+use common::{TestRegion, ask, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     CopyImage, DescribeCopyImageTasks, DirectBoot, ImageSource, InstanceState, LaunchSpec, RegionOptions,
@@ -42,7 +41,7 @@ fn make(dir: &Path) {
     let ami = region.register_image(Ami::<X86_64>::builder("worker"), source).unwrap();
     region.launch(&ami, spec()).unwrap();
     let task = region.begin_copy_image_from(&region, ami.id(), CopyImage::new("copy")).unwrap();
-    task.wait(Instant::now() + Duration::from_secs(20)).unwrap();
+    task.wait(soon()).unwrap();
 }
 
 /// Not a test: writes the golden region, once.

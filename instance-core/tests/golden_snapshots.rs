@@ -6,10 +6,9 @@ mod common;
 mod records;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use ami_core::ResourceId;
-use common::{TestRegion, disk};
+use common::{TestRegion, disk, soon};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
     DescribeSnapshots, ErrorKind, RegionOptions, SnapshotDescription, SnapshotState, VolumeSpec,
@@ -69,7 +68,7 @@ fn what_was_added_is_there() {
     assert_eq!((left.state, left.digest, &*left.description), (SnapshotState::Error, None, "cut off"));
     assert_eq!(left.state_reason.clone().unwrap().code, "Server.InternalError");
     assert_eq!(left.tags.iter().collect::<Vec<_>>(), [("stage", "test")]);
-    let refused = region.wait_for_snapshot(left.id, Instant::now() + Duration::from_secs(20)).unwrap_err();
+    let refused = region.wait_for_snapshot(left.id, soon()).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Internal);
     region.delete_snapshot(left.id).unwrap();
 }

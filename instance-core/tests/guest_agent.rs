@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ami_core::VolumeId;
-use common::{TestRegion, ask, register, soon, spec};
+use common::{PATIENCE, TestRegion, ask, register, soon, spec};
 use instance_core::testing::{AgentSays, FakeAgent, FakeHypervisor};
 use instance_core::{
     CreateImage, ErrorKind, ImageConsistency, Instance, InstanceState, RegionOptions, SnapshotState,
@@ -256,7 +256,7 @@ fn nothing_stands_still_while_another_snapshot_is_stored() {
         to_begin.send((region.clone(), volume)).unwrap();
         let other = instance.clone();
         let making = thread::spawn(move || other.create_image("web").unwrap());
-        let (snapshot, go) = is_begun.recv_timeout(Duration::from_secs(20)).unwrap();
+        let (snapshot, go) = is_begun.recv_timeout(PATIENCE).unwrap();
         assert!(agent.asked().wait(soon(), |asked| asked.iter().any(|name| name == THAW)).is_ok());
         let pending = snapshot.describe().state == SnapshotState::Pending;
         drop(go);

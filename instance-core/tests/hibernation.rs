@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
-use common::{TestRegion, ask, bytes, check, disk, files, open, register};
+use common::{TestRegion, ask, bytes, check, disk, files, open, register, soon};
 use instance_core::machine::{
     Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
     RestoreSpec, Runs,
@@ -23,10 +23,6 @@ use instance_core::{
 use storage_block::keys::LocalKey;
 
 const HIBERNATED: &str = "Client.UserInitiatedHibernate";
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
-}
 
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap()).hibernation(true)

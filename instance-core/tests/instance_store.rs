@@ -4,11 +4,11 @@
 mod common;
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use common::cable::Cable;
-use common::{TestRegion, ask, check, disk, open};
+use common::{TestRegion, ask, check, disk, open, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec, RegionOptions,
@@ -49,9 +49,8 @@ fn what_is_on_it_outlasts_a_reboot_and_nothing_else() {
     instance.reboot().unwrap();
     assert_eq!(read(&instance), ["word", "word", "word"]);
     let mut console = instance.console().reader_from_now();
-    let soon = Instant::now() + Duration::from_secs(20);
-    instance.console().write_all(b"reboot\n", soon).unwrap();
-    console.wait_for("GUEST READY", soon).unwrap();
+    instance.console().write_all(b"reboot\n", soon()).unwrap();
+    console.wait_for("GUEST READY", soon()).unwrap();
     assert_eq!(read(&instance), ["word", "word", "word"]);
 
     instance.stop(Duration::ZERO).unwrap();

@@ -5,10 +5,10 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::sync::Barrier;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, BlockDeviceMapping, Digest, VolumeType, X86_64};
-use common::{TestRegion, check, disk, files, open, register};
+use common::{TestRegion, check, disk, files, open, register, soon};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
     Capacity, DescribeInstances, DescribeVolumes, ErrorKind, HttpTokens, InstanceState, LaunchSpec,
@@ -311,9 +311,8 @@ fn as_many_are_launched_as_can_be_and_none_below_the_minimum() {
     assert_eq!(region.used_capacity(), (4, 512 * 2 + 4096));
     four[0].reboot().unwrap();
     assert_eq!(region.used_capacity(), (4, 512 * 2 + 4096), "a reboot keeps its place");
-    let soon = Instant::now() + Duration::from_secs(10);
-    four[1].console().write_all(b"poweroff\n", soon).unwrap();
-    four[1].wait_for(InstanceState::Stopped, soon).unwrap();
+    four[1].console().write_all(b"poweroff\n", soon()).unwrap();
+    four[1].wait_for(InstanceState::Stopped, soon()).unwrap();
     assert_eq!(region.used_capacity(), (3, 512 + 4096));
     // The one that was terminated is still told of.
     assert_eq!(region.describe_instances(&DescribeInstances::new()).unwrap().items.len(), 4);
@@ -350,9 +349,8 @@ fn protection_holds_until_it_is_taken_back() {
     // A guest that powers itself off is not protected against itself.
     stopping.set_shutdown_behavior(ShutdownBehavior::Terminate).unwrap();
     stopping.start().unwrap();
-    let soon = Instant::now() + Duration::from_secs(10);
-    stopping.console().write_all(b"poweroff\n", soon).unwrap();
-    stopping.wait_for(InstanceState::Terminated, soon).unwrap();
+    stopping.console().write_all(b"poweroff\n", soon()).unwrap();
+    stopping.wait_for(InstanceState::Terminated, soon()).unwrap();
 }
 
 #[test]

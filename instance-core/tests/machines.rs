@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, BlockDeviceMapping, X86_64};
-use common::{check, disk};
+use common::{check, disk, soon};
 use instance_core::machine::{Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, Runs};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
@@ -117,8 +117,7 @@ fn machines_have_streams_where_the_region_was_opened_with_them() {
     // What was asked for holds the machine's volumes and its end of the streams.
     host.asked.lock().unwrap().clear();
     instance.reboot().unwrap();
-    let soon = Instant::now() + Duration::from_secs(20);
-    assert!(first.accept(soon).is_err(), "its machine is gone");
+    assert!(first.accept(soon()).is_err(), "its machine is gone");
     instance.vsock().unwrap().listen(5000).unwrap();
     host.asked.lock().unwrap().clear();
     instance.stop(Duration::ZERO).unwrap();

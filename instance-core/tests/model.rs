@@ -4,10 +4,10 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{AmiId, Digest, X86_64};
-use common::TestRegion;
+use common::{TestRegion, soon};
 use instance_core::InstanceState::{self, Running, Stopped, Terminated};
 use instance_core::{ErrorKind, Instance, LaunchSpec, ShutdownBehavior};
 use proptest::prelude::*;
@@ -101,10 +101,6 @@ struct World {
     instances: Vec<Expected>,
     images: Vec<(AmiId, String)>,
     made: usize,
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
 }
 
 fn tell(instance: &Instance, line: &str, answer: &str) -> String {

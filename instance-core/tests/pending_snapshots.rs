@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use ami_core::{Ami, ResourceId, SnapshotId, VolumeId, X86_64};
-use common::{TestRegion, check, disk, files, open, told};
+use common::{TestRegion, check, disk, files, open, soon, told};
 use crashes::{Shared, crash};
 use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
@@ -19,10 +19,6 @@ use instance_core::{
     DescribeSnapshots, DescribeTags, DirectBoot, Error, ErrorKind, ImageSource, PendingSnapshot,
     RegionOptions, SnapshotDescription, SnapshotState, VolumeSpec,
 };
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
 
 /// Writes to so many places what no store has that storing it takes a while.
 fn fill(region: &TestRegion, volume: VolumeId, seed: u64) {

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use ami_core::{Ami, AnyAmi, Arm64, BlockDeviceMapping, Digest, X86_64};
-use common::{ask, disk, files, open, register, soon, spec, try_register};
+use common::{PATIENCE, ask, disk, files, open, register, soon, spec, try_register};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DirectBoot, ErrorKind, ImageSource, InstanceState, LaunchSpec, Region, RegionOptions, Result,
@@ -310,7 +310,7 @@ fn images_are_made_beside_each_other() {
         let mut progress = |_| {
             if child.is_none() {
                 copying.send(()).unwrap();
-                child = Some(made.recv_timeout(Duration::from_secs(20)).expect("it waited for the copy"));
+                child = Some(made.recv_timeout(PATIENCE).expect("it waited for the copy"));
             }
         };
         let disk = disk();

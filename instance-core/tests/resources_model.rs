@@ -9,10 +9,10 @@ mod common;
 mod random;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, Grantee, InstanceId, ModifyImageAttribute, ResourceId, SnapshotId, VolumeId, X86_64};
-use common::TestRegion;
+use common::{TestRegion, soon};
 use instance_core::testing::tiny_elf;
 use instance_core::{
     DescribeSnapshots, DescribeTags, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, InstanceState,
@@ -194,9 +194,7 @@ impl World {
             (12, Some(id), ..) if model.snapshots.len() < MOST => {
                 let made = match self.random.below(3) {
                     0 => region.create_snapshot(id, ""),
-                    1 => region
-                        .begin_create_snapshot(id, "")
-                        .and_then(|pending| pending.wait(Instant::now() + Duration::from_secs(30))),
+                    1 => region.begin_create_snapshot(id, "").and_then(|pending| pending.wait(soon())),
                     _ => {
                         // One that is given up before or after it is there.
                         if let Ok(pending) = region.begin_create_snapshot(id, "") {

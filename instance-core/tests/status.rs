@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Wake};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use common::{PATIENCE, soon};
 use instance_core::{
     Describe, DescribeInstanceStatus as Status, ErrorKind, InstanceState, InstanceStatus, LaunchSpec,
 };
@@ -20,17 +21,16 @@ fn a_status_is_waited_for_as_a_future() {
     let region = common::open(dir.path());
     let ami = common::register(&region, "base", &common::disk(1, 7)).unwrap();
     let server = common::launch(&region, &ami).unwrap();
-    let soon = Instant::now() + Duration::from_secs(20);
     let (sender, receiver) = mpsc::channel();
     let waiting = server.clone();
     std::thread::spawn(move || {
         let impaired = |s: &InstanceStatus| s.instance.as_str() == "impaired";
         sender.send(block_on(waiting.until_status(impaired))).unwrap();
     });
-    server.wait_until_status_ok(soon).unwrap();
+    server.wait_until_status_ok(soon()).unwrap();
     assert!(receiver.try_recv().is_err());
     server.console().port().write_output(b"Kernel panic - not syncing: Attempted to kill init!\n");
-    let found = receiver.recv_timeout(Duration::from_secs(20)).unwrap();
+    let found = receiver.recv_timeout(PATIENCE).unwrap();
     assert_eq!((found.instance_id, found.system.as_str()), (server.id(), "ok"));
 }
 
@@ -65,7 +65,7 @@ fn nobody_waits_for_a_state_that_does_not_come() {
         sender.send(waiting.wait_for(InstanceState::Stopped, late).unwrap_err()).unwrap();
     });
     server.terminate().unwrap();
-    let error = receiver.recv_timeout(Duration::from_secs(20)).expect("it waits to the deadline");
+    let error = receiver.recv_timeout(PATIENCE).expect("it waits to the deadline");
     let says = ["does not become stopped any more"];
     common::check(&error, ErrorKind::IncorrectInstanceState, "IncorrectInstanceState", &says);
     server.wait_for(InstanceState::Terminated, Instant::now()).unwrap();
@@ -78,8 +78,7 @@ fn the_status_of_instances_is_described_by_filters_and_pages() {
     let ami = common::register(&region, "base", &common::disk(1, 7)).unwrap();
     let spec = LaunchSpec::new("t2.nano".parse().unwrap()).count(6, 6);
     let all = region.run_instances(&ami, spec).unwrap().instances;
-    let soon = Instant::now() + Duration::from_secs(20);
-    all.iter().for_each(|instance| instance.wait_until_status_ok(soon).unwrap());
+    all.iter().for_each(|instance| instance.wait_until_status_ok(soon()).unwrap());
     all[0].stop(Duration::ZERO).unwrap();
     let count = |request: Status| region.describe_instance_status(&request).unwrap().items.len();
     let filter = |name: &str, value: &str| Describe::new().filter(name, [value]);

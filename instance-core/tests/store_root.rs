@@ -6,10 +6,10 @@ mod common;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ami_core::{Ami, BlockDeviceMapping, DescribeImages, Digest, Filter, RootDeviceType, X86_64};
-use common::{TestRegion, ask, check, disk, open};
+use common::{TestRegion, ask, check, disk, open, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     CopyImage, DescribeInstances, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance,
@@ -44,10 +44,6 @@ fn register(region: &TestRegion, name: &str) -> Ami<X86_64> {
 /// The same without more disks.
 fn register_bare(region: &TestRegion) -> Ami<X86_64> {
     region.register_image(Ami::<X86_64>::builder("bare"), source(&disk(2, 7))).unwrap()
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
 }
 
 /// Tells the guest a line after which it is gone.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ami_core::X86_64;
-use common::{ask, disk, open, register};
+use common::{ask, disk, open, register, soon};
 use instance_core::machine::{
     Capabilities, Execution, ExitCause, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec,
     MachineState, Runs,
@@ -15,10 +15,6 @@ use instance_core::machine::{
 use instance_core::testing::FakeHypervisor;
 use instance_core::watch::Watch;
 use instance_core::{ErrorKind, Instance, InstanceState, LaunchSpec, Region, ShutdownBehavior};
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
-}
 
 fn spec() -> LaunchSpec {
     LaunchSpec::new("t2.nano".parse().unwrap())

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AmiBuilder, BlockDeviceMapping, ImdsSupport, X86_64};
 use common::slow::slow;
-use common::{check, disk, everything, files, launch, open, register, told, try_open};
+use common::{PATIENCE, check, disk, everything, files, launch, open, register, soon, told, try_open};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     DescribeExportImageTasks, DescribeImportImageTasks, DirectBoot, ErrorKind, Exported, ImportImage,
@@ -18,10 +18,6 @@ use instance_core::{
 };
 use storage_block::Disk;
 use storage_block::keys::LocalKey;
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
 
 fn builder(name: &str) -> AmiBuilder<X86_64> {
     Ami::<X86_64>::builder(name)
@@ -148,7 +144,7 @@ fn nobody_waits_for_an_import_to_remove_an_image_or_a_snapshot() {
         register(&other, "another", &disk(1, 2)).unwrap();
         done.send(()).unwrap();
     });
-    all_done.recv_timeout(Duration::from_secs(20)).expect("somebody waits for the import");
+    all_done.recv_timeout(PATIENCE).expect("somebody waits for the import");
     assert_eq!(task.describe().status, TaskStatus::Active);
     assert!(region.image(gone).is_err());
     assert_eq!(stored(), 3, "of what was being made nobody knows what it needs");
@@ -207,7 +203,7 @@ fn a_region_that_is_closed_in_a_thread_of_its_own_waits_for_no_task() {
     let console = server.console();
     drop(server);
     console.write_all(b"crash\n", soon()).unwrap();
-    is_dropped.recv_timeout(Duration::from_secs(20)).unwrap();
+    is_dropped.recv_timeout(PATIENCE).unwrap();
     let ended = task.wait(soon()).unwrap_err();
     check(&ended, ErrorKind::Internal, "InternalError", &["the region was closed"]);
     let region = loop {

@@ -8,15 +8,11 @@ use std::time::{Duration, Instant};
 
 use ami_core::{Ami, AmiBuilder, ImageState, X86_64};
 use common::slow::slow;
-use common::{TestRegion, check, disk, open, register};
+use common::{TestRegion, check, disk, open, register, soon};
 use instance_core::testing::tiny_elf;
 use instance_core::{
     CopyImage, DirectBoot, ErrorKind, ImportImageTask, TaskDescription, TaskStatus, UnfinishedImage,
 };
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
-}
 
 fn builder(name: &str) -> AmiBuilder<X86_64> {
     Ami::<X86_64>::builder(name)

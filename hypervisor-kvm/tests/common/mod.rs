@@ -7,7 +7,19 @@ pub(crate) mod held;
 #[allow(dead_code, reason = "for the tests that run in the lab")]
 pub(crate) mod linux;
 
+use std::time::{Duration, Instant};
+
 use hypervisor_kvm::{Kvm, Transport};
+
+/// How long a guest may take for anything: a busy host without nested virtualisation is slow.
+#[allow(dead_code, reason = "of those that wait for guests")]
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// When it is over.
+#[allow(dead_code, reason = "of those that wait for guests")]
+pub(crate) fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
 
 /// This host's KVM, or `None` with a loud reason. Under CI and in the lab it must be there. Its machines are on virtio-mmio, where
 /// the bare-metal guest has its drivers.

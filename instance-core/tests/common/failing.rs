@@ -2,7 +2,6 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use instance_core::state_store::{Change, Durability, MemoryStateStore, StateStore};
 use instance_core::watch::Publisher;
@@ -40,7 +39,7 @@ impl Failing {
 
     /// Waits until it has refused something, ever.
     pub(crate) fn wait_for_refusal(&self) {
-        let soon = Instant::now() + Duration::from_secs(20);
+        let soon = super::soon();
         self.refusals.watch().wait(soon, |refusals| *refusals > 0).unwrap();
     }
 }

@@ -57,13 +57,20 @@ pub(crate) fn world() -> (tempfile::TempDir, TestRegion, Ami<X86_64>) {
     (dir, region, ami)
 }
 
+/// How long anything that is waited for may take, also on a busy host.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// When it is over.
+pub(crate) fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
+
 /// Tells the guest a line, and gives what it answers after `prefix`.
 pub(crate) fn ask(instance: &Instance, line: &str, prefix: &str) -> String {
-    let soon = Instant::now() + Duration::from_secs(20);
     let mut reader = instance.console().reader_from_now();
-    instance.console().write_all(format!("{line}\n").as_bytes(), soon).unwrap();
-    reader.wait_for(prefix, soon).unwrap_or_else(|e| panic!("{line}: {e}"));
-    String::from_utf8(reader.wait_for("\n", soon).unwrap()).unwrap().trim().to_owned()
+    instance.console().write_all(format!("{line}\n").as_bytes(), soon()).unwrap();
+    reader.wait_for(prefix, soon()).unwrap_or_else(|e| panic!("{line}: {e}"));
+    String::from_utf8(reader.wait_for("\n", soon()).unwrap()).unwrap().trim().to_owned()
 }
 
 /// An error with all its causes.
