@@ -10,6 +10,9 @@ use instance_core::net::Frame;
 const SHARE: usize = 64;
 const PEERS: usize = 256;
 
+/// The bytes of which each sender may have as much as others who have something there. One frame each has always room.
+const BYTES: usize = 16 << 20;
+
 /// Whose frames wait. The network itself has places that no peer takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Sender {
@@ -23,10 +26,17 @@ pub(crate) enum Sender {
     Streams,
 }
 
+/// The frames of a sender that wait, and their bytes.
+#[derive(Debug, Default)]
+struct Waiting {
+    frames: VecDeque<Frame>,
+    bytes: usize,
+}
+
 /// The frames that wait.
 #[derive(Debug, Default)]
 pub(crate) struct Backlog {
-    of: HashMap<Sender, VecDeque<Frame>>,
+    of: HashMap<Sender, Waiting>,
     /// Whose turn it is. Every sender with frames is here once.
     turns: VecDeque<Sender>,
     /// The one whose turn has come, and that was not taken.
@@ -48,9 +58,15 @@ impl Backlog {
         if !is_known && matches!(sender, Sender::Peer(_)) && self.of.len() >= PEERS {
             return;
         }
+        let share = BYTES / (self.of.len() + usize::from(!is_known));
         let waiting = self.of.entry(sender).or_default();
-        let room = SHARE.saturating_sub(waiting.len()).min(frames.len());
-        waiting.extend(frames.drain(..room));
+        while waiting.frames.len() < SHARE
+            && let Some(next) = frames.front()
+            && (waiting.frames.is_empty() || waiting.bytes + next.data.len() <= share)
+        {
+            waiting.bytes += next.data.len();
+            waiting.frames.extend(frames.pop_front());
+        }
         if !is_known {
             self.turns.push_back(sender);
         }
@@ -63,8 +79,9 @@ impl Backlog {
         }
         let sender = self.turns.pop_front()?;
         let waiting = self.of.get_mut(&sender)?;
-        let frame = waiting.pop_front()?;
-        if waiting.is_empty() {
+        let frame = waiting.frames.pop_front()?;
+        waiting.bytes -= frame.data.len();
+        if waiting.frames.is_empty() {
             self.of.remove(&sender);
         } else {
             self.turns.push_back(sender);
@@ -119,6 +136,29 @@ mod tests {
         for (n, sender) in [Sender::Network, Sender::Outside, Sender::Streams].into_iter().enumerate() {
             push(&mut backlog, sender, vec![]);
             assert_eq!((backlog.of.len(), backlog.turns.len()), (PEERS + 1 + n, PEERS + 1 + n), "{sender:?}");
+        }
+    }
+
+    #[test]
+    fn long_frames_take_a_bounded_part_of_memory_and_nobody_elses() {
+        let mut backlog = Backlog::default();
+        let long = || (0..SHARE).map(|_| Frame::new(vec![0; 64 << 10])).collect::<VecDeque<_>>();
+        for n in 0..PEERS as u32 {
+            backlog.fill(Sender::Peer(Ipv4Addr::from(n)), &mut long());
+        }
+        let bytes: usize = backlog.of.values().map(|waiting| waiting.bytes).sum();
+        assert!(bytes < 8 * BYTES, "{bytes}");
+        assert_eq!(backlog.of.len(), PEERS, "each has something");
+        let mut last = long();
+        backlog.fill(Sender::Streams, &mut last);
+        assert_eq!(last.len(), SHARE - 1);
+        // Who is alone has all, again and again.
+        while backlog.next().is_some() {}
+        for _ in 0..2 {
+            let mut alone = long();
+            backlog.fill(Sender::Streams, &mut alone);
+            assert!(alone.is_empty());
+            while backlog.next().is_some() {}
         }
     }
 

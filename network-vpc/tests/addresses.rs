@@ -15,17 +15,17 @@ use network_vpc::{Direction, InterfaceSpec, Metadata, Rule};
 use smoltcp::socket::{tcp, udp};
 use smoltcp::wire::Ipv4Cidr;
 
-/// A guest that listens, and a thread that connects from the host and says what it hears.
-fn greets(guest: &mut Guest, inside: u16, at: SocketAddr) -> Option<String> {
+/// A guest that listens for so long, and a thread that connects from the host and says what it hears.
+fn greets(guest: &mut Guest, inside: u16, at: SocketAddr, patience: Duration) -> Option<String> {
     let server = guest.listen(inside);
     let client = thread::spawn(move || {
-        let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(5)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+        let mut stream = TcpStream::connect_timeout(&at, PATIENCE).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
         let mut heard = String::new();
         stream.read_to_string(&mut heard).ok()?;
         Some(heard)
     });
-    let to = guest.within(SILENCE, |guest| guest.tcp(server).may_send().then_some(()));
+    let to = guest.within(patience, |guest| guest.tcp(server).may_send().then_some(()));
     if to.is_some() {
         let own = guest.tcp(server).local_endpoint().unwrap();
         guest.say(server, format!("I am {}", own.addr).as_bytes());
@@ -45,17 +45,17 @@ fn an_elastic_address_leads_where_it_is_associated() {
     assert!(address.public_ip.is_loopback() && address.association.is_none());
     let at = SocketAddr::from((address.public_ip, 8642));
     network.associate_address(address.allocation_id, one.id, None).unwrap();
-    assert_eq!(greets(&mut guests[0], 8642, at), None, "no rule names the port");
+    assert_eq!(greets(&mut guests[0], 8642, at, SILENCE), None, "no rule names the port");
     for interface in [&one, &other] {
         let rule = Rule::tcp(8642, anywhere());
         network.authorize(interface.groups[0], Direction::Ingress, rule).unwrap();
     }
-    assert_eq!(greets(&mut guests[0], 8642, at), Some(format!("I am {}", one.private_ip)));
+    assert_eq!(greets(&mut guests[0], 8642, at, PATIENCE), Some(format!("I am {}", one.private_ip)));
 
     // It leads to one place at a time, and says so to the guest.
     network.set_metadata(other.id, Some(Metadata::new("i-0123456789abcdef0".parse().unwrap()))).unwrap();
     let association = network.associate_address(address.allocation_id, other.id, None).unwrap();
-    assert_eq!(greets(&mut guests[1], 8642, at), Some(format!("I am {}", other.private_ip)));
+    assert_eq!(greets(&mut guests[1], 8642, at, PATIENCE), Some(format!("I am {}", other.private_ip)));
     assert_eq!(
         read_metadata(&mut guests[1], "public-ipv4").as_deref(),
         Some(&*address.public_ip.to_string())
@@ -153,9 +153,9 @@ fn datagrams_come_in_at_forwarded_ports_if_the_groups_let_them() {
     for rule in [Rule::tcp(53, anywhere()), Rule::udp(123..=123, anywhere())] {
         network.authorize(made.groups[0], Direction::Ingress, rule).unwrap();
     }
-    assert_eq!(greets(&mut guest, 53, streams), Some(format!("I am {}", made.private_ip)));
+    assert_eq!(greets(&mut guest, 53, streams, PATIENCE), Some(format!("I am {}", made.private_ip)));
     network.stop_forwarding(made.id, 53).unwrap();
-    assert_eq!(greets(&mut guest, 53, streams), None);
+    assert_eq!(greets(&mut guest, 53, streams, SILENCE), None);
     assert_eq!(answers(&mut guest, 53, names, PATIENCE), shown);
     assert_eq!(answers(&mut guest, 123, time, PATIENCE), shown);
     network.stop_forwarding_udp(made.id, 123).unwrap();
@@ -304,16 +304,17 @@ fn an_interface_has_secondary_addresses() {
 fn a_taken_port_that_nobody_asked_for_becomes_another() {
     let network = network();
     let made = open_interface(&network);
-    let before = network.forward(made.id, 22, "127.0.0.1:0".parse().unwrap()).unwrap();
+    // Where no other test listens.
+    let before = network.forward(made.id, 22, "127.77.2.1:0".parse().unwrap()).unwrap();
     let _thief = TcpListener::bind(before).unwrap();
     let mut guest = Guest::boot(network.plug(made.id).unwrap());
     let now = network.interface(made.id).unwrap().forwards[&22];
     assert_ne!(now, before);
-    assert_eq!(greets(&mut guest, 22, now), Some(format!("I am {}", made.private_ip)));
+    assert_eq!(greets(&mut guest, 22, now, PATIENCE), Some(format!("I am {}", made.private_ip)));
 
     // One that was asked for is not given up.
     network.unplug(made.id);
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = TcpListener::bind("127.77.2.1:0").unwrap().local_addr().unwrap();
     let asked = network.forward(made.id, 80, free).unwrap();
     let _thief = TcpListener::bind(asked).unwrap();
     let refused = network.plug(made.id).unwrap_err();

@@ -3,17 +3,18 @@
 
 mod common;
 
-use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 use common::packets::{ROUTER, Way, datagram};
-use common::setup::{anywhere, boot, interface, network};
+use common::setup::{
+    anywhere, boot, connect, interface, is_turned_away, network, opened, options, own_address,
+};
 use common::{Guest, PATIENCE, SILENCE, assert_reaches, reaches};
 use instance_core::net::{Frame, MacAddress, NetPort};
 use network_vpc::{Direction, ErrorKind, InterfaceSpec, Network, Peer, Rule};
 use smoltcp::socket::tcp;
-use socket2::{Domain, Socket, Type};
 
 /// What has come to a port by now: what a machine sends is decided upon as it sends it.
 fn came(port: &NetPort) -> usize {
@@ -185,20 +186,6 @@ fn an_interface_is_in_the_groups_that_it_was_last_put_into() {
     assert_eq!(network.interface(server.id).unwrap().groups, default, "and it stays where it was");
 }
 
-/// A connection to the host's address from another of its own.
-fn connect(from: Ipv4Addr, to: SocketAddr) -> std::io::Result<TcpStream> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    socket.bind(&SocketAddr::from((from, 0)).into())?;
-    socket.connect(&to.into())?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    Ok(socket.into())
-}
-
-/// Whether the other side ends the connection without a word.
-fn is_turned_away(mut client: TcpStream) -> bool {
-    matches!(client.read(&mut [0; 1]), Ok(0) | Err(_))
-}
-
 #[test]
 fn a_forwarded_port_is_open_to_the_addresses_that_its_rule_names() {
     let network = network();
@@ -206,10 +193,10 @@ fn a_forwarded_port_is_open_to_the_addresses_that_its_rule_names() {
     let at = network.forward(server.id, 22, "127.0.0.1:0".parse().unwrap()).unwrap();
     let listener = guest.listen(22);
     let (friend, stranger) = (Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 2));
-    assert!(is_turned_away(connect(stranger, at).unwrap()));
+    assert!(is_turned_away(connect((stranger, 0).into(), at)));
     guest.work();
     assert_eq!(guest.tcp(listener).state(), tcp::State::Listen, "and the guest hears nothing of it");
-    let client = connect(friend, at).unwrap();
+    let client = connect((friend, 0).into(), at);
     let is_there = |guest: &mut Guest| (guest.tcp(listener).state() == tcp::State::Established).then_some(());
     guest.until(is_there).unwrap();
     // Who is there stays there when the rule goes to another.
@@ -217,7 +204,30 @@ fn a_forwarded_port_is_open_to_the_addresses_that_its_rule_names() {
     network.revoke(server.groups[0], rule).unwrap();
     let other = Rule::tcp(22, "127.0.0.2/32".parse().unwrap());
     network.authorize(server.groups[0], Direction::Ingress, other).unwrap();
-    assert!(is_turned_away(connect(friend, at).unwrap()));
+    assert!(is_turned_away(connect((friend, 0).into(), at)));
     guest.say(listener, b"x");
     assert!(!is_turned_away(client));
+}
+
+/// What an instance may begin is decided by its groups at once, also where it runs, and what it has begun goes on.
+#[test]
+fn what_an_instance_may_begin_its_groups_say() {
+    let Some(own) = own_address() else { return };
+    let network = opened(options().reach_host(true));
+    let (server, mut guest) = boot(&network, "client", &[]);
+    let group = server.groups[0];
+    let hosts = [(); 2].map(|()| TcpListener::bind((own, 0)).unwrap());
+    let [one, other] = [0, 1].map(|n| hosts[n].local_addr().unwrap().port());
+    let begun = guest.connect(PATIENCE, own, one).expect("everything, unless told otherwise");
+
+    let every = *network.security_group(group).unwrap().egress.keys().next().unwrap();
+    network.revoke(group, every).unwrap();
+    assert!(guest.connect(SILENCE, own, one).is_none(), "nothing any more");
+    let to_other = Rule::tcp(other, format!("{own}/32").parse().unwrap());
+    network.authorize(group, Direction::Egress, to_other).unwrap();
+    guest.connect(PATIENCE, own, other).expect("what a rule names");
+    assert!(guest.connect(SILENCE, own, one).is_none(), "and nothing else");
+    let mut first = hosts[0].accept().unwrap().0;
+    first.write_all(b"x").unwrap();
+    assert_eq!(guest.hear(begun, 1), b"x", "what had begun before goes on");
 }

@@ -72,7 +72,8 @@ fn a_neighbour_is_asked_whose_groups_allow_it() {
     let (shut, mut hears) = boot(&network, "shut", &[Rule::tcp(80, anywhere())]);
     for (there, neighbour, expect) in [(&open, &mut answers, true), (&shut, &mut hears, false)] {
         // The first answer is lost where its sender has yet to ask who has the address.
-        let answered = together(SILENCE, &mut [neighbour], |_| {
+        let patience = if expect { PATIENCE } else { SILENCE };
+        let answered = together(patience, &mut [neighbour], |_| {
             send(&guest.port, &here, there.private_ip, (9, 1), b"hello");
             let answer = guest.port.recv().and_then(|frame| pong(&frame.data))?;
             (answer.0 == there.private_ip).then_some(answer)

@@ -141,7 +141,8 @@ fn only_what_is_plugged_in_has_a_public_address_for_a_while() {
     assert!(!has(&network));
     drop(port);
 
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    // Where no other test listens.
+    let taken = TcpListener::bind("127.77.3.1:0").unwrap();
     let at = taken.local_addr().unwrap();
     drop(taken);
     network.forward(id, 80, at).unwrap();

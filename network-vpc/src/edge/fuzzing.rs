@@ -19,18 +19,25 @@ fn byte_at(at: usize) -> u8 {
     (at % 251) as u8
 }
 
+/// The flags of a segment (RFC 9293, 3.1), but for that it acknowledges something.
+pub(super) const FIN: u8 = 1;
+pub(super) const SYN: u8 = 2;
+pub(super) const RST: u8 = 4;
+const PSH: u8 = 8;
+
 /// A segment of the guest's.
-struct Segment<'a> {
-    begin: TcpSeqNumber,
-    acknowledged: Option<TcpSeqNumber>,
-    window: u16,
-    flags: u8,
-    options: &'a [u8],
-    payload: Vec<u8>,
+pub(super) struct Segment<'a> {
+    pub(super) key: Key,
+    pub(super) begin: TcpSeqNumber,
+    pub(super) acknowledged: Option<TcpSeqNumber>,
+    pub(super) window: u16,
+    pub(super) flags: u8,
+    pub(super) options: &'a [u8],
+    pub(super) payload: Vec<u8>,
 }
 
 impl Segment<'_> {
-    fn frame(&self) -> Vec<u8> {
+    pub(super) fn frame(&self) -> Vec<u8> {
         let header_len = 20 + self.options.len();
         let mut frame = vec![0; ETHERNET_LEN + 20 + header_len + self.payload.len()];
         let total_len = (frame.len() - ETHERNET_LEN) as u16;
@@ -40,19 +47,19 @@ impl Segment<'_> {
         ip.set_total_len(total_len);
         ip.set_hop_limit(64);
         ip.set_next_header(IpProtocol::Tcp);
-        ip.set_src_addr(KEY.0.0);
-        ip.set_dst_addr(KEY.1.0);
+        ip.set_src_addr(self.key.0.0);
+        ip.set_dst_addr(self.key.1.0);
         let mut tcp = TcpPacket::new_unchecked(ip.payload_mut());
-        tcp.set_src_port(KEY.0.1);
-        tcp.set_dst_port(KEY.1.1);
+        tcp.set_src_port(self.key.0.1);
+        tcp.set_dst_port(self.key.1.1);
         tcp.set_header_len(header_len as u8);
         tcp.set_seq_number(self.begin);
         tcp.set_ack_number(self.acknowledged.unwrap_or_default());
         tcp.set_ack(self.acknowledged.is_some());
-        tcp.set_fin(self.flags & 1 != 0);
-        tcp.set_syn(self.flags & 2 != 0);
-        tcp.set_rst(self.flags & 4 != 0);
-        tcp.set_psh(self.flags & 8 != 0);
+        tcp.set_fin(self.flags & FIN != 0);
+        tcp.set_syn(self.flags & SYN != 0);
+        tcp.set_rst(self.flags & RST != 0);
+        tcp.set_psh(self.flags & PSH != 0);
         tcp.set_window_len(self.window);
         tcp.options_mut().copy_from_slice(self.options);
         tcp.payload_mut().copy_from_slice(&self.payload);
@@ -68,9 +75,10 @@ pub(crate) fn segments(view: &View, bytes: &[u8]) {
     let options: &[u8] = [&[][..], &[2, 4, 5, 180], &[2, 4, 5, 180, 3, 3, 7, 0]][usize::from(first % 3)];
     let mut stack = Stack::new(view);
     let Some(handle) = stack.expect(KEY) else { return };
-    let syn =
-        Segment { begin: BEGIN - 1, acknowledged: None, window: 1000, flags: 2, options, payload: vec![] };
-    stack.take_syn(KEY, syn.frame());
+    let of_guest = |begin, acknowledged, window, flags, options, payload| {
+        Segment { key: KEY, begin, acknowledged, window, flags, options, payload }.frame()
+    };
+    stack.take_syn(KEY, of_guest(BEGIN - 1, None, 1000, SYN, options, vec![]));
     stack.work();
     // Of what the stack says: what it has sent, and what it waits for.
     let (mut said, mut wanted) = (None, BEGIN);
@@ -107,13 +115,12 @@ pub(crate) fn segments(view: &View, bytes: &[u8]) {
                 let begin = if flags & 0x80 != 0 { wanted - off } else { wanted + off };
                 let at = (begin.0.wrapping_sub(BEGIN.0)) as usize & 0xffff_ffff;
                 // Beginnings and ends of conversations are rare. They have numbers, too, and nothing follows an end.
-                let flags = if what < 240 { flags & 8 } else { flags };
-                let says = begin >= BEGIN && flags & 2 == 0 && !has_ended;
+                let flags = if what < 240 { flags & PSH } else { flags };
+                let says = begin >= BEGIN && flags & SYN == 0 && !has_ended;
                 let len = if says { usize::from(x).min(65_000) } else { 0 };
                 let payload = (at..at + len).map(byte_at).collect();
-                has_ended |= flags & 1 != 0;
-                let segment = Segment { begin, acknowledged: said, window: y, flags, options: &[], payload };
-                stack.take(segment.frame());
+                has_ended |= flags & FIN != 0;
+                stack.take(of_guest(begin, said, y, flags, &[], payload));
             }
         }
         stack.work();
@@ -135,11 +142,11 @@ mod tests {
         let mut stack = Stack::new(&crate::fuzzing::view().unwrap());
         let handle = stack.expect(KEY).unwrap();
         let of_guest = |begin, acknowledged, window, flags, options| {
-            Segment { begin, acknowledged, window, flags, options, payload: vec![] }.frame()
+            Segment { key: KEY, begin, acknowledged, window, flags, options, payload: vec![] }.frame()
         };
         // Its window is so many times 128 bytes.
         let options: &[u8] = &[2, 4, 5, 180, 3, 3, 7, 0];
-        stack.take_syn(KEY, of_guest(BEGIN - 1, None, 4000, 2, options));
+        stack.take_syn(KEY, of_guest(BEGIN - 1, None, 4000, SYN, options));
         stack.work();
         let answer = stack.next().unwrap();
         let begun = TcpPacket::new_unchecked(&answer[ETHERNET_LEN + 20..]).seq_number() + 1;

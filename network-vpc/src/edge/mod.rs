@@ -192,12 +192,13 @@ impl Edge {
         self.order(Order::Listen(forward));
     }
 
-    /// Nobody listens there any more when this returns.
+    /// Nobody listens there any more when this returns, but where the thread stands still for longer than one may wait who has the
+    /// network's lock.
     pub(crate) fn unlisten(&self, carrier: Carrier, at: SocketAddr) {
         let (done, is_done) = sync_channel(1);
         self.order(Order::Unlisten(carrier, at, done));
         // It fails at once where the thread has ended, which listens to nothing.
-        let _ = is_done.recv_timeout(Duration::from_secs(1));
+        let _ = is_done.recv_timeout(Duration::from_secs(10));
     }
 
     /// Has the thread serve the stream by which a machine is plugged in.

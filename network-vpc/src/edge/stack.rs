@@ -172,8 +172,30 @@ impl Stack {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fuzzing::Segment;
     use super::*;
+    use smoltcp::wire::TcpSeqNumber;
     use std::net::Ipv4Addr;
+
+    #[test]
+    fn a_guest_that_takes_nothing_is_not_answered_without_end() {
+        let view = crate::fuzzing::view().unwrap();
+        let mut stack = Stack::new(&view);
+        let key = ((view.address, 4000), (Ipv4Addr::new(10, 0, 0, 9), 80));
+        let (begin, acknowledged) = (TcpSeqNumber(1), Some(TcpSeqNumber(2)));
+        let segment =
+            Segment { key, begin, acknowledged, window: 1000, flags: 0, options: &[], payload: vec![] };
+        let mut answers = |segments| {
+            for _ in 0..segments {
+                stack.take(segment.frame());
+                stack.hear();
+            }
+            std::iter::from_fn(|| stack.next()).count()
+        };
+        assert_eq!(answers(3), 3, "each is told that there is no such conversation");
+        assert!((3..200).contains(&answers(10_000)));
+        assert_eq!(answers(3), 3, "there is room again");
+    }
 
     #[test]
     fn conversations_have_less_room_where_they_are_many() {

@@ -11,7 +11,8 @@ use smoltcp::time::Instant as StackInstant;
 
 use crate::packet::ETHERNET_LEN;
 
-/// Packets, and their bytes, that are made while the machine takes none.
+/// Packets, and their bytes, that are made while the machine takes none. What the stack answers then to segments that belong to
+/// no conversation, or not to its state, is lost, as on any link that is full.
 const OUTBOX: usize = 128;
 const OUTBOX_BYTES: usize = 1 << 20;
 
@@ -139,6 +140,9 @@ impl TxToken for Outbox<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut frame = vec![0; ETHERNET_LEN + len];
         let result = f(&mut frame[ETHERNET_LEN..]);
+        if self.0.is_full() {
+            return result;
+        }
         self.0.bytes += frame.len();
         self.0.outbox.push_back(frame);
         result

@@ -13,6 +13,10 @@ use crate::{Error, ErrorKind, NetworkInterface, Result};
 /// Where an interface's public addresses are listened at, and the address of the interface that each leads to.
 pub(crate) type PublicOffers = BTreeMap<(Carrier, SocketAddr), Ipv4Addr>;
 
+fn cannot_listen(at: SocketAddr, error: std::io::Error) -> Error {
+    Error::host(format!("cannot listen at {at}"), error)
+}
+
 impl Network {
     /// Has a port of TCP of an interface reached at an address of the host's, and says which: with port 0, a free one is
     /// taken. If it was reached at another, it is no longer. It stays so when the network is opened again, but for one that was not asked for: if that is taken by
@@ -93,11 +97,16 @@ impl Network {
             return Err(Error::new(ErrorKind::InvalidParameter, what));
         }
         let is_chosen = at.port() == 0;
-        let refused = |e| Error::host(format!("cannot listen at {at}"), e);
-        self.model().interface(id)?;
-        let listener = Listener::bind(carrier, at).map_err(refused)?;
-        let at = listener.local_addr().map_err(refused)?;
         let mut plugged = self.plugged();
+        if self.model().interface(id)?.forwards_by(carrier).0.get(&port) == Some(&at) {
+            // It is listened at already where the interface is plugged in.
+            return self.change_with(&mut plugged, |model| {
+                model.interface_mut(id)?.forwards_mut(carrier).1.remove(&port);
+                Ok(at)
+            });
+        }
+        let listener = self.listener(carrier, at)?;
+        let at = listener.local_addr().map_err(|e| cannot_listen(at, e))?;
         // In one step: nobody finds it forwarded to nowhere, and of two who forward it the last has it.
         let before = self.change_with(&mut plugged, |model| {
             let (forwards, chosen) = model.interface_mut(id)?.forwards_mut(carrier);
@@ -114,6 +123,26 @@ impl Network {
             plugged.edge.listen(Forward { listener, entrance: Entrance { at, port, to: None } });
         }
         Ok(at)
+    }
+
+    /// A listener at an address of the host's that leads nowhere else, also not to an instance that is stopped: with port 0, at one
+    /// that is free.
+    fn listener(&self, carrier: Carrier, at: SocketAddr) -> Result<Listener> {
+        // Those of others are held until one is found that is nobody's, as the host would give them again.
+        let mut of_others = Vec::new();
+        loop {
+            let listener = Listener::bind(carrier, at).map_err(|e| cannot_listen(at, e))?;
+            let found = listener.local_addr().map_err(|e| cannot_listen(at, e))?;
+            let other = self.model().forwarded_at(carrier, found);
+            match other {
+                None => return Ok(listener),
+                Some(_) if at.port() == 0 => of_others.push(listener),
+                Some(other) => {
+                    let what = format!("it leads to {other}");
+                    return Err(cannot_listen(at, std::io::Error::new(IoErrorKind::AddrInUse, what)));
+                }
+            }
+        }
     }
 
     fn stop_forwarding_by(&self, carrier: Carrier, id: NetworkInterfaceId, port: u16) -> Result<()> {
@@ -144,7 +173,7 @@ impl Network {
         for carrier in [Carrier::Tcp, Carrier::Udp] {
             let (forwards, chosen) = interface.forwards_by(carrier);
             for (&port, &before) in forwards {
-                let refused = |e| Error::host(format!("cannot listen at {before}"), e);
+                let refused = |e| cannot_listen(before, e);
                 let listener = match Listener::bind(carrier, before) {
                     Err(e) if e.kind() == IoErrorKind::AddrInUse && chosen.contains(&port) => {
                         Listener::bind(carrier, (before.ip(), 0).into())

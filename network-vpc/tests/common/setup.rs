@@ -1,6 +1,7 @@
 //! Networks and what is in them, as most tests need them.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::io::{ErrorKind, Read};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 
 use instance_core::machine::NetSpec;
@@ -8,7 +9,9 @@ use instance_core::net::{self, FrameStream};
 use ipnet::Ipv4Net;
 use network_vpc::{Direction, Network, NetworkInterface, NetworkOptions, Peer, Rule};
 
-use super::Guest;
+use socket2::{Domain, Socket, Type};
+
+use super::{Guest, PATIENCE};
 
 /// Nobody is asked for names.
 pub(crate) fn options() -> NetworkOptions {
@@ -58,6 +61,20 @@ pub(crate) fn by_stream(spec: NetSpec) -> (NetSpec, [FrameStream; 2]) {
     let plugged =
         [(ours, &spec), (theirs, &there)].map(|(socket, spec)| FrameStream::plug(socket, spec, "stream"));
     (NetSpec::new(port, spec.mac), plugged.map(Result::unwrap))
+}
+
+/// A connection to the host's address from another of its own.
+pub(crate) fn connect(from: SocketAddr, to: SocketAddr) -> TcpStream {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&from.into()).unwrap();
+    socket.connect(&to.into()).unwrap();
+    socket.into()
+}
+
+/// Whether the other side ends the connection without a word.
+pub(crate) fn is_turned_away(mut client: TcpStream) -> bool {
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.read(&mut [0]).map_or_else(|e| e.kind() == ErrorKind::ConnectionReset, |len| len == 0)
 }
 
 /// An address of this host's that is not a loopback one; says so if there is none.

@@ -7,6 +7,7 @@ mod offline;
 mod ssh;
 mod user_data;
 
+use std::io::{ErrorKind, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -136,7 +137,12 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Resu
     step("closing port 80", || {
         network.revoke(group, web)?;
         for server in more.iter().chain([&first]) {
-            ensure!(!serves(server), "{} is still reached at port 80", server.instance.id());
+            ensure!(is_shut(server)?, "{} is still reached at port 80", server.instance.id());
+        }
+        for twin in &more {
+            log_in(dir, twin, &identity)?
+                .run("systemctl is-active --quiet nginx")
+                .context("it has ended instead")?;
         }
         session.check("still here").context("the open session did not live on")
     })?;
@@ -230,6 +236,19 @@ fn serves(server: &Server) -> bool {
     let url = format!("http://{}/", server.web);
     TcpStream::connect_timeout(&server.web, Duration::from_secs(1)).is_ok()
         && curl(&[&url]).is_ok_and(|page| page.contains("<h1>Employee directory</h1>"))
+}
+
+/// Whether whoever connects to the page's port is turned away without a word.
+fn is_shut(server: &Server) -> Result<bool> {
+    let mut client = TcpStream::connect(server.web)?;
+    client.set_read_timeout(Some(Duration::from_secs(20)))?;
+    match client.read(&mut [0]) {
+        Ok(len) => Ok(len == 0),
+        Err(e) if e.kind() == ErrorKind::ConnectionReset => Ok(true),
+        // A server waits for what is asked of it.
+        Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(e) => Err(e.into()),
+    }
 }
 
 fn add_employee(dir: &Path, server: &Server) -> Result<()> {

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use instance_core::net::{self, NetPort};
 use mio::{Events, Poll, Waker};
-use smoltcp::wire::{IpProtocol, Ipv4Packet, TcpPacket, TcpSeqNumber};
+use smoltcp::wire::{Ipv4Packet, TcpPacket, TcpSeqNumber};
 use socket2::SockRef;
 
 use super::super::budget::Budget;
 use super::super::datagram::TURN;
+use super::super::fuzzing::{FIN, RST, SYN, Segment};
 use super::super::{Entrance, WAKE};
 use super::*;
 use crate::fabric::Fabric;
@@ -18,9 +19,7 @@ use crate::port::Port;
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-const FIN: u8 = 1;
-const SYN: u8 = 2;
-const RST: u8 = 4;
+/// That a segment acknowledges something.
 const ACK: u8 = 16;
 
 /// The conversations of an interface that lets everything in, and the end of its cable.
@@ -91,30 +90,10 @@ impl Interface {
 /// What the guest says of itself, from this place on, having heard what comes before `acknowledged`.
 fn segment(key: Key, flags: u8, [begin, acknowledged]: [i32; 2], behind_header: &[u8]) -> Vec<u8> {
     let is_beginning = flags & SYN != 0;
-    let options = if is_beginning { behind_header.len() } else { 0 };
-    let mut frame = vec![0; ETHERNET_LEN + 40];
-    frame.extend(behind_header);
-    let total_len = (frame.len() - ETHERNET_LEN) as u16;
-    let mut ip = Ipv4Packet::new_unchecked(&mut frame[ETHERNET_LEN..]);
-    ip.set_version(4);
-    ip.set_header_len(20);
-    ip.set_total_len(total_len);
-    ip.set_hop_limit(64);
-    ip.set_next_header(IpProtocol::Tcp);
-    ip.set_src_addr(key.0.0);
-    ip.set_dst_addr(key.1.0);
-    let mut tcp = TcpPacket::new_unchecked(ip.payload_mut());
-    tcp.set_src_port(key.0.1);
-    tcp.set_dst_port(key.1.1);
-    tcp.set_header_len(20 + options as u8);
-    tcp.set_seq_number(TcpSeqNumber(begin));
-    tcp.set_ack_number(TcpSeqNumber(acknowledged));
-    tcp.set_fin(flags & FIN != 0);
-    tcp.set_syn(flags & SYN != 0);
-    tcp.set_rst(flags & RST != 0);
-    tcp.set_ack(flags & ACK != 0);
-    tcp.set_window_len(1000);
-    frame
+    let (options, payload) = if is_beginning { (behind_header, &[][..]) } else { (&[][..], behind_header) };
+    let acknowledged = (flags & ACK != 0).then_some(TcpSeqNumber(acknowledged));
+    let begin = TcpSeqNumber(begin);
+    Segment { key, begin, acknowledged, window: 1000, flags, options, payload: payload.to_vec() }.frame()
 }
 
 /// A server at a loopback address, which the edge itself does not look at. It waits for nobody for ever, and has little room.
