@@ -51,7 +51,8 @@
 //!
 //! # What it leaves out
 //!
-//! Saving and restoring, firmware, other architectures. Linux sees no threads of cores where the processor is AMD's, as an
+//! Saving and restoring, firmware, other architectures. Streams to the guest: QEMU has vsock by the host's kernel alone, where every
+//! guest has an address that the whole host knows, and for which it takes privileges. Linux sees no threads of cores where the processor is AMD's, as an
 //! emulated one is: QEMU tells of them, but not that they are told of.
 //!
 //! [`TripleFault`]: instance_core::machine::ExitCause::TripleFault
