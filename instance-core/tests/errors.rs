@@ -18,8 +18,9 @@ use instance_core::machine::NetSpec;
 use instance_core::network::{Guest, Network, NetworkPlacement, PlacementRequest};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    Capacity, DescribeImportImageTasks, DescribeInstances, DescribeVolumes, DirectBoot, Error, ErrorKind,
-    ImageSource, InstanceType, LaunchSpec, RegionOptions, Result, TemplateVersion, VolumeSpec,
+    BlockDeviceMappingRequest, Capacity, DescribeImportImageTasks, DescribeInstances, DescribeVolumes,
+    DirectBoot, Error, ErrorKind, ImageSource, InstanceType, LaunchSpec, RegionOptions, Result,
+    TemplateVersion, VolumeSpec,
 };
 
 /// A network in which nothing can be had, each for its own reason.
@@ -152,9 +153,9 @@ fn of_instances(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {
     raised.by("InvalidTagKey.Malformed", region.launch(ami, nano().tag("aws:x", "")));
     let many = (0..51).fold(nano(), |spec, n| spec.tag(n.to_string(), ""));
     raised.by("TagLimitExceeded", region.launch(ami, many));
-    let device = nano().block_device(BlockDeviceMapping::blank("/dev/none", 1));
+    let device = nano().block_device(BlockDeviceMappingRequest::new("/dev/none").size_gib(1));
     raised.by("InvalidBlockDeviceMapping", region.launch(ami, device));
-    let hidden = nano().block_device(BlockDeviceMapping::blank("/dev/sdg", 1).encrypted(true));
+    let hidden = nano().block_device(BlockDeviceMappingRequest::new("/dev/sdg").size_gib(1).encrypted(true));
     raised.by("InvalidKMSKey.InvalidState", region.launch(ami, hidden));
     raised.by("UnsupportedOperation", region.launch(ami, nano().subnet(gone("subnet"))));
     let large = InstanceType::custom("large", 1.try_into().unwrap(), (1 << 30).try_into().unwrap());

@@ -32,6 +32,7 @@ pub(crate) use self::tokens::Tokens;
 use self::tokens::Turn;
 use crate::capacity::Claim;
 use crate::description::InstanceDescription;
+use crate::images::gib;
 use crate::instance::{Cell, Hold, Instance};
 use crate::machine::{Boot, Runs};
 use crate::products::ProductCodes;
@@ -243,7 +244,12 @@ impl Inner {
         })?;
         self.check_architecture(&record, &spec.instance_type)?;
         plan::check_machine(record.image.ami().manifest(), spec)?;
-        let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
+        // Of what is another's not even the size is told.
+        let size_of = |named: &Digest| {
+            self.codes_of_content(&owner, named)?;
+            gib(self.content(named)?.size())
+        };
+        let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices, size_of)?;
         let named = self.check_contents(owner, &disks, spec)?;
         let codes: ProductCodes = record.image.product_codes().cloned().collect();
         // Those of its own that the launch names, or of the image.
@@ -362,8 +368,8 @@ impl Inner {
         if spec.block_devices.is_empty() {
             return Ok(named);
         }
-        for (_, digest) in plan::contents(&spec.block_devices) {
-            named.insert(digest, self.codes_of_content(&owner, &digest)?);
+        for digest in spec.block_devices.iter().filter_map(|change| change.content()) {
+            named.insert(*digest, self.codes_of_content(&owner, digest)?);
         }
         for (disk, digest) in plan::contents(disks) {
             disk.check_snapshot_size(self.content(&digest)?.size())?;
