@@ -164,6 +164,8 @@ pub enum ErrorKind {
     InvalidNextToken,
     /// The client token is that of a launch with other parameters.
     IdempotentParameterMismatch,
+    /// The client token is that of a launch whose instances are all terminated.
+    IdempotentInstanceTerminated,
     /// The instance is protected against it.
     OperationNotPermitted,
     /// The account may not do this.
@@ -303,6 +305,7 @@ impl Error {
             ErrorKind::MissingParameter => "MissingParameter",
             ErrorKind::InvalidNextToken => "InvalidNextToken",
             ErrorKind::IdempotentParameterMismatch => "IdempotentParameterMismatch",
+            ErrorKind::IdempotentInstanceTerminated => "IdempotentInstanceTerminated",
             ErrorKind::OperationNotPermitted => "OperationNotPermitted",
             ErrorKind::AuthFailure => "AuthFailure",
             ErrorKind::OptInRequired => "OptInRequired",

@@ -168,6 +168,8 @@ fn of_instances(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {
     once.stop(Duration::ZERO).unwrap();
     raised.by("IncorrectInstanceState", once.reboot());
     once.terminate().unwrap();
+    let again = nano().client_token("once").stop_protection(true);
+    raised.by("IdempotentInstanceTerminated", region.launch(ami, again));
 }
 
 fn of_volumes(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {

@@ -259,11 +259,18 @@ fn a_token_is_good_for_one_launch() {
     assert_eq!(ids(&region, asked()), all[0], "it is remembered with the instances");
     region.run_instances(&ami, asked().user_data("other")).unwrap_err();
 
-    // Also of those that are terminated, for as long as the region tells of them.
-    all[0].iter().for_each(|id| region.instance(id.parse().unwrap()).unwrap().terminate().unwrap());
-    let region = reopen(&dir, region);
+    // Also of those that are terminated, for as long as the region tells of them; of a launch of which nothing else is left
+    // that is said.
+    let terminate = |id: &String| region.instance(id.parse().unwrap()).unwrap().terminate().unwrap();
+    all[0].iter().skip(1).for_each(terminate);
     assert_eq!(ids(&region, asked()), all[0]);
-    let gone = region.run_instances(&ami, asked()).unwrap().instances.remove(0).describe();
+    all[0].iter().take(1).for_each(terminate);
+    let region = reopen(&dir, region);
+    let ended = region.run_instances(&ami, asked()).unwrap_err();
+    check(&ended, ErrorKind::IdempotentInstanceTerminated, "IdempotentInstanceTerminated", &["once"]);
+    let other = region.run_instances(&ami, asked().user_data("other")).unwrap_err();
+    assert_eq!(other.kind(), ErrorKind::IdempotentParameterMismatch);
+    let gone = region.instance(all[0].first().unwrap().parse().unwrap()).unwrap().describe();
     assert_eq!(gone.state, InstanceState::Terminated);
     let why = gone.state_transition_reason.clone();
     assert!(why.starts_with("User initiated (20") && why.ends_with(" GMT)"), "{why}");

@@ -125,6 +125,7 @@ impl<H> Region<H> {
     /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity),
     /// [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
+    /// [`IdempotentInstanceTerminated`](ErrorKind::IdempotentInstanceTerminated),
     /// [`InstanceLimitExceeded`](ErrorKind::InstanceLimitExceeded) for more than
     /// [so many](LaunchSpec::MAX_COUNT), whether or not fewer would do,
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
@@ -191,8 +192,17 @@ impl Inner {
                 Ok(cells)
             }
             Turn::Again(ids) => {
-                let cells = self.cells();
-                Ok(ids.iter().filter_map(|id| cells.get(id).cloned()).collect())
+                let known = self.cells();
+                let cells: Vec<_> = ids.iter().filter_map(|id| known.get(id).cloned()).collect();
+                drop(known);
+                let ended = |cell: &Arc<Cell>| cell.description.get().state == InstanceState::Terminated;
+                if cells.iter().all(ended) {
+                    let what = format!(
+                        "the instances that were launched with the client token {token:?} are terminated"
+                    );
+                    return Err(Error::new(ErrorKind::IdempotentInstanceTerminated, what));
+                }
+                Ok(cells)
             }
         }
     }

@@ -241,7 +241,9 @@ impl LaunchSpec {
     }
 
     /// A name for this launch: whoever launches again with the same token and parameters gets the instances
-    /// of the first time, for as long as one of them is remembered.
+    /// of the first time. When these are all terminated that is
+    /// [`IdempotentInstanceTerminated`](crate::ErrorKind::IdempotentInstanceTerminated), and when the last of them is
+    /// remembered no more the token is free.
     #[must_use]
     pub fn client_token(mut self, token: impl Into<String>) -> Self {
         self.client_token = Some(token.into());
