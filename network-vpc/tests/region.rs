@@ -103,6 +103,24 @@ fn an_instance_is_told_to_be_in_the_groups_that_its_interface_is_in() {
     assert_eq!(found(&region, other).len(), 1);
 }
 
+/// A /28 has sixteen addresses, of which EC2 keeps five.
+#[test]
+fn as_many_are_launched_as_the_subnet_has_addresses_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let vpc = network.default_vpc().unwrap();
+    let small = network.create_subnet(vpc, "172.31.200.0/28".parse().unwrap()).unwrap().id;
+    let run = |min, max| region.run_instances(&ami, spec().subnet(small).count(min, max));
+    let full = run(12, 13).unwrap_err();
+    assert_eq!((full.kind(), full.code()), (ErrorKind::SubnetFull, "InsufficientFreeAddressesInSubnet"));
+    assert!(network.interfaces().is_empty() && region.instances().is_empty());
+    assert_eq!(run(9, 9).unwrap().instances.len(), 9);
+    assert_eq!(run(1, 9).unwrap().instances.len(), 2);
+    assert_eq!(run(1, 1).unwrap_err().kind(), ErrorKind::SubnetFull);
+    assert_eq!(network.interfaces().len(), 11);
+}
+
 #[test]
 fn an_interface_that_was_there_outlives_its_instances() {
     let dir = tempfile::tempdir().unwrap();

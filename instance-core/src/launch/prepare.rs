@@ -89,9 +89,15 @@ impl Inner {
         let mut places = self.places(spec);
         let mut records = Vec::new();
         for (index, claim) in (0..).zip(claims) {
+            let id = InstanceId::random().map_err(no_random)?;
+            let network = match places.next(id) {
+                Ok(network) => network,
+                // The rest of the claims is given back.
+                Err(e) if is_full(&e) && index >= spec.min_count => break,
+                Err(e) => return Err(e),
+            };
             let planned = plan::volumes(&disks, owner, now, &checked.volume_tags, codes_of)?;
             let ami = record.image.ami();
-            let id = InstanceId::random().map_err(no_random)?;
             let description = InstanceDescription {
                 id,
                 owner,
@@ -115,7 +121,7 @@ impl Inner {
                 root_device_type: ami.manifest().root_device_type(),
                 attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
                 product_codes: codes.union(&of_named).cloned().collect(),
-                network: places.next(id)?,
+                network,
                 tags: spec.tags.clone(),
             };
             let record = InstanceRecord {
@@ -176,4 +182,9 @@ impl Inner {
         }
         Ok(named)
     }
+}
+
+/// Whether a network has no place left, as a host has no capacity left: what has one by then can be launched.
+fn is_full(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::SubnetFull | ErrorKind::InsufficientAddressCapacity)
 }
