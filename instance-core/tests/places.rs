@@ -13,7 +13,10 @@ use instance_core::machine::NetSpec;
 use instance_core::net::{self, MacAddress, NetPort};
 use instance_core::network::{Guest, Network, NetworkPlacement, PlacementRequest};
 use instance_core::testing::FakeHypervisor;
-use instance_core::{Capacity, Error, ErrorKind, LaunchSpec, RegionOptions, Result};
+use instance_core::{
+    BlockDeviceMappingRequest, Capacity, Error, ErrorKind, InstanceStore, InstanceType, LaunchSpec,
+    RegionOptions, Result,
+};
 
 /// A network of so many places, each an address of its own.
 #[derive(Debug, Clone)]
@@ -71,7 +74,7 @@ impl Network for Narrow {
 
 fn world(network: &Narrow) -> (tempfile::TempDir, TestRegion, Ami<X86_64>) {
     let dir = tempfile::tempdir().unwrap();
-    let options = RegionOptions::new().network(network.clone()).capacity(Capacity::new(64, 1 << 20));
+    let options = RegionOptions::new().network(network.clone()).capacity(Capacity::new(128, 1 << 20));
     let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
     let ami = register(&region, "base", &disk(1, 7)).unwrap();
     (dir, region, ami)
@@ -109,4 +112,38 @@ fn what_else_the_network_refuses_fails_the_launch() {
     let (_dir, region, ami) = world(&network);
     let refused = region.run_instances(&ami, spec().count(1, 4)).unwrap_err();
     assert_eq!((refused.kind(), network.taken()), (ErrorKind::Internal, 0));
+}
+
+#[test]
+fn a_dry_run_says_what_the_launch_would_and_leaves_all_as_it_is() {
+    let network = Narrow::new(2, ErrorKind::SubnetFull);
+    let (dir, region, ami) = world(&network);
+    let before = files(dir.path());
+    let disk =
+        |n: u8| BlockDeviceMappingRequest::new(format!("/dev/xvdb{}", char::from(b'a' + n))).size_gib(1);
+    let disks = (0..26).map(disk).chain([BlockDeviceMappingRequest::ephemeral("/dev/sdb", "ephemeral0")]);
+    let many = disks.fold(spec(), LaunchSpec::block_device);
+    let named = |letter: char| BlockDeviceMappingRequest::new(format!("/dev/xvdc{letter}")).size_gib(1);
+    let too_many = ('a'..='z').map(named).fold(many.clone(), LaunchSpec::block_device);
+    let vast = InstanceType::custom("vast", 65.try_into().unwrap(), 1.try_into().unwrap());
+    let store = InstanceStore { disks: 25, disk_size_gb: 1, nvme: true };
+    let store = InstanceType::custom("store", 1.try_into().unwrap(), 1.try_into().unwrap())
+        .with_instance_store(store);
+    let table = [
+        (spec().count(2, 9), ErrorKind::DryRunOperation, "DryRunOperation", ""),
+        (spec().count(3, 9), ErrorKind::SubnetFull, "InsufficientFreeAddressesInSubnet", "no place left"),
+        (many, ErrorKind::DryRunOperation, "DryRunOperation", ""),
+        (too_many, ErrorKind::Unsupported, "UnsupportedOperation", "these disks"),
+        (LaunchSpec::new(vast), ErrorKind::Unsupported, "UnsupportedOperation", "vast"),
+        (LaunchSpec::new(store), ErrorKind::InvalidParameter, "InvalidParameterValue", "25 disks"),
+    ];
+    for (spec, kind, code, says) in table {
+        let refused = region.run_instances(&ami, spec.clone().dry_run(true)).unwrap_err();
+        check(&refused, kind, code, &[says]);
+        if kind != ErrorKind::DryRunOperation {
+            check(&region.run_instances(&ami, spec).unwrap_err(), kind, code, &[says]);
+        }
+        assert_eq!((network.taken(), region.used_capacity(), files(dir.path())), (0, (0, 0), before.clone()));
+    }
+    assert!(region.instances().is_empty());
 }

@@ -122,6 +122,42 @@ fn as_many_are_launched_as_the_subnet_has_addresses_for() {
 }
 
 #[test]
+fn a_dry_run_finds_what_the_network_has_not_got_and_takes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let vpc = network.default_vpc().unwrap();
+    let small = network.create_subnet(vpc, "172.31.200.0/28".parse().unwrap()).unwrap().id;
+    let free = network.create_interface(network.interface_spec().unwrap()).unwrap().id;
+    let used = network.create_interface(network.interface_spec().unwrap()).unwrap().id;
+    let server = region.launch(&ami, spec().network_interface(used)).unwrap();
+    let taken = server.describe().network.unwrap().private_ip;
+    let missing = "0123456789abcdef0";
+    let group = || format!("sg-{missing}").parse().unwrap();
+    let (fine, file) = (ErrorKind::DryRunOperation, dir.path().join("network/network.json"));
+    let (before, interfaces) = (std::fs::read(&file).unwrap(), network.interfaces());
+    for (spec, kind) in [
+        (spec(), fine),
+        (spec().subnet(small).count(11, 99), fine),
+        (spec().subnet(small).count(12, 99), ErrorKind::SubnetFull),
+        (spec().subnet(format!("subnet-{missing}").parse().unwrap()), ErrorKind::SubnetNotFound),
+        (spec().security_group(group()), ErrorKind::SecurityGroupNotFound),
+        (spec().private_ip(taken), ErrorKind::AddressInUse),
+        (spec().network_interface(free), fine),
+        (spec().network_interface(used), ErrorKind::NetworkInterfaceInUse),
+        (
+            spec().network_interface(format!("eni-{missing}").parse().unwrap()),
+            ErrorKind::NetworkInterfaceNotFound,
+        ),
+    ] {
+        let what = format!("{spec:?}");
+        let said = region.run_instances(&ami, spec.dry_run(true)).unwrap_err();
+        assert_eq!(said.kind(), kind, "{what}: {said}");
+        assert!(network.interfaces() == interfaces && std::fs::read(&file).unwrap() == before, "{what}");
+    }
+}
+
+#[test]
 fn an_interface_that_was_there_outlives_its_instances() {
     let dir = tempfile::tempdir().unwrap();
     let (region, network) = open(dir.path());

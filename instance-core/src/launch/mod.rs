@@ -102,7 +102,8 @@ impl<H> Region<H> {
     /// [`AuthFailure`](ErrorKind::AuthFailure), [`ImageUnavailable`](ErrorKind::ImageUnavailable),
     /// [`OptInRequired`](ErrorKind::OptInRequired) for another's image with a product code whose terms the account has not
     /// [accepted](Self::accept_terms), [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
-    /// [`Unsupported`](ErrorKind::Unsupported) for an image that is made for a [TPM](ami_core::TpmSupport),
+    /// [`Unsupported`](ErrorKind::Unsupported) for an image that is made for a [TPM](ami_core::TpmSupport), and for
+    /// hardware or more disks than the hypervisor gives,
     /// [`InvalidParameter`](ErrorKind::InvalidParameter), [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
     /// the image's root device is to be,
@@ -122,7 +123,7 @@ impl<H> Region<H> {
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
     /// [dry run](method@LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or
     /// [`UnauthorizedOperation`](ErrorKind::UnauthorizedOperation). Later:
-    /// [`Unsupported`](ErrorKind::Unsupported) for hardware that the hypervisor cannot give,
+    /// [`Unsupported`](ErrorKind::Unsupported) for what else the hypervisor cannot give,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity),
     /// [`Hypervisor`](ErrorKind::Hypervisor) and others when the host fails, after which nothing is left of
     /// the launch.

@@ -97,6 +97,21 @@ pub(super) fn instance_store(disks: &[BlockDeviceMapping]) -> Vec<BlockDeviceMap
     disks.iter().filter(|disk| matches!(disk.kind(), Ephemeral { .. } | InstanceStore(_))).cloned().collect()
 }
 
+/// How many disks the machine of an instance has that has these.
+fn count(disks: &[BlockDeviceMapping], spec: &Parameters) -> Result<usize> {
+    let is_there = |disk: &&BlockDeviceMapping| {
+        matches!(disk.kind(), BlockDeviceKind::Ebs(_) | BlockDeviceKind::InstanceStore(_))
+    };
+    let store = match spec.instance_type.instance_store() {
+        Some(store) => {
+            store.check()?;
+            store.names(&instance_store(disks)).len()
+        }
+        None => 0,
+    };
+    Ok(disks.iter().filter(is_there).count() + store + usize::from(spec.nocloud_seed.is_some()))
+}
+
 /// The disks that begin with a content, and which.
 pub(super) fn contents(disks: &[BlockDeviceMapping]) -> impl Iterator<Item = (&BlockDeviceMapping, Digest)> {
     disks.iter().filter_map(|disk| disk.content().map(|digest| (disk, *digest)))
@@ -186,6 +201,16 @@ pub(super) fn volumes(
 }
 
 impl Inner {
+    /// That the hypervisor gives a machine as much as an instance with these disks is to have.
+    pub(super) fn check_size(&self, disks: &[BlockDeviceMapping], spec: &Parameters) -> Result<()> {
+        let hardware = &spec.instance_type;
+        let processors = (hardware.vcpus(), hardware.threads_per_core());
+        let (disks, nets) = (count(disks, spec)?, usize::from(self.network.is_some()));
+        let can = self.hypervisor.capabilities();
+        let fits = can.check_size(processors, hardware.memory_mib(), disks, nets);
+        fits.map_err(|e| Error::machine(e, format!("no instance of {hardware} with these disks can be")))
+    }
+
     /// That there is a key for what is to be encrypted.
     pub(super) fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
         match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {

@@ -65,16 +65,20 @@ impl Inner {
         if spec.hibernation {
             self.can_save().map_err(|what| Error::new(ErrorKind::UnsupportedHibernation, what))?;
         }
+        let plan = record.boot.clone().ok_or_else(|| not_found_to_boot(image))?;
+        let boot = self.boot.boot(&plan)?;
         let count = spec.min_count..=spec.max_count;
+        let claims = match launch.dry_run {
+            true => self.meter.check(&spec.instance_type, count).map(|()| Vec::new())?,
+            false => self.meter.claim_several(&spec.instance_type, count)?,
+        };
+        self.check_size(&disks, spec)?;
         if launch.dry_run {
-            self.meter.check(&spec.instance_type, count)?;
+            self.check_places(spec, spec.min_count)?;
             let what = "the launch would have been made, had it not been asked for as a dry run";
             return Err(Error::new(ErrorKind::DryRunOperation, what));
         }
-        let claims = self.meter.claim_several(&spec.instance_type, count)?;
         let direct = matches!(record.image.ami().manifest().boot().source(), BootSource::Direct { .. });
-        let plan = record.boot.clone().ok_or_else(|| not_found_to_boot(image))?;
-        let boot = self.boot.boot(&plan)?;
         let direct_boot = direct.then_some(plan);
         let no_random = |e| Error::io(e, "cannot make an id");
         let reservation = ReservationId::random().map_err(no_random)?;
