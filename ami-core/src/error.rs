@@ -40,6 +40,8 @@ pub enum ErrorKind {
     InvalidBlockDeviceMapping,
     /// A value is outside what its parameter takes.
     InvalidParameterValue,
+    /// A filter has more values than one may have.
+    FilterLimitExceeded,
     /// Two values exclude each other.
     InvalidParameterCombination,
     /// A value that has no default was not given.
@@ -80,6 +82,7 @@ impl ErrorKind {
             Self::OptInRequired => "OptInRequired",
             Self::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
             Self::InvalidParameterValue | Self::ArchitectureMismatch => "InvalidParameterValue",
+            Self::FilterLimitExceeded => "FilterLimitExceeded",
             Self::InvalidParameterCombination => "InvalidParameterCombination",
             Self::MissingParameter => "MissingParameter",
             Self::InvalidManifest | Self::DigestMismatch => "InvalidManifest",

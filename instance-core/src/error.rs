@@ -154,6 +154,8 @@ pub enum ErrorKind {
     InvalidBlockDeviceMapping,
     /// A parameter that no call can take.
     InvalidParameter,
+    /// A filter has more values than one may have.
+    FilterLimitExceeded,
     /// Parameters that exclude each other.
     InvalidParameterCombination,
     /// The instance was not launched so that it can hibernate, or cannot be.
@@ -300,6 +302,7 @@ impl Error {
             ErrorKind::MalformedTagKey => "InvalidTagKey.Malformed",
             ErrorKind::TagLimitExceeded => "TagLimitExceeded",
             ErrorKind::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
+            ErrorKind::FilterLimitExceeded => "FilterLimitExceeded",
             ErrorKind::InvalidParameterCombination => "InvalidParameterCombination",
             ErrorKind::UnsupportedHibernation => "UnsupportedHibernationConfiguration",
             ErrorKind::MissingParameter => "MissingParameter",

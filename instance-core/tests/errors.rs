@@ -271,6 +271,11 @@ fn every_code_is_raised_by_a_call_that_earns_it() {
     raised.by("InternalError", region.launch(&ami, nano()));
     let pages = DescribeInstances::new().max_results(1);
     raised.by("InvalidParameterValue", region.describe_instances(&pages));
+    let many = || vec!["*"; ami_core::Filter::MAX_VALUES + 1];
+    let images = ami_core::Filter::new("name", many()).map_err(Error::from);
+    raised.by("FilterLimitExceeded", images);
+    let instances = DescribeInstances::new().filter("instance-type", many());
+    raised.by("FilterLimitExceeded", region.describe_instances(&instances));
 
     let missed: Vec<&str> = codes().into_iter().filter(|code| !raised.0.contains(code)).collect();
     assert_eq!(missed, [""; 0]);
