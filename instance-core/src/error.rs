@@ -113,7 +113,7 @@ pub enum ErrorKind {
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
     /// These are more instances than a launch makes.
-    InstanceLimitExceeded,
+    ResourceCountExceeded,
     /// There is no such key for encryption, or nobody who has any.
     KeyUnavailable,
     /// There is no such key pair.
@@ -281,7 +281,7 @@ impl Error {
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
-            ErrorKind::InstanceLimitExceeded => "InstanceLimitExceeded",
+            ErrorKind::ResourceCountExceeded => "ResourceCountExceeded",
             ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
             ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",

@@ -148,7 +148,7 @@ fn of_instances(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {
     raised.by("InvalidInstanceID.NotFound", region.instance(gone("i")));
     raised.by("InvalidParameterValue", region.launch(ami, nano().count(0, 0)));
     raised.by("InvalidParameterCombination", region.launch(ami, nano().count(1, 2)));
-    raised.by("InstanceLimitExceeded", region.run_instances(ami, nano().count(1, u32::MAX)));
+    raised.by("ResourceCountExceeded", region.run_instances(ami, nano().count(1, u32::MAX)));
     raised.by("MissingParameter", region.launch(ami, LaunchSpec::default()));
     raised.by("InvalidTagKey.Malformed", region.launch(ami, nano().tag("aws:x", "")));
     let many = (0..51).fold(nano(), |spec, n| spec.tag(n.to_string(), ""));

@@ -117,7 +117,7 @@ impl<H> Region<H> {
     /// [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
     /// [`IdempotentInstanceTerminated`](ErrorKind::IdempotentInstanceTerminated),
-    /// [`InstanceLimitExceeded`](ErrorKind::InstanceLimitExceeded) for more than
+    /// [`ResourceCountExceeded`](ErrorKind::ResourceCountExceeded) for more than
     /// [so many](LaunchSpec::MAX_COUNT), whether or not fewer would do,
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a

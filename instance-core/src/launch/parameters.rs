@@ -155,7 +155,7 @@ impl Parameters {
         if max > LaunchSpec::MAX_COUNT {
             let what =
                 format!("{max} instances are more than a launch makes, {} at most", LaunchSpec::MAX_COUNT);
-            return Err(Error::new(ErrorKind::InstanceLimitExceeded, what));
+            return Err(Error::new(ErrorKind::ResourceCountExceeded, what));
         }
         if max > 1 && self.placement.private_ip.is_some() {
             let what = "several instances cannot have one address";
