@@ -112,6 +112,10 @@ pub enum ErrorKind {
     ExportTaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
+    /// The account has as many launch templates as it can have.
+    MaxTemplateLimitExceeded,
+    /// The launch template has as many versions as it can have.
+    MaxTemplateVersionLimitExceeded,
     /// These are more instances than a launch makes.
     ResourceCountExceeded,
     /// There is no such key for encryption, or nobody who has any.
@@ -280,6 +284,8 @@ impl Error {
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",
+            ErrorKind::MaxTemplateLimitExceeded => "MaxTemplateLimitExceeded",
+            ErrorKind::MaxTemplateVersionLimitExceeded => "MaxTemplateVersionLimitExceeded",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
             ErrorKind::ResourceCountExceeded => "ResourceCountExceeded",
             ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",

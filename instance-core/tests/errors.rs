@@ -1,4 +1,8 @@
-//! Every code of EC2's that the calls of a region can answer with, each raised once by a call that earns it.
+//! The codes of EC2's that this crate's source gives to errors, each raised once by what earns it: most by a call of a
+//! region, those of a network by one that refuses, and [some](RAISED_ELSEWHERE) by other tests.
+//!
+//! What passes through it may have more of them: those that `ami-core` gives to ids of other kinds than a region has are not
+//! looked for here, nor are those that a network gives to its own calls.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod common;
@@ -277,9 +281,17 @@ fn every_code_is_raised_by_a_call_that_earns_it() {
     let instances = DescribeInstances::new().filter("instance-type", many());
     raised.by("FilterLimitExceeded", region.describe_instances(&instances));
 
-    let missed: Vec<&str> = codes().into_iter().filter(|code| !raised.0.contains(code)).collect();
+    let is_missed = |code: &&str| !raised.0.contains(code) && !RAISED_ELSEWHERE.contains(code);
+    let missed: Vec<&str> = codes().into_iter().filter(is_missed).collect();
     assert_eq!(missed, [""; 0]);
 }
+
+/// Codes whose tests are elsewhere, with what is theirs alone.
+const RAISED_ELSEWHERE: &[&str] = &[
+    // It takes thousands of records to reach these: `launch_template/tests.rs`.
+    "MaxTemplateLimitExceeded",
+    "MaxTemplateVersionLimitExceeded",
+];
 
 /// All codes that this crate's source gives to errors, so that none is added without being raised here.
 fn codes() -> BTreeSet<&'static str> {
