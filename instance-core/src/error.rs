@@ -158,6 +158,8 @@ pub enum ErrorKind {
     InvalidBlockDeviceMapping,
     /// A parameter that no call can take.
     InvalidParameter,
+    /// What is added to an attribute of an image, or removed from one, is no item of it.
+    InvalidAttributeItemValue,
     /// A filter has more values than one may have.
     FilterLimitExceeded,
     /// Parameters that exclude each other.
@@ -308,6 +310,7 @@ impl Error {
             ErrorKind::MalformedTagKey => "InvalidTagKey.Malformed",
             ErrorKind::TagLimitExceeded => "TagLimitExceeded",
             ErrorKind::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
+            ErrorKind::InvalidAttributeItemValue => "InvalidAMIAttributeItemValue",
             ErrorKind::FilterLimitExceeded => "FilterLimitExceeded",
             ErrorKind::InvalidParameterCombination => "InvalidParameterCombination",
             ErrorKind::UnsupportedHibernation => "UnsupportedHibernationConfiguration",

@@ -192,6 +192,8 @@ fn of_volumes(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {
     raised.by("InvalidID", "x-1".parse::<ResourceId>().map_err(Error::from));
     let account = "12".parse::<AccountId>().map_err(Error::from);
     raised.by("InvalidUserID.Malformed", account);
+    let grantee = "12".parse::<Grantee>().map_err(Error::from);
+    raised.by("InvalidAMIAttributeItemValue", grantee);
 }
 
 fn of_templates_and_tasks(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {

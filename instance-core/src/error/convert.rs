@@ -70,6 +70,7 @@ impl From<ami_core::Error> for Error {
             Ami::AuthFailure => ErrorKind::AuthFailure,
             Ami::OptInRequired => ErrorKind::OptInRequired,
             Ami::InvalidBlockDeviceMapping => ErrorKind::InvalidBlockDeviceMapping,
+            Ami::InvalidAttributeItemValue => ErrorKind::InvalidAttributeItemValue,
             Ami::FilterLimitExceeded => ErrorKind::FilterLimitExceeded,
             Ami::InvalidParameterCombination => ErrorKind::InvalidParameterCombination,
             Ami::MissingParameter => ErrorKind::MissingParameter,
