@@ -60,6 +60,8 @@ pub enum ErrorKind {
     MalformedVolumeId,
     /// A text is no id of a snapshot.
     MalformedSnapshotId,
+    /// A text is no id of a subnet.
+    MalformedSubnetId,
     /// A text is no id of a launch template.
     MalformedLaunchTemplateId,
     /// A text is no id of a task that makes an image: by import, by a copy, or of an instance.
@@ -263,6 +265,7 @@ impl Error {
             ErrorKind::MalformedReservationId => "InvalidReservationID.Malformed",
             ErrorKind::MalformedVolumeId => "InvalidVolumeID.Malformed",
             ErrorKind::MalformedSnapshotId => "InvalidSnapshotID.Malformed",
+            ErrorKind::MalformedSubnetId => "InvalidSubnetID.Malformed",
             ErrorKind::MalformedLaunchTemplateId => "InvalidLaunchTemplateId.Malformed",
             ErrorKind::MalformedConversionTaskId => "InvalidConversionTaskId.Malformed",
             ErrorKind::MalformedExportTaskId => "InvalidExportTaskID.Malformed",

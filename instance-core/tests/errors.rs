@@ -228,6 +228,7 @@ fn of_ids(raised: &mut Raised) {
     raised.by_id("InvalidReservationID.Malformed", "x".parse::<ami_core::ReservationId>());
     raised.by_id("InvalidVolumeID.Malformed", "x".parse::<VolumeId>());
     raised.by_id("InvalidSnapshotID.Malformed", "x".parse::<SnapshotId>());
+    raised.by_id("InvalidSubnetID.Malformed", "x".parse::<SubnetId>());
     raised.by_id("InvalidLaunchTemplateId.Malformed", "x".parse::<LaunchTemplateId>());
     raised.by_id("InvalidConversionTaskId.Malformed", "x".parse::<ImportImageTaskId>());
     raised.by_id("InvalidConversionTaskId.Malformed", "x".parse::<CopyImageTaskId>());

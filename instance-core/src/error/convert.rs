@@ -6,7 +6,8 @@ use super::{Error, ErrorKind};
 fn malformed_id(code: &str) -> ErrorKind {
     use ErrorKind::{
         MalformedConversionTaskId, MalformedExportTaskId, MalformedImageId, MalformedInstanceId,
-        MalformedLaunchTemplateId, MalformedReservationId, MalformedSnapshotId, MalformedVolumeId,
+        MalformedLaunchTemplateId, MalformedReservationId, MalformedSnapshotId, MalformedSubnetId,
+        MalformedVolumeId,
     };
     let kinds = [
         MalformedImageId,
@@ -14,6 +15,7 @@ fn malformed_id(code: &str) -> ErrorKind {
         MalformedReservationId,
         MalformedVolumeId,
         MalformedSnapshotId,
+        MalformedSubnetId,
         MalformedLaunchTemplateId,
         MalformedConversionTaskId,
         MalformedExportTaskId,
