@@ -114,6 +114,8 @@ pub enum ErrorKind {
     ExportTaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
+    /// The account has as many pending snapshots as it can have.
+    PendingSnapshotLimitExceeded,
     /// The account has as many launch templates as it can have.
     MaxTemplateLimitExceeded,
     /// The launch template has as many versions as it can have.
@@ -289,6 +291,7 @@ impl Error {
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",
+            ErrorKind::PendingSnapshotLimitExceeded => "PendingSnapshotLimitExceeded",
             ErrorKind::MaxTemplateLimitExceeded => "MaxTemplateLimitExceeded",
             ErrorKind::MaxTemplateVersionLimitExceeded => "MaxTemplateVersionLimitExceeded",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",

@@ -144,7 +144,7 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// As [`create_snapshot`](Self::create_snapshot), and [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded)
+    /// As [`create_snapshot`](Self::create_snapshot), and [`PendingSnapshotLimitExceeded`](ErrorKind::PendingSnapshotLimitExceeded)
     /// with a hundred pending. What comes in the way later [the snapshot](PendingSnapshot::wait) says.
     pub fn begin_create_snapshot(&self, volume: VolumeId, description: &str) -> Result<PendingSnapshot> {
         let wanted = Wanted::Volume { id: volume, description: description.to_owned() };

@@ -294,6 +294,8 @@ const RAISED_ELSEWHERE: &[&str] = &[
     // It takes thousands of records to reach these: `launch_template/tests.rs`.
     "MaxTemplateLimitExceeded",
     "MaxTemplateVersionLimitExceeded",
+    // As many snapshots are pending at once: `snapshots/pending.rs`.
+    "PendingSnapshotLimitExceeded",
 ];
 
 /// All codes that this crate's source gives to errors, so that none is added without being raised here.
