@@ -190,8 +190,10 @@ pub enum ErrorKind {
     UnauthorizedOperation,
     /// This library, or this hypervisor, cannot do that.
     Unsupported,
-    /// The host cannot hold it: no memory, no vCPUs or no disk space.
+    /// The host cannot hold an instance: no memory, no vCPUs or no disk space.
     InsufficientCapacity,
+    /// The disk has no space for anything else: a volume, a snapshot, an image or what is written down of them.
+    InsufficientVolumeCapacity,
     /// Whoever watched its progress ended it.
     Cancelled,
     /// Another process, or another handle of this one, has the region open.
@@ -331,6 +333,7 @@ impl Error {
             ErrorKind::UnauthorizedOperation => "UnauthorizedOperation",
             ErrorKind::Unsupported => "UnsupportedOperation",
             ErrorKind::InsufficientCapacity => "InsufficientInstanceCapacity",
+            ErrorKind::InsufficientVolumeCapacity => "InsufficientVolumeCapacity",
             ErrorKind::RegionInUse => "ResourceInUse",
             ErrorKind::Corrupt | ErrorKind::Hypervisor | ErrorKind::Cancelled | ErrorKind::Internal => {
                 "InternalError"
@@ -341,7 +344,7 @@ impl Error {
     pub(crate) fn io(source: std::io::Error, context: impl Into<String>) -> Self {
         let kind = match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                ErrorKind::InsufficientCapacity
+                ErrorKind::InsufficientVolumeCapacity
             }
             _ => ErrorKind::Internal,
         };
@@ -351,7 +354,7 @@ impl Error {
     /// Where the disk is full, what to do is the same whatever was being done.
     fn of_host(kind: ErrorKind, context: impl Into<String>) -> Self {
         let mut context = context.into();
-        if kind == ErrorKind::InsufficientCapacity {
+        if kind == ErrorKind::InsufficientVolumeCapacity {
             context.push_str("; free space on the file system of the region and try again");
         }
         Self::new(kind, context)
@@ -360,7 +363,7 @@ impl Error {
     pub(crate) fn storage(source: storage_block::Error, context: impl Into<String>) -> Self {
         use storage_block::ErrorKind as Storage;
         let kind = match source.kind() {
-            Storage::NoSpace => ErrorKind::InsufficientCapacity,
+            Storage::NoSpace => ErrorKind::InsufficientVolumeCapacity,
             Storage::KeyUnavailable => ErrorKind::KeyUnavailable,
             Storage::Corrupt => ErrorKind::Corrupt,
             Storage::Cancelled => ErrorKind::Cancelled,
@@ -369,6 +372,14 @@ impl Error {
             _ => ErrorKind::Internal,
         };
         Self::of_host(kind, context).with_source(source)
+    }
+
+    /// The same of an instance that was to run, which whatever is full has no room for.
+    pub(crate) fn of_instance(self) -> Self {
+        match self.kind {
+            ErrorKind::InsufficientVolumeCapacity => Self { kind: ErrorKind::InsufficientCapacity, ..self },
+            _ => self,
+        }
     }
 
     pub(crate) fn machine(source: MachineError, context: impl Into<String>) -> Self {

@@ -296,6 +296,8 @@ const RAISED_ELSEWHERE: &[&str] = &[
     "MaxTemplateVersionLimitExceeded",
     // As many snapshots are pending at once: `snapshots/pending.rs`.
     "PendingSnapshotLimitExceeded",
+    // It takes a file system that is full: `tests/full_disk.rs`.
+    "InsufficientVolumeCapacity",
 ];
 
 /// All codes that this crate's source gives to errors, so that none is added without being raised here.

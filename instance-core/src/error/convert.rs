@@ -52,6 +52,7 @@ impl ErrorKind {
             Self::ResourceLimitExceeded,
             Self::Unsupported,
             Self::InsufficientCapacity,
+            Self::InsufficientVolumeCapacity,
             Self::RegionInUse,
         ];
         let same = |kind: &Self| Error::new(*kind, "").code() == code;

@@ -192,6 +192,10 @@ impl Inner {
     }
 
     pub(crate) fn run(&self, owner: AccountId, launch: &Launch) -> Result<Vec<Arc<Cell>>> {
+        self.run_launch(owner, launch).map_err(Error::of_instance)
+    }
+
+    fn run_launch(&self, owner: AccountId, launch: &Launch) -> Result<Vec<Arc<Cell>>> {
         self.forget_terminated(Instant::now());
         let damaged = |e: &Error| self.look_for_damage(launch.image, e);
         let Prepared { boot, records, _flight } = self.prepare(owner, launch).inspect_err(damaged)?;
