@@ -6,8 +6,14 @@ use crate::{
     ModifyImageAttribute, Page, Query, Timestamp,
 };
 
+/// A year in milliseconds, which is a leap year where EC2's limits do not say.
+const YEAR: u64 = 366 * 24 * 60 * 60 * 1000;
+
 /// The longest time until an image is deprecated: ten years (`EnableImageDeprecation`).
-const FURTHEST_DEPRECATION: u64 = 10 * 366 * 24 * 60 * 60 * 1000;
+const FURTHEST_DEPRECATION: u64 = 10 * YEAR;
+
+/// The longest time from when a public image was made until it is deprecated: two years.
+const FURTHEST_PUBLIC_DEPRECATION: u64 = 2 * YEAR;
 
 /// The images of a [`Catalog`] as one account sees and changes them. [`CatalogExt::as_account`] gives one.
 ///
@@ -139,9 +145,11 @@ impl<'a, C: Catalog + ?Sized> AccountImages<'a, C> {
     /// # Errors
     ///
     /// As [`Image::authorize`], [`InvalidParameterValue`](crate::ErrorKind::InvalidParameterValue) for a
-    /// moment that has passed or is more than ten years off, and those of the catalog.
+    /// moment that has passed or is more than ten years off or, of a public image, more than two years after
+    /// it was made, and those of the catalog.
     pub fn enable_deprecation(&self, id: &AmiId, at: Option<Timestamp>) -> Result<Image, Error> {
         let now = self.now();
+        let named = at;
         let at = match at {
             None => now,
             Some(at) if at < now => return Err(invalid_value(format!("{at} has passed"))),
@@ -151,6 +159,18 @@ impl<'a, C: Catalog + ?Sized> AccountImages<'a, C> {
             Some(at) => nearest_minute(at),
         };
         self.change(id, |image| {
+            let age =
+                |at: Timestamp| at.as_unix_millis().saturating_sub(image.ami().created().as_unix_millis());
+            match named {
+                Some(at)
+                    if image.launch_permissions().is_public() && age(at) > FURTHEST_PUBLIC_DEPRECATION =>
+                {
+                    let what =
+                        format!("{at} is more than two years after the image was made, which is public");
+                    return Err(invalid_value(what));
+                }
+                _ => {}
+            }
             image.set_deprecation(Some(at));
             Ok(())
         })

@@ -12,6 +12,7 @@ use crate::{AccountId, Image, ImageState, ImdsSupport, LaunchPermissions, Produc
 ///
 /// assert_eq!("all".parse::<Grantee>()?, Grantee::All);
 /// assert_eq!("123456789012".parse::<Grantee>()?, Grantee::Account("123456789012".parse()?));
+/// assert_eq!("1234-5678-9012".parse::<Grantee>().unwrap_err().code(), "InvalidAMIAttributeItemValue");
 /// # Ok::<(), ami_core::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -28,7 +29,10 @@ impl FromStr for Grantee {
     fn from_str(text: &str) -> Result<Self, Error> {
         match text {
             "all" => Ok(Self::All),
-            account => account.parse().map(Self::Account),
+            account => account.parse().map(Self::Account).map_err(|e: Error| {
+                // Of a permission EC2 says another code than of an account elsewhere.
+                Error::new(ErrorKind::InvalidAttributeItemValue, e.to_string())
+            }),
         }
     }
 }

@@ -137,7 +137,7 @@ impl DescribeImages {
         self
     }
 
-    /// Deprecated images of others too. One's own are always there.
+    /// Deprecated images of others too. One's own are always there, and so is what is named by its id.
     pub fn include_deprecated(mut self, include: bool) -> Self {
         self.include_deprecated = include;
         self
@@ -204,11 +204,13 @@ impl DescribeImages {
             ExecutableUser::Caller => named(caller),
             ExecutableUser::Account(account) => named(account),
         };
-        (self.ids.is_empty() || self.ids.contains(&image.id()))
+        let by_id = self.ids.contains(&image.id());
+        let shows_deprecated = self.include_deprecated || by_id;
+        (self.ids.is_empty() || by_id)
             && (self.owners.is_empty() || self.owners.iter().any(is_owner))
             && (self.executable_users.is_empty() || self.executable_users.iter().any(is_shared))
             && (self.include_disabled || image.state() != ImageState::Disabled)
-            && (self.include_deprecated || owner == caller || !image.is_deprecated(now))
+            && (shows_deprecated || owner == caller || !image.is_deprecated(now))
             && self.filters.iter().all(|filter| filter.matches(image))
     }
 }

@@ -337,8 +337,7 @@ impl BlockDeviceMapping {
         Self::volume(device_name.into(), Some(snapshot), volume_size_gib)
     }
 
-    /// An empty volume; in the place of a disk of an image, where a launch has it there, one with that disk's content. It is of
-    /// gp3, goes with its instance and is not encrypted, unless it is told otherwise or, for the last, that disk is.
+    /// An empty volume. It is of gp3, goes with its instance and is not encrypted, unless it is told otherwise.
     pub fn blank(device_name: impl Into<String>, volume_size_gib: u32) -> Self {
         Self::volume(device_name.into(), None, volume_size_gib)
     }

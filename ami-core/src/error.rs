@@ -40,6 +40,10 @@ pub enum ErrorKind {
     InvalidBlockDeviceMapping,
     /// A value is outside what its parameter takes.
     InvalidParameterValue,
+    /// What is added to an attribute of an image, or removed from one, is no item of it.
+    InvalidAttributeItemValue,
+    /// A filter has more values than one may have.
+    FilterLimitExceeded,
     /// Two values exclude each other.
     InvalidParameterCombination,
     /// A value that has no default was not given.
@@ -80,6 +84,8 @@ impl ErrorKind {
             Self::OptInRequired => "OptInRequired",
             Self::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
             Self::InvalidParameterValue | Self::ArchitectureMismatch => "InvalidParameterValue",
+            Self::InvalidAttributeItemValue => "InvalidAMIAttributeItemValue",
+            Self::FilterLimitExceeded => "FilterLimitExceeded",
             Self::InvalidParameterCombination => "InvalidParameterCombination",
             Self::MissingParameter => "MissingParameter",
             Self::InvalidManifest | Self::DigestMismatch => "InvalidManifest",

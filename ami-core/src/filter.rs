@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use crate::error::{Error, invalid_value, quote};
+use crate::error::{Error, ErrorKind, invalid_value, quote};
 use crate::{AccountId, AmiId, BlockDeviceKind, Category, Image, OsFamily, OwnerAlias, Pattern, Timestamp};
 
 /// A condition on images: a field has one of several values.
@@ -62,16 +62,18 @@ impl Filter {
     /// # Errors
     ///
     /// [`InvalidParameterValue`](crate::ErrorKind::InvalidParameterValue) if there is no filter of that
-    /// name for images, or if there is no value or too many.
+    /// name for images, or if there is no value, and
+    /// [`FilterLimitExceeded`](crate::ErrorKind::FilterLimitExceeded) for more than [so many](Self::MAX_VALUES).
     pub fn new<V: Into<String>>(name: &str, values: impl IntoIterator<Item = V>) -> Result<Self, Error> {
         let field = name.parse()?;
         let patterns: Vec<Pattern> =
             values.into_iter().take(Self::MAX_VALUES + 1).map(Pattern::new).collect();
-        if !(1..=Self::MAX_VALUES).contains(&patterns.len()) {
-            let message = format!("the filter {} must have 1 to {} values", quote(name), Self::MAX_VALUES);
-            return Err(invalid_value(message));
+        let message = || format!("the filter {} must have 1 to {} values", quote(name), Self::MAX_VALUES);
+        match patterns.len() {
+            0 => Err(invalid_value(message())),
+            n if n > Self::MAX_VALUES => Err(Error::new(ErrorKind::FilterLimitExceeded, message())),
+            _ => Ok(Self { field, patterns }),
         }
-        Ok(Self { field, patterns })
     }
 
     /// Whether the condition holds for `image`.

@@ -41,6 +41,7 @@ impl MalformedId {
             ReservationId::PREFIX => "InvalidReservationID.Malformed",
             VolumeId::PREFIX => "InvalidVolumeID.Malformed",
             SnapshotId::PREFIX => "InvalidSnapshotID.Malformed",
+            SubnetId::PREFIX => "InvalidSubnetID.Malformed",
             NetworkInterfaceId::PREFIX => "InvalidNetworkInterfaceId.Malformed",
             SecurityGroupId::PREFIX => "InvalidGroupId.Malformed",
             SecurityGroupRuleId::PREFIX => "InvalidSecurityGroupRuleId.Malformed",

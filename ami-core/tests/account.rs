@@ -19,6 +19,7 @@ fn image(name: &str, owner: &str) -> Image {
     let ami = Ami::<X86_64>::builder(name)
         .root_device("/dev/xvda")
         .block_device(BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"root"), 8))
+        .created("2025-06-01T12:00:00Z".parse().unwrap())
         .build(&"us-east-1".parse().unwrap(), &account(owner));
     Image::new(ami.unwrap())
 }
@@ -81,7 +82,7 @@ fn an_account_is_told_of_what_it_may_launch_and_asks_for() {
     let world = World::new();
     let all = DescribeImages::new;
     let name = |name: &str| Filter::new("name", [name]).unwrap();
-    let table: [(&str, DescribeImages, &[&str]); 18] = [
+    let table: [(&str, DescribeImages, &[&str]); 20] = [
         (OWNER, all(), &["deprecated", "invalid", "linux", "private", "public", "shared", "sold"]),
         (
             OWNER,
@@ -91,6 +92,8 @@ fn an_account_is_told_of_what_it_may_launch_and_asks_for() {
         (FRIEND, all(), &["linux", "public", "shared", "sold"]),
         (FRIEND, all().include_disabled(true), &["linux", "public", "shared", "sold"]),
         (FRIEND, all().include_deprecated(true), &["deprecated", "linux", "public", "shared", "sold"]),
+        (FRIEND, all().id(world.id("deprecated")), &["deprecated"]),
+        (FRIEND, all().id(world.id("deprecated")).filter(name("p*")), &[]),
         (STRANGER, all(), &["linux", "public", "sold"]),
         (STRANGER, all().owner("self".parse().unwrap()), &["linux", "sold"]),
         (FRIEND, all().owner("self".parse().unwrap()), &[]),
@@ -214,15 +217,19 @@ fn a_deprecation_begins_at_a_full_minute_ahead() {
     let time = |text: &str| -> Timestamp { text.parse().unwrap() };
     let now = time("2026-01-31T12:00:00Z");
     let (mine, id) = (world.catalog.as_account(account(OWNER)).at(now), world.id("public"));
-    for (asked, expected) in [
-        ("2026-01-31T12:00:00Z", Some("2026-01-31T12:00:00Z")),
-        ("2026-02-01T12:00:29.999Z", Some("2026-02-01T12:00:00Z")),
-        ("2026-02-01T12:00:30Z", Some("2026-02-01T12:01:00Z")),
-        ("2036-01-30T12:00:00Z", Some("2036-01-30T12:00:00Z")),
-        ("2026-01-31T11:59:59.999Z", None),
-        ("2036-03-01T12:00:00Z", None),
+    for (name, asked, expected) in [
+        ("private", "2026-01-31T12:00:00Z", Some("2026-01-31T12:00:00Z")),
+        ("private", "2026-02-01T12:00:29.999Z", Some("2026-02-01T12:00:00Z")),
+        ("private", "2026-02-01T12:00:30Z", Some("2026-02-01T12:01:00Z")),
+        ("private", "2036-01-30T12:00:00Z", Some("2036-01-30T12:00:00Z")),
+        ("private", "2026-01-31T11:59:59.999Z", None),
+        ("private", "2036-03-01T12:00:00Z", None),
+        // One that is public, within two years of when it was made.
+        ("public", "2027-06-01T12:00:00Z", Some("2027-06-01T12:00:00Z")),
+        ("public", "2027-06-04T12:00:00Z", None),
+        ("shared", "2027-06-04T12:00:00Z", Some("2027-06-04T12:00:00Z")),
     ] {
-        let image = mine.enable_deprecation(&id, Some(time(asked)));
+        let image = mine.enable_deprecation(&world.id(name), Some(time(asked)));
         match expected {
             Some(expected) => assert_eq!(image.unwrap().deprecation(), Some(time(expected)), "{asked}"),
             None => assert_eq!(image.unwrap_err().kind(), ErrorKind::InvalidParameterValue, "{asked}"),
@@ -231,11 +238,16 @@ fn a_deprecation_begins_at_a_full_minute_ahead() {
     mine.enable_deprecation(&id, None).unwrap();
     let theirs = world.catalog.as_account(account(FRIEND)).at(now);
     let found = |request: DescribeImages| theirs.describe(&request).unwrap().items.len();
-    assert_eq!(found(DescribeImages::new().id(id)), 0);
-    assert_eq!(found(DescribeImages::new().id(id).include_deprecated(true)), 1);
+    let named = || DescribeImages::new().filter(Filter::new("name", ["public"]).unwrap());
+    assert_eq!(found(named()), 0);
+    assert_eq!(found(named().include_deprecated(true)), 1);
+    assert_eq!(found(DescribeImages::new().id(id)), 1, "who knows its id is told of it");
     theirs.authorized(&id, Action::Launch).unwrap();
+    // However old it is.
+    let years_later = world.catalog.as_account(account(OWNER)).at(time("2030-01-31T12:00:00Z"));
+    years_later.enable_deprecation(&id, None).unwrap();
     mine.disable_deprecation(&id).unwrap();
-    assert_eq!(found(DescribeImages::new().id(id)), 1);
+    assert_eq!(found(named()), 1);
 }
 
 #[test]

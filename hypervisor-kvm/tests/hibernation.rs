@@ -8,11 +8,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ami_core::{Ami, BlockDeviceMapping, X86};
+use ami_core::{Ami, X86};
 use common::soon;
 use hypervisor_kvm::{Kvm, Transport};
 use instance_core::machine::Hypervisor;
-use instance_core::{DirectBoot, ImageSource, Instance, LaunchSpec, Region, RegionOptions};
+use instance_core::{
+    BlockDeviceMappingRequest, DirectBoot, ImageSource, Instance, LaunchSpec, Region, RegionOptions,
+};
 use storage_block::MemoryDisk;
 use storage_block::keys::LocalKey;
 
@@ -56,7 +58,7 @@ fn an_instance_goes_on_with_its_memory_and_its_disk() {
         let disk = MemoryDisk::new(1 << 20).unwrap().into_disk();
         let source = ImageSource::new(&disk).boot(DirectBoot::new(kernel.clone(), None, ""));
         let ami = region.register_image(Ami::<X86>::builder("bare"), source).unwrap();
-        let root = BlockDeviceMapping::blank("/dev/xvda", 1).encrypted(encrypted);
+        let root = BlockDeviceMappingRequest::new("/dev/xvda").size_gib(1).encrypted(encrypted);
         let spec = LaunchSpec::new("t2.nano".parse().unwrap()).hibernation(true).block_device(root);
         let instance = region.launch(&ami, spec).unwrap();
         ask(&instance, "remember thought", "remembered");

@@ -159,14 +159,13 @@ impl Condition {
         if !is_tag && !T::NAMES.contains(&&*self.name) {
             return invalid(format!("{:?} is no name of a filter for {}", self.name, T::WHAT));
         }
-        if !(1..=Filter::MAX_VALUES).contains(&self.patterns.len()) {
-            return invalid(format!(
-                "the filter {:?} must have 1 to {} values",
-                self.name,
-                Filter::MAX_VALUES
-            ));
+        let (values, most) = (self.patterns.len(), Filter::MAX_VALUES);
+        let what = format!("the filter {:?} must have 1 to {most} values", self.name);
+        match values {
+            0 => invalid(what),
+            n if n > most => Err(Error::new(ErrorKind::FilterLimitExceeded, what)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     pub(crate) fn holds<T: Filterable>(&self, item: &T) -> bool {

@@ -60,6 +60,8 @@ pub enum ErrorKind {
     MalformedVolumeId,
     /// A text is no id of a snapshot.
     MalformedSnapshotId,
+    /// A text is no id of a subnet.
+    MalformedSubnetId,
     /// A text is no id of a launch template.
     MalformedLaunchTemplateId,
     /// A text is no id of a task that makes an image: by import, by a copy, or of an instance.
@@ -112,8 +114,14 @@ pub enum ErrorKind {
     ExportTaskNotFound,
     /// The account has as many of these as it can have.
     ResourceLimitExceeded,
+    /// The account has as many pending snapshots as it can have.
+    PendingSnapshotLimitExceeded,
+    /// The account has as many launch templates as it can have.
+    MaxTemplateLimitExceeded,
+    /// The launch template has as many versions as it can have.
+    MaxTemplateVersionLimitExceeded,
     /// These are more instances than a launch makes.
-    InstanceLimitExceeded,
+    ResourceCountExceeded,
     /// There is no such key for encryption, or nobody who has any.
     KeyUnavailable,
     /// There is no such key pair.
@@ -154,6 +162,10 @@ pub enum ErrorKind {
     InvalidBlockDeviceMapping,
     /// A parameter that no call can take.
     InvalidParameter,
+    /// What is added to an attribute of an image, or removed from one, is no item of it.
+    InvalidAttributeItemValue,
+    /// A filter has more values than one may have.
+    FilterLimitExceeded,
     /// Parameters that exclude each other.
     InvalidParameterCombination,
     /// The instance was not launched so that it can hibernate, or cannot be.
@@ -164,6 +176,8 @@ pub enum ErrorKind {
     InvalidNextToken,
     /// The client token is that of a launch with other parameters.
     IdempotentParameterMismatch,
+    /// The client token is that of a launch whose instances are all terminated.
+    IdempotentInstanceTerminated,
     /// The instance is protected against it.
     OperationNotPermitted,
     /// The account may not do this.
@@ -176,8 +190,10 @@ pub enum ErrorKind {
     UnauthorizedOperation,
     /// This library, or this hypervisor, cannot do that.
     Unsupported,
-    /// The host cannot hold it: no memory, no vCPUs or no disk space.
+    /// The host cannot hold an instance: no memory, no vCPUs or no disk space.
     InsufficientCapacity,
+    /// The disk has no space for anything else: a volume, a snapshot, an image or what is written down of them.
+    InsufficientVolumeCapacity,
     /// Whoever watched its progress ended it.
     Cancelled,
     /// Another process, or another handle of this one, has the region open.
@@ -253,6 +269,7 @@ impl Error {
             ErrorKind::MalformedReservationId => "InvalidReservationID.Malformed",
             ErrorKind::MalformedVolumeId => "InvalidVolumeID.Malformed",
             ErrorKind::MalformedSnapshotId => "InvalidSnapshotID.Malformed",
+            ErrorKind::MalformedSubnetId => "InvalidSubnetID.Malformed",
             ErrorKind::MalformedLaunchTemplateId => "InvalidLaunchTemplateId.Malformed",
             ErrorKind::MalformedConversionTaskId => "InvalidConversionTaskId.Malformed",
             ErrorKind::MalformedExportTaskId => "InvalidExportTaskID.Malformed",
@@ -276,8 +293,11 @@ impl Error {
             ErrorKind::LaunchTemplateNameDuplicate => "InvalidLaunchTemplateName.AlreadyExistsException",
             ErrorKind::TaskNotFound => "InvalidConversionTaskId",
             ErrorKind::ExportTaskNotFound => "InvalidExportTaskID.NotFound",
+            ErrorKind::PendingSnapshotLimitExceeded => "PendingSnapshotLimitExceeded",
+            ErrorKind::MaxTemplateLimitExceeded => "MaxTemplateLimitExceeded",
+            ErrorKind::MaxTemplateVersionLimitExceeded => "MaxTemplateVersionLimitExceeded",
             ErrorKind::ResourceLimitExceeded => "ResourceLimitExceeded",
-            ErrorKind::InstanceLimitExceeded => "InstanceLimitExceeded",
+            ErrorKind::ResourceCountExceeded => "ResourceCountExceeded",
             ErrorKind::KeyUnavailable => "InvalidKMSKey.InvalidState",
             ErrorKind::VolumeModificationNotFound => "InvalidVolumeModification.NotFound",
             ErrorKind::KeyPairNotFound => "InvalidKeyPair.NotFound",
@@ -298,11 +318,14 @@ impl Error {
             ErrorKind::MalformedTagKey => "InvalidTagKey.Malformed",
             ErrorKind::TagLimitExceeded => "TagLimitExceeded",
             ErrorKind::InvalidBlockDeviceMapping => "InvalidBlockDeviceMapping",
+            ErrorKind::InvalidAttributeItemValue => "InvalidAMIAttributeItemValue",
+            ErrorKind::FilterLimitExceeded => "FilterLimitExceeded",
             ErrorKind::InvalidParameterCombination => "InvalidParameterCombination",
             ErrorKind::UnsupportedHibernation => "UnsupportedHibernationConfiguration",
             ErrorKind::MissingParameter => "MissingParameter",
             ErrorKind::InvalidNextToken => "InvalidNextToken",
             ErrorKind::IdempotentParameterMismatch => "IdempotentParameterMismatch",
+            ErrorKind::IdempotentInstanceTerminated => "IdempotentInstanceTerminated",
             ErrorKind::OperationNotPermitted => "OperationNotPermitted",
             ErrorKind::AuthFailure => "AuthFailure",
             ErrorKind::OptInRequired => "OptInRequired",
@@ -310,6 +333,7 @@ impl Error {
             ErrorKind::UnauthorizedOperation => "UnauthorizedOperation",
             ErrorKind::Unsupported => "UnsupportedOperation",
             ErrorKind::InsufficientCapacity => "InsufficientInstanceCapacity",
+            ErrorKind::InsufficientVolumeCapacity => "InsufficientVolumeCapacity",
             ErrorKind::RegionInUse => "ResourceInUse",
             ErrorKind::Corrupt | ErrorKind::Hypervisor | ErrorKind::Cancelled | ErrorKind::Internal => {
                 "InternalError"
@@ -320,7 +344,7 @@ impl Error {
     pub(crate) fn io(source: std::io::Error, context: impl Into<String>) -> Self {
         let kind = match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                ErrorKind::InsufficientCapacity
+                ErrorKind::InsufficientVolumeCapacity
             }
             _ => ErrorKind::Internal,
         };
@@ -330,7 +354,7 @@ impl Error {
     /// Where the disk is full, what to do is the same whatever was being done.
     fn of_host(kind: ErrorKind, context: impl Into<String>) -> Self {
         let mut context = context.into();
-        if kind == ErrorKind::InsufficientCapacity {
+        if kind == ErrorKind::InsufficientVolumeCapacity {
             context.push_str("; free space on the file system of the region and try again");
         }
         Self::new(kind, context)
@@ -339,7 +363,7 @@ impl Error {
     pub(crate) fn storage(source: storage_block::Error, context: impl Into<String>) -> Self {
         use storage_block::ErrorKind as Storage;
         let kind = match source.kind() {
-            Storage::NoSpace => ErrorKind::InsufficientCapacity,
+            Storage::NoSpace => ErrorKind::InsufficientVolumeCapacity,
             Storage::KeyUnavailable => ErrorKind::KeyUnavailable,
             Storage::Corrupt => ErrorKind::Corrupt,
             Storage::Cancelled => ErrorKind::Cancelled,
@@ -348,6 +372,14 @@ impl Error {
             _ => ErrorKind::Internal,
         };
         Self::of_host(kind, context).with_source(source)
+    }
+
+    /// The same of an instance that was to run, which whatever is full has no room for.
+    pub(crate) fn of_instance(self) -> Self {
+        match self.kind {
+            ErrorKind::InsufficientVolumeCapacity => Self { kind: ErrorKind::InsufficientCapacity, ..self },
+            _ => self,
+        }
     }
 
     pub(crate) fn machine(source: MachineError, context: impl Into<String>) -> Self {

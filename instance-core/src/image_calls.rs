@@ -123,13 +123,13 @@ impl<H> Region<H> {
     }
 
     /// Deprecates an image of the account's from the minute nearest to `at` on, or from now on
-    /// (`EnableImageDeprecation`): others are no longer told of it, and can launch it all the same.
+    /// (`EnableImageDeprecation`): others are told of it only by its id, and can launch it all the same.
     ///
     /// # Errors
     ///
     /// [`ImageNotFound`](ErrorKind::ImageNotFound), [`AuthFailure`](ErrorKind::AuthFailure) for another's,
     /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a moment that has passed or is more than ten
-    /// years off, or what the host met.
+    /// years off or, of a public image, more than two years after it was made, or what the host met.
     pub fn enable_image_deprecation(&self, id: AmiId, at: Option<Timestamp>) -> Result<Image> {
         Ok(self.catalog().as_account(*self.account()).enable_deprecation(&id, at)?)
     }

@@ -53,7 +53,7 @@ impl<H> Region<H> {
     /// [`ImageNameDuplicate`](ErrorKind::ImageNameDuplicate),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for an encrypted root device of instance
     /// store, or a boot mode with a kernel beside the disk,
-    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), [`Cancelled`](ErrorKind::Cancelled). Nothing is left of
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientVolumeCapacity`](ErrorKind::InsufficientVolumeCapacity), [`Cancelled`](ErrorKind::Cancelled). Nothing is left of
     /// it then.
     pub fn register_image<A: Arch>(&self, builder: AmiBuilder<A>, source: ImageSource<'_>) -> Result<Ami<A>> {
         let inner = &self.inner;

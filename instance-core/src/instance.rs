@@ -155,7 +155,7 @@ impl Instance {
     /// [`NotBootable`](ErrorKind::NotBootable) if its root volume no longer holds a kernel, after
     /// which it is stopped again; or what the host met.
     pub fn start(&self) -> Result<()> {
-        self.region.start(&self.cell)
+        self.region.start(&self.cell).map_err(Error::of_instance)
     }
 
     /// Resets it: its machine ends at once and a new one boots from the root volume. What the guest
@@ -167,7 +167,7 @@ impl Instance {
     /// one was lost and that could not be written down, it is to be started. It is stopped if no new machine can be made, or
     /// terminated where its root device is instance store.
     pub fn reboot(&self) -> Result<()> {
-        self.region.reboot(&self.cell, Duration::ZERO)
+        self.reboot_within(Duration::ZERO)
     }
 
     /// Reboots it as EC2 does (`RebootInstances`): the guest is asked to power itself off, which a server does in order, and
@@ -194,7 +194,7 @@ impl Instance {
     ///
     /// As [`reboot`](Self::reboot), also if it is stopped or terminated meanwhile.
     pub fn reboot_within(&self, patience: Duration) -> Result<()> {
-        self.region.reboot(&self.cell, patience)
+        self.region.reboot(&self.cell, patience).map_err(Error::of_instance)
     }
 
     /// Terminates it: its machine ends at once, and the volumes that go with it are removed. Does

@@ -60,6 +60,7 @@
 //! crate's, how frames go a network's.
 
 mod attach;
+mod block_device;
 mod boot_cache;
 mod capacity;
 pub mod console;
@@ -125,6 +126,7 @@ pub mod watch;
 mod watched;
 
 pub use ami_core::StateReason;
+pub use block_device::{BlockDeviceMappingRequest, BlockDeviceRequestKind, EbsRequest};
 pub use capacity::Capacity;
 pub use copy_image::CopyImage;
 pub use create_image::{CreateImage, CreatedImage, ImageConsistency};

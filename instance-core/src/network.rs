@@ -125,6 +125,26 @@ pub trait Network: fmt::Debug + Send + Sync + 'static {
     /// [`InvalidParameter`](crate::ErrorKind::InvalidParameter), or what the host refused.
     fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement>;
 
+    /// Says whether so many places can be had by this request, and leaves all as it is: what a
+    /// [dry run](method@crate::LaunchSpec::dry_run) asks.
+    ///
+    /// Unless the network can tell without that, they are taken and given up again.
+    ///
+    /// # Errors
+    ///
+    /// As [`place`](Self::place).
+    fn check_places(&self, request: &PlacementRequest, count: u32) -> Result<()> {
+        let mut taken = Vec::new();
+        let mut take = |_| {
+            let nobody = InstanceId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
+            taken.push(self.place(nobody, request)?);
+            Ok(())
+        };
+        let outcome = (0..count).try_for_each(&mut take);
+        let given_up = taken.iter().map(|placement| self.release(placement)).fold(Ok(()), Result::and);
+        outcome.and(given_up)
+    }
+
     /// Plugs a machine in that is about to be made, in the place of its last one. An instance that is `running` has been reset,
     /// and is stopped if this fails: it goes on without what it can do without.
     ///

@@ -17,7 +17,7 @@ use crate::machine::{Boot, DiskSpec, Identity, Machine, MachineError, MachineSpe
 use crate::record::InstanceRecord;
 use crate::region::Inner;
 use crate::vsock::{self, VsockSpec};
-use crate::{Error, ErrorKind, InstanceStore, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// What a guest finds its root device by, if that is instance store.
 const ROOT_SERIAL: &str = "root";
@@ -163,11 +163,7 @@ impl Inner {
     /// Empty disks without a name in the file system: they go with whoever holds them, also in a crash.
     fn new_instance_store(&self, record: &InstanceRecord) -> Result<Vec<DiskSpec>> {
         let Some(store) = record.description.instance_type.instance_store() else { return Ok(Vec::new()) };
-        if store.disks > InstanceStore::MAX_DISKS {
-            let what =
-                format!("{} disks of instance store are more than {}", store.disks, InstanceStore::MAX_DISKS);
-            return Err(Error::new(ErrorKind::InvalidParameter, what));
-        }
+        store.check()?;
         let disk = |name: String| {
             let file = tempfile::tempfile_in(self.paths.instances())
                 .and_then(|file| file.set_len(store.disk_size()).map(|()| file))

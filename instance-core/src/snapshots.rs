@@ -130,7 +130,7 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`VolumeInUse`](ErrorKind::VolumeInUse) while somebody has its
-    /// [disk](Self::volume_disk), [`InvalidParameter`](ErrorKind::InvalidParameter) for a description of more than 255 characters, [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or
+    /// [disk](Self::volume_disk), [`InvalidParameter`](ErrorKind::InvalidParameter) for a description of more than 255 characters, [`InsufficientVolumeCapacity`](ErrorKind::InsufficientVolumeCapacity), or
     /// what the host met.
     pub fn create_snapshot(&self, volume: VolumeId, description: &str) -> Result<SnapshotDescription> {
         let wanted = Wanted::Volume { id: volume, description: description.to_owned() };
@@ -144,7 +144,7 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// As [`create_snapshot`](Self::create_snapshot), and [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded)
+    /// As [`create_snapshot`](Self::create_snapshot), and [`PendingSnapshotLimitExceeded`](ErrorKind::PendingSnapshotLimitExceeded)
     /// with a hundred pending. What comes in the way later [the snapshot](PendingSnapshot::wait) says.
     pub fn begin_create_snapshot(&self, volume: VolumeId, description: &str) -> Result<PendingSnapshot> {
         let wanted = Wanted::Volume { id: volume, description: description.to_owned() };
@@ -162,7 +162,7 @@ impl<H> Region<H> {
     /// that is pending or terminated, [`InvalidParameter`](ErrorKind::InvalidParameter) for a long description and to leave out
     /// what is no data volume of it, [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) if no volume is left,
     /// [`MalformedTagKey`](ErrorKind::MalformedTagKey), [`TagLimitExceeded`](ErrorKind::TagLimitExceeded),
-    /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what the host met.
+    /// [`InsufficientVolumeCapacity`](ErrorKind::InsufficientVolumeCapacity), or what the host met.
     pub fn create_snapshots(&self, request: &CreateSnapshots) -> Result<Vec<SnapshotDescription>> {
         self.inner.create_snapshots(*self.account(), &Wanted::Instance(request.clone()))
     }

@@ -187,7 +187,7 @@ impl<H> Region<H> {
     /// [`SnapshotNotFound`](ErrorKind::SnapshotNotFound), [`InvalidParameter`](ErrorKind::InvalidParameter) for
     /// a size that the type does not have or that is less than the snapshot's,
     /// [`MalformedTagKey`](ErrorKind::MalformedTagKey), [`TagLimitExceeded`](ErrorKind::TagLimitExceeded),
-    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what
+    /// [`KeyUnavailable`](ErrorKind::KeyUnavailable), [`InsufficientVolumeCapacity`](ErrorKind::InsufficientVolumeCapacity), or what
     /// the host met.
     pub fn create_volume(&self, spec: VolumeSpec) -> Result<VolumeDescription> {
         self.inner.create_volume(*self.account(), spec)

@@ -7,11 +7,11 @@ mod common;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use ami_core::{AnyAmi, BlockDeviceKind, BlockDeviceMapping, ImageState, VolumeType, X86_64};
+use ami_core::{AnyAmi, BlockDeviceKind, ImageState, VolumeType, X86_64};
 use common::{PATIENCE, TestRegion, ask, files, open, register, soon, spec};
 use instance_core::{
-    CreateImage, CreateImageTask, DescribeCreateImageTasks, ErrorKind, ImageConsistency, Instance,
-    InstanceState, ShutdownBehavior, TaskStatus, VolumeSpec,
+    BlockDeviceMappingRequest, CreateImage, CreateImageTask, DescribeCreateImageTasks, ErrorKind,
+    ImageConsistency, Instance, InstanceState, ShutdownBehavior, TaskStatus, VolumeSpec,
 };
 
 /// As many chunks as take a while to store.
@@ -29,7 +29,7 @@ fn write_much(instance: &Instance, word: &str) {
 
 /// A server with a disk beside its root.
 fn server(region: &TestRegion) -> Instance {
-    let data = BlockDeviceMapping::blank("/dev/sdf", 1).delete_on_termination(true);
+    let data = BlockDeviceMappingRequest::new("/dev/sdf").size_gib(1).delete_on_termination(true);
     region.launch(&register(region), spec().block_device(data)).unwrap()
 }
 
@@ -175,10 +175,10 @@ fn an_image_is_what_is_asked_for() {
     let image = CreateImage::new("full")
         .description("all of it")
         .tag("stage", "test")
-        .block_device(BlockDeviceMapping::no_device("/dev/sdf"))
-        .block_device(BlockDeviceMapping::blank("/dev/sdg", 2))
-        .block_device(BlockDeviceMapping::ephemeral("/dev/sdh", "ephemeral0"))
-        .block_device(BlockDeviceMapping::blank("/dev/xvda", 4).volume_type(VolumeType::Gp2));
+        .block_device(BlockDeviceMappingRequest::no_device("/dev/sdf"))
+        .block_device(BlockDeviceMappingRequest::new("/dev/sdg").size_gib(2))
+        .block_device(BlockDeviceMappingRequest::ephemeral("/dev/sdh", "ephemeral0"))
+        .block_device(BlockDeviceMappingRequest::new("/dev/xvda").size_gib(4).volume_type(VolumeType::Gp2));
     let made = instance.create_image(image).unwrap();
     let kept = region.image(made.ami.id()).unwrap();
     assert_eq!((kept.description(), kept.tags().get("stage")), ("all of it", Some("test")));
@@ -195,8 +195,9 @@ fn an_image_is_what_is_asked_for() {
 
     let before = files(&dir.path().join("blocks"));
     let content = *mappings.iter().find_map(|m| m.content()).unwrap();
-    let named = |device: &str| BlockDeviceMapping::ebs(device, content, 8);
-    let unknown = BlockDeviceMapping::ebs("/dev/sdi", ami_core::Digest::of(b"unknown"), 8);
+    let named = |device: &str| BlockDeviceMappingRequest::new(device).snapshot(content).size_gib(8);
+    let unknown =
+        BlockDeviceMappingRequest::new("/dev/sdi").snapshot(ami_core::Digest::of(b"unknown")).size_gib(8);
     let image = || CreateImage::new("refused");
     let table = [
         (CreateImage::new("full"), ErrorKind::ImageNameDuplicate, "InvalidAMIName.Duplicate"),
@@ -204,7 +205,7 @@ fn an_image_is_what_is_asked_for() {
         (image().description("x".repeat(256)), ErrorKind::InvalidParameter, "InvalidParameterValue"),
         (image().tag("aws:x", ""), ErrorKind::MalformedTagKey, "InvalidTagKey.Malformed"),
         (
-            image().block_device(BlockDeviceMapping::no_device("/dev/xvda")),
+            image().block_device(BlockDeviceMappingRequest::no_device("/dev/xvda")),
             ErrorKind::InvalidBlockDeviceMapping,
             "InvalidBlockDeviceMapping",
         ),
@@ -227,8 +228,8 @@ fn an_image_is_what_is_asked_for() {
 fn a_volume_in_the_place_of_instance_store_is_in_the_image_in_its_place() {
     let dir = tempfile::tempdir().unwrap();
     let region = open(dir.path());
-    let store = BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0");
-    let other = BlockDeviceMapping::ephemeral("/dev/sdc", "ephemeral1");
+    let store = BlockDeviceMappingRequest::ephemeral("/dev/sdb", "ephemeral0");
+    let other = BlockDeviceMappingRequest::ephemeral("/dev/sdc", "ephemeral1");
     let parent =
         server(&region).create_image(CreateImage::new("parent").block_device(store).block_device(other));
     // Its type has no instance store, whose places are free.

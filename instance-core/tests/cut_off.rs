@@ -9,11 +9,13 @@ mod crashes;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, BlockDeviceMapping, X86_64};
+use ami_core::{Ami, X86_64};
 use common::{ask, disk, register};
 use crashes::{Shared, crash, open};
 use instance_core::testing::tiny_elf;
-use instance_core::{DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, TaskStatus};
+use instance_core::{
+    BlockDeviceMappingRequest, DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, TaskStatus,
+};
 
 #[test]
 fn volumes_that_a_crash_took_after_their_launch_are_made_again_as_they_were() {
@@ -58,7 +60,7 @@ fn a_volume_that_is_kept_is_kept_however_soon_the_instance_ends() {
     let store = Shared::default();
     let region = open(dir.path(), store.clone());
     let ami = register(&region, "base", &disk(1, 7)).unwrap();
-    let kept = BlockDeviceMapping::blank("/dev/sdk", 1).delete_on_termination(false);
+    let kept = BlockDeviceMappingRequest::new("/dev/sdk").size_gib(1).delete_on_termination(false);
     let spec = LaunchSpec::new("t2.nano".parse().unwrap()).block_device(kept);
     let instance = region.launch(&ami, spec).unwrap();
     let attachments = instance.describe().attachments;

@@ -12,18 +12,16 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use ami_core::{
-    Ami, AnyAmi, BlockDeviceMapping, Catalog, Grantee, Image, ModifyImageAttribute, ResourceId, VolumeType,
-    X86_64,
-};
+use ami_core::{Ami, AnyAmi, Catalog, Grantee, Image, ModifyImageAttribute, ResourceId, VolumeType, X86_64};
 use common::{TestRegion, ask, disk, register, soon};
 use crashes::{Shared, open};
 use instance_core::testing::tiny_elf;
 use instance_core::{
-    CopyImage, CreateSnapshots, DescribeCopyImageTasks, DescribeCreateImageTasks, DescribeExportImageTasks,
-    DescribeImportImageTasks, DescribeLaunchTemplateVersions, DescribeLaunchTemplates, DescribeSnapshots,
-    DescribeTags, DescribeVolumes, DirectBoot, InstanceState, LaunchSpec, ModifyVolume, ShutdownBehavior,
-    SnapshotState, TaskDescription, TaskStatus, VolumeDescription, VolumeSpec,
+    BlockDeviceMappingRequest, CopyImage, CreateSnapshots, DescribeCopyImageTasks, DescribeCreateImageTasks,
+    DescribeExportImageTasks, DescribeImportImageTasks, DescribeLaunchTemplateVersions,
+    DescribeLaunchTemplates, DescribeSnapshots, DescribeTags, DescribeVolumes, DirectBoot, InstanceState,
+    LaunchSpec, ModifyVolume, ShutdownBehavior, SnapshotState, TaskDescription, TaskStatus,
+    VolumeDescription, VolumeSpec,
 };
 use storage_block::{Store, Volume};
 
@@ -170,7 +168,7 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
     let spec = || LaunchSpec::new("t2.nano".parse().unwrap());
 
     let ami = world.call("register", |r| register(r, "base", &disk(1, 7)));
-    let kept = BlockDeviceMapping::blank("/dev/sdk", 1).delete_on_termination(false);
+    let kept = BlockDeviceMappingRequest::new("/dev/sdk").size_gib(1).delete_on_termination(false);
     let two = spec().count(2, 2).tag("Name", "two").volume_tag("of", "two").block_device(kept);
     let launched = world.call("run instances", |r| r.run_instances(&ami, two)).instances;
     let [one, other] = &launched[..] else { panic!("{launched:?}") };

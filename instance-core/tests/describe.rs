@@ -197,7 +197,7 @@ fn what_cannot_be_asked_is_refused() {
         (all().max_results(1001), parameter, invalid),
         (all().filter("colour", ["red"]), parameter, invalid),
         (all().filter("tag:", ["red"]), parameter, invalid),
-        (all().filter("image-id", too_many), parameter, invalid),
+        (all().filter("image-id", too_many), ErrorKind::FilterLimitExceeded, "FilterLimitExceeded"),
         (all().filter("image-id", Vec::<String>::new()), parameter, invalid),
         (all().next_token("no token"), ErrorKind::InvalidNextToken, "InvalidNextToken"),
         (all().next_token("6162"), ErrorKind::InvalidNextToken, "InvalidNextToken"),

@@ -13,8 +13,8 @@ use ami_core::{Ami, BlockDeviceMapping, X86_64};
 use common::{TestRegion, ask, check, disk, open, register};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    CopyImage, DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, InstanceState,
-    LaunchSpec, RegionOptions, VolumeSpec,
+    BlockDeviceMappingRequest, CopyImage, DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind,
+    ImageSource, InstanceState, LaunchSpec, RegionOptions, VolumeSpec,
 };
 use storage_block::keys::{KeyProvider as _, LocalKey};
 use storage_block::{MemoryDisk, RawFile};
@@ -84,7 +84,7 @@ fn what_an_encrypted_instance_writes_is_on_no_disk_and_goes_on_in_its_images() {
     let (path, keys) = (dir.path().join("region"), Arc::new(LocalKey::generate().unwrap()));
     let region = with_keys(&path, &keys);
     let ami = register(&region, "base", &disk(1, 7)).unwrap();
-    let encrypted = |device: &str| BlockDeviceMapping::blank(device, 1).encrypted(true);
+    let encrypted = |device: &str| BlockDeviceMappingRequest::new(device).size_gib(1).encrypted(true);
     let secret = spec().block_device(encrypted("/dev/xvda")).block_device(encrypted("/dev/sdf"));
     let first = region.launch(&ami, secret).unwrap();
     // Its root volume has the image's content all the same.
@@ -128,7 +128,7 @@ fn without_its_keys_a_region_keeps_what_it_cannot_read() {
     let (path, keys) = (dir.path().join("region"), Arc::new(LocalKey::generate().unwrap()));
     let region = with_keys(&path, &keys);
     let ami = register(&region, "base", &disk(1, 7)).unwrap();
-    let secret = spec().block_device(BlockDeviceMapping::blank("/dev/xvda", 1).encrypted(true));
+    let secret = spec().block_device(BlockDeviceMappingRequest::new("/dev/xvda").size_gib(1).encrypted(true));
     let server = region.launch(&ami, secret).unwrap();
     ask(&server, &format!("write 0 0 {WORD}"), "wrote");
     let id = server.id();
@@ -205,7 +205,7 @@ fn images_are_encrypted_where_they_are_registered() {
     let keyless = other.register_image(Ami::<X86_64>::builder("secret"), source).unwrap_err();
     check(&keyless, unavailable.0, unavailable.1, &["no keys"]);
     let plain = register(&other, "plain", &content).unwrap();
-    let device = BlockDeviceMapping::blank("/dev/sdg", 1).encrypted(true);
+    let device = BlockDeviceMappingRequest::new("/dev/sdg").size_gib(1).encrypted(true);
     let keyless = other.launch(&plain, spec().block_device(device)).unwrap_err();
     check(&keyless, unavailable.0, unavailable.1, &["no keys"]);
     assert!(other.describe_volumes(&DescribeVolumes::new()).unwrap().items.is_empty());

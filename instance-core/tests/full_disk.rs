@@ -18,7 +18,7 @@ use instance_core::machine::{
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     Capacity, DirectBoot, Error, ErrorKind, ImageSource, InstanceState, InstanceType, LaunchSpec, Region,
-    RegionOptions,
+    RegionOptions, VolumeSpec,
 };
 
 /// A file system of a fixed size, unmounted at the end.
@@ -61,9 +61,15 @@ impl Drop for Small {
     }
 }
 
+const ADVICE: &str = "free space on the file system of the region";
+
 fn check_full(error: &Error) {
-    let advice = "free space on the file system of the region";
-    check(error, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &[advice]);
+    check(error, ErrorKind::InsufficientVolumeCapacity, "InsufficientVolumeCapacity", &[ADVICE]);
+}
+
+/// Of a launch EC2 says so whatever the host has too little of.
+fn check_no_room(error: &Error) {
+    check(error, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &[ADVICE]);
 }
 
 /// That a region is, in this process and in the next, what it was.
@@ -100,6 +106,24 @@ fn images_that_do_not_fit_leave_nothing() {
 }
 
 #[test]
+fn volumes_and_snapshots_that_do_not_fit_leave_nothing() {
+    let Some(small) = Small::mount(16 << 10) else { return };
+    let dir = small.region();
+    let region = open(&dir);
+    let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+    let bytes: Vec<u8> = (0..3u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    region.volume_disk(volume).unwrap().write_at(&bytes, 0).unwrap();
+    let before = everything(&region, &dir);
+    small.leave(0);
+    check_full(&region.create_volume(VolumeSpec::new(1)).unwrap_err());
+    check_full(&region.create_snapshot(volume, "").unwrap_err());
+    small.relieve();
+    assert_eq!(everything(&region, &dir), before);
+    region.create_snapshot(volume, "").unwrap();
+    region.create_volume(VolumeSpec::new(1)).unwrap();
+}
+
+#[test]
 fn launches_that_do_not_fit_leave_nothing() {
     let Some(small) = Small::mount(16 << 10) else { return };
     let dir = small.region();
@@ -109,7 +133,7 @@ fn launches_that_do_not_fit_leave_nothing() {
         let region = open(&dir);
         let before = everything(&region, &dir);
         small.leave(kib);
-        check_full(&launch(&region, &ami).expect_err(&format!("{kib} KiB")));
+        check_no_room(&launch(&region, &ami).expect_err(&format!("{kib} KiB")));
         small.relieve();
         assert!(region.instances().is_empty());
         unchanged(region, &dir, &before);
@@ -236,7 +260,7 @@ fn a_launch_that_cannot_be_recorded_in_the_end_leaves_nothing() {
         let hardware = InstanceType::custom(name, one, one.saturating_add(511));
         if let Err(error) = region.launch(&ami, LaunchSpec::new(hardware)) {
             refused += 1;
-            check_full(&error);
+            check_no_room(&error);
             assert!(region.instances().is_empty());
             assert_eq!(files(&dir), before, "{kib} KiB");
         }

@@ -17,8 +17,8 @@ use ami_core::{
 use common::{TestRegion, ask, everything, files, open};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance, InstanceState,
-    LaunchSpec, RegionOptions, ShutdownBehavior, VolumeSpec, VolumeState,
+    BlockDeviceMappingRequest, DescribeSnapshots, DescribeVolumes, DirectBoot, ErrorKind, ImageSource,
+    Instance, InstanceState, LaunchSpec, RegionOptions, ShutdownBehavior, VolumeSpec, VolumeState,
 };
 use records::{counts, fields, fields_of_4, make_small, records, without_sources};
 use redb::TableDefinition;
@@ -208,7 +208,7 @@ fn a_launch_that_an_earlier_version_made_is_not_made_again() {
             spec("object").key_name("desktop"),
             spec("object").tag("stage", "test"),
             spec("object").volume_tag("stage", "test"),
-            spec("object").block_device(BlockDeviceMapping::blank("/dev/sdg", 1)),
+            spec("object").block_device(BlockDeviceMappingRequest::new("/dev/sdg").size_gib(1)),
             spec("object").shutdown_behavior(ShutdownBehavior::Stop),
             spec("object").termination_protection(false),
             spec("object").stop_protection(true),

@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ami_core::{Ami, BlockDeviceMapping, VolumeType, X86_64};
+use ami_core::{Ami, VolumeType, X86_64};
 use common::{TestRegion, ask, files, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DescribeExportImageTasks, DescribeImportImageTasks, DescribeSnapshots, DescribeVolumes, DirectBoot,
-    ImageSource, InstanceState, InstanceStore, InstanceType, LaunchSpec, LaunchTemplateVersionSpec,
-    ModifyVolume, RegionOptions, VolumeSpec,
+    BlockDeviceMappingRequest, DescribeExportImageTasks, DescribeImportImageTasks, DescribeSnapshots,
+    DescribeVolumes, DirectBoot, ImageSource, InstanceState, InstanceStore, InstanceType, LaunchSpec,
+    LaunchTemplateVersionSpec, ModifyVolume, RegionOptions, VolumeSpec,
 };
 use records::{counts, fields, fields_of_4, make_small, old_region, records};
 use storage_block::keys::LocalKey;
@@ -67,7 +67,7 @@ fn make(dir: &Path) {
     let secret = region.create_volume(VolumeSpec::new(1).encrypted(true)).unwrap();
     region.create_snapshot(secret.id, "secret").unwrap();
 
-    let scratch = BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0");
+    let scratch = BlockDeviceMappingRequest::ephemeral("/dev/sdb", "ephemeral0");
     let spec = LaunchSpec::new(hardware()).hibernation(true).block_device(scratch);
     let asleep = region.launch(&web, spec).unwrap();
     ask(&asleep, "write 0 0 object", "wrote");

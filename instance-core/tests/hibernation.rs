@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, BlockDeviceMapping, X86_64};
+use ami_core::{Ami, X86_64};
 use common::{TestRegion, ask, bytes, check, disk, files, open, register, soon};
 use instance_core::machine::{
     Capabilities, Execution, Hypervisor, Machine, MachineError, MachineErrorKind, MachineSpec, MachineState,
@@ -18,7 +18,8 @@ use instance_core::machine::{
 use instance_core::testing::FakeHypervisor;
 use instance_core::watch::Watch;
 use instance_core::{
-    DescribeInstances, ErrorKind, Instance, InstanceState, LaunchSpec, Region, RegionOptions, VolumeSpec,
+    BlockDeviceMappingRequest, DescribeInstances, ErrorKind, Instance, InstanceState, LaunchSpec, Region,
+    RegionOptions, VolumeSpec,
 };
 use storage_block::keys::LocalKey;
 
@@ -334,7 +335,7 @@ fn what_is_saved_is_as_secret_as_the_root_volume() {
     };
     let region = reopen(Some(key.clone()));
     let ami = register(&region, "base", &disk(1, 7)).unwrap();
-    let root = BlockDeviceMapping::blank("/dev/xvda", 1).encrypted(true);
+    let root = BlockDeviceMappingRequest::new("/dev/xvda").size_gib(1).encrypted(true);
     let instance = region.launch(&ami, spec().block_device(root)).unwrap();
     ask(&instance, "remember a-secret-in-memory", "remembered");
     instance.hibernate(Duration::ZERO).unwrap();

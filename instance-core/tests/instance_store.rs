@@ -11,8 +11,8 @@ use common::cable::Cable;
 use common::{TestRegion, ask, check, disk, open, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType, LaunchSpec, RegionOptions,
-    VolumeSpec,
+    BlockDeviceMappingRequest, DirectBoot, ErrorKind, ImageSource, Instance, InstanceStore, InstanceType,
+    LaunchSpec, RegionOptions, VolumeSpec,
 };
 
 /// A type with two disks of a GB.
@@ -104,19 +104,19 @@ fn mappings_decide_which_disks_an_instance_has_unless_they_are_nvme() {
     let network = Cable::default();
     let options = RegionOptions::new().network(network.clone());
     let region = options.open(dir.path(), FakeHypervisor::new()).unwrap();
-    let ephemeral = |number: u32| {
-        let name = format!("/dev/sd{}", char::from(b'f' + u8::try_from(number).unwrap()));
-        BlockDeviceMapping::ephemeral(name, format!("ephemeral{number}"))
-    };
+    let name = |number: u32| format!("/dev/sd{}", char::from(b'f' + u8::try_from(number).unwrap()));
+    let ephemeral = |number| BlockDeviceMapping::ephemeral(name(number), format!("ephemeral{number}"));
     // Of the third the type knows nothing.
     let ami = register(&region, &[ephemeral(1), ephemeral(2)]);
+    let another = BlockDeviceMappingRequest::ephemeral(name(0), "ephemeral0");
+    let none = || BlockDeviceMappingRequest::no_device("/dev/sdg");
     for (nvme, changes, serials) in [
         (false, vec![], vec!["ephemeral1"]),
-        (false, vec![ephemeral(0)], vec!["ephemeral0", "ephemeral1"]),
-        (false, vec![BlockDeviceMapping::no_device("/dev/sdg")], vec![]),
-        (false, vec![BlockDeviceMapping::blank("/dev/sdg", 1)], vec!["vol"]),
+        (false, vec![another], vec!["ephemeral0", "ephemeral1"]),
+        (false, vec![none()], vec![]),
+        (false, vec![BlockDeviceMappingRequest::new("/dev/sdg").size_gib(1)], vec!["vol"]),
         (true, vec![], vec!["ephemeral0", "ephemeral1"]),
-        (true, vec![BlockDeviceMapping::no_device("/dev/sdg")], vec!["ephemeral0", "ephemeral1"]),
+        (true, vec![none()], vec!["ephemeral0", "ephemeral1"]),
     ] {
         let spec = LaunchSpec::new(hardware(nvme));
         let spec = changes.iter().cloned().fold(spec, LaunchSpec::block_device);
@@ -136,7 +136,7 @@ fn mappings_decide_which_disks_an_instance_has_unless_they_are_nvme() {
         assert_eq!(network.told(), told, "{changes:?}");
         instance.terminate().unwrap();
     }
-    let root = BlockDeviceMapping::ephemeral("/dev/xvda", "ephemeral0");
+    let root = BlockDeviceMappingRequest::ephemeral("/dev/xvda", "ephemeral0");
     let refused = region.launch(&ami, LaunchSpec::new(hardware(false)).block_device(root)).unwrap_err();
     let code = "InvalidBlockDeviceMapping";
     check(&refused, ErrorKind::InvalidBlockDeviceMapping, code, &["the root device, is an EBS volume"]);

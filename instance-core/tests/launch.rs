@@ -7,12 +7,12 @@ use std::collections::BTreeSet;
 use std::sync::Barrier;
 use std::time::Duration;
 
-use ami_core::{Ami, BlockDeviceMapping, Digest, VolumeType, X86_64};
+use ami_core::{Ami, Digest, VolumeType, X86_64};
 use common::{TestRegion, check, disk, files, open, register, soon};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
-    Capacity, DescribeInstances, DescribeVolumes, ErrorKind, HttpTokens, InstanceState, LaunchSpec,
-    MetadataOptions, Region, RegionOptions, ShutdownBehavior,
+    BlockDeviceMappingRequest, Capacity, DescribeInstances, DescribeVolumes, ErrorKind, HttpTokens,
+    InstanceState, LaunchSpec, MetadataOptions, Region, RegionOptions, ShutdownBehavior,
 };
 
 /// A region and an image with a root volume and a second one.
@@ -82,8 +82,8 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
     by_ipv6.http_protocol_ipv6 = true;
     let mut tags_as_metadata = MetadataOptions::default();
     tags_as_metadata.instance_metadata_tags = true;
-    let device = |mapping: BlockDeviceMapping| spec().block_device(mapping);
-    let blank = BlockDeviceMapping::blank;
+    let device = |mapping: BlockDeviceMappingRequest| spec().block_device(mapping);
+    let blank = |name: &str, gib| BlockDeviceMappingRequest::new(name).size_gib(gib);
     let gone = Digest::of(b"gone");
     let (parameter, mapping) = (ErrorKind::InvalidParameter, ErrorKind::InvalidBlockDeviceMapping);
     let (invalid, bad_mapping) = ("InvalidParameterValue", "InvalidBlockDeviceMapping");
@@ -106,11 +106,15 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
         (device(blank("/dev/hda", 1)), mapping, bad_mapping),
         (device(blank("/dev/sdg", 0)), mapping, bad_mapping),
         (device(blank("/dev/sdg", 1)).block_device(blank("/dev/xvdg", 1)), mapping, bad_mapping),
-        (device(BlockDeviceMapping::no_device("/dev/sda1")), mapping, bad_mapping),
-        (device(BlockDeviceMapping::ebs("/dev/xvda", gone, 1)), mapping, bad_mapping),
+        (device(BlockDeviceMappingRequest::no_device("/dev/sda1")), mapping, bad_mapping),
+        (
+            device(BlockDeviceMappingRequest::new("/dev/xvda").snapshot(gone).size_gib(1)),
+            mapping,
+            bad_mapping,
+        ),
         (device(blank("/dev/xvda", 500).volume_type(VolumeType::St1)), mapping, bad_mapping),
         (
-            device(BlockDeviceMapping::ebs("/dev/sdg", gone, 1)),
+            device(BlockDeviceMappingRequest::new("/dev/sdg").snapshot(gone).size_gib(1)),
             ErrorKind::SnapshotNotFound,
             "InvalidSnapshot.NotFound",
         ),
@@ -119,7 +123,7 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
             ErrorKind::KeyUnavailable,
             "InvalidKMSKey.InvalidState",
         ),
-        (device(BlockDeviceMapping::ephemeral("/dev/sdg", "ephemeral24")), mapping, bad_mapping),
+        (device(BlockDeviceMappingRequest::ephemeral("/dev/sdg", "ephemeral24")), mapping, bad_mapping),
     ];
     for (spec, kind, code) in table {
         let what = format!("{spec:?}");
@@ -139,10 +143,10 @@ fn what_no_launch_can_have_is_refused_before_anything_is_made() {
 fn a_launch_changes_the_disks_of_its_instance_alone() {
     let (_dir, region, ami) = world();
     let spec = spec()
-        .block_device(BlockDeviceMapping::blank("/dev/sda1", 20).delete_on_termination(false))
-        .block_device(BlockDeviceMapping::no_device("/dev/sdf"))
-        .block_device(BlockDeviceMapping::no_device("/dev/sdz"))
-        .block_device(BlockDeviceMapping::blank("/dev/sdg", 3).volume_type(VolumeType::Gp2));
+        .block_device(BlockDeviceMappingRequest::new("/dev/sda1").size_gib(20).delete_on_termination(false))
+        .block_device(BlockDeviceMappingRequest::no_device("/dev/sdf"))
+        .block_device(BlockDeviceMappingRequest::no_device("/dev/sdz"))
+        .block_device(BlockDeviceMappingRequest::new("/dev/sdg").size_gib(3).volume_type(VolumeType::Gp2));
     let instance = region.launch(&ami, spec).unwrap();
     let told = instance.describe();
     let volumes = region.describe_volumes(&DescribeVolumes::new()).unwrap().items;
@@ -173,11 +177,9 @@ fn a_launch_changes_the_disks_of_its_instance_alone() {
     // The content of an account's own snapshot, if it fits.
     let snapshot = region.create_snapshot(told.attachments[0].volume_id, "").unwrap();
     let with = |gib| {
-        LaunchSpec::new("t2.nano".parse().unwrap()).block_device(BlockDeviceMapping::ebs(
-            "/dev/sdh",
-            snapshot.digest.unwrap(),
-            gib,
-        ))
+        LaunchSpec::new("t2.nano".parse().unwrap()).block_device(
+            BlockDeviceMappingRequest::new("/dev/sdh").snapshot(snapshot.digest.unwrap()).size_gib(gib),
+        )
     };
     region.launch(&ami, with(20)).unwrap();
     let small = region.launch(&ami, with(19)).unwrap_err();
@@ -187,6 +189,39 @@ fn a_launch_changes_the_disks_of_its_instance_alone() {
     region.modify_image_attribute(ami.id(), &share).unwrap();
     let refused = stranger.launch(&ami, with(20)).unwrap_err();
     check(&refused, ErrorKind::SnapshotNotFound, "InvalidSnapshot.NotFound", &[]);
+}
+
+/// A root volume that is to be larger is kept all the same, with what is on it.
+#[test]
+fn what_a_launch_leaves_unsaid_of_a_disk_is_the_images() {
+    let (_dir, region, ami) = world();
+    let of_image = BlockDeviceMappingRequest::new("/dev/xvda").volume_type(VolumeType::Gp2);
+    let first = region.launch(&ami, spec().block_device(of_image.delete_on_termination(false))).unwrap();
+    let kept = first.create_image("kept").unwrap().ami.typed::<X86_64>().unwrap();
+    let larger = || BlockDeviceMappingRequest::new("/dev/sda1").size_gib(20);
+    region.create_launch_template("larger", LaunchSpec::default().block_device(larger())).unwrap();
+    let by_template = || {
+        let version = instance_core::TemplateVersion::Default;
+        region
+            .launch_from_template("larger", version, spec().image_id(kept.id()))
+            .unwrap()
+            .instances
+            .remove(0)
+    };
+    let by_itself = region.launch(&kept, spec().block_device(larger())).unwrap();
+    for instance in [by_itself, by_template()] {
+        let root = instance.describe().attachments[0].clone();
+        assert_eq!((root.device_name.as_str(), root.delete_on_termination), ("/dev/xvda", false));
+        instance.terminate().unwrap();
+        let kept = region.describe_volumes(&DescribeVolumes::new().id(root.volume_id)).unwrap().items;
+        assert_eq!((kept[0].size_gib, kept[0].volume_type), (20, VolumeType::Gp2));
+    }
+    // So is a disk of an instance in an image of it.
+    let larger = instance_core::CreateImage::new("larger").block_device(larger());
+    let made = first.create_image(larger).unwrap().ami;
+    let root = made.manifest().root_device().unwrap().as_ebs().unwrap();
+    assert_eq!((root.volume_size_gib(), root.volume_type()), (20, VolumeType::Gp2));
+    assert!(!root.delete_on_termination());
 }
 
 #[test]
@@ -224,11 +259,18 @@ fn a_token_is_good_for_one_launch() {
     assert_eq!(ids(&region, asked()), all[0], "it is remembered with the instances");
     region.run_instances(&ami, asked().user_data("other")).unwrap_err();
 
-    // Also of those that are terminated, for as long as the region tells of them.
-    all[0].iter().for_each(|id| region.instance(id.parse().unwrap()).unwrap().terminate().unwrap());
-    let region = reopen(&dir, region);
+    // Also of those that are terminated, for as long as the region tells of them; of a launch of which nothing else is left
+    // that is said.
+    let terminate = |id: &String| region.instance(id.parse().unwrap()).unwrap().terminate().unwrap();
+    all[0].iter().skip(1).for_each(terminate);
     assert_eq!(ids(&region, asked()), all[0]);
-    let gone = region.run_instances(&ami, asked()).unwrap().instances.remove(0).describe();
+    all[0].iter().take(1).for_each(terminate);
+    let region = reopen(&dir, region);
+    let ended = region.run_instances(&ami, asked()).unwrap_err();
+    check(&ended, ErrorKind::IdempotentInstanceTerminated, "IdempotentInstanceTerminated", &["once"]);
+    let other = region.run_instances(&ami, asked().user_data("other")).unwrap_err();
+    assert_eq!(other.kind(), ErrorKind::IdempotentParameterMismatch);
+    let gone = region.instance(all[0].first().unwrap().parse().unwrap()).unwrap().describe();
     assert_eq!(gone.state, InstanceState::Terminated);
     let why = gone.state_transition_reason.clone();
     assert!(why.starts_with("User initiated (20") && why.ends_with(" GMT)"), "{why}");
@@ -400,10 +442,10 @@ fn launches_from_many_threads_are_all_there_and_none_twice() {
 fn instance_store_and_what_is_left_out_are_no_disks() {
     let (_dir, region, ami) = world();
     let spec = spec()
-        .block_device(BlockDeviceMapping::ephemeral("/dev/sdb", "ephemeral0"))
-        .block_device(BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral1"))
-        .block_device(BlockDeviceMapping::no_device("/dev/sdh"))
-        .block_device(BlockDeviceMapping::blank("/dev/sdg", 2));
+        .block_device(BlockDeviceMappingRequest::ephemeral("/dev/sdb", "ephemeral0"))
+        .block_device(BlockDeviceMappingRequest::ephemeral("/dev/sdf", "ephemeral1"))
+        .block_device(BlockDeviceMappingRequest::no_device("/dev/sdh"))
+        .block_device(BlockDeviceMappingRequest::new("/dev/sdg").size_gib(2));
     let server = region.launch(&ami, spec).unwrap();
     let devices: Vec<String> = server.describe().attachments.iter().map(|a| a.device_name.clone()).collect();
     assert_eq!(devices, ["/dev/xvda", "/dev/sdg"], "the image's disk at /dev/sdf has given way");

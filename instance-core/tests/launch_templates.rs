@@ -3,11 +3,12 @@
 
 mod common;
 
-use ami_core::{Ami, BlockDeviceMapping, LaunchTemplateId, X86_64};
+use ami_core::{Ami, LaunchTemplateId, X86_64};
 use common::{TestRegion, check, open, world};
 use instance_core::{
-    DescribeLaunchTemplateVersions, DescribeLaunchTemplates, DescribeTags, ErrorKind, Instance, LaunchSpec,
-    LaunchTemplateRef, LaunchTemplateVersionSpec, MetadataOptions, Result, ShutdownBehavior, TemplateVersion,
+    BlockDeviceMappingRequest, DescribeLaunchTemplateVersions, DescribeLaunchTemplates, DescribeTags,
+    ErrorKind, Instance, LaunchSpec, LaunchTemplateRef, LaunchTemplateVersionSpec, MetadataOptions, Result,
+    ShutdownBehavior, TemplateVersion,
 };
 
 const FRIEND: &str = "222222222222";
@@ -27,7 +28,7 @@ fn full(ami: &Ami<X86_64>) -> LaunchSpec {
         .tag("Name", "of the template")
         .tag("stage", "test")
         .volume_tag("Name", "disk")
-        .block_device(BlockDeviceMapping::blank("/dev/sdf", 3))
+        .block_device(BlockDeviceMappingRequest::new("/dev/sdf").size_gib(3))
         .shutdown_behavior(ShutdownBehavior::Terminate)
         .termination_protection(true)
         .stop_protection(true)
@@ -79,7 +80,7 @@ fn what_a_template_says_is_launched_and_an_override_takes_its_place() {
         .user_data("other")
         .key_name("desk")
         .tag("Name", "mine")
-        .block_device(BlockDeviceMapping::blank("/dev/sdf", 2))
+        .block_device(BlockDeviceMappingRequest::new("/dev/sdf").size_gib(2))
         .shutdown_behavior(ShutdownBehavior::Stop)
         .termination_protection(false)
         .stop_protection(false)
@@ -256,7 +257,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     refused(region.create_launch_template("new", nano().key_name("")), value.0, value.1);
     let tagged = region.create_launch_template("new", nano().tag("aws:x", "y"));
     refused(tagged, ErrorKind::MalformedTagKey, "InvalidTagKey.Malformed");
-    let twice = BlockDeviceMapping::blank("/dev/sdf", 1);
+    let twice = BlockDeviceMappingRequest::new("/dev/sdf").size_gib(1);
     let twice = region.create_launch_template("new", nano().block_device(twice.clone()).block_device(twice));
     refused(twice, ErrorKind::InvalidBlockDeviceMapping, "InvalidBlockDeviceMapping");
     refused(region.launch_template("new"), NO_NAME.0, NO_NAME.1);

@@ -9,14 +9,17 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ami_core::{Ami, BlockDeviceMapping, X86_64};
+use ami_core::{Ami, X86_64};
 use common::cable::Cable;
 use common::disk;
 use instance_core::machine::{
     Capabilities, DiskSpec, Execution, Hypervisor, Machine, MachineError, MachineSpec, RestoreSpec, Runs,
 };
 use instance_core::testing::{FakeHypervisor, tiny_elf};
-use instance_core::{DirectBoot, ErrorKind, ImageSource, LaunchSpec, NoCloudSeed, Region, RegionOptions};
+use instance_core::{
+    BlockDeviceMappingRequest, DirectBoot, ErrorKind, ImageSource, LaunchSpec, NoCloudSeed, Region,
+    RegionOptions,
+};
 use storage_block::Disk;
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl me";
@@ -108,7 +111,7 @@ fn it_is_told_by_a_disk_what_metadata_would_tell() {
     assert!(machines.seed().is_none(), "unless it is asked for");
     plain.terminate().unwrap();
 
-    let more = BlockDeviceMapping::blank("/dev/sdf", 1);
+    let more = BlockDeviceMappingRequest::new("/dev/sdf").size_gib(1);
     let longest = vec![b'#'; LaunchSpec::MAX_USER_DATA];
     let launch = spec().nocloud_seed(NoCloudSeed::new().public_key(KEY)).user_data(longest.clone());
     let server = region.launch(&ami, launch.block_device(more).hibernation(true)).unwrap();

@@ -278,7 +278,7 @@ impl StateStore for Refusing {
         let refuses = changes.iter().any(completes) && self.1.load(SeqCst)
             || changes.iter().any(notes) && self.2.load(SeqCst);
         match refuses {
-            true => Err(Error::new(ErrorKind::InsufficientCapacity, "the store is full")),
+            true => Err(Error::new(ErrorKind::InsufficientVolumeCapacity, "the store is full")),
             false => self.0.apply(changes, durability),
         }
     }
@@ -294,14 +294,14 @@ fn a_snapshot_that_cannot_be_written_down_could_not_be_made() {
     fill(&region, id, 1);
     store.1.store(true, SeqCst);
     let refused = region.create_snapshot(id, "").unwrap_err();
-    check(&refused, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &["full"]);
+    check(&refused, ErrorKind::InsufficientVolumeCapacity, "InsufficientVolumeCapacity", &["full"]);
     assert_eq!((described(&region), contents(dir.path())), (vec![], vec![]));
     let pending = region.begin_create_snapshot(id, "").unwrap();
     let refused = pending.wait(soon()).unwrap_err();
-    check(&refused, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &["full"]);
+    check(&refused, ErrorKind::InsufficientVolumeCapacity, "InsufficientVolumeCapacity", &["full"]);
     let [left] = &described(&region)[..] else { panic!("{:?}", described(&region)) };
     assert_eq!((left.id, left.state), (pending.id(), SnapshotState::Error));
-    assert_eq!(left.state_reason.clone().unwrap().code, "Server.InsufficientInstanceCapacity");
+    assert_eq!(left.state_reason.clone().unwrap().code, "Server.InsufficientVolumeCapacity");
     check(
         &pending.cancel().unwrap_err(),
         ErrorKind::IncorrectState,
@@ -327,7 +327,7 @@ fn nobody_waits_for_a_snapshot_whose_end_cannot_be_written_down() {
     store.2.store(true, SeqCst);
     drop(go);
     let refused = pending.wait(soon()).unwrap_err();
-    check(&refused, ErrorKind::InsufficientCapacity, "InsufficientInstanceCapacity", &["full"]);
+    check(&refused, ErrorKind::InsufficientVolumeCapacity, "InsufficientVolumeCapacity", &["full"]);
     check_left(&region, pending.id(), "could not be written down");
     store.2.store(false, SeqCst);
     region.delete_snapshot(pending.id()).unwrap();

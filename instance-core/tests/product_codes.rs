@@ -10,7 +10,8 @@ use ami_core::{
 use common::{TestRegion, disk, open, refused};
 use instance_core::testing::tiny_elf;
 use instance_core::{
-    DescribeInstances, DirectBoot, ErrorKind, ImageSource, Instance, LaunchSpec, Result, VolumeSpec,
+    BlockDeviceMappingRequest, DescribeInstances, DirectBoot, ErrorKind, ImageSource, Instance, LaunchSpec,
+    Result, VolumeSpec,
 };
 
 fn spec() -> LaunchSpec {
@@ -74,7 +75,8 @@ fn nobody_names_content_that_is_anothers() {
             ErrorKind::SnapshotNotFound,
             "InvalidSnapshot.NotFound",
         );
-        let device = spec().block_device(BlockDeviceMapping::ebs("/dev/sdf", content, 8));
+        let device =
+            spec().block_device(BlockDeviceMappingRequest::new("/dev/sdf").snapshot(content).size_gib(8));
         let theirs = register(&friend, what, 5);
         refused(friend.launch(&theirs, device), ErrorKind::SnapshotNotFound, "InvalidSnapshot.NotFound");
     };

@@ -7,15 +7,16 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 
-use ami_core::{BlockDeviceMapping, VolumeId};
+use ami_core::VolumeId;
 use common::{TestRegion, ask, open, register, soon, spec};
 use instance_core::{
-    CreateSnapshots, DescribeSnapshots, ErrorKind, Instance, Result, SnapshotDescription, SnapshotState,
+    BlockDeviceMappingRequest, CreateSnapshots, DescribeSnapshots, ErrorKind, Instance, Result,
+    SnapshotDescription, SnapshotState,
 };
 
 /// A server with two disks beside its root.
 fn server(region: &TestRegion) -> (Instance, Vec<VolumeId>) {
-    let data = |name: &str| BlockDeviceMapping::blank(name, 1);
+    let data = |name: &str| BlockDeviceMappingRequest::new(name).size_gib(1);
     let spec =
         spec().volume_tag("of", "server").block_device(data("/dev/sdf")).block_device(data("/dev/sdg"));
     let server = region.launch(&register(region), spec).unwrap();

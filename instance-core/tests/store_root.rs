@@ -12,8 +12,9 @@ use ami_core::{Ami, BlockDeviceMapping, DescribeImages, Digest, Filter, RootDevi
 use common::{TestRegion, ask, check, disk, open, soon};
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
-    CopyImage, DescribeInstances, DescribeVolumes, DirectBoot, ErrorKind, ImageSource, Instance,
-    InstanceState, InstanceStore, InstanceType, LaunchSpec, RegionOptions, ShutdownBehavior, VolumeSpec,
+    BlockDeviceMappingRequest, CopyImage, DescribeInstances, DescribeVolumes, DirectBoot, ErrorKind,
+    ImageSource, Instance, InstanceState, InstanceStore, InstanceType, LaunchSpec, RegionOptions,
+    ShutdownBehavior, VolumeSpec,
 };
 use storage_block::keys::LocalKey;
 use storage_block::{Disk, MemoryDisk, RawFile};
@@ -212,7 +213,8 @@ fn what_cannot_have_it_is_refused() {
     let ami = register(&region, "base");
     let mapping = "InvalidBlockDeviceMapping";
     let combination = "InvalidParameterCombination";
-    let root = |size| BlockDeviceMapping::ebs("/dev/xvda", Digest::of(b"other"), size);
+    let root =
+        |size| BlockDeviceMappingRequest::new("/dev/xvda").snapshot(Digest::of(b"other")).size_gib(size);
     for (spec, kind, code, says) in [
         // Types without instance store, or with disks that nothing boots from.
         (
@@ -230,28 +232,22 @@ fn what_cannot_have_it_is_refused() {
         ),
         (spec().block_device(root(8)), ErrorKind::InvalidBlockDeviceMapping, mapping, "is instance store"),
         (
-            spec().block_device(BlockDeviceMapping::blank("/dev/sda", 8)),
+            spec().block_device(BlockDeviceMappingRequest::new("/dev/sda").size_gib(8)),
             ErrorKind::InvalidBlockDeviceMapping,
             mapping,
             "is instance store",
         ),
         (
-            spec().block_device(BlockDeviceMapping::ephemeral("/dev/xvda", "ephemeral0")),
+            spec().block_device(BlockDeviceMappingRequest::ephemeral("/dev/xvda", "ephemeral0")),
             ErrorKind::InvalidBlockDeviceMapping,
             mapping,
             "is instance store",
         ),
         (
-            spec().block_device(BlockDeviceMapping::no_device("/dev/xvda")),
+            spec().block_device(BlockDeviceMappingRequest::no_device("/dev/xvda")),
             ErrorKind::InvalidBlockDeviceMapping,
             mapping,
             "cannot be left out",
-        ),
-        (
-            spec().block_device(BlockDeviceMapping::instance_store_root("/dev/sdg", Digest::of(b"x"), 1)),
-            ErrorKind::InvalidBlockDeviceMapping,
-            mapping,
-            "root device alone",
         ),
     ] {
         check(&region.launch(&ami, spec).unwrap_err(), kind, code, &[says]);

@@ -11,9 +11,8 @@ use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::Instant;
 
-use ami_core::BlockDeviceMapping;
 use common::{ask, open, register, soon, spec};
-use instance_core::{ErrorKind, VolumeSpec, VolumeState};
+use instance_core::{BlockDeviceMappingRequest, ErrorKind, VolumeSpec, VolumeState};
 
 #[test]
 fn a_volume_is_waited_for_through_its_life() {
@@ -54,7 +53,7 @@ fn a_volume_is_waited_for_through_its_life() {
 fn volumes_that_go_with_their_instance_are_deleted_and_others_available() {
     let dir = tempfile::tempdir().unwrap();
     let region = open(dir.path());
-    let kept = BlockDeviceMapping::blank("/dev/sdf", 1).delete_on_termination(false);
+    let kept = BlockDeviceMappingRequest::new("/dev/sdf").size_gib(1).delete_on_termination(false);
     let server = region.launch(&register(&region), spec().block_device(kept)).unwrap();
     let [root, data] = [0, 1].map(|n| server.describe().attachments[n].volume_id);
     let stranger = region.as_account("222222222222".parse().unwrap());

@@ -103,6 +103,60 @@ fn an_instance_is_told_to_be_in_the_groups_that_its_interface_is_in() {
     assert_eq!(found(&region, other).len(), 1);
 }
 
+/// A /28 has sixteen addresses, of which EC2 keeps five.
+#[test]
+fn as_many_are_launched_as_the_subnet_has_addresses_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let vpc = network.default_vpc().unwrap();
+    let small = network.create_subnet(vpc, "172.31.200.0/28".parse().unwrap()).unwrap().id;
+    let run = |min, max| region.run_instances(&ami, spec().subnet(small).count(min, max));
+    let full = run(12, 13).unwrap_err();
+    assert_eq!((full.kind(), full.code()), (ErrorKind::SubnetFull, "InsufficientFreeAddressesInSubnet"));
+    assert!(network.interfaces().is_empty() && region.instances().is_empty());
+    assert_eq!(run(9, 9).unwrap().instances.len(), 9);
+    assert_eq!(run(1, 9).unwrap().instances.len(), 2);
+    assert_eq!(run(1, 1).unwrap_err().kind(), ErrorKind::SubnetFull);
+    assert_eq!(network.interfaces().len(), 11);
+}
+
+#[test]
+fn a_dry_run_finds_what_the_network_has_not_got_and_takes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (region, network) = open(dir.path());
+    let ami = image(&region);
+    let vpc = network.default_vpc().unwrap();
+    let small = network.create_subnet(vpc, "172.31.200.0/28".parse().unwrap()).unwrap().id;
+    let free = network.create_interface(network.interface_spec().unwrap()).unwrap().id;
+    let used = network.create_interface(network.interface_spec().unwrap()).unwrap().id;
+    let server = region.launch(&ami, spec().network_interface(used)).unwrap();
+    let taken = server.describe().network.unwrap().private_ip;
+    let missing = "0123456789abcdef0";
+    let group = || format!("sg-{missing}").parse().unwrap();
+    let (fine, file) = (ErrorKind::DryRunOperation, dir.path().join("network/network.json"));
+    let (before, interfaces) = (std::fs::read(&file).unwrap(), network.interfaces());
+    for (spec, kind) in [
+        (spec(), fine),
+        (spec().subnet(small).count(11, 99), fine),
+        (spec().subnet(small).count(12, 99), ErrorKind::SubnetFull),
+        (spec().subnet(format!("subnet-{missing}").parse().unwrap()), ErrorKind::SubnetNotFound),
+        (spec().security_group(group()), ErrorKind::SecurityGroupNotFound),
+        (spec().private_ip(taken), ErrorKind::AddressInUse),
+        (spec().network_interface(free), fine),
+        (spec().network_interface(used), ErrorKind::NetworkInterfaceInUse),
+        (
+            spec().network_interface(format!("eni-{missing}").parse().unwrap()),
+            ErrorKind::NetworkInterfaceNotFound,
+        ),
+    ] {
+        let what = format!("{spec:?}");
+        let said = region.run_instances(&ami, spec.dry_run(true)).unwrap_err();
+        assert_eq!(said.kind(), kind, "{what}: {said}");
+        assert!(network.interfaces() == interfaces && std::fs::read(&file).unwrap() == before, "{what}");
+    }
+}
+
 #[test]
 fn an_interface_that_was_there_outlives_its_instances() {
     let dir = tempfile::tempdir().unwrap();

@@ -136,7 +136,7 @@ impl<H> Region<H> {
     /// As [`copy_image`](Self::copy_image), [`Cancelled`](ErrorKind::Cancelled),
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) where either region lacks a key,
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) where what is to be encrypted has a root device
-    /// of instance store, [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), or what either host met. Nothing is left
+    /// of instance store, [`InsufficientVolumeCapacity`](ErrorKind::InsufficientVolumeCapacity), or what either host met. Nothing is left
     /// of it then.
     pub fn copy_image_from<S>(&self, source: &Region<S>, id: AmiId, copy: CopyImage) -> Result<AnyAmi> {
         self.copy_image_from_with(source, id, copy, &mut |_| ())

@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant as Clock};
 
 use ami_core::{
-    AmiId, AnyAmi, BlockDeviceKind, BlockDeviceMapping, Digest, Image, RootDeviceType, SourceImage, Tags,
-    VolumeId,
+    AmiId, AnyAmi, BlockDeviceMapping, Digest, Image, RootDeviceType, SourceImage, Tags, VolumeId,
 };
 use storage_block::{Snapshot, Volume};
 
@@ -24,7 +23,7 @@ use crate::record::{FormerImage, VolumeRecord};
 use crate::region::Inner;
 use crate::storing::Instant;
 use crate::volumes::volume_not_found;
-use crate::{Error, ErrorKind, InstanceState, Result};
+use crate::{BlockDeviceMappingRequest, BlockDeviceRequestKind, Error, ErrorKind, InstanceState, Result};
 
 /// How long a guest is asked to shut down.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -255,8 +254,8 @@ impl Inner {
         instance.check_root_volume()?;
         self.check_free(&image.name, &instance.owner, &self.region.name)?;
         let left_out = |attachment: &Attachment| {
-            let out = |change: &&BlockDeviceMapping| *change.kind() == BlockDeviceKind::NoDevice;
-            image.block_devices.iter().filter(out).any(|change| is_at(change, attachment))
+            let out = |change: &&BlockDeviceMappingRequest| change.kind == BlockDeviceRequestKind::NoDevice;
+            image.block_devices.iter().filter(out).any(|change| change.is_at(&attachment.device_name))
                 && !instance.is_root_device(&attachment.device_name)
         };
         let mut disks = Vec::new();
@@ -308,18 +307,19 @@ impl Inner {
         let is_taken = |m: &&BlockDeviceMapping| disks.iter().any(|(attachment, _)| is_at(m, attachment));
         mappings.extend(others.filter(|m| !is_taken(m)).cloned());
         for change in &image.block_devices {
-            let at = disks.iter().zip(contents).find(|((attachment, _), _)| is_at(change, attachment));
-            match (at, change.content()) {
-                (Some(_), Some(_)) => {
-                    let what = format!("the content of {} is the instance's", change.device_name());
+            let taken = disks.iter().any(|(attachment, _)| change.is_at(&attachment.device_name));
+            match (taken, change.content()) {
+                (true, Some(_)) => {
+                    let what = format!("the content of {} is the instance's", change.device_name);
                     return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
                 }
-                (None, Some(named)) => codes.extend(self.codes_of_content(&instance.owner, named)?),
+                (false, Some(named)) => codes.extend(self.codes_of_content(&instance.owner, named)?),
                 _ => {}
             }
         }
         let root = (manifest.root_device_name(), RootDeviceType::Ebs);
-        let mappings = plan::changed(root, mappings, &image.block_devices)?;
+        let mappings =
+            plan::changed(root, mappings, &image.block_devices, |named| gib(self.content(named)?.size()))?;
         for (mapping, content) in mappings.iter().filter_map(|m| Some((m, m.content()?))) {
             let known = disks.iter().zip(contents).find(|((attachment, _), _)| is_at(mapping, attachment));
             let size = match known {

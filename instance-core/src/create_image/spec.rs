@@ -3,7 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use ami_core::{AnyAmi, BlockDeviceMapping};
+use ami_core::AnyAmi;
+
+use crate::BlockDeviceMappingRequest;
 
 /// An image to be made of an instance (`CreateImage`). A name alone is one.
 ///
@@ -13,10 +15,10 @@ use ami_core::{AnyAmi, BlockDeviceMapping};
 /// [agent](crate::RegionOptions::guest_agent) flushes its file systems before, and has them stand still for that.
 ///
 /// ```
-/// # use ami_core::{Ami, BlockDeviceMapping, X86_64};
+/// # use ami_core::{Ami, X86_64};
 /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
 /// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
-/// use instance_core::{CreateImage, ImageConsistency};
+/// use instance_core::{BlockDeviceMappingRequest, CreateImage, ImageConsistency};
 ///
 /// # let dir = tempfile::tempdir()?;
 /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
@@ -27,7 +29,7 @@ use ami_core::{AnyAmi, BlockDeviceMapping};
 /// let image = CreateImage::new("web-2")
 ///     .description("after the upgrade")
 ///     .tag("stage", "test")
-///     .block_device(BlockDeviceMapping::blank("/dev/sdf", 8)) // beside the server's own
+///     .block_device(BlockDeviceMappingRequest::new("/dev/sdf").size_gib(8)) // beside the server's own
 ///     .no_reboot(false); // its guest shuts down, and is started again
 /// let made = server.create_image(image)?;
 /// assert_eq!(made.consistency, ImageConsistency::FileSystemConsistent);
@@ -41,7 +43,7 @@ pub struct CreateImage {
     pub(super) name: String,
     pub(super) description: String,
     pub(super) tags: Vec<(String, String)>,
-    pub(super) block_devices: Vec<BlockDeviceMapping>,
+    pub(super) block_devices: Vec<BlockDeviceMappingRequest>,
     pub(super) no_reboot: bool,
 }
 
@@ -65,9 +67,9 @@ impl CreateImage {
     }
 
     /// Adds a disk to the instance's, or changes what the image says of one: its size, its type, whether it goes with an
-    /// instance, each of which it has, as [at a launch](method@crate::LaunchSpec::block_device). What is encrypted stays so.
-    /// [`BlockDeviceMapping::no_device`] leaves a volume out, but for the root volume.
-    pub fn block_device(mut self, mapping: BlockDeviceMapping) -> Self {
+    /// instance; what is unsaid of these is as the instance has it. What is encrypted stays so.
+    /// [`BlockDeviceMappingRequest::no_device`] leaves a volume out, but for the root volume.
+    pub fn block_device(mut self, mapping: BlockDeviceMappingRequest) -> Self {
         self.block_devices.push(mapping);
         self
     }

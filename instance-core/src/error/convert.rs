@@ -6,7 +6,8 @@ use super::{Error, ErrorKind};
 fn malformed_id(code: &str) -> ErrorKind {
     use ErrorKind::{
         MalformedConversionTaskId, MalformedExportTaskId, MalformedImageId, MalformedInstanceId,
-        MalformedLaunchTemplateId, MalformedReservationId, MalformedSnapshotId, MalformedVolumeId,
+        MalformedLaunchTemplateId, MalformedReservationId, MalformedSnapshotId, MalformedSubnetId,
+        MalformedVolumeId,
     };
     let kinds = [
         MalformedImageId,
@@ -14,6 +15,7 @@ fn malformed_id(code: &str) -> ErrorKind {
         MalformedReservationId,
         MalformedVolumeId,
         MalformedSnapshotId,
+        MalformedSubnetId,
         MalformedLaunchTemplateId,
         MalformedConversionTaskId,
         MalformedExportTaskId,
@@ -50,6 +52,7 @@ impl ErrorKind {
             Self::ResourceLimitExceeded,
             Self::Unsupported,
             Self::InsufficientCapacity,
+            Self::InsufficientVolumeCapacity,
             Self::RegionInUse,
         ];
         let same = |kind: &Self| Error::new(*kind, "").code() == code;
@@ -70,6 +73,8 @@ impl From<ami_core::Error> for Error {
             Ami::AuthFailure => ErrorKind::AuthFailure,
             Ami::OptInRequired => ErrorKind::OptInRequired,
             Ami::InvalidBlockDeviceMapping => ErrorKind::InvalidBlockDeviceMapping,
+            Ami::InvalidAttributeItemValue => ErrorKind::InvalidAttributeItemValue,
+            Ami::FilterLimitExceeded => ErrorKind::FilterLimitExceeded,
             Ami::InvalidParameterCombination => ErrorKind::InvalidParameterCombination,
             Ami::MissingParameter => ErrorKind::MissingParameter,
             Ami::ArchitectureMismatch => ErrorKind::ArchitectureMismatch,

@@ -3,6 +3,8 @@
 use ami_core::{BlockDeviceKind, BlockDeviceMapping};
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, ErrorKind, Result};
+
 /// What instance store an instance type has (`InstanceStorageInfo`): disks that begin empty whenever an instance is
 /// launched or started, outlast its reboots, and are gone when it is stopped, hibernates or is terminated. Its guest finds
 /// each by its name, `ephemeral0` and so on, as its serial number.
@@ -35,6 +37,15 @@ pub struct InstanceStore {
 impl InstanceStore {
     /// The most disks: as many as EC2 has names for, `ephemeral0` to `ephemeral23` (EC2 API reference, `BlockDeviceMapping`).
     pub const MAX_DISKS: u32 = 24;
+
+    /// That there are no more disks than names for them.
+    pub(crate) fn check(self) -> Result<()> {
+        if self.disks > Self::MAX_DISKS {
+            let what = format!("{} disks of instance store are more than {}", self.disks, Self::MAX_DISKS);
+            return Err(Error::new(ErrorKind::InvalidParameter, what));
+        }
+        Ok(())
+    }
 
     /// In bytes: a GB is a whole number of sectors.
     pub(crate) fn disk_size(self) -> u64 {

@@ -140,7 +140,9 @@ impl Inner {
 /// Why a launch has failed, in EC2's words: they say whose fault it was.
 fn reason_of(why: &Error) -> StateReason {
     let code = match why.kind() {
-        ErrorKind::InsufficientCapacity => "Server.InsufficientInstanceCapacity",
+        ErrorKind::InsufficientCapacity | ErrorKind::InsufficientVolumeCapacity => {
+            "Server.InsufficientInstanceCapacity"
+        }
         ErrorKind::KeyUnavailable => "Client.InvalidKMSKey.InvalidState",
         ErrorKind::SnapshotNotFound => "Client.InvalidSnapshot.NotFound",
         ErrorKind::NotBootable | ErrorKind::Unsupported => "Client.InternalError",

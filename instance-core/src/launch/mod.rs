@@ -6,39 +6,30 @@ mod make;
 mod parameters;
 mod places;
 pub(crate) mod plan;
+mod prepare;
 mod spec;
 mod tokens;
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
-use ami_core::{
-    AccountId, Action, Ami, Arch, BlockDeviceMapping, BootSource, Digest, InstanceId, ReservationId,
-    Timestamp,
-};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
+use ami_core::{AccountId, Ami, Arch, Digest, ReservationId};
 
-use self::bootable::not_found_to_boot;
-use self::in_flight::Flight;
 pub(crate) use self::in_flight::{InFlight, Needs};
 pub(crate) use self::make::When;
 use self::parameters::Parameters;
 pub(crate) use self::parameters::{Launch, digest_of};
 use self::plan::Planned;
+use self::prepare::Prepared;
 pub use self::spec::LaunchSpec;
 pub(crate) use self::tokens::Tokens;
 use self::tokens::Turn;
-use crate::capacity::Claim;
-use crate::description::InstanceDescription;
 use crate::instance::{Cell, Hold, Instance};
-use crate::machine::{Boot, Runs};
-use crate::products::ProductCodes;
-use crate::record::{ImageRecord, InstanceRecord, LaunchedFrom};
+use crate::machine::Runs;
+use crate::record::LaunchedFrom;
 use crate::region::{Inner, Region};
 use crate::state_changes::StateChange;
-use crate::{Error, ErrorKind, InstanceState, InstanceType, Result};
+use crate::{Error, ErrorKind, InstanceState, Result};
 
 /// What a launch gave.
 ///
@@ -111,7 +102,8 @@ impl<H> Region<H> {
     /// [`AuthFailure`](ErrorKind::AuthFailure), [`ImageUnavailable`](ErrorKind::ImageUnavailable),
     /// [`OptInRequired`](ErrorKind::OptInRequired) for another's image with a product code whose terms the account has not
     /// [accepted](Self::accept_terms), [`ArchitectureMismatch`](ErrorKind::ArchitectureMismatch),
-    /// [`Unsupported`](ErrorKind::Unsupported) for an image that is made for a [TPM](ami_core::TpmSupport),
+    /// [`Unsupported`](ErrorKind::Unsupported) for an image that is made for a [TPM](ami_core::TpmSupport), and for
+    /// hardware or more disks than the hypervisor gives,
     /// [`InvalidParameter`](ErrorKind::InvalidParameter), [`InvalidBlockDeviceMapping`](ErrorKind::InvalidBlockDeviceMapping),
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a type without the instance store that
     /// the image's root device is to be,
@@ -124,13 +116,14 @@ impl<H> Region<H> {
     /// [`InsufficientAddressCapacity`](ErrorKind::InsufficientAddressCapacity),
     /// [`UnsupportedHibernation`](ErrorKind::UnsupportedHibernation),
     /// [`IdempotentParameterMismatch`](ErrorKind::IdempotentParameterMismatch),
-    /// [`InstanceLimitExceeded`](ErrorKind::InstanceLimitExceeded) for more than
+    /// [`IdempotentInstanceTerminated`](ErrorKind::IdempotentInstanceTerminated),
+    /// [`ResourceCountExceeded`](ErrorKind::ResourceCountExceeded) for more than
     /// [so many](LaunchSpec::MAX_COUNT), whether or not fewer would do,
     /// [`KeyUnavailable`](ErrorKind::KeyUnavailable) for encrypted volumes without keys,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity), and, for a
     /// [dry run](method@LaunchSpec::dry_run), [`DryRunOperation`](ErrorKind::DryRunOperation) or
     /// [`UnauthorizedOperation`](ErrorKind::UnauthorizedOperation). Later:
-    /// [`Unsupported`](ErrorKind::Unsupported) for hardware that the hypervisor cannot give,
+    /// [`Unsupported`](ErrorKind::Unsupported) for what else the hypervisor cannot give,
     /// [`InsufficientCapacity`](ErrorKind::InsufficientCapacity),
     /// [`Hypervisor`](ErrorKind::Hypervisor) and others when the host fails, after which nothing is left of
     /// the launch.
@@ -158,13 +151,6 @@ impl<H> Region<H> {
     }
 }
 
-/// A launch whose parameters have been found good: all that is needed, and nothing made yet.
-struct Prepared<'a> {
-    boot: Boot,
-    records: Vec<(InstanceRecord, Vec<Planned>, Claim)>,
-    _flight: Flight<'a>,
-}
-
 /// An instance that is being launched.
 struct Launching<'a> {
     cell: &'a Arc<Cell>,
@@ -190,13 +176,26 @@ impl Inner {
                 Ok(cells)
             }
             Turn::Again(ids) => {
-                let cells = self.cells();
-                Ok(ids.iter().filter_map(|id| cells.get(id).cloned()).collect())
+                let known = self.cells();
+                let cells: Vec<_> = ids.iter().filter_map(|id| known.get(id).cloned()).collect();
+                drop(known);
+                let ended = |cell: &Arc<Cell>| cell.description.get().state == InstanceState::Terminated;
+                if cells.iter().all(ended) {
+                    let what = format!(
+                        "the instances that were launched with the client token {token:?} are terminated"
+                    );
+                    return Err(Error::new(ErrorKind::IdempotentInstanceTerminated, what));
+                }
+                Ok(cells)
             }
         }
     }
 
     pub(crate) fn run(&self, owner: AccountId, launch: &Launch) -> Result<Vec<Arc<Cell>>> {
+        self.run_launch(owner, launch).map_err(Error::of_instance)
+    }
+
+    fn run_launch(&self, owner: AccountId, launch: &Launch) -> Result<Vec<Arc<Cell>>> {
         self.forget_terminated(Instant::now());
         let damaged = |e: &Error| self.look_for_damage(launch.image, e);
         let Prepared { boot, records, _flight } = self.prepare(owner, launch).inspect_err(damaged)?;
@@ -227,147 +226,5 @@ impl Inner {
             }
         }
         outcome.map(|()| running).inspect_err(damaged)
-    }
-
-    /// Checks everything that can be checked beforehand.
-    fn prepare(&self, owner: AccountId, launch: &Launch) -> Result<Prepared<'_>> {
-        let checked = launch.check()?;
-        let (image, spec) = (launch.image, &launch.parameters);
-        let (_naming, record) = self.bootable(image)?;
-        record.image.authorize(&owner, Action::Launch).map_err(|e| match e.kind() {
-            ami_core::ErrorKind::AuthFailure if launch.dry_run => {
-                Error::new(ErrorKind::UnauthorizedOperation, "the account may not launch the image")
-                    .with_source(e)
-            }
-            _ => e.into(),
-        })?;
-        self.check_architecture(&record, &spec.instance_type)?;
-        plan::check_machine(record.image.ami().manifest(), spec)?;
-        let disks = plan::disks(record.image.ami().manifest(), &spec.block_devices)?;
-        let named = self.check_contents(owner, &disks, spec)?;
-        let codes: ProductCodes = record.image.product_codes().cloned().collect();
-        // Those of its own that the launch names, or of the image.
-        let codes_of = |digest: &Digest| named.get(digest).unwrap_or(&codes).clone();
-        let of_named: ProductCodes = named.values().flatten().cloned().collect();
-        if !codes.is_empty() {
-            let accepted = self.accepted(&owner, &codes)?;
-            record.image.check_terms(&owner, |code| accepted.contains(code))?;
-        }
-        self.check_accepted(&owner, &of_named)?;
-        self.check_keys(&disks)?;
-        let public_key = self.check_network(spec)?;
-        if spec.hibernation {
-            self.can_save().map_err(|what| Error::new(ErrorKind::UnsupportedHibernation, what))?;
-        }
-        let count = spec.min_count..=spec.max_count;
-        if launch.dry_run {
-            self.meter.check(&spec.instance_type, count)?;
-            let what = "the launch would have been made, had it not been asked for as a dry run";
-            return Err(Error::new(ErrorKind::DryRunOperation, what));
-        }
-        let claims = self.meter.claim_several(&spec.instance_type, count)?;
-        let direct = matches!(record.image.ami().manifest().boot().source(), BootSource::Direct { .. });
-        let plan = record.boot.clone().ok_or_else(|| not_found_to_boot(image))?;
-        let boot = self.boot.boot(&plan)?;
-        let direct_boot = direct.then_some(plan);
-        let no_random = |e| Error::io(e, "cannot make an id");
-        let reservation = ReservationId::random().map_err(no_random)?;
-        let now = Timestamp::now();
-        let parameters = match launch.client_token {
-            Some(_) => Some(launch.digest()?),
-            None => None,
-        };
-        // All of a launch's places, before others take theirs.
-        let _placing =
-            self.network.as_ref().map(|_| self.placing.lock().unwrap_or_else(PoisonError::into_inner));
-        let mut places = self.places(spec);
-        let mut records = Vec::new();
-        for (index, claim) in (0..).zip(claims) {
-            let planned = plan::volumes(&disks, owner, now, &checked.volume_tags, codes_of)?;
-            let ami = record.image.ami();
-            let id = InstanceId::random().map_err(no_random)?;
-            let description = InstanceDescription {
-                id,
-                owner,
-                reservation_id: reservation,
-                launch_index: index,
-                launch_time: now,
-                client_token: launch.client_token.clone(),
-                image_id: ami.id(),
-                architecture: ami.architecture(),
-                instance_type: spec.instance_type.clone(),
-                state: InstanceState::Pending,
-                state_reason: None,
-                state_transition_reason: String::new(),
-                shutdown_behavior: plan::shutdown_behavior(ami.manifest(), spec),
-                termination_protection: spec.termination_protection,
-                stop_protection: spec.stop_protection,
-                hibernation: spec.hibernation,
-                key_name: spec.key_name.clone(),
-                metadata_options: spec.metadata_options.clone(),
-                root_device_name: ami.manifest().root_device_name().to_string(),
-                root_device_type: ami.manifest().root_device_type(),
-                attachments: planned.iter().map(|p| p.attachment.clone()).collect(),
-                product_codes: codes.union(&of_named).cloned().collect(),
-                network: places.next(id)?,
-                tags: spec.tags.clone(),
-            };
-            let record = InstanceRecord {
-                description: Arc::new(description),
-                launched: planned.is_empty(),
-                direct_boot: direct_boot.clone(),
-                user_data: spec.user_data.as_ref().map(|bytes| BASE64.encode(bytes)),
-                public_key: public_key.clone(),
-                parameters,
-                launched_from: launch.from.clone().filter(|_| launch.client_token.is_some()),
-                instance_store: plan::instance_store(&disks),
-                nocloud_seed: spec.nocloud_seed.clone(),
-                host_keys: Vec::new(),
-                shut_down: false,
-                saved: None,
-                ended: None,
-            };
-            records.push((record, planned, claim));
-        }
-        let contents = plan::contents(&disks).map(|(_, digest)| digest).collect();
-        let flight = self.in_flight.begin(reservation, Needs { image, contents, direct_boot });
-        places.keep();
-        Ok(Prepared { boot, records, _flight: flight })
-    }
-
-    pub(crate) fn check_architecture(&self, image: &ImageRecord, hardware: &InstanceType) -> Result<()> {
-        let architecture = image.image.ami().architecture();
-        let mismatch = |what: String| Err(Error::new(ErrorKind::ArchitectureMismatch, what));
-        if !hardware.architectures().contains(&architecture) {
-            return mismatch(format!("the image is for {architecture}, which {hardware} does not run"));
-        }
-        let can = self.hypervisor.capabilities();
-        if !can.architectures.contains(&architecture) {
-            return mismatch(format!(
-                "the image is for {architecture}, which {} does not run on this host",
-                can.name
-            ));
-        }
-        Ok(())
-    }
-
-    /// A launch may name content that its account has, beside that of the image. Gives what it names, with its product codes.
-    fn check_contents(
-        &self,
-        owner: AccountId,
-        disks: &[BlockDeviceMapping],
-        spec: &Parameters,
-    ) -> Result<BTreeMap<Digest, ProductCodes>> {
-        let mut named = BTreeMap::new();
-        if spec.block_devices.is_empty() {
-            return Ok(named);
-        }
-        for (_, digest) in plan::contents(&spec.block_devices) {
-            named.insert(digest, self.codes_of_content(&owner, &digest)?);
-        }
-        for (disk, digest) in plan::contents(disks) {
-            disk.check_snapshot_size(self.content(&digest)?.size())?;
-        }
-        Ok(named)
     }
 }

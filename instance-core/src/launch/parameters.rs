@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use ami_core::{AmiId, BlockDeviceKind, BlockDeviceMapping, Digest, Tags};
+use ami_core::{AmiId, Digest, Tags};
 use serde::Serialize;
 
 use super::LaunchSpec;
 use crate::network::PlacementRequest;
 use crate::record::LaunchedFrom;
-use crate::{Error, ErrorKind, InstanceType, MetadataOptions, NoCloudSeed, Result, ShutdownBehavior};
+use crate::{
+    BlockDeviceMappingRequest, Error, ErrorKind, InstanceType, MetadataOptions, NoCloudSeed, Result,
+    ShutdownBehavior,
+};
 
 /// What is launched, and with what.
 #[derive(Debug, Clone)]
@@ -34,7 +37,7 @@ pub(super) struct Parameters {
     pub(super) key_name: Option<String>,
     pub(super) tags: BTreeMap<String, String>,
     pub(super) volume_tags: BTreeMap<String, String>,
-    pub(super) block_devices: Vec<BlockDeviceMapping>,
+    pub(super) block_devices: Vec<BlockDeviceMappingRequest>,
     pub(super) shutdown_behavior: ShutdownBehavior,
     pub(super) termination_protection: bool,
     pub(super) stop_protection: bool,
@@ -152,7 +155,7 @@ impl Parameters {
         if max > LaunchSpec::MAX_COUNT {
             let what =
                 format!("{max} instances are more than a launch makes, {} at most", LaunchSpec::MAX_COUNT);
-            return Err(Error::new(ErrorKind::InstanceLimitExceeded, what));
+            return Err(Error::new(ErrorKind::ResourceCountExceeded, what));
         }
         if max > 1 && self.placement.private_ip.is_some() {
             let what = "several instances cannot have one address";
@@ -183,16 +186,10 @@ impl Parameters {
     }
 }
 
-fn check_devices(mappings: &[BlockDeviceMapping]) -> Result<()> {
+fn check_devices(mappings: &[BlockDeviceMappingRequest]) -> Result<()> {
     for (place, mapping) in mappings.iter().enumerate() {
-        let name = mapping.validate()?;
-        if matches!(mapping.kind(), BlockDeviceKind::InstanceStore(_)) {
-            let what =
-                format!("{name} is instance store with a content, which an image's root device alone is");
-            return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
-        }
-        let same = |other: &BlockDeviceMapping| other.validate().is_ok_and(|other| other.same_disk(&name));
-        if mappings[..place].iter().any(same) {
+        let name = mapping.check()?;
+        if mappings[..place].iter().any(|other| other.is_at(name.as_str())) {
             let what = format!("the device {name} is mapped twice");
             return Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what));
         }

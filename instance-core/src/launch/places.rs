@@ -1,5 +1,7 @@
 //! The places of instances in the network: that a launch takes, and what becomes of them.
 
+use std::sync::PoisonError;
+
 use ami_core::InstanceId;
 
 use super::Parameters;
@@ -47,6 +49,14 @@ impl Inner {
         if let Err(e) = told {
             tracing::warn!(instance = %record.description.id, error = chain(&e), "the network is not told of a change");
         }
+    }
+
+    /// That the network has places for so many instances.
+    pub(super) fn check_places(&self, spec: &Parameters, count: u32) -> Result<()> {
+        let Some(network) = &self.network else { return Ok(()) };
+        // Not while a launch takes its places: they may be taken for that.
+        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        network.check_places(&spec.placement, count)
     }
 
     pub(super) fn places<'a>(&'a self, spec: &'a Parameters) -> Places<'a> {

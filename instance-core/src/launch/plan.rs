@@ -12,7 +12,7 @@ use crate::description::Attachment;
 use crate::products::ProductCodes;
 use crate::record::VolumeRecord;
 use crate::region::Inner;
-use crate::{Error, ErrorKind, Result, ShutdownBehavior};
+use crate::{BlockDeviceMappingRequest, BlockDeviceRequestKind, Error, ErrorKind, Result, ShutdownBehavior};
 
 /// A volume to be made for a launch.
 pub(super) struct Planned {
@@ -31,43 +31,47 @@ impl Planned {
 }
 
 /// The disks of an image's instance, EBS volumes and instance store, the root volume first, with `changes` made.
-pub(super) fn disks(manifest: &Manifest, changes: &[BlockDeviceMapping]) -> Result<Vec<BlockDeviceMapping>> {
+pub(super) fn disks(
+    manifest: &Manifest,
+    changes: &[BlockDeviceMappingRequest],
+    size_of: impl Fn(&Digest) -> Result<u32>,
+) -> Result<Vec<BlockDeviceMapping>> {
     let root = (manifest.root_device_name(), manifest.root_device_type());
-    let mut disks = changed(root, manifest.block_device_mappings().to_vec(), changes)?;
+    let mut disks = changed(root, manifest.block_device_mappings().to_vec(), changes, size_of)?;
     disks.retain(|disk| *disk.kind() != BlockDeviceKind::NoDevice);
     Ok(disks)
 }
 
-/// Disks with `changes` made, of whatever has this root device, which comes first.
+/// Disks with `changes` made, of whatever has this root device, which comes first. What a change leaves unsaid stays as it
+/// is; `size_of` gives the size of a content in GiB.
 pub(crate) fn changed(
     (root, root_type): (&DeviceName, RootDeviceType),
     mut disks: Vec<BlockDeviceMapping>,
-    changes: &[BlockDeviceMapping],
+    changes: &[BlockDeviceMappingRequest],
+    size_of: impl Fn(&Digest) -> Result<u32>,
 ) -> Result<Vec<BlockDeviceMapping>> {
     for change in changes {
-        let name = change.validate()?;
-        let same = |disk: &BlockDeviceMapping| disk.validate().is_ok_and(|n| n.same_disk(&name));
-        let place = disks.iter().position(same);
-        match (place, change.kind()) {
-            (_, BlockDeviceKind::NoDevice) if root.same_disk(&name) => {
+        let name = change.check()?;
+        let place = disks.iter().position(|disk| change.is_at(disk.device_name()));
+        match (place, &change.kind) {
+            (_, BlockDeviceRequestKind::NoDevice) if root.same_disk(&name) => {
                 return invalid(format!("{name} is the root device, which cannot be left out"));
             }
-            (Some(place), BlockDeviceKind::NoDevice) => drop(disks.remove(place)),
-            (None, BlockDeviceKind::NoDevice) => {}
+            (Some(place), BlockDeviceRequestKind::NoDevice) => drop(disks.remove(place)),
+            (None, BlockDeviceRequestKind::NoDevice) => {}
             (Some(_), _) if root.same_disk(&name) && root_type == RootDeviceType::InstanceStore => {
                 return invalid(format!("{name}, the root device, is instance store, which is the image's"));
             }
-            (Some(place), BlockDeviceKind::Ebs(ebs)) => {
-                if ebs.snapshot().is_some() && root.same_disk(&name) {
-                    return invalid(format!("the content of {name}, the root device, is the image's"));
-                }
-                disks[place] = merged(&disks[place], change, ebs);
+            (Some(_), BlockDeviceRequestKind::Ebs(ebs))
+                if ebs.snapshot.is_some() && root.same_disk(&name) =>
+            {
+                return invalid(format!("the content of {name}, the root device, is the image's"));
             }
-            (Some(_), BlockDeviceKind::Ephemeral { .. }) if root.same_disk(&name) => {
+            (Some(_), BlockDeviceRequestKind::Ephemeral { .. }) if root.same_disk(&name) => {
                 return invalid(format!("{name}, the root device, is an EBS volume"));
             }
-            (Some(place), _) => disks[place] = change.clone(),
-            (None, _) => disks.push(change.clone()),
+            (Some(place), _) => disks[place] = change.resolved(Some(&disks[place]), &size_of)?,
+            (None, _) => disks.push(change.resolved(None, &size_of)?),
         }
     }
     disks.sort_by_key(|disk| disk.device_name() != root.as_str());
@@ -83,20 +87,6 @@ pub(crate) fn changed(
     Ok(disks)
 }
 
-/// The image's disk with what a change says of the rest, and its content unless the change names another. What is encrypted
-/// stays so: a change that does not ask for it says nothing against it.
-fn merged(disk: &BlockDeviceMapping, change: &BlockDeviceMapping, ebs: &Ebs) -> BlockDeviceMapping {
-    let content = ebs.snapshot().or_else(|| disk.as_ebs()?.snapshot());
-    let (name, size) = (disk.device_name(), ebs.volume_size_gib());
-    let merged = match content {
-        Some(content) => BlockDeviceMapping::ebs(name, *content, size)
-            .volume_type(ebs.volume_type())
-            .delete_on_termination(ebs.delete_on_termination()),
-        None => change.clone(),
-    };
-    merged.encrypted(ebs.encrypted() || disk.as_ebs().is_some_and(Ebs::encrypted))
-}
-
 fn invalid<T>(what: String) -> Result<T> {
     Err(Error::new(ErrorKind::InvalidBlockDeviceMapping, what))
 }
@@ -105,6 +95,21 @@ fn invalid<T>(what: String) -> Result<T> {
 pub(super) fn instance_store(disks: &[BlockDeviceMapping]) -> Vec<BlockDeviceMapping> {
     use BlockDeviceKind::{Ephemeral, InstanceStore};
     disks.iter().filter(|disk| matches!(disk.kind(), Ephemeral { .. } | InstanceStore(_))).cloned().collect()
+}
+
+/// How many disks the machine of an instance has that has these.
+fn count(disks: &[BlockDeviceMapping], spec: &Parameters) -> Result<usize> {
+    let is_there = |disk: &&BlockDeviceMapping| {
+        matches!(disk.kind(), BlockDeviceKind::Ebs(_) | BlockDeviceKind::InstanceStore(_))
+    };
+    let store = match spec.instance_type.instance_store() {
+        Some(store) => {
+            store.check()?;
+            store.names(&instance_store(disks)).len()
+        }
+        None => 0,
+    };
+    Ok(disks.iter().filter(is_there).count() + store + usize::from(spec.nocloud_seed.is_some()))
 }
 
 /// The disks that begin with a content, and which.
@@ -196,6 +201,16 @@ pub(super) fn volumes(
 }
 
 impl Inner {
+    /// That the hypervisor gives a machine as much as an instance with these disks is to have.
+    pub(super) fn check_size(&self, disks: &[BlockDeviceMapping], spec: &Parameters) -> Result<()> {
+        let hardware = &spec.instance_type;
+        let processors = (hardware.vcpus(), hardware.threads_per_core());
+        let (disks, nets) = (count(disks, spec)?, usize::from(self.network.is_some()));
+        let can = self.hypervisor.capabilities();
+        let fits = can.check_size(processors, hardware.memory_mib(), disks, nets);
+        fits.map_err(|e| Error::machine(e, format!("no instance of {hardware} with these disks can be")))
+    }
+
     /// That there is a key for what is to be encrypted.
     pub(super) fn check_keys(&self, disks: &[BlockDeviceMapping]) -> Result<()> {
         match disks.iter().filter_map(|disk| disk.as_ebs()).any(Ebs::encrypted) {
@@ -213,42 +228,59 @@ mod tests {
     use ami_core::VolumeType;
 
     use super::*;
+    use crate::BlockDeviceMappingRequest as Request;
 
     #[test]
-    fn a_change_of_a_disk_keeps_its_content_and_that_it_is_encrypted() {
+    fn what_a_change_leaves_unsaid_is_the_images() {
         let (content, other) = (Digest::of(b"root"), Digest::of(b"other"));
-        let root = |encrypted| BlockDeviceMapping::ebs("/dev/xvda", content, 8).encrypted(encrypted);
-        let data = |encrypted| BlockDeviceMapping::blank("/dev/sdf", 8).encrypted(encrypted);
-        let larger = |name: &str| BlockDeviceMapping::blank(name, 9);
+        let root = || BlockDeviceMapping::ebs("/dev/xvda", content, 8);
+        let kept = |disk: BlockDeviceMapping| disk.volume_type(VolumeType::Gp2).delete_on_termination(false);
+        let data = |size| BlockDeviceMapping::blank("/dev/sdf", size);
+        let store = |name| BlockDeviceMapping::ephemeral(name, "ephemeral0");
         // The image's disk, a change, and what comes of them.
         let table = [
+            (kept(root()).encrypted(true), Request::new("/dev/sda1"), kept(root()).encrypted(true)),
             (
-                root(true),
-                larger("/dev/sda1"),
-                BlockDeviceMapping::ebs("/dev/xvda", content, 9).encrypted(true),
+                kept(root()),
+                Request::new("/dev/sda1").size_gib(9),
+                kept(BlockDeviceMapping::ebs("/dev/xvda", content, 9)),
             ),
-            (root(false), larger("/dev/xvda"), BlockDeviceMapping::ebs("/dev/xvda", content, 9)),
-            (root(false), larger("/dev/xvda").encrypted(true), {
-                BlockDeviceMapping::ebs("/dev/xvda", content, 9).encrypted(true)
+            (kept(root()), Request::new("/dev/xvda").delete_on_termination(true), {
+                kept(root()).delete_on_termination(true)
             }),
-            (data(true), larger("/dev/xvdf"), larger("/dev/xvdf").encrypted(true)),
-            (data(false), larger("/dev/xvdf"), larger("/dev/xvdf")),
-            (data(true), BlockDeviceMapping::ebs("/dev/sdf", other, 9), {
-                BlockDeviceMapping::ebs("/dev/sdf", other, 9).encrypted(true)
+            (kept(root()), Request::new("/dev/xvda").volume_type(VolumeType::Gp3), {
+                kept(root()).volume_type(VolumeType::Gp3)
             }),
-            // These it says itself, whether or not it was asked to.
-            (data(true).delete_on_termination(false).volume_type(VolumeType::Gp2), larger("/dev/sdf"), {
-                larger("/dev/sdf").encrypted(true)
+            (root(), Request::new("/dev/xvda").encrypted(true), root().encrypted(true)),
+            (root().encrypted(true), Request::new("/dev/xvda").encrypted(false), root().encrypted(true)),
+            (kept(data(8)), Request::new("/dev/xvdf").size_gib(9), kept(data(9))),
+            (
+                kept(data(8)).encrypted(true),
+                Request::new("/dev/sdf").snapshot(other),
+                kept(BlockDeviceMapping::ebs("/dev/sdf", other, 8)).encrypted(true),
+            ),
+            (data(8), Request::ephemeral("/dev/sdf", "ephemeral0"), store("/dev/sdf")),
+            (store("/dev/sdf"), Request::new("/dev/sdf").size_gib(9), data(9)),
+            (store("/dev/sdf"), Request::new("/dev/sdf").snapshot(other), {
+                BlockDeviceMapping::ebs("/dev/sdf", other, 3)
             }),
-            (data(true), BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral0"), {
-                BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral0")
-            }),
-            (BlockDeviceMapping::ephemeral("/dev/sdf", "ephemeral0"), larger("/dev/sdf"), larger("/dev/sdf")),
         ];
         let name: DeviceName = "/dev/xvda".parse().unwrap();
+        let changed = |disk: &BlockDeviceMapping, change: &Request| {
+            let changes = std::slice::from_ref(change);
+            changed((&name, RootDeviceType::Ebs), vec![disk.clone()], changes, |_| Ok(3))
+        };
         for (disk, change, expected) in table {
-            let changed = changed((&name, RootDeviceType::Ebs), vec![disk], &[change]).unwrap();
-            assert_eq!(changed, [expected]);
+            assert_eq!(changed(&disk, &change).unwrap(), [expected], "{disk:?} {change:?}");
+        }
+        let (io1, mapping) = (data(8).volume_type(VolumeType::Io1), ErrorKind::InvalidBlockDeviceMapping);
+        for (disk, change, kind) in [
+            (&io1, Request::new("/dev/sdf").size_gib(2), mapping),
+            (&io1, Request::new("/dev/sdf").volume_type(VolumeType::St1), mapping),
+            (&io1, Request::new("/dev/sdg"), ErrorKind::MissingParameter),
+            (&store("/dev/sdf"), Request::new("/dev/sdf"), ErrorKind::MissingParameter),
+        ] {
+            assert_eq!(changed(disk, &change).unwrap_err().kind(), kind, "{change:?}");
         }
     }
 }

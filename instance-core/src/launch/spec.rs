@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use ami_core::{AmiId, BlockDeviceMapping, NetworkInterfaceId, SecurityGroupId, SubnetId};
+use ami_core::{AmiId, NetworkInterfaceId, SecurityGroupId, SubnetId};
 use serde::{Deserialize, Serialize};
 
 use crate::network::PlacementRequest;
-use crate::{InstanceType, MetadataOptions, NoCloudSeed, ShutdownBehavior};
+use crate::{BlockDeviceMappingRequest, InstanceType, MetadataOptions, NoCloudSeed, ShutdownBehavior};
 
 /// What to launch an image with, or a part of it: what a [launch template](crate::LaunchTemplateVersion) keeps, and
 /// what a launch says beside one.
@@ -16,14 +16,13 @@ use crate::{InstanceType, MetadataOptions, NoCloudSeed, ShutdownBehavior};
 /// image and the instance type have none. Setters and fields have the same names.
 ///
 /// ```
-/// use ami_core::BlockDeviceMapping;
-/// use instance_core::{LaunchSpec, ShutdownBehavior};
+/// use instance_core::{BlockDeviceMappingRequest, LaunchSpec, ShutdownBehavior};
 ///
 /// let spec = LaunchSpec::new("t3.micro".parse()?)
 ///     .count(1, 3)
 ///     .user_data("#!/bin/sh\necho hello")
 ///     .key_name("laptop")
-///     .block_device(BlockDeviceMapping::blank("/dev/xvda", 20)) // a larger root volume
+///     .block_device(BlockDeviceMappingRequest::new("/dev/xvda").size_gib(20)) // a larger root volume
 ///     .shutdown_behavior(ShutdownBehavior::Terminate)
 ///     .termination_protection(true)
 ///     .client_token("deploy-17")
@@ -51,7 +50,7 @@ pub struct LaunchSpec {
     /// The tags of each of their volumes.
     pub volume_tags: BTreeMap<String, String>,
     /// What is changed of the image's disks.
-    pub block_devices: Vec<BlockDeviceMapping>,
+    pub block_devices: Vec<BlockDeviceMappingRequest>,
     /// What happens when the guest powers itself off.
     pub shutdown_behavior: Option<ShutdownBehavior>,
     /// Whether it is refused to terminate it.
@@ -148,12 +147,10 @@ impl LaunchSpec {
 
     /// A disk in the place of the image's at that device name, or beside the image's.
     ///
-    /// One that names no content keeps that of the image's disk there and changes the rest, such as the size. What is
-    /// encrypted in the image is so in any case. All else is as the mapping has it, whether or not it was asked for: in the place of a
-    /// gp2 volume that outlives its instances it is of gp3 and goes with them, unless it is told otherwise. EC2 takes
-    /// from the image what a mapping leaves out. [`NoDevice`](ami_core::BlockDeviceKind::NoDevice) leaves the image's disk out.
+    /// What it leaves unsaid is as the image has it: content, size, type, and whether it goes with its instance. What is
+    /// encrypted in the image is so in any case. [`no_device`](BlockDeviceMappingRequest::no_device) leaves the image's disk out.
     #[must_use]
-    pub fn block_device(mut self, mapping: BlockDeviceMapping) -> Self {
+    pub fn block_device(mut self, mapping: BlockDeviceMappingRequest) -> Self {
         self.block_devices.push(mapping);
         self
     }
@@ -244,7 +241,9 @@ impl LaunchSpec {
     }
 
     /// A name for this launch: whoever launches again with the same token and parameters gets the instances
-    /// of the first time, for as long as one of them is remembered.
+    /// of the first time. When these are all terminated that is
+    /// [`IdempotentInstanceTerminated`](crate::ErrorKind::IdempotentInstanceTerminated), and when the last of them is
+    /// remembered no more the token is free.
     #[must_use]
     pub fn client_token(mut self, token: impl Into<String>) -> Self {
         self.client_token = Some(token.into());

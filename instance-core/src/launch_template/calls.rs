@@ -26,7 +26,7 @@ impl<H> Region<H> {
     /// [`MalformedLaunchTemplateName`](ErrorKind::MalformedLaunchTemplateName),
     /// [`InvalidParameter`](ErrorKind::InvalidParameter) for a description or a parameter that cannot be,
     /// [`InvalidParameterCombination`](ErrorKind::InvalidParameterCombination) for a count, a client token, a dry run or
-    /// a source version, [`ResourceLimitExceeded`](ErrorKind::ResourceLimitExceeded), or what the host met.
+    /// a source version, [`MaxTemplateLimitExceeded`](ErrorKind::MaxTemplateLimitExceeded), or what the host met.
     pub fn create_launch_template(
         &self,
         name: &str,
@@ -46,7 +46,7 @@ impl<H> Region<H> {
         }
         if templates.len() >= LaunchTemplate::MAX {
             let what = format!("the account has {} launch templates, the most that can be", templates.len());
-            return Err(Error::new(ErrorKind::ResourceLimitExceeded, what));
+            return Err(Error::new(ErrorKind::MaxTemplateLimitExceeded, what));
         }
         let id = LaunchTemplateId::random().map_err(|e| Error::io(e, "cannot make an id"))?;
         let version = first.into_record(id, 1)?;
@@ -72,7 +72,8 @@ impl<H> Region<H> {
     /// # Errors
     ///
     /// [`LaunchTemplateNotFound`](ErrorKind::LaunchTemplateNotFound),
-    /// [`LaunchTemplateVersionNotFound`](ErrorKind::LaunchTemplateVersionNotFound) for its source, and otherwise as
+    /// [`LaunchTemplateVersionNotFound`](ErrorKind::LaunchTemplateVersionNotFound) for its source,
+    /// [`MaxTemplateVersionLimitExceeded`](ErrorKind::MaxTemplateVersionLimitExceeded), and otherwise as
     /// [`create_launch_template`](Self::create_launch_template).
     pub fn create_launch_template_version(
         &self,
@@ -85,7 +86,7 @@ impl<H> Region<H> {
         let kept = inner.template_versions(&record)?.len();
         if kept >= LaunchTemplate::MAX_VERSIONS {
             let what = format!("{} has {kept} versions, the most that can be", record.template.id);
-            return Err(Error::new(ErrorKind::ResourceLimitExceeded, what));
+            return Err(Error::new(ErrorKind::MaxTemplateVersionLimitExceeded, what));
         }
         if let Some(source) = spec.source {
             spec.data = spec.data.or(inner.template_version(&record, source)?.data);

@@ -2,6 +2,8 @@
 
 mod calls;
 mod describe;
+#[cfg(test)]
+mod tests;
 mod version;
 
 use std::fmt;

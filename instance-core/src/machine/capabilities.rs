@@ -1,5 +1,7 @@
 //! What a hypervisor can do.
 
+use std::num::NonZeroU32;
+
 use ami_core::Architecture;
 
 use super::{DiskSpec, MachineError, MachineErrorKind, MachineSpec, NetSpec};
@@ -91,31 +93,9 @@ impl Capabilities {
             let (asked, runs) = (spec.architecture, runs.join(", "));
             return unsupported(format!("{name} cannot run {asked} on this host; it runs {runs}"));
         }
-        if spec.vcpus.get() > self.max_vcpus {
-            let (asked, most) = (spec.vcpus, self.max_vcpus);
-            return unsupported(format!("{name} cannot give a machine {asked} vCPUs; the most is {most}"));
-        }
-        if spec.vcpus.get() % spec.threads_per_core != 0 {
-            let (asked, threads) = (spec.vcpus, spec.threads_per_core);
-            return unsupported(format!("{asked} vCPUs are no cores of {threads} threads each"));
-        }
-        if u64::from(spec.memory_mib.get()) > self.max_memory_mib {
-            let (asked, most) = (spec.memory_mib, self.max_memory_mib);
-            return unsupported(format!(
-                "{name} cannot give a machine {asked} MiB of memory; the most is {most}"
-            ));
-        }
-        if spec.disks.len() > self.max_disks {
-            let (asked, most) = (spec.disks.len(), self.max_disks);
-            return unsupported(format!("{name} cannot give a machine {asked} disks; the most is {most}"));
-        }
+        let processors = (spec.vcpus, spec.threads_per_core);
+        self.check_size(processors, spec.memory_mib, spec.disks.len(), spec.nets.len())?;
         spec.disks.iter().try_for_each(DiskSpec::check)?;
-        if spec.nets.len() > self.max_nets {
-            let (asked, most) = (spec.nets.len(), self.max_nets);
-            return unsupported(format!(
-                "{name} cannot give a machine {asked} network ports; the most is {most}"
-            ));
-        }
         spec.nets.iter().try_for_each(|net| self.check_net(net))?;
         match &spec.vsock {
             Some(_) if !self.vsock => return unsupported(format!("{name} has no streams for machines")),
@@ -129,6 +109,42 @@ impl Capabilities {
         }
         if spec.identity.as_ref().is_some_and(|identity| !identity.is_valid()) {
             return unsupported(format!("{name} cannot tell a guest of {:?}", spec.identity));
+        }
+        Ok(())
+    }
+
+    /// Whether a machine can have so much of everything: all that can be told before there is any of it.
+    pub(crate) fn check_size(
+        &self,
+        (vcpus, threads_per_core): (NonZeroU32, NonZeroU32),
+        memory_mib: NonZeroU32,
+        disks: usize,
+        nets: usize,
+    ) -> Result<(), MachineError> {
+        let unsupported = |what: String| Err(MachineError::new(MachineErrorKind::Unsupported, what));
+        let name = self.name;
+        if vcpus.get() > self.max_vcpus {
+            let most = self.max_vcpus;
+            return unsupported(format!("{name} cannot give a machine {vcpus} vCPUs; the most is {most}"));
+        }
+        if vcpus.get() % threads_per_core != 0 {
+            return unsupported(format!("{vcpus} vCPUs are no cores of {threads_per_core} threads each"));
+        }
+        if u64::from(memory_mib.get()) > self.max_memory_mib {
+            let most = self.max_memory_mib;
+            return unsupported(format!(
+                "{name} cannot give a machine {memory_mib} MiB of memory; the most is {most}"
+            ));
+        }
+        if disks > self.max_disks {
+            let most = self.max_disks;
+            return unsupported(format!("{name} cannot give a machine {disks} disks; the most is {most}"));
+        }
+        if nets > self.max_nets {
+            let most = self.max_nets;
+            return unsupported(format!(
+                "{name} cannot give a machine {nets} network ports; the most is {most}"
+            ));
         }
         Ok(())
     }

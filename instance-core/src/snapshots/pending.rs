@@ -186,8 +186,7 @@ impl PendingSnapshots {
         let theirs = all.values().filter(|pending| Some(pending.describe().owner) == owner).count();
         if theirs + new.len() > MOST {
             let what = format!("{MOST} snapshots of the account may be pending; wait for one, or delete one");
-            let refused = Error::new(ErrorKind::ResourceLimitExceeded, what);
-            return Err(refused.with_code("PendingSnapshotLimitExceeded"));
+            return Err(Error::new(ErrorKind::PendingSnapshotLimitExceeded, what));
         }
         let new: Vec<_> = new.iter().map(|record| PendingSnapshot::new(record.clone())).collect();
         all.extend(new.iter().map(|pending| (pending.id(), pending.clone())));
@@ -373,11 +372,11 @@ mod tests {
         let (own, all) = (|| record("111111111111"), PendingSnapshots::default());
         let begun: Vec<_> = (0..MOST / 2).flat_map(|_| all.add(&[own(), own()]).unwrap()).collect();
         let refused = all.add(&[own()]).unwrap_err();
-        let expected = (ErrorKind::ResourceLimitExceeded, "PendingSnapshotLimitExceeded");
+        let expected = (ErrorKind::PendingSnapshotLimitExceeded, "PendingSnapshotLimitExceeded");
         assert_eq!((refused.kind(), refused.code()), expected);
         all.add(&[record("222222222222")]).unwrap();
         all.remove(&begun[..1]);
-        assert_eq!(all.add(&[own(), own()]).unwrap_err().kind(), ErrorKind::ResourceLimitExceeded);
+        assert_eq!(all.add(&[own(), own()]).unwrap_err().kind(), ErrorKind::PendingSnapshotLimitExceeded);
         all.add(&[own()]).unwrap();
         assert_eq!(all.lock().len(), MOST + 1);
     }

@@ -13,7 +13,7 @@ use crate::{Error, ErrorKind, InstanceState, Result};
 /// Snapshots of the volumes of an instance, all of one instant (`CreateSnapshots`).
 ///
 /// ```
-/// # use ami_core::{Ami, BlockDeviceMapping, X86_64};
+/// # use ami_core::{Ami, X86_64};
 /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
 /// # use instance_core::{DirectBoot, ImageSource, LaunchSpec, Region};
 /// # let dir = tempfile::tempdir()?;
@@ -21,9 +21,10 @@ use crate::{Error, ErrorKind, InstanceState, Result};
 /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
 /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
 /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
-/// use instance_core::{CreateSnapshots, SnapshotState};
+/// use instance_core::{BlockDeviceMappingRequest, CreateSnapshots, SnapshotState};
 ///
-/// let [data, log] = ["/dev/sdf", "/dev/sdg"].map(|device| BlockDeviceMapping::blank(device, 1));
+/// let of_one_gib = |device| BlockDeviceMappingRequest::new(device).size_gib(1);
+/// let [data, log] = ["/dev/sdf", "/dev/sdg"].map(of_one_gib);
 /// let spec = LaunchSpec::new("t2.nano".parse()?).block_device(data).block_device(log);
 /// let database = region.launch(&ami, spec)?;
 /// let both = CreateSnapshots::new(database.id()).exclude_boot_volume(true).tag("kind", "backup");

@@ -224,7 +224,7 @@ impl StateStore for JournaledStore {
         let mut in_journal = writer.takes == Takes::All && self.to_journal(&mut writer, changes);
         if !in_journal {
             let committed = self.to_database(&mut writer, changes, false);
-            let no_room = matches!(&committed, Err(e) if e.kind() == ErrorKind::InsufficientCapacity);
+            let no_room = matches!(&committed, Err(e) if e.kind() == ErrorKind::InsufficientVolumeCapacity);
             in_journal = no_room && writer.takes == Takes::AtNeed && self.to_journal(&mut writer, changes);
             if !in_journal {
                 return committed;

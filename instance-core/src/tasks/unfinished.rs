@@ -182,7 +182,8 @@ impl<Id: fmt::Display> TaskDescription<Id> {
 pub(crate) fn reason_of(why: &Error) -> StateReason {
     let code = match (why.kind(), why.code()) {
         (ErrorKind::Cancelled, _) => CANCELLED.to_owned(),
-        (ErrorKind::InsufficientCapacity, _) | (_, "InternalError") => format!("Server.{}", why.code()),
+        (ErrorKind::InsufficientCapacity | ErrorKind::InsufficientVolumeCapacity, _)
+        | (_, "InternalError") => format!("Server.{}", why.code()),
         (_, code) => format!("Client.{code}"),
     };
     StateReason::new(code, chain(why))

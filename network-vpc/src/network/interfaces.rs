@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 
 use ami_core::{InstanceId, NetworkInterfaceId, SecurityGroupId, SubnetId};
 use instance_core::net::MacAddress;
+use ipnet::Ipv4Net;
 
 use super::public::any_free_while_running;
 use super::{Network, groups, no_random};
@@ -89,43 +90,24 @@ impl Network {
         instance_id: Option<InstanceId>,
         spec: InterfaceSpec,
     ) -> Result<NetworkInterface> {
-        let InterfaceSpec { subnet, groups, private_ip, public_ip, source_dest_check } = spec;
+        let new = self.new_interface()?;
+        self.change(|model| new.put_into(model, instance_id, spec))
+    }
+
+    /// Whether so many interfaces can be made for instances, which are not.
+    pub(super) fn check_interfaces(&self, spec: &InterfaceSpec, count: u32) -> Result<()> {
+        let mut model = self.model().clone();
+        let nobody = InstanceId::from_bytes([0; 16]);
+        let mut make = |_| {
+            self.new_interface()?.put_into(&mut model, Some(nobody), spec.clone())?;
+            Ok(())
+        };
+        (0..count).try_for_each(&mut make)
+    }
+
+    fn new_interface(&self) -> Result<NewInterface> {
         let id = NetworkInterfaceId::random().map_err(no_random)?;
-        let (mac, begin) = (random_mac()?, self.anywhere()?);
-        self.change(|model| {
-            let subnet = model.subnet(subnet)?.clone();
-            let groups = groups::of_interface(model, subnet.vpc_id, groups)?;
-            let private_ip = match private_ip {
-                Some(address) => free(model, &subnet, address)?,
-                None => any_free(model, &subnet)?,
-            };
-            let has_public = public_ip.unwrap_or(instance_id.is_some() && subnet.map_public_ip_on_launch);
-            let public_ip = (has_public && instance_id.is_some())
-                .then(|| any_free_while_running(model, self.0.elastic_pool, begin))
-                .transpose()?;
-            let (forwards, chosen_forwards, udp_forwards, chosen_udp_forwards) = Default::default();
-            let (subnet_id, vpc_id) = (subnet.id, subnet.vpc_id);
-            let made = NetworkInterface {
-                id,
-                subnet_id,
-                vpc_id,
-                mac,
-                private_ip,
-                secondary_private_ips: Vec::new(),
-                public_ip,
-                has_public,
-                groups,
-                source_dest_check,
-                instance_id,
-                stays: false,
-                forwards,
-                chosen_forwards,
-                udp_forwards,
-                chosen_udp_forwards,
-            };
-            model.interfaces.insert(id, made.clone());
-            Ok(made)
-        })
+        Ok(NewInterface { id, mac: random_mac()?, pool: self.0.elastic_pool, begin: self.anywhere()? })
     }
 
     /// Gives an interface that is there to an instance.
@@ -135,13 +117,16 @@ impl Network {
         id: NetworkInterfaceId,
     ) -> Result<NetworkInterface> {
         self.change(|model| {
+            check_unused(model.interface(id)?)?;
             let interface = model.interface_mut(id)?;
-            if let Some(other) = interface.instance_id {
-                return Err(Error::new(ErrorKind::InterfaceInUse, format!("{other} has {id}")));
-            }
             (interface.instance_id, interface.stays) = (Some(instance), true);
             Ok(interface.clone())
         })
+    }
+
+    /// Whether an interface can be given to an instance.
+    pub(super) fn check_interface(&self, id: NetworkInterfaceId) -> Result<()> {
+        check_unused(self.model().interface(id)?)
     }
 
     /// Whether an interface may send only what is from its own addresses, and gets only what is for them: not so one of an
@@ -258,6 +243,66 @@ impl Network {
             self.0.fabric.remove(&before.port);
         }
         Ok(())
+    }
+}
+
+/// What is chosen at random of an interface, before the model is looked at.
+struct NewInterface {
+    id: NetworkInterfaceId,
+    mac: MacAddress,
+    /// Where its public address is of, and where to begin to look for it.
+    pool: Ipv4Net,
+    begin: u32,
+}
+
+impl NewInterface {
+    fn put_into(
+        self,
+        model: &mut Model,
+        instance_id: Option<InstanceId>,
+        spec: InterfaceSpec,
+    ) -> Result<NetworkInterface> {
+        let Self { id, mac, pool, begin } = self;
+        let InterfaceSpec { subnet, groups, private_ip, public_ip, source_dest_check } = spec;
+        let subnet = model.subnet(subnet)?.clone();
+        let groups = groups::of_interface(model, subnet.vpc_id, groups)?;
+        let private_ip = match private_ip {
+            Some(address) => free(model, &subnet, address)?,
+            None => any_free(model, &subnet)?,
+        };
+        let has_public = public_ip.unwrap_or(instance_id.is_some() && subnet.map_public_ip_on_launch);
+        let public_ip = (has_public && instance_id.is_some())
+            .then(|| any_free_while_running(model, pool, begin))
+            .transpose()?;
+        let (forwards, chosen_forwards, udp_forwards, chosen_udp_forwards) = Default::default();
+        let (subnet_id, vpc_id) = (subnet.id, subnet.vpc_id);
+        let made = NetworkInterface {
+            id,
+            subnet_id,
+            vpc_id,
+            mac,
+            private_ip,
+            secondary_private_ips: Vec::new(),
+            public_ip,
+            has_public,
+            groups,
+            source_dest_check,
+            instance_id,
+            stays: false,
+            forwards,
+            chosen_forwards,
+            udp_forwards,
+            chosen_udp_forwards,
+        };
+        model.interfaces.insert(id, made.clone());
+        Ok(made)
+    }
+}
+
+fn check_unused(interface: &NetworkInterface) -> Result<()> {
+    match interface.instance_id {
+        Some(other) => Err(Error::new(ErrorKind::InterfaceInUse, format!("{other} has {}", interface.id))),
+        None => Ok(()),
     }
 }
 

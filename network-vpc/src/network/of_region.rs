@@ -47,20 +47,7 @@ impl instance_core::network::Network for Network {
     fn place(&self, instance: InstanceId, request: &PlacementRequest) -> Result<NetworkPlacement> {
         let made = match request.interface_id {
             Some(id) => self.take_interface(instance, id)?,
-            None => {
-                let spec = match request.subnet_id {
-                    Some(subnet) => InterfaceSpec::new(subnet),
-                    None => self.interface_spec()?,
-                };
-                let mut spec = spec.groups(request.security_groups.iter().copied());
-                if let Some(address) = request.private_ip {
-                    spec = spec.private_ip(address);
-                }
-                if let Some(associate) = request.public_ip {
-                    spec = spec.associate_public_ip_address(associate);
-                }
-                self.create_interface_for(Some(instance), spec)?
-            }
+            None => self.create_interface_for(Some(instance), self.spec_of(request)?)?,
         };
         let whole = (made.vpc_id, made.subnet_id);
         let mut placement = NetworkPlacement::new(made.id, whole, made.private_ip, made.mac);
@@ -68,6 +55,13 @@ impl instance_core::network::Network for Network {
         placement.private_dns_name = format!("{}.{}", view.host_name, view.domain);
         placement.security_groups = made.groups;
         Ok(placement)
+    }
+
+    fn check_places(&self, request: &PlacementRequest, count: u32) -> Result<()> {
+        match request.interface_id {
+            Some(id) => Ok(self.check_interface(id)?),
+            None => Ok(self.check_interfaces(&self.spec_of(request)?, count)?),
+        }
     }
 
     fn plug(&self, guest: Guest<'_>) -> Result<NetSpec> {
@@ -138,6 +132,22 @@ impl instance_core::network::Network for Network {
 }
 
 impl Network {
+    /// What an interface is made by for who asks so for a place.
+    fn spec_of(&self, request: &PlacementRequest) -> crate::Result<InterfaceSpec> {
+        let spec = match request.subnet_id {
+            Some(subnet) => InterfaceSpec::new(subnet),
+            None => self.interface_spec()?,
+        };
+        let mut spec = spec.groups(request.security_groups.iter().copied());
+        if let Some(address) = request.private_ip {
+            spec = spec.private_ip(address);
+        }
+        if let Some(associate) = request.public_ip {
+            spec = spec.associate_public_ip_address(associate);
+        }
+        Ok(spec)
+    }
+
     fn metadata_of(&self, guest: Guest<'_>) -> Metadata {
         let instance = guest.instance;
         let key = instance.key_name.clone().and_then(|name| {

@@ -13,10 +13,12 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use ami_core::{Ami, BlockDeviceMapping, X86_64};
+use ami_core::{Ami, X86_64};
 use anyhow::{Context as _, Result, bail, ensure};
 use instance_core::machine::Hypervisor;
-use instance_core::{ImageConsistency, Instance, InstanceState, LaunchSpec, Region, RegionOptions};
+use instance_core::{
+    BlockDeviceMappingRequest, ImageConsistency, Instance, InstanceState, LaunchSpec, Region, RegionOptions,
+};
 use network_vpc::{Direction, Network, Rule};
 use quick_start::BuiltImage;
 
@@ -79,7 +81,7 @@ fn whole(dir: &Path, hypervisor: Box<dyn Hypervisor>, disk: &BuiltImage) -> Resu
     let web = network.authorize(group, Direction::Ingress, Rule::tcp(80, "0.0.0.0/0".parse()?))?;
 
     let spec = || Ok::<_, anyhow::Error>(hardware()?.security_group(group).key_name("operator"));
-    let data = BlockDeviceMapping::blank("/dev/xvdb", 1);
+    let data = BlockDeviceMappingRequest::new("/dev/xvdb").size_gib(1);
     let with_data = spec()?.block_device(data).user_data(user_data::of_first());
     let first = step("launching the first instance", || launch(&region, &network, &ami, with_data))?;
     step("waiting for its page", || wait_for_page(&first))?;
