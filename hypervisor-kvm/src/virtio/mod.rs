@@ -281,7 +281,7 @@ impl VirtioDevice {
     /// closes the gate waits for all of it.
     fn serve_on_vcpu(&self, vm: &VmFd, gate: &Gate) {
         while gate.is_open() {
-            if !self.step(vm) {
+            if !self.step(vm, gate) {
                 return;
             }
         }

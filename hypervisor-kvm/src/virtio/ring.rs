@@ -118,7 +118,8 @@ impl Ring {
     /// The queue at work.
     pub(crate) fn run<'a>(&'a mut self, memory: &'a Memory) -> Running<'a> {
         let used_before = self.queue.next_used();
-        Running { queue: &mut self.queue, indirect: self.indirect, memory, used_before, interrupt: false }
+        let (queue, indirect) = (&mut self.queue, self.indirect);
+        Running { queue, indirect, memory, descriptors: 0, used_before, interrupt: false }
     }
 }
 
@@ -138,6 +139,8 @@ pub(crate) struct Running<'a> {
     queue: &'a mut Queue,
     indirect: bool,
     memory: &'a Memory,
+    /// How many descriptors were read.
+    descriptors: usize,
     /// How far the used ring was when this began.
     used_before: u16,
     /// Whether the driver is to be interrupted whatever it waits for.
@@ -152,6 +155,11 @@ impl<'a> Running<'a> {
     /// How many descriptors the driver gave it, which is as many chains as it may have.
     pub(crate) fn size(&self) -> usize {
         self.queue.size().into()
+    }
+
+    /// How many descriptors have been read, also of chains that were not taken or were put back.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.descriptors
     }
 
     /// The next chain that the driver has made available. None until its next notification, which has
@@ -194,6 +202,7 @@ impl<'a> Running<'a> {
             let head = available.load::<u16>(4 + 2 * usize::from(next % size), Ordering::Relaxed);
             let head = u16::from_le(head.map_err(|_| OUTSIDE)?);
             let chain = Chain::read(self.memory, table, head, self.indirect)?;
+            self.descriptors += chain.descriptors();
             let taken = each(chain)?;
             if taken == Taken::Not {
                 break;

@@ -22,7 +22,7 @@ impl VirtioDevice {
             if self.stale.swap(false, Ordering::AcqRel) {
                 self.refresh(vm);
             }
-            if !self.step(vm) {
+            if !self.step(vm, gate) {
                 self.wait(notification)?;
             }
         }
@@ -56,10 +56,11 @@ impl VirtioDevice {
         }
     }
 
-    /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
-    /// False if there is none.
-    pub(super) fn step(&self, vm: &VmFd) -> bool {
-        (0..self.queues()).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
+    /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between, and whoever
+    /// closes the gate. False if there is none.
+    pub(super) fn step(&self, vm: &VmFd, gate: &Gate) -> bool {
+        let step = |queue| !gate.is_open() || self.step_queue(vm, queue);
+        (0..self.queues()).map(step).fold(false, |any, worked| any | worked)
     }
 
     fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
@@ -92,4 +93,84 @@ impl VirtioDevice {
 pub(super) fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: it is the eventfd's, which is borrowed for as long.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+    use std::sync::{Arc, Mutex};
+
+    use virtio_bindings::virtio_mmio as reg;
+
+    use super::super::chain::Malformed;
+    use super::super::device::Device;
+    use super::super::ring::Running;
+    use super::*;
+    use crate::{Transport, memory};
+
+    /// A device each of whose queues has one piece of work, during which somebody closes the gate.
+    #[derive(Debug)]
+    struct Closes {
+        gate: Arc<Gate>,
+        served: Arc<Mutex<Vec<usize>>>,
+    }
+
+    impl Device for Closes {
+        fn kind(&self) -> u32 {
+            42
+        }
+
+        fn features(&self) -> u64 {
+            0
+        }
+
+        fn queues(&self) -> usize {
+            3
+        }
+
+        fn read_config(&self, _: u64, _: &mut [u8]) {}
+
+        fn serve(&mut self, queue: usize, _: &mut Running<'_>, _: u64) -> Result<bool, Malformed> {
+            let mut served = self.served.lock().unwrap();
+            let first = !served.contains(&queue);
+            if first {
+                served.push(queue);
+                self.gate.close();
+            }
+            Ok(first)
+        }
+    }
+
+    #[test]
+    fn who_closes_the_gate_waits_for_one_queue_and_not_for_all() {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else { return eprintln!("SKIPPED: there is no /dev/kvm") };
+        let vm = kvm.create_vm().unwrap();
+        let (memory, gate) = (memory::allocate(NonZeroU32::MIN).unwrap(), Arc::new(Gate::new()));
+        let served = Arc::<Mutex<Vec<usize>>>::default();
+        let closes = Closes { gate: gate.clone(), served: served.clone() };
+        let device = VirtioDevice::new(&memory, 0, Transport::Mmio, closes);
+        let set = |register: u32, value: u32| device.write(&vm, &gate, register.into(), &value.to_le_bytes());
+        [1, 3].into_iter().for_each(|status| set(reg::VIRTIO_MMIO_STATUS, status));
+        set(reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
+        set(reg::VIRTIO_MMIO_DRIVER_FEATURES, 1);
+        set(reg::VIRTIO_MMIO_STATUS, 11);
+        for queue in 0..3 {
+            let at = 0x1000 * (queue + 1);
+            set(reg::VIRTIO_MMIO_QUEUE_SEL, queue);
+            set(reg::VIRTIO_MMIO_QUEUE_NUM, 8);
+            set(reg::VIRTIO_MMIO_QUEUE_DESC_LOW, at);
+            set(reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW, at + 0x200);
+            set(reg::VIRTIO_MMIO_QUEUE_USED_LOW, at + 0x400);
+            set(reg::VIRTIO_MMIO_QUEUE_READY, 1);
+        }
+        gate.open();
+        set(reg::VIRTIO_MMIO_STATUS, 15);
+        assert_eq!(*served.lock().unwrap(), [0]);
+        // What was left is done when it is open again.
+        for expect in [&[0, 1][..], &[0, 1, 2]] {
+            gate.open();
+            device.go_on(&vm, &gate);
+            assert_eq!(*served.lock().unwrap(), expect);
+        }
+    }
 }
