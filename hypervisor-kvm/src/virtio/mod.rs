@@ -37,6 +37,8 @@ mod tests;
 mod vsock;
 #[cfg(test)]
 mod vsock_tests;
+#[cfg(test)]
+mod wired_tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -119,7 +119,7 @@ impl Ring {
     pub(crate) fn run<'a>(&'a mut self, memory: &'a Memory) -> Running<'a> {
         let used_before = self.queue.next_used();
         let (queue, indirect) = (&mut self.queue, self.indirect);
-        Running { queue, indirect, memory, descriptors: 0, used_before, interrupt: false }
+        Running { queue, indirect, memory, ready: 0, descriptors: 0, used_before, interrupt: false }
     }
 }
 
@@ -139,6 +139,8 @@ pub(crate) struct Running<'a> {
     queue: &'a mut Queue,
     indirect: bool,
     memory: &'a Memory,
+    /// See [`ready`](Self::ready).
+    ready: usize,
     /// How many descriptors were read.
     descriptors: usize,
     /// How far the used ring was when this began.
@@ -155,6 +157,16 @@ impl<'a> Running<'a> {
     /// How many descriptors the driver gave it, which is as many chains as it may have.
     pub(crate) fn size(&self) -> usize {
         self.queue.size().into()
+    }
+
+    /// The same of a device whose first queues, so many, are ready.
+    pub(crate) fn among(self, ready: usize) -> Self {
+        Self { ready, ..self }
+    }
+
+    /// How many of the device's queues, from the first on, are ready: those behind one that is not do not count.
+    pub(crate) fn ready(&self) -> usize {
+        self.ready
     }
 
     /// How many descriptors have been read, also of chains that were not taken or were put back.

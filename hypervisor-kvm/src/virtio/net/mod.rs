@@ -227,6 +227,9 @@ impl Net {
 
     /// Moves frames from a pair of the driver's to the network. False if there is nothing to do before the next frame,
     /// or before the network has room.
+    ///
+    /// Also from a pair that is not in use, although no driver is to send by one (virtio 1.2, 5.1.6.5.6.1): Linux's has fewer
+    /// used, while it sends by all, before it stops sending by the others, and some send by all before any are set.
     fn transmit(&mut self, pair: usize, ring: &mut Running<'_>, features: u64) -> Result<bool, Malformed> {
         let Some(port) = self.port.clone() else { return Ok(false) };
         for _ in 0..BATCH {
