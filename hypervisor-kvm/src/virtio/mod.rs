@@ -277,6 +277,15 @@ impl VirtioDevice {
         }
     }
 
+    /// Where the registers are on PCI of a device that is served by a thread, if they are anywhere, and whether KVM hears it there.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn is_heard_at(&self) -> Option<(u64, bool)> {
+        match &self.port {
+            Port::Pci(pci) if self.needs_thread() => pci.is_heard_at(),
+            _ => None,
+        }
+    }
+
     /// KVM does not hear it, as where a guest puts one device into the place of another. It does so as often as it likes.
     pub(crate) fn is_unheard(&self, error: kvm_ioctls::Error) {
         if self.warned.swap(true, Ordering::Relaxed) {

@@ -106,6 +106,14 @@ impl OnPci {
         Ok(())
     }
 
+    /// Where the registers are, and whether KVM hears notifications there.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_heard_at(&self) -> Option<(u64, bool)> {
+        let address = self.address.load(Ordering::Acquire);
+        let notified_at = *self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
+        (address != NOWHERE).then_some((address, notified_at == Some(address)))
+    }
+
     /// How far `address` is into the registers, if it is.
     pub(super) fn offset_of(&self, address: u64) -> Option<u64> {
         let offset = address.checked_sub(self.address.load(Ordering::Acquire))?;

@@ -58,7 +58,7 @@ impl VirtioDevice {
 
     /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between, and whoever
     /// closes the gate. False if there is none.
-    pub(super) fn step(&self, vm: &VmFd, gate: &Gate) -> bool {
+    pub(crate) fn step(&self, vm: &VmFd, gate: &Gate) -> bool {
         let step = |queue| !gate.is_open() || self.step_queue(vm, queue);
         (0..self.queues()).map(step).fold(false, |any, worked| any | worked)
     }
@@ -75,7 +75,7 @@ impl VirtioDevice {
     }
 
     /// Has all that was begun end.
-    fn settle(&self, vm: &VmFd) {
+    pub(crate) fn settle(&self, vm: &VmFd) {
         for queue in 0..self.queues() {
             let step = match &self.port {
                 Port::Mmio(mmio) => mmio.settle(vm, &self.memory, queue),
