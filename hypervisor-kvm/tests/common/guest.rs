@@ -42,6 +42,7 @@ const SOURCES: &[&str] = &[
     "net.c",
     "smbios.c",
     "storm.c",
+    "pci.c",
     "queue.c",
     "misuse.c",
     "vsock.c",
