@@ -45,6 +45,7 @@ const SOURCES: &[&str] = &[
     "pci.c",
     "queue.c",
     "misuse.c",
+    "flood.c",
     "vsock.c",
     "balloon.c",
     "console.c",

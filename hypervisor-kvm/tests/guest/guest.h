@@ -69,6 +69,9 @@ u32 net_mtu(u32 net);
 int net_up(u32 net, const u8 address[4]);
 int serve_nets(void);
 
+/* flood.c: whether a network device has been given buffers that it has to do with for long. */
+int flood(void);
+
 /* vsock.c: the guest's address, or zero; whether the host answered. */
 u32 vsock_up(void);
 int vsock_connect(u32 port);
