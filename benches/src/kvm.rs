@@ -27,8 +27,8 @@ const MANY: usize = 1_000;
 /// How many of the first and of the last of them are compared.
 const ENDS: usize = 50;
 
-/// KVM whose machines are on virtio-mmio: where the bare-metal guest has its drivers, and what a guest boots soonest on. All
-/// figures are taken so, that they can be compared with those of before.
+/// KVM whose machines are on virtio-mmio, which a guest boots soonest on. All figures are taken so, that they can be compared
+/// with those of before.
 pub(crate) fn kvm_on_mmio() -> Result<Kvm, MachineError> {
     Ok(Kvm::open()?.with_transport(Transport::Mmio))
 }

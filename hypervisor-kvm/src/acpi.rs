@@ -355,6 +355,19 @@ mod tests {
     }
 
     #[test]
+    fn the_port_to_panic_on_is_named_where_drivers_look() {
+        let dsdt = &found(1, 0)[2].1;
+        let find = |bytes: &[u8]| dsdt.windows(bytes.len()).position(|window| window == bytes);
+        let device = find(b"PEVT").expect("there is one");
+        let rest = &dsdt[device..device + 40];
+        let has = |bytes: &[u8]| rest.windows(bytes.len()).any(|window| window == bytes);
+        assert!(has(b"_HID\x0dQEMU0001\0"), "{rest:x?}");
+        // One port, decoded in 16 bits, at 0x505.
+        assert!(has(b"_CRS") && has(&[0x47, 1, 5, 5, 5, 5, 1, 1]), "{rest:x?}");
+        assert_eq!(layout::PANIC_PORT, 0x505);
+    }
+
+    #[test]
     fn every_processor_and_disk_is_named_once() {
         let tables = found(64, layout::VIRTIO_MAX);
         let madt = &tables[1].1;

@@ -3,28 +3,28 @@
 
 mod bus;
 mod devices;
+mod ports;
 mod queue;
+mod requests;
 mod saved_machine;
 
 use std::io::Write;
 use std::num::NonZeroU32;
 
-use instance_core::console::Console;
 use instance_core::machine::{BootFile, NetSpec};
 use instance_core::net::{self, Checksum, Frame, MacAddress, Offloads, Protocol, Segmentation};
-use storage_block::MemoryDisk;
+use storage_block::{Disk, IoLimits, Limiter, MemoryDisk, Rate};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::kernel::Kernel;
-use crate::power::Power;
-use crate::serial::SerialPort;
 use crate::virtio::{Block, Effect, Mmio, Net, Pci, RANGE_LEN, Step};
 use crate::{layout, memory};
 
 pub use bus::{bus, bus_on_mmio};
 pub use devices::{clock, virtio_balloon, virtio_console, virtio_rng, virtio_vsock, vsock_streams};
+pub use ports::ports;
 pub use queue::virtio_queue;
+pub use requests::block_requests;
 pub use saved_machine::saved_machine;
 
 const DISK: u64 = 64 << 10;
@@ -40,10 +40,16 @@ impl Input<'_> {
     }
 }
 
+/// A disk with limits that hold up all but a few requests, for a moment.
+fn limited_disk() -> Option<Disk> {
+    let ops = Some(Rate { per_second: 10_000, burst: 2 });
+    let disk = MemoryDisk::new(DISK).ok()?.into_disk();
+    Some(disk.limited(&Limiter::new(IoLimits { ops, bytes: None })))
+}
+
 /// A guest that writes what it likes to its memory and to a block device's registers.
 pub fn virtio_block(bytes: &[u8]) {
-    let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
-    let disk = disk.into_disk();
+    let (Ok(memory), Some(disk)) = (memory::allocate(NonZeroU32::MIN), limited_disk()) else { return };
     let mut device = Mmio::new(Block::new(disk.clone(), "vol-fuzz", 2));
     let mut input = Input(bytes);
     let mut broken = false;
@@ -84,8 +90,8 @@ pub fn virtio_block(bytes: &[u8]) {
 /// A guest that writes what it likes to its memory, and to a block device on PCI by its configuration space
 /// and its registers.
 pub fn virtio_pci(bytes: &[u8]) {
-    let (Ok(memory), Ok(disk)) = (memory::allocate(NonZeroU32::MIN), MemoryDisk::new(DISK)) else { return };
-    let mut device = Pci::new(Block::new(disk.into_disk(), "vol-fuzz", 2), Some(layout::PCI_MEMORY));
+    let (Ok(memory), Some(disk)) = (memory::allocate(NonZeroU32::MIN), limited_disk()) else { return };
+    let mut device = Pci::new(Block::new(disk, "vol-fuzz", 2), Some(layout::PCI_MEMORY));
     let mut input = Input(bytes);
     let mut broken = false;
     while let Some([action, low, high]) = input.take() {
@@ -107,7 +113,9 @@ pub fn virtio_pci(bytes: &[u8]) {
             }
             3 => assert!(memory.write_slice(&value[..len], GuestAddress(at.into())).is_ok()),
             _ => {
-                let step = device.step(&memory, usize::from(low % 2));
+                let queue = usize::from(low % 2);
+                let step =
+                    if low < 0xc0 { device.step(&memory, queue) } else { device.settle(&memory, queue) };
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
                 broken |= matches!(step, Step::Broken(_));
                 let _ = (device.queue_message(low.into()), device.config_message());
@@ -181,29 +189,13 @@ pub fn kernel(bytes: &[u8]) {
     }
 }
 
-/// A guest that writes what it likes to the serial port and the power management registers.
-pub fn ports(bytes: &[u8]) {
-    let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
-    let console = Console::new();
-    let (serial, power) = (SerialPort::new(console.port(), interrupt), Power::default());
-    let mut input = Input(bytes);
-    while let Some([action, register, value]) = input.take() {
-        let port = layout::PM1_EVENT_PORT + u16::from(register % 10);
-        match action % 4 {
-            0 => serial.write(register % 8, value),
-            1 => _ = serial.read(register % 8),
-            2 => _ = power.write(port, &[value; 4][..usize::from(value % 5)], |_| ()),
-            _ => power.read(port, &mut [0; 8][..usize::from(value % 9)]),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     type Body = fn(&[u8]);
 
     /// The bodies of devices that have seeds of their own.
-    const BODIES: [(&str, Body); 7] = [
+    const BODIES: [(&str, Body); 8] = [
+        ("kvm_block_requests", super::block_requests),
         ("kvm_virtio_queue", super::virtio_queue),
         ("kvm_virtio_rng", super::virtio_rng),
         ("kvm_virtio_console", super::virtio_console),

@@ -194,14 +194,14 @@ pub(crate) fn initrd_address(len: u64, kernel_end: u64, memory: &Memory) -> Resu
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::io::Write;
 
     const MIB: u64 = 1 << 20;
 
     /// A 64-bit ELF file with a segment of `0x100` bytes for 1 MiB and the notes given.
-    fn elf(notes: &[u8]) -> Vec<u8> {
+    pub(crate) fn elf(notes: &[u8]) -> Vec<u8> {
         let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
         let halves =
             |file: &mut Vec<u8>, words: &[u16]| words.iter().for_each(|w| file.extend(w.to_le_bytes()));
@@ -220,7 +220,7 @@ mod tests {
         file
     }
 
-    fn note(kind: u32, address: u32) -> Vec<u8> {
+    pub(crate) fn note(kind: u32, address: u32) -> Vec<u8> {
         let mut note: Vec<u8> = [4, 4, kind].iter().flat_map(|w: &u32| w.to_le_bytes()).collect();
         note.extend(b"Xen\0");
         note.extend(address.to_le_bytes());

@@ -2,10 +2,13 @@
 
 mod calls;
 mod parts;
+#[cfg(test)]
+mod tests;
 mod vm;
 
+use std::cell::Cell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::{ptr, thread};
 
 use instance_core::machine::{
     Detach, ExitCause, Machine, MachineError, MachineSpec, MachineState, RestoreSpec,
@@ -69,6 +72,11 @@ pub(crate) struct Shared {
     threads: Mutex<Threads>,
     /// Held while a device comes, so that whoever ends the machine finds its thread.
     pub(crate) plugging: Mutex<()>,
+}
+
+thread_local! {
+    /// The machine whose thread this is, which keeps it for as long; only to be compared.
+    static WORKS_FOR: Cell<*const Shared> = const { Cell::new(ptr::null()) };
 }
 
 /// The threads that run the guest. Those of devices are in their places.
@@ -249,6 +257,7 @@ impl Shared {
         let name = format!("{machine}/{role}");
         let (shared, filter) = (self.clone(), filter.cloned());
         let body = move || {
+            WORKS_FOR.set(ptr::from_ref(&*shared));
             let leaving = Leaving(&shared);
             prepare();
             match filter.as_ref().map_or(Ok(()), confine::enter) {
@@ -259,6 +268,11 @@ impl Shared {
         };
         let spawned = kick::with_signals_blocked(|| Thread::spawn(&self.stacks, &name, body));
         spawned.inspect_err(|_| self.leave()).host("cannot start a thread")
+    }
+
+    /// Whether the caller is one of its threads, also one that has no place yet, or has none any more.
+    fn is_own_thread(&self) -> bool {
+        ptr::eq(WORKS_FOR.get(), self)
     }
 
     /// The balloon, if there is one.

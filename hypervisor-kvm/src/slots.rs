@@ -104,14 +104,6 @@ impl Slots {
         std::mem::take(&mut self.lock().departed)
     }
 
-    /// Whether the caller is the thread of a device.
-    pub(crate) fn is_own_thread(&self) -> bool {
-        let state = self.lock();
-        let in_place = state.places.iter().flatten();
-        in_place.filter_map(|placed| placed.thread().as_ref().map(Thread::is_current)).any(|is| is)
-            || state.departed.iter().any(Thread::is_current)
-    }
-
     /// Takes a device out that the guest has not been told of.
     pub(crate) fn withdraw(&self, vm: &VmFd, placed: &Placed) {
         let mut state = self.lock();

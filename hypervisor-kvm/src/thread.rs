@@ -190,12 +190,6 @@ impl Thread {
         self.id
     }
 
-    /// Whether it is the one that asks.
-    pub(crate) fn is_current(&self) -> bool {
-        // SAFETY: both are threads that have not been joined.
-        unsafe { libc::pthread_equal(self.id, libc::pthread_self()) != 0 }
-    }
-
     /// Waits for its end.
     pub(crate) fn join(mut self) {
         // SAFETY: it has been neither joined nor detached: `self` is given up here.
@@ -303,7 +297,6 @@ mod tests {
             tell.send(name).unwrap();
         });
         let thread = thread.unwrap();
-        assert!(!thread.is_current());
         assert_eq!(told.recv().unwrap(), "a name of more \n");
         thread.join();
         // Nothing of it is left that would send.

@@ -187,7 +187,7 @@ fn machines_dropped_at_any_moment_leave_nothing() {
                 MachineState::Paused => machine.resume().unwrap(),
                 _ => machine.start().unwrap(),
             }
-            // Commands that end, or more requests than it lives to see the end of, where it has a driver for the transport.
+            // Commands that end, or more requests than it lives to see the end of.
             let commands: &[u8] = match random >> 35 & 3 {
                 0 => b"write 0 1 x\ncpus\nup 0 10.0.0.12\ncid\nterminal\n",
                 1 => b"storm 0 write 4000000000\n",

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use ami_core::Architecture;
 use common::soon;
 use instance_core::console::Console;
-use instance_core::machine::{ExitCause, Hypervisor, Machine, MachineSpec, MachineState};
+use instance_core::machine::{ExitCause, Hypervisor, Machine, MachineSpec, MachineState, NetSpec};
+use instance_core::net::{self, Frame};
 
 /// What a kill or a reset may take.
 const AT_ONCE: Duration = Duration::from_millis(100);
@@ -37,6 +38,12 @@ fn a_guest_that_keeps_a_device_busy_is_killed_at_once() {
     is_ended_at_once("hoard", "hoarding", |machine| machine.kill(), ExitCause::Killed);
 }
 
+/// Buffers of next to nothing in 65,281 pieces, all of which are looked at for each frame that finds no room in them.
+#[test]
+fn a_guest_that_has_frames_looked_for_long_is_killed_at_once() {
+    is_ended_at_once("flood", "flooding", |machine| machine.kill(), ExitCause::Killed);
+}
+
 fn is_ended_at_once(command: &str, says: &str, end: fn(&dyn Machine), cause: ExitCause) {
     let Some(kvm) = common::kvm() else { return };
     let ends = || -> Vec<Duration> {
@@ -46,10 +53,13 @@ fn is_ended_at_once(command: &str, says: &str, end: fn(&dyn Machine), cause: Exi
             let mut spec = MachineSpec::new("hangs", Architecture::X86_64, boot, console.port());
             spec.memory_mib = NonZeroU32::new(128).unwrap();
             spec.vcpus = NonZeroU32::new(2).unwrap();
+            let (port, network) = net::link();
+            spec.nets = vec![NetSpec::new(port, "02:00:0a:00:00:0c".parse().unwrap())];
             let machine = kvm.create(spec).unwrap();
             machine.start().unwrap();
             console.write_all(format!("{command}\n").as_bytes(), soon()).unwrap();
             console.reader().wait_for(says, soon()).unwrap();
+            while network.send(Frame::new(vec![1; 1400])).is_ok() {}
             // What it does then takes longer than this.
             let moment = Instant::now() + IN_THE_MIDDLE;
             while Instant::now() < moment {

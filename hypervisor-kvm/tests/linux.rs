@@ -99,7 +99,7 @@ fn boots_by_the_64_bit_entry(kvm: &Kvm) {
     assert_eq!(end, MachineState::Exited(ExitCause::PowerOff));
 }
 
-/// Many processors, and memory on both sides of the hole below 4 GiB. All 64 that there can be come up as well, in minutes of
+/// Many processors, and memory on both sides of the hole below 4 GiB. Not all 64 that there can be: they would take minutes of
 /// the lab's.
 fn is_as_large_as_it_is_told(kvm: &Kvm) {
     let (vcpus, mib) = (8, 5 << 10);

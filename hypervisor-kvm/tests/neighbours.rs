@@ -6,12 +6,14 @@ mod common;
 
 use ami_core::Architecture;
 use common::soon;
-use hypervisor_kvm::Kvm;
+use hypervisor_kvm::{Kvm, Transport};
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, Hypervisor, Machine, MachineSpec, MachineState, NetSpec};
 use instance_core::net;
 use instance_core::vsock::{self, VsockSpec};
 use storage_block::MemoryDisk;
+
+const TRANSPORTS: [Transport; 2] = [Transport::Mmio, Transport::Pci];
 
 struct Guest {
     machine: Box<dyn Machine>,
@@ -21,7 +23,13 @@ struct Guest {
 }
 
 impl Guest {
-    /// A guest with two disks and one of everything else.
+    /// Two guests on this transport, each with two disks and one of everything else.
+    fn two(kvm: &Kvm, transport: Transport) -> [Self; 2] {
+        println!("{transport:?}");
+        let kvm = kvm.clone().with_transport(transport);
+        [Self::new(&kvm), Self::new(&kvm)]
+    }
+
     fn new(kvm: &Kvm) -> Self {
         let console = Console::new();
         let boot = common::guest::boot().unwrap();
@@ -51,7 +59,12 @@ impl Guest {
 #[test]
 fn who_breaks_the_rules_loses_one_device_until_it_is_reset() {
     let Some(kvm) = common::kvm() else { return };
-    let [guilty, beside] = [Guest::new(&kvm), Guest::new(&kvm)];
+    for transport in TRANSPORTS {
+        loses_one_device(&Guest::two(&kvm, transport));
+    }
+}
+
+fn loses_one_device([guilty, beside]: &[Guest; 2]) {
     beside.says("write 0 0 beside", "wrote");
     for rule in ["loop", "outside", "index", "short", "live"] {
         guilty.says("write 0 0 before", "wrote");
@@ -68,7 +81,7 @@ fn who_breaks_the_rules_loses_one_device_until_it_is_reset() {
         // And is there again for a driver that begins anew.
         guilty.says("forget 0", "forgot");
         guilty.says("read 0 0", "data before");
-        for guest in [&guilty, &beside] {
+        for guest in [guilty, beside] {
             assert_eq!(guest.machine.state().get(), MachineState::Running, "{rule}");
         }
     }
@@ -78,6 +91,13 @@ fn who_breaks_the_rules_loses_one_device_until_it_is_reset() {
 /// when it is notified.
 #[test]
 fn every_kind_of_device_is_lost_alone_and_comes_back() {
+    let Some(kvm) = common::kvm() else { return };
+    for transport in TRANSPORTS {
+        comes_back(&Guest::two(&kvm, transport));
+    }
+}
+
+fn comes_back([guilty, beside]: &[Guest; 2]) {
     const OTHERS: [(&str, &str); 5] = [
         ("network port", "1 1"),
         ("console", "3 1"),
@@ -85,8 +105,6 @@ fn every_kind_of_device_is_lost_alone_and_comes_back() {
         ("balloon", "5 0"),
         ("streams", "19 1"),
     ];
-    let Some(kvm) = common::kvm() else { return };
-    let [guilty, beside] = [Guest::new(&kvm), Guest::new(&kvm)];
     beside.says("write 0 0 beside", "wrote");
     guilty.says("write 0 0 before", "wrote");
     for (name, broken) in OTHERS {
@@ -103,7 +121,7 @@ fn every_kind_of_device_is_lost_alone_and_comes_back() {
             beside.says(&format!("use {other}"), "used");
         }
         guilty.says(&format!("use {broken}"), "used");
-        for guest in [&guilty, &beside] {
+        for guest in [guilty, beside] {
             assert_eq!(guest.machine.state().get(), MachineState::Running, "{name}");
         }
     }

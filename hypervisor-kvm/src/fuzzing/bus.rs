@@ -3,19 +3,18 @@
 
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use instance_core::console::Console;
 use instance_core::machine::{DiskSpec, ExitCause, NetSpec};
 use instance_core::net::{self, MacAddress};
 use instance_core::vsock::{self, VsockSpec};
 use kvm_ioctls::VmFd;
-use storage_block::MemoryDisk;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{DISK, Input};
+use super::{Input, limited_disk};
 use crate::bus::Devices;
 use crate::gate::Gate;
 use crate::memory::{self, Memory};
@@ -45,15 +44,15 @@ const PORTS: [u16; 10] = [
 /// What the machine has, in the order of the places. Disks and ports may go, but for the first disk.
 const STAYS: [bool; 7] = [true, false, false, true, true, true, true];
 
-/// A virtual machine whose interrupts are raised.
-fn vm() -> Option<&'static VmFd> {
+/// A virtual machine whose interrupts are raised, which one at a time has.
+fn vm() -> Option<MutexGuard<'static, VmFd>> {
     // To make one takes longer than all else, and what is left in it of one input is nothing that another sees.
-    static VM: OnceLock<Option<VmFd>> = OnceLock::new();
+    static VM: OnceLock<Option<Mutex<VmFd>>> = OnceLock::new();
     let vm = VM.get_or_init(|| {
         let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()).ok()?;
-        vm.create_irq_chip().ok().map(|()| vm)
+        vm.create_irq_chip().ok().map(|()| Mutex::new(vm))
     });
-    vm.as_ref()
+    vm.as_ref().map(|vm| vm.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Whether there is KVM, without which the bodies do nothing. Under CI there is.
@@ -67,12 +66,14 @@ pub(super) fn can_run() -> bool {
     can
 }
 
-/// A guest that does what it likes with ports and addresses. It ejects no device that has to stay, and ends its machine by nothing but
-/// what ends machines.
+/// A guest that does what it likes with ports and addresses, and whose devices are served. It ejects no device that has to stay, and ends
+/// its machine by nothing but what ends machines; a device that is alone in its place is heard there.
 pub fn bus(bytes: &[u8]) {
     let (Some(vm), Ok(memory)) = (vm(), memory::allocate(NonZeroU32::MIN)) else { return };
+    let vm = &*vm;
     let Some(devices) = devices(&memory, Transport::Pci) else { return };
     let (gate, mut input) = (Gate::new(), Input(bytes));
+    gate.open();
     while let Some([action, at, low, high]) = input.take() {
         let mut data = input.take::<8>().unwrap_or_default();
         let len = [1, 2, 4, 8][usize::from(action >> 4 & 3)];
@@ -86,12 +87,22 @@ pub fn bus(bytes: &[u8]) {
             2 => devices.memory_read(address, &mut data[..len]),
             3 => devices.memory_write(vm, &gate, address, &data[..len]),
             4 => _ = memory.write_slice(&data[..len], GuestAddress(u16::from_le_bytes([low, high]).into())),
-            // The host wants one to go.
+            // The host wants one to go, or its thread serves it, or is to stand still.
             _ => {
                 if let Some(placed) = devices.virtio.get(usize::from(at)) {
-                    devices.virtio.ask_to_go(&placed);
+                    match low % 3 {
+                        0 => devices.virtio.ask_to_go(&placed),
+                        1 => _ = placed.device.step(vm, &gate),
+                        _ => placed.device.settle(vm),
+                    }
                 }
             }
+        }
+        let heard: Vec<_> =
+            devices.virtio.all().iter().filter_map(|placed| placed.device.is_heard_at()).collect();
+        for (address, is_heard) in &heard {
+            let is_alone = heard.iter().filter(|(other, _)| other == address).count() == 1;
+            assert!(*is_heard || !is_alone, "the device at {address:#x} is not heard");
         }
         for (place, stays) in STAYS.into_iter().enumerate() {
             assert!(!stays || devices.virtio.get(place).is_some(), "the device in place {place} is gone");
@@ -110,6 +121,7 @@ pub fn bus(bytes: &[u8]) {
 /// nothing, and one of another width than a register has is none.
 pub fn bus_on_mmio(bytes: &[u8]) {
     let (Some(vm), Ok(memory)) = (vm(), memory::allocate(NonZeroU32::MIN)) else { return };
+    let vm = &*vm;
     let Some(devices) = devices(&memory, Transport::Mmio) else { return };
     let (gate, mut input) = (Gate::new(), Input(bytes));
     let states = || -> Vec<DeviceState> { devices.virtio.all().iter().map(|at| at.device.save()).collect() };
@@ -203,7 +215,7 @@ fn served(
 /// Devices of all types, of which those that have a thread are served by nobody.
 fn devices(memory: &Memory, transport: Transport) -> Option<Devices> {
     let stacks = Stacks::default();
-    let disk = |serial| Some(DiskSpec::new(MemoryDisk::new(DISK).ok()?.into_disk(), serial));
+    let disk = |serial| Some(DiskSpec::new(limited_disk()?, serial));
     let (first, second) = (disk("vol-0")?, disk("vol-1")?);
     let net = NetSpec::new(net::link().0, MacAddress([2, 0, 0, 0, 0, 1]));
     let of_disk = |place, spec: &DiskSpec| {

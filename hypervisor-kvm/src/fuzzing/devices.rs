@@ -20,9 +20,16 @@ use crate::virtio::{self, Balloon, Mmio, Rng, Step, Vsock, Wish};
 /// Where the memory begins that the driver of this fuzzer has no use for.
 const UNUSED: u64 = 64 << 10;
 const PAGE: usize = 4096;
+/// What a program does not do: the machine goes on as another.
+const CONTINUE: u8 = 0xff;
 
 /// A guest that writes what it likes to its memory and to a device's registers. What else happens `outside` does.
-fn drive(input: &mut Input<'_>, memory: &Memory, device: &mut Mmio, mut outside: impl FnMut([u8; 3])) {
+fn drive(
+    input: &mut Input<'_>,
+    memory: &Memory,
+    device: &mut Mmio,
+    mut outside: impl FnMut(&mut Mmio, [u8; 3]),
+) {
     let mut broken = false;
     while let Some([action, at, low, high]) = input.take() {
         match action % 5 {
@@ -39,7 +46,7 @@ fn drive(input: &mut Input<'_>, memory: &Memory, device: &mut Mmio, mut outside:
                 let address = u64::from(u16::from_le_bytes([low, high]) & 0xffef);
                 assert!(memory.write_slice(&value[..usize::from(at % 17)], GuestAddress(address)).is_ok());
             }
-            3 => outside([at, low, high]),
+            3 => outside(device, [at, low, high]),
             _ => {
                 let step = device.step(memory, usize::from(at % 6));
                 assert!(!broken || step == Step::Idle, "a device that waits for a reset has done {step:?}");
@@ -57,7 +64,7 @@ pub fn virtio_balloon(bytes: &[u8]) {
     assert!(memory.write_slice(&unused, GuestAddress(UNUSED)).is_ok());
     let wish = Arc::new(Wish::new(1));
     let mut device = Mmio::new(Balloon::new(wish.clone()));
-    drive(&mut Input(bytes), &memory, &mut device, |_| assert!(wish.actual_mib() <= 1));
+    drive(&mut Input(bytes), &memory, &mut device, |_, _| assert!(wish.actual_mib() <= 1));
     let mut after = unused;
     assert!(memory.read_slice(&mut after, GuestAddress(UNUSED)).is_ok());
     // Compared as wholes: byte by byte it takes far longer than all else.
@@ -68,7 +75,7 @@ pub fn virtio_balloon(bytes: &[u8]) {
 /// A guest that does what it likes with an entropy device.
 pub fn virtio_rng(bytes: &[u8]) {
     let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
-    drive(&mut Input(bytes), &memory, &mut Mmio::new(Rng), |_| ());
+    drive(&mut Input(bytes), &memory, &mut Mmio::new(Rng), |_, _| ());
 }
 
 /// A guest that does what it likes with a console, and a terminal that does the same. What is typed comes to the guest or
@@ -77,7 +84,7 @@ pub fn virtio_console(bytes: &[u8]) {
     let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
     let terminal = Console::new();
     let mut device = Mmio::new(virtio::Console::new(terminal.port()));
-    drive(&mut Input(bytes), &memory, &mut device, |[columns, rows, len]| {
+    drive(&mut Input(bytes), &memory, &mut device, |_, [columns, rows, len]| {
         let typed = vec![rows; usize::from(len) << (columns % 9)];
         let _ = terminal.write_all(&typed, Instant::now());
         terminal.resize(ConsoleSize { columns: columns.into(), rows: rows.into() });
@@ -85,13 +92,25 @@ pub fn virtio_console(bytes: &[u8]) {
     assert!(terminal.output().len() <= OUTPUT_KEPT && terminal.port().input_waiting() <= INPUT_KEPT);
 }
 
-/// A guest that does what it likes with a socket device, and a program that does the same with its streams.
+/// A guest that does what it likes with a socket device, and a program that does the same with its streams. Now and then its
+/// machine is saved and goes on as another, where it has no streams.
 pub fn virtio_vsock(bytes: &[u8]) {
     let Ok(memory) = memory::allocate(NonZeroU32::MIN) else { return };
     let (port, host) = vsock::cable();
     let mut device = Mmio::new(Vsock::new(&VsockSpec::new(port)));
     let mut program = Program::new(host);
-    drive(&mut Input(bytes), &memory, &mut device, |action| program.act(action));
+    drive(&mut Input(bytes), &memory, &mut device, |device, action| {
+        if action[0] != CONTINUE {
+            return program.act(action);
+        }
+        let (port, host) = vsock::cable();
+        let mut other = Vsock::new(&VsockSpec::new(port));
+        other.break_streams();
+        let (saved, mut other) = (device.save(), Mmio::new(other));
+        assert!(other.restore(&memory, &saved).is_ok(), "what was saved is not restored");
+        assert_eq!(other.save(), saved);
+        (*device, program) = (other, Program::new(host));
+    });
 }
 
 /// A guest whose packets are as it likes, without a device. It never gets more than it has said it has room for,

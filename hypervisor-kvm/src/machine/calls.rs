@@ -137,14 +137,14 @@ impl KvmMachine {
     fn end(&self, cause: ExitCause) {
         self.shared.end(cause);
         // A watcher's hook runs in the last thread to leave, which cannot wait for itself.
-        let slots = &self.shared.devices.virtio;
-        if slots.is_own_thread() || self.shared.threads().vcpus.iter().any(Thread::is_current) {
+        if self.shared.is_own_thread() {
             return;
         }
         self.shared.gate.wait_until_over();
         let _nobody_comes = self.shared.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let threads = std::mem::take(&mut *self.shared.threads());
         // One that panicked has ended the machine as well: see `Leaving`.
+        let slots = &self.shared.devices.virtio;
         let placed = slots.all();
         let of_devices = placed.iter().filter_map(|placed| placed.thread().take()).chain(slots.departed());
         threads.vcpus.into_iter().chain(of_devices).for_each(Thread::join);

@@ -15,8 +15,9 @@ use crate::virtio::Own;
 const MAGIC: [u8; 8] = *b"AMI-KVM\n";
 /// Counts up with every change of what a state is encoded as. All earlier ones are read.
 pub(crate) const VERSION: u32 = 4;
-/// Magic, version, checksum of the state (CRC-32C), length of the state; 8 bytes are spare.
+/// Magic, version, checksum of the state (CRC-32C), length of the state, and from [`SPARE`] on zeroes.
 pub(super) const HEADER_LEN: usize = 32;
+const SPARE: usize = 24;
 /// More than any machine's.
 const STATE_MAX: u64 = 16 << 20;
 /// How much of the memory is looked at and written at once.
@@ -138,6 +139,9 @@ fn check_header(header: &[u8; HEADER_LEN]) -> Result<(u32, u64, u32)> {
         return Err(saved(format!(
             "the saved machine has format {version}; this version reads those up to {VERSION}"
         )));
+    }
+    if header[SPARE..].iter().any(|byte| *byte != 0) {
+        return Err(saved("the saved machine has something in the bytes of its header that mean nothing"));
     }
     Ok((version, u64::from(word(8)) | u64::from(word(12)) << 32, word(4)))
 }

@@ -2,6 +2,7 @@
 
 mod restored;
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use instance_core::console::Console;
@@ -9,11 +10,12 @@ use instance_core::machine::{DiskSpec, NetSpec, RestoreSpec, SavedMachine};
 use instance_core::net::{self, MacAddress};
 use storage_block::MemoryDisk;
 
-use super::file::{HEADER_LEN, VERSION, decode, encode};
+use super::file::{HEADER_LEN, Loaded, VERSION, decode, encode};
 use super::{Disk, Port, State};
 use crate::Transport;
 use crate::fuzzing;
 use crate::gone::Gone;
+use crate::memory::PAGE;
 use crate::slots::Other;
 
 const TRANSPORTS: [(Transport, &str); 2] = [(Transport::Mmio, "mmio"), (Transport::Pci, "pci")];
@@ -88,6 +90,24 @@ fn a_state_that_contradicts_itself_about_a_disk_is_refused() {
             let error = done.unwrap_err();
             assert!(error.contains("contradicts itself about the size of a disk"), "{size}: {error}");
         }
+    }
+}
+
+/// Bytes that mean nothing yet are kept for what a later version may say there.
+#[test]
+fn a_header_that_says_what_no_version_does_is_refused() {
+    let read = |change: &dyn Fn(&mut [u8])| {
+        let mut head = golden(VERSION, "pci");
+        change(&mut head);
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&head, 0).unwrap();
+        file.set_len(head.len().next_multiple_of(PAGE) as u64 + (4 << 20)).unwrap();
+        Loaded::read(&SavedMachine::new(file).unwrap()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(read(&|_| ()), Ok(()));
+    for at in 24..HEADER_LEN {
+        let error = read(&|head| head[at] = 1).unwrap_err();
+        assert!(error.contains("bytes of its header that mean nothing"), "{at}: {error}");
     }
 }
 

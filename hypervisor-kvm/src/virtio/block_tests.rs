@@ -21,6 +21,7 @@ use super::mmio::Mmio;
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
+const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
 
 const OK: u8 = 0;
@@ -133,12 +134,25 @@ impl Guest {
     }
 
     /// The `n`th request, to write so many MiB of zeroes.
-    fn offer_zeroes(&mut self, queue: usize, n: u16, sector: u64, mib: u64) {
+    fn offer_zeroes(&mut self, queue: usize, n: u16, sector: u64, mib: u32) {
+        self.offer_range(queue, n, WRITE_ZEROES, sector, mib << 11);
+    }
+
+    /// The `n`th request, about so many sectors and without their content.
+    fn offer_range(&mut self, queue: usize, n: u16, kind: u32, sector: u64, sectors: u32) {
         let at = request_at(queue, n);
-        self.0.put(at, &[u64::from(WRITE_ZEROES).to_le_bytes(), [0; 8]].concat());
-        self.0.put(at + 512, &[sector.to_le_bytes(), u64::to_le_bytes(mib << 11)].concat());
+        self.0.put(at, &[u64::from(kind).to_le_bytes(), [0; 8]].concat());
+        self.0.put(at + 512, &[sector.to_le_bytes(), u64::from(sectors).to_le_bytes()].concat());
         self.0.put(at + 16, &[NONE]);
         self.0.offer(queue, n * 3, &[(at, 16, 0), (at + 512, 16, 0), (at + 16, 1, WRITE)]);
+    }
+
+    /// The `n`th request, with no data.
+    fn offer_empty(&mut self, queue: usize, n: u16, kind: u32) {
+        let at = request_at(queue, n);
+        self.0.put(at, &[u64::from(kind).to_le_bytes(), [0; 8]].concat());
+        self.0.put(at + 16, &[NONE]);
+        self.0.offer(queue, n * 3, &[(at, 16, 0), (at + 16, 1, WRITE)]);
     }
 
     /// The heads' numbers of what was used, in this order.

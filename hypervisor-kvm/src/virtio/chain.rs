@@ -79,6 +79,11 @@ impl Chain {
         }
         Err(Malformed("a descriptor chain does not end"))
     }
+
+    /// How many descriptors it has.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.readable.segments.len() + self.writable.segments.len()
+    }
 }
 
 /// Pieces of the guest's memory that are read or written as one.

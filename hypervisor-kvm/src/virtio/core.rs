@@ -296,8 +296,9 @@ impl Core {
     }
 
     fn try_work(&mut self, memory: &Memory, n: usize, work: Work) -> Result<Step, Malformed> {
+        let ready = self.rings.iter().take_while(|ring| ring.ready()).count();
         let Some(ring) = self.rings.get_mut(n) else { return Ok(Step::Idle) };
-        let mut running = ring.run(memory);
+        let mut running = ring.run(memory).among(ready);
         let worked = work(&mut *self.device, n, &mut running, self.accepted)?;
         let interrupt = running.wants_interrupt()?;
         Ok(if worked || interrupt { Step::Served { interrupt } } else { Step::Idle })

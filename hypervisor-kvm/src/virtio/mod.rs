@@ -37,6 +37,8 @@ mod tests;
 mod vsock;
 #[cfg(test)]
 mod vsock_tests;
+#[cfg(test)]
+mod wired_tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -48,6 +50,8 @@ use vmm_sys_util::eventfd::EventFd;
 pub(crate) use self::core::Effect;
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::core::Step;
+#[cfg(test)]
+pub(crate) use self::pci::NOTIFY;
 use crate::Transport;
 use crate::error::{HostContext, Result, saved};
 use crate::gate::Gate;
@@ -247,21 +251,47 @@ impl VirtioDevice {
         }
     }
 
-    /// The guest writes to it.
-    pub(crate) fn write_space(&self, vm: &VmFd, gate: &Gate, at: usize, data: &[u8]) {
-        let Port::Pci(pci) = &self.port else { return };
-        self.follow(vm, gate, pci.write_space(vm, &self.memory, at, data));
-        if let Some(Err(error)) = self.notification.as_ref().map(|heard| pci.listen(vm, heard)) {
-            // As where a guest puts one device into the place of another. It does so as often as it likes.
-            if self.warned.swap(true, Ordering::Relaxed) {
-                tracing::debug!(%error, "KVM again did not take the new place of a device's notification");
-            } else {
-                tracing::warn!(%error, "KVM did not take the new place of a device's notification");
-            }
-        }
+    /// The guest writes to it. True if that has moved the registers: KVM has then to [hear](Self::listen) it elsewhere.
+    pub(crate) fn write_space(&self, vm: &VmFd, gate: &Gate, at: usize, data: &[u8]) -> bool {
+        let Port::Pci(pci) = &self.port else { return false };
+        let (effect, moved) = pci.write_space(vm, &self.memory, at, data);
+        self.follow(vm, gate, effect);
+        moved
+    }
+
+    /// Has KVM hear the notifications of a device on PCI that is served by a thread where its registers are.
+    pub(crate) fn listen(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        let (Port::Pci(pci), Some(notification)) = (&self.port, &self.notification) else { return Ok(()) };
+        let heard = pci.listen(vm, notification);
         // It may have been stopped meanwhile.
-        if let (true, Some(heard)) = (self.stopped.load(Ordering::Acquire), &self.notification) {
-            pci.stop_listening(vm, heard);
+        if self.stopped.load(Ordering::Acquire) {
+            pci.stop_listening(vm, notification);
+        }
+        heard
+    }
+
+    /// Has KVM hear it no more where its registers are no more.
+    pub(crate) fn let_go(&self, vm: &VmFd) {
+        if let (Port::Pci(pci), Some(notification)) = (&self.port, &self.notification) {
+            pci.let_go(vm, notification);
+        }
+    }
+
+    /// Where the registers are on PCI of a device that is served by a thread, if they are anywhere, and whether KVM hears it there.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn is_heard_at(&self) -> Option<(u64, bool)> {
+        match &self.port {
+            Port::Pci(pci) if self.needs_thread() => pci.is_heard_at(),
+            _ => None,
+        }
+    }
+
+    /// KVM does not hear it, as where a guest puts one device into the place of another. It does so as often as it likes.
+    pub(crate) fn is_unheard(&self, error: kvm_ioctls::Error) {
+        if self.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(%error, "KVM again did not take the new place of a device's notification");
+        } else {
+            tracing::warn!(%error, "KVM did not take the new place of a device's notification");
         }
     }
 
@@ -281,7 +311,7 @@ impl VirtioDevice {
     /// closes the gate waits for all of it.
     fn serve_on_vcpu(&self, vm: &VmFd, gate: &Gate) {
         while gate.is_open() {
-            if !self.step(vm) {
+            if !self.step(vm, gate) {
                 return;
             }
         }

@@ -50,8 +50,18 @@ impl OnPci {
 
     /// Has KVM hear no notifications any more.
     pub(super) fn stop_listening(&self, vm: &VmFd, notification: &EventFd) {
+        self.stop_listening_if(vm, notification, |_| true);
+    }
+
+    /// Has KVM hear none where the registers are no more: another device's may be there.
+    pub(super) fn let_go(&self, vm: &VmFd, notification: &EventFd) {
+        let address = self.address.load(Ordering::Acquire);
+        self.stop_listening_if(vm, notification, |before| before != address);
+    }
+
+    fn stop_listening_if(&self, vm: &VmFd, notification: &EventFd, at: impl FnOnce(u64) -> bool) {
         let mut notified_at = self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = notified_at.take() {
+        if let Some(before) = notified_at.take_if(|before| at(*before)) {
             let at = IoEventAddress::Mmio(before + NOTIFY);
             if let Err(error) = vm.unregister_ioevent(notification, &at, NoDatamatch) {
                 tracing::warn!(%error, "KVM did not forget a device's notification");
@@ -78,8 +88,9 @@ impl OnPci {
 
     /// Has KVM hear notifications where the driver makes them.
     ///
-    /// While the registers are nowhere it hears them where they were, which is harmless: a guest that looks
-    /// how many there are takes them away for a moment.
+    /// While the registers are nowhere it hears them where they were, until another device is there and this one is to
+    /// [`let_go`](Self::let_go): a guest that looks how many registers there are takes them away for a moment, once for each
+    /// range that a function might have, and KVM waits for all processors each time it forgets or learns a place.
     pub(super) fn listen(&self, vm: &VmFd, notification: &EventFd) -> Result<(), kvm_ioctls::Error> {
         let address = self.address.load(Ordering::Acquire);
         let mut notified_at = self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
@@ -93,6 +104,14 @@ impl OnPci {
         vm.register_ioevent(notification, &at(address), NoDatamatch)?;
         *notified_at = Some(address);
         Ok(())
+    }
+
+    /// Where the registers are, and whether KVM hears notifications there.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_heard_at(&self) -> Option<(u64, bool)> {
+        let address = self.address.load(Ordering::Acquire);
+        let notified_at = *self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
+        (address != NOWHERE).then_some((address, notified_at == Some(address)))
     }
 
     /// How far `address` is into the registers, if it is.
@@ -115,16 +134,17 @@ impl OnPci {
         self.lock().read_space(at, data);
     }
 
-    /// The guest writes to the configuration space, by which it may also move the registers.
-    pub(super) fn write_space(&self, vm: &VmFd, memory: &Memory, at: usize, data: &[u8]) -> Effect {
+    /// The guest writes to the configuration space. Says, too, whether it has moved the registers by that.
+    pub(super) fn write_space(&self, vm: &VmFd, memory: &Memory, at: usize, data: &[u8]) -> (Effect, bool) {
         let mut registers = self.lock();
         let done = registers.write_space(memory, at, data);
-        self.take_place(&registers);
-        finish(vm, &mut registers, done)
+        let moved = self.take_place(&registers);
+        (finish(vm, &mut registers, done), moved)
     }
 
-    fn take_place(&self, registers: &Pci) {
-        self.address.store(registers.range().map_or(NOWHERE, |range| range.start), Ordering::Release);
+    fn take_place(&self, registers: &Pci) -> bool {
+        let address = registers.range().map_or(NOWHERE, |range| range.start);
+        self.address.swap(address, Ordering::AcqRel) != address
     }
 
     /// See [`Device::ended`].

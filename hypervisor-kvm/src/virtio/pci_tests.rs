@@ -1,24 +1,15 @@
 //! A driver that reaches a block device by PCI, good and bad.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use storage_block::{Disk, MemoryDisk, Volume};
-use tracing::span;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
-use super::VirtioDevice;
 use super::block::Block;
 use super::core::{Effect, Step};
 use super::driver::to_the_end;
 use super::pci::{Done, NOTIFY, Pci, RANGE_LEN};
 use super::ring::QUEUE_SIZE;
-use crate::gate::Gate;
 use crate::memory::{self, Memory};
 use crate::pci::msix::Message;
-use crate::{Transport, layout};
 
 const MIB: u64 = 1 << 20;
 const DESCRIPTORS: u64 = 0x1000;
@@ -305,52 +296,4 @@ fn every_register_takes_every_width() {
     }
     driver.set(20, &[0]);
     assert_eq!(driver.get(20, 1), 0);
-}
-
-/// Counts warnings.
-struct Warnings(Arc<AtomicUsize>);
-
-impl tracing::Subscriber for Warnings {
-    fn enabled(&self, of: &tracing::Metadata<'_>) -> bool {
-        *of.level() <= tracing::Level::WARN
-    }
-
-    fn event(&self, _: &tracing::Event<'_>) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-    fn enter(&self, _: &span::Id) {}
-    fn exit(&self, _: &span::Id) {}
-}
-
-#[test]
-fn a_device_in_the_place_of_another_fills_no_log_and_may_go_elsewhere() {
-    let Ok(kvm) = kvm_ioctls::Kvm::new() else { return eprintln!("SKIPPED: there is no /dev/kvm") };
-    let vm = kvm.create_vm().unwrap();
-    let (memory, gate) = (memory::allocate(std::num::NonZeroU32::MIN).unwrap(), Gate::new());
-    let [_first, second] = [0, 1].map(|n| {
-        let block = Block::new(MemoryDisk::new(MIB).unwrap().into_disk(), "vol-1", 1);
-        VirtioDevice::with_thread(&vm, &memory, n, Transport::Pci, block).unwrap()
-    });
-    let place = |address: u32| second.write_space(&vm, &gate, 0x10, &address.to_le_bytes());
-    let warnings = Arc::new(AtomicUsize::new(0));
-    tracing::subscriber::with_default(Warnings(warnings.clone()), || {
-        (0..100).for_each(|_| place(layout::PCI_MEMORY));
-    });
-    assert_eq!(warnings.load(Ordering::Relaxed), 1);
-    // Where KVM hears one, it takes no other.
-    let elsewhere = layout::PCI_MEMORY + 8 * RANGE_LEN;
-    let taken = |address: u32| {
-        let (event, at) = (EventFd::new(0).unwrap(), IoEventAddress::Mmio(u64::from(address) + NOTIFY));
-        vm.register_ioevent(&event, &at, NoDatamatch).is_err()
-    };
-    place(elsewhere);
-    assert!(taken(elsewhere) && taken(layout::PCI_MEMORY));
-    assert_eq!(second.pci_offset_of(u64::from(elsewhere) + 4), Some(4));
 }

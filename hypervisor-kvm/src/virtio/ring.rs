@@ -118,7 +118,8 @@ impl Ring {
     /// The queue at work.
     pub(crate) fn run<'a>(&'a mut self, memory: &'a Memory) -> Running<'a> {
         let used_before = self.queue.next_used();
-        Running { queue: &mut self.queue, indirect: self.indirect, memory, used_before, interrupt: false }
+        let (queue, indirect) = (&mut self.queue, self.indirect);
+        Running { queue, indirect, memory, ready: 0, descriptors: 0, used_before, interrupt: false }
     }
 }
 
@@ -138,6 +139,10 @@ pub(crate) struct Running<'a> {
     queue: &'a mut Queue,
     indirect: bool,
     memory: &'a Memory,
+    /// See [`ready`](Self::ready).
+    ready: usize,
+    /// How many descriptors were read.
+    descriptors: usize,
     /// How far the used ring was when this began.
     used_before: u16,
     /// Whether the driver is to be interrupted whatever it waits for.
@@ -152,6 +157,21 @@ impl<'a> Running<'a> {
     /// How many descriptors the driver gave it, which is as many chains as it may have.
     pub(crate) fn size(&self) -> usize {
         self.queue.size().into()
+    }
+
+    /// The same of a device whose first queues, so many, are ready.
+    pub(crate) fn among(self, ready: usize) -> Self {
+        Self { ready, ..self }
+    }
+
+    /// How many of the device's queues, from the first on, are ready: those behind one that is not do not count.
+    pub(crate) fn ready(&self) -> usize {
+        self.ready
+    }
+
+    /// How many descriptors have been read, also of chains that were not taken or were put back.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.descriptors
     }
 
     /// The next chain that the driver has made available. None until its next notification, which has
@@ -194,6 +214,7 @@ impl<'a> Running<'a> {
             let head = available.load::<u16>(4 + 2 * usize::from(next % size), Ordering::Relaxed);
             let head = u16::from_le(head.map_err(|_| OUTSIDE)?);
             let chain = Chain::read(self.memory, table, head, self.indirect)?;
+            self.descriptors += chain.descriptors();
             let taken = each(chain)?;
             if taken == Taken::Not {
                 break;

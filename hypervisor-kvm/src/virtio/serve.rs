@@ -22,7 +22,7 @@ impl VirtioDevice {
             if self.stale.swap(false, Ordering::AcqRel) {
                 self.refresh(vm);
             }
-            if !self.step(vm) {
+            if !self.step(vm, gate) {
                 self.wait(notification)?;
             }
         }
@@ -56,10 +56,11 @@ impl VirtioDevice {
         }
     }
 
-    /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between.
-    /// False if there is none.
-    pub(super) fn step(&self, vm: &VmFd) -> bool {
-        (0..self.queues()).map(|queue| self.step_queue(vm, queue)).fold(false, |any, worked| any | worked)
+    /// Does a piece of work on each queue, each under a lock of its own, so that the driver gets in between, and whoever
+    /// closes the gate. False if there is none.
+    pub(crate) fn step(&self, vm: &VmFd, gate: &Gate) -> bool {
+        let step = |queue| !gate.is_open() || self.step_queue(vm, queue);
+        (0..self.queues()).map(step).fold(false, |any, worked| any | worked)
     }
 
     fn step_queue(&self, vm: &VmFd, queue: usize) -> bool {
@@ -74,7 +75,7 @@ impl VirtioDevice {
     }
 
     /// Has all that was begun end.
-    fn settle(&self, vm: &VmFd) {
+    pub(crate) fn settle(&self, vm: &VmFd) {
         for queue in 0..self.queues() {
             let step = match &self.port {
                 Port::Mmio(mmio) => mmio.settle(vm, &self.memory, queue),

@@ -161,6 +161,9 @@ impl Vsock {
             return Ok(false);
         }
         let Some(chain) = ring.next()? else { return Ok(false) };
+        if chain.readable.len() > 0 {
+            return Err(Malformed("a buffer for events is not for writing"));
+        }
         let event = TRANSPORT_RESET.to_le_bytes();
         let written = chain.writable.write(ring.memory(), 0, &event);
         written.map_err(|_| Malformed("a buffer for events is too short"))?;

@@ -119,6 +119,20 @@ impl Guest {
         guest
     }
 
+    /// One that goes on where another machine's was saved.
+    fn continued() -> Self {
+        let (port, host) = vsock::cable();
+        let mut spec = VsockSpec::new(port);
+        spec.cid = CID;
+        let mut guest = Self { driver: Driver::new(Vsock::new(&spec), 3, 0), host, seen: 0 };
+        let saved = guest.device.save();
+        let mut device = Vsock::new(&spec);
+        device.break_streams();
+        guest.driver.device = Mmio::new(device);
+        guest.driver.device.restore(&guest.driver.memory, &saved).unwrap();
+        guest
+    }
+
     fn offer_buffer(&mut self, n: u16, len: u32) {
         self.offer(RECEIVE, n, &[(RECEIVED + u64::from(n) * 0x1_0000, len, WRITE)]);
     }
@@ -290,15 +304,7 @@ fn a_packet_that_nobody_is_told_of_is_answered() {
 /// Where it were told later, what has come since would be of streams that are no more, too.
 #[test]
 fn a_guest_that_is_continued_is_told_so_first() {
-    let (port, host) = vsock::cable();
-    let mut spec = VsockSpec::new(port);
-    spec.cid = CID;
-    let mut guest = Guest { driver: Driver::new(Vsock::new(&spec), 3, 0), host, seen: 0 };
-    let saved = guest.device.save();
-    let mut device = Vsock::new(&spec);
-    device.break_streams();
-    guest.driver.device = Mmio::new(device);
-    guest.driver.device.restore(&guest.driver.memory, &saved).unwrap();
+    let mut guest = Guest::continued();
     guest.offer_buffer(0, BUFFER_LEN);
     guest.offer(EVENTS, 0, &[(SENT, 8, WRITE)]);
     guest.send(&Sent::new((7, 80), REQUEST));
@@ -365,6 +371,11 @@ fn a_bad_driver_stops_its_device_until_it_resets_it() {
             g.offer(RECEIVE, 0, &[(RECEIVED, 4096, 0)]);
             g.send(&Sent::new((1, 2), REQUEST));
             g.step(RECEIVE)
+        }),
+        ("a buffer for events is not for writing", |g| {
+            *g = Guest::continued();
+            g.offer(EVENTS, 0, &[(SENT, 4, 0), (SENT, 8, WRITE)]);
+            g.step(EVENTS)
         }),
     ];
     for (expect, misbehave) in bad {

@@ -22,14 +22,14 @@ pub(crate) fn soon() -> Instant {
 }
 
 /// This host's KVM, or `None` with a loud reason. Under CI and in the lab it must be there. Its machines are on virtio-mmio, where
-/// the bare-metal guest has its drivers.
-#[allow(dead_code, reason = "of those for which a guest is to find its devices there")]
+/// a guest finds its devices without looking for them, and figures are of them alone.
+#[allow(dead_code, reason = "of those that do not choose the transport")]
 pub(crate) fn kvm() -> Option<Kvm> {
     kvm_as_it_comes().map(|kvm| kvm.with_transport(Transport::Mmio))
 }
 
 /// The same with what whoever asks for nothing else has.
-#[allow(dead_code, reason = "of those for which the bare-metal guest need not find its devices")]
+#[allow(dead_code, reason = "of those that take the transport as it comes")]
 pub(crate) fn kvm_as_it_comes() -> Option<Kvm> {
     match Kvm::open() {
         Ok(kvm) => Some(kvm),

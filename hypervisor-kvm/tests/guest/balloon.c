@@ -14,7 +14,7 @@ u32 balloon_target(void)
 {
     if (!device)
         device = bring_up(TYPE, FEATURE_REPORTING, queues, QUEUES);
-    return device ? load(device + CONFIG + TARGET) : 0;
+    return device ? get_register(device + CONFIG + TARGET) : 0;
 }
 
 void inflate(u32 first, u32 count)
@@ -29,7 +29,7 @@ void inflate(u32 first, u32 count)
         while (!take(&queues[INFLATE], &ignored, &ignored))
             ;
         actual += now;
-        store(device + CONFIG + ACTUAL, actual);
+        set_register(device + CONFIG + ACTUAL, actual);
     }
 }
 

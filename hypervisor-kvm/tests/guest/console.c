@@ -27,5 +27,5 @@ u32 console_size(void)
     if (!device && (device = bring_up(TYPE, 0, queues, QUEUES)))
         for (u32 n = 0; n < QUEUE; n++)
             give(device, RECEIVE, &queues[RECEIVE], n, typed[n], ROOM, DEVICE_WRITES);
-    return device ? load(device + CONFIG) : 0;
+    return device ? get_register(device + CONFIG) : 0;
 }

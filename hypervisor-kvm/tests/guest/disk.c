@@ -1,4 +1,4 @@
-/* A driver of virtio block devices on virtio-mmio: one request at a time, waited for by asking. */
+/* A driver of virtio block devices: one request at a time, waited for by asking. */
 #include "virtio.h"
 
 enum { QUEUE = 4 };
@@ -22,30 +22,30 @@ u32 count_disks(void)
 
 static void set_address(u32 at, const void *address)
 {
-    store(at, (u32)address);
-    store(at + 4, 0);
+    set_register(at, (u32)address);
+    set_register(at + 4, 0);
 }
 
 int start_disk(u32 at, u32 features, u32 size, const void *descriptors, const void *available, const void *used)
 {
     u32 status = ACKNOWLEDGE | DRIVER;
-    store(at + STATUS, 0);
-    store(at + STATUS, status);
-    store(at + DEVICE_SELECT, 0);
-    store(at + DRIVER_SELECT, 0);
-    store(at + DRIVER_FEATURES, load(at + DEVICE_FEATURES) & features);
-    store(at + DRIVER_SELECT, 1);
-    store(at + DRIVER_FEATURES, FEATURE_VERSION_1);
-    store(at + STATUS, status |= FEATURES_OK);
-    if (!(load(at + STATUS) & FEATURES_OK))
+    set_register(at + STATUS, 0);
+    set_register(at + STATUS, status);
+    set_register(at + DEVICE_SELECT, 0);
+    set_register(at + DRIVER_SELECT, 0);
+    set_register(at + DRIVER_FEATURES, get_register(at + DEVICE_FEATURES) & features);
+    set_register(at + DRIVER_SELECT, 1);
+    set_register(at + DRIVER_FEATURES, FEATURE_VERSION_1);
+    set_register(at + STATUS, status |= FEATURES_OK);
+    if (!(get_register(at + STATUS) & FEATURES_OK))
         return 0;
-    store(at + QUEUE_SELECT, 0);
-    store(at + QUEUE_SIZE, size);
+    set_register(at + QUEUE_SELECT, 0);
+    set_register(at + QUEUE_SIZE, size);
     set_address(at + DESCRIPTORS, descriptors);
     set_address(at + AVAILABLE, available);
     set_address(at + USED, used);
-    store(at + QUEUE_READY, 1);
-    store(at + STATUS, status | DRIVER_OK);
+    set_register(at + QUEUE_READY, 1);
+    set_register(at + STATUS, status | DRIVER_OK);
     return 1;
 }
 
@@ -72,8 +72,8 @@ u64 disk_size(u32 disk)
 {
     if (!ready(disk))
         return 0;
-    u64 high = load(base(disk) + CAPACITY + 4);
-    return (high << 32 | load(base(disk) + CAPACITY)) * SECTOR;
+    u64 high = get_register(base(disk) + CAPACITY + 4);
+    return (high << 32 | get_register(base(disk) + CAPACITY)) * SECTOR;
 }
 
 static void describe(struct queue *queue, u32 n, void *address, u32 length, u16 flags)
@@ -103,9 +103,9 @@ int disk_request(u32 disk, enum request type, u32 sector, void *data, u32 length
     barrier();
     queue->available.index++;
     barrier();
-    store(base(disk) + NOTIFY, 0);
+    set_register(base(disk) + NOTIFY, 0);
     while (*used == before)
-        if (load(base(disk) + STATUS) & NEEDS_RESET)
+        if (get_register(base(disk) + STATUS) & NEEDS_RESET)
             return 0;
     barrier();
     return status == 0;
@@ -136,9 +136,9 @@ int break_disk(u32 disk, enum broken rule)
     barrier();
     queue->available.index += ahead;
     barrier();
-    store(base(disk) + NOTIFY, 0);
+    set_register(base(disk) + NOTIFY, 0);
     for (u32 tries = 0; tries < 1000000; tries++)
-        if (load(base(disk) + STATUS) & NEEDS_RESET)
+        if (get_register(base(disk) + STATUS) & NEEDS_RESET)
             return 1;
     return 0;
 }

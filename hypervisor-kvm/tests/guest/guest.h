@@ -8,6 +8,8 @@ typedef unsigned long long u64;
 static inline void outb(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
 static inline void outw(u16 port, u16 value) { __asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port)); }
 
+static inline void outl(u16 port, u32 value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port)); }
+
 static inline u8 inb(u16 port)
 {
     u8 value;
@@ -22,10 +24,22 @@ static inline u16 inw(u16 port)
     return value;
 }
 
+static inline u32 inl(u16 port)
+{
+    u32 value;
+    __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+
 /* A register of a device, or memory that a device or another processor changes. */
 static inline u32 load(u32 address) { return *(volatile u32 *)address; }
 static inline void store(u32 address, u32 value) { *(volatile u32 *)address = value; }
 static inline void barrier(void) { __asm__ volatile("" : : : "memory"); }
+
+/* pci.c: a register of a virtio device, where it is on virtio-mmio, and where the device is notified. */
+u32 get_register(u32 at);
+void set_register(u32 at, u32 value);
+u32 notify_at(u32 device);
 
 /* What a PVH kernel is told (Xen, public/arch-x86/hvm/start_info.h). */
 struct start_info {
@@ -54,6 +68,9 @@ int net_mac(u32 net, u8 mac[6]);
 u32 net_mtu(u32 net);
 int net_up(u32 net, const u8 address[4]);
 int serve_nets(void);
+
+/* flood.c: whether a network device has been given buffers that it has to do with for long. */
+int flood(void);
 
 /* vsock.c: the guest's address, or zero; whether the host answered. */
 u32 vsock_up(void);

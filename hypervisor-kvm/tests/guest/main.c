@@ -411,6 +411,8 @@ static void obey(char *line)
         prepare_hoard();
         say("hoarding\n");
         hoard();
+    } else if (is(command, "flood")) {
+        say(flood() ? "flooding\n" : "error\n");
     } else if (is(command, "spin")) {
         say("spinning\n");
         for (;;)

@@ -1,4 +1,4 @@
-/* Drivers of any device on virtio-mmio that break a rule, or none. */
+/* Drivers of any device that break a rule, or none. */
 #include "guest.h"
 #include "queue.h"
 
@@ -23,9 +23,9 @@ int misuse(u32 type, u32 queue)
         return 0;
     queues[queue].available.index = QUEUE + 1;
     barrier();
-    store(at + NOTIFY, queue);
+    set_register(at + NOTIFY, queue);
     for (u32 tries = 0; tries < TRIES; tries++)
-        if (load(at + STATUS) & NEEDS_RESET)
+        if (get_register(at + STATUS) & NEEDS_RESET)
             return 1;
     return 0;
 }

@@ -1,4 +1,4 @@
-/* A driver of virtio network devices on virtio-mmio that answers ARP and ICMP echo requests. */
+/* A driver of virtio network devices that answers ARP and ICMP echo requests. */
 #include "guest.h"
 
 enum { FIRST = 0xd0000000, DISTANCE = 0x1000, MOST = 16, PORTS = 4, QUEUE = 8, ROOM = 2048 };
@@ -39,7 +39,8 @@ static u32 base(u32 n)
 {
     for (u32 device = 0; device < MOST; device++) {
         u32 at = FIRST + device * DISTANCE;
-        if (load(at + MAGIC) == 0x74726976 && load(at + VERSION) == 2 && load(at + DEVICE) == 1 && n-- == 0)
+        int is_net = get_register(at + MAGIC) == 0x74726976 && get_register(at + DEVICE) == 1;
+        if (is_net && get_register(at + VERSION) == 2 && n-- == 0)
             return at;
     }
     return 0;
@@ -57,14 +58,14 @@ int net_mac(u32 n, u8 mac[6])
 {
     u32 at = base(n);
     for (u32 byte = 0; at && byte < 6; byte++)
-        mac[byte] = *(volatile u8 *)(at + CONFIG + byte);
+        mac[byte] = get_register(at + CONFIG + byte / 4 * 4) >> 8 * (byte % 4);
     return at != 0;
 }
 
 u32 net_mtu(u32 n)
 {
     u32 at = base(n);
-    return at ? *(volatile u16 *)(at + CONFIG + MTU) : 0;
+    return at ? get_register(at + CONFIG + MTU / 4 * 4) >> 16 : 0;
 }
 
 static void make_available(struct queue *queue, u32 n, u32 length, u16 flags)
@@ -79,8 +80,8 @@ static void make_available(struct queue *queue, u32 n, u32 length, u16 flags)
 
 static void set_address(u32 at, const void *address)
 {
-    store(at, (u32)address);
-    store(at + 4, 0);
+    set_register(at, (u32)address);
+    set_register(at + 4, 0);
 }
 
 int net_up(u32 n, const u8 address[4])
@@ -89,29 +90,29 @@ int net_up(u32 n, const u8 address[4])
     if (!at || n >= PORTS)
         return 0;
     struct port *port = &ports[n];
-    store(at + STATUS, 0);
-    store(at + STATUS, status);
-    store(at + DRIVER_SELECT, 0);
-    store(at + DRIVER_FEATURES, FEATURE_MAC | FEATURE_MTU);
-    store(at + DRIVER_SELECT, 1);
-    store(at + DRIVER_FEATURES, FEATURE_VERSION_1);
-    store(at + STATUS, status |= FEATURES_OK);
+    set_register(at + STATUS, 0);
+    set_register(at + STATUS, status);
+    set_register(at + DRIVER_SELECT, 0);
+    set_register(at + DRIVER_FEATURES, FEATURE_MAC | FEATURE_MTU);
+    set_register(at + DRIVER_SELECT, 1);
+    set_register(at + DRIVER_FEATURES, FEATURE_VERSION_1);
+    set_register(at + STATUS, status |= FEATURES_OK);
     for (u32 q = RECEIVE; q <= TRANSMIT; q++) {
         struct queue *queue = &port->queues[q];
-        store(at + QUEUE_SELECT, q);
-        store(at + QUEUE_SIZE, QUEUE);
+        set_register(at + QUEUE_SELECT, q);
+        set_register(at + QUEUE_SIZE, QUEUE);
         set_address(at + DESCRIPTORS, queue->descriptors);
         set_address(at + AVAILABLE, &queue->available);
         set_address(at + USED, &queue->used);
         queue->available.flags = NO_INTERRUPT;
         for (u32 d = 0; d < QUEUE; d++)
             queue->descriptors[d].address = (u32)port->buffers[q][d];
-        store(at + QUEUE_READY, 1);
+        set_register(at + QUEUE_READY, 1);
     }
-    store(at + STATUS, status | DRIVER_OK);
+    set_register(at + STATUS, status | DRIVER_OK);
     for (u32 d = 0; d < QUEUE; d++)
         make_available(&port->queues[RECEIVE], d, ROOM, DEVICE_WRITES);
-    store(at + NOTIFY, RECEIVE);
+    set_register(at + NOTIFY, RECEIVE);
     for (u32 byte = 0; byte < 4; byte++)
         port->address[byte] = address[byte];
     port->up = at;
@@ -195,12 +196,12 @@ int serve_nets(void)
                     to[byte] = 0;
                 copy(to + HEADER, frame, length - HEADER);
                 make_available(transmit, 0, length, 0);
-                store(port->up + NOTIFY, TRANSMIT);
+                set_register(port->up + NOTIFY, TRANSMIT);
                 while (!take_used(transmit, &sent, &ignored))
                     ;
             }
             make_available(receive, id, ROOM, DEVICE_WRITES);
-            store(port->up + NOTIFY, RECEIVE);
+            set_register(port->up + NOTIFY, RECEIVE);
         }
     }
     return up;

@@ -1,4 +1,4 @@
-/* What drivers of devices on virtio-mmio do in the same way. */
+/* What drivers of devices do in the same way. */
 #include "guest.h"
 #include "queue.h"
 
@@ -6,7 +6,7 @@ static u32 find(u32 type)
 {
     for (u32 device = 0; device < MOST; device++) {
         u32 at = FIRST + device * DISTANCE;
-        if (load(at + MAGIC) == 0x74726976 && load(at + VERSION) == 2 && load(at + DEVICE) == type)
+        if (get_register(at + MAGIC) == 0x74726976 && get_register(at + VERSION) == 2 && get_register(at + DEVICE) == type)
             return at;
     }
     return 0;
@@ -14,8 +14,8 @@ static u32 find(u32 type)
 
 static void set_address(u32 at, const void *address)
 {
-    store(at, (u32)address);
-    store(at + 4, 0);
+    set_register(at, (u32)address);
+    set_register(at + 4, 0);
 }
 
 u32 bring_up(u32 type, u32 features, struct queue *queues, u32 count)
@@ -23,24 +23,24 @@ u32 bring_up(u32 type, u32 features, struct queue *queues, u32 count)
     u32 at = find(type), status = ACKNOWLEDGE | DRIVER;
     if (!at)
         return 0;
-    store(at + STATUS, 0);
-    store(at + STATUS, status);
-    store(at + DRIVER_SELECT, 0);
-    store(at + DRIVER_FEATURES, features);
-    store(at + DRIVER_SELECT, 1);
-    store(at + DRIVER_FEATURES, FEATURE_VERSION_1);
-    store(at + STATUS, status |= FEATURES_OK);
+    set_register(at + STATUS, 0);
+    set_register(at + STATUS, status);
+    set_register(at + DRIVER_SELECT, 0);
+    set_register(at + DRIVER_FEATURES, features);
+    set_register(at + DRIVER_SELECT, 1);
+    set_register(at + DRIVER_FEATURES, FEATURE_VERSION_1);
+    set_register(at + STATUS, status |= FEATURES_OK);
     for (u32 n = 0; n < count; n++) {
         struct queue *queue = &queues[n];
-        store(at + QUEUE_SELECT, n);
-        store(at + QUEUE_SIZE, QUEUE);
+        set_register(at + QUEUE_SELECT, n);
+        set_register(at + QUEUE_SIZE, QUEUE);
         set_address(at + DESCRIPTORS, queue->descriptors);
         set_address(at + AVAILABLE, &queue->available);
         set_address(at + USED, &queue->used);
         queue->available.flags = NO_INTERRUPT;
-        store(at + QUEUE_READY, 1);
+        set_register(at + QUEUE_READY, 1);
     }
-    store(at + STATUS, status | DRIVER_OK);
+    set_register(at + STATUS, status | DRIVER_OK);
     return at;
 }
 
@@ -53,7 +53,7 @@ void give(u32 device, u32 number, struct queue *queue, u32 n, const void *addres
     barrier();
     queue->available.index++;
     barrier();
-    store(device + NOTIFY, number);
+    set_register(device + NOTIFY, number);
 }
 
 int take(struct queue *queue, u32 *n, u32 *length)

@@ -1,4 +1,4 @@
-/* What drivers of devices on virtio-mmio share, as far as they are not older than this. */
+/* What drivers of devices share, as far as they are not older than this. */
 
 enum { FIRST = 0xd0000000, DISTANCE = 0x1000, MOST = 17, QUEUE = 8 };
 enum {

@@ -46,7 +46,7 @@ int storm_disk(u32 disk, enum request type, u32 requests, u32 *notifications)
     storm.used = (u32)&used;
     storm.headers = (u32)headers;
     storm.statuses = (u32)statuses;
-    storm.notify = base(disk) + NOTIFY;
+    storm.notify = notify_at(base(disk));
     storm.requests = requests;
     storm.last_block = disk_blocks - 1;
     storm.notifications = storm.failures = 0;

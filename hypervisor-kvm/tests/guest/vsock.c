@@ -21,7 +21,7 @@ static u32 device, taken, connected;
 static void send(u32 from_port, u32 to_port, u16 op, u32 length)
 {
     u32 ignored;
-    answer.from = *(volatile u32 *)(device + CONFIG);
+    answer.from = get_register(device + CONFIG);
     answer.to = HOST;
     answer.from_port = from_port;
     answer.to_port = to_port;
@@ -72,7 +72,7 @@ u32 vsock_up(void)
     if (!device && (device = bring_up(TYPE, 0, queues, QUEUES)))
         for (u32 n = 0; n < BUFFERS; n++)
             give(device, RECEIVE, &queues[RECEIVE], n, &buffers[n], ROOM, DEVICE_WRITES);
-    return device ? *(volatile u32 *)(device + CONFIG) : 0;
+    return device ? get_register(device + CONFIG) : 0;
 }
 
 int vsock_connect(u32 port)

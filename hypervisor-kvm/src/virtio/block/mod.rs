@@ -178,10 +178,11 @@ impl Block {
             end.map(|_| start).ok_or(Refusal::Io)
         };
         match op {
-            // Of these the disk would have nothing to do.
-            Op::Read { sector, len: 0 } | Op::Write { sector, len: 0 } => {
-                return start(sector, 0).map(|_| Some(0));
-            }
+            // Of these the disk would have nothing to do, and would say so before it has begun what was taken earlier.
+            Op::Read { sector, len: 0 }
+            | Op::Write { sector, len: 0 }
+            | Op::Discard { sector, len: 0 }
+            | Op::WriteZeroes { sector, len: 0 } => return start(sector, 0).map(|_| Some(0)),
             Op::Write { .. } | Op::WriteZeroes { .. } | Op::Discard { .. } if disk.read_only() => {
                 return Err(Refusal::Io);
             }

@@ -1,8 +1,9 @@
 //! Requests that are under way when the driver takes its memory back, all is to stand still, or the disk goes.
 
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use storage_block::Rate;
+use storage_block::{Rate, RawFile};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::*;
@@ -104,15 +105,34 @@ fn a_machine_that_is_to_stand_still_finishes_what_it_has_begun() {
     assert_eq!(guest.status(0, 1), OK);
 }
 
-/// A machine that is saved does not wait for the limits of its disks, and nothing is lost or done twice.
+/// A machine that is saved does not wait for the limits of its disks, and nothing is lost or done twice. One of the requests
+/// needs no disk, and must not be answered before those that were taken before it.
 #[test]
 fn what_the_limits_have_not_let_begin_goes_back_to_the_queue() {
+    let at_once: [Offer; 4] = [
+        |guest, n| guest.offer(0, n, GET_ID, 0),
+        |guest, n| guest.offer_range(0, n, WRITE_ZEROES, 0, 0),
+        |guest, n| guest.offer_range(0, n, DISCARD, 0, 0),
+        |guest, n| guest.offer_empty(0, n, OUT),
+    ];
+    at_once.iter().for_each(goes_back_to_the_queue);
+}
+
+/// How a request is offered.
+type Offer = fn(&mut Guest, u16);
+
+fn goes_back_to_the_queue(at_once: &Offer) {
     const REQUESTS: u16 = 20;
-    let (disk, limiter) = limited(IoLimits { ops: Some(Rate { per_second: 1, burst: 5 }), bytes: None });
-    let mut guest = Guest::new(&disk, 2, 0);
-    // One of them needs no disk, and must not be answered before those that were taken before it.
     const AT_ONCE: u16 = 12;
-    (0..REQUESTS).for_each(|n| guest.offer(0, n, if n == AT_ONCE { GET_ID } else { IN }, 0));
+    let limiter = Limiter::new(IoLimits { ops: Some(Rate { per_second: 1, burst: 5 }), bytes: None });
+    // Of a disk in memory nobody discards anything.
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&[ON_DISK; 1 << 20], 0).unwrap();
+    let disk = RawFile::from_file(file, false).unwrap().into_disk().limited(&limiter);
+    let mut guest = Guest::new(&disk, 2, 0);
+    for n in 0..REQUESTS {
+        if n == AT_ONCE { at_once(&mut guest, n) } else { guest.offer(0, n, IN, 0) }
+    }
     guest.offer(1, 0, IN, 0);
     (0..4).for_each(|_| _ = guest.0.step(0));
     guest.0.step(1);

@@ -21,7 +21,9 @@ impl Net {
         let [class, command] = header.map(u32::from);
         let done = match (class, command, mq) {
             (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, Some(pairs)) => {
-                features & 1 << VIRTIO_NET_F_MQ != 0 && self.use_pairs(u16::from_le_bytes(pairs))
+                let pairs = u16::from_le_bytes(pairs);
+                let are_ready = 2 * usize::from(pairs) <= ring.ready();
+                features & 1 << VIRTIO_NET_F_MQ != 0 && are_ready && self.use_pairs(pairs)
             }
             _ => false,
         };

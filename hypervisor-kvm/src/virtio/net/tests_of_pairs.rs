@@ -176,6 +176,34 @@ fn commands_are_obeyed_if_they_are_whole_and_possible() {
     }
 }
 
+/// A driver is to make all queues of the pairs ready first (virtio 1.2, 5.1.6.5.6.1).
+#[test]
+fn pairs_whose_queues_are_not_ready_are_not_used() {
+    for queue in [receive(1), transmit(1), receive(2), transmit(2)] {
+        let mut guest = Guest::new(0);
+        guest.driver.set(reg::VIRTIO_MMIO_QUEUE_SEL, queue as u32);
+        guest.driver.set(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+        let most = queue as u16 / 2;
+        assert_eq!(guest.command(CONTROL, &[4, 0, 3, 0], 1), Some(ERR), "without queue {queue}");
+        guest.use_pairs(most);
+        assert_eq!(guest.command(CONTROL, &[4, 0, most as u8 + 1, 0], 1), Some(ERR));
+    }
+}
+
+/// Although a driver is not to send by them: Linux's does, where it is told to use fewer while frames are on their way.
+#[test]
+fn what_is_sent_by_pairs_that_are_not_used_is_passed_on() {
+    let mut guest = Guest::new(0);
+    guest.use_pairs(3);
+    guest.use_pairs(1);
+    for pair in [2, 1, 0] {
+        assert!(matches!(guest.send(pair, &frame(7, true, pair as u8)), Step::Served { .. }));
+    }
+    let passed = std::iter::from_fn(|| guest.network.recv()).map(|frame| *frame.data.last().unwrap());
+    assert_eq!(passed.collect::<Vec<_>>(), [2, 1, 0]);
+    assert!(!guest.driver.needs_reset());
+}
+
 #[test]
 fn without_several_pairs_commands_are_of_the_third_queue_and_refused() {
     let mut guest = Guest::new(MQ);

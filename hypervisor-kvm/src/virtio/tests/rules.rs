@@ -25,10 +25,15 @@
 //!   `every_register_takes_every_width`, `what_can_only_be_read_is_not_written`, `the_window_reaches_the_registers`.
 //! - Widths, what can only be read, places that are none (4.2.2.2): [`every_register_takes_every_width`],
 //!   [`what_can_only_be_read_is_not_written`].
+//! - Bits of the interrupt status that are not pending or have no meaning (4.2.2.2): `wired_tests`:
+//!   `an_interrupt_is_acknowledged_by_its_own_bit`.
 //! - Headers of frames, buffers for them (5.1.6.2.1, 5.1.6.3.1): `net::tests`:
 //!   `a_driver_that_breaks_the_rules_is_stopped`, `frames_that_are_none_are_dropped`,
 //!   `what_has_no_meaning_in_a_header_is_ignored`.
-//! - Commands, and pairs that are not in use (5.1.6.5): `net::tests_of_pairs`.
+//! - Commands, and pairs of queues that are not there or not ready (5.1.6.5): `net::tests_of_pairs`:
+//!   `commands_are_obeyed_if_they_are_whole_and_possible`, `pairs_whose_queues_are_not_ready_are_not_used`.
+//! - Frames sent by pairs that are not in use (5.1.6.5.6.1) are passed on, as Linux's driver sends some when it is to use fewer:
+//!   `net::tests_of_pairs`: `what_is_sent_by_pairs_that_are_not_used_is_passed_on`.
 //! - Requests: lengths, places, flags, queues that were not negotiated (5.2.6.1): `tests`:
 //!   `a_request_that_cannot_be_done_is_an_error_and_no_more`, `what_a_flush_does_not_need_is_ignored`; `block_tests`:
 //!   `a_queue_that_was_not_negotiated_is_not_served`.
@@ -37,7 +42,8 @@
 //!   `random_bytes_are_as_many_as_asked_for_and_never_the_same`.
 //! - Pages of the memory, reports where agreed on (5.5.6): `balloon_tests`:
 //!   `a_bad_driver_stops_its_balloon_and_nothing_else_is_touched`.
-//! - Headers of packets, buffers for them, room (5.10.6): `vsock_tests`; `instance_core::vsock`:
+//! - Headers of packets, buffers for them and for events, room (5.10.6): `vsock_tests`:
+//!   `a_bad_driver_stops_its_device_until_it_resets_it`; `instance_core::vsock`:
 //!   `a_guest_that_breaks_the_rules_has_its_stream_broken_off`.
 
 use super::*;
