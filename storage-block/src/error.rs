@@ -58,6 +58,8 @@ pub enum ErrorKind {
     KeyUnavailable,
     /// The other side of a connection has said what nobody may say there.
     Protocol,
+    /// The other side of a connection cannot do what it is needed for.
+    Unsupported,
     /// Nothing proves who is on the other side of a connection, and something should.
     Untrusted,
     /// Whoever asked for it did not want it any more, and said so by

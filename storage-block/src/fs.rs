@@ -14,6 +14,7 @@ use std::path::Path;
 
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags};
 
+use crate::format::BLOCK;
 use crate::store::parent;
 #[cfg(test)]
 use crate::tests::{
@@ -214,6 +215,26 @@ pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
 
 pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
     act!(&tape::of(path), Op::Remove { path: path.into() }, std::fs::remove_file(path))
+}
+
+/// How long a file in a directory may be, up to `len`: one that never has a name is made as long, and nothing is left of it.
+pub(crate) fn longest_file(dir: &Path, len: u64) -> io::Result<u64> {
+    let probe = tempfile::tempfile_in(dir)?;
+    let takes = |blocks: u64| match probe.set_len(blocks * BLOCK) {
+        Err(e) if e.kind() == io::ErrorKind::FileTooLarge => Ok(false),
+        taken => taken.map(|()| true),
+    };
+    let (mut longest, mut too_long) = (0, len / BLOCK + 1);
+    let mut next = len / BLOCK;
+    while too_long - longest > 1 {
+        if takes(next)? {
+            longest = next;
+        } else {
+            too_long = next;
+        }
+        next = longest.midpoint(too_long);
+    }
+    Ok(longest * BLOCK)
 }
 
 /// Makes a symbolic link, which need not lead anywhere: it comes with what it says, so that its name is all there is to make

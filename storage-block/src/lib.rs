@@ -31,7 +31,9 @@
 //! files into the caller's buffers without a copy, be they slices or a guest's memory ([`IoBufMut`]). Whoever wants
 //! many requests under way at once has a [`Queue`], which the kernel's io_uring serves or a few threads; a [`Limiter`]
 //! keeps either to so many operations and bytes in a second. Only queues and the NBD server
-//! have threads, and imports and snapshots while they last.
+//! have threads of their own. Others last no longer than a call: imports, snapshots and sweeps share their work among a few,
+//! and what makes a new volume durable, as its first flush does, has a directory synchronised by one while it synchronises
+//! another.
 //!
 //! Handles are cheap to clone, may be used from any thread, and close with their last clone. A read never goes
 //! through more than one snapshot, however many came before it.
@@ -43,8 +45,9 @@
 //! # Errors
 //!
 //! [`Error`] has a [`kind`](Error::kind), says what it happened to, and has the operating system's error as its
-//! source. A file system that is full is [`ErrorKind::NoSpace`]: what had been begun is taken back and
-//! everything else is as it was. A damaged file is [`ErrorKind::Corrupt`], with the file's name and what is wrong.
+//! source. A file system that is full is [`ErrorKind::NoSpace`]: what was being made is taken back and
+//! everything else is as it was, but for the bytes of a write to a disk: as after any other error each may be the old or the
+//! new one, and of a write to a volume of more than 1 MiB the first parts mostly are. A damaged file is [`ErrorKind::Corrupt`], with the file's name and what is wrong.
 //!
 //! # Trust
 //!
@@ -66,10 +69,13 @@
 //! not alike, and 32 MiB for each TiB of packs that were read from. A snapshot that is open has 40 KiB for each 64 MiB of
 //! disk that was read through it, shared by all its volumes: 640 MiB for each TiB. A volume has 4 KiB for each 64 MiB in
 //! which anything was written, and 2 KiB more from its first snapshot on: 96 MiB for each TiB. What a request takes beside
-//! these does not depend on any size; an import takes a few MiB for each processor and 150 bytes for each new chunk.
+//! these does not depend on any size; an import takes a few MiB for each processor and 150 bytes for each new chunk. A sweep
+//! takes up to 115 bytes for each chunk that is kept, 1 to 2 GiB for a TiB of them, 32 for each that goes with a whole pack, and
+//! some 200 MiB for the packs that it rewrites.
 //!
-//! Of descriptors a store has one for each pack of up to 1 GiB that was read from, as long as it is open, and a volume has two:
-//! whoever has a store of a TiB raises what a process may have (`RLIMIT_NOFILE`, often 1024), as nobody here does.
+//! Of descriptors a store has one for each pack of up to 1 GiB that was read from, as long as it is open. A volume has two,
+//! and a new one, until a flush has something to log, a third, which keeps room for that.
+//! Whoever has a store of a TiB raises what a process may have (`RLIMIT_NOFILE`, often 1024), as nobody here does.
 //!
 //! # Left out
 //!

@@ -233,7 +233,8 @@ impl VolumeOptions {
     ///
     /// # Errors
     ///
-    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) as [`Volume::create`]. What else that says,
+    /// [`InvalidSize`](crate::ErrorKind::InvalidSize) as [`Volume::create`], for which a file without a name is made as long
+    /// as a volume of a TiB or more. What else that says,
     /// [`AlreadyExists`](crate::ErrorKind::AlreadyExists) or [`NoSpace`](crate::ErrorKind::NoSpace) say, comes of what needs the
     /// files: nobody looks at `dir` before, where by then not even an empty directory may stand. That has done nothing then, and may
     /// be tried again.

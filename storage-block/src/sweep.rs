@@ -1,19 +1,22 @@
 //! The one operation that deletes: snapshots nobody names, and the objects that only they had.
 
-use std::collections::{BTreeMap, HashSet};
+mod victims;
+
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
 use ami_core::Digest;
 
-use crate::format::{HOLE, Id, Kind, PACK_HEADER, Slot, UNIT};
+use crate::format::{HOLE, Id, Kind, Slot};
 use crate::fs;
-use crate::pack::{self, Dead, Index, Pack, Taken};
+use crate::pack::{self, Index, Pack};
 use crate::places::Place;
 use crate::session::Session;
 use crate::store::{Inner, lock, read, sync_dir, write};
 use crate::turns::Sweeping;
 use crate::{Error, ErrorKind, Result, Snapshot, Store};
+use victims::{Contents, Victim};
 
 /// What [`Sweep::remove_unreferenced`] gave back.
 ///
@@ -64,6 +67,8 @@ pub struct Reclaimed {
 pub struct Sweep {
     store: Store,
     turn: Sweeping,
+    /// How many objects of packs that are rewritten are listed at one time.
+    pub(crate) listed: usize,
 }
 
 impl Store {
@@ -90,7 +95,7 @@ impl Store {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn sweep(&self) -> Sweep {
-        Sweep { turn: self.0.turns.sweep(), store: self.clone() }
+        Sweep { turn: self.0.turns.sweep(), store: self.clone(), listed: victims::LISTED }
     }
 }
 
@@ -158,7 +163,7 @@ impl Sweep {
         if whole && reclaimed.missing == 0 {
             delete_broken(inner, &mut reclaimed)?;
         }
-        sweep(inner, &live, &mut reclaimed)?;
+        sweep(inner, &live, self.listed, &mut reclaimed)?;
         Ok(reclaimed)
     }
 }
@@ -203,22 +208,10 @@ fn settle_copies(inner: &Inner, live: &HashSet<Id>) -> Result<()> {
     Ok(())
 }
 
-/// A pack that is to go, and where its live objects lie.
-struct Victim {
-    pack: Arc<Pack>,
-    objects: Vec<(Id, Place)>,
-    /// What the objects take up.
-    alive: u64,
-    /// What is not alive in it.
-    dead: Dead,
-    /// What is taken of the pack, if it would be appended to.
-    open: Option<Taken>,
-}
-
 /// Removes the packs that have little alive in them: first those that have nothing, which needs no room, and then those of
 /// which the least has to be carried, so that each makes room for the next.
-fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result<()> {
-    let mut half_alive = victims(inner, live, reclaimed.missing > 0)?;
+fn sweep(inner: &Inner, live: &HashSet<Id>, listed: usize, reclaimed: &mut Reclaimed) -> Result<()> {
+    let mut half_alive = victims::find(inner, live, reclaimed.missing > 0)?;
     let dead = half_alive.iter().take_while(|victim| victim.alive == 0).count();
     let dead: Vec<Arc<Pack>> = half_alive.drain(..dead).map(|victim| victim.pack).collect();
     let freed = dead.iter().map(|pack| file_len(&pack.path)).sum::<Result<u64>>()?;
@@ -230,14 +223,33 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
     reclaimed.packs += dead.len() as u64;
     delete_packs(inner, dead)?;
     reclaimed.bytes += freed;
-    let mut left = half_alive.into_iter();
-    for victim in left.by_ref() {
-        let carried = carry(inner, &victim);
-        match carried {
+    while !half_alive.is_empty() {
+        let now = victims::listed_at_once(&half_alive, listed);
+        let now: Vec<Victim> = half_alive.drain(..now).collect();
+        let contents = victims::contents(&read(&inner.index), live, &now);
+        let left = rewrite(inner, now.into_iter().zip(contents), reclaimed)?;
+        if !left.is_empty() {
+            reclaimed.packs_left = (left.len() + half_alive.len()) as u64;
+            reopen(inner, left.into_iter().chain(half_alive));
+            break;
+        }
+    }
+    debug_assert!(live.iter().all(|id| read(&inner.index).places.contains_key(id)));
+    Ok(())
+}
+
+/// Rewrites packs as far as there is room; those for which there is none.
+fn rewrite(
+    inner: &Inner,
+    mut victims: impl Iterator<Item = (Victim, Contents)>,
+    reclaimed: &mut Reclaimed,
+) -> Result<Vec<Victim>> {
+    for (victim, Contents { live, dead }) in victims.by_ref() {
+        match carry(inner, &victim.pack, &live) {
             Ok(written) => {
                 let len = file_len(&victim.pack.path)?;
                 // From here on nobody takes what was in it for stored, or looks for it there; who did has it open.
-                write(&inner.index).forget_dead(victim.pack.number, &victim.dead);
+                write(&inner.index).forget_dead(victim.pack.number, &dead);
                 delete_packs(inner, vec![victim.pack])?;
                 reclaimed.packs += 1;
                 reclaimed.bytes += len.saturating_sub(written);
@@ -249,87 +261,19 @@ fn sweep(inner: &Inner, live: &HashSet<Id>, reclaimed: &mut Reclaimed) -> Result
             // What there was to be had without room has been had, and nothing is lost.
             Err(error) if error.kind() == ErrorKind::NoSpace => {
                 tracing::warn!(%error, "there is no room to rewrite what is half alive");
-                reclaimed.packs_left = 1 + left.len() as u64;
-                reopen(inner, std::iter::once(victim).chain(left));
-                break;
+                return Ok(std::iter::once(victim).chain(victims.map(|(victim, _)| victim)).collect());
             }
             Err(error) => return Err(error),
         }
     }
-    debug_assert!(live.iter().all(|id| read(&inner.index).places.contains_key(id)));
-    Ok(())
-}
-
-/// The packs that are at most half alive, those with the least alive first. Nobody appends to them from here on. Where
-/// something is missing, what may hold it is spared.
-fn victims(inner: &Inner, live: &HashSet<Id>, missing: bool) -> Result<Vec<Victim>> {
-    let mut index = write(&inner.index);
-    let mut objects: BTreeMap<u32, Vec<(Id, Place)>> = BTreeMap::new();
-    for (id, place) in index.places.iter().filter(|(id, _)| live.contains(*id)) {
-        objects.entry(place.pack).or_default().push((*id, place));
-    }
-    let mut victims: Vec<Victim> = Vec::new();
-    let spared = if missing { index.with_more() } else { HashSet::new() };
-    for (number, pack) in index.packs.iter().filter(|(number, _)| !spared.contains(*number)) {
-        let mut objects = objects.remove(number).unwrap_or_default();
-        objects.sort_unstable_by_key(|(_, place)| place.slot.start);
-        let alive = objects.iter().map(|(_, place)| u64::from(place.slot.units()) * UNIT).sum::<u64>();
-        if alive * 2 <= file_len(&pack.path)?.saturating_sub(PACK_HEADER) {
-            victims.push(Victim {
-                pack: Arc::clone(pack),
-                objects,
-                alive,
-                dead: Dead::default(),
-                open: None,
-            });
-        }
-    }
-    for victim in &mut victims {
-        victim.open = index.open.remove(&victim.pack.number);
-    }
-    find_dead(&index, live, &mut victims);
-    victims.sort_by_key(|victim| victim.alive);
-    Ok(victims)
-}
-
-/// Notes what goes with each pack that is rewritten: once for all of them, as that takes a look at every object there is.
-/// What has nothing alive is forgotten without.
-fn find_dead(index: &Index, live: &HashSet<Id>, victims: &mut [Victim]) {
-    // Here they are in the order of their numbers.
-    let numbers: Vec<u32> =
-        victims.iter().filter(|victim| victim.alive > 0).map(|victim| victim.pack.number).collect();
-    if numbers.is_empty() {
-        return;
-    }
-    let mut dead: Vec<Dead> = numbers.iter().map(|_| Dead::default()).collect();
-    let place_of = |pack: u32| numbers.binary_search(&pack).ok();
-    for (id, place) in index.places.iter().filter(|(id, _)| !live.contains(*id)) {
-        if let Some(at) = place_of(place.pack) {
-            dead[at].objects.push(*id);
-        }
-        // What something that is alive differs from is alive itself.
-        let base = place.patch.map(|patch| patch.base).filter(|base| *base != HOLE && !live.contains(base));
-        let base = base.and_then(|base| index.places.get(&base));
-        if let Some(at) = base.and_then(|base| place_of(base.pack)) {
-            dead[at].patches.push(*id);
-        }
-    }
-    // Who finds damage meanwhile has these take the place of what they are copies of.
-    for (id, copies) in &index.copies {
-        for at in copies.iter().filter_map(|copy| place_of(copy.pack)) {
-            dead[at].objects.push(*id);
-        }
-    }
-    for (victim, dead) in victims.iter_mut().filter(|victim| victim.alive > 0).zip(dead) {
-        victim.dead = dead;
-    }
+    Ok(Vec::new())
 }
 
 /// Stores what is alive in a pack elsewhere; how many bytes that has taken.
-fn carry(inner: &Inner, victim: &Victim) -> Result<u64> {
+fn carry(inner: &Inner, pack: &Pack, live: &[(Id, Place)]) -> Result<u64> {
     let mut session = Session::of_sweep(inner);
-    for (id, Place { slot, patch, .. }) in &victim.objects {
-        let stored = read_to_carry(inner, &victim.pack, slot, id)?;
+    for (id, Place { slot, patch, .. }) in live {
+        let stored = read_to_carry(inner, pack, slot, id)?;
         session.carry(id, slot, *patch, &stored)?;
     }
     let written = session.appended();

@@ -286,7 +286,7 @@ fn lying_for(
     let listener = UnixListener::bind(dir.path().join("s")).unwrap();
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        negotiate(&mut stream, structured);
+        negotiate(&mut stream, structured, FLAGS);
         let mut request = [0; 28];
         if stream.read_exact(&mut request).is_ok() {
             let _ = stream.write_all(&reply(&request[8..16]));
@@ -305,7 +305,12 @@ fn answer(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     [&magic[..], numbers.as_flattened(), data].concat()
 }
 
-fn negotiate(stream: &mut UnixStream, structured: bool) {
+/// What an export can do: flushes, FUA, trims, zeroes and several connections.
+const FLAGS: u16 = 0x016d;
+const FLUSH: u16 = 1 << 2;
+const FUA: u16 = 1 << 3;
+
+fn negotiate(stream: &mut UnixStream, structured: bool, flags: u16) {
     stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
     stream.read_exact(&mut [0; 4]).unwrap();
     loop {
@@ -317,8 +322,10 @@ fn negotiate(stream: &mut UnixStream, structured: bool) {
         let bytes = match option {
             8 if !structured => answer(8, 0x8000_0001, &[]),
             10 => [answer(10, 4, b"\0\0\0\x05base:allocation"), answer(10, 1, &[])].concat(),
-            7 => [answer(7, 3, &[&[0, 0][..], &SIZE.to_be_bytes(), &[1, 0x6d]].concat()), answer(7, 1, &[])]
-                .concat(),
+            7 => {
+                let export = [&[0, 0][..], &SIZE.to_be_bytes(), &flags.to_be_bytes()].concat();
+                [answer(7, 3, &export), answer(7, 1, &[])].concat()
+            }
             other => answer(other, 1, &[]),
         };
         stream.write_all(&bytes).unwrap();
@@ -447,6 +454,58 @@ fn what_one_learns_of_the_server_all_learn() {
             }
         });
         assert!(begun.elapsed() < Duration::from_secs(20));
+    }
+}
+
+/// A client of an export with these flags, and the flags and the kind of each of its requests, all of which go well.
+fn connect(
+    flags: u16,
+    read_only: bool,
+) -> (storage_block::Result<nbd::Client>, std::sync::mpsc::Receiver<(u16, u16)>) {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        negotiate(&mut stream, false, flags);
+        let mut request = [0; 28];
+        while stream.read_exact(&mut request).is_ok() {
+            let number = |at: usize| u16::from_be_bytes([request[at], request[at + 1]]);
+            tell.send((number(4), number(6))).unwrap();
+            if number(6) == 1 {
+                stream.read_exact(&mut vec![0; usize::from(number(26))]).unwrap();
+            }
+            stream.write_all(&simple(0, &request[8..16])).unwrap();
+        }
+    });
+    (nbd::Client::builder("").read_only(read_only).connect(dir.path().join("s")), told)
+}
+
+/// What was flushed is durable, whatever the server can do: none is asked for what it does not offer.
+#[test]
+fn a_server_that_cannot_flush_writes_through_or_is_only_read() {
+    const WRITE: u16 = 1;
+    const ZEROES: u16 = 6;
+    for (flags, asked) in [
+        (FLAGS, [(0, WRITE), (0, ZEROES), (0, 3)].to_vec()),
+        (FLAGS & !FUA, [(0, WRITE), (0, ZEROES), (0, 3)].to_vec()),
+        (FLAGS & !FLUSH, [(1, WRITE), (1, ZEROES)].to_vec()),
+    ] {
+        let (client, told) = connect(flags, false);
+        let disk = client.unwrap().into_disk();
+        disk.write_at(&[7; 512], 0).unwrap();
+        disk.write_zeroes(0, 4096).unwrap();
+        disk.flush().unwrap();
+        drop(disk);
+        let told: Vec<_> = told.iter().filter(|(_, kind)| *kind != 2).collect();
+        assert_eq!(told, asked, "{flags:#x}");
+    }
+    let neither = FLAGS & !FLUSH & !FUA;
+    assert_eq!(connect(neither, false).0.err().map(|e| e.kind()), Some(ErrorKind::Unsupported));
+    for (flags, read_only) in [(neither, true), (neither | 2, false)] {
+        let disk = connect(flags, read_only).0.unwrap().into_disk();
+        assert!(disk.read_only());
+        disk.flush().unwrap();
     }
 }
 

@@ -45,6 +45,13 @@ const PROOFS: &[Proof] = &[
         numbers: &[("STORAGE_BLOCK_KILLS", 1000)],
     },
     Proof {
+        name: "volumes-kills-importer",
+        package: "storage-block",
+        target: &["--test", "kill"],
+        test: "importer::what_a_killed_importer_had_done_is_there",
+        numbers: &[("STORAGE_BLOCK_IMPORTER_KILLS", 1000)],
+    },
+    Proof {
         name: "volumes-power",
         package: "storage-block",
         target: LIB,

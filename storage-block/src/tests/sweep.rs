@@ -57,6 +57,27 @@ fn rewriting_a_pack_costs_what_is_in_it() {
     assert!(per_object[1] <= per_object[0] + 1.0, "{per_object:?} looks at each object");
 }
 
+/// However many packs are rewritten, only so many objects of theirs are listed at one time, and all come out the same.
+#[test]
+fn packs_are_rewritten_some_at_a_time() {
+    let mut found = Vec::new();
+    for listed in [1, 25, usize::MAX] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::with_pack_slots(dir.path().to_owned(), 7).unwrap();
+        let keep = half_alive(&store, 8);
+        let objects = read(&store.0.index).places.len();
+        let mut sweep = store.sweep();
+        sweep.listed = listed;
+        VISITED.set(0);
+        let swept = sweep.remove_unreferenced(&keep).unwrap();
+        check_index(&store, "after a sweep");
+        keep.iter().for_each(|digest| store.snapshot(digest).unwrap().verify().unwrap());
+        found.push((VISITED.get() / objects, swept, store.snapshots().unwrap()));
+    }
+    assert!(found.iter().all(|(_, swept, left)| (swept, left) == (&found[2].1, &found[2].2)), "{found:?}");
+    assert!(found[0].0 > found[1].0 && found[1].0 > found[2].0, "{found:?} looks at all there is");
+}
+
 /// Has chunks stored in two places: who imports them does so while another has stored them, and nobody knows.
 fn side_by_side(store: &Store, bytes: &[u8], import: impl FnOnce() -> Snapshot) -> Snapshot {
     let mut session = Session::begin(&store.0);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use super::{Files, Inner, Names, Unmade, Volume, check_size, mark};
+use super::{Files, Inner, Names, Unmade, Volume, check_size, length, mark};
 use crate::keys::EncryptionKey;
 use crate::log::Log;
 use crate::map::StateMap;
@@ -23,7 +23,8 @@ impl Volume {
     /// # Errors
     ///
     /// [`InvalidSize`](crate::ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the
-    /// snapshot's and at most 64 TiB; [`AlreadyExists`](crate::ErrorKind::AlreadyExists);
+    /// snapshot's, at most 64 TiB and no more than the file system takes in one file, which is 4 KiB less than 16 TiB on ext4:
+    /// the error says how much that is; [`AlreadyExists`](crate::ErrorKind::AlreadyExists);
     /// [`NoSpace`](crate::ErrorKind::NoSpace). After a failure nothing is left of what was made.
     pub fn create(dir: &Path, base: Option<&Snapshot>, size: u64) -> Result<Self> {
         VolumeOptions::new().create(dir, base, size)
@@ -67,6 +68,7 @@ impl Volume {
         made: impl FnOnce() + Send + 'static,
     ) -> Result<Self> {
         check_sizes(base, size)?;
+        length::check(dir, size)?;
         let volume = Self::new(dir, base.cloned(), size, None, StateMap::default(), None);
         *lock(&volume.0.unmade) = Unmade::telling(made);
         Ok(volume)

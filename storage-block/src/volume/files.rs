@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use ami_core::Digest;
 
-use super::{Inner, OVERLAY, mark, parent};
+use super::{Inner, OVERLAY, length, mark, parent};
 use crate::format::VolumeKey;
 use crate::fs::{self, File};
 use crate::keys::EncryptionKey;
@@ -137,8 +137,8 @@ impl Files {
         key: Option<&EncryptionKey>,
     ) -> Result<(Locked, Log)> {
         let overlay = Locked::lock(overlay, &dir.join(OVERLAY))?;
-        overlay.set_len(size).map_err(|e| {
-            Error::io(e, format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display()))
+        length::set_len(&overlay, dir, size, || {
+            format!("cannot make {} {size} bytes long", dir.join(OVERLAY).display())
         })?;
         let log = Log::create(dir, size, base, key.map(VolumeKey::new).transpose()?)?;
         Ok((overlay, log))

@@ -292,7 +292,11 @@ impl Inner {
     }
 
     pub(super) fn io(&self, error: std::io::Error, what: &str) -> Error {
-        Error::io(error, format!("cannot {what} the overlay in {}", self.dir.display()))
+        Error::io(error, self.cannot(what))
+    }
+
+    pub(super) fn cannot(&self, what: &str) -> String {
+        format!("cannot {what} the overlay in {}", self.dir.display())
     }
 }
 

@@ -6,6 +6,7 @@ mod files;
 #[cfg(test)]
 mod files_tests;
 mod io;
+mod length;
 mod mark;
 #[cfg(test)]
 mod mark_tests;
@@ -233,8 +234,8 @@ impl Volume {
     ///
     /// # Errors
     ///
-    /// [`InvalidSize`](ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the volume has and
-    /// at most 64 TiB; [`NoSpace`](ErrorKind::NoSpace), or what else the file system says. The size is the old one
+    /// [`InvalidSize`](ErrorKind::InvalidSize) unless `size` is a multiple of 4096, no less than the volume has,
+    /// at most 64 TiB and [no more than the file system takes](Self::create); [`NoSpace`](ErrorKind::NoSpace), or what else the file system says. The size is the old one
     /// then, until the volume is opened again: if it was the last synchronisation that failed, it may then be the new one.
     pub fn grow(&self, size: u64) -> Result<()> {
         let inner = &*self.0;
@@ -248,7 +249,7 @@ impl Volume {
             return if size == old { Ok(()) } else { Err(less()) };
         }
         inner.sync_new(files, &log)?;
-        files.overlay.file().set_len(size).map_err(|e| inner.io(e, "lengthen"))?;
+        length::set_len(files.overlay.file(), &inner.dir, size, || inner.cannot("lengthen"))?;
         let logged = if files.are_deleted() { Ok(()) } else { log.grow(size) };
         match logged {
             Ok(()) => {

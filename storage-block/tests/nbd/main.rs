@@ -4,6 +4,7 @@
 
 mod structured;
 mod wire;
+mod zeroing;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -14,7 +14,7 @@ use self::line::Line;
 use self::reply::Expected;
 use super::Address;
 use super::channel::Channel;
-use super::proto::{self, Command, flag};
+use super::proto::{self, Command, ask, flag};
 use crate::store::{read, write};
 use crate::{BlockBackend, Capabilities, Disk, Error, ErrorKind, Result};
 
@@ -36,6 +36,8 @@ static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 /// also those to come, are errors. It is not made again: whoever does so has to know what the
 /// server has lost meanwhile.
 ///
+/// Where the server cannot flush, each write is durable when it returns, if the server knows how (FUA).
+///
 /// ```
 /// use storage_block::{MemoryDisk, nbd};
 ///
@@ -53,6 +55,8 @@ pub struct Client {
     line: Line,
     agreed: Agreed,
     read_only: bool,
+    /// The flags of what changes bytes.
+    writing: u16,
     address: Address,
     /// Held for writing where a block is read, changed in part and written back, as the server wants whole ones.
     gate: RwLock<()>,
@@ -99,6 +103,8 @@ impl ClientBuilder {
     /// [`Untrusted`](ErrorKind::Untrusted) if the server's certificate or ours is not good enough, or one side wants TLS
     /// and the other has none; [`Protocol`](ErrorKind::Protocol) if what answers is no NBD server;
     /// [`InvalidSize`](ErrorKind::InvalidSize) if the export's size is not a multiple of 512 bytes;
+    /// [`Unsupported`](ErrorKind::Unsupported) if it can be written, and the server can make nothing durable that is:
+    /// it can be [only read](Self::read_only);
     /// [`Io`](ErrorKind::Io).
     pub fn connect(self, address: impl Into<Address>) -> Result<Client> {
         let address = address.into();
@@ -118,11 +124,18 @@ impl ClientBuilder {
         let mut channel = Channel::new(socket);
         channel.limit(deadline);
         let agreed = handshake::handshake(&mut channel, &self)?;
+        let read_only = self.read_only || agreed.has(flag::READ_ONLY);
+        let flushes = agreed.has(flag::FLUSH);
+        if !read_only && !flushes && !agreed.has(flag::FUA) {
+            let what = format!("the NBD server at {address} cannot make durable what is written");
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
         let failed = |e| Error::io(e, format!("cannot set up the connection to {address}"));
         channel.unlimit(Some(self.request), Some(self.request)).map_err(failed)?;
         Ok(Client {
             line: Line::new(channel, self.request),
-            read_only: self.read_only || agreed.has(flag::READ_ONLY),
+            read_only,
+            writing: if flushes { 0 } else { ask::FUA },
             agreed,
             address,
             gate: RwLock::default(),
@@ -178,7 +191,8 @@ impl Client {
     /// Sends a request, and has its reply put into `buf`.
     fn call(&self, command: Command, place: (u64, u32), data: &[u8], buf: &mut [u8]) -> Result<()> {
         let mut expected = Expected::new(command, self.agreed.structured, place.0, buf);
-        self.finish(self.line.call(0, place, data, &mut expected)?, command)
+        let flags = if command.writes() { self.writing } else { 0 };
+        self.finish(self.line.call(flags, place, data, &mut expected)?, command)
     }
 
     fn finish(&self, done: Result<(), u32>, command: Command) -> Result<()> {
@@ -320,12 +334,9 @@ impl BlockBackend for Client {
     }
 
     fn flush(&self) -> Result<()> {
-        if self.read_only {
+        // Without, what was written has been durable since the server said so.
+        if self.read_only || !self.agreed.has(flag::FLUSH) {
             return Ok(());
-        }
-        if !self.agreed.has(flag::FLUSH) {
-            let what = format!("the NBD server at {} cannot flush", self.address);
-            return Err(Error::new(ErrorKind::Io, what));
         }
         self.call(Command::Flush, (0, 0), &[], &mut [])
     }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::negotiation::{Agreed, CONTEXT_ID};
 use super::replies::Replies;
+use crate::disk::Op;
 use crate::limit::{Cost, Stop};
 use crate::nbd::proto::{self, Command, PAYLOAD_MAX, Request, ask, chunk};
 use crate::{Disk, Error, ErrorKind, Result};
@@ -12,6 +13,8 @@ use crate::{Disk, Error, ErrorKind, Result};
 const HOLE_MIN: u64 = 32 << 10;
 /// The extents that a reply tells of at most.
 const EXTENTS: usize = 32 << 10;
+/// What is zeroed or discarded in one go: a backend that has to write that much is done soon, for who waits for its end.
+const PART: u64 = 16 << 20;
 
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
@@ -67,19 +70,20 @@ fn check(agreed: &Agreed, request: &Request) -> Result<(), u32> {
 }
 
 fn change(disk: &Disk, request: &Request, data: &[u8], stopping: &Stop) -> Result<(), u32> {
-    let (offset, len) = (request.offset, u64::from(request.len));
     match request.command {
-        Command::Write => disk.write_at(data, offset),
-        Command::Trim => disk.discard(offset, len),
+        Command::Write => disk.write_at(data, request.offset).map_err(errno)?,
         Command::WriteZeroes if request.flags & ask::FAST != 0 && !is_fast(disk, request) => {
             return Err(proto::ENOTSUP);
         }
-        Command::WriteZeroes if request.flags & ask::NO_HOLE == 0 => disk.write_zeroes(offset, len),
-        Command::WriteZeroes => return provision(disk, offset, len, request.flags, stopping),
-        Command::Flush => disk.flush(),
-        _ => Ok(()),
+        Command::WriteZeroes if request.flags & ask::NO_HOLE != 0 => {
+            // As many as there are to be written from.
+            clear(disk, request, Op::Write, ZEROES.len() as u64, stopping)?;
+        }
+        Command::WriteZeroes => clear(disk, request, Op::WriteZeroes, PART, stopping)?,
+        Command::Trim => clear(disk, request, Op::Discard, PART, stopping)?,
+        Command::Flush => disk.flush().map_err(errno)?,
+        _ => {}
     }
-    .map_err(errno)?;
     force(disk, request.flags, request.command.writes())
 }
 
@@ -89,18 +93,28 @@ fn is_fast(disk: &Disk, request: &Request) -> bool {
     request.flags & ask::NO_HOLE == 0 && disk.capabilities().cheap_zeroes
 }
 
-/// Writes zeroes, in pieces, for as long as the server is there.
-fn provision(disk: &Disk, offset: u64, len: u64, flags: u16, stopping: &Stop) -> Result<(), u32> {
-    let mut done = 0;
-    while done < len {
+/// Zeroes, by `op`, in parts for as long as the server is there. It is one operation however many parts that takes.
+fn clear(disk: &Disk, request: &Request, op: Op, most: u64, stopping: &Stop) -> Result<(), u32> {
+    let (mut at, len) = (request.offset, u64::from(request.len));
+    let end = at + disk.check(op, at, Some(len)).map_err(errno)?;
+    disk.pay(Cost { ops: 1, bytes: 0 }).map_err(errno)?;
+    let free = disk.unlimited();
+    while at < end {
         if stopping.is_set() {
             return Err(proto::ESHUTDOWN);
         }
-        let part = (len - done).min(ZEROES.len() as u64);
-        disk.write_at(&ZEROES[..part as usize], offset + done).map_err(errno)?;
-        done += part;
+        // They end at multiples, so that no block is cut in two.
+        let part = (end - at).min(most - at % most);
+        disk.pay(Cost { ops: 0, ..disk.cost(op, part) }).map_err(errno)?;
+        let done = match op {
+            Op::Write => free.write_at(&ZEROES[..part as usize], at),
+            Op::Discard => free.discard(at, part),
+            _ => free.write_zeroes(at, part),
+        };
+        done.map_err(errno)?;
+        at += part;
     }
-    force(disk, flags, true)
+    Ok(())
 }
 
 fn force(disk: &Disk, flags: u16, writes: bool) -> Result<(), u32> {
