@@ -1,16 +1,19 @@
 //! Volumes and the instances that have them: attached, detached and made larger, also while the instance runs.
 
+mod checks;
+
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use ami_core::{AccountId, DeviceName, InstanceId, Timestamp, VolumeId, may_export};
 use storage_block::{Disk, Volume};
 
+use self::checks::{check_awake, check_free_device, check_place, check_settled};
 use crate::description::{Attachment, InstanceDescription};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Detach, DiskSpec, Machine, MachineError, MachineErrorKind};
-use crate::record::{InstanceRecord, ModificationRecord, VolumeRecord};
+use crate::record::{ModificationRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::volume_modification::ModifyVolume;
 use crate::volumes::{GIB, VolumeDescription, check_stopped};
@@ -52,8 +55,9 @@ impl<H> Region<H> {
     /// [`OptInRequired`](ErrorKind::OptInRequired) for a volume with a product code whose terms the account has not
     /// [accepted](Self::accept_terms), and [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the instance
     /// is stopped for such a one, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
-    /// instance is running or stopped, or if it hibernates, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a machine that
-    /// takes no disks meanwhile or has as many as it can, or what the host met.
+    /// instance is running or stopped, or if it hibernates, [`AttachmentLimitExceeded`](ErrorKind::AttachmentLimitExceeded)
+    /// for one with as many disks as its machine can have, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a
+    /// machine that takes no disks meanwhile, or what the host met.
     pub fn attach_volume(&self, volume: VolumeId, instance: InstanceId, device: &str) -> Result<()> {
         self.inner.attach_volume(*self.account(), volume, instance, device)
     }
@@ -158,6 +162,7 @@ impl Inner {
         self.check_free_to_go(id)?;
         check_settled(&live)?;
         check_free_device(&live.record, &name)?;
+        check_place(&live.record, &self.hypervisor.capabilities())?;
         if !volume.product_codes.is_empty() {
             self.check_accepted(&owner, &volume.product_codes)?;
             check_stopped(&live)?;
@@ -374,24 +379,6 @@ fn plug_again(live: &mut Live, place: usize, volume: Volume) {
     live.volumes.insert(place, volume);
 }
 
-/// That an instance has no disk of this name: neither a volume, nor instance store.
-fn check_free_device(record: &InstanceRecord, name: &DeviceName) -> Result<()> {
-    let InstanceDescription { id, attachments, instance_type, .. } = &*record.description;
-    let is_there = |other: &str| other.parse().is_ok_and(|other| name.same_disk(&other));
-    let what = if attachments.iter().any(|attachment| is_there(&attachment.device_name)) {
-        "a volume"
-    } else if record.store_root().is_some() && is_there(&record.description.root_device_name)
-        || instance_type.instance_store().is_some_and(|store| {
-            store.served(&record.instance_store).iter().any(|mapping| is_there(mapping.device_name()))
-        })
-    {
-        "instance store"
-    } else {
-        return Ok(());
-    };
-    Err(Error::new(ErrorKind::InvalidParameter, format!("{id} has {what} at {name} already")))
-}
-
 /// The serial number that a guest finds a volume by: its id without the dash, as EC2's guests do.
 fn serial(id: VolumeId) -> String {
     id.to_string().replace('-', "")
@@ -410,30 +397,6 @@ fn with_machine(
     match live.machine.as_deref() {
         Some(machine) => act(machine),
         None => Err(MachineError::new(MachineErrorKind::WrongState, "the instance has no machine any more")),
-    }
-}
-
-/// That the instance is in a state in which its volumes may change.
-fn check_settled(live: &Live) -> Result<()> {
-    let InstanceRecord { description, .. } = &live.record;
-    check_awake(&live.record)?;
-    match (description.state, &live.machine) {
-        (InstanceState::Stopped, _) | (InstanceState::Running, Some(_)) => Ok(()),
-        (state, _) => {
-            let what = format!("{} is {state}; this is done while it is running or stopped", description.id);
-            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
-        }
-    }
-}
-
-/// That the instance does not hibernate: its guest keeps its disks in mind as they are.
-fn check_awake(record: &InstanceRecord) -> Result<()> {
-    match record.saved {
-        Some(_) => {
-            let what = format!("{} hibernates with its volumes; start it first", record.description.id);
-            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
-        }
-        None => Ok(()),
     }
 }
 

@@ -134,7 +134,7 @@ pub enum ErrorKind {
     NetworkInterfaceInUse,
     /// Another interface has the address.
     AddressInUse,
-    /// The instance has as many network interfaces as it can have.
+    /// The instance has as many volumes or network interfaces as it can have.
     AttachmentLimitExceeded,
     /// The account has as many Elastic IP addresses as it can have.
     AddressLimitExceeded,

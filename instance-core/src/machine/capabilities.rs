@@ -30,6 +30,8 @@ pub struct Capabilities {
     pub max_disks: usize,
     /// The most network ports of one machine.
     pub max_nets: usize,
+    /// The most disks and network ports of one machine together, if they share its places.
+    pub max_devices: usize,
     /// Whether the frames of network ports are held to the limits of a [specification](NetSpec::receive_limits).
     pub net_limits: bool,
     /// Whether a network port may be on a [TAP device](crate::net::Tap) of the host's.
@@ -64,6 +66,7 @@ impl Capabilities {
             max_memory_mib: 1 << 20,
             max_disks: 1,
             max_nets: 0,
+            max_devices: usize::MAX,
             net_limits: false,
             tap: false,
             power_button: false,
@@ -114,6 +117,12 @@ impl Capabilities {
             let (asked, most) = (spec.nets.len(), self.max_nets);
             return unsupported(format!(
                 "{name} cannot give a machine {asked} network ports; the most is {most}"
+            ));
+        }
+        let (disks, nets, most) = (spec.disks.len(), spec.nets.len(), self.max_devices);
+        if disks.saturating_add(nets) > most {
+            return unsupported(format!(
+                "{disks} disks and {nets} network ports are more than the {most} that {name} has room for"
             ));
         }
         spec.nets.iter().try_for_each(|net| self.check_net(net))?;

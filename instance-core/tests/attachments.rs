@@ -1,0 +1,88 @@
+//! Which volumes an instance can have.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod common;
+
+use std::time::Duration;
+
+use ami_core::{VolumeId, X86_64};
+use common::cable::Cable;
+use common::{ask, disk, open, refused, register};
+use instance_core::machine::{Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, Runs};
+use instance_core::testing::FakeHypervisor;
+use instance_core::{
+    ErrorKind, InstanceStore, InstanceType, LaunchSpec, NoCloudSeed, Region, RegionOptions, VolumeSpec,
+};
+
+/// Makes machines of few disks, or of few disks and ports together.
+#[derive(Debug, Clone, Copy)]
+struct Small {
+    disks: usize,
+    devices: usize,
+}
+
+impl Hypervisor for Small {
+    fn capabilities(&self) -> Capabilities {
+        let mut can = FakeHypervisor::new().capabilities();
+        (can.max_disks, can.max_devices) = (self.disks, self.devices);
+        can
+    }
+
+    fn execution(&self) -> Result<Execution, MachineError> {
+        FakeHypervisor::new().execution()
+    }
+
+    fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
+        self.capabilities().check(&spec)?;
+        FakeHypervisor::new().create(spec)
+    }
+}
+
+impl Runs<X86_64> for Small {}
+
+fn spec() -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap())
+}
+
+fn volume(region: &Region<Small>) -> VolumeId {
+    region.create_volume(VolumeSpec::new(1)).unwrap().id
+}
+
+/// An instance has as many disks as its machine can have, whether it has one just now or not.
+#[test]
+fn more_volumes_than_a_machine_can_have_are_not_attached() {
+    let store = InstanceType::custom("store", 1.try_into().unwrap(), 64.try_into().unwrap())
+        .with_instance_store(InstanceStore { disks: 1, disk_size_gb: 1, nvme: true });
+    let seed = spec().nocloud_seed(NoCloudSeed::new());
+    let most = |disks, devices| Small { disks, devices };
+    for (can, network, spec) in [
+        (most(3, usize::MAX), false, spec()),
+        (most(4, usize::MAX), false, seed),
+        (most(4, usize::MAX), false, LaunchSpec::new(store)),
+        (most(9, 4), true, spec()),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let ami = register(&open(dir.path()), "base", &disk(1, 7)).unwrap();
+        let options = match network {
+            true => RegionOptions::new().network(Cable::default()),
+            false => RegionOptions::new(),
+        };
+        let region = options.open(dir.path(), can).unwrap();
+        let server = region.launch(&ami, spec).unwrap();
+        let [last, over] = [(); 2].map(|()| volume(&region));
+        let full = || {
+            let attached = region.attach_volume(over, server.id(), "/dev/sdh");
+            refused(attached, ErrorKind::AttachmentLimitExceeded, "AttachmentLimitExceeded");
+            assert_eq!(server.describe().attachments.len(), 3);
+        };
+        region.attach_volume(last, server.id(), "/dev/sdg").unwrap();
+        full();
+        server.stop(Duration::ZERO).unwrap();
+        full();
+        server.start().unwrap();
+        full();
+        region.detach_volume(last).unwrap();
+        region.attach_volume(over, server.id(), "/dev/sdh").unwrap();
+        ask(&server, "ping again", "pong again");
+    }
+}
