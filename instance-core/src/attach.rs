@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ami_core::{AccountId, DeviceName, InstanceId, Timestamp, VolumeId, may_export};
 use storage_block::{Disk, Volume};
 
-use self::checks::{check_awake, check_free_device, check_place, check_settled};
+use self::checks::{check_awake, check_can_boot, check_free_device, check_place, check_settled};
 use crate::description::{Attachment, InstanceDescription};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
@@ -52,6 +52,8 @@ impl<H> Region<H> {
     /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InstanceNotFound`](ErrorKind::InstanceNotFound),
     /// [`VolumeInUse`](ErrorKind::VolumeInUse), [`InvalidParameter`](ErrorKind::InvalidParameter) for a device
     /// name that is none or taken, by a volume or by instance store,
+    /// [`BootForVolumeTypeUnsupported`](ErrorKind::BootForVolumeTypeUnsupported) for the root device's and a volume of a type that
+    /// nothing boots from,
     /// [`OptInRequired`](ErrorKind::OptInRequired) for a volume with a product code whose terms the account has not
     /// [accepted](Self::accept_terms), and [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the instance
     /// is stopped for such a one, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
@@ -162,6 +164,10 @@ impl Inner {
         self.check_free_to_go(id)?;
         check_settled(&live)?;
         check_free_device(&live.record, &name)?;
+        let is_root = live.record.description.is_root_device(name.as_str());
+        if is_root {
+            check_can_boot(id, volume.volume_type)?;
+        }
         check_place(&live.record, &self.hypervisor.capabilities())?;
         if !volume.product_codes.is_empty() {
             self.check_accepted(&owner, &volume.product_codes)?;
@@ -174,7 +180,7 @@ impl Inner {
         record.shut_down = false;
         let description = record.description_mut();
         // The root volume is the first, and has the name that the image gives it.
-        let (place, device_name) = match description.is_root_device(name.as_str()) {
+        let (place, device_name) = match is_root {
             true => (0, description.root_device_name.clone()),
             false => (description.attachments.len(), name.to_string()),
         };
@@ -279,6 +285,11 @@ impl Inner {
             let open = live.as_ref().and_then(|live| live.volume(id));
             record = self.settle_size(&record, &open.map_or_else(|| self.open_volume(id), Ok)?)?;
             self.store.commit(|c| c.put(&record))?;
+        }
+        // It may have been attached since.
+        let is_root = self.directory.attached(id).is_some_and(|holder| holder.is_root_volume(id));
+        if let Some(wanted) = change.volume_type.filter(|_| is_root) {
+            check_can_boot(id, wanted)?;
         }
         let target_type = change.volume_type.unwrap_or(record.volume_type);
         let (old, (least, most)) = (record.size.div_ceil(GIB), target_type.size_range_gib());

@@ -181,6 +181,11 @@ impl InstanceDescription {
         }
     }
 
+    /// Whether this volume is its root volume.
+    pub(crate) fn is_root_volume(&self, id: VolumeId) -> bool {
+        self.root_volume().is_some_and(|place| self.attachments[place].volume_id == id)
+    }
+
     /// That it has something to boot.
     ///
     /// # Errors

@@ -136,6 +136,8 @@ pub enum ErrorKind {
     AddressInUse,
     /// The instance has as many volumes or network interfaces as it can have.
     AttachmentLimitExceeded,
+    /// No instance boots from a volume of this type.
+    BootForVolumeTypeUnsupported,
     /// The account has as many Elastic IP addresses as it can have.
     AddressLimitExceeded,
     /// No public address is left for an instance to have while it runs.
@@ -290,6 +292,7 @@ impl Error {
             ErrorKind::NetworkInterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
             ErrorKind::AttachmentLimitExceeded => "AttachmentLimitExceeded",
+            ErrorKind::BootForVolumeTypeUnsupported => "BootForVolumeTypeUnsupported",
             ErrorKind::AddressLimitExceeded => "AddressLimitExceeded",
             ErrorKind::InsufficientAddressCapacity => "InsufficientAddressCapacity",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",

@@ -5,13 +5,14 @@ mod common;
 
 use std::time::Duration;
 
-use ami_core::{VolumeId, X86_64};
+use ami_core::{VolumeId, VolumeType, X86_64};
 use common::cable::Cable;
-use common::{ask, disk, open, refused, register};
+use common::{ask, disk, open, refused, register, world};
 use instance_core::machine::{Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, Runs};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
-    ErrorKind, InstanceStore, InstanceType, LaunchSpec, NoCloudSeed, Region, RegionOptions, VolumeSpec,
+    DescribeVolumes, ErrorKind, InstanceStore, InstanceType, LaunchSpec, ModifyVolume, NoCloudSeed, Region,
+    RegionOptions, VolumeSpec,
 };
 
 /// Makes machines of few disks, or of few disks and ports together.
@@ -85,4 +86,37 @@ fn more_volumes_than_a_machine_can_have_are_not_attached() {
         region.attach_volume(over, server.id(), "/dev/sdh").unwrap();
         ask(&server, "ping again", "pong again");
     }
+}
+
+#[test]
+fn a_root_volume_is_of_a_type_that_instances_boot_from() {
+    let (_dir, region, ami) = world();
+    let server = region.launch(&ami, spec()).unwrap();
+    let [root, data] = [0, 1].map(|n| server.describe().attachments[n].volume_id);
+    let to = |volume_type| ModifyVolume::new().size_gib(125).volume_type(volume_type);
+    let unbootable = |result: instance_core::Result<()>| {
+        refused(result, ErrorKind::BootForVolumeTypeUnsupported, "BootForVolumeTypeUnsupported");
+    };
+    for slow in [VolumeType::St1, VolumeType::Sc1] {
+        unbootable(region.modify_volume(root, to(slow)).map(drop));
+        region.modify_volume(data, to(slow)).unwrap();
+    }
+    let same = region.describe_volumes(&DescribeVolumes::new().id(root)).unwrap().items.remove(0);
+    assert_eq!((same.volume_type, same.size_gib), (VolumeType::Gp3, 1));
+
+    server.stop(Duration::ZERO).unwrap();
+    unbootable(region.modify_volume(root, to(VolumeType::St1)).map(drop));
+    for volume in [root, data] {
+        region.detach_volume(volume).unwrap();
+    }
+    // By any name that the root device has.
+    for device in ["/dev/sda1", "/dev/xvda"] {
+        unbootable(region.attach_volume(data, server.id(), device));
+    }
+    region.modify_volume(root, to(VolumeType::Sc1)).unwrap();
+    unbootable(region.attach_volume(root, server.id(), "/dev/sda1"));
+    region.modify_volume(root, to(VolumeType::Gp2)).unwrap();
+    region.attach_volume(root, server.id(), "/dev/sda1").unwrap();
+    region.attach_volume(data, server.id(), "/dev/sdf").unwrap();
+    server.start().unwrap();
 }

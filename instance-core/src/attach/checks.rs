@@ -1,6 +1,6 @@
 //! What an instance must be for a volume to be attached to it, detached or changed.
 
-use ami_core::DeviceName;
+use ami_core::{DeviceName, VolumeId, VolumeType};
 
 use crate::description::InstanceDescription;
 use crate::instance::Live;
@@ -63,4 +63,13 @@ pub(super) fn check_place(record: &InstanceRecord, can: &Capabilities) -> Result
     let what =
         format!("{id} has {disks} disks, and with its network port that is all that {} gives", can.name);
     Err(Error::new(ErrorKind::AttachmentLimitExceeded, what))
+}
+
+/// That instances boot from volumes of this type.
+pub(super) fn check_can_boot(volume: VolumeId, volume_type: VolumeType) -> Result<()> {
+    if volume_type.can_boot() {
+        return Ok(());
+    }
+    let what = format!("nothing boots from {volume} as a volume of type {volume_type}");
+    Err(Error::new(ErrorKind::BootForVolumeTypeUnsupported, what))
 }
