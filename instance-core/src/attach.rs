@@ -187,18 +187,17 @@ impl Inner {
         let attachment = Attachment { device_name, volume_id: id, delete_on_termination: false };
         description.attachments.insert(place, attachment);
         description.product_codes.extend(volume.product_codes);
-        if live.machine.is_none() {
-            return self.change(&cell, &mut live, record);
+        // The machine first: what it refuses has been written nowhere.
+        let volume = live.machine.is_some().then(|| self.plug_volume(&live, id)).transpose()?;
+        if let Err(e) = self.store.commit(|c| c.put(&record)) {
+            // What the store has of it all the same is not there any more when another is given the volume.
+            self.store.later(|c| c.put(&live.record))?;
+            if volume.is_some() {
+                unplug_again(&live, id);
+            }
+            return Err(e);
         }
-        let volume = self.open_volume(id)?;
-        self.store.commit(|c| c.put(&record))?;
-        let plugged = with_machine(&live, |machine| machine.attach_disk(disk_of(&live, id, &volume)));
-        if let Err(e) = plugged {
-            // Nobody has been told of it.
-            self.store.commit(|c| c.put(&live.record))?;
-            return Err(refused(e, format!("cannot attach {id} to {instance} while it runs")));
-        }
-        live.volumes.insert(place, volume);
+        volume.into_iter().for_each(|volume| live.volumes.insert(place, volume));
         self.publish(&cell, &mut live, record);
         Ok(())
     }
@@ -248,6 +247,15 @@ impl Inner {
         }
         // From here on one that is missing or damaged is not made again.
         settled.and_then(|()| self.store.later(|c| c.put(&live.record)))
+    }
+
+    /// Gives a volume to a machine.
+    fn plug_volume(&self, live: &Live, id: VolumeId) -> Result<Volume> {
+        let volume = self.open_volume(id)?;
+        let plugged = with_machine(live, |machine| machine.attach_disk(disk_of(live, id, &volume)));
+        let instance = live.record.description.id;
+        plugged.map_err(|e| refused(e, format!("cannot attach {id} to {instance} while it runs")))?;
+        Ok(volume)
     }
 
     /// Takes a volume from a machine, and gives it, with all on the disk that its guest has written.
@@ -377,6 +385,13 @@ impl Inner {
             }
             _ => Error::storage(e, format!("cannot open the volume {id}")),
         })
+    }
+}
+
+/// Takes a volume from a machine that was given it: the instance does not have it, as far as anybody has been told.
+fn unplug_again(live: &Live, id: VolumeId) {
+    if let Err(e) = with_machine(live, |machine| machine.detach_disk(&serial(id), Detach::Force)) {
+        tracing::error!(volume = %id, error = chain(&e), "a volume is in use until its instance's machine ends");
     }
 }
 
