@@ -145,7 +145,7 @@ pub struct InstanceDescription {
     /// What its root device is. One of instance store is none of its volumes.
     #[serde(default, skip_serializing_if = "is_ebs")]
     pub root_device_type: RootDeviceType,
-    /// Its volumes, the root volume first unless it is detached.
+    /// Its volumes, the root volume first unless it is detached. One that is terminated has none.
     pub attachments: Vec<Attachment>,
     /// The products that it runs: those of its image, and of volumes that were attached to it.
     #[serde(default, skip_serializing_if = "ProductCodes::is_empty")]

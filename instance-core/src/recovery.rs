@@ -107,7 +107,7 @@ impl Inner {
             self.terminated.add(record.description.id, ended);
         }
         self.tokens.remember(&record);
-        self.directory.set(record.description.clone());
+        self.directory.set(record.told());
         let changed = changed.then(|| record.clone());
         let cell = Arc::new(Cell::new(record));
         self.cells().insert(cell.id, cell);

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use ami_core::{VolumeId, VolumeType, X86_64};
 use common::cable::Cable;
-use common::{ask, disk, open, refused, register, world};
+use common::{TestRegion, ask, disk, open, refused, register, world};
 use instance_core::machine::{Capabilities, Execution, Hypervisor, Machine, MachineError, MachineSpec, Runs};
 use instance_core::testing::FakeHypervisor;
 use instance_core::{
-    DescribeVolumes, ErrorKind, InstanceStore, InstanceType, LaunchSpec, ModifyVolume, NoCloudSeed, Region,
-    RegionOptions, VolumeSpec,
+    DescribeInstances, DescribeVolumes, ErrorKind, InstanceStore, InstanceType, LaunchSpec, ModifyVolume,
+    NoCloudSeed, Region, RegionOptions, VolumeSpec,
 };
 
 /// Makes machines of few disks, or of few disks and ports together.
@@ -119,4 +119,30 @@ fn a_root_volume_is_of_a_type_that_instances_boot_from() {
     region.attach_volume(root, server.id(), "/dev/sda1").unwrap();
     region.attach_volume(data, server.id(), "/dev/sdf").unwrap();
     server.start().unwrap();
+}
+
+/// Its kept volume may be another's by then, also once the region is opened again.
+#[test]
+fn an_instance_that_is_terminated_has_no_volumes() {
+    let (dir, region, ami) = world();
+    let first = region.launch(&ami, spec()).unwrap();
+    let kept = first.describe().attachments[1].volume_id;
+    first.terminate().unwrap();
+    let second = region.launch(&ami, spec()).unwrap();
+    region.attach_volume(kept, second.id(), "/dev/sdg").unwrap();
+    let ids = [&first, &second].map(instance_core::Instance::id);
+    let check = |region: &TestRegion| {
+        let with = |filter: &str, value: String| {
+            let found = region.describe_instances(&DescribeInstances::new().filter(filter, [value])).unwrap();
+            found.items.iter().map(|d| d.id).collect::<Vec<_>>()
+        };
+        assert_eq!(with("block-device-mapping.volume-id", kept.to_string()), ids[1..]);
+        assert_eq!(with("block-device-mapping.device-name", "/dev/sd?".to_owned()), ids[1..]);
+        assert_eq!(with("instance-state-name", "terminated".to_owned()), ids[..1]);
+        assert_eq!(region.instance(ids[0]).unwrap().describe().attachments, []);
+    };
+    assert_eq!(first.watch().get().attachments, []);
+    check(&region);
+    drop((first, second, region));
+    check(&open(dir.path()));
 }

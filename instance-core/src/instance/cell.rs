@@ -74,7 +74,7 @@ pub(crate) enum PowerOffFor {
 
 impl Cell {
     pub(crate) fn new(record: InstanceRecord) -> Self {
-        let description = record.description.clone();
+        let description = record.told();
         Self {
             id: description.id,
             owner: description.owner,
