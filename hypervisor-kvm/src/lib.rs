@@ -336,6 +336,7 @@ impl Hypervisor for Kvm {
         let mut capabilities = self.inner.capabilities.clone();
         capabilities.max_disks = self.transport.device_places(false);
         capabilities.max_nets = capabilities.max_disks;
+        capabilities.max_devices = capabilities.max_disks;
         capabilities.hot_plug = self.transport == Transport::Pci;
         capabilities.net_hot_plug = capabilities.hot_plug;
         capabilities

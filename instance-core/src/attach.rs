@@ -1,16 +1,19 @@
 //! Volumes and the instances that have them: attached, detached and made larger, also while the instance runs.
 
+mod checks;
+
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use ami_core::{AccountId, DeviceName, InstanceId, Timestamp, VolumeId, may_export};
 use storage_block::{Disk, Volume};
 
+use self::checks::{check_awake, check_can_boot, check_free_device, check_place, check_settled};
 use crate::description::{Attachment, InstanceDescription};
 use crate::error::chain;
 use crate::instance::{Cell, Live};
 use crate::machine::{Detach, DiskSpec, Machine, MachineError, MachineErrorKind};
-use crate::record::{InstanceRecord, ModificationRecord, VolumeRecord};
+use crate::record::{ModificationRecord, VolumeRecord};
 use crate::region::{Inner, Region};
 use crate::volume_modification::ModifyVolume;
 use crate::volumes::{GIB, VolumeDescription, check_stopped};
@@ -21,7 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 impl<H> Region<H> {
     /// Attaches a volume of the account's to an instance that is running or stopped (`AttachVolume`). It is kept when
-    /// the instance is terminated. A guest that runs finds it soon.
+    /// the instance is terminated. A guest that runs finds it soon, as a virtio disk whose serial number is the volume's id without
+    /// the dash (`/sys/block/vd*/serial` on Linux): device names are the region's alone, unless the guest's own udev rules make
+    /// links of them.
     ///
     /// ```
     /// # use ami_core::{Ami, X86_64};
@@ -49,11 +54,14 @@ impl<H> Region<H> {
     /// [`VolumeNotFound`](ErrorKind::VolumeNotFound), [`InstanceNotFound`](ErrorKind::InstanceNotFound),
     /// [`VolumeInUse`](ErrorKind::VolumeInUse), [`InvalidParameter`](ErrorKind::InvalidParameter) for a device
     /// name that is none or taken, by a volume or by instance store,
+    /// [`BootForVolumeTypeUnsupported`](ErrorKind::BootForVolumeTypeUnsupported) for the root device's and a volume of a type that
+    /// nothing boots from,
     /// [`OptInRequired`](ErrorKind::OptInRequired) for a volume with a product code whose terms the account has not
     /// [accepted](Self::accept_terms), and [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the instance
     /// is stopped for such a one, [`IncorrectInstanceState`](ErrorKind::IncorrectInstanceState) unless the
-    /// instance is running or stopped, or if it hibernates, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a machine that
-    /// takes no disks meanwhile or has as many as it can, or what the host met.
+    /// instance is running or stopped, or if it hibernates, [`AttachmentLimitExceeded`](ErrorKind::AttachmentLimitExceeded)
+    /// for one with as many disks as its machine can have, [`Unsupported`](ErrorKind::Unsupported) for one that runs on a
+    /// machine that takes no disks meanwhile, or what the host met.
     pub fn attach_volume(&self, volume: VolumeId, instance: InstanceId, device: &str) -> Result<()> {
         self.inner.attach_volume(*self.account(), volume, instance, device)
     }
@@ -158,6 +166,11 @@ impl Inner {
         self.check_free_to_go(id)?;
         check_settled(&live)?;
         check_free_device(&live.record, &name)?;
+        let is_root = live.record.description.is_root_device(name.as_str());
+        if is_root {
+            check_can_boot(id, volume.volume_type)?;
+        }
+        check_place(&live.record, &self.hypervisor.capabilities())?;
         if !volume.product_codes.is_empty() {
             self.check_accepted(&owner, &volume.product_codes)?;
             check_stopped(&live)?;
@@ -169,25 +182,24 @@ impl Inner {
         record.shut_down = false;
         let description = record.description_mut();
         // The root volume is the first, and has the name that the image gives it.
-        let (place, device_name) = match description.is_root_device(name.as_str()) {
+        let (place, device_name) = match is_root {
             true => (0, description.root_device_name.clone()),
             false => (description.attachments.len(), name.to_string()),
         };
         let attachment = Attachment { device_name, volume_id: id, delete_on_termination: false };
         description.attachments.insert(place, attachment);
         description.product_codes.extend(volume.product_codes);
-        if live.machine.is_none() {
-            return self.change(&cell, &mut live, record);
+        // The machine first: what it refuses has been written nowhere.
+        let volume = live.machine.is_some().then(|| self.plug_volume(&live, id)).transpose()?;
+        if let Err(e) = self.store.commit(|c| c.put(&record)) {
+            // What the store has of it all the same is not there any more when another is given the volume.
+            self.store.later(|c| c.put(&live.record))?;
+            if volume.is_some() {
+                unplug_again(&live, id);
+            }
+            return Err(e);
         }
-        let volume = self.open_volume(id)?;
-        self.store.commit(|c| c.put(&record))?;
-        let plugged = with_machine(&live, |machine| machine.attach_disk(disk_of(&live, id, &volume)));
-        if let Err(e) = plugged {
-            // Nobody has been told of it.
-            self.store.commit(|c| c.put(&live.record))?;
-            return Err(refused(e, format!("cannot attach {id} to {instance} while it runs")));
-        }
-        live.volumes.insert(place, volume);
+        volume.into_iter().for_each(|volume| live.volumes.insert(place, volume));
         self.publish(&cell, &mut live, record);
         Ok(())
     }
@@ -239,6 +251,15 @@ impl Inner {
         settled.and_then(|()| self.store.later(|c| c.put(&live.record)))
     }
 
+    /// Gives a volume to a machine.
+    fn plug_volume(&self, live: &Live, id: VolumeId) -> Result<Volume> {
+        let volume = self.open_volume(id)?;
+        let plugged = with_machine(live, |machine| machine.attach_disk(disk_of(live, id, &volume)));
+        let instance = live.record.description.id;
+        plugged.map_err(|e| refused(e, format!("cannot attach {id} to {instance} while it runs")))?;
+        Ok(volume)
+    }
+
     /// Takes a volume from a machine, and gives it, with all on the disk that its guest has written.
     fn unplug_volume(&self, cell: &Cell, live: &mut Live, place: usize, how: Detach) -> Result<Volume> {
         let id = live.record.description.attachments[place].volume_id;
@@ -274,6 +295,11 @@ impl Inner {
             let open = live.as_ref().and_then(|live| live.volume(id));
             record = self.settle_size(&record, &open.map_or_else(|| self.open_volume(id), Ok)?)?;
             self.store.commit(|c| c.put(&record))?;
+        }
+        // It may have been attached since.
+        let is_root = self.directory.attached(id).is_some_and(|holder| holder.is_root_volume(id));
+        if let Some(wanted) = change.volume_type.filter(|_| is_root) {
+            check_can_boot(id, wanted)?;
         }
         let target_type = change.volume_type.unwrap_or(record.volume_type);
         let (old, (least, most)) = (record.size.div_ceil(GIB), target_type.size_range_gib());
@@ -364,6 +390,13 @@ impl Inner {
     }
 }
 
+/// Takes a volume from a machine that was given it: the instance does not have it, as far as anybody has been told.
+fn unplug_again(live: &Live, id: VolumeId) {
+    if let Err(e) = with_machine(live, |machine| machine.detach_disk(&serial(id), Detach::Force)) {
+        tracing::error!(volume = %id, error = chain(&e), "a volume is in use until its instance's machine ends");
+    }
+}
+
 /// Gives a volume back to a machine that it was taken from: the instance still has it, as far as anybody has been told.
 fn plug_again(live: &mut Live, place: usize, volume: Volume) {
     let id = live.record.description.attachments[place].volume_id;
@@ -372,24 +405,6 @@ fn plug_again(live: &mut Live, place: usize, volume: Volume) {
     }
     // In any case: volumes go by the places of their attachments.
     live.volumes.insert(place, volume);
-}
-
-/// That an instance has no disk of this name: neither a volume, nor instance store.
-fn check_free_device(record: &InstanceRecord, name: &DeviceName) -> Result<()> {
-    let InstanceDescription { id, attachments, instance_type, .. } = &*record.description;
-    let is_there = |other: &str| other.parse().is_ok_and(|other| name.same_disk(&other));
-    let what = if attachments.iter().any(|attachment| is_there(&attachment.device_name)) {
-        "a volume"
-    } else if record.store_root().is_some() && is_there(&record.description.root_device_name)
-        || instance_type.instance_store().is_some_and(|store| {
-            store.served(&record.instance_store).iter().any(|mapping| is_there(mapping.device_name()))
-        })
-    {
-        "instance store"
-    } else {
-        return Ok(());
-    };
-    Err(Error::new(ErrorKind::InvalidParameter, format!("{id} has {what} at {name} already")))
 }
 
 /// The serial number that a guest finds a volume by: its id without the dash, as EC2's guests do.
@@ -410,30 +425,6 @@ fn with_machine(
     match live.machine.as_deref() {
         Some(machine) => act(machine),
         None => Err(MachineError::new(MachineErrorKind::WrongState, "the instance has no machine any more")),
-    }
-}
-
-/// That the instance is in a state in which its volumes may change.
-fn check_settled(live: &Live) -> Result<()> {
-    let InstanceRecord { description, .. } = &live.record;
-    check_awake(&live.record)?;
-    match (description.state, &live.machine) {
-        (InstanceState::Stopped, _) | (InstanceState::Running, Some(_)) => Ok(()),
-        (state, _) => {
-            let what = format!("{} is {state}; this is done while it is running or stopped", description.id);
-            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
-        }
-    }
-}
-
-/// That the instance does not hibernate: its guest keeps its disks in mind as they are.
-fn check_awake(record: &InstanceRecord) -> Result<()> {
-    match record.saved {
-        Some(_) => {
-            let what = format!("{} hibernates with its volumes; start it first", record.description.id);
-            Err(Error::new(ErrorKind::IncorrectInstanceState, what))
-        }
-        None => Ok(()),
     }
 }
 

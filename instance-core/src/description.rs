@@ -145,7 +145,7 @@ pub struct InstanceDescription {
     /// What its root device is. One of instance store is none of its volumes.
     #[serde(default, skip_serializing_if = "is_ebs")]
     pub root_device_type: RootDeviceType,
-    /// Its volumes, the root volume first unless it is detached.
+    /// Its volumes, the root volume first unless it is detached. One that is terminated has none.
     pub attachments: Vec<Attachment>,
     /// The products that it runs: those of its image, and of volumes that were attached to it.
     #[serde(default, skip_serializing_if = "ProductCodes::is_empty")]
@@ -179,6 +179,11 @@ impl InstanceDescription {
             RootDeviceType::Ebs => self.attachments.iter().position(|a| self.is_root_device(&a.device_name)),
             _ => None,
         }
+    }
+
+    /// Whether this volume is its root volume.
+    pub(crate) fn is_root_volume(&self, id: VolumeId) -> bool {
+        self.root_volume().is_some_and(|place| self.attachments[place].volume_id == id)
     }
 
     /// That it has something to boot.

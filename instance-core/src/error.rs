@@ -142,8 +142,10 @@ pub enum ErrorKind {
     NetworkInterfaceInUse,
     /// Another interface has the address.
     AddressInUse,
-    /// The instance has as many network interfaces as it can have.
+    /// The instance has as many volumes or network interfaces as it can have.
     AttachmentLimitExceeded,
+    /// No instance boots from a volume of this type.
+    BootForVolumeTypeUnsupported,
     /// The account has as many Elastic IP addresses as it can have.
     AddressLimitExceeded,
     /// No public address is left for an instance to have while it runs.
@@ -310,6 +312,7 @@ impl Error {
             ErrorKind::NetworkInterfaceInUse => "InvalidNetworkInterface.InUse",
             ErrorKind::AddressInUse => "InvalidIPAddress.InUse",
             ErrorKind::AttachmentLimitExceeded => "AttachmentLimitExceeded",
+            ErrorKind::BootForVolumeTypeUnsupported => "BootForVolumeTypeUnsupported",
             ErrorKind::AddressLimitExceeded => "AddressLimitExceeded",
             ErrorKind::InsufficientAddressCapacity => "InsufficientAddressCapacity",
             ErrorKind::SnapshotInUse => "InvalidSnapshot.InUse",

@@ -52,8 +52,9 @@ impl Inner {
         let moved = record.description.state != live.record.description.state;
         let woken = live.record.saved.is_some() && record.saved.is_none();
         // In this order: whoever is told of a state finds it.
-        self.directory.set(record.description.clone());
-        cell.description.set(record.description.clone());
+        let told = record.told();
+        self.directory.set(told.clone());
+        cell.description.set(told);
         if moved {
             cell.console.wake_readers();
             self.listeners.tell(&StateChange::of(&record.description));

@@ -195,8 +195,8 @@ impl Inner {
         cell.console.set_host_keys_notifier(Arc::new(move || settling.unsettled(id)));
         let (reports, generation) = (self.supervisor.reports(), live.generation);
         machine.state().subscribe(move |state| {
-            if state.exit_cause().is_some() {
-                reports.ended(id, generation);
+            if let Some(cause) = state.exit_cause() {
+                reports.ended(id, generation, cause);
             }
         });
     }

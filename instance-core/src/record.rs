@@ -204,6 +204,16 @@ impl InstanceRecord {
         Arc::make_mut(&mut self.description)
     }
 
+    /// Its description as it is told. One that is terminated has no volumes any more: those that go on may be another's.
+    /// The record keeps them, which may have to be made again after a crash.
+    pub(crate) fn told(&self) -> Arc<InstanceDescription> {
+        let mut told = self.description.clone();
+        if told.state == InstanceState::Terminated && !told.attachments.is_empty() {
+            Arc::make_mut(&mut told).attachments.clear();
+        }
+        told
+    }
+
     /// Puts the instance into a state, which has a reason or not.
     pub(crate) fn enter(&mut self, state: InstanceState, reason: Option<StateReason>) {
         self.description_mut().enter(state, reason);

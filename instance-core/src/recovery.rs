@@ -24,7 +24,10 @@ impl Inner {
             .filter(|record| record.saved.is_some())
             .map(|record| record.description.id.to_string())
             .collect();
-        let (old, records): (Vec<_>, Vec<_>) = records.into_iter().partition(InstanceRecord::is_forgotten);
+        let (old, mut records): (Vec<_>, Vec<_>) =
+            records.into_iter().partition(InstanceRecord::is_forgotten);
+        // Those of a launch with a token are remembered in its order.
+        records.sort_by_key(|record| record.description.launch_index);
         let mut changed = Vec::new();
         for record in records {
             changed.extend(self.recover_instance(record)?);
@@ -107,7 +110,7 @@ impl Inner {
             self.terminated.add(record.description.id, ended);
         }
         self.tokens.remember(&record);
-        self.directory.set(record.description.clone());
+        self.directory.set(record.told());
         let changed = changed.then(|| record.clone());
         let cell = Arc::new(Cell::new(record));
         self.cells().insert(cell.id, cell);

@@ -210,7 +210,7 @@ impl<H> Region<H> {
     /// A change of an instance that was launched is told when it is committed, and so durable. What is told of a launch that is
     /// under way need not be: its instances are `pending` from when they are to be seen, which no crash keeps, until the one
     /// commit that makes them `running`; and those of a launch that fails become `terminated` at once, which nothing is
-    /// stored of, and are known no more.
+    /// stored of, and are known no more. Who waits for a state may find it before its change is told here.
     ///
     /// ```
     /// # use instance_core::{Region, testing::FakeHypervisor};

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvError, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvError, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use ami_core::{AccountId, InstanceId};
+use event_listener::Event;
 
 use crate::InstanceState;
 use crate::description::{InstanceDescription, StateReason};
@@ -41,7 +42,7 @@ impl StateChange {
 }
 
 /// The changes of instances' states from a moment on, in the order in which they are told: an iterator that waits for the
-/// next. [`Region::state_changes`](crate::Region::state_changes) gives them.
+/// next, by blocking or as a [future](Self::recv_async). [`Region::state_changes`](crate::Region::state_changes) gives them.
 ///
 /// They end with the region. Of those that nobody reads [`MOST_WAITING`](Self::MOST_WAITING) wait; with the next they end, once
 /// these are read. Who still has the region then has missed some: it listens anew, and after that
@@ -49,7 +50,16 @@ impl StateChange {
 #[derive(Debug)]
 pub struct StateChanges {
     changes: Receiver<StateChange>,
-    waiting: Arc<AtomicUsize>,
+    inbox: Arc<Inbox>,
+}
+
+/// What the one who listens shares with who tells it.
+#[derive(Debug, Default)]
+struct Inbox {
+    /// How many changes wait to be read.
+    waiting: AtomicUsize,
+    /// One has come, or no more will.
+    changed: Event,
 }
 
 impl StateChanges {
@@ -63,6 +73,47 @@ impl StateChanges {
     /// They have ended.
     pub fn recv(&self) -> Result<StateChange, RecvError> {
         self.changes.recv().inspect(|_| self.was_read())
+    }
+
+    /// Waits for the next without blocking the thread, whatever the runtime. What is dropped before it is ready has taken none.
+    ///
+    /// ```
+    /// # use ami_core::{Ami, X86_64};
+    /// # use instance_core::testing::{FakeHypervisor, tiny_elf};
+    /// # use instance_core::{DirectBoot, ImageSource, InstanceState, LaunchSpec, Region};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let region = Region::open(dir.path(), FakeHypervisor::new())?;
+    /// # let disk = storage_block::MemoryDisk::new(1 << 20)?.into_disk();
+    /// # let source = ImageSource::new(&disk).boot(DirectBoot::new(tiny_elf(), None, ""));
+    /// # let ami = region.register_image(Ami::<X86_64>::builder("web"), source)?;
+    /// use std::pin::pin;
+    /// use std::task::{Context, Poll, Waker};
+    ///
+    /// let mut changes = region.state_changes();
+    /// let mut next = pin!(changes.recv_async());
+    /// let mut context = Context::from_waker(Waker::noop()); // a runtime gives its own
+    /// assert!(next.as_mut().poll(&mut context).is_pending());
+    /// region.launch(&ami, LaunchSpec::new("t2.nano".parse()?))?;
+    /// let Poll::Ready(Ok(change)) = next.as_mut().poll(&mut context) else { panic!("nothing was told") };
+    /// assert_eq!(change.state, InstanceState::Pending);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// They have ended.
+    pub async fn recv_async(&mut self) -> Result<StateChange, RecvError> {
+        loop {
+            let changed = self.inbox.changed.listen();
+            match self.changes.try_recv() {
+                Ok(change) => {
+                    self.was_read();
+                    return Ok(change);
+                }
+                Err(TryRecvError::Disconnected) => return Err(RecvError),
+                Err(TryRecvError::Empty) => changed.await,
+            }
+        }
     }
 
     /// Waits so long for the next.
@@ -80,7 +131,7 @@ impl StateChanges {
     }
 
     fn was_read(&self) {
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.inbox.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -106,17 +157,33 @@ pub(crate) enum Whose {
 #[derive(Debug)]
 struct Listener {
     changes: Sender<StateChange>,
-    /// Gone with the one who listens.
-    waiting: Weak<AtomicUsize>,
+    /// Dropped after it: who is woken finds that no more will come.
+    inbox: Woken,
+}
+
+/// The inbox of one who listens, gone with that one. Dropping it wakes it.
+#[derive(Debug)]
+struct Woken(Weak<Inbox>);
+
+impl Drop for Woken {
+    fn drop(&mut self) {
+        if let Some(inbox) = self.0.upgrade() {
+            inbox.changed.notify(usize::MAX);
+        }
+    }
 }
 
 impl Listener {
     /// Tells it, and says whether it is to be told of more.
     fn tell(&self, change: &StateChange) -> bool {
-        let Some(waiting) = self.waiting.upgrade() else { return false };
+        let Some(inbox) = self.inbox.0.upgrade() else { return false };
         // Before it can be read.
-        let before = waiting.fetch_add(1, Ordering::Relaxed);
-        before < StateChanges::MOST_WAITING && self.changes.send(change.clone()).is_ok()
+        let before = inbox.waiting.fetch_add(1, Ordering::Relaxed);
+        let told = before < StateChanges::MOST_WAITING && self.changes.send(change.clone()).is_ok();
+        if told {
+            inbox.changed.notify(usize::MAX);
+        }
+        told
     }
 }
 
@@ -127,13 +194,15 @@ impl Listeners {
     }
 
     pub(crate) fn add(&self, whose: Whose) -> StateChanges {
-        let ((sender, changes), waiting) = (mpsc::channel(), Arc::default());
+        let ((sender, changes), inbox) = (mpsc::channel(), Arc::default());
         let mut all = self.lock();
         // Who listens to an account in which nothing happens is not found to be gone by being told of something.
-        all.values_mut().for_each(|some| some.retain(|listener| listener.waiting.strong_count() > 0));
+        all.values_mut().for_each(|some| some.retain(|listener| listener.inbox.0.strong_count() > 0));
         all.retain(|_, some| !some.is_empty());
-        all.entry(whose).or_default().push(Listener { changes: sender, waiting: Arc::downgrade(&waiting) });
-        StateChanges { changes, waiting }
+        all.entry(whose)
+            .or_default()
+            .push(Listener { changes: sender, inbox: Woken(Arc::downgrade(&inbox)) });
+        StateChanges { changes, inbox }
     }
 
     /// Tells those who listen to the instances of its account, or to all.
@@ -149,7 +218,21 @@ impl Listeners {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Poll, Wake};
+    use std::thread::{self, Thread};
+
     use super::*;
+
+    /// How often it was woken.
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 
     fn change(owner: &str, number: u64) -> StateChange {
         StateChange {
@@ -197,6 +280,65 @@ mod tests {
         listeners.tell(&change(OWN, 0));
         assert_eq!(busy.try_iter().count(), 1);
         assert_eq!(busy.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout), "it goes on");
+    }
+
+    /// Waits in this thread, as a runtime does in some of its own.
+    fn block_on<T>(future: impl Future<Output = T> + Send) -> T {
+        struct Unpark(Thread);
+        impl Wake for Unpark {
+            fn wake(self: Arc<Self>) {
+                self.0.unpark();
+            }
+        }
+        let waker = Arc::new(Unpark(thread::current())).into();
+        let (mut future, mut context) = (pin!(future), Context::from_waker(&waker));
+        loop {
+            match future.as_mut().poll(&mut context) {
+                Poll::Ready(done) => return done,
+                Poll::Pending => thread::park(),
+            }
+        }
+    }
+
+    #[test]
+    fn a_future_is_woken_by_each_change_and_by_the_end() {
+        let listeners = Arc::new(Listeners::default());
+        let mut changes = listeners.add(own());
+        let reader = thread::spawn(move || {
+            let mut told = Vec::new();
+            while let Ok(change) = block_on(changes.recv_async()) {
+                told.push(change);
+            }
+            assert_eq!(changes.inbox.waiting.load(Ordering::Relaxed), 0);
+            told
+        });
+        let told: Vec<_> = (0..1000).map(|number| change(OWN, number)).collect();
+        told.iter().for_each(|change| listeners.tell(change));
+        drop(listeners);
+        assert_eq!(reader.join().unwrap(), told);
+    }
+
+    #[test]
+    fn a_future_that_waits_is_woken_once_there_is_something_to_it() {
+        let count = Arc::new(Count::default());
+        let (waker, listeners) = (count.clone().into(), Listeners::default());
+        let mut context = Context::from_waker(&waker);
+        let mut changes = listeners.add(own());
+        let woken = || count.0.load(Ordering::Relaxed);
+        {
+            let mut next = pin!(changes.recv_async());
+            assert_eq!((next.as_mut().poll(&mut context), woken()), (Poll::Pending, 0));
+            listeners.tell(&change(OTHER, 1));
+            assert_eq!(woken(), 0, "it is none of its business");
+            listeners.tell(&change(OWN, 2));
+            assert_eq!(woken(), 1);
+        }
+        // It was dropped, and what it was woken for is the next's.
+        assert_eq!(pin!(changes.recv_async()).poll(&mut context), Poll::Ready(Ok(change(OWN, 2))));
+        let mut next = pin!(changes.recv_async());
+        assert_eq!(next.as_mut().poll(&mut context), Poll::Pending);
+        drop(listeners);
+        assert_eq!((woken(), next.poll(&mut context)), (2, Poll::Ready(Err(RecvError))));
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! The threads that follow what happens to instances by itself.
 //!
 //! A machine tells of its end in one of its own threads, where nothing may wait; so the message goes
-//! to a thread, which moves the instance on: a guest that powered off is stopped or terminated, one
+//! to a thread, which has others move the instances on, each its own: a guest that powered off is stopped or terminated, one
 //! that rebooted gets a new machine. Another makes the volumes of launches durable once their guests write to them, so
 //! that no end of a machine waits for the disk, and keeps the host keys that consoles show.
+
+mod ends;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,19 +16,13 @@ use std::time::Duration;
 
 use ami_core::InstanceId;
 
+pub(crate) use self::ends::Message;
+use self::ends::{Ended, Ends, Followers};
+use crate::machine::ExitCause;
 use crate::region::Inner;
 
 /// For how long instances are gathered of which something is made durable together.
 const GATHER: Duration = Duration::from_secs(1);
-
-/// What the first thread is told.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Message {
-    /// A machine has ended: whose, and which of its machines.
-    Ended(InstanceId, u64),
-    /// The region is closed.
-    Close,
-}
 
 /// Where the threads are told of what they are to follow.
 #[derive(Debug, Clone)]
@@ -36,10 +32,16 @@ pub(crate) struct Reports {
 }
 
 impl Reports {
-    /// A machine has ended: whose, and which of its machines.
-    pub(crate) fn ended(&self, id: InstanceId, generation: u64) {
+    /// A machine has ended: whose, which of its machines, and how.
+    pub(crate) fn ended(&self, id: InstanceId, generation: u64, cause: &ExitCause) {
+        let ended = Ended { id, generation, reset: *cause == ExitCause::Reset };
         // A supervisor that is gone follows nothing.
-        let _ = self.ended.send(Message::Ended(id, generation));
+        let _ = self.ended.send(Message::Ended(ended));
+    }
+
+    /// An end of this instance's machine has been followed.
+    fn followed(&self, id: InstanceId) {
+        let _ = self.ended.send(Message::Followed(id));
     }
 
     /// Something of an instance is to become durable: a volume of its launch is on the disk now, or its console has shown
@@ -53,12 +55,14 @@ impl Reports {
 pub(crate) struct Supervisor {
     reports: Reports,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    followers: Arc<Followers>,
 }
 
 impl Supervisor {
     pub(crate) fn new() -> (Self, Receiver<Message>) {
         let (ended, receiver) = mpsc::channel();
-        (Self { reports: Reports { ended, unsettled: Arc::default() }, threads: Mutex::default() }, receiver)
+        let reports = Reports { ended, unsettled: Arc::default() };
+        (Self { reports, threads: Mutex::default(), followers: Arc::default() }, receiver)
     }
 
     pub(crate) fn start(&self, receiver: Receiver<Message>, region: Weak<Inner>) -> io::Result<()> {
@@ -71,15 +75,8 @@ impl Supervisor {
                 }
             }
         };
-        let follow = move || {
-            while let Ok(message) = receiver.recv() {
-                let Some(region) = region.upgrade() else { return };
-                match message {
-                    Message::Ended(id, generation) => region.machine_ended(id, generation),
-                    Message::Close => return,
-                }
-            }
-        };
+        let ends = Ends::new(region, self.followers.clone());
+        let follow = move || ends.follow(&receiver);
         let mut threads = self.threads();
         threads.push(thread::Builder::new().name("region".to_owned()).spawn(follow)?);
         threads.push(thread::Builder::new().name("volumes".to_owned()).spawn(settle)?);
@@ -98,7 +95,7 @@ impl Supervisor {
     /// Whether the caller's is one of the threads.
     pub(crate) fn is_own_thread(&self) -> bool {
         let current = thread::current().id();
-        self.threads().iter().any(|thread| thread.thread().id() == current)
+        self.threads().iter().any(|thread| thread.thread().id() == current) || self.followers.is_own_thread()
     }
 
     /// Ends the threads, soon.

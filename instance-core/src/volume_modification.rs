@@ -115,8 +115,9 @@ impl<H> Region<H> {
     ///
     /// # Errors
     ///
-    /// [`MissingParameter`](ErrorKind::MissingParameter) if nothing is to be changed, and otherwise as
-    /// [`grow_volume`](Self::grow_volume).
+    /// [`MissingParameter`](ErrorKind::MissingParameter) if nothing is to be changed,
+    /// [`BootForVolumeTypeUnsupported`](ErrorKind::BootForVolumeTypeUnsupported) for a root volume and a type that nothing boots
+    /// from, and otherwise as [`grow_volume`](Self::grow_volume).
     pub fn modify_volume(&self, volume: VolumeId, change: ModifyVolume) -> Result<VolumeModification> {
         if change == ModifyVolume::new() {
             let what = "neither a size nor a type of the volume is given";

@@ -12,41 +12,66 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use ami_core::{Ami, AnyAmi, Catalog, Grantee, Image, ModifyImageAttribute, ResourceId, VolumeType, X86_64};
+use ami_core::{
+    Ami, AnyAmi, Catalog, Grantee, Image, ModifyImageAttribute, ProductCode, ProductCodeKind, ResourceId,
+    VolumeType, X86_64,
+};
 use common::{TestRegion, ask, disk, register, soon};
 use crashes::{Shared, open};
 use instance_core::testing::tiny_elf;
 use instance_core::{
     BlockDeviceMappingRequest, CopyImage, CreateSnapshots, DescribeCopyImageTasks, DescribeCreateImageTasks,
     DescribeExportImageTasks, DescribeImportImageTasks, DescribeLaunchTemplateVersions,
-    DescribeLaunchTemplates, DescribeSnapshots, DescribeTags, DescribeVolumes, DirectBoot, InstanceState,
-    LaunchSpec, ModifyVolume, ShutdownBehavior, SnapshotState, TaskDescription, TaskStatus,
-    VolumeDescription, VolumeSpec,
+    DescribeLaunchTemplates, DescribeSnapshots, DescribeTags, DescribeVolumes, DirectBoot, Instance,
+    InstanceState, LaunchSpec, MetadataOptions, ModifyVolume, Reservation, ShutdownBehavior, SnapshotState,
+    TaskDescription, TaskStatus, TemplateVersion, VolumeDescription, VolumeSpec,
 };
 use storage_block::{Store, Volume};
 
-/// Everything that a region tells, in words that do not depend on whether a machine was lost.
-fn told(region: &TestRegion) -> BTreeSet<String> {
+fn spec() -> LaunchSpec {
+    LaunchSpec::new("t2.nano".parse().unwrap())
+}
+
+/// The launch with this client token.
+fn with_token(region: &TestRegion, ami: &Ami<X86_64>, token: &str) -> instance_core::Result<Reservation> {
+    let spec = spec().client_token(token).count(2, 2);
+    match token {
+        "by template" => region.launch_from_template("often", TemplateVersion::Latest, spec),
+        _ => region.run_instances(ami, spec),
+    }
+}
+
+/// Everything that a region tells, in words that do not depend on whether a machine was lost. What was launched of this image
+/// with a token is asked for again.
+fn told(region: &TestRegion, ami: Option<&Ami<X86_64>>) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     for image in region.images().unwrap() {
         let (id, state, shared) = (image.id(), image.state(), image.launch_permissions().is_public());
         let (description, old) = (image.description(), image.deprecation());
         let name = image.ami().name();
+        let codes: Vec<_> = image.product_codes().collect();
         all.insert(format!("image {id} {name} {description:?} is {state}, shared: {shared}, until {old:?}"));
+        all.insert(format!("image {id} is of {codes:?}"));
     }
     for instance in region.instances() {
         let told = instance.describe();
         let terminated = told.state == InstanceState::Terminated;
-        let volumes: Vec<_> = told.attachments.iter().map(|a| (&a.device_name, a.volume_id)).collect();
-        let volumes = if terminated { Vec::new() } else { volumes };
-        let protected = told.termination_protection;
+        let protected = (told.termination_protection, told.stop_protection);
         let (hardware, data) = (told.instance_type.name(), instance.user_data());
-        let is = format!("terminated: {terminated}, protected: {protected}, {hardware}, {data:?}");
-        all.insert(format!("{} {is}, {volumes:?}", told.id));
+        let is = format!("terminated: {terminated}, protected: {protected:?}, {hardware}, {data:?}");
+        all.insert(format!("{} {is}, {:?}", told.id, told.attachments));
+        let offers = (told.shutdown_behavior, told.metadata_options);
+        all.insert(format!("{} offers {offers:?}, {:?}", told.id, told.product_codes));
+        if let Some((token, ami)) = told.client_token.as_deref().zip(ami) {
+            let again = with_token(region, ami, token).unwrap().instances;
+            let again: Vec<_> = again.iter().map(Instance::id).collect();
+            all.insert(format!("{token} has launched {again:?}"));
+        }
     }
     for volume in region.describe_volumes(&DescribeVolumes::new()).unwrap().items {
-        let at = volume.attachment.map(|a| (a.instance_id, a.device_name));
-        all.insert(format!("{} {} of {} GiB at {at:?}", volume.id, volume.volume_type, volume.size_gib));
+        let at = volume.attachment.map(|a| (a.instance_id, a.device_name, a.delete_on_termination));
+        let VolumeDescription { id, volume_type, size_gib, product_codes, .. } = volume;
+        all.insert(format!("{id} {volume_type} of {size_gib} GiB and {product_codes:?} at {at:?}"));
     }
     let snapshots = region.describe_snapshots(&DescribeSnapshots::new()).unwrap().items;
     // That one has come to nothing is told as well, as of tasks.
@@ -114,6 +139,8 @@ struct World {
     dir: tempfile::TempDir,
     store: Shared,
     region: TestRegion,
+    /// What is launched with client tokens.
+    ami: Option<Ami<X86_64>>,
     commits: Vec<(&'static str, usize)>,
 }
 
@@ -124,17 +151,17 @@ impl World {
         name: &'static str,
         make: impl FnOnce(&TestRegion) -> instance_core::Result<T>,
     ) -> T {
-        let before = told(&self.region);
+        let before = told(&self.region, self.ami.as_ref());
         self.store.watch(self.dir.path());
         let made = make(&self.region).unwrap_or_else(|e| panic!("{name}: {e}"));
         let crashes = self.store.crashes();
-        let after = told(&self.region);
+        let after = told(&self.region, self.ami.as_ref());
         self.commits.push((name, crashes.len() / 2));
         let mut done = false;
         for (number, (_after, copy, kept)) in crashes.into_iter().enumerate() {
             let when = format!("{name}, cut off at {number}");
             let region = open(&copy, kept.clone());
-            let found = told(&region);
+            let found = told(&region, self.ami.as_ref());
             assert!(
                 found == before || found == after,
                 "{when}:\n{found:#?}\nis neither\n{before:#?}\nnor\n{after:#?}"
@@ -147,7 +174,7 @@ impl World {
             check_sizes(&copy, &volumes, &when);
             let left = files(&copy);
             let region = open(&copy, kept);
-            assert_eq!(told(&region), found, "{when}: opened again");
+            assert_eq!(told(&region, self.ami.as_ref()), found, "{when}: opened again");
             let known = region.describe_volumes(&DescribeVolumes::new()).unwrap().items;
             let known: BTreeSet<String> = known.iter().map(|volume| volume.id.to_string()).collect();
             let orphans = left.iter().filter(|name| name.starts_with("vol-") && !known.contains(*name));
@@ -164,10 +191,10 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
     let dir = tempfile::tempdir().unwrap();
     let store = Shared::default();
     let region = open(dir.path(), store.clone());
-    let mut world = World { dir, store, region, commits: Vec::new() };
-    let spec = || LaunchSpec::new("t2.nano".parse().unwrap());
+    let mut world = World { dir, store, region, ami: None, commits: Vec::new() };
 
     let ami = world.call("register", |r| register(r, "base", &disk(1, 7)));
+    world.ami = Some(ami.clone());
     let kept = BlockDeviceMappingRequest::new("/dev/sdk").size_gib(1).delete_on_termination(false);
     let two = spec().count(2, 2).tag("Name", "two").volume_tag("of", "two").block_device(kept);
     let launched = world.call("run instances", |r| r.run_instances(&ami, two)).instances;
@@ -175,6 +202,12 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
     ask(one, "write 0 0 word", "wrote");
     world.call("protect", |_| one.set_termination_protection(true));
     world.call("unprotect", |_| one.set_termination_protection(false));
+    world.call("protect from being stopped", |_| one.set_stop_protection(true));
+    world.call("protect from being stopped no more", |_| one.set_stop_protection(false));
+    world.call("shutdown behavior", |_| other.set_shutdown_behavior(ShutdownBehavior::Terminate));
+    let mut tagged = MetadataOptions::default();
+    (tagged.instance_metadata_tags, tagged.http_put_response_hop_limit) = (true, 3);
+    world.call("metadata options", |_| one.set_metadata_options(tagged));
     world.call("stop", |_| one.stop(Duration::ZERO));
     world.call("another type", |_| one.set_instance_type("t2.micro".parse().unwrap()));
     world.call("user data", |_| one.set_user_data(Some(b"hello".to_vec())));
@@ -201,6 +234,8 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
         begun.iter().map(|one| one.wait(soon())).collect::<instance_core::Result<Vec<_>>>()
     });
     world.call("detach", |r| r.detach_volume(volume));
+    world.call("attach again", |r| r.attach_volume(volume, one.id(), "/dev/sdm"));
+    world.call("force detach", |r| r.force_detach_volume(volume));
     world.call("delete volume", |r| r.delete_volume(volume));
     world.call("delete snapshot", |r| r.delete_snapshot(snapshot));
     let made: AnyAmi = world.call("create image", |_| one.create_image("made")).ami;
@@ -238,6 +273,23 @@ fn a_call_that_is_cut_off_is_done_or_has_not_begun() {
     world.call("the first default", |r| r.modify_launch_template(template, 1));
     world.call("delete versions", |r| r.delete_launch_template_versions(template, &[2]));
     world.call("delete template", |r| r.delete_launch_template(template));
+    let often = spec().image_id(ami.id());
+    let template =
+        world.call("create a whole template", |r| r.create_launch_template("often", often.clone())).id;
+    world.call("launch from a template", |r| r.launch_from_template("often", 1, spec()));
+    let twice = world.call("launch from a template with a token", |r| with_token(r, &ami, "by template"));
+    world.call("another latest", |r| r.create_launch_template_version(template, often.key_name("me")));
+    world.call("delete what was launched from", |r| r.delete_launch_template(template));
+    world.call("terminate one of two", |_| twice.instances[0].terminate());
+    world.call("launch with a token", |r| with_token(r, &ami, "once"));
+    let code = ProductCode { id: "8vk2x".to_owned(), kind: ProductCodeKind::Marketplace };
+    let product = ModifyImageAttribute::new().add_product_code(code);
+    world.call("product code", |r| r.modify_image_attribute(made.id(), &product));
+    let product = made.typed::<X86_64>().unwrap();
+    world.call("launch a product", |r| r.launch(&product, spec()));
+    let sleeper = world.call("launch what hibernates", |r| r.launch(&ami, spec().hibernation(true)));
+    world.call("hibernate", |_| sleeper.hibernate(Duration::ZERO));
+    world.call("wake", |_| sleeper.start());
     world.call("power off", |_| {
         one.console().write_all(b"poweroff\n", soon()).unwrap();
         one.wait_for(InstanceState::Stopped, soon())

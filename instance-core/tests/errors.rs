@@ -15,7 +15,7 @@ use ami_core::{
     AccountId, Ami, BlockDeviceMapping, CopyImageTaskId, CreateImageTaskId, DescribeImages,
     ExportImageTaskId, Grantee, ImportImageTaskId, InstanceId, LaunchTemplateId, MalformedId,
     ModifyImageAttribute, NetworkInterfaceId, ProductCode, ProductCodeKind, ResourceId, SecurityGroupId,
-    SnapshotId, SubnetId, VolumeId, X86_64,
+    SnapshotId, SubnetId, VolumeId, VolumeType, X86_64,
 };
 use common::{TestRegion, disk, register, soon};
 use instance_core::machine::NetSpec;
@@ -23,7 +23,7 @@ use instance_core::network::{Guest, Network, NetworkPlacement, PlacementRequest}
 use instance_core::testing::{FakeHypervisor, tiny_elf};
 use instance_core::{
     BlockDeviceMappingRequest, Capacity, DescribeImportImageTasks, DescribeInstances, DescribeVolumes,
-    DirectBoot, Error, ErrorKind, ImageSource, InstanceType, LaunchSpec, RegionOptions, Result,
+    DirectBoot, Error, ErrorKind, ImageSource, InstanceType, LaunchSpec, ModifyVolume, RegionOptions, Result,
     TemplateVersion, VolumeSpec,
 };
 
@@ -182,6 +182,8 @@ fn of_volumes(raised: &mut Raised, region: &TestRegion, ami: &Ami<X86_64>) {
     let server = region.launch(ami, nano()).unwrap();
     let attached = server.describe().attachments[0].volume_id;
     raised.by("VolumeInUse", region.delete_volume(attached));
+    let slow = ModifyVolume::new().size_gib(125).volume_type(VolumeType::St1);
+    raised.by("BootForVolumeTypeUnsupported", region.modify_volume(attached, slow));
     let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
     let request = DescribeVolumes::new().id(volume);
     raised.by("InvalidVolumeModification.NotFound", region.describe_volumes_modifications(&request));

@@ -23,12 +23,12 @@ use instance_core::{ErrorKind, Instance, InstanceState, LaunchSpec, Region, Regi
 /// What a record says of an instance that is stopped.
 const STOPPED: &str = "\"state\":\"stopped\"";
 
-/// Makes machines that take no disks back once they are told so.
-#[derive(Debug, Clone, Default)]
-struct Picky(FakeHypervisor, Arc<AtomicBool>);
+/// Makes machines that take no disks once they are told so, from when on this store fails.
+#[derive(Debug, Clone)]
+struct Picky(FakeHypervisor, Arc<AtomicBool>, Failing);
 
 #[derive(Debug)]
-struct PickyMachine(Box<dyn Machine>, Arc<AtomicBool>);
+struct PickyMachine(Box<dyn Machine>, Picky);
 
 impl Machine for PickyMachine {
     fn state(&self) -> Watch<MachineState> {
@@ -52,10 +52,11 @@ impl Machine for PickyMachine {
     }
 
     fn attach_disk(&self, disk: DiskSpec) -> Result<(), MachineError> {
-        match self.1.load(Ordering::SeqCst) {
-            true => Err(MachineError::new(MachineErrorKind::Host, "it does not want it back")),
-            false => self.0.attach_disk(disk),
+        if !self.1.1.load(Ordering::SeqCst) {
+            return self.0.attach_disk(disk);
         }
+        self.1.2.set(How::Fails);
+        Err(MachineError::new(MachineErrorKind::Host, "it does not want it"))
     }
 
     fn detach_disk(&self, serial: &str, how: Detach) -> Result<(), MachineError> {
@@ -85,7 +86,7 @@ impl Hypervisor for Picky {
     }
 
     fn create(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, MachineError> {
-        Ok(Box::new(PickyMachine(self.0.create(spec)?, self.1.clone())))
+        Ok(Box::new(PickyMachine(self.0.create(spec)?, self.clone())))
     }
 }
 
@@ -93,7 +94,8 @@ impl Runs<X86_64> for Picky {}
 
 /// A region whose store may fail, with a server that has a disk of its own beside its root.
 fn world(dir: &Path) -> (Region<Picky>, Failing, Picky, Instance) {
-    let (store, hypervisor) = (Failing::new(), Picky::default());
+    let store = Failing::new();
+    let hypervisor = Picky(FakeHypervisor::new(), Arc::default(), store.clone());
     let options = || RegionOptions::new().state_store(store.clone());
     let ami = register(&options().open(dir, FakeHypervisor::new()).unwrap(), "base", &disk(1, 7)).unwrap();
     let region = options().open(dir, hypervisor.clone()).unwrap();
@@ -145,6 +147,53 @@ fn a_volume_whose_detachment_cannot_be_committed_is_still_there_and_no_other_in_
     assert_eq!(said_by(&region, second), "other");
     assert_eq!(server.describe().attachments.len(), 2);
     region.delete_volume(first).unwrap();
+}
+
+/// As much of it as the store may have, and however the region ends.
+#[test]
+fn a_volume_whose_attachment_failed_is_the_nexts_alone() {
+    for (stopped, how) in [
+        (false, None),
+        (false, Some(How::Fails)),
+        (false, Some(How::FailsLate)),
+        (true, Some(How::FailsLate)),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (region, store, hypervisor, first) = world(dir.path());
+        let ami = region.images().unwrap().remove(0).ami().clone().typed::<X86_64>().unwrap();
+        let second = region.launch(&ami, LaunchSpec::new("t2.nano".parse().unwrap())).unwrap();
+        if stopped {
+            first.stop(Duration::ZERO).unwrap();
+        }
+        let volume = region.create_volume(VolumeSpec::new(1)).unwrap().id;
+        // From then on the store is told of nothing else with it.
+        region.attach_volume(volume, first.id(), "/dev/sdg").unwrap();
+        region.detach_volume(volume).unwrap();
+        let has = |i: &Instance| i.describe().attachments.iter().any(|a| a.volume_id == volume);
+        let holders = |region: &Region<Picky>| {
+            let all = region.instances();
+            all.iter().filter(|i| has(i)).map(Instance::id).collect::<Vec<_>>()
+        };
+        // By the machine, with which the store fails, or by the store alone.
+        hypervisor.1.store(how.is_none(), Ordering::SeqCst);
+        how.into_iter().for_each(|how| store.set(how));
+        let failed = region.attach_volume(volume, first.id(), "/dev/sdg").unwrap_err();
+        let kind = if how.is_none() { ErrorKind::Hypervisor } else { ErrorKind::Internal };
+        assert_eq!(failed.kind(), kind, "{failed:?}");
+        store.set(How::Works);
+        hypervisor.1.store(false, Ordering::SeqCst);
+        assert_eq!(holders(&region), []);
+        if !stopped {
+            assert_eq!(ask(&first, "disks", "disks "), "2");
+        }
+        region.attach_volume(volume, second.id(), "/dev/sdg").unwrap();
+        let ids = [&first, &second].map(Instance::id);
+        drop((first, second, region));
+        let region = RegionOptions::new().state_store(store).open(dir.path(), hypervisor).unwrap();
+        assert_eq!(holders(&region), ids[1..], "{how:?}");
+        region.detach_volume(volume).unwrap();
+        region.attach_volume(volume, ids[0], "/dev/sdg").unwrap();
+    }
 }
 
 #[test]

@@ -6,10 +6,9 @@ mod common;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use ami_core::BlockDeviceMapping;
 use common::Guest;
 use common::region::{Idle, image, open, spec};
-use instance_core::{HttpTokens, LaunchSpec, MetadataOptions};
+use instance_core::{BlockDeviceMappingRequest, HttpTokens, LaunchSpec, MetadataOptions};
 
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
@@ -36,7 +35,7 @@ fn a_guest_is_told_what_its_instance_was_launched_with_and_what_became_of_it() {
     let ami = image(&region);
     let key = network.create_key_pair("mine").unwrap().key_pair.public_key;
     let group = network.create_security_group(network.default_vpc().unwrap(), "web", "").unwrap().id;
-    let more = [BlockDeviceMapping::blank("/dev/sdf", 1), BlockDeviceMapping::blank("/dev/sdg", 1)];
+    let more = ["/dev/sdf", "/dev/sdg"].map(|name| BlockDeviceMappingRequest::new(name).size_gib(1));
     let launch = spec().key_name("mine").security_group(group).user_data("#!/bin/sh\n").tag("Name", "one");
     let launch = more.into_iter().fold(launch.metadata_options(options()), LaunchSpec::block_device);
     let server = region.launch(&ami, launch).unwrap();

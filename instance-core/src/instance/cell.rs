@@ -74,7 +74,7 @@ pub(crate) enum PowerOffFor {
 
 impl Cell {
     pub(crate) fn new(record: InstanceRecord) -> Self {
-        let description = record.description.clone();
+        let description = record.told();
         Self {
             id: description.id,
             owner: description.owner,
@@ -311,8 +311,8 @@ impl Drop for Hold<'_> {
         // Looked at only after the lock is free: an end after this look finds the supervisor able
         // to act on it.
         if let Some((state, generation)) = watched {
-            if state.get().exit_cause().is_some() {
-                self.reports.ended(self.cell.id, generation);
+            if let Some(cause) = state.get().exit_cause() {
+                self.reports.ended(self.cell.id, generation, cause);
             }
         }
     }

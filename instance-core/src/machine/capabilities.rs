@@ -32,6 +32,8 @@ pub struct Capabilities {
     pub max_disks: usize,
     /// The most network ports of one machine.
     pub max_nets: usize,
+    /// The most disks and network ports of one machine together, if they share its places.
+    pub max_devices: usize,
     /// Whether the frames of network ports are held to the limits of a [specification](NetSpec::receive_limits).
     pub net_limits: bool,
     /// Whether a network port may be on a [TAP device](crate::net::Tap) of the host's.
@@ -66,6 +68,7 @@ impl Capabilities {
             max_memory_mib: 1 << 20,
             max_disks: 1,
             max_nets: 0,
+            max_devices: usize::MAX,
             net_limits: false,
             tap: false,
             power_button: false,
@@ -144,6 +147,12 @@ impl Capabilities {
             let most = self.max_nets;
             return unsupported(format!(
                 "{name} cannot give a machine {nets} network ports; the most is {most}"
+            ));
+        }
+        if disks.saturating_add(nets) > self.max_devices {
+            let most = self.max_devices;
+            return unsupported(format!(
+                "{disks} disks and {nets} network ports are more than the {most} that {name} has room for"
             ));
         }
         Ok(())

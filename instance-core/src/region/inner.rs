@@ -35,7 +35,7 @@ use crate::{Error, ErrorKind, Result, VolumeState};
 
 /// What users' handles share: with the last of them the region is closed, then and there.
 ///
-/// The region's own thread holds the region only while it acts on it, and would otherwise be the one
+/// The region's own threads hold the region only while they act on it, and would otherwise be the ones
 /// to close it whenever the last handle goes meanwhile: later than the user may rely on.
 pub(crate) struct Owner(Arc<Inner>);
 
@@ -182,7 +182,7 @@ impl Inner {
         });
         inner.recover()?;
         (inner.supervisor.start(messages, Arc::downgrade(&inner)))
-            .map_err(|e| Error::io(e, "cannot start the region's thread"))?;
+            .map_err(|e| Error::io(e, "cannot start the region's threads"))?;
         Ok(inner)
     }
 
