@@ -24,7 +24,8 @@ use crate::state_changes::{StateChanges, Whose};
 /// A region, kept in a directory and owned by this handle's process.
 ///
 /// One owner at a time: the directory is locked, and the lock goes with the process. Clones are the
-/// same region; the last of them and of its [`Instance`]s closes it, which ends its machines and waits for its tasks. Where the
+/// same region; the last of them and of its [`Instance`]s closes it, which ends its machines and waits for its tasks. Guests are not asked
+/// to shut down, as if they were switched off: [`Instance::stop`] does that before. Where the
 /// last goes in a thread of the region's own, as a [hook](crate::watch::Watch::subscribe) may have it, nothing is waited for,
 /// and the region is closed when those threads have ended. Its instances are found `stopped` when it is opened again; those
 /// whose root device is instance store are gone.
