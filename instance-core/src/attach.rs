@@ -192,12 +192,11 @@ impl Inner {
         // The machine first: what it refuses has been written nowhere.
         let volume = live.machine.is_some().then(|| self.plug_volume(&live, id)).transpose()?;
         if let Err(e) = self.store.commit(|c| c.put(&record)) {
-            // What the store has of it all the same is not there any more when another is given the volume.
-            self.store.later(|c| c.put(&live.record))?;
             if volume.is_some() {
                 unplug_again(&live, id);
             }
-            return Err(e);
+            // What the store has of it all the same is not there any more when another is given the volume.
+            return self.store.later(|c| c.put(&live.record)).and(Err(e));
         }
         volume.into_iter().for_each(|volume| live.volumes.insert(place, volume));
         self.publish(&cell, &mut live, record);

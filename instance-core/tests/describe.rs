@@ -57,8 +57,8 @@ fn instances_are_found_by_every_filter_and_in_pages() {
     let table: &[(Filters<'_>, usize)] = &[
         (&[], 6),
         (&[("architecture", &["x86_64"])], 6),
-        (&[("block-device-mapping.delete-on-termination", &["false"])], 6),
-        (&[("block-device-mapping.device-name", &["/dev/sdf"])], 6),
+        (&[("block-device-mapping.delete-on-termination", &["false"])], 5),
+        (&[("block-device-mapping.device-name", &["/dev/sdf"])], 5),
         (&[("block-device-mapping.volume-id", &[&volume])], 1),
         (&[("client-token", &["two"])], 2),
         (&[("client-token", &["t*"])], 5),

@@ -154,7 +154,7 @@ impl Ends {
         let mut threads = self.followers.lock();
         let (reports, its_region) = (region.supervisor.reports(), region.clone());
         let follow = move || {
-            // Dropped after the region, which may be the last that has it.
+            // Said when the region is let go of, which may close it.
             let _done = Done(reports, ended.id);
             let region = its_region;
             region.machine_ended(ended.id, ended.generation);
