@@ -52,6 +52,8 @@ impl Devices {
         for (placed, at) in devices.iter().zip(&state.virtio) {
             placed.device.restore(vm, &at.state)?;
         }
+        // A guest may have been about to have two change places.
+        self.listen(vm);
         self.regenerate(vm, memory)
     }
 
@@ -153,13 +155,15 @@ impl Devices {
     }
 
     /// Has KVM hear each device on PCI where it is, after one has moved: another may have waited for its place, or may still be
-    /// heard where it was.
+    /// heard where it was, and would take what is meant for who is there now.
     fn listen(&self, vm: &VmFd) {
         let devices = self.virtio.all();
-        let unheard = || devices.iter().filter_map(|placed| Some((placed, placed.device.listen(vm).err()?)));
-        if unheard().count() > 0 {
-            devices.iter().for_each(|placed| placed.device.let_go(vm));
-            unheard().for_each(|(placed, error)| placed.device.is_unheard(error));
+        let places: Vec<u64> = devices.iter().filter_map(|placed| placed.device.pci_address()).collect();
+        devices.iter().for_each(|placed| placed.device.let_go(vm, &places));
+        for placed in devices.iter() {
+            if let Err(error) = placed.device.listen(vm) {
+                placed.device.is_unheard(error);
+            }
         }
     }
 

@@ -20,7 +20,6 @@ use instance_core::net::{self, NetPort};
 use instance_core::testing::conformance::{Link, TestBed};
 use instance_core::vsock::{self, Stream, Vsock, VsockSpec};
 
-/// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
 #[test]
 fn kvm_conforms_with_linux() {
     let Some(kvm) = common::kvm_as_it_comes() else { return };

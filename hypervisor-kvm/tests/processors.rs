@@ -10,7 +10,6 @@ use common::soon;
 use instance_core::console::Console;
 use instance_core::machine::{Hypervisor, MachineSpec, RestoreSpec, SavedMachine};
 
-/// How long a guest may take that starts many processors, each of which has to have its turn.
 #[track_caller]
 fn number(console: &Console, word: &str) -> u64 {
     let mut reader = console.reader_from_now();

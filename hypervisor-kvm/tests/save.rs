@@ -23,6 +23,7 @@ use storage_block::{BlockBackend, Disk, MemoryDisk, RawFile};
 
 const MAC: &str = "02:00:0a:00:00:0c";
 const HEADER: usize = 32;
+
 fn disk() -> Disk {
     disk_of(1)
 }

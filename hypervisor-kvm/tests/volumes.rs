@@ -16,7 +16,6 @@ use instance_core::{
 };
 use storage_block::MemoryDisk;
 
-/// How long a kernel may take to boot, or to answer, on a processor that is itself emulated.
 const SECTOR: usize = 512;
 
 /// An instance whose guest is up, and what it says.

@@ -177,6 +177,14 @@ mod tests {
         let id = old();
         running.terminate().unwrap();
         assert!(!region.inner.cells().contains_key(&id), "a termination forgets");
+        let with_token = || spec().client_token("deploy");
+        let first = region.launch(&ami, with_token()).unwrap();
+        first.terminate().unwrap();
+        let again = || region.launch(&ami, with_token());
+        assert_eq!(again().unwrap_err().kind(), ErrorKind::IdempotentInstanceTerminated);
+        let long_ago = Instant::now().checked_sub(REMEMBERED).unwrap();
+        region.inner.terminated.lock().iter_mut().for_each(|(at, _)| *at = long_ago);
+        assert_ne!(again().unwrap().id(), first.id(), "a launch with the same token forgets");
         let id = old();
         assert_eq!(region.instance(id).unwrap_err().kind(), ErrorKind::InstanceNotFound);
         let id = old();

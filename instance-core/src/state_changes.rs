@@ -174,16 +174,13 @@ impl Drop for Woken {
 }
 
 impl Listener {
-    /// Tells it, and says whether it is to be told of more.
-    fn tell(&self, change: &StateChange) -> bool {
-        let Some(inbox) = self.inbox.0.upgrade() else { return false };
+    /// Tells it, and gives who is to be woken; none if it is to be told of no more.
+    fn tell(&self, change: &StateChange) -> Option<Arc<Inbox>> {
+        let inbox = self.inbox.0.upgrade()?;
         // Before it can be read.
         let before = inbox.waiting.fetch_add(1, Ordering::Relaxed);
         let told = before < StateChanges::MOST_WAITING && self.changes.send(change.clone()).is_ok();
-        if told {
-            inbox.changed.notify(usize::MAX);
-        }
-        told
+        told.then_some(inbox)
     }
 }
 
@@ -207,12 +204,23 @@ impl Listeners {
 
     /// Tells those who listen to the instances of its account, or to all.
     pub(crate) fn tell(&self, change: &StateChange) {
+        // They are woken when the lock is free: what is woken is a listener's own.
+        let (mut told, mut gone) = (Vec::new(), Vec::new());
         let mut all = self.lock();
         for whose in [Whose::All, Whose::Account(change.owner)] {
-            if let Some(listeners) = all.get_mut(&whose) {
-                listeners.retain(|listener| listener.tell(change));
+            let Some(listeners) = all.get_mut(&whose) else { continue };
+            for listener in std::mem::take(listeners) {
+                match listener.tell(change) {
+                    Some(inbox) => {
+                        told.push(inbox);
+                        listeners.push(listener);
+                    }
+                    None => gone.push(listener),
+                }
             }
         }
+        drop(all);
+        told.iter().for_each(|inbox| drop(inbox.changed.notify(usize::MAX)));
     }
 }
 

@@ -60,10 +60,11 @@ impl Backlog {
         }
         let share = BYTES / (self.of.len() + usize::from(!is_known));
         let waiting = self.of.entry(sender).or_default();
-        while waiting.frames.len() < SHARE
-            && let Some(next) = frames.front()
-            && (waiting.frames.is_empty() || waiting.bytes + next.data.len() <= share)
-        {
+        while let Some(next) = frames.front() {
+            let fits = waiting.frames.is_empty() || waiting.bytes + next.data.len() <= share;
+            if waiting.frames.len() >= SHARE || !fits {
+                break;
+            }
             waiting.bytes += next.data.len();
             waiting.frames.extend(frames.pop_front());
         }

@@ -200,14 +200,22 @@ impl Model {
         self.interfaces.get_mut(&id).ok_or_else(|| not_found(ErrorKind::InterfaceNotFound, id))
     }
 
-    /// The interface and its port that are reached at an address of the host's, also where one of both is any address.
-    pub(crate) fn forwarded_at(&self, carrier: Carrier, at: SocketAddr) -> Option<String> {
+    /// The interface and its port that are reached at an address of the host's, also where one of both is any address, but for
+    /// this one.
+    pub(crate) fn forwarded_at(
+        &self,
+        carrier: Carrier,
+        at: SocketAddr,
+        but: (NetworkInterfaceId, u16),
+    ) -> Option<String> {
         let meets = |there: &SocketAddr| {
             let is_any = there.ip().is_unspecified() || at.ip().is_unspecified();
             there.port() == at.port() && (is_any || there.ip() == at.ip())
         };
         self.interfaces.values().find_map(|interface| {
-            let (port, _) = interface.forwards_by(carrier).0.iter().find(|(_, there)| meets(there))?;
+            let is_other = |port: u16| (interface.id, port) != but;
+            let mut forwards = interface.forwards_by(carrier).0.iter();
+            let (port, _) = forwards.find(|(port, there)| is_other(**port) && meets(there))?;
             Some(format!("port {port} of {}", interface.id))
         })
     }

@@ -82,6 +82,9 @@ fn an_address_of_the_hosts_leads_to_one_port_also_of_instances_that_are_stopped(
         }
     };
     is_refused();
+    // It may be made wider.
+    assert_eq!(network.forward(one, 22, any).unwrap(), any);
+    assert_eq!(network.forward(one, 22, at).unwrap(), at);
     // UDP has addresses of its own.
     assert_eq!(network.forward_udp(other, 22, at).unwrap(), at);
     let machines = [one, other].map(|id| network.plug(id).unwrap());

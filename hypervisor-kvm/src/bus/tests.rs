@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::slots::Role;
-use crate::virtio::{Block, NOTIFY, RANGE_LEN, VirtioDevice};
+use crate::virtio::{Block, NOTIFY, RANGE_LEN, Rng, VirtioDevice};
 use crate::{Transport, memory, saved};
 
 #[test]
@@ -34,7 +34,7 @@ fn a_guest_is_reset_by_acpi_and_by_the_keyboard_controller() {
     }
 }
 
-/// Two disks on PCI, in the places where machines have them, and in KVM.
+/// Two disks on PCI and a device that processors serve, in the places where machines have them, and in KVM.
 struct Machine {
     vm: VmFd,
     gate: Gate,
@@ -46,6 +46,7 @@ const PLACES: [u32; 3] =
     [layout::PCI_MEMORY, layout::PCI_MEMORY + RANGE_LEN, layout::PCI_MEMORY + 8 * RANGE_LEN];
 const FIRST: usize = 0;
 const SECOND: usize = 1;
+const ENTROPY: usize = 2;
 
 #[derive(Debug, Clone, Copy)]
 enum Do {
@@ -64,19 +65,21 @@ impl Machine {
         };
         let vm = kvm.create_vm().unwrap();
         let memory = memory::allocate(NonZeroU32::MIN).unwrap();
-        let placed = [FIRST, SECOND].map(|n| {
+        let mut placed = Vec::from([FIRST, SECOND].map(|n| {
             let spec = DiskSpec::new(MemoryDisk::new(1 << 20).unwrap().into_disk(), "vol-1");
             let block = Block::new(spec.disk.clone(), "vol-1", 1);
             let role = Role::Disk(saved::Disk::of(&spec), block.engine());
             let device = VirtioDevice::with_thread(&vm, &memory, n, Transport::Pci, block).unwrap();
             Placed::new(n, role, device)
-        });
+        }));
+        let entropy = VirtioDevice::new(&memory, ENTROPY, Transport::Pci, Rng).unwrap();
+        placed.push(Placed::new(ENTROPY, Role::Other(Other::Entropy), entropy));
         let devices = Devices {
             serial: SerialPort::new(Console::new().port(), EventFd::new(0).unwrap()),
             power: Power::default(),
             rtc: Mutex::new(Rtc::new()),
             pci: Some(Bus::new()),
-            virtio: Slots::new(8, placed.into()),
+            virtio: Slots::new(8, placed),
         };
         Some(Self { vm, gate: Gate::new(), devices })
     }
@@ -140,6 +143,17 @@ fn a_device_that_is_hidden_leaves_its_place_to_another() {
     [Do::Hide(FIRST), Do::Move(SECOND, PLACES[FIRST])].into_iter().for_each(|does| machine.go(does));
     machine.devices.virtio.get(SECOND).unwrap().device.stop(&machine.vm);
     assert!(!machine.is_taken(PLACES[FIRST]), "it was the first that was heard there");
+}
+
+/// Whose notifications are no event, which a thread would have to be woken by.
+#[test]
+fn a_device_that_is_hidden_does_not_hear_what_is_meant_for_one_that_processors_serve() {
+    let Some(machine) = Machine::new() else { return };
+    let [place, _, free] = PLACES;
+    [Do::Hide(FIRST), Do::Move(ENTROPY, place)].into_iter().for_each(|does| machine.go(does));
+    assert!(!machine.is_taken(place), "it was the first that was heard there");
+    [Do::Move(FIRST, free), Do::Show(FIRST)].into_iter().for_each(|does| machine.go(does));
+    assert!(machine.is_taken(free) && !machine.is_taken(place));
 }
 
 /// Counts warnings.

@@ -98,11 +98,16 @@ pub fn bus(bytes: &[u8]) {
                 }
             }
         }
-        let heard: Vec<_> =
-            devices.virtio.all().iter().filter_map(|placed| placed.device.is_heard_at()).collect();
-        for (address, is_heard) in &heard {
-            let is_alone = heard.iter().filter(|(other, _)| other == address).count() == 1;
-            assert!(*is_heard || !is_alone, "the device at {address:#x} is not heard");
+        let all = devices.virtio.all();
+        for placed in all.iter() {
+            let Some(address) = placed.device.pci_address() else { continue };
+            let is_at = |other: &&Arc<Placed>| other.device.pci_address() == Some(address);
+            let is_heard = |other: &&Arc<Placed>| other.device.notified_at() == Some(address);
+            let is_alone = all.iter().filter(is_at).count() == 1;
+            let expected = is_heard(&placed) == placed.device.needs_thread();
+            assert!(expected || !is_alone, "the device at {address:#x} is not heard");
+            let mut others = all.iter().filter(|other| !is_at(other));
+            assert!(!others.any(|other| is_heard(&other)), "another is heard at {address:#x}");
         }
         for (place, stays) in STAYS.into_iter().enumerate() {
             assert!(!stays || devices.virtio.get(place).is_some(), "the device in place {place} is gone");

@@ -193,7 +193,7 @@ impl VirtioDevice {
         }
     }
 
-    /// Goes on, as a device that nobody has used yet, where another was saved.
+    /// Goes on, as a device that nobody has used yet, where another was saved. On PCI, KVM has to [hear](Self::listen) it then.
     pub(crate) fn restore(&self, vm: &VmFd, state: &DeviceState) -> Result<()> {
         let unfit = |why: Malformed| saved("a device of the saved machine does not fit").with_source(why);
         match (&self.port, state) {
@@ -202,9 +202,6 @@ impl VirtioDevice {
             }
             (Port::Pci(pci), DeviceState::Pci(state)) => {
                 pci.restore(&self.memory, state).map_err(unfit)?;
-                if let Some(heard) = &self.notification {
-                    pci.listen(vm, heard).host("KVM did not take the place of a device's notification")?;
-                }
             }
             _ => return Err(unfit(Malformed("the device is on another transport"))),
         }
@@ -270,19 +267,27 @@ impl VirtioDevice {
         heard
     }
 
-    /// Has KVM hear it no more where its registers are no more.
-    pub(crate) fn let_go(&self, vm: &VmFd) {
+    /// Has KVM hear it no more where its registers are no more and somebody's are, of those at `places`.
+    pub(crate) fn let_go(&self, vm: &VmFd, places: &[u64]) {
         if let (Port::Pci(pci), Some(notification)) = (&self.port, &self.notification) {
-            pci.let_go(vm, notification);
+            pci.let_go(vm, notification, places);
         }
     }
 
-    /// Where the registers are on PCI of a device that is served by a thread, if they are anywhere, and whether KVM hears it there.
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn is_heard_at(&self) -> Option<(u64, bool)> {
+    /// Where the registers are on PCI, if they are anywhere.
+    pub(crate) fn pci_address(&self) -> Option<u64> {
         match &self.port {
-            Port::Pci(pci) if self.needs_thread() => pci.is_heard_at(),
-            _ => None,
+            Port::Mmio(_) => None,
+            Port::Pci(pci) => pci.address(),
+        }
+    }
+
+    /// Where KVM hears it on PCI, if it does.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn notified_at(&self) -> Option<u64> {
+        match &self.port {
+            Port::Mmio(_) => None,
+            Port::Pci(pci) => pci.notified_at(),
         }
     }
 

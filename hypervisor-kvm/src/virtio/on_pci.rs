@@ -53,10 +53,10 @@ impl OnPci {
         self.stop_listening_if(vm, notification, |_| true);
     }
 
-    /// Has KVM hear none where the registers are no more: another device's may be there.
-    pub(super) fn let_go(&self, vm: &VmFd, notification: &EventFd) {
-        let address = self.address.load(Ordering::Acquire);
-        self.stop_listening_if(vm, notification, |before| before != address);
+    /// Has KVM hear none where the registers are no more, if that is among the places of devices.
+    pub(super) fn let_go(&self, vm: &VmFd, notification: &EventFd, places: &[u64]) {
+        let is_anothers = |before| self.address() != Some(before) && places.contains(&before);
+        self.stop_listening_if(vm, notification, is_anothers);
     }
 
     fn stop_listening_if(&self, vm: &VmFd, notification: &EventFd, at: impl FnOnce(u64) -> bool) {
@@ -92,11 +92,11 @@ impl OnPci {
     /// [`let_go`](Self::let_go): a guest that looks how many registers there are takes them away for a moment, once for each
     /// range that a function might have, and KVM waits for all processors each time it forgets or learns a place.
     pub(super) fn listen(&self, vm: &VmFd, notification: &EventFd) -> Result<(), kvm_ioctls::Error> {
-        let address = self.address.load(Ordering::Acquire);
         let mut notified_at = self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
-        if address == NOWHERE || *notified_at == Some(address) {
+        // Looked at under the lock: who has it next finds where the registers are by then.
+        let Some(address) = self.address().filter(|address| *notified_at != Some(*address)) else {
             return Ok(());
-        }
+        };
         let at = |address: u64| IoEventAddress::Mmio(address + NOTIFY);
         if let Some(before) = notified_at.take() {
             vm.unregister_ioevent(notification, &at(before), NoDatamatch)?;
@@ -106,12 +106,16 @@ impl OnPci {
         Ok(())
     }
 
-    /// Where the registers are, and whether KVM hears notifications there.
-    #[cfg(any(test, fuzzing))]
-    pub(super) fn is_heard_at(&self) -> Option<(u64, bool)> {
+    /// Where the registers are, if they are anywhere.
+    pub(super) fn address(&self) -> Option<u64> {
         let address = self.address.load(Ordering::Acquire);
-        let notified_at = *self.notified_at.lock().unwrap_or_else(PoisonError::into_inner);
-        (address != NOWHERE).then_some((address, notified_at == Some(address)))
+        (address != NOWHERE).then_some(address)
+    }
+
+    /// Where KVM hears notifications.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn notified_at(&self) -> Option<u64> {
+        *self.notified_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How far `address` is into the registers, if it is.

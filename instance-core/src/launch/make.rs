@@ -133,7 +133,7 @@ impl Inner {
         live.record.enter(InstanceState::Terminated, Some(reason_of(why)));
         self.listeners.tell(&StateChange::of(&live.record.description));
         self.directory.remove(cell.id);
-        cell.description.set(live.record.description.clone());
+        cell.description.set(live.record.told());
     }
 }
 

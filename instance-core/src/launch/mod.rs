@@ -169,6 +169,8 @@ impl Inner {
         from: Option<LaunchedFrom>,
         run: impl FnOnce() -> Result<Vec<Arc<Cell>>>,
     ) -> Result<Vec<Arc<Cell>>> {
+        // With the last instance of a launch its token is free.
+        self.forget_terminated(Instant::now());
         match self.tokens.begin(owner, token, asked)? {
             Turn::First(under_way) => {
                 let cells = run()?;

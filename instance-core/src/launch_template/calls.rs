@@ -224,6 +224,8 @@ impl<H> Region<H> {
         let (inner, owner, version) = (&self.inner, *self.account(), version.into());
         let token = overrides.client_token.clone().filter(|_| !overrides.dry_run);
         LaunchSpec::check_token(token.as_deref())?;
+        // With the last instance of a launch its token is free, and names no template.
+        inner.forget_terminated(Instant::now());
         let from = inner.launched_from(owner, &template.into(), token.as_deref())?;
         let asked = digest_of(&(from.id, version.to_string(), overrides.count, &overrides))?;
         // What has happened with the same token is not looked up again: it need not be there any more.

@@ -104,7 +104,7 @@ impl Ends {
     }
 
     /// Follows what is told until the region is closed, and has let go of all threads then. A reset that waits until then is
-    /// of an instance that runs no more.
+    /// of an instance that runs no more; any other end is followed still.
     pub(super) fn follow(mut self, messages: &Receiver<Message>) {
         while let Ok(message) = messages.recv() {
             match message {
@@ -114,6 +114,13 @@ impl Ends {
             }
         }
         self.followers.join_all();
+        let mut left: Vec<_> = self.at_work.into_values().filter_map(|work| work.next).collect();
+        left.extend(messages.try_iter().filter_map(|message| match message {
+            Message::Ended(ended) => Some(ended),
+            Message::Followed(_) | Message::Close => None,
+        }));
+        let Some(region) = self.region.upgrade() else { return };
+        left.iter().filter(|end| !end.reset).for_each(|end| region.machine_ended(end.id, end.generation));
     }
 
     fn ended(&mut self, ended: Ended) {

@@ -194,11 +194,18 @@ impl Edge {
 
     /// Nobody listens there any more when this returns, but where the thread stands still for longer than one may wait who has the
     /// network's lock.
-    pub(crate) fn unlisten(&self, carrier: Carrier, at: SocketAddr) {
-        let (done, is_done) = sync_channel(1);
-        self.order(Order::Unlisten(carrier, at, done));
-        // It fails at once where the thread has ended, which listens to nothing.
-        let _ = is_done.recv_timeout(Duration::from_secs(10));
+    pub(crate) fn unlisten(&self, places: impl IntoIterator<Item = (Carrier, SocketAddr)>) {
+        let order = |(carrier, at)| {
+            let (done, is_done) = sync_channel(1);
+            self.order(Order::Unlisten(carrier, at, done));
+            is_done
+        };
+        let all: Vec<_> = places.into_iter().map(order).collect();
+        let until = Instant::now() + Duration::from_secs(10);
+        for is_done in all {
+            // It fails at once where the thread has ended, which listens to nothing.
+            let _ = is_done.recv_timeout(until.saturating_duration_since(Instant::now()));
+        }
     }
 
     /// Has the thread serve the stream by which a machine is plugged in.

@@ -105,7 +105,7 @@ impl Network {
                 Ok(at)
             });
         }
-        let listener = self.listener(carrier, at)?;
+        let listener = self.listener(carrier, at, (id, port))?;
         let at = listener.local_addr().map_err(|e| cannot_listen(at, e))?;
         // In one step: nobody finds it forwarded to nowhere, and of two who forward it the last has it.
         let before = self.change_with(&mut plugged, |model| {
@@ -118,22 +118,27 @@ impl Network {
         })?;
         if let Some(plugged) = plugged.get(&id) {
             if let Some(before) = before {
-                plugged.edge.unlisten(carrier, before);
+                plugged.edge.unlisten([(carrier, before)]);
             }
             plugged.edge.listen(Forward { listener, entrance: Entrance { at, port, to: None } });
         }
         Ok(at)
     }
 
-    /// A listener at an address of the host's that leads nowhere else, also not to an instance that is stopped: with port 0, at one
-    /// that is free.
-    fn listener(&self, carrier: Carrier, at: SocketAddr) -> Result<Listener> {
+    /// A listener at an address of the host's for a port of an interface that leads to no other, also not to one of an instance that
+    /// is stopped: with port 0, at one that is free.
+    fn listener(
+        &self,
+        carrier: Carrier,
+        at: SocketAddr,
+        of: (NetworkInterfaceId, u16),
+    ) -> Result<Listener> {
         // Those of others are held until one is found that is nobody's, as the host would give them again.
         let mut of_others = Vec::new();
         loop {
             let listener = Listener::bind(carrier, at).map_err(|e| cannot_listen(at, e))?;
             let found = listener.local_addr().map_err(|e| cannot_listen(at, e))?;
-            let other = self.model().forwarded_at(carrier, found);
+            let other = self.model().forwarded_at(carrier, found, of);
             match other {
                 None => return Ok(listener),
                 Some(_) if at.port() == 0 => of_others.push(listener),
@@ -156,7 +161,7 @@ impl Network {
             Ok(forwards.remove(&port))
         })?;
         if let (Some(at), Some(plugged)) = (at, plugged.get(&id)) {
-            plugged.edge.unlisten(carrier, at);
+            plugged.edge.unlisten([(carrier, at)]);
         }
         Ok(())
     }
@@ -173,15 +178,13 @@ impl Network {
         for carrier in [Carrier::Tcp, Carrier::Udp] {
             let (forwards, chosen) = interface.forwards_by(carrier);
             for (&port, &before) in forwards {
-                let refused = |e| cannot_listen(before, e);
                 let listener = match Listener::bind(carrier, before) {
                     Err(e) if e.kind() == IoErrorKind::AddrInUse && chosen.contains(&port) => {
-                        Listener::bind(carrier, (before.ip(), 0).into())
+                        self.listener(carrier, (before.ip(), 0).into(), (interface.id, port))?
                     }
-                    bound => bound,
+                    bound => bound.map_err(|e| cannot_listen(before, e))?,
                 };
-                let listener = listener.map_err(refused)?;
-                let at = listener.local_addr().map_err(refused)?;
+                let at = listener.local_addr().map_err(|e| cannot_listen(before, e))?;
                 there.edge.listen(Forward { listener, entrance: Entrance { at, port, to: None } });
                 if at != before {
                     moved.push((carrier, port, at));
@@ -204,14 +207,9 @@ impl Network {
 impl Plugged {
     /// Listens no longer for public addresses where that is not among what is wanted.
     pub(super) fn withdraw(&mut self, wanted: &PublicOffers) {
-        let edge = &self.edge;
-        self.public.retain(|place, to| {
-            let stays = wanted.get(place) == Some(to);
-            if !stays {
-                edge.unlisten(place.0, place.1);
-            }
-            stays
-        });
+        let stays = |place: &(Carrier, SocketAddr), to: &Ipv4Addr| wanted.get(place) == Some(to);
+        self.edge.unlisten(self.public.iter().filter(|(place, to)| !stays(place, to)).map(|(place, _)| *place));
+        self.public.retain(|place, to| stays(place, to));
     }
 
     /// Listens for public addresses where that is wanted and the host lets us.
