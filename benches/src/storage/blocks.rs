@@ -20,7 +20,7 @@ use crate::samples::{Measurement, ProcessorTime, Rounds, median_speed};
 /// What random requests are spread over.
 const SIZE: u64 = GIB;
 /// Requests in a batch, enough that it takes a tenth of a second.
-const READS: u64 = 100_000;
+pub(super) const READS: u64 = 100_000;
 const WRITES: u64 = 8192;
 
 /// What is read and written: a disk of this library, or a file by the system's calls alone.
@@ -163,7 +163,7 @@ impl Beside {
     }
 
     /// Compares what `work` makes of the volume, and of the two files.
-    fn compare(
+    pub(super) fn compare(
         &self,
         rounds: Rounds,
         work: impl FnMut(&Side, u64) -> anyhow::Result<Duration>,
@@ -373,9 +373,18 @@ pub(super) fn sequential_read_first(bench: &Bench) -> anyhow::Result<Measurement
 pub(super) fn sequential_write(bench: &Bench) -> anyhow::Result<Measurement> {
     let beside = Beside::new(bench)?;
     beside.touch()?;
+    write_quarters(&beside, bench.rounds(8))
+}
+
+/// What is the snapshot's before, a quarter in each round and none twice.
+pub(super) fn sequential_write_first(bench: &Bench) -> anyhow::Result<Measurement> {
+    write_quarters(&Beside::new(bench)?, Rounds { rounds: 3, batch: 1 })
+}
+
+fn write_quarters(beside: &Beside, rounds: Rounds) -> anyhow::Result<Measurement> {
     beside.warm()?;
     let buf = vec![0x5a; MIB as usize];
-    beside.compare(bench.rounds(8), |side, round| {
+    beside.compare(rounds, |side, round| {
         let took = sequentially(side, round, |side, at| side.write_at(&buf, at));
         side.flush()?;
         took

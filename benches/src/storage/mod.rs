@@ -9,6 +9,7 @@ pub mod corpus;
 pub mod imports;
 pub mod nbd;
 mod pause;
+mod reads;
 pub mod space;
 
 use std::fs::File;
@@ -86,6 +87,9 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "clone_over_named_file" => clones::over_empty_file(bench, true),
         "random_read" => blocks::random_read(bench, 1),
         "random_read_depth_32" => blocks::random_read(bench, 32),
+        "random_read_depth_32_queued" => reads::queued(bench, 32),
+        "random_read_overwritten_5" => reads::overwritten(bench, 5),
+        "random_read_overwritten_50" => reads::overwritten(bench, 50),
         "random_overwrite" => blocks::random_overwrite(bench),
         "random_overwrite_first" => blocks::random_overwrite_first(bench),
         "random_overwrite_flushed" => blocks::random_overwrite_flushed(bench),
@@ -93,12 +97,15 @@ pub fn measure(name: &str, bench: &Bench) -> anyhow::Result<Measurement> {
         "sequential_read" => blocks::sequential_read(bench),
         "sequential_read_first" => blocks::sequential_read_first(bench),
         "sequential_write" => blocks::sequential_write(bench),
+        "sequential_write_first" => blocks::sequential_write_first(bench),
         "import_over_sha256" => imports::over_sha256(bench),
         "import_over_copy" => imports::over_copy(bench),
         "import_processor_time" => imports::processor_time(bench),
         "import_two_processors" => imports::two_processors(bench),
         "snapshot_over_hash_and_write" => imports::snapshot(bench),
-        "snapshot_pause" => pause::under_load(bench),
+        "snapshot_pause" => pause::under_load(bench, 1, 95),
+        "snapshot_pause_longest" => pause::under_load(bench, 1, 100),
+        "snapshot_pause_of_4" => pause::under_load(bench, 4, 95),
         "space_of_20_clones" => space::of_clones(bench),
         "nbd_read_4k" => nbd::read_4k(bench),
         "nbd_write_4k" => nbd::write_4k(bench),

@@ -34,6 +34,11 @@ const FIGURES: &[Figure] = &[
     // A volume's speed in units of a raw file's.
     at_least("random_read", 0.95),
     at_least("random_read_depth_32", 0.95),
+    // By a queue, and one of a raw disk.
+    reported("random_read_depth_32_queued", Place::Host),
+    // Of a clone of which so many in a hundred blocks, at random, were overwritten.
+    reported("random_read_overwritten_5", Place::Host),
+    reported("random_read_overwritten_50", Place::Host),
     at_least("random_overwrite", 0.95),
     at_least("random_overwrite_first", 0.5),
     reported("random_overwrite_flushed", Place::Host),
@@ -42,6 +47,8 @@ const FIGURES: &[Figure] = &[
     // The first read of all, which compares every chunk with its checksum.
     reported("sequential_read_first", Place::Host),
     at_least("sequential_write", 0.95),
+    // Beside a file that has its bytes already.
+    reported("sequential_write_first", Place::Host),
     // An import's speed in units of that of hashing alone, of copying the file, and of itself with one processor.
     // What it takes of all processors must leave two of them that speed.
     at_least("import_over_sha256", 0.8),
@@ -52,6 +59,9 @@ const FIGURES: &[Figure] = &[
     at_most("snapshot_over_hash_and_write", 1.3),
     // How long writers stand still for one while the disk has all to do that it can, in 95 of 100.
     Figure { name: "snapshot_pause", unit: "ms", bar: Bar::AtMost(5.0), place: Place::Host },
+    // The longest of two hundred, and in 95 of 100 that of four volumes at one instant.
+    Figure { name: "snapshot_pause_longest", unit: "ms", bar: Bar::AtMost(50.0), place: Place::Host },
+    Figure { name: "snapshot_pause_of_4", unit: "ms", bar: Bar::None, place: Place::Host },
     // The image and twenty clones over the image and what is private to them.
     at_most("space_of_20_clones", 1.3),
     // The server's speed in units of qemu-nbd's.
