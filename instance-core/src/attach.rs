@@ -334,12 +334,13 @@ impl Inner {
                 Some((_, volume)) => volume.clone(),
                 None => self.open_volume(id)?,
             };
+            let failed = |e| Error::storage(e, format!("cannot make {id} larger"));
+            volume.check_growth(target_size).map_err(failed)?;
             let before = VolumeRecord { growing: true, ..self.volume(owner, id)? };
             (record.size, record.growing) = (target_size, true);
             record.modification = Some(modification.clone());
             // From here on it is as large, whatever comes in between: opening the region makes it so.
             let grown = self.store.commit(|c| c.put(&record));
-            let failed = |e| Error::storage(e, format!("cannot make {id} larger"));
             grown.and_then(|()| volume.grow(target_size).map_err(failed)).inspect_err(|_| {
                 // Nobody has been told. Which size the disk has is seen when it is next looked at.
                 if let Err(e) = self.store.commit(|c| c.put(&before)) {

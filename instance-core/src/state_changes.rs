@@ -220,7 +220,9 @@ impl Listeners {
             }
         }
         drop(all);
-        told.iter().for_each(|inbox| drop(inbox.changed.notify(usize::MAX)));
+        for inbox in told {
+            inbox.changed.notify(usize::MAX);
+        }
     }
 }
 

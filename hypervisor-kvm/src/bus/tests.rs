@@ -11,7 +11,7 @@ use tracing::span;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::slots::Role;
+use crate::slots::{Other, Role};
 use crate::virtio::{Block, NOTIFY, RANGE_LEN, Rng, VirtioDevice};
 use crate::{Transport, memory, saved};
 
@@ -72,7 +72,7 @@ impl Machine {
             let device = VirtioDevice::with_thread(&vm, &memory, n, Transport::Pci, block).unwrap();
             Placed::new(n, role, device)
         }));
-        let entropy = VirtioDevice::new(&memory, ENTROPY, Transport::Pci, Rng).unwrap();
+        let entropy = VirtioDevice::new(&memory, ENTROPY, Transport::Pci, Rng);
         placed.push(Placed::new(ENTROPY, Role::Other(Other::Entropy), entropy));
         let devices = Devices {
             serial: SerialPort::new(Console::new().port(), EventFd::new(0).unwrap()),

@@ -1,6 +1,7 @@
 //! EC2's calls on launch templates.
 
 use std::sync::PoisonError;
+use std::time::Instant;
 
 use ami_core::{AccountId, LaunchTemplateId, Tags, Timestamp};
 

@@ -127,12 +127,7 @@ impl Network {
 
     /// A listener at an address of the host's for a port of an interface that leads to no other, also not to one of an instance that
     /// is stopped: with port 0, at one that is free.
-    fn listener(
-        &self,
-        carrier: Carrier,
-        at: SocketAddr,
-        of: (NetworkInterfaceId, u16),
-    ) -> Result<Listener> {
+    fn listener(&self, carrier: Carrier, at: SocketAddr, of: (NetworkInterfaceId, u16)) -> Result<Listener> {
         // Those of others are held until one is found that is nobody's, as the host would give them again.
         let mut of_others = Vec::new();
         loop {
@@ -208,7 +203,8 @@ impl Plugged {
     /// Listens no longer for public addresses where that is not among what is wanted.
     pub(super) fn withdraw(&mut self, wanted: &PublicOffers) {
         let stays = |place: &(Carrier, SocketAddr), to: &Ipv4Addr| wanted.get(place) == Some(to);
-        self.edge.unlisten(self.public.iter().filter(|(place, to)| !stays(place, to)).map(|(place, _)| *place));
+        self.edge
+            .unlisten(self.public.iter().filter(|(place, to)| !stays(place, to)).map(|(place, _)| *place));
         self.public.retain(|place, to| stays(place, to));
     }
 

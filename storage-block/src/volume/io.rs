@@ -11,10 +11,9 @@ use crate::log::AppendError;
 use crate::store::{lock, read, write};
 use crate::{BlockBackend, Capabilities, Error, ErrorKind, Extent, IoBuf, Result};
 
-/// How much is written in one go: a snapshot that is to begin waits for writes under way.
-const WRITE: u64 = 1 << 20;
-/// How much is zeroed in one go: to give back what is in the page cache takes a millisecond for so much.
-const ZERO: u64 = 8 << 20;
+/// How much is written or zeroed in one go: a snapshot that is to begin waits for what is under way. A file system may write out what is
+/// in its cache before it gives that back.
+const ONE_GO: u64 = 1 << 20;
 
 impl Inner {
     pub(super) fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
@@ -78,7 +77,7 @@ impl Inner {
     }
 
     fn write(&self, mut bufs: &mut [IoBuf<'_>], offset: u64) -> Result<()> {
-        for part in parts(offset, total(bufs).unwrap_or(0), WRITE) {
+        for part in parts(offset, total(bufs).unwrap_or(0), ONE_GO) {
             let len = part.end - part.start;
             take_first(&mut bufs, len as usize, |now| self.write_part(now, part.start, len))?;
         }
@@ -177,7 +176,7 @@ impl Inner {
     }
 
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
-        parts(offset, len, ZERO).try_for_each(|part| self.zero_range(part.start, part.end - part.start))
+        parts(offset, len, ONE_GO).try_for_each(|part| self.zero_range(part.start, part.end - part.start))
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> Result<()> {

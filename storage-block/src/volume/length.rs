@@ -18,8 +18,8 @@ pub(super) fn set_len(overlay: &File, dir: &Path, size: u64, context: impl FnOnc
     })
 }
 
-/// The same of a volume in `dir` that gets its files when it is first written: it would be told then, and so would whoever
-/// writes. What else comes in the way is met by who makes them.
+/// The same of a volume in `dir` before that is done: one that gets its files when it is first written would be told then, and so
+/// would whoever writes. What else comes in the way is met by who makes them.
 pub(super) fn check(dir: &Path, size: u64) -> Result<()> {
     if size < SURE {
         return Ok(());
@@ -70,6 +70,7 @@ mod tests {
         refused(Volume::create(&path, None, MAX_SIZE), longest);
         assert!(!path.exists(), "nothing is left of it");
         let volume = Volume::create(&path, None, 1 << 20).unwrap();
+        refused(volume.check_growth(longest + 4096), longest);
         refused(volume.grow(longest + 4096), longest);
         assert_eq!(volume.size(), 1 << 20);
         volume.grow(longest).unwrap();

@@ -213,6 +213,29 @@ impl Volume {
         self.0.size()
     }
 
+    /// Whether [`grow`](Self::grow) takes this size, for who has to promise it before.
+    ///
+    /// ```
+    /// # let dir = tempfile::tempdir()?;
+    /// use storage_block::{ErrorKind, Volume};
+    ///
+    /// let volume = Volume::create(&dir.path().join("vol"), None, 1 << 30)?;
+    /// volume.check_growth(2 << 30)?;
+    /// assert_eq!(volume.check_growth(1 << 20).err().map(|error| error.kind()), Some(ErrorKind::InvalidSize));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidSize`](ErrorKind::InvalidSize).
+    pub fn check_growth(&self, size: u64) -> Result<()> {
+        check_size(size)?;
+        if size < self.size() {
+            return Err(Error::invalid_size(size, "is less than that of the volume"));
+        }
+        length::check(&self.0.dir, size)
+    }
+
     /// Makes the volume larger while it is in use; what is new reads as zeroes.
     ///
     /// It is durable on return, and a crash before leaves the volume in its old size or in its new one. Its disks

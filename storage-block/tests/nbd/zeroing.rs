@@ -35,10 +35,8 @@ fn zeroing_counts_once_against_the_limits() {
         let of = |per_second| Some(Rate { per_second, burst: MUCH });
         let ops = Limiter::new(IoLimits { ops: of(1), ..IoLimits::NONE });
         let counted = Limiter::new(IoLimits { bytes: of(1), ..IoLimits::NONE });
-        let server = nbd::Server::bind(
-            dir.path().join(number.to_string()),
-            disk.limited(&ops).limited(&counted),
-        );
+        let server =
+            nbd::Server::bind(dir.path().join(number.to_string()), disk.limited(&ops).limited(&counted));
         let server = server.unwrap();
         let (mut client, begun) = (connect(&server), Instant::now());
         client.write_all(&request(flags, kind, 4096, len)).unwrap();
