@@ -5,7 +5,8 @@ use std::path::Path;
 
 use ami_core::{AnyAmi, Digest, X86_64};
 use instance_core::{
-    DescribeSnapshots, DescribeVolumes, InstanceState, LaunchSpec, SnapshotState, VolumeDescription,
+    DescribeSnapshots, DescribeVolumes, ErrorKind, InstanceState, LaunchSpec, SnapshotState,
+    VolumeDescription,
 };
 
 use super::child::{kernel, two_once};
@@ -228,13 +229,18 @@ impl Model {
         self.see_images(region, &when);
     }
 
-    /// A launch that is asked for again gives what came of it, and makes nothing.
+    /// A launch that is asked for again gives what came of it, unless that has ended, and makes nothing.
     fn check_tokens(&self, region: &TestRegion, when: &str) {
         for (token, (image, ids)) in &self.tokens {
             // What is not there is not asked for.
             let Ok(image) = region.image(image.parse().unwrap()) else { continue };
             let ami = image.ami().typed::<X86_64>().unwrap();
             let again = region.run_instances(&ami, two_once(token));
+            if !ids.iter().any(|id| self.instances.contains_key(id)) {
+                let refused = again.err().map(|e| e.kind());
+                assert_eq!(refused, Some(ErrorKind::IdempotentInstanceTerminated), "{token}, {when}");
+                continue;
+            }
             let again = again.unwrap_or_else(|e| panic!("{token}: {e}, {when}")).instances;
             let found: BTreeSet<String> = again.iter().map(|i| i.id().to_string()).collect();
             assert_eq!(found, *ids, "{token}, {when}");
