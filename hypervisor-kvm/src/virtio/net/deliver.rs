@@ -8,6 +8,9 @@ use crate::memory::PAGE;
 use crate::virtio::chain::Malformed;
 use crate::virtio::ring::{Running, Taken};
 
+/// How many descriptors are read for a frame. What so many have no room for is too long: a driver's buffers are pages, or close to it.
+const DESCRIPTORS: usize = 1024;
+
 /// What became of a frame for the guest.
 pub(super) enum Delivery {
     /// It is the driver's, or does not fit into what the driver offers and is lost.
@@ -22,7 +25,7 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
     let needed = (HEADER_LEN + frame.data.len()) as u64;
     // Mostly, a buffer is a page.
     let mut chains = Vec::with_capacity(needed as usize / PAGE + 1);
-    let mut room = 0;
+    let (mut room, mut read) = (0, 0);
     // What a queue full of buffers has no room for never has any.
     let most = if merge { ring.size() } else { 1 };
     loop {
@@ -34,13 +37,14 @@ pub(super) fn deliver(frame: Frame, ring: &mut Running<'_>, features: u64) -> Re
                 return Err(Malformed("a buffer for frames is shorter than their header"));
             }
             room += chain.writable.len();
+            read += chain.descriptors();
             chains.push(chain);
-            Ok(if room < needed { Taken::Go } else { Taken::Last })
+            Ok(if room < needed && read < DESCRIPTORS { Taken::Go } else { Taken::Last })
         })?;
         if room >= needed {
             break;
         }
-        let is_too_long = chains.len() == most;
+        let is_too_long = chains.len() == most || read >= DESCRIPTORS;
         if is_too_long || !ring.ask()? {
             ring.put_back(chains.len() as u16);
             return Ok(if is_too_long { Delivery::Done(frame) } else { Delivery::NoRoom(frame) });

@@ -51,7 +51,7 @@ const ETHERNET_LEN: usize = 14;
 /// How many frames are moved before the driver and other queues have their turn.
 const BATCH: usize = 64;
 /// How many descriptors are read for frames to the guest before that, the last frame's aside. A driver needs fewer for so many
-/// frames; a hostile one may have 65,536 read for each that its queue has no room for.
+/// frames; a hostile one may have a thousand read for each that its queue has no room for.
 const DESCRIPTORS: usize = 4096;
 /// How many frames wait for a pair before others for it are lost: as many as another pair hands over in its turn.
 const WAITING_MAX: usize = BATCH;

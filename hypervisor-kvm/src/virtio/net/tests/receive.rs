@@ -88,8 +88,6 @@ fn frames_take_turns_where_long_tables_have_no_room_for_them() {
     (0..FRAMES).for_each(|_| driver.network.send(Frame::new(content(1400))).unwrap());
     let steps = (0..).find(|_| driver.step(RECEIVE) == Step::Idle).unwrap();
     assert_eq!((driver.used(RECEIVE), driver.needs_reset()), (0, false));
-    assert!(
-        steps >= FRAMES,
-        "{FRAMES} frames, each of which 16384 descriptors are read for, in {steps} steps"
-    );
+    // Of 16384 descriptors no more than 1024 are read for each, and 4096 before others have their turn.
+    assert!((FRAMES / 5..=FRAMES / 3).contains(&steps), "{FRAMES} frames in {steps} steps");
 }
