@@ -11,9 +11,10 @@ use crate::log::AppendError;
 use crate::store::{lock, read, write};
 use crate::{BlockBackend, Capabilities, Error, ErrorKind, Extent, IoBuf, Result};
 
-/// How much is written or zeroed in one go: a snapshot that is to begin waits for what is under way. A file system may write out what is
-/// in its cache before it gives that back.
-const ONE_GO: u64 = 1 << 20;
+/// How much is written in one go: a snapshot that is to begin waits for writes under way.
+const WRITE: u64 = 1 << 20;
+/// How much is zeroed in one go. A file system may write out what is in its cache before it gives that back, as ext4 does.
+const ZERO: u64 = 256 << 10;
 
 impl Inner {
     pub(super) fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
@@ -77,7 +78,7 @@ impl Inner {
     }
 
     fn write(&self, mut bufs: &mut [IoBuf<'_>], offset: u64) -> Result<()> {
-        for part in parts(offset, total(bufs).unwrap_or(0), ONE_GO) {
+        for part in parts(offset, total(bufs).unwrap_or(0), WRITE) {
             let len = part.end - part.start;
             take_first(&mut bufs, len as usize, |now| self.write_part(now, part.start, len))?;
         }
@@ -176,7 +177,7 @@ impl Inner {
     }
 
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
-        parts(offset, len, ONE_GO).try_for_each(|part| self.zero_range(part.start, part.end - part.start))
+        parts(offset, len, ZERO).try_for_each(|part| self.zero_range(part.start, part.end - part.start))
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
