@@ -21,8 +21,8 @@ use crate::{Error, Result};
 
 impl Instance {
     /// Makes an AMI of it, as it is at one instant: all its volumes, taken while its processors stand still, or after its
-    /// guest has shut down, as [`CreateImage`] says. A name alone is an image without a reboot, unlike EC2's: what the guest has not written to its disks yet is
-    /// not in it, as after a crash. A guest with an
+    /// guest has shut down, as [`CreateImage`] says. A name alone is an image without a reboot, unlike EC2's: what the guest
+    /// has not written to its disks yet is not in it, as after a crash. A guest with an
     /// [agent](crate::RegionOptions::guest_agent) has its file systems stand still meanwhile. The instance goes on, and
     /// can be stopped, started, changed and terminated while the volumes are stored. The AMI that it was made from need not
     /// be registered any more; its product codes are the new one's too.
